@@ -1,0 +1,16 @@
+"""Attention Pruning for fairseq machine translation.
+
+Importing this package, or naming its folder with fairseq's ``--user-dir``, registers the task ``attention_recording``
+and the model ``pruned_transformer`` with its architectures.
+"""
+
+from ap_fairseq.compat import allow_fairseq_checkpoints, require_fairseq
+
+__version__ = "0.1.0"
+
+require_fairseq()
+allow_fairseq_checkpoints()
+
+from ap_fairseq import models, tasks  # noqa: E402  (registration needs a checked fairseq)
+
+__all__ = ["__version__", "models", "tasks"]

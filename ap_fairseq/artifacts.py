@@ -1,0 +1,357 @@
+"""The two files that travel between the stages: attention statistics and pruning masks.
+
+Both are safetensors files whose header carries one JSON document of provenance. They are written to a temporary name
+in the target folder and renamed, so that a file of the final name is always whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pickle
+import platform
+import tempfile
+from collections.abc import Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+import torch
+
+from ap_fairseq.sites import AttentionKind
+
+CELLS_PER_WORD = 32
+
+
+class ArtifactError(ValueError):
+    """A statistics, mask or checkpoint file is missing, damaged, or does not belong to what it is used with."""
+
+
+# -- files ------------------------------------------------------------------------------------------------------------
+
+
+def refuse_existing(path: str | os.PathLike, overwrite: bool) -> None:
+    """Raise :class:`ArtifactError` if *path* exists and *overwrite* is not set, or if it can never be written.
+
+    Called before hours of work as well as by the writers, so that a bad output path costs nothing.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise ArtifactError(f"output {path} is a directory; name a file")
+    if path.exists() and not overwrite:
+        raise ArtifactError(f"output {path} exists; pass --overwrite to replace it or choose another name")
+    parent = path.parent
+    if not parent.is_dir():
+        raise ArtifactError(f"cannot write {path}: folder {parent} does not exist; create it first")
+    if not os.access(parent, os.W_OK):
+        raise ArtifactError(f"cannot write {path}: no permission to write in folder {parent}")
+
+
+@contextmanager
+def atomic_output(path: str | os.PathLike, overwrite: bool = False):
+    """Yield a temporary path beside *path* that becomes *path* when the block ends without an exception."""
+    refuse_existing(path, overwrite)
+    path = Path(path)
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    os.close(handle)
+    try:
+        yield Path(temporary)
+        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes private files; users expect their umask
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def file_sha256(path: str | os.PathLike) -> str:
+    """Return the SHA-256 of a file as a hexadecimal string."""
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def load_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
+    """Load a fairseq checkpoint on the CPU with torch's safe loader.
+
+    Raises:
+        ArtifactError: if the file is missing, unreadable or no fairseq checkpoint.
+    """
+    if not os.path.isfile(path):
+        raise ArtifactError(f"checkpoint {path} does not exist")
+    try:
+        state = torch.load(path, map_location="cpu")
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        raise ArtifactError(f"{path} cannot be read as a checkpoint: {error}") from error
+    if not isinstance(state, dict) or "model" not in state or not (state.get("cfg") or state.get("args")):
+        raise ArtifactError(f"{path} is no fairseq checkpoint: expected the entries 'model' and 'cfg' or 'args'")
+    return state
+
+
+def dictionary_sha256(dictionary) -> str:
+    """Return the SHA-256 of the symbols of a :class:`fairseq.data.Dictionary`, in order; counts do not matter."""
+    return hashlib.sha256("\n".join(dictionary.symbols).encode()).hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of everything that can change a number."""
+    import fairseq
+
+    import ap_fairseq
+
+    return {
+        "ap_fairseq": ap_fairseq.__version__,
+        "fairseq": fairseq.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def _write(path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, Any], overwrite: bool) -> None:
+    with atomic_output(path, overwrite) as temporary:
+        header = {"ap_fairseq": json.dumps(metadata, sort_keys=True)}
+        safetensors.numpy.save_file({k: np.ascontiguousarray(v) for k, v in tensors.items()}, temporary, header)
+
+
+def _read(path, expected_format: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    if not os.path.exists(path):
+        raise ArtifactError(f"{path} does not exist; expected a file of format {expected_format!r}")
+    try:
+        with safetensors.safe_open(str(path), framework="numpy") as archive:
+            header = archive.metadata() or {}
+            tensors = {name: archive.get_tensor(name) for name in archive.keys()}
+    except (safetensors.SafetensorError, OSError) as error:
+        raise ArtifactError(f"{path} cannot be read as a safetensors file ({error}); write it again") from error
+    metadata = json.loads(header.get("ap_fairseq", "{}"))
+    found = metadata.get("format")
+    if found != expected_format:
+        raise ArtifactError(f"{path} has format {found!r}, expected {expected_format!r}")
+    return tensors, metadata
+
+
+# -- bit packing ------------------------------------------------------------------------------------------------------
+
+
+def pack_cells(keep: np.ndarray) -> np.ndarray:
+    """Pack booleans along the last axis into int64 words of 32 cells, cell c in bit c % 32 of word c // 32.
+
+    Only the low half of a word is used: fairseq's checkpoint averaging sums integer buffers in their own dtype before
+    it divides, and full words would overflow.
+
+    Args:
+        keep: bool (..., n), True = kept.
+
+    Returns:
+        int64 (..., ceil(n / 32)).
+    """
+    padding = -keep.shape[-1] % CELLS_PER_WORD
+    bits = np.packbits(np.pad(keep, [(0, 0)] * (keep.ndim - 1) + [(0, padding)]), axis=-1, bitorder="little")
+    return bits.view("<u4").astype(np.int64)
+
+
+def unpack_cells(words: np.ndarray, n: int) -> np.ndarray:
+    """Invert :func:`pack_cells`: int64 (..., w) -> bool (..., n)."""
+    bits = np.ascontiguousarray(words.astype("<u4")).view(np.uint8)
+    return np.unpackbits(bits, axis=-1, count=n, bitorder="little").astype(bool)
+
+
+# -- attention statistics ---------------------------------------------------------------------------------------------
+
+
+@dataclass
+class AttentionStats:
+    """What a dense model did on a data set.
+
+    Attributes:
+        mass: per kind float64 (layers, heads, Tq, Tk): sum of the attention probability of each cell over the
+            recorded sentences in which it is attendable, without dropout.
+        occupancy: per kind int64 (Tq, Tk): number of recorded sentences in which the cell is attendable.
+        metadata: provenance (checkpoint, dictionaries, data, versions, cells beyond the recorded range).
+    """
+
+    FORMAT = "ap-attention-stats-1"
+
+    mass: dict[AttentionKind, np.ndarray]
+    occupancy: dict[AttentionKind, np.ndarray]
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self):
+        for kind, mass in self.mass.items():
+            if mass.ndim != 4 or mass.shape[2:] != self.occupancy[kind].shape:
+                raise ArtifactError(
+                    f"{kind.value}: mass has shape {mass.shape}, occupancy {self.occupancy[kind].shape}; "
+                    "expected (layers, heads, Tq, Tk) and (Tq, Tk)"
+                )
+
+    @property
+    def kinds(self) -> list[AttentionKind]:
+        return [kind for kind in AttentionKind if kind in self.mass]
+
+    @property
+    def architecture(self) -> dict[str, list[int]]:
+        """``{kind: [layers, heads]}``."""
+        return {kind.value: list(self.mass[kind].shape[:2]) for kind in self.kinds}
+
+    def mean(self, kind: AttentionKind) -> np.ndarray:
+        """Mean attention s/n, float64 (layers, heads, Tq, Tk); 0 where a cell was never attendable."""
+        return self.mass[kind] / np.maximum(self.occupancy[kind], 1)
+
+    def merge(self, other: AttentionStats) -> AttentionStats:
+        """Return the statistics of both recordings together, as if recorded in one run.
+
+        Raises:
+            ArtifactError: if the two belong to different models or dictionaries.
+        """
+        if self.architecture != other.architecture:
+            raise ArtifactError(
+                f"cannot merge statistics of different architectures: {self.architecture} and {other.architecture}"
+            )
+        for key in ("checkpoint", "dictionaries"):
+            ours, theirs = self.metadata.get(key), other.metadata.get(key)
+            if ours != theirs:
+                raise ArtifactError(f"cannot merge statistics with different {key}: {ours} and {theirs}")
+        mass, occupancy = {}, {}
+        for kind in self.kinds:
+            shape = np.maximum(self.occupancy[kind].shape, other.occupancy[kind].shape)
+            mass[kind] = _grown(self.mass[kind], shape) + _grown(other.mass[kind], shape)
+            occupancy[kind] = _grown(self.occupancy[kind], shape) + _grown(other.occupancy[kind], shape)
+        metadata = {**self.metadata, "data": _as_list(self.metadata) + _as_list(other.metadata)}
+        beyond = [m.get("pairs_beyond_range", {}) for m in (self.metadata, other.metadata)]
+        metadata["pairs_beyond_range"] = {k.value: sum(b.get(k.value, 0) for b in beyond) for k in self.kinds}
+        return AttentionStats(mass, occupancy, metadata)
+
+    def save(self, path, overwrite: bool = False) -> None:
+        """Write the statistics; raises :class:`ArtifactError` if *path* exists and *overwrite* is not set."""
+        tensors = {f"{kind.value}.mass": self.mass[kind] for kind in self.kinds}
+        tensors |= {f"{kind.value}.occupancy": self.occupancy[kind] for kind in self.kinds}
+        _write(path, tensors, {**self.metadata, "format": self.FORMAT, "architecture": self.architecture}, overwrite)
+
+    @classmethod
+    def load(cls, path) -> AttentionStats:
+        """Read statistics; raises :class:`ArtifactError` if the file is missing, damaged or of another format."""
+        tensors, metadata = _read(path, cls.FORMAT)
+        kinds = [AttentionKind(name) for name in metadata["architecture"]]
+        return cls(
+            {kind: tensors[f"{kind.value}.mass"] for kind in kinds},
+            {kind: tensors[f"{kind.value}.occupancy"] for kind in kinds},
+            metadata,
+        )
+
+
+def _grown(array: np.ndarray, shape) -> np.ndarray:
+    """Pad the last two axes with zeros up to *shape*."""
+    grow = [(0, 0)] * (array.ndim - 2) + [(0, shape[k] - array.shape[array.ndim - 2 + k]) for k in range(2)]
+    return np.pad(array, grow)
+
+
+def _as_list(metadata: Mapping[str, Any]) -> list:
+    data = metadata.get("data", [])
+    return data if isinstance(data, list) else [data]
+
+
+# -- pruning masks ----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class PruningMasks:
+    """One global sparseness mask per attention site and head.
+
+    Attributes:
+        keep: per kind bool (layers, heads, Tq, Tk), True = kept. Cells that cannot exist (j > i in ``decoder_self``)
+            are False. The diagonal of self-attention and column 0 of cross-attention are True: they exist in every
+            sentence, so no row is empty.
+        beyond: per kind bool (layers, heads, Tq + Tk - 1), True = kept: what happens at offset j - i = d - (Tq - 1)
+            outside the recorded range. Offsets outside this table are kept.
+        metadata: provenance of the statistics plus procedure, parameters and the sparsity that came out.
+    """
+
+    FORMAT = "ap-pruning-masks-1"
+
+    keep: dict[AttentionKind, np.ndarray]
+    beyond: dict[AttentionKind, np.ndarray]
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self):
+        for kind, keep in self.keep.items():
+            layers, heads, n_queries, n_keys = keep.shape
+            expected = (layers, heads, n_queries + n_keys - 1)
+            if self.beyond[kind].shape != expected:
+                raise ArtifactError(
+                    f"{kind.value}: the pattern beyond the recorded range has shape {self.beyond[kind].shape}, "
+                    f"expected {expected}"
+                )
+            guaranteed = keep[..., :, 0] if kind is AttentionKind.CROSS else np.diagonal(keep, axis1=-2, axis2=-1)
+            if not guaranteed.all():
+                where = "column 0" if kind is AttentionKind.CROSS else "the diagonal"
+                raise ArtifactError(f"{kind.value}: {where} must be kept in every row, or a row could be empty")
+            if kind.causal and np.triu(keep, 1).any():
+                raise ArtifactError(f"{kind.value}: cells with key position > query position cannot be kept")
+
+    @property
+    def kinds(self) -> list[AttentionKind]:
+        return [kind for kind in AttentionKind if kind in self.keep]
+
+    @property
+    def architecture(self) -> dict[str, list[int]]:
+        """``{kind: [layers, heads]}``."""
+        return {kind.value: list(self.keep[kind].shape[:2]) for kind in self.kinds}
+
+    def packed(self) -> dict[str, np.ndarray]:
+        """Return the tensors as stored: int64 words of 32 cells and int64 (2,) ranges (Tq, Tk)."""
+        tensors = {}
+        for kind in self.kinds:
+            tensors[f"{kind.value}.keep"] = pack_cells(self.keep[kind])
+            tensors[f"{kind.value}.beyond"] = pack_cells(self.beyond[kind])
+            tensors[f"{kind.value}.range"] = np.array(self.keep[kind].shape[2:], dtype=np.int64)
+        return tensors
+
+    def save(self, path, overwrite: bool = False) -> None:
+        """Write the masks; raises :class:`ArtifactError` if *path* exists and *overwrite* is not set."""
+        metadata = {**self.metadata, "format": self.FORMAT, "architecture": self.architecture}
+        _write(path, self.packed(), metadata, overwrite)
+
+    @classmethod
+    def load(cls, path) -> PruningMasks:
+        """Read masks; raises :class:`ArtifactError` if the file is missing, damaged or of another format."""
+        tensors, metadata = _read(path, cls.FORMAT)
+        keep, beyond = {}, {}
+        for kind in map(AttentionKind, metadata["architecture"]):
+            n_queries, n_keys = tensors[f"{kind.value}.range"].tolist()
+            keep[kind] = unpack_cells(tensors[f"{kind.value}.keep"], n_keys)
+            beyond[kind] = unpack_cells(tensors[f"{kind.value}.beyond"], n_queries + n_keys - 1)
+        return cls(keep, beyond, metadata)
+
+    def require_model(self, shape: Mapping[str, list[int]], dictionaries: Mapping[str, str], path) -> None:
+        """Raise :class:`ArtifactError` unless the masks were made for this model shape and these dictionaries.
+
+        Args:
+            shape: ``{kind: [layers, heads]}`` of the model (:func:`ap_fairseq.sites.architecture`).
+            dictionaries: ``{"source": sha256, "target": sha256}`` (:func:`dictionary_sha256`).
+            path: where the masks came from, for the message.
+        """
+        if self.architecture != dict(shape):
+            raise ArtifactError(
+                f"masks of {path} are for {describe_architecture(self.architecture)}, the model has "
+                f"{describe_architecture(shape)}; record and derive masks with a model of this architecture"
+            )
+        expected = self.metadata.get("dictionaries", {})
+        for side, sha in dictionaries.items():
+            if expected.get(side) != sha:
+                raise ArtifactError(
+                    f"masks of {path} belong to a {side} dictionary with SHA-256 {str(expected.get(side))[:12]}, the "
+                    f"data has {sha[:12]}; a mask is tied to its tokenizer: use the data-bin it was recorded on"
+                )
+
+
+def describe_architecture(shape: Mapping[str, list[int]]) -> str:
+    """Return e.g. ``encoder_self 6 layers x 4 heads, cross 6 layers x 4 heads``."""
+    return ", ".join(f"{kind} {layers} layers x {heads} heads" for kind, (layers, heads) in shape.items())

@@ -1,0 +1,44 @@
+"""What the console commands share: error reporting and the log line that makes a run repeatable."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import logging
+import os
+import shlex
+import sys
+from collections.abc import Callable
+
+import ap_fairseq
+
+logger = logging.getLogger(__name__)
+
+
+def command(main: Callable[[list[str]], None]) -> Callable[[], None]:
+    """Turn ``main(argv)`` into a console entry point: log the call, report bad input in one line, exit with status 2."""
+
+    @functools.wraps(main)
+    def entry_point(argv: list[str] | None = None) -> None:
+        argv = sys.argv[1:] if argv is None else argv
+        program = os.path.basename(sys.argv[0])
+        logging.basicConfig(
+            format="%(asctime)s | %(levelname)s | %(name)s | %(message)s",
+            datefmt="%Y-%m-%d %H:%M:%S",
+            level=os.environ.get("LOGLEVEL", "INFO").upper(),
+            stream=sys.stderr,
+        )
+        logger.info(f"ap_fairseq {ap_fairseq.__version__}: {shlex.join([program, *argv])}")
+        try:
+            main(argv)
+        except (ValueError, OSError) as error:  # bad input and files; anything else is a fault and keeps its traceback
+            print(f"{program}: error: {error}", file=sys.stderr)
+            raise SystemExit(2) from error
+
+    return entry_point
+
+
+def add_output(parser: argparse.ArgumentParser, what: str) -> None:
+    """Add ``--output`` and ``--overwrite``."""
+    parser.add_argument("-o", "--output", required=True, metavar="FILE", help=f"where to write {what}")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing output file")

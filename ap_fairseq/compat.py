@@ -1,0 +1,64 @@
+"""What differs between fairseq releases and torch releases, in one place."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.metadata
+import re
+
+import torch
+
+_BETTERTRANSFORMER_KEY = re.compile(r"(^|\.)encoder\.layers\.\d+\.(in_proj|out_proj|fc1|fc2)_(weight|bias)$")
+
+
+def require_fairseq() -> None:
+    """Raise ImportError with the remedy unless a fairseq with the API that this plugin uses can be imported."""
+    remedy = "install it with: pip install 've-fairseq>=0.12.3' (it replaces the fairseq package on Python >= 3.11)"
+    try:
+        transformer = importlib.import_module("fairseq.models.transformer")
+    except Exception as error:  # noqa: BLE001 - a broken fairseq fails with anything from ImportError to ValueError
+        raise ImportError(f"ap_fairseq needs fairseq, whose import failed with {error!r}; {remedy}") from error
+    missing = [
+        name
+        for name in ("TransformerConfig", "TransformerEncoderBase", "TransformerDecoderBase", "TransformerModelBase")
+        if not hasattr(transformer, name)
+    ]
+    if missing:
+        import fairseq
+
+        raise ImportError(f"fairseq {fairseq.__version__} lacks {', '.join(missing)}; {remedy}")
+
+
+def allow_fairseq_checkpoints() -> None:
+    """Tell torch's safe loader (``weights_only=True``) which harmless types fairseq stores in checkpoints.
+
+    Plain runs hold a Namespace; ``--eval-bleu`` runs numpy scalars; resuming on several ranks passes the whole
+    OmegaConf tree and a tensor placeholder through the loader.
+    """
+    import collections
+    import typing
+
+    import numpy as np
+    from fairseq.distributed.utils import _TensorPlaceholder
+    from omegaconf import DictConfig, ListConfig
+    from omegaconf.base import ContainerMetadata, Metadata
+    from omegaconf.nodes import AnyNode
+
+    reconstruct = np.array(0).__reduce__()[0]  # numpy's own name for it moved between releases
+    torch.serialization.add_safe_globals(
+        [argparse.Namespace]
+        + [np.ndarray, np.dtype, np.dtypes.Int64DType, np.dtypes.Float64DType, reconstruct]
+        + [DictConfig, ListConfig, ContainerMetadata, Metadata, AnyNode]
+        + [typing.Any, dict, list, int, collections.defaultdict, _TensorPlaceholder]
+    )
+
+
+def drop_bettertransformer_copies(state_dict: dict) -> None:
+    """Remove the keys that official fairseq 0.12.2 adds to every encoder layer, in place.
+
+    They are zero-filled parameters of torch's "BetterTransformer" fast path, which hold nothing of the model, and other
+    releases refuse them as unexpected.
+    """
+    for key in [key for key in state_dict if _BETTERTRANSFORMER_KEY.search(key)]:
+        del state_dict[key]

@@ -1,0 +1,382 @@
+"""The registered model ``pruned_transformer`` and its architectures: fairseq's transformer with pruned attention."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import logging
+from typing import Any
+
+import numpy as np
+import torch
+from fairseq.dataclass import ChoiceEnum, FairseqDataclass
+from fairseq.dataclass.utils import gen_parser_from_dataclass
+from fairseq.distributed import fsdp_wrap
+from fairseq.models import register_model, register_model_architecture
+from fairseq.models.transformer import (
+    TransformerConfig,
+    TransformerDecoderBase,
+    TransformerEncoderBase,
+    TransformerModelBase,
+    transformer_legacy,
+)
+from fairseq.models.transformer.transformer_config import DecoderConfig, EncDecBaseConfig, QuantNoiseConfig
+from fairseq.modules import transformer_layer
+from fairseq.modules.checkpoint_activations import checkpoint_wrapper
+from omegaconf import II, DictConfig, OmegaConf
+from torch import Tensor, nn
+
+from ap_fairseq.artifacts import ArtifactError, PruningMasks, dictionary_sha256, file_sha256
+from ap_fairseq.attention import BACKENDS, MASK_BUFFERS, PrunedMultiheadAttention
+from ap_fairseq.compat import drop_bettertransformer_copies
+from ap_fairseq.sites import AttentionKind, architecture, attention_sites
+
+logger = logging.getLogger(__name__)
+
+
+# -- configuration ----------------------------------------------------------------------------------------------------
+
+
+def _flat_fields() -> list[tuple[str, Any, Any]]:
+    """Return the fields of fairseq's nested TransformerConfig under the flat names of its command line.
+
+    A nested config in a model of a plugin crashes fairseq's parser or silently ignores ``--encoder-layers`` and
+    friends; flat names work for ``fairseq-train``, ``fairseq-hydra-train`` and stored checkpoints alike.
+    """
+    nested = {"encoder": EncDecBaseConfig, "decoder": DecoderConfig, "quant_noise": QuantNoiseConfig}
+    flat = []
+    for outer in dataclasses.fields(TransformerConfig):
+        if outer.name == "_name":
+            continue
+        if outer.name not in nested:
+            flat.append((outer.name, outer.type, dataclasses.field(default=outer.default, metadata=outer.metadata)))
+            continue
+        for inner in dataclasses.fields(nested[outer.name]):
+            if inner.name == "_name":
+                continue
+            default = inner.default
+            if isinstance(default, str) and default.startswith("${"):  # II("model.decoder.embed_dim")
+                default = II("model.decoder_embed_dim")
+            inner_type = str | None if inner.name == "layers_to_keep" else inner.type  # given and parsed as "0,2,4"
+            name = f"{outer.name}_{inner.name}"
+            flat.append((name, inner_type, dataclasses.field(default=default, metadata=inner.metadata)))
+    return flat
+
+
+_MaskFields = [
+    (
+        "attention_masks",
+        str | None,
+        dataclasses.field(
+            default=None,
+            metadata={
+                "help": "pruning masks to start training with (ap-masks); checkpoints carry them from then on. Given "
+                "together with a pruned checkpoint, the file replaces the checkpoint's masks"
+            },
+        ),
+    ),
+    (
+        "attention_backend",
+        ChoiceEnum(BACKENDS),
+        dataclasses.field(
+            default="auto",
+            metadata={"help": "what computes attention: triton kernels, eager torch, or whichever suits the device"},
+        ),
+    ),
+]
+
+PrunedTransformerConfig = dataclasses.make_dataclass(
+    "PrunedTransformerConfig", _flat_fields() + _MaskFields, bases=(FairseqDataclass,)
+)
+PrunedTransformerConfig.__module__ = __name__
+PrunedTransformerConfig.__doc__ = "fairseq's TransformerConfig with flat names, plus the flags of this plugin."
+
+
+# -- layers, encoder, decoder -----------------------------------------------------------------------------------------
+
+
+def _attention(embed_dim: int, cfg: TransformerConfig, kind: AttentionKind, **kwargs) -> PrunedMultiheadAttention:
+    side = cfg.encoder if kind is AttentionKind.ENCODER_SELF else cfg.decoder
+    xformers = cfg.decoder if kind is AttentionKind.DECODER_SELF else cfg.encoder
+    return PrunedMultiheadAttention(
+        embed_dim,
+        side.attention_heads,
+        kind=kind,
+        backend=cfg.attention_backend,
+        dropout=cfg.attention_dropout,
+        q_noise=cfg.quant_noise.pq,
+        qn_block_size=cfg.quant_noise.pq_block_size,
+        xformers_att_config=xformers.xformers_att_config,
+        **kwargs,
+    )
+
+
+class PrunedTransformerEncoderLayer(transformer_layer.TransformerEncoderLayerBase):
+    """fairseq's encoder layer with pruned self-attention."""
+
+    def build_self_attention(self, embed_dim, cfg):
+        return _attention(embed_dim, cfg, AttentionKind.ENCODER_SELF)
+
+
+class PrunedTransformerDecoderLayer(transformer_layer.TransformerDecoderLayerBase):
+    """fairseq's decoder layer with pruned self- and cross-attention."""
+
+    def build_self_attention(self, embed_dim, cfg, add_bias_kv=False, add_zero_attn=False):
+        if cfg.cross_self_attention:  # attends to source and target at once: neither kind, so it stays dense
+            return super().build_self_attention(embed_dim, cfg, add_bias_kv, add_zero_attn)
+        return _attention(
+            embed_dim, cfg, AttentionKind.DECODER_SELF, add_bias_kv=add_bias_kv, add_zero_attn=add_zero_attn
+        )
+
+    def build_encoder_attention(self, embed_dim, cfg):
+        return _attention(
+            embed_dim, cfg, AttentionKind.CROSS, kdim=cfg.encoder.embed_dim, vdim=cfg.encoder.embed_dim
+        )
+
+
+def _wrap_layer(layer: nn.Module, cfg: TransformerConfig, stock_class: type) -> nn.Module:
+    """Apply activation checkpointing and FSDP as fairseq does, and keep the dropout names of the stock layer."""
+    for module in (layer.dropout_module, layer.activation_dropout_module):
+        module.module_name = stock_class.__name__
+    if cfg.checkpoint_activations:
+        layer = checkpoint_wrapper(layer, offload_to_cpu=cfg.offload_activations)
+    return fsdp_wrap(layer, min_num_params=0 if cfg.checkpoint_activations else cfg.min_params_to_wrap)
+
+
+class PrunedTransformerEncoder(TransformerEncoderBase):
+    """fairseq's encoder, which first moves each sentence to column 0: masks are indexed by token position.
+
+    Its output adds ``source_shift`` [(B,) int64]: the padding that each sentence had on its left.
+    """
+
+    def __init__(self, cfg, dictionary, embed_tokens, return_fc=False):
+        super().__init__(cfg, dictionary, embed_tokens, return_fc)
+        self.dropout_module.module_name = "TransformerEncoder"
+
+    def build_encoder_layer(self, cfg):
+        layer = PrunedTransformerEncoderLayer(cfg, return_fc=self.return_fc)
+        return _wrap_layer(layer, cfg, transformer_layer.TransformerEncoderLayerBase)
+
+    def forward(self, src_tokens, src_lengths=None, return_all_hiddens=False, token_embeddings=None):
+        shift = left_padding(src_tokens, self.padding_idx)
+        src_tokens = rotate_left(src_tokens, shift)
+        if token_embeddings is not None:
+            token_embeddings = rotate_left(token_embeddings, shift)
+        output = super().forward(src_tokens, src_lengths, return_all_hiddens, token_embeddings)
+        return {**output, "source_shift": [shift]}
+
+    def reorder_encoder_out(self, encoder_out, new_order):
+        shift = [part.index_select(0, new_order) for part in encoder_out["source_shift"]]
+        return {**super().reorder_encoder_out(encoder_out, new_order), "source_shift": shift}
+
+
+class PrunedTransformerDecoder(TransformerDecoderBase):
+    """fairseq's decoder with pruned attention; alignments come back in the caller's own order of source columns."""
+
+    def __init__(self, cfg, dictionary, embed_tokens, no_encoder_attn=False, output_projection=None):
+        super().__init__(cfg, dictionary, embed_tokens, no_encoder_attn, output_projection)
+        self.dropout_module.module_name = "TransformerDecoder"
+        self.alignment_needed = True
+
+    def build_decoder_layer(self, cfg, no_encoder_attn=False):
+        layer = PrunedTransformerDecoderLayer(cfg, no_encoder_attn)
+        return _wrap_layer(layer, cfg, transformer_layer.TransformerDecoderLayerBase)
+
+    def make_generation_fast_(self, need_attn: bool = False, **kwargs):
+        """fairseq's hook before generation; without ``--print-alignment`` nobody reads attention weights."""
+        self.alignment_needed = need_attn
+
+    def extract_features(
+        self,
+        prev_output_tokens,
+        encoder_out=None,
+        incremental_state=None,
+        full_context_alignment=False,
+        alignment_layer=None,
+        alignment_heads=None,
+    ):
+        if alignment_layer is None and (self.training or not self.alignment_needed):
+            alignment_layer = self.num_layers  # no layer: weights cost a slower path
+        x, extra = super().extract_features(
+            prev_output_tokens,
+            encoder_out,
+            incremental_state,
+            full_context_alignment,
+            alignment_layer,
+            alignment_heads,
+        )
+        weights = extra["attn"][0]  # (B, T, S) over right-padded columns, or None
+        if weights is not None and encoder_out is not None and encoder_out.get("source_shift"):
+            columns = weights.transpose(1, 2)
+            extra["attn"] = [rotate_left(columns, -encoder_out["source_shift"][0]).transpose(1, 2)]
+        return x, extra
+
+
+def left_padding(tokens: Tensor, pad: int) -> Tensor:
+    """Count the padding before the first token of each row: (B, T) -> int64 (B,)."""
+    return tokens.eq(pad).long().cumprod(1).sum(1)
+
+
+def rotate_left(x: Tensor, shift: Tensor) -> Tensor:
+    """Rotate row b of *x* (B, T, ...) left by shift[b] positions; negative shifts rotate right."""
+    index = (torch.arange(x.size(1), device=x.device)[None, :] + shift[:, None]) % x.size(1)
+    return x[torch.arange(x.size(0), device=x.device)[:, None], index]
+
+
+# -- model ------------------------------------------------------------------------------------------------------------
+
+
+@register_model("pruned_transformer", dataclass=PrunedTransformerConfig)
+class PrunedTransformerModel(TransformerModelBase):
+    """fairseq's transformer whose attention is pruned by global masks.
+
+    Parameters have the names of the stock model, so dense checkpoints are a warm start (``--finetune-from-model``).
+    Masks are buffers of the attention modules; ``mask_metadata`` holds their provenance as JSON, one character to an
+    int64 (integers survive half precision and checkpoint averaging), with the SHA-256 of the masks.
+    """
+
+    def __init__(self, cfg, encoder, decoder):
+        super().__init__(cfg, encoder, decoder)
+        self.register_buffer("mask_metadata", torch.zeros(0, dtype=torch.int64))
+        self._masks_from_file = False
+
+    @classmethod
+    def add_args(cls, parser):
+        """Add the model's flags; defaults are left to the architecture."""
+        gen_parser_from_dataclass(parser, PrunedTransformerConfig(), delete_default=True)
+
+    @classmethod
+    def build_model(cls, cfg, task):
+        """Build the model and, if ``attention_masks`` names a file, set its masks.
+
+        The name is then erased from the configuration: checkpoints carry the masks themselves, and must not depend on
+        a file that may move or change.
+
+        Raises:
+            ArtifactError: if the masks cannot be read or were made for another architecture or dictionary.
+            ValueError: for ``--left-pad-target``.
+        """
+        if getattr(task.cfg, "left_pad_target", False):
+            raise ValueError("--left-pad-target is set; masks count tokens from column 0, so leave targets right-padded")
+        path = cfg.attention_masks
+        _erase_mask_path(cfg)
+        flat = OmegaConf.to_container(cfg, resolve=True, enum_to_str=True) if OmegaConf.is_config(cfg) else vars(cfg)
+        args = argparse.Namespace(**flat)
+        transformer_legacy.base_architecture(args)
+        model = super().build_model(TransformerConfig.from_namespace(args), task)
+        if path:
+            masks = PruningMasks.load(path)
+            dictionaries = {
+                "source": dictionary_sha256(task.source_dictionary),
+                "target": dictionary_sha256(task.target_dictionary),
+            }
+            masks.require_model(architecture(model), dictionaries, path)
+            model.set_masks(masks, file_sha256(path))
+            logger.info(f"attention masks {path}: {describe_sparsity(model.masks_provenance())}")
+        return model
+
+    @classmethod
+    def build_encoder(cls, cfg, src_dict, embed_tokens):
+        return PrunedTransformerEncoder(cfg, src_dict, embed_tokens)
+
+    @classmethod
+    def build_decoder(cls, cfg, tgt_dict, embed_tokens):
+        return PrunedTransformerDecoder(cfg, tgt_dict, embed_tokens, no_encoder_attn=cfg.no_cross_attention)
+
+    # -- masks --------------------------------------------------------------------------------------------------------
+
+    def set_masks(self, masks: PruningMasks, file_hash: str | None = None) -> None:
+        """Give every attention module its mask; a checkpoint loaded afterwards does not replace them."""
+        tensors = {name: torch.from_numpy(array) for name, array in masks.packed().items()}
+        for (kind, layer), module in attention_sites(self):
+            module.set_mask(
+                tensors[f"{kind.value}.keep"][layer].clone(),
+                tensors[f"{kind.value}.beyond"][layer].clone(),
+                tensors[f"{kind.value}.range"].clone(),
+            )
+        provenance = {**masks.metadata, "file_sha256": file_hash, "masks_sha256": self.masks_sha256()}
+        text = json.dumps(provenance, sort_keys=True)
+        self.mask_metadata = torch.tensor([ord(c) for c in text], device=self.mask_metadata.device)
+        self._masks_from_file = True
+
+    def masks_sha256(self) -> str:
+        """Hash the masks themselves, from the buffers."""
+        digest = hashlib.sha256()
+        for site, module in attention_sites(self):
+            digest.update(f"{site.kind.value}.{site.layer}".encode())
+            for name in MASK_BUFFERS:
+                digest.update(np.ascontiguousarray(getattr(module, name).cpu().numpy()).tobytes())
+        return digest.hexdigest()
+
+    def masks_provenance(self) -> dict[str, Any] | None:
+        """Return the provenance stored with the masks, or None if the model has no masks.
+
+        Raises:
+            ArtifactError: if provenance and masks do not belong together, as after averaging checkpoints with
+                different masks.
+        """
+        if self.mask_metadata.numel() == 0:
+            return None
+        damaged = ArtifactError(
+            "the masks in this checkpoint do not match their stored SHA-256; it is damaged, or an average of "
+            "checkpoints with different masks"
+        )
+        try:
+            provenance = json.loads("".join(map(chr, self.mask_metadata.tolist())))
+        except ValueError as error:
+            raise damaged from error
+        if provenance["masks_sha256"] != self.masks_sha256():
+            raise damaged
+        return provenance
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        key = prefix + "mask_metadata"
+        if self._masks_from_file and key in state_dict and not torch.equal(state_dict[key], self.mask_metadata.cpu()):
+            logger.warning("the masks of --attention-masks replace those of the checkpoint")
+        if self._masks_from_file or key not in state_dict:
+            state_dict[key] = self.mask_metadata
+        else:
+            self.mask_metadata = torch.empty_like(state_dict[key], device=self.mask_metadata.device)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def upgrade_state_dict_named(self, state_dict, name):
+        drop_bettertransformer_copies(state_dict)
+        super().upgrade_state_dict_named(state_dict, name)
+
+    def load_state_dict(self, state_dict, strict=True, model_cfg=None, args=None):
+        result = super().load_state_dict(state_dict, strict, model_cfg, args)
+        provenance = self.masks_provenance()
+        if provenance is None:
+            logger.warning("the checkpoint holds no attention masks and --attention-masks names none")
+        else:
+            logger.info(f"attention masks {provenance['masks_sha256'][:12]}: {describe_sparsity(provenance)}")
+        return result
+
+
+def _erase_mask_path(cfg) -> None:
+    """Set ``attention_masks`` to None in *cfg* and in the run's configuration that it was merged from."""
+    cfg.attention_masks = None
+    parent = cfg._get_parent() if isinstance(cfg, DictConfig) else None
+    if parent is not None and parent.get("model") is not None:
+        parent.model.attention_masks = None
+
+
+def describe_sparsity(provenance: dict[str, Any]) -> str:
+    """Return e.g. ``effective sparsity encoder_self 50.0%, cross 49.9% (effective, granularity 1)``."""
+    procedure = provenance.get("procedure", {})
+    shares = ", ".join(f"{kind} {value['effective']:.1%}" for kind, value in provenance.get("sparsity", {}).items())
+    return f"effective sparsity {shares} ({procedure.get('procedure')}, granularity {procedure.get('granularity')})"
+
+
+# The same sizes, and so the same functions, as fairseq's.
+for _name in (
+    "transformer_iwslt_de_en",
+    "transformer_wmt_en_de",
+    "transformer_wmt_en_de_big",
+    "transformer_vaswani_wmt_en_de_big",
+    "transformer_tiny",
+):
+    _architecture = getattr(transformer_legacy, "tiny_architecture" if _name == "transformer_tiny" else _name)
+    register_model_architecture("pruned_transformer", f"pruned_{_name}")(_architecture)

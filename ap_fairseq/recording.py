@@ -1,0 +1,171 @@
+"""Dense model + batches -> :class:`~ap_fairseq.artifacts.AttentionStats`."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ap_fairseq.artifacts import AttentionStats
+from ap_fairseq.sites import AttentionKind, attention_sites
+
+
+class AttentionRecorder:
+    """Accumulates the attention of every site of a model, batch by batch.
+
+    The recorder hooks the model's own attention modules: it asks them for per-head weights (which fairseq computes
+    before dropout) and sums them over the batch in float64. Statistics are indexed by token position, so batches must
+    be padded on the right; padded queries are left out, padded keys have probability 0.
+
+    Use::
+
+        with AttentionRecorder(model, max_positions=(1024, 1024)) as recorder:
+            for sample in batches:
+                recorder.begin(sample["net_input"]["src_tokens"], sample["net_input"]["prev_output_tokens"], pad)
+                model(**sample["net_input"])
+        stats = recorder.finish()
+
+    Args:
+        model: a fairseq encoder-decoder transformer.
+        max_positions: (source, target): cells at or beyond these positions are counted but not recorded.
+    """
+
+    def __init__(self, model: nn.Module, max_positions: tuple[int, int]):
+        self.limit_source, self.limit_target = max_positions
+        self.sites = list(attention_sites(model))
+        self.lengths: dict[tuple[int, int], int] = defaultdict(int)  # (target, source) -> number of sentences
+        self._mass: dict[AttentionKind, Tensor] = {}
+        self._query_padding: dict[AttentionKind, Tensor] = {}
+        self._hooks = []
+        layers = {kind: sum(site.kind is kind for site, _ in self.sites) for kind in AttentionKind}
+        for site, module in self.sites:
+            if getattr(module, "use_xformers", False):
+                raise ValueError(f"{site.kind.value} layer {site.layer} uses xFormers attention, which has no weights")
+            if site.kind not in self._mass:
+                shape = (layers[site.kind], module.num_heads, *self._limits(site.kind))
+                self._mass[site.kind] = torch.zeros(shape, dtype=torch.float64, device=module.out_proj.weight.device)
+            # Stock fairseq otherwise hands full-context attention to torch, which averages the heads away.
+            module._set_skip_embed_dim_check()
+            self._hooks.append(module.register_forward_pre_hook(_ask_for_head_weights, with_kwargs=True))
+            self._hooks.append(module.register_forward_hook(self._hook(*site)))
+
+    def _limits(self, kind: AttentionKind) -> tuple[int, int]:
+        queries = self.limit_source if kind is AttentionKind.ENCODER_SELF else self.limit_target
+        keys = self.limit_target if kind is AttentionKind.DECODER_SELF else self.limit_source
+        return queries, keys
+
+    def __enter__(self) -> AttentionRecorder:
+        return self
+
+    def __exit__(self, *exc_info) -> None:
+        self.remove()
+
+    def remove(self) -> None:
+        """Take the hooks off the model."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+    def begin(self, src_tokens: Tensor, prev_output_tokens: Tensor, pad: int) -> None:
+        """Announce the batch that the next forward pass will see.
+
+        Args:
+            src_tokens: (B, S) source tokens, padded on the right with *pad*.
+            prev_output_tokens: (B, T) decoder input, padded on the right with *pad*.
+        """
+        source_padding, target_padding = src_tokens.eq(pad), prev_output_tokens.eq(pad)
+        for side, padding in (("source", source_padding), ("target", target_padding)):
+            if bool((padding[:, :-1] & ~padding[:, 1:]).any()):
+                raise ValueError(f"the {side} batch is padded on the left; attention is recorded by token position")
+        self._query_padding = {
+            AttentionKind.ENCODER_SELF: source_padding,
+            AttentionKind.DECODER_SELF: target_padding,
+            AttentionKind.CROSS: target_padding,
+        }
+        target_lengths = (~target_padding).sum(1).tolist()
+        source_lengths = (~source_padding).sum(1).tolist()
+        for pair in zip(target_lengths, source_lengths, strict=True):
+            self.lengths[pair] += 1
+
+    def _hook(self, kind: AttentionKind, layer: int):
+        def accumulate(module, args, output):
+            weights = output[1]  # (H, B, Tq, Tk) float32, before dropout
+            padding = self._query_padding[kind]  # (B, Tq)
+            recorded = weights.masked_fill(padding[None, :, :, None], 0).sum(1, dtype=torch.float64)
+            total = self._mass[kind][layer]
+            n_queries, n_keys = (min(a, b) for a, b in zip(recorded.shape[1:], total.shape[1:], strict=True))
+            total[:, :n_queries, :n_keys] += recorded[:, :n_queries, :n_keys]
+
+        return accumulate
+
+    def finish(self, group: dist.ProcessGroup | None = None, **metadata) -> AttentionStats:
+        """Return the statistics of all batches (of all ranks of *group*), cut to the longest recorded positions.
+
+        Args:
+            group: process group to sum over; None for a single process.
+            metadata: provenance to store with the statistics.
+
+        Raises:
+            ValueError: if no sentence was recorded.
+        """
+        lengths = dict(self.lengths)
+        mass = self._mass
+        if group is not None:
+            gathered = [None] * dist.get_world_size(group)
+            dist.all_gather_object(gathered, lengths, group=group)
+            lengths = defaultdict(int)
+            for part in gathered:
+                for pair, count in part.items():
+                    lengths[pair] += count
+            for total in mass.values():
+                dist.all_reduce(total, group=group)
+        if not lengths:
+            raise ValueError("no sentence was recorded; the subset is empty or every sentence was skipped")
+
+        occupancy = {kind: occupancy_of(kind, lengths) for kind in mass}
+        beyond, recorded = {}, {}
+        for kind in mass:
+            full = occupancy[kind]
+            n_queries, n_keys = (min(a, b) for a, b in zip(full.shape, self._limits(kind), strict=True))
+            occupancy[kind] = full[:n_queries, :n_keys]
+            beyond[kind.value] = int(full.sum() - occupancy[kind].sum())
+            recorded[kind] = mass[kind][:, :, :n_queries, :n_keys].cpu().numpy()
+        metadata = {
+            **metadata,
+            "sentences": sum(lengths.values()),
+            "pairs_beyond_range": beyond,
+            "pairs_recorded": {kind.value: int(occupancy[kind].sum()) for kind in mass},
+        }
+        return AttentionStats(recorded, occupancy, metadata)
+
+
+def _ask_for_head_weights(module, args, kwargs):
+    return args, {**kwargs, "need_weights": True, "need_head_weights": True}
+
+
+def occupancy_of(kind: AttentionKind, lengths: dict[tuple[int, int], int]) -> np.ndarray:
+    """Count the sentences in which each cell is attendable.
+
+    Args:
+        lengths: number of sentences for each (target length, source length) in tokens.
+
+    Returns:
+        int64 (Tq, Tk) up to the longest sentence: cell (i, j) exists where i < query length, j < key length, and
+        j <= i for ``decoder_self``.
+    """
+    target = max(pair[0] for pair in lengths)
+    source = max(pair[1] for pair in lengths)
+    joint = np.zeros((target + 1, source + 1), dtype=np.int64)
+    for pair, count in lengths.items():
+        joint[pair] += count
+    if kind is AttentionKind.CROSS:
+        # n(i, j) = number of sentences with target length > i and source length > j: a two-sided suffix sum.
+        return joint[::-1, ::-1].cumsum(0).cumsum(1)[::-1, ::-1][1:, 1:].copy()
+    marginal = joint.sum(0 if kind is AttentionKind.ENCODER_SELF else 1)
+    longer_than = marginal[::-1].cumsum()[::-1][1:]  # [i] = number of sentences longer than i
+    positions = np.arange(len(longer_than))
+    square = longer_than[np.maximum(positions[:, None], positions[None, :])]
+    return np.tril(square) if kind.causal else square

@@ -1,0 +1,61 @@
+"""The shared vocabulary of every stage: attention kinds, attention sites, and how to find them in a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from enum import Enum
+from typing import NamedTuple
+
+from fairseq.modules import MultiheadAttention
+from torch import nn
+
+
+class AttentionKind(str, Enum):
+    """Where an attention module sits in an encoder-decoder transformer."""
+
+    ENCODER_SELF = "encoder_self"
+    DECODER_SELF = "decoder_self"
+    CROSS = "cross"
+
+    @property
+    def causal(self) -> bool:
+        """Whether only cells with key position j <= query position i exist."""
+        return self is AttentionKind.DECODER_SELF
+
+    @property
+    def flag(self) -> str:
+        """The spelling used on command lines, e.g. ``encoder-self``."""
+        return self.value.replace("_", "-")
+
+
+class AttentionSite(NamedTuple):
+    """One attention module of a model."""
+
+    kind: AttentionKind
+    layer: int
+
+
+def attention_sites(model: nn.Module) -> Iterator[tuple[AttentionSite, MultiheadAttention]]:
+    """Yield every attention module of a fairseq encoder-decoder transformer with its site.
+
+    A decoder with ``cross_self_attention`` attends to source and target at once; such modules belong to none of the
+    three kinds and are left out.
+    """
+    # Indexing, because iterating a LayerDropModuleList in training mode drops layers at random.
+    for layer in range(len(model.encoder.layers)):
+        yield AttentionSite(AttentionKind.ENCODER_SELF, layer), model.encoder.layers[layer].self_attn
+    for layer in range(len(model.decoder.layers)):
+        module = model.decoder.layers[layer]
+        if module.self_attn.self_attention:
+            yield AttentionSite(AttentionKind.DECODER_SELF, layer), module.self_attn
+        if module.encoder_attn is not None:
+            yield AttentionSite(AttentionKind.CROSS, layer), module.encoder_attn
+
+
+def architecture(model: nn.Module) -> dict[str, list[int]]:
+    """Return ``{kind: [layers, heads]}`` of a model, the shape that statistics and masks of it have."""
+    shape: dict[str, list[int]] = {}
+    for site, module in attention_sites(model):
+        layers, _ = shape.get(site.kind.value, [0, 0])
+        shape[site.kind.value] = [layers + 1, module.num_heads]
+    return shape

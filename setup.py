@@ -1,0 +1,45 @@
+"""Packaging of ap-fairseq. Tool configuration (pytest, ruff, mypy) lives in pyproject.toml."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+VERSION = "0.1.0"
+
+setup(
+    name="ap-fairseq",
+    version=VERSION,
+    description="Attention Pruning (arXiv 2012.02030) for fairseq machine translation, on Triton block-sparse kernels",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    python_requires=">=3.11",
+    packages=find_packages(include=["ap_fairseq", "ap_fairseq.*", "triton_ops", "triton_ops.*"]),
+    install_requires=[
+        "ve-fairseq>=0.12.3",  # fairseq main with the Python 3.11 fixes; it imports as `fairseq`
+        "torch>=2.6",
+        "triton",
+        "sacrebleu>=2.3",
+        "sentencepiece",
+        "safetensors",
+        "matplotlib",
+        "numpy",
+    ],
+    extras_require={"dev": ["pytest", "pytest-timeout", "hypothesis", "ruff", "mypy"]},
+    entry_points={
+        "console_scripts": [
+            "ap-record = ap_fairseq.cli.record:main",
+            "ap-masks = ap_fairseq.cli.masks:main",
+            "ap-apply = ap_fairseq.cli.apply:main",
+            "ap-average = ap_fairseq.cli.average:main",
+            "ap-evaluate = ap_fairseq.cli.evaluate:main",
+        ]
+    },
+    classifiers=[
+        "License :: OSI Approved :: MIT License",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)
