@@ -156,7 +156,7 @@ def find_packages(packages: Sequence[str], folder: Path) -> dict[str, Path]:
 def unpack_packages(files: dict[str, Path], folder: Path) -> None:
     """``dpkg -x`` of every package into ``folder/<package name>``."""
     for name, file in files.items():
-        done = _run(["dpkg", "-x", str(file.resolve()), str(folder / name)], folder)
+        done = _run(["dpkg", "-x", str(file.absolute()), str(folder / name)], folder)
         if done.returncode:
             raise PrepareError(
                 f"{file} cannot be unpacked (dpkg -x, exit status {done.returncode}): {done.stderr.strip()}. "
@@ -551,19 +551,17 @@ def _remove(path: Path) -> None:
 def run_steps(out: Path, steps: Sequence[Step], report: Callable[[str], None] = print) -> dict[str, Any]:
     """Runs the steps that are not done yet, in order, and returns the counts of all.
 
-    A step is done when its marker in ``out/.steps`` holds its options and the key of the step before it, and its
-    products exist. Before a step runs, the markers and products of it and of all later steps go, ``counts.json`` first:
-    whatever interrupts the run, no product of old options is left beside new ones.
+    A step is done when its marker in ``out/.steps`` holds its options and its products exist. Before a step runs, the
+    markers and products of it and of all later steps go, ``counts.json`` first: whatever interrupts the run, no product
+    of old options is left beside new ones.
     """
     markers = out / ".steps"
     work = out / ".work"
     counts: dict[str, Any] = {}
-    key = ""
     for number, step in enumerate(steps):
-        key = hashlib.sha256(json.dumps([step.name, step.options, key], sort_keys=True).encode()).hexdigest()
         marker = markers / f"{step.name}.json"
         done = json.loads(marker.read_text("utf-8")) if marker.exists() else None
-        if done and done["key"] == key and all((out / product).exists() for product in step.products):
+        if done and done["options"] == step.options and all((out / product).exists() for product in step.products):
             report(f"{step.name}: done before")
             counts.update(done["counts"])
             continue
@@ -574,7 +572,7 @@ def run_steps(out: Path, steps: Sequence[Step], report: Callable[[str], None] = 
                 if done["options"].get(name) != step.options.get(name)
             }
             values = [f"{name}: {done['options'].get(name)} -> {step.options.get(name)}" for name in sorted(changed)]
-            report(f"{step.name}: again ({'; '.join(values) or 'an earlier step changed'})")
+            report(f"{step.name}: again ({'; '.join(values) or 'its products are gone'})")
         (out / "counts.json").unlink(missing_ok=True)
         for later in steps[number:]:
             (markers / f"{later.name}.json").unlink(missing_ok=True)
@@ -589,7 +587,7 @@ def run_steps(out: Path, steps: Sequence[Step], report: Callable[[str], None] = 
         shutil.rmtree(work)
         seconds = round(time.monotonic() - start, 1)
         step_counts = {**step_counts, f"seconds_{step.name}": seconds}
-        _write_json(marker, {"key": key, "options": step.options, "counts": step_counts})
+        _write_json(marker, {"options": step.options, "counts": step_counts})
         report(f"{step.name}: {seconds} s")
         counts.update(step_counts)
     return counts
@@ -597,19 +595,13 @@ def run_steps(out: Path, steps: Sequence[Step], report: Callable[[str], None] = 
 
 def steps_of(args: argparse.Namespace, pair: tuple[str, str]) -> list[Step]:
     out: Path = args.out
-    debs = None
+    packages = {"pair": list(pair)}
     if args.deb_dir is not None:
-        debs = {
-            name: [file.name, _file_hash(file)] for name, file in find_packages(packages_of(pair), args.deb_dir).items()
-        }
+        files = find_packages(packages_of(pair), args.deb_dir)
+        packages |= {name: f"{file.name} {_file_hash(file)}" for name, file in files.items()}
     code = _file_hash(Path(corpus.__file__), Path(__file__))
     return [
-        Step(
-            "packages",
-            ("packages",),
-            {"pair": pair, "debs": debs},
-            lambda work: build_packages(work, pair, args.deb_dir),
-        ),
+        Step("packages", ("packages",), packages, lambda work: build_packages(work, pair, args.deb_dir)),
         Step(
             "text",
             ("sentences", "segments.jsonl"),
@@ -738,6 +730,8 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     if args.out is None:
         name = f"{fairseq_language(args.source)}-{fairseq_language(args.target)}"
         args.out = Path(__file__).resolve().parent / "data" / name
+    # Absolute, because apt-get, dpkg and fairseq-preprocess do not all run in this folder.
+    args.out = args.out.absolute()
     return args
 
 

@@ -1,0 +1,755 @@
+"""The corpus builder of examples/libreoffice_help, on small hand-made pages, catalogues and packages; no network."""
+
+import fcntl
+import gettext
+import json
+import os
+import shutil
+import struct
+import subprocess
+import sys
+import tarfile
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "libreoffice_help"
+sys.path.insert(0, str(EXAMPLE))  # the example's scripts import each other by name, as when prepare.sh runs them
+
+import corpus  # noqa: E402
+import prepare  # noqa: E402
+from corpus import Block, Page, Pair  # noqa: E402
+
+# ---------------------------------------------------------------- help pages
+
+PAGE = """<!DOCTYPE html>
+<html><head><title>Title</title></head><body>
+<header><p>Before the display area</p></header>
+<div id="DisplayArea" itemprop="softwareHelp">
+<h1 id="hd_1" dir="auto"><a name="x"></a>Saving &amp; opening&nbsp;files
+</h1>
+<p id="par_1">Press <span id="s1" class="switchinline"><span hidden="true" id="MACx_1" class="MAC">Command</span><span
+ hidden="true" id="defaultx_1"><span class="keycode">Ctrl</span></span></span>+S.</p>
+<span id="s2" class="switch"><span hidden="true" id="CALCx_2" class="CALC"><p id="par_2">In a sheet.</p></span>
+<span hidden="true" id="WRITERx_2" class="WRITER"><p id="par_3">In a text.</p></span></span>
+<p id="par_4" class="code">Print "hello"</p>
+<div class="bascode"><pre dir="auto"><code>Sub Main<br>End Sub</code></pre></div>
+<ul><li><p id="par_5" class="listitem">One<br>two <img src="i.svg" alt="icon"></p></li><li>Bare item</li></ul>
+<table><tr><th>Key</th><td><p id="par_6"></p></td></tr></table>
+</div>
+<footer><p>After the display area</p></footer></body></html>
+"""
+
+
+def test_page_blocks():
+    """Only leaf blocks inside the display area, in order: of a switch the default variant or else the first, no code,
+    entities decoded, white space folded, empty blocks kept for the alignment."""
+    assert corpus.page_blocks(PAGE) == [
+        Block("h1", "hd_1", "Saving & opening files"),
+        Block("p", "par_1", "Press Ctrl+S."),
+        Block("p", "par_2", "In a sheet."),
+        Block("p", "par_5", "One two"),
+        Block("li", "", "Bare item"),
+        Block("th", "", "Key"),
+        Block("p", "par_6", ""),
+    ]
+
+
+def test_page_without_display_area():
+    """A page without a display area has no blocks; it is not an error, as stub pages exist."""
+    assert corpus.page_blocks("<html><body><p id='par_1'>Text</p></body></html>") == []
+
+
+def test_align_by_sequence():
+    """Equal tag sequences align one to one, blocks without id included; a pair with an empty side is left out."""
+    source = [Block("h1", "a", "Title"), Block("p", "", "Note"), Block("p", "b", ""), Block("td", "", "Cell")]
+    target = [Block("h1", "a", "Titel"), Block("p", "", "Hinweis"), Block("p", "b", "x"), Block("td", "", "Zelle")]
+    pairs, how = corpus.align_blocks(source, target)
+    assert how == "sequence"
+    assert pairs == [("Title", "Titel"), ("Note", "Hinweis"), ("Cell", "Zelle")]
+
+
+def test_align_by_id():
+    """Sections sorted by their translated titles align by id, although all tags agree: repeated ids in their order,
+    blocks without id by the id before them; what has no partner is left out."""
+    source = [
+        Block("h2", "and", "AND"),
+        Block("p", "example", "Example"),
+        Block("p", "", "Note for AND"),
+        Block("h2", "or", "OR"),
+        Block("p", "example", "Example, again"),
+        Block("p", "source_only", "New text"),
+        Block("h3", "now_a_heading", "Remarks"),
+    ]
+    target = [
+        Block("h2", "or", "ODER"),
+        Block("p", "example", "Beispiel"),
+        Block("p", "", "Hinweis"),
+        Block("h2", "and", "UND"),
+        Block("p", "example", "Noch ein Beispiel"),
+        Block("p", "target_only", "Alter Text"),
+        Block("h3", "target_heading", "Anmerkung"),
+    ]
+    assert [block.tag for block in source] == [block.tag for block in target]
+    pairs, how = corpus.align_blocks(source, target)
+    assert how == "id"
+    assert pairs == [
+        ("AND", "UND"),
+        ("Example", "Beispiel"),
+        ("Note for AND", "Hinweis"),
+        ("OR", "ODER"),
+        ("Example, again", "Noch ein Beispiel"),
+    ]
+    assert corpus.align_blocks(source[-1:], [Block("p", "now_a_heading", "Anmerkungen")]) == ([], "id")
+
+
+def test_align_pages():
+    """Pages align by name; pages of one language only and pages without text are counted, not aligned."""
+    text, empty = [Block("p", "a", "x")], [Block("p", "a", "")]
+    pages, counts = corpus.align_pages({"1": text, "2": text, "3": empty}, {"1": text, "3": text, "4": text})
+    assert pages == [Page("1", [Pair("x", "x")])]
+    assert counts == {"aligned_by_sequence": 1, "in_one_language": 2, "without_text": 1}
+
+
+@settings(deadline=None)
+@given(st.text())
+def test_clean_is_one_plain_line(text):
+    """Cleaned text is one line without control characters that fairseq or a line-based file could split at, and
+    cleaning it again changes nothing."""
+    cleaned = corpus.clean(text)
+    assert cleaned.splitlines() in ([], [cleaned])
+    assert cleaned.split() == cleaned.split(" ") or cleaned == ""
+    assert corpus.clean(cleaned) == cleaned
+
+
+def test_clean_examples():
+    """Soft hyphens and byte order marks go, no-break spaces become spaces, accents are composed, joiners stay."""
+    assert corpus.clean("\ufeffe\u0301t\u00ade\u00a0 1\n") == "éte 1"
+    assert corpus.clean("क\u094d\u200dष") == "क\u094d\u200dष"
+
+
+# ---------------------------------------------------------------- interface strings
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("_File", "File"),
+        ("S~chließen", "Schließen"),
+        ("ファイル(_F)", "ファイル"),
+        ("ファイル (~F)...", "ファイル..."),
+        ("_underline_", "_underline_"),
+        ("Ends with _", "Ends with _"),
+        ("_Add $(NEW_NAME) to %FILE_NAME", "Add $(NEW_NAME) to %FILE_NAME"),
+    ],
+)
+def test_strip_accelerator(text, expected):
+    """Accelerator marks go; marks that are part of the text, also inside placeholders, stay."""
+    assert corpus.strip_accelerator(text) == expected
+
+
+def test_interface_pair_placeholders():
+    """Pairs whose placeholders agree (in any order) stay, with the product's name filled in; others are dropped."""
+    pair = corpus.interface_pair("_Copy %1 to\n$(ARG1) in %PRODUCTNAME", "In %PRODUCTNAME %1 nach $(ARG1) _kopieren")
+    assert pair == ("Copy %1 to $(ARG1) in LibreOffice", "In LibreOffice %1 nach $(ARG1) kopieren")
+    assert corpus.interface_pair("Copy %1", "Kopieren") is None
+    assert corpus.interface_pair("Copy %1", "%1 und %1 kopieren") is None
+
+
+def write_mo(file: Path, messages: dict[str, str]) -> None:
+    """A gettext catalogue; ids sorted, plural forms separated by a zero byte, as the format demands."""
+    entries = sorted((key.encode(), text.encode()) for key, text in {"": HEADER, **messages}.items())
+    start = 28 + 16 * len(entries)
+    tables, data = [b"", b""], b""
+    for column in (0, 1):
+        for entry in entries:
+            tables[column] += struct.pack("<II", len(entry[column]), start + len(data))
+            data += entry[column] + b"\0"
+    head = struct.pack("<7I", 0x950412DE, 0, len(entries), 28, 28 + 8 * len(entries), 0, 0)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(head + tables[0] + tables[1] + data)
+
+
+HEADER = "Content-Type: text/plain; charset=UTF-8\nPlural-Forms: nplurals=2; plural=(n != 1);\n"
+
+
+def test_align_messages(tmp_path):
+    """With English, message ids are the text of the other side, without their context; two other languages meet by
+    message id; of a plural the first form counts."""
+    write_mo(
+        tmp_path / "de/LC_MESSAGES/sw.mo",
+        {"MENU|open\x04_Open": "_Öffnen", "row\0rows": "Zeile\0Zeilen", "X\x04Only German": "Nur Deutsch"},
+    )
+    write_mo(tmp_path / "fr/LC_MESSAGES/sw.mo", {"MENU|open\x04_Open": "_Ouvrir", "row\0rows": "ligne\0lignes"})
+    write_mo(tmp_path / "fr/LC_MESSAGES/sc.mo", {"X\x04Only German": "another catalogue"})
+    german, french = (corpus.read_messages(tmp_path / language) for language in ("de", "fr"))
+    pairs, counts = corpus.align_messages(None, german)
+    assert sorted(pairs) == [
+        ("sw", ("Only German", "Nur Deutsch")),
+        ("sw", ("Open", "Öffnen")),
+        ("sw", ("row", "Zeile")),
+    ]
+    assert counts == {"strings": 3, "placeholders": 0}
+    pairs, _ = corpus.align_messages(german, french)
+    assert sorted(pairs) == [("sw", ("Zeile", "ligne")), ("sw", ("Öffnen", "Ouvrir"))]
+    pairs, _ = corpus.align_messages(german, None)
+    assert ("sw", ("Öffnen", "Open")) in pairs
+
+
+def test_written_catalogue_is_gettext(tmp_path):
+    """The catalogues that these tests write mean to Python's gettext what their dictionary says."""
+    write_mo(tmp_path / "a.mo", {"ctx\x04id": "text", "row\0rows": "Zeile\0Zeilen"})
+    with (tmp_path / "a.mo").open("rb") as stream:
+        catalogue = gettext.GNUTranslations(stream)
+    assert catalogue.pgettext("ctx", "id") == "text"
+    assert catalogue.ngettext("row", "rows", 2) == "Zeilen"
+
+
+# ---------------------------------------------------------------- filters
+
+LONG_ENGLISH = "This text was never translated at all"
+
+
+@pytest.mark.parametrize(
+    ("rule", "source", "target"),
+    [
+        ("no_letters", "12.5 %", "Zwölf"),
+        ("no_letters", "Twelve", "12"),
+        ("untranslated", "svc.Do(a: str, b: str) : int", "svc.Do(a: str, b: str) : int"),
+        ("untranslated", "An older English text, since changed", LONG_ENGLISH),
+        ("markup", "Use the <br> tag", "Den Tag benutzen"),
+        ("markup", "Fish &amp; chips", "Fisch und Chips"),
+        ("separator", f"a {corpus.SEPARATOR} b", f"a {corpus.SEPARATOR} b"),
+        ("length_ratio", "Back", "Rückseiten, linke Seiten und alle anderen"),
+        (None, "LibreOffice Basic", "LibreOffice Basic"),
+        (None, LONG_ENGLISH, "Dieser Text wurde nie übersetzt"),
+        (None, "Use the <br> tag, or 1 < 2 & 3", "Den Tag <BR> oder 1 < 2 & 3"),
+        (None, "Back", "Rückseiten"),
+    ],
+)
+def test_filter_rules(rule, source, target):
+    """Each rule drops what its name says and leaves its near misses: short copies, English on the English side, shared
+    markup, comparison signs."""
+    ordinary = [Pair("A short text", "Ein kurzer Text"), Pair("Another text", "Noch ein Text")]
+    rules = corpus.Filter(ordinary, corpus.english_texts([LONG_ENGLISH, "LibreOffice Basic"]), True, False)
+    assert rules.broken_rule(Pair(source, target)) == rule
+
+
+def test_length_ratio_is_relative_to_the_languages():
+    """With a target script of a third of the length, such pairs pass and pairs of equal length fail, however many
+    untranslated copies the corpus has."""
+    ordinary = [Pair("e" * 90, "j" * 30), Pair("e" * 60, "j" * 20)]
+    copies = [Pair(f"Copy{number}", f"Copy{number}") for number in range(10)]
+    rules = corpus.Filter([*ordinary, *copies], frozenset(), True, False)
+    assert rules.broken_rule(Pair("e" * 120, "j" * 40)) is None
+    assert rules.broken_rule(Pair("e" * 120, "k" * 120)) == "length_ratio"
+
+
+# ---------------------------------------------------------------- splits
+
+
+def test_split_is_fixed_by_page_name_and_seed():
+    """The split of a page never changes between versions, machines and language pairs; the seed changes it; shares are
+    those asked for."""
+    names = [f"swriter/guide/{number}" for number in range(4000)]
+    splits = [corpus.split_of(name, 1, 0.1, 0.2) for name in names]
+    assert "".join(split[1] for split in splits[:24]) == "rererrrarrrrrrrrarrrrare"
+    assert splits != [corpus.split_of(name, 2, 0.1, 0.2) for name in names]
+    share = Counter(splits)
+    assert share["test"] / len(names) == pytest.approx(0.1, abs=0.02)
+    assert share["valid"] / len(names) == pytest.approx(0.2, abs=0.02)
+
+
+def test_seen_ignores_case_and_punctuation_on_either_side():
+    """A held-out pair is seen when either of its sides is in training, up to case and punctuation."""
+    seen = corpus.Seen([Pair("Click OK.", "Klicken Sie auf OK."), Pair("->", "=>")])
+    assert Pair("click ok", "Auf OK klicken") in seen
+    assert Pair("Press OK", "klicken sie auf OK") in seen
+    assert Pair("Press OK", "OK drücken") not in seen
+    assert Pair("<-", "<=") not in seen
+
+
+# ---------------------------------------------------------------- documents
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(0, 12), st.integers(0, 12)), min_size=1, max_size=30),
+    st.integers(1, 20),
+)
+@example([(1, 1), (9, 1), (1, 1)], 5)
+def test_cut_page(lengths, limit):
+    """Documents hold every segment that fits, once and in order; none is longer than the limit on either side,
+    separators counted; no document could also have taken the segment after it."""
+    page = Page("p", [Pair(f"s{index}", f"t{index}") for index in range(len(lengths))])
+    documents, too_long = corpus.cut_page(page, lengths, limit)
+
+    def tokens(first, count):
+        return [sum(length[side] for length in lengths[first : first + count]) + count - 1 for side in (0, 1)]
+
+    fits = [index for index, length in enumerate(lengths) if max(length) <= limit]
+    covered = [index for d in documents for index in range(d.first, d.first + len(d.pairs))]
+    assert covered == fits
+    assert too_long == len(lengths) - len(fits)
+    for document in documents:
+        assert document.pairs == page.pairs[document.first : document.first + len(document.pairs)]
+        assert max(tokens(document.first, len(document.pairs))) <= limit
+        following = document.first + len(document.pairs)
+        if following in fits:
+            assert max(tokens(document.first, len(document.pairs) + 1)) > limit
+
+
+# ---------------------------------------------------------------- the whole builder
+
+NOUNS = {"file": "Datei", "table": "Tabelle", "slide": "Folie", "sheet": "Blatt", "cell": "Zelle", "frame": "Rahmen"}
+VERBS = {"Open": "Öffnen", "Close": "Schließen", "Print": "Drucken", "Move": "Verschieben", "Delete": "Löschen"}
+
+
+def help_page(number: int, german: bool) -> str:
+    """Page ``number``: a heading that all pages share, five paragraphs of its own, one that ten pages share, and on the
+    held-out pages an interface string and a paragraph that training never sees."""
+    lines = [f"<h1 id='h'>{'Beispiel' if german else 'Example'}</h1>"]
+    for index, (english_verb, german_verb) in enumerate(VERBS.items()):
+        english_noun, german_noun = list(NOUNS.items())[(number + index) % len(NOUNS)]
+        english = f"{english_verb} {english_noun} {number} on page {index}…"
+        lines.append(
+            f"<p id='p{index}'>{f'{german_noun} {number} {german_verb}, Seite {index}…' if german else english}</p>"
+        )
+    lines.append(
+        f"<p id='group'>{f'Gruppe {number // 10} von Seiten' if german else f'Group {number // 10} of pages'}</p>"
+    )
+    if is_held_out(number):
+        lines.append(f"<p id='save'>{'Speichern unter' if german else 'Save as'}</p>")
+        lines.append(f"<p id='held_out'>{'Nur hier und dort' if german else 'Only here and there'}</p>")
+    return f'<html><body><div id="DisplayArea">{"".join(lines)}</div></body></html>'
+
+
+def is_held_out(number: int) -> bool:
+    return corpus.split_of(f"swriter/{number:03}", 1, prepare.TEST_FRACTION, prepare.VALID_FRACTION) != "train"
+
+
+def write_deb(folder: Path, name: str, files: dict[str, str]) -> None:
+    """A stand-in for a package, which the stand-in for dpkg below can unpack: a tar archive under a .deb name."""
+    tree = folder / f"tree-{name}"
+    for path, text in files.items():
+        file = tree / path
+        if path.endswith(".mo"):
+            write_mo(file, json.loads(text))
+        else:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(text, encoding="utf-8")
+    with tarfile.open(folder / f"{name}_4%3a7.4.7-1_all.deb", "w") as archive:
+        archive.add(tree, arcname=".")
+    shutil.rmtree(tree)
+
+
+@pytest.fixture(scope="module")
+def deb_dir(tmp_path_factory):
+    """The three packages that en-de needs: 150 help pages, two interface strings."""
+    folder = tmp_path_factory.mktemp("debs")
+    for package, language, german in (("en-us", "en-US", False), ("de", "de", True)):
+        root = f"usr/share/libreoffice/help/{language}/text/swriter"
+        pages = {f"{root}/{number:03}.html": help_page(number, german) for number in range(150)}
+        write_deb(folder, f"libreoffice-help-{package}", pages)
+    messages = {"M\x04_Save as": "Speichern _unter", "N\x04%1 rows": "Zeilen"}
+    write_deb(folder, "libreoffice-l10n-de", {"usr/lib/libreoffice/program/resource/de/sw.mo": json.dumps(messages)})
+    return folder
+
+
+def write_command(folder: Path, name: str, script: str) -> None:
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_text(f"#!/bin/sh\n{script}\n")
+    (folder / name).chmod(0o755)
+
+
+@pytest.fixture
+def commands(tmp_path, monkeypatch):
+    """A folder in front of PATH with a stand-in for dpkg."""
+    folder = tmp_path / "bin"
+    write_command(folder, "dpkg", 'mkdir -p "$3" && tar -xf "$2" -C "$3"')
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+    return folder
+
+
+def fake_data_bin(work, out, pair):
+    """fairseq-preprocess takes seconds to start; the end-to-end test of the pipeline runs it."""
+    (work / "data-bin").mkdir()
+    (work / "data-bin" / "made").write_text((out / "dict.txt").read_text())
+    return {}
+
+
+@pytest.fixture
+def run(tmp_path, deb_dir, commands, monkeypatch):
+    """run(*options) -> counts.json, into ``tmp_path/out``; everything but fairseq-preprocess and the real dpkg."""
+    monkeypatch.setattr(prepare, "build_data_bin", fake_data_bin)
+
+    def run(*options, deb_dir=deb_dir):
+        arguments = ["--out", str(tmp_path / "out"), "--deb-dir", str(deb_dir), "--bpe-size", "150", *options]
+        return prepare.prepare(prepare.parse_args(arguments))
+
+    return run
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file of a finished output folder that is data, by path."""
+    files = (file for file in sorted(folder.rglob("*")) if file.is_file())
+    paths = {file.relative_to(folder).as_posix(): file for file in files}
+    skipped = ("counts.json", ".lock", ".steps/", "packages/")
+    return {path: file.read_bytes() for path, file in paths.items() if not path.startswith(skipped)}
+
+
+def test_sentence_level(run, tmp_path):
+    """Files are parallel; no held-out text is in training, nor a valid text in test; training pairs are unique;
+    interface strings are in training only, those with unequal placeholders nowhere; counts agree with the files."""
+    counts = run()
+    lines = {}
+    for split in prepare.SPLITS:
+        source, target, pages = (
+            prepare.read_lines(tmp_path / "out/sentences" / f"{split}.{suffix}") for suffix in ("en", "de", "pages")
+        )
+        assert len(source) == len(target) == len(pages) == counts["split_pairs"][split] > 0
+        lines[split] = list(zip(source, target, pages, strict=True))
+        assert len({line[:2] for line in lines[split]}) == len(lines[split])
+    keys = {split: [{corpus.match_key(line[side]) for line in lines[split]} for side in (0, 1)] for split in lines}
+    for held_out, seen in (("test", "train"), ("valid", "train"), ("valid", "test")):
+        for side in (0, 1):
+            assert not keys[held_out][side] & keys[seen][side]
+    assert [line[:2] for line in lines["train"] if line[2].startswith("interface/")] == [("Save as", "Speichern unter")]
+    assert ("Example", "Beispiel") in [line[:2] for line in lines["train"]]
+    page_names = {split: {line[2].split("\t")[0] for line in lines[split]} for split in lines}
+    assert not page_names["test"] & page_names["train"]
+    assert counts["pages"]["in_both_languages"] == 150
+    assert counts["aligned_segments"] == 150 * 7 + 2 * sum(map(is_held_out, range(150)))
+    assert counts["unique_pairs"] == 150 * 5 + 15 + 1 + 2  # own, of groups, of all pages, of held-out pages
+    assert counts["interface"]["placeholders"] == 1
+    assert counts["packages"]["libreoffice-help-de"] == "4:7.4.7-1"
+    assert counts["options"]["bpe_size"] == 150
+
+
+def test_page_level(run, tmp_path):
+    """Documents keep to the limit, in tokens of what SentencePiece makes of their raw text; splitting the raw text at
+    the separator gives the segments that the map points to; decoding gives back the raw text; a page of training is
+    whole."""
+    run("--page-tokens", "60")
+    out = tmp_path / "out"
+    processor = prepare.load_sentencepiece(out / "spm.model")
+    records = [json.loads(line) for line in prepare.read_lines(out / "segments.jsonl")]
+    pages = {record["page"]: record["pairs"] for record in records}
+    documents = 0
+    for split in prepare.SPLITS:
+        spans = [line.split("\t") for line in prepare.read_lines(out / "pages" / f"{split}.pages")]
+        for side, language in enumerate(("en", "de")):
+            raw = prepare.read_lines(out / "pages" / f"{split}.{language}")
+            encoded = [line.split(" ") for line in prepare.read_lines(out / "bpe-pages" / f"{split}.{language}")]
+            assert prepare.encode(processor, raw) == encoded
+            assert [processor.decode(pieces) for pieces in encoded] == raw
+            assert max(map(len, encoded)) <= 60
+            for text, (page, first, count) in zip(raw, spans, strict=True):
+                segments = [pair[side] for pair in pages[page][int(first) : int(first) + int(count)]]
+                assert text.split(f" {corpus.SEPARATOR} ") == segments
+                documents += 1
+        per_page = Counter()
+        for page, _, count in spans:
+            per_page[page] += int(count)
+        assert per_page == {record["page"]: len(record["pairs"]) for record in records if record["split"] == split}
+    assert documents > 2 * 150, "no page was cut: the test would not see a wrong limit"
+    assert all(len(record["pairs"]) == 7 for record in records if record["split"] == "train")
+
+
+def test_dictionary(run, tmp_path):
+    """dict.txt and fairseq's four special symbols make --bpe-size entries, the separator is one, specials and
+    duplicates are none, and every piece of the training text is in it."""
+    assert run()["dictionary"] == 150
+    entries = [line.split(" ") for line in prepare.read_lines(tmp_path / "out/dict.txt")]
+    pieces = [piece for piece, _ in entries]
+    assert len(pieces) == len(set(pieces)) == 150 - 4
+    assert prepare.SEPARATOR_PIECE in pieces
+    assert not set(pieces) & {"<s>", "</s>", "<pad>", "<unk>"}
+    used = Counter()
+    for language in ("en", "de"):
+        used.update((tmp_path / f"out/bpe-sentences/train.{language}").read_text("utf-8").split())
+    assert used == {piece: int(frequency) for piece, frequency in entries if int(frequency)}
+
+
+def test_same_input_same_output(run, tmp_path):
+    """Two runs write the same bytes, the SentencePiece model included."""
+    run()
+    first = contents(tmp_path / "out")
+    shutil.rmtree(tmp_path / "out")
+    run()
+    assert contents(tmp_path / "out") == first
+
+
+def test_relative_folders(run, tmp_path, deb_dir, monkeypatch):
+    """Folders relative to the working directory: dpkg runs in another folder and was once given such a path as is."""
+    monkeypatch.chdir(tmp_path)
+    run("--out", "here/out", deb_dir=os.path.relpath(deb_dir))
+    assert (tmp_path / "here/out/counts.json").exists()
+
+
+def test_second_run_repeats_nothing(run, tmp_path, capsys):
+    """A finished folder is left as it is."""
+    run()
+    stamps = {file: file.stat().st_mtime_ns for file in (tmp_path / "out").rglob("*") if file.name != ".lock"}
+    capsys.readouterr()
+    run()
+    assert capsys.readouterr().out.count("done before") == 5
+    assert {file: file.stat().st_mtime_ns for file in stamps} == stamps
+
+
+def test_changed_option_repeats_what_depends_on_it(run, tmp_path, capsys):
+    """A changed option is named with both values, its step and the later ones run again, the earlier ones do not, and
+    the result is that of a fresh run."""
+    run("--page-tokens", "60")
+    capsys.readouterr()
+    counts = run("--page-tokens", "90")
+    report = capsys.readouterr().out
+    assert report.count("done before") == 3
+    assert "pages: again (page_tokens: 60 -> 90)" in report
+    assert "data_bin: done before" not in report
+    assert counts["options"]["page_tokens"] == 90
+    changed = contents(tmp_path / "out")
+    shutil.rmtree(tmp_path / "out")
+    run("--page-tokens", "90")
+    assert contents(tmp_path / "out") == changed
+
+
+@pytest.mark.parametrize(
+    "step", ["build_packages", "build_text", "build_sentencepiece", "build_pages", "build_data_bin"]
+)
+def test_interrupted_run(run, tmp_path, monkeypatch, step):
+    """A run that is interrupted in the middle of a step, after files were written, leaves no product of this or a later
+    step and no counts.json, also where an older run had finished; the next run completes it."""
+    run("--seed", "7")
+    expected_steps = ["build_packages", "build_text", "build_sentencepiece", "build_pages", "build_data_bin"]
+    products = [("packages",), ("sentences",), ("spm.model", "dict.txt"), ("pages",), ("data-bin",)]
+    done = getattr(prepare, step)
+
+    def interrupted(*args):
+        done(*args)
+        raise KeyboardInterrupt
+
+    if step == "build_packages":
+        shutil.rmtree(tmp_path / "out/packages")  # its options cannot change without other packages
+    monkeypatch.setattr(prepare, step, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run("--seed", "8")
+    assert not (tmp_path / "out/counts.json").exists()
+    for names in products[expected_steps.index(step) :]:
+        for name in names:
+            assert not (tmp_path / "out" / name).exists()
+    monkeypatch.setattr(prepare, step, done)
+    assert run("--seed", "8")["options"]["seed"] == 8
+    resumed = contents(tmp_path / "out")
+    shutil.rmtree(tmp_path / "out")
+    run("--seed", "8")
+    assert contents(tmp_path / "out") == resumed
+
+
+def test_interrupted_between_products(run, tmp_path, monkeypatch):
+    """Interrupted after one product of a step was put in place and before the next, the step counts as not done."""
+    rename = Path.rename
+
+    def interrupted(self, target):
+        if Path(target).name == "dict.txt":
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    assert (tmp_path / "out/spm.model").exists()
+    assert not (tmp_path / "out/.steps/sentencepiece.json").exists()
+    monkeypatch.setattr(Path, "rename", rename)
+    run()
+    assert (tmp_path / "out/dict.txt").exists()
+
+
+# ---------------------------------------------------------------- errors
+
+
+def prepare_sh(path: Path, *options: str) -> subprocess.CompletedProcess:
+    """prepare.sh on a machine whose PATH holds only ``path``, in the Python environment of the tests."""
+    write_command(path, "python3", f'exec "{sys.executable}" "$@"')
+    dirname = path / "dirname"
+    if not dirname.exists():
+        dirname.symlink_to(shutil.which("dirname"))
+    command = [shutil.which("bash"), str(EXAMPLE / "prepare.sh"), *options]
+    return subprocess.run(command, env={"PATH": str(path)}, text=True, capture_output=True)
+
+
+def test_without_apt(tmp_path):
+    """Without apt-get, the message says so and names the packages, the command to get them and --deb-dir; nothing that
+    looks finished is left."""
+    write_command(tmp_path / "bin", "dpkg", "exit 0")
+    done = prepare_sh(tmp_path / "bin", "de", "fr", "--out", str(tmp_path / "out"))
+    packages = "libreoffice-help-de libreoffice-help-en-us libreoffice-help-fr libreoffice-l10n-de libreoffice-l10n-fr"
+    assert done.returncode == 1
+    assert done.stderr.startswith("prepare.sh: error: this machine has no apt-get")
+    assert f"apt-get download {packages}" in done.stderr
+    assert "--deb-dir" in done.stderr
+    assert not (tmp_path / "out/counts.json").exists()
+    assert not (tmp_path / "out/packages").exists()
+
+
+def test_without_dpkg(tmp_path, deb_dir):
+    """With the packages at hand but no dpkg, the message names dpkg as what to install."""
+    done = prepare_sh(tmp_path / "bin", "--deb-dir", str(deb_dir), "--out", str(tmp_path / "out"))
+    assert done.returncode == 1
+    assert "this machine has no dpkg" in done.stderr
+    assert "Install the package `dpkg`" in done.stderr
+
+
+def test_without_python(tmp_path):
+    """Without python3, the message says to activate the environment."""
+    (tmp_path / "dirname").symlink_to(shutil.which("dirname"))
+    command = [shutil.which("bash"), str(EXAMPLE / "prepare.sh")]
+    done = subprocess.run(command, env={"PATH": str(tmp_path)}, text=True, capture_output=True)
+    assert done.returncode == 1
+    assert "no python3 on PATH; activate" in done.stderr
+
+
+APT_CACHE = """
+case "$1 $2" in
+    "show libreoffice-help-xx"|"show libreoffice-l10n-xx") exit 100;;
+    "show "*) exit 0;;
+    "pkgnames libreoffice-help-") printf 'libreoffice-help-%s\\n' fr de common;;
+esac
+"""
+
+
+def test_language_that_apt_does_not_offer(tmp_path):
+    """A language without packages is named, with the missing packages and the languages on offer."""
+    for name, script in (("apt-cache", APT_CACHE), ("apt-get", "exit 0"), ("dpkg", "exit 0")):
+        write_command(tmp_path / "bin", name, script)
+    done = prepare_sh(tmp_path / "bin", "en", "xx", "--out", str(tmp_path / "out"))
+    assert done.returncode == 1
+    assert "no Debian package libreoffice-help-xx and no libreoffice-l10n-xx: language 'xx'" in done.stderr
+    assert "apt offers help in: de fr\n" in done.stderr
+
+
+def test_apt_with_empty_lists(tmp_path):
+    """Where apt knows no package at all, the message asks for apt-get update instead of blaming the language."""
+    for name, script in (("apt-cache", "exit 100"), ("apt-get", "exit 100"), ("dpkg", "exit 0")):
+        write_command(tmp_path / "bin", name, script)
+    done = prepare_sh(tmp_path / "bin", "--out", str(tmp_path / "out"))
+    assert done.returncode == 1
+    assert "apt-get update" in done.stderr
+    assert "is not offered" not in done.stderr
+
+
+def test_failed_download(tmp_path):
+    """A failing apt-get download is reported with its own words and exit status."""
+    for name, script in (("apt-cache", "exit 0"), ("apt-get", "echo 'E: no route' >&2; exit 100"), ("dpkg", "exit 0")):
+        write_command(tmp_path / "bin", name, script)
+    done = prepare_sh(tmp_path / "bin", "--out", str(tmp_path / "out"))
+    assert done.returncode == 1
+    assert "exit status 100: E: no route. Check the network" in done.stderr
+
+
+def test_language_that_the_folder_lacks(run):
+    """With --deb-dir, a missing package is named with its language and the command that gets it."""
+    message = (
+        "no .deb file of libreoffice-help-fr libreoffice-l10n-fr \\(language 'fr'\\).*`apt-get download libreoffice"
+    )
+    with pytest.raises(prepare.PrepareError, match=message):
+        run("en", "fr")
+
+
+def test_two_versions_of_a_package(run, deb_dir, tmp_path):
+    """Two versions of one package in --deb-dir: an error that names both, not a guess."""
+    folder = tmp_path / "debs"
+    shutil.copytree(deb_dir, folder)
+    shutil.copy(next(folder.glob("libreoffice-help-de_*")), folder / "libreoffice-help-de_4%3a7.5.0-1_all.deb")
+    with pytest.raises(prepare.PrepareError, match="2 versions of libreoffice-help-de: .*7.4.7.*, .*7.5.0.*Keep one"):
+        run(deb_dir=folder)
+
+
+def test_damaged_package(run, deb_dir, tmp_path, capsys):
+    """A package that dpkg cannot unpack is named and nothing of it stays; other packages are noticed as a change."""
+    run()
+    capsys.readouterr()
+    folder = tmp_path / "debs"
+    shutil.copytree(deb_dir, folder)
+    next(folder.glob("libreoffice-l10n-de_*")).write_bytes(b"half a download")
+    with pytest.raises(
+        prepare.PrepareError, match="(?s)libreoffice-l10n-de_.* cannot be unpacked .*Download the package"
+    ):
+        run(deb_dir=folder)
+    report = capsys.readouterr().out
+    assert "packages: again (libreoffice-l10n-de: " in report
+    assert "libreoffice-help-de" not in report
+    assert not (tmp_path / "out/packages").exists()
+    assert not (tmp_path / "out/counts.json").exists()
+
+
+def test_foreign_output_folder(run, tmp_path):
+    """A folder with other contents is refused, and its files stay."""
+    (tmp_path / "out/pages").mkdir(parents=True)
+    (tmp_path / "out/pages/mine.txt").write_text("keep")
+    with pytest.raises(prepare.PrepareError, match="out is not empty and was not made by prepare.sh: choose another"):
+        run()
+    assert (tmp_path / "out/pages/mine.txt").read_text() == "keep"
+
+
+def test_output_that_cannot_be_made(run, tmp_path):
+    """An output path below a file is an error that names it."""
+    (tmp_path / "out").write_text("a file")
+    with pytest.raises(prepare.PrepareError, match="cannot write to --out .*out"):
+        run()
+
+
+def test_two_runs_at_once(run, tmp_path):
+    """A second run in the same folder stops while the first one works."""
+    run()
+    with (tmp_path / "out/.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(prepare.PrepareError, match="another run is working in"):
+            run()
+
+
+def test_dictionary_too_large(run):
+    """A --bpe-size that the text cannot fill is an error that names it, with SentencePiece's own reason."""
+    with pytest.raises(prepare.PrepareError, match="cannot train with --bpe-size 30000 on this text: .+"):
+        run("--bpe-size", "30000")
+
+
+def test_page_limit_below_every_segment(run):
+    """A --page-tokens that no segment fits is an error that names it."""
+    with pytest.raises(prepare.PrepareError, match="no train segment fits --page-tokens 1: all"):
+        run("--page-tokens", "1")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["de", "DE"], "source and target language are both 'de'"),
+        (["en", "en-US"], "source and target language are both 'en'"),
+        (["--page-tokens", "0"], "--page-tokens is 0, expected at least 1"),
+        (["--bpe-size", "10"], "--bpe-size is 10, expected at least 100"),
+        (["--character-coverage", "0.5"], "--character-coverage is 0.5, expected between 0.9 and 1"),
+        (["--sub-set", "3"], "unrecognized arguments: --sub-set"),
+    ],
+)
+def test_bad_arguments(arguments, message, capsys):
+    """Arguments that make no sense are refused with their value."""
+    with pytest.raises(SystemExit):
+        prepare.parse_args(arguments)
+    assert message in capsys.readouterr().err
+
+
+def test_language_names():
+    """pt_BR, pt-BR and pt-br are one language; in file names it has no hyphen, where fairseq splits the pair; English
+    needs no interface package; the character coverage follows the scripts."""
+    args = prepare.parse_args(["en", "pt_BR"])
+    assert (args.source, args.target, args.out.name) == ("en", "pt-br", "en-pt_br")
+    assert prepare.packages_of(("en", "pt-br")) == [
+        "libreoffice-help-en-us",
+        "libreoffice-help-pt-br",
+        "libreoffice-l10n-pt-br",
+    ]
+    assert args.character_coverage == 1.0
+    assert prepare.parse_args(["en", "ja"]).character_coverage == 0.9995
