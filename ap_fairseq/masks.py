@@ -152,7 +152,7 @@ def _ranked(stats: AttentionStats, spec: MaskSpec):
 def _scopes(units: Mapping[AttentionKind, _Units], stats: AttentionStats, spec: MaskSpec):
     """Yield (members, pairs to prune) for each group that shares a threshold; a member is (kind, index into L, H)."""
     groups = []
-    for kind in units.keys() & spec.budgets.keys():
+    for kind in (kind for kind in units if kind in spec.budgets):
         layers, heads = units[kind].score.shape[:2]
         n_layers, n_heads = {"layer": (layers, 1), "head": (layers, heads)}.get(spec.scope, (1, 1))
         target = spec.budgets[kind] * stats.occupancy[kind].sum() * layers * heads / (n_layers * n_heads)

@@ -7,7 +7,7 @@ import dataclasses
 import hashlib
 import json
 import logging
-from typing import Any
+from typing import Any, Optional  # fairseq's parser reads Optional[X], not X | None
 
 import numpy as np
 import torch
@@ -38,6 +38,13 @@ logger = logging.getLogger(__name__)
 
 # -- configuration ----------------------------------------------------------------------------------------------------
 
+# Sizes that follow another one unless they are given, as in fairseq's base architecture.
+_FOLLOWS = {
+    "decoder_embed_dim": II("model.encoder_embed_dim"),
+    "decoder_ffn_embed_dim": II("model.encoder_ffn_embed_dim"),
+    "decoder_input_dim": II("model.decoder_embed_dim"),
+    "decoder_output_dim": II("model.decoder_embed_dim"),
+}
 
 def _flat_fields() -> list[tuple[str, Any, Any]]:
     """Return the fields of fairseq's nested TransformerConfig under the flat names of its command line.
@@ -56,11 +63,9 @@ def _flat_fields() -> list[tuple[str, Any, Any]]:
         for inner in dataclasses.fields(nested[outer.name]):
             if inner.name == "_name":
                 continue
-            default = inner.default
-            if isinstance(default, str) and default.startswith("${"):  # II("model.decoder.embed_dim")
-                default = II("model.decoder_embed_dim")
-            inner_type = str | None if inner.name == "layers_to_keep" else inner.type  # given and parsed as "0,2,4"
             name = f"{outer.name}_{inner.name}"
+            default = _FOLLOWS.get(name, inner.default)
+            inner_type = Optional[str] if inner.name == "layers_to_keep" else inner.type  # given and parsed as "0,2,4"
             flat.append((name, inner_type, dataclasses.field(default=default, metadata=inner.metadata)))
     return flat
 
@@ -68,7 +73,7 @@ def _flat_fields() -> list[tuple[str, Any, Any]]:
 _MaskFields = [
     (
         "attention_masks",
-        str | None,
+        Optional[str],
         dataclasses.field(
             default=None,
             metadata={
@@ -92,6 +97,10 @@ PrunedTransformerConfig = dataclasses.make_dataclass(
 )
 PrunedTransformerConfig.__module__ = __name__
 PrunedTransformerConfig.__doc__ = "fairseq's TransformerConfig with flat names, plus the flags of this plugin."
+
+
+def _is_interpolation(value: Any) -> bool:
+    return isinstance(value, str) and value.startswith("${")
 
 
 # -- layers, encoder, decoder -----------------------------------------------------------------------------------------
@@ -263,7 +272,7 @@ class PrunedTransformerModel(TransformerModelBase):
         path = cfg.attention_masks
         _erase_mask_path(cfg)
         flat = OmegaConf.to_container(cfg, resolve=True, enum_to_str=True) if OmegaConf.is_config(cfg) else vars(cfg)
-        args = argparse.Namespace(**flat)
+        args = argparse.Namespace(**{name: value for name, value in flat.items() if not _is_interpolation(value)})
         transformer_legacy.base_architecture(args)
         model = super().build_model(TransformerConfig.from_namespace(args), task)
         if path:
@@ -297,8 +306,7 @@ class PrunedTransformerModel(TransformerModelBase):
                 tensors[f"{kind.value}.range"].clone(),
             )
         provenance = {**masks.metadata, "file_sha256": file_hash, "masks_sha256": self.masks_sha256()}
-        text = json.dumps(provenance, sort_keys=True)
-        self.mask_metadata = torch.tensor([ord(c) for c in text], device=self.mask_metadata.device)
+        self.mask_metadata = encode_provenance(provenance).to(self.mask_metadata.device)
         self._masks_from_file = True
 
     def masks_sha256(self) -> str:
@@ -317,18 +325,9 @@ class PrunedTransformerModel(TransformerModelBase):
             ArtifactError: if provenance and masks do not belong together, as after averaging checkpoints with
                 different masks.
         """
-        if self.mask_metadata.numel() == 0:
-            return None
-        damaged = ArtifactError(
-            "the masks in this checkpoint do not match their stored SHA-256; it is damaged, or an average of "
-            "checkpoints with different masks"
-        )
-        try:
-            provenance = json.loads("".join(map(chr, self.mask_metadata.tolist())))
-        except ValueError as error:
-            raise damaged from error
-        if provenance["masks_sha256"] != self.masks_sha256():
-            raise damaged
+        provenance = decode_provenance(self.mask_metadata)
+        if provenance is not None and provenance["masks_sha256"] != self.masks_sha256():
+            raise ArtifactError(DAMAGED_MASKS)
         return provenance
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
@@ -353,6 +352,31 @@ class PrunedTransformerModel(TransformerModelBase):
         else:
             logger.info(f"attention masks {provenance['masks_sha256'][:12]}: {describe_sparsity(provenance)}")
         return result
+
+
+DAMAGED_MASKS = (
+    "the masks in this checkpoint do not match the SHA-256 stored with them; it is damaged, or an average of checkpoints "
+    "with different masks"
+)
+
+
+def encode_provenance(provenance: dict[str, Any]) -> Tensor:
+    """Return a JSON document as int64 (n,), one character each."""
+    return torch.tensor([ord(c) for c in json.dumps(provenance, sort_keys=True)], dtype=torch.int64)
+
+
+def decode_provenance(codes: Tensor | None) -> dict[str, Any] | None:
+    """Invert :func:`encode_provenance`; None for an absent or empty tensor.
+
+    Raises:
+        ArtifactError: if the codes are no JSON document.
+    """
+    if codes is None or codes.numel() == 0:
+        return None
+    try:
+        return json.loads("".join(map(chr, codes.tolist())))
+    except ValueError as error:
+        raise ArtifactError(DAMAGED_MASKS) from error
 
 
 def _erase_mask_path(cfg) -> None:

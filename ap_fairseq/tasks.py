@@ -1,10 +1,9 @@
 """fairseq tasks: ``attention_recording`` runs a trained translation model over a data set and writes its statistics."""
 
-from __future__ import annotations
-
 import logging
 import os
 from dataclasses import dataclass, field
+from typing import Optional  # fairseq's parser reads Optional[X], not X | None
 
 import torch.distributed as dist
 from fairseq import distributed_utils
@@ -22,13 +21,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class AttentionRecordingConfig(TranslationConfig):
-    stats_output: str | None = field(default=None, metadata={"help": "file to write the attention statistics to"})
+    stats_output: Optional[str] = field(default=None, metadata={"help": "file to write the attention statistics to"})
     stats_max_positions: int = field(
         default=1024,
         metadata={"help": "record positions below this; cells beyond are counted and reported, not recorded"},
     )
     stats_overwrite: bool = field(default=False, metadata={"help": "replace an existing statistics file"})
-    stats_checkpoint: str | None = field(
+    stats_checkpoint: Optional[str] = field(
         default=None, metadata={"help": "checkpoint whose SHA-256 is stored with the statistics"}
     )
 
@@ -123,4 +122,10 @@ class AttentionRecordingTask(TranslationTask):
                 f"{stats.metadata['pairs_recorded'][kind.value]:,} pairs recorded, "
                 f"{stats.metadata['pairs_beyond_range'][kind.value]:,} beyond the range"
             )
-        logger.info(f"{stats.metadata['sentences']:,} sentences -> {self.cfg.stats_output}")
+        sentences, available = stats.metadata["sentences"], len(self.datasets[self.subset])
+        logger.info(f"{sentences:,} of {available:,} sentences -> {self.cfg.stats_output}")
+        if sentences < available:
+            logger.warning(
+                f"{available - sentences:,} sentences were not recorded: longer than the model's positions, or dropped "
+                "from the last batch by --required-batch-size-multiple"
+            )

@@ -27,6 +27,7 @@ def command(main: Callable[[list[str]], None]) -> Callable[[], None]:
             datefmt="%Y-%m-%d %H:%M:%S",
             level=os.environ.get("LOGLEVEL", "INFO").upper(),
             stream=sys.stderr,
+            force=True,  # importing fairseq sets up logging in its own format
         )
         logger.info(f"ap_fairseq {ap_fairseq.__version__}: {shlex.join([program, *argv])}")
         try:

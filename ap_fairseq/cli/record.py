@@ -47,6 +47,9 @@ def main(argv: list[str]) -> None:
         raise ArtifactError(f"data folder {args.data} does not exist; make it with fairseq-preprocess")
     if not any(flag in fairseq_argv for flag in ("--max-tokens", "--batch-size", "--max-sentences")):
         fairseq_argv += ["--max-tokens", "12000"]
+    if "--required-batch-size-multiple" not in fairseq_argv:
+        # With its default of 8, fairseq main silently drops a last batch that is no multiple of it.
+        fairseq_argv += ["--required-batch-size-multiple", "1"]
 
     parser = options.get_validation_parser()
     fairseq_argv = [args.data, "--task", TASK, "--path", args.path, "--valid-subset", args.subset, *fairseq_argv]

@@ -1,0 +1,152 @@
+"""Checkpoint surgery: put masks into a dense checkpoint without training, and average checkpoints."""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from fairseq import tasks, utils
+from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+from fairseq.models.transformer import transformer_legacy
+from omegaconf import OmegaConf
+
+from ap_fairseq.artifacts import (
+    ArtifactError,
+    PruningMasks,
+    atomic_output,
+    dictionary_sha256,
+    file_sha256,
+    load_checkpoint,
+    refuse_existing,
+)
+from ap_fairseq.models import PrunedTransformerConfig
+from ap_fairseq.sites import architecture
+
+MODEL = "pruned_transformer"
+
+
+def save_checkpoint(state: dict[str, Any], path, overwrite: bool) -> None:
+    """Write *state* to a temporary name and rename it."""
+    with atomic_output(path, overwrite) as temporary:
+        torch.save(state, temporary)
+
+
+def apply_masks(checkpoint, masks_file, output, data: str | None = None, overwrite: bool = False) -> dict[str, Any]:
+    """Write a pruned checkpoint: the weights of *checkpoint* under the masks of *masks_file*, without training.
+
+    Optimizer state is left out: the result is for translating, or for ``--finetune-from-model``.
+
+    Args:
+        checkpoint: path of a dense ``transformer*`` or a pruned checkpoint.
+        data: data-bin folder with the dictionaries; default: the one stored in the checkpoint.
+
+    Returns:
+        The provenance stored with the masks.
+
+    Raises:
+        ArtifactError: if a file is missing or damaged, the architecture is no transformer, or masks and model do not
+            belong together.
+    """
+    refuse_existing(output, overwrite)
+    masks = PruningMasks.load(masks_file)
+    state = load_checkpoint(checkpoint)
+    state = _with_pruned_config(state, checkpoint)
+    cfg = OmegaConf.create(state["cfg"], flags={"allow_objects": True})
+    if data is not None:
+        cfg.task.data = data
+    try:
+        task = tasks.setup_task(cfg.task, from_checkpoint=True)
+    except FileNotFoundError as error:
+        raise ArtifactError(f"the dictionaries of {checkpoint} are not at {cfg.task.data}; pass --data DIR") from error
+    model = task.build_model(cfg.model, from_checkpoint=True)
+    dictionaries = {
+        "source": dictionary_sha256(task.source_dictionary),
+        "target": dictionary_sha256(task.target_dictionary),
+    }
+    masks.require_model(architecture(model), dictionaries, masks_file)
+    model.set_masks(masks, file_sha256(masks_file))
+    model.load_state_dict(state["model"], strict=True, model_cfg=cfg.model)
+    result = {
+        "args": None,
+        "cfg": state["cfg"],
+        "model": model.state_dict(),
+        "criterion": None,
+        "optimizer_history": state.get("optimizer_history", [])[-1:],
+        "task_state": state.get("task_state", {}),
+        "extra_state": {},
+        "last_optimizer_state": None,
+    }
+    save_checkpoint(utils.move_to_cpu(result), output, overwrite)
+    return model.masks_provenance()
+
+
+def _with_pruned_config(state: dict[str, Any], checkpoint) -> dict[str, Any]:
+    """Return *state* with a ``cfg`` whose model is ``pruned_transformer`` of the same sizes."""
+    if state.get("cfg"):
+        cfg = OmegaConf.to_container(OmegaConf.create(state["cfg"], flags={"allow_objects": True}))
+    else:
+        legacy = convert_namespace_to_omegaconf(state["args"])
+        cfg = OmegaConf.to_container(legacy)
+    stored = cfg["model"]
+    name = stored.get("_name") if isinstance(stored, dict) else getattr(stored, "_name", getattr(stored, "arch", None))
+    if name is not None and name.startswith(MODEL):
+        return {**state, "cfg": cfg}
+    if name is None or not name.startswith("transformer") or name.startswith("transformer_lm"):
+        raise ArtifactError(
+            f"{checkpoint} holds a model {name!r}; masks apply to fairseq's encoder-decoder transformer* architectures"
+        )
+    sizes = argparse.Namespace(**_flattened(stored))
+    transformer_legacy.base_architecture(sizes)
+    cfg["model"] = {**dataclasses.asdict(PrunedTransformerConfig.from_namespace(sizes)), "_name": MODEL}
+    return {**state, "cfg": cfg}
+
+
+def _flattened(stored) -> dict[str, Any]:
+    """Return the flat names of a stored model configuration, which is a Namespace or a nested TransformerConfig."""
+    if isinstance(stored, argparse.Namespace):
+        return vars(stored)
+    flat = {}
+    for key, value in stored.items():
+        if isinstance(value, dict):
+            flat.update({f"{key}_{inner}": inner_value for inner, inner_value in value.items()})
+        else:
+            flat[key] = value
+    return flat
+
+
+def average_checkpoints(paths: Sequence, output, overwrite: bool = False) -> None:
+    """Write the mean of the parameters of several checkpoints; everything else comes from the last.
+
+    Floating-point tensors are averaged in float64. Integer tensors are masks, positions and versions: they must agree.
+
+    Raises:
+        ArtifactError: if a file is missing or damaged, or parameters or masks differ between the files.
+    """
+    refuse_existing(output, overwrite)
+    totals: dict[str, torch.Tensor] = collections.OrderedDict()
+    state: dict[str, Any] = {}
+    for path in paths:
+        state = load_checkpoint(path)
+        parameters = state["model"]
+        if totals and parameters.keys() != totals.keys():
+            different = sorted(parameters.keys() ^ totals.keys())
+            raise ArtifactError(f"{path} and {paths[0]} hold different parameters, e.g. {different[0]}")
+        for name, value in parameters.items():
+            if not totals.get(name, value).shape == value.shape:
+                raise ArtifactError(f"{name} has shape {value.shape} in {path}, {totals[name].shape} in {paths[0]}")
+            if value.is_floating_point():
+                totals[name] = totals[name] + value.double() if name in totals else value.double()
+            elif not torch.equal(totals.setdefault(name, value), value):
+                raise ArtifactError(f"{name} differs between {path} and {paths[0]}: were they trained with other masks?")
+    dtypes = {name: value.dtype for name, value in state["model"].items()}
+    state["model"] = collections.OrderedDict(
+        (name, (total / len(paths)).to(dtypes[name]) if total.is_floating_point() else total)
+        for name, total in totals.items()
+    )
+    save_checkpoint(state, output, overwrite)
+
+

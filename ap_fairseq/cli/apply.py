@@ -1,0 +1,31 @@
+"""``ap-apply``: put pruning masks into a checkpoint without training."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+
+from ap_fairseq.checkpoints import apply_masks
+from ap_fairseq.cli.common import add_output, command
+from ap_fairseq.models import describe_sparsity
+
+logger = logging.getLogger(__name__)
+
+
+def get_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description="Write a pruned_transformer checkpoint with the weights of a dense (or pruned) checkpoint and the "
+        "given masks, to translate without fine-tuning or to start fine-tuning from."
+    )
+    parser.add_argument("checkpoint", help="checkpoint of a transformer* or pruned_transformer* architecture")
+    parser.add_argument("--attention-masks", required=True, metavar="FILE", help="file written by ap-masks")
+    parser.add_argument("--data", metavar="DIR", help="data-bin with the dictionaries (default: as in the checkpoint)")
+    add_output(parser, "the pruned checkpoint")
+    return parser
+
+
+@command
+def main(argv: list[str]) -> None:
+    args = get_parser().parse_args(argv)
+    provenance = apply_masks(args.checkpoint, args.attention_masks, args.output, args.data, args.overwrite)
+    logger.info(f"{describe_sparsity(provenance)} -> {args.output}")

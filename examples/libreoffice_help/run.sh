@@ -1,0 +1,132 @@
+#!/usr/bin/env bash
+# Attention Pruning on LibreOffice's help: dense training -> attention statistics -> masks -> fine-tuning -> BLEU.
+#
+#   run.sh [--pair "en de"] [--size full|small] [--systems "joint ..."] [--jobs N] [--out DIR] [--data DIR]
+#          [--dense-updates N] [--tune-updates N]
+#
+# --size     full: transformer_iwslt_de_en in half precision, for a GPU; small: a small model for two CPU cores.
+#            Default: full where torch sees a GPU.
+# --systems  which masks to make (see `masks_of`); each is scored without and with fine-tuning. Default: joint.
+# --jobs     how many systems run at the same time (they share the GPU). Default: 1.
+# --out      folder of the run; a second run with the same settings skips finished stages.
+# --data     folder of prepare.sh; made if it does not exist.
+# --dense-updates, --tune-updates   length of training and fine-tuning, instead of the size's own.
+#
+# Needs the package installed (scripts/setup.sh). Writes results.json and prints its table.
+set -euo pipefail
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+source "$here/../../scripts/stages.sh"
+
+pair="en de" size="" systems="joint" jobs=1 run="" data="" dense_updates="" tune_updates=""
+while [ $# -gt 0 ]; do
+  case $1 in
+    --pair | --size | --systems | --jobs | --out | --data | --dense-updates | --tune-updates)
+      [ $# -ge 2 ] || { echo "error: $1 needs a value" >&2; exit 2; } ;;&
+    --pair) pair=$2 ;;
+    --size) size=$2 ;;
+    --systems) systems=$2 ;;
+    --jobs) jobs=$2 ;;
+    --out) run=$2 ;;
+    --data) data=$2 ;;
+    --dense-updates) dense_updates=$2 ;;
+    --tune-updates) tune_updates=$2 ;;
+    *) echo "error: unknown option $1; see the head of $0" >&2; exit 2 ;;
+  esac
+  shift 2
+done
+read -r src tgt <<< "$pair"
+if [ -z "$size" ]; then
+  size=$(python -c 'import torch; print("full" if torch.cuda.is_available() else "small")')
+fi
+run=${run:-$here/runs/$src-$tgt-$size}
+data=${data:-$here/data/$src-$tgt}
+bin=$data/data-bin/sentences
+plugin=(--user-dir "$here/../../ap_fairseq")
+
+case $size in
+  full)
+    sizes=(--arch transformer_iwslt_de_en --dropout 0.3 --fp16 --max-tokens 16384)
+    dense_updates=${dense_updates:-5000} tune_updates=${tune_updates:-600}
+    dense_lr=(--lr 7e-4 --warmup-updates 1000) tune_lr=(--lr 2e-4 --warmup-updates 60)
+    device=(--fp16) record_batch=(--max-tokens 16384) generate_batch=(--max-tokens 24000) ;;
+  small)
+    sizes=(--arch transformer --encoder-layers 3 --decoder-layers 3 --encoder-embed-dim 256 --encoder-ffn-embed-dim 512
+      --encoder-attention-heads 4 --decoder-attention-heads 4 --dropout 0.1 --cpu --max-tokens 3000)
+    dense_updates=${dense_updates:-1500} tune_updates=${tune_updates:-150}
+    dense_lr=(--lr 2e-3 --warmup-updates 300) tune_lr=(--lr 5e-4 --warmup-updates 30)
+    device=(--cpu) record_batch=(--max-tokens 6000) generate_batch=(--max-tokens 4000) ;;
+  *) echo "error: --size $size is not full or small" >&2; exit 2 ;;
+esac
+
+training=(--task translation --source-lang "$src" --target-lang "$tgt" --share-all-embeddings
+  --optimizer adam --adam-betas '(0.9, 0.98)' --weight-decay 1e-4 --lr-scheduler inverse_sqrt
+  --criterion label_smoothed_cross_entropy --label-smoothing 0.1 --seed 1 --num-workers 2
+  --no-epoch-checkpoints --log-format json --log-interval 50 --skip-invalid-size-inputs-valid-test)
+
+# The ap-masks flags of each system, at half of the pairs.
+masks_of() {
+  local every=(--encoder-self 0.5 --decoder-self 0.5 --cross 0.5)
+  case $1 in
+    joint) echo "${every[@]}" ;;
+    encoder_self) echo --encoder-self 0.5 ;;
+    decoder_self) echo --decoder-self 0.5 ;;
+    cross) echo --cross 0.5 ;;
+    random) echo "${every[@]}" --procedure random ;;
+    window) echo "${every[@]}" --procedure window ;;
+    as-published) echo "${every[@]}" --procedure as-published ;;
+    all-kept) ;;
+    *)
+      echo "error: unknown system $1; known: joint encoder_self decoder_self cross random window as-published all-kept" >&2
+      return 2 ;;
+  esac
+}
+
+# A batch size multiple of 1, because with its default of 8 fairseq drops up to 7 test sentences without a word.
+translate() {  # NAME CHECKPOINT
+  stage "$1.generate" fairseq-generate "$bin" "${plugin[@]}" --path "$2" --source-lang "$src" --target-lang "$tgt" \
+    --beam 5 --remove-bpe sentencepiece --required-batch-size-multiple 1 "${generate_batch[@]}" "${device[@]}"
+}
+
+system() {  # NAME
+  local name=$1 flags
+  flags=$(masks_of "$name")
+  # shellcheck disable=SC2086  (flags are words)
+  stage "$name.masks" ap-masks "$run/stats.safetensors" $flags -o "$run/$name.safetensors" --overwrite
+  stage "$name.apply" ap-apply "$run/dense/checkpoint_best.pt" --attention-masks "$run/$name.safetensors" --data "$bin" \
+    -o "$run/$name.untuned.pt" --overwrite
+  translate "$name.untuned" "$run/$name.untuned.pt"
+  stage "$name.tune" fairseq-train "$bin" "${plugin[@]}" "${training[@]}" "${sizes[@]/#transformer/pruned_transformer}" \
+    "${tune_lr[@]}" --max-update $tune_updates --finetune-from-model "$run/dense/checkpoint_best.pt" \
+    --attention-masks "$run/$name.safetensors" --save-dir "$run/$name.tuned"
+  translate "$name.tuned" "$run/$name.tuned/checkpoint_best.pt"
+}
+
+for name in $systems; do masks_of "$name" > /dev/null; done
+[ -e "$bin/dict.$src.txt" ] || stage prepare bash "$here/prepare.sh" "$src" "$tgt" --out "$data"
+stage dense.train fairseq-train "$bin" "${training[@]}" "${sizes[@]}" "${dense_lr[@]}" --max-update $dense_updates \
+  --save-dir "$run/dense"
+stage dense.record ap-record "$bin" --path "$run/dense/checkpoint_best.pt" --subset train \
+  -o "$run/stats.safetensors" --overwrite "${record_batch[@]}" "${device[@]}" --log-format simple
+translate dense "$run/dense/checkpoint_best.pt"
+
+running=0
+for name in $systems; do
+  system "$name" &
+  running=$((running + 1))
+  if [ "$running" -ge "$jobs" ]; then
+    wait -n
+    running=$((running - 1))
+  fi
+done
+while [ "$running" -gt 0 ]; do
+  wait -n
+  running=$((running - 1))
+done
+
+scored=("dense=$run/logs/dense.generate.log,$run/dense/checkpoint_best.pt")
+for name in $systems; do
+  scored+=("$name.untuned=$run/logs/$name.untuned.generate.log,$run/$name.untuned.pt")
+  scored+=("$name.tuned=$run/logs/$name.tuned.generate.log,$run/$name.tuned/checkpoint_best.pt")
+done
+ap-evaluate "${scored[@]}" --reference "$data/sentences/test.$tgt" --stages "$run/stages" -o "$run/results.json" --overwrite
+echo "results: $run/results.json"

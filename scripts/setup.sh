@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# Makes the virtual environment .venv and installs the package with its development tools; quick when it is all there.
+# Sourced by quickstart.sh and test.sh. AP_PYTHON names another interpreter than python3 (3.11 or 3.12).
+set -euo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+python=${AP_PYTHON:-python3}
+
+"$python" - <<'PY' || exit 1
+import sys
+if not (3, 11) <= sys.version_info[:2] <= (3, 12):
+    sys.exit(f"ap-fairseq needs Python 3.11 or 3.12, for which ve-fairseq has wheels; {sys.executable} is "
+             f"{sys.version.split()[0]}. Set AP_PYTHON=/path/to/python3.11.")
+PY
+
+if [ ! -x "$root/.venv/bin/python" ]; then
+  echo "setup: creating $root/.venv"
+  "$python" -m venv "$root/.venv"
+fi
+# shellcheck disable=SC1091
+source "$root/.venv/bin/activate"
+
+wanted=$(sha256sum "$root/setup.py" "${BASH_SOURCE[0]}" | sha256sum)
+if [ "$(cat "$root/.venv/ap-fairseq.installed" 2>/dev/null)" != "$wanted" ]; then
+  if ! command -v nvidia-smi >/dev/null && ! python -c 'import torch' 2>/dev/null; then
+    echo "setup: no GPU here, installing torch 2.13.0 first (a plain 'torch' may pull gigabytes of CUDA)"
+    python -m pip install -q torch==2.13.0
+  fi
+  echo "setup: installing ap-fairseq"
+  python -m pip install -q -e "$root[dev]"
+  echo "$wanted" > "$root/.venv/ap-fairseq.installed"
+fi
