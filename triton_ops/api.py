@@ -1,0 +1,257 @@
+"""Public functions: check the arguments, then hand over to the kernels or to the eager reference."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .layout import AttentionLayout
+from .reference import attention_reference, decode_reference
+
+HEAD_SIZES = (16, 32, 64, 96, 128)
+KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+BACKENDS = ("auto", "triton", "eager")
+
+
+def interpreted() -> bool:
+    """Whether the kernels run in Triton's interpreter (TRITON_INTERPRET=1 when triton was imported)."""
+    from .config import INTERPRETED
+
+    return INTERPRETED
+
+
+def _use_kernels(backend: str, q: Tensor) -> bool:
+    """Resolve the back end. One that is asked for by name is used or refused, never replaced."""
+    if backend not in BACKENDS:
+        raise ValueError(f"unknown attention backend {backend!r}; choose one of {', '.join(BACKENDS)}")
+    if backend == "eager" or (backend == "auto" and not q.is_cuda):
+        return False
+    problem = None
+    if q.dtype not in KERNEL_DTYPES:
+        problem = f"dtype {q.dtype}; the kernels take {', '.join(str(t) for t in KERNEL_DTYPES)}"
+    elif q.size(-1) not in HEAD_SIZES:
+        problem = f"head size {q.size(-1)}; the kernels take {', '.join(map(str, HEAD_SIZES))}"
+    elif not q.is_cuda and not interpreted():
+        problem = f"tensors on {q.device}; move them to a GPU, or set TRITON_INTERPRET=1 before the first import"
+    if problem is None:
+        return True
+    if backend == "triton":
+        raise ValueError(f"backend 'triton' cannot run on {problem}; or use backend 'eager'")
+    return False
+
+
+def _check_lengths(name: str, lengths: Tensor | None, batch: int, size: int, device: torch.device) -> None:
+    if lengths is None:
+        return
+    if lengths.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name} must be int32 or int64, got {lengths.dtype}")
+    if lengths.shape != (batch,):
+        raise ValueError(f"{name} must have shape ({batch},), one length per sentence, got {tuple(lengths.shape)}")
+    if lengths.device != device:
+        raise ValueError(f"{name} is on {lengths.device} but q is on {device}; move it with .to(q.device)")
+    if not lengths.is_cuda and not torch.compiler.is_compiling():
+        check_length_values(name, lengths, size)
+
+
+def check_length_values(name: str, lengths: Tensor, size: int) -> None:
+    """Raise ValueError if a length is negative or above `size`.
+
+    Called for CPU tensors in every call. On a GPU it would be a host synchronisation, so there the kernels
+    clamp lengths to [0, size] and this check is for the caller to make where a synchronisation costs nothing.
+    """
+    if lengths.numel() == 0:
+        return
+    low, high = int(lengths.min()), int(lengths.max())
+    if low < 0 or high > size:
+        raise ValueError(f"{name} must lie in [0, {size}], the sequence size, got values from {low} to {high}")
+
+
+def _rows(x: Tensor) -> Tensor:
+    """The kernels read rows of D consecutive elements; every other stride is free."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _check_scale(scale: float | None, dim: int) -> float:
+    scale = dim**-0.5 if scale is None else float(scale)
+    if not (scale > 0 and math.isfinite(scale)):
+        raise ValueError(f"scale must be positive and finite, got {scale}; fold a sign into q")
+    return scale
+
+
+def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Attention is a matrix product: under autocast its inputs take the autocast type, as in SDPA."""
+    kind = q.device.type
+    if torch.is_autocast_enabled(kind) and q.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(kind)
+        return q.to(dtype), k.to(dtype), v.to(dtype)
+    return q, k, v
+
+
+def block_sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: AttentionLayout,
+    *,
+    q_lengths: Tensor | None = None,
+    k_lengths: Tensor | None = None,
+    causal: bool = False,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+    scale: float | None = None,
+    backend: str = "auto",
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention over the kept cells of `layout`; skipped tiles are never read or computed.
+
+    q: (B, H, Tq, D); k, v: (B, H, Tk, D): float16, bfloat16 or float32, any strides (views of time-first
+        tensors need no copy as long as the D elements of a row are adjacent). D is 16, 32, 64, 96 or 128.
+    layout: of H heads or 1, with q_size >= Tq and k_size >= Tk; its upper left corner is used.
+    q_lengths, k_lengths: (B,) int32 or int64, valid positions from the left (right padding). Padded query
+        rows give 0, padded keys and values are not read. On a GPU values are clamped to the sizes
+        (`check_length_values` checks them).
+    causal: also drop the cells j > i.
+    dropout_p, seed: dropout on the probabilities. `seed` is an int or a one-element int64 tensor on the
+        device (read when the kernel runs, so a captured CUDA graph can change it); None draws one from
+        torch's generator. The same seed gives the same bits in both back ends.
+    scale: of the scores; D ** -0.5 by default.
+    backend: "triton", "eager" or "auto" (triton for tensors on a GPU that the kernels take, else eager).
+    return_lse: also return log Σ exp of every row's scores, (B, H, Tq) float32, in natural units.
+
+    Returns out (B, H, Tq, D), laid out in memory as q, or (out, lse). Rows without a visible key are 0, with
+    lse -inf and gradient 0. Definition and references: `reference.py`.
+
+    Raises ValueError or TypeError, naming both values, for shapes, types, devices, lengths or a back end that
+    do not fit.
+    """
+    if q.dim() != 4 or k.dim() != 4 or v.dim() != 4:
+        raise ValueError(f"q, k, v must be (B, H, T, D), got {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}")
+    q, k, v = _autocast(q, k, v)
+    batch, heads, q_size, dim = q.shape
+    k_size = k.size(2)
+    if k.shape != (batch, heads, k_size, dim) or v.shape != k.shape:
+        raise ValueError(
+            f"k and v must both be ({batch}, {heads}, Tk, {dim}) to fit q, got {tuple(k.shape)} and {tuple(v.shape)}"
+        )
+    if not q.dtype == k.dtype == v.dtype:
+        raise TypeError(f"q, k, v must share one dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
+    if not q.device == k.device == v.device:
+        raise ValueError(f"q, k, v must be on one device, got {q.device}, {k.device} and {v.device}")
+    if layout.device != q.device:
+        raise ValueError(f"layout is on {layout.device} but q is on {q.device}; use layout.to(q.device), once")
+    if layout.mask_heads not in (1, heads):
+        raise ValueError(f"layout has {layout.mask_heads} heads but q has {heads}; it must have {heads} or 1")
+    if layout.q_size < q_size or layout.k_size < k_size:
+        raise ValueError(
+            f"layout covers {layout.q_size} x {layout.k_size} positions but q x k has {q_size} x {k_size}; "
+            "extend the keep mask first"
+        )
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"dropout_p must lie in [0, 1), got {dropout_p}")
+    _check_lengths("q_lengths", q_lengths, batch, q_size, q.device)
+    _check_lengths("k_lengths", k_lengths, batch, k_size, q.device)
+    scale = _check_scale(scale, dim)
+    if dropout_p == 0.0:
+        seed = None
+    elif seed is None:
+        seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=q.device)
+    elif isinstance(seed, Tensor):
+        if seed.numel() != 1 or seed.dtype != torch.int64 or seed.device != q.device:
+            raise ValueError(
+                f"seed must be one int64 on {q.device}, got {seed.numel()} of {seed.dtype} on {seed.device}"
+            )
+    else:
+        seed = torch.full((1,), (seed + 2**63) % 2**64 - 2**63, dtype=torch.int64, device=q.device)
+
+    if not _use_kernels(backend, q):
+        out, lse = attention_reference(
+            q, k, v, layout.keep_mask(q_size, k_size), scale=scale, q_lengths=q_lengths, k_lengths=k_lengths,
+            causal=causal, dropout_p=dropout_p, seed=seed,
+        )  # fmt: skip
+        return (out, lse) if return_lse else out
+
+    from .ops import attention_op  # imports triton, which the eager path does not need
+    from .small import small_size
+
+    layout = layout.causal() if causal else layout
+    tables: list[Tensor] = []
+    if small_size(q_size, k_size, dim, q.dtype) is None:
+        tables += layout.query_table()[:2]
+        if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+            tables += layout.key_table()[:2]
+    out, lse = attention_op(
+        _rows(q), _rows(k), _rows(v), layout.words, tables, layout.tile, q_lengths, k_lengths, seed, dropout_p, scale
+    )
+    return (out, lse) if return_lse else out
+
+
+def decode_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: AttentionLayout,
+    step: int | Tensor,
+    *,
+    k_lengths: Tensor | None = None,
+    beam_slots: Tensor | None = None,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """One decoding step: row `step` of the mask for one query per (sentence, beam, head).
+
+    q: (B, beam, H, D).
+    k, v: caches (B, beam, H, S, D), one per hypothesis (decoder self-attention), or (B, H, S, D), one per
+        sentence for all its beams (cross-attention). Any strides with adjacent D. Only kept positions are read;
+        S may exceed what is filled.
+    step: decode step = cached length before the step, an int or a one-element integer tensor on the device
+        (read when the kernel runs, so that a captured CUDA graph can be replayed for every step).
+    k_lengths: (B,) valid cache positions of each sentence. For self-attention without it, positions up to
+        layout.k_size and S are visible as the mask says: pass a causal layout or lengths step + 1.
+    beam_slots: (B, beam, S) int32 or int64, only with per-hypothesis caches: position s of hypothesis w is read
+        from slot beam_slots[b, w, s]. Reordering beams then permutes this table, not the caches.
+
+    Returns (B, beam, H, D); rows without a visible key are 0. No gradient. Raises as
+    `block_sparse_attention`; also for a step (given as int) outside the layout.
+    """
+    if q.dim() != 4 or k.dim() not in (4, 5) or v.shape != k.shape:
+        raise ValueError(
+            "q must be (B, beam, H, D) and k, v alike (B, H, S, D) or (B, beam, H, S, D), "
+            f"got {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}"
+        )
+    batch, beam, heads, dim = q.shape
+    size = k.size(-2)
+    expected = (batch, heads, size, dim) if k.dim() == 4 else (batch, beam, heads, size, dim)
+    if k.shape != expected:
+        raise ValueError(f"k and v must be {expected} to fit q {tuple(q.shape)}, got {tuple(k.shape)}")
+    if not q.dtype == k.dtype == v.dtype:
+        raise TypeError(f"q, k, v must share one dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
+    if not q.device == k.device == v.device == layout.device:
+        raise ValueError(
+            f"q, k, v and layout must be on one device, got {q.device}, {k.device}, {v.device} and {layout.device}"
+        )
+    if layout.mask_heads not in (1, heads):
+        raise ValueError(f"layout has {layout.mask_heads} heads but q has {heads}; it must have {heads} or 1")
+    _check_lengths("k_lengths", k_lengths, batch, size, q.device)
+    if beam_slots is not None:
+        if k.dim() == 4:
+            raise ValueError("beam_slots needs caches per hypothesis (B, beam, H, S, D); got one cache per sentence")
+        if beam_slots.shape != (batch, beam, size):
+            raise ValueError(f"beam_slots must be {(batch, beam, size)}, got {tuple(beam_slots.shape)}")
+        beam_slots = _rows(beam_slots)
+    scale = _check_scale(scale, dim)
+    if isinstance(step, int):
+        if not 0 <= step < layout.q_size:
+            raise ValueError(f"step must lie in [0, {layout.q_size}), the rows of the layout, got {step}")
+        step = torch.full((1,), step, dtype=torch.int64, device=q.device)
+
+    k_size = min(size, layout.k_size)
+    if not _use_kernels(backend, q):
+        rows = layout.keep_mask(None, k_size).index_select(1, step.reshape(1).long()).squeeze(1)
+        return decode_reference(q, k, v, rows, scale=scale, k_lengths=k_lengths, beam_slots=beam_slots)
+
+    from .ops import decode_op
+
+    lists = layout.row_lists()
+    return decode_op(_rows(q), _rows(k), _rows(v), *lists, step, k_size, k_lengths, beam_slots, scale)

@@ -1,0 +1,278 @@
+"""Backward kernels over the tile lists: dq along the query tiles, dk and dv along the key tiles.
+
+With P and Z as in `reference.py` and c = 1 / (1 - p):
+
+    dV = (c Z∘P)ᵀ dO      dP = c Z∘(dO Vᵀ)      δ_i = dO_i · O_i - dlse_i      dS = P∘(dP - δ)
+    dQ = scale · dS K     dK = scale · dSᵀ Q
+
+(Dao et al., arXiv 2205.14135, appendix B.4; dlse is the gradient of the log-sum-exp.) Every output
+element is written by one program in a fixed order of additions: no atomics, the same bits in every run.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .config import dkdv_config, dq_config, precision
+from .layout import TileTable
+from .primitives import (
+    LOG2E,
+    dot,
+    dot_add,
+    dropout_bits,
+    full_positions,
+    keep_bits,
+    keep_bits_by_key,
+    list_lengths,
+    listed_positions,
+    load_rows,
+    sequence_length,
+)
+
+
+@triton.jit
+def _dq_step(
+    b_dq, b_q, b_do, b_lse, b_delta, b_k, b_v, m_s, m_z, scale_log2, inverse_keep,
+    MASKED: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    b_s = dot(b_q, tl.trans(b_k), PRECISION)  # [BM, BN]
+    if MASKED:
+        b_s = tl.where(m_s, b_s, float("-inf"))
+    b_p = tl.exp2(b_s * scale_log2 - b_lse[:, None])
+    b_dp = dot(b_do, tl.trans(b_v), PRECISION)  # [BM, BN]
+    if DROPOUT:
+        b_dp = tl.where(m_z, b_dp * inverse_keep, 0.0)
+    b_ds = b_p * (b_dp - b_delta[:, None])
+    return dot_add(b_ds.to(b_k.dtype), b_k, b_dq, PRECISION)
+
+
+@triton.jit(do_not_specialize=["H", "MH", "TQ", "TK", "LQ", "KW", "NO", "NI", "n_tiles", "threshold"])
+def _dq_kernel(
+    p_q, p_k, p_v, p_o, p_do, p_lse, p_dlse, p_dq, p_delta, p_words, p_entries, p_counts,
+    p_q_lengths, p_k_lengths, p_seed, scale, scale_log2, threshold, inverse_keep,
+    s_qb, s_qh, s_qt, s_kb, s_kh, s_kt, s_vb, s_vh, s_vt, s_ob, s_oh, s_ot, s_gb, s_gh, s_gt, s_db, s_dh, s_dt,
+    H, MH, TQ, TK, LQ, KW, NO, NI, n_tiles,
+    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, OUTER: tl.constexpr, G: tl.constexpr,
+    DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    i_m = (n_tiles - 1 - tl.program_id(0) % n_tiles) * BM
+    i_bh = tl.program_id(0) // n_tiles
+    i_b, i_h = i_bh // H, i_bh % H
+    q_length = sequence_length(p_q_lengths, i_b, TQ)
+    k_length = tl.where(i_m < q_length, sequence_length(p_k_lengths, i_b, TK), 0)
+
+    o_m = i_m + tl.arange(0, BM)
+    o_m64 = o_m.to(tl.int64)[:, None]
+    o_d = tl.arange(0, BD)
+    m_d = o_d < D
+    m_m = o_m < q_length
+    m_md = m_m[:, None] & m_d[None, :]
+    i_b64, i_h64 = i_b.to(tl.int64), i_h.to(tl.int64)
+    p_k += i_b64 * s_kb + i_h64 * s_kh
+    p_v += i_b64 * s_vb + i_h64 * s_vh
+    i_mh = tl.where(MH > 1, i_h, 0)
+    i_list = (i_mh * NO + i_m // OUTER).to(tl.int64)
+    p_entries += i_list * NI
+    p_counts += i_list * (NI + 1)
+    p_words += i_mh.to(tl.int64) * KW * LQ
+    n_inside, n_full, n_total = list_lengths(p_counts, k_length, G)
+    seed = 0
+    if DROPOUT:
+        seed = tl.load(p_seed)
+
+    b_q = tl.load(p_q + i_b64 * s_qb + i_h64 * s_qh + o_m64 * s_qt + o_d[None, :], mask=m_md, other=0.0)
+    b_do = tl.load(p_do + i_b64 * s_gb + i_h64 * s_gh + o_m64 * s_gt + o_d[None, :], mask=m_md, other=0.0)
+    b_o = tl.load(p_o + i_b64 * s_ob + i_h64 * s_oh + o_m64 * s_ot + o_d[None, :], mask=m_md, other=0.0)
+    o_row = i_bh.to(tl.int64) * TQ + o_m
+    # A row without a visible key has lse = -inf: with +inf in its place all its probabilities are 0.
+    b_lse = tl.load(p_lse + o_row, mask=m_m, other=float("-inf")) * LOG2E
+    b_lse = tl.where(b_lse == float("-inf"), float("inf"), b_lse)
+    b_delta = tl.sum(b_o.to(tl.float32) * b_do.to(tl.float32), 1)
+    if p_dlse is not None:
+        b_delta -= tl.load(p_dlse + o_row, mask=m_m, other=0.0)
+    tl.store(p_delta + o_row, b_delta, mask=o_m < TQ)
+
+    b_dq = tl.zeros([BM, BD], dtype=tl.float32)
+    n_plain = n_inside * G // BN
+    for i in range(n_plain):
+        start, o_x = full_positions(p_entries, i, BN, G)
+        b_k = load_rows(p_k, s_kt, start, o_x, m_m, False, G, D, BD)  # [BN, BD]
+        b_v = load_rows(p_v, s_vt, start, o_x, m_m, False, G, D, BD)  # [BN, BD]
+        m_z = m_m
+        if DROPOUT:
+            m_z = dropout_bits(seed, i_bh, o_m[:, None], (start + o_x)[None, :], threshold)
+        b_dq = _dq_step(
+            b_dq, b_q, b_do, b_lse, b_delta, b_k, b_v, m_m, m_z, scale_log2, inverse_keep, False, DROPOUT, PRECISION
+        )
+    for i in tl.range(n_plain, (n_total * G + BN - 1) // BN, num_stages=1):
+        start, o_x, m_n = listed_positions(p_entries, i, n_full, n_total, k_length, NI, BN, G)
+        m_s = keep_bits(p_words, o_m, m_m, p_entries, i, n_full, n_total, k_length, NI, LQ, BN, G)
+        b_k = load_rows(p_k, s_kt, start, o_x, m_n, True, G, D, BD)
+        b_v = load_rows(p_v, s_vt, start, o_x, m_n, True, G, D, BD)
+        m_z = m_m
+        if DROPOUT:
+            m_z = dropout_bits(seed, i_bh, o_m[:, None], (start + o_x)[None, :], threshold)
+        b_dq = _dq_step(
+            b_dq, b_q, b_do, b_lse, b_delta, b_k, b_v, m_s, m_z, scale_log2, inverse_keep, True, DROPOUT, PRECISION
+        )
+    p_dq += i_b64 * s_db + i_h64 * s_dh
+    p_row = p_dq + o_m64 * s_dt + o_d[None, :]
+    tl.store(p_row, (b_dq * scale).to(p_dq.dtype.element_ty), mask=(o_m < TQ)[:, None] & m_d[None, :])
+
+
+@triton.jit
+def _dkdv_step(
+    b_dk, b_dv, b_k, b_v, b_q, b_do, b_lse, b_delta, m_s, m_z, scale_log2, inverse_keep,
+    MASKED: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    b_lse = b_lse * LOG2E
+    b_lse = tl.where(b_lse == float("-inf"), float("inf"), b_lse)
+    b_s = dot(b_q, tl.trans(b_k), PRECISION)  # [BM, BN]
+    if MASKED:
+        b_s = tl.where(m_s, b_s, float("-inf"))
+    b_p = tl.exp2(b_s * scale_log2 - b_lse[:, None])
+    b_dp = dot(b_do, tl.trans(b_v), PRECISION)  # [BM, BN]
+    b_pz = b_p
+    if DROPOUT:
+        b_pz = tl.where(m_z, b_p, 0.0)  # c is applied to dV once, after the loop
+        b_dp = tl.where(m_z, b_dp * inverse_keep, 0.0)
+    b_dv = dot_add(tl.trans(b_pz.to(b_do.dtype)), b_do, b_dv, PRECISION)
+    b_ds = b_p * (b_dp - b_delta[:, None])
+    b_dk = dot_add(tl.trans(b_ds.to(b_q.dtype)), b_q, b_dk, PRECISION)
+    return b_dk, b_dv
+
+
+@triton.jit(do_not_specialize=["H", "MH", "TQ", "TK", "LQ", "KW", "NO", "NI", "n_tiles", "threshold"])
+def _dkdv_kernel(
+    p_q, p_k, p_v, p_do, p_lse, p_delta, p_dk, p_dv, p_words, p_entries, p_counts,
+    p_q_lengths, p_k_lengths, p_seed, scale, scale_log2, threshold, inverse_keep,
+    s_qb, s_qh, s_qt, s_kb, s_kh, s_kt, s_vb, s_vh, s_vt, s_gb, s_gh, s_gt, s_db, s_dh, s_dt, s_eb, s_eh, s_et,
+    H, MH, TQ, TK, LQ, KW, NO, NI, n_tiles,
+    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, OUTER: tl.constexpr, G: tl.constexpr,
+    DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    i_n = (tl.program_id(0) % n_tiles) * BN
+    i_bh = tl.program_id(0) // n_tiles
+    i_b, i_h = i_bh // H, i_bh % H
+    k_length = sequence_length(p_k_lengths, i_b, TK)
+    # A tile of padded keys visits no query and writes zeros.
+    q_length = tl.where(i_n < k_length, sequence_length(p_q_lengths, i_b, TQ), 0)
+
+    o_n = i_n + tl.arange(0, BN)
+    o_n64 = o_n.to(tl.int64)[:, None]
+    o_d = tl.arange(0, BD)
+    m_d = o_d < D
+    m_n = o_n < k_length
+    m_nd = m_n[:, None] & m_d[None, :]
+    i_b64, i_h64 = i_b.to(tl.int64), i_h.to(tl.int64)
+    p_q += i_b64 * s_qb + i_h64 * s_qh
+    p_do += i_b64 * s_gb + i_h64 * s_gh
+    p_lse += i_bh.to(tl.int64) * TQ
+    p_delta += i_bh.to(tl.int64) * TQ
+    i_mh = tl.where(MH > 1, i_h, 0)
+    i_list = (i_mh * NO + i_n // OUTER).to(tl.int64)
+    p_entries += i_list * NI
+    p_counts += i_list * (NI + 1)
+    p_words += i_mh.to(tl.int64) * KW * LQ
+    n_inside, n_full, n_total = list_lengths(p_counts, q_length, G)
+    seed = 0
+    if DROPOUT:
+        seed = tl.load(p_seed)
+
+    b_k = tl.load(p_k + i_b64 * s_kb + i_h64 * s_kh + o_n64 * s_kt + o_d[None, :], mask=m_nd, other=0.0)
+    b_v = tl.load(p_v + i_b64 * s_vb + i_h64 * s_vh + o_n64 * s_vt + o_d[None, :], mask=m_nd, other=0.0)
+    b_dk = tl.zeros([BN, BD], dtype=tl.float32)
+    b_dv = tl.zeros([BN, BD], dtype=tl.float32)
+
+    n_plain = n_inside * G // BM
+    for i in range(n_plain):
+        start, o_x = full_positions(p_entries, i, BM, G)
+        b_q = load_rows(p_q, s_qt, start, o_x, m_n, False, G, D, BD)  # [BM, BD]
+        b_do = load_rows(p_do, s_gt, start, o_x, m_n, False, G, D, BD)  # [BM, BD]
+        b_lse, b_delta = tl.load(p_lse + start + o_x), tl.load(p_delta + start + o_x)
+        m_z = m_n
+        if DROPOUT:
+            m_z = dropout_bits(seed, i_bh, (start + o_x)[:, None], o_n[None, :], threshold)
+        b_dk, b_dv = _dkdv_step(
+            b_dk, b_dv, b_k, b_v, b_q, b_do, b_lse, b_delta, m_n, m_z, scale_log2, inverse_keep,
+            False, DROPOUT, PRECISION,
+        )  # fmt: skip
+    for i in tl.range(n_plain, (n_total * G + BM - 1) // BM, num_stages=1):
+        start, o_x, m_m = listed_positions(p_entries, i, n_full, n_total, q_length, NI, BM, G)
+        o_m = start + o_x
+        m_s = keep_bits_by_key(p_words, i_n, o_m, m_m, k_length, LQ, BN)
+        b_q = load_rows(p_q, s_qt, start, o_x, m_m, True, G, D, BD)
+        b_do = load_rows(p_do, s_gt, start, o_x, m_m, True, G, D, BD)
+        b_lse = tl.load(p_lse + o_m, mask=m_m, other=float("-inf"))
+        b_delta = tl.load(p_delta + o_m, mask=m_m, other=0.0)
+        m_z = m_n
+        if DROPOUT:
+            m_z = dropout_bits(seed, i_bh, o_m[:, None], o_n[None, :], threshold)
+        b_dk, b_dv = _dkdv_step(
+            b_dk, b_dv, b_k, b_v, b_q, b_do, b_lse, b_delta, m_s, m_z, scale_log2, inverse_keep,
+            True, DROPOUT, PRECISION,
+        )  # fmt: skip
+    # Padded keys that share a tile with the last key were computed along: their gradient is 0.
+    b_dk = tl.where(m_n[:, None], b_dk * scale, 0.0)
+    b_dv = tl.where(m_n[:, None], b_dv * inverse_keep, 0.0)
+    m_row = (o_n < TK)[:, None] & m_d[None, :]
+    p_dk += i_b64 * s_db + i_h64 * s_dh
+    p_dv += i_b64 * s_eb + i_h64 * s_eh
+    tl.store(p_dk + o_n64 * s_dt + o_d[None, :], b_dk.to(p_dk.dtype.element_ty), mask=m_row)
+    tl.store(p_dv + o_n64 * s_et + o_d[None, :], b_dv.to(p_dv.dtype.element_ty), mask=m_row)
+
+
+def backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    words: Tensor,
+    query_table: TileTable,
+    key_table: TileTable,
+    q_lengths: Tensor | None,
+    k_lengths: Tensor | None,
+    seed: Tensor | None,
+    scale: float,
+    scale_log2: float,
+    threshold: int,
+    inverse_keep: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Launch the backward kernels. Returns (dq, dk, dv), laid out in memory as q, k and v."""
+    batch, heads, q_size, dim = q.shape
+    k_size = k.size(2)
+    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    delta = torch.empty_like(lse)
+    shared = (words.size(2), words.size(1))
+    constants = dict(D=dim, BD=triton.next_power_of_2(dim), DROPOUT=seed is not None, PRECISION=precision(q.dtype))
+
+    config = dq_config(query_table, dim, q.dtype)
+    n_tiles = triton.cdiv(q_size, config.block_q)
+    _dq_kernel[(n_tiles * batch * heads,)](
+        q, k, v, out, grad_out, lse, grad_lse, dq, delta, words, query_table.entries, query_table.counts,
+        q_lengths, k_lengths, seed, scale, scale_log2, threshold, inverse_keep,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3], *grad_out.stride()[:3],
+        *dq.stride()[:3],
+        heads, words.size(0), q_size, k_size, *shared, *query_table.entries.shape[1:], n_tiles,
+        BM=config.block_q, BN=config.block_k, OUTER=query_table.outer, G=query_table.inner, **constants,
+        **config.launch(),
+    )  # fmt: skip
+
+    config = dkdv_config(key_table, dim, q.dtype)
+    n_tiles = triton.cdiv(k_size, config.block_k)
+    _dkdv_kernel[(n_tiles * batch * heads,)](
+        q, k, v, grad_out, lse, delta, dk, dv, words, key_table.entries, key_table.counts,
+        q_lengths, k_lengths, seed, scale, scale_log2, threshold, inverse_keep,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad_out.stride()[:3], *dk.stride()[:3],
+        *dv.stride()[:3],
+        heads, words.size(0), q_size, k_size, *shared, *key_table.entries.shape[1:], n_tiles,
+        BM=config.block_q, BN=config.block_k, OUTER=key_table.outer, G=key_table.inner, **constants,
+        **config.launch(),
+    )  # fmt: skip
+    return dq, dk, dv

@@ -1,0 +1,100 @@
+"""Tile shapes, warps, pipeline stages and register limits of every kernel.
+
+The numbers come from sweeps on an H200 (`scripts/bench_attention.py --tune`). A choice depends on tile
+sizes, head size and type only, never on a sequence length inside a size class, so a new length does not
+compile anything.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+
+from .layout import TileTable
+
+INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1 when triton was imported
+SMALL_LENGTH = 128  # both sequences at most this long: `small.py`
+
+
+class Config(NamedTuple):
+    """One launch configuration: rows and keys per step, warps, pipeline stages, registers per thread."""
+
+    block_q: int
+    block_k: int
+    warps: int
+    stages: int
+    registers: int | None = None
+
+    def launch(self) -> dict:
+        """Launch options for Triton."""
+        options = dict(num_warps=self.warps, num_stages=self.stages)
+        if self.registers is not None:
+            options["maxnreg"] = self.registers
+        return options
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How products are taken.
+
+    float32: three tf32 products that keep 22 of 24 bits of each factor; plain tf32 only where the user
+    allowed it for matrix products. Half precision is exact in float32 accumulators. The interpreter has no
+    bfloat16 product, so there the factors are widened first, to the same result.
+    """
+    if dtype == torch.float32:
+        return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
+    return "float32" if dtype == torch.bfloat16 and INTERPRETED else "ieee"
+
+
+def forward_config(table: TileTable, dim: int, dtype: torch.dtype) -> Config:
+    if dtype == torch.float32:
+        return Config(min(table.outer, 64 if dim <= 64 else 32), 32, 4, 1)
+    return {
+        16: Config(16, 64, 1, 2),
+        32: Config(32, 64, 2, 2),
+        64: Config(64, 64, 4, 3),
+        128: Config(128, 128 if dim <= 64 else 64, 8, 2),
+    }[table.outer]
+
+
+def dq_config(table: TileTable, dim: int, dtype: torch.dtype) -> Config:
+    if dtype == torch.float32:
+        return Config(min(table.outer, 64 if dim <= 64 else 32), 32, 4, 1)
+    return {
+        16: Config(16, 32, 1, 2),
+        32: Config(32, 32, 2, 2),
+        64: Config(64, 64, 4, 2),
+        128: Config(128, 64, 8, 2),
+    }[table.outer]
+
+
+def dkdv_config(table: TileTable, dim: int, dtype: torch.dtype) -> Config:
+    if dtype == torch.float32:
+        return Config(32, min(table.outer, 32), 4, 1)
+    return {
+        16: Config(32, 16, 1, 2),
+        32: Config(32, 32, 2, 2),
+        64: Config(64, 64, 4, 2),
+        128: Config(64, 128 if dim <= 64 else 64, 8, 2),
+    }[table.outer]
+
+
+def small_forward_config(tile: int, dim: int, dtype: torch.dtype) -> Config:
+    return {
+        32: Config(32, 32, 2, 1),
+        64: Config(64, 64, 4, 1),
+        128: Config(64, 128, 4, 1),
+    }[tile]
+
+
+def small_backward_config(tile: int, dim: int, dtype: torch.dtype) -> Config:
+    return {
+        32: Config(32, 32, 2, 1),
+        64: Config(64, 64, 4, 1),
+        128: Config(128, 128, 8, 1),
+    }[tile]
+
+
+def decode_config(shared: bool, dim: int, dtype: torch.dtype) -> Config:
+    return Config(1, 32, 2, 2) if shared else Config(1, 64, 4, 1)

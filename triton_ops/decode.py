@@ -1,0 +1,133 @@
+"""Decode: one query row per (sentence, beam, head) over the kept cached positions only.
+
+Every hypothesis of a batch is at the same step, so row `step` of the mask serves all of them and the
+kept positions come as a list. With a cache per hypothesis (decoder self-attention) a program serves one
+(sentence, beam, head); with one cache per sentence (cross-attention) it serves all beams of a (sentence,
+head), so the cache is read once.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .config import decode_config, precision
+from .layout import COLUMN_GROUP, RowLists
+from .primitives import LOG2E, NO_KEY, dot, dot_add, sequence_length
+
+
+@triton.jit(do_not_specialize=["BEAM", "H", "MH", "TK", "LQ", "N_GROUPS"])
+def _decode_kernel(
+    p_q, p_k, p_v, p_o, p_columns, p_pointers, p_step, p_k_lengths, p_slots, scale_log2,
+    s_qb, s_qw, s_qh, s_kb, s_kw, s_kh, s_kt, s_vb, s_vw, s_vh, s_vt, s_ob, s_ow, s_oh, s_sb, s_sw,
+    BEAM, H, MH, TK, LQ, N_GROUPS,
+    D: tl.constexpr, BD: tl.constexpr, BW: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """BW = 1: one hypothesis per program, its own cache. BW > 1: all BEAM <= BW hypotheses, a shared cache."""
+    pid = tl.program_id(0)
+    i_h = pid % H
+    if BW == 1:
+        i_w, i_b = (pid // H) % BEAM, pid // H // BEAM
+    else:
+        i_w, i_b = 0, pid // H
+    i_b64, i_h64, i_w64 = i_b.to(tl.int64), i_h.to(tl.int64), tl.cast(i_w, tl.int64)
+    k_length = sequence_length(p_k_lengths, i_b, TK)
+    # A step outside the mask would read past the lists; the caller checks it where it can.
+    step = tl.minimum(tl.maximum(tl.load(p_step).to(tl.int32), 0), LQ - 1)
+    p_pointers += (tl.where(MH > 1, i_h, 0) * LQ + step).to(tl.int64) * (N_GROUPS + 1)
+    first = tl.load(p_pointers)
+    last = tl.load(p_pointers + (k_length + GROUP - 1) // GROUP)
+
+    o_d = tl.arange(0, BD)
+    m_d = o_d < D
+    p_q += i_b64 * s_qb + i_h64 * s_qh
+    p_k += i_b64 * s_kb + i_h64 * s_kh
+    p_v += i_b64 * s_vb + i_h64 * s_vh
+    p_o += i_b64 * s_ob + i_h64 * s_oh
+    if BW == 1:
+        b_q = tl.load(p_q + i_w64 * s_qw + o_d, mask=m_d, other=0.0).to(tl.float32)  # [BD]
+        b_o = tl.zeros([BD], dtype=tl.float32)
+        b_m = tl.full([1], NO_KEY, dtype=tl.float32)
+        b_l = tl.zeros([1], dtype=tl.float32)
+    else:
+        o_w = tl.arange(0, BW)
+        m_wd = (o_w < BEAM)[:, None] & m_d[None, :]
+        b_q = tl.load(p_q + o_w.to(tl.int64)[:, None] * s_qw + o_d[None, :], mask=m_wd, other=0.0)  # [BW, BD]
+        b_o = tl.zeros([BW, BD], dtype=tl.float32)
+        b_m = tl.full([BW], NO_KEY, dtype=tl.float32)
+        b_l = tl.zeros([BW], dtype=tl.float32)
+
+    for start in range(first, last, BN):
+        o_f = start + tl.arange(0, BN)
+        m_f = o_f < last
+        o_n = tl.load(p_columns + o_f, mask=m_f, other=0).to(tl.int32)
+        m_n = m_f & (o_n < k_length)
+        m_nd = m_n[:, None] & m_d[None, :]
+        o_k, o_v = o_n.to(tl.int64) * s_kt, o_n.to(tl.int64) * s_vt
+        if BW == 1:
+            slot = i_w64 + tl.zeros([BN], dtype=tl.int64)
+            if p_slots is not None:
+                slot = tl.load(p_slots + i_b64 * s_sb + i_w64 * s_sw + o_n, mask=m_n, other=0).to(tl.int64)
+            o_k += slot * s_kw
+            o_v += slot * s_vw
+        b_k = tl.load(p_k + o_k[:, None] + o_d[None, :], mask=m_nd, other=0.0)  # [BN, BD]
+        b_v = tl.load(p_v + o_v[:, None] + o_d[None, :], mask=m_nd, other=0.0)  # [BN, BD]
+        if BW == 1:
+            b_s = tl.sum(b_k.to(tl.float32) * b_q[None, :], 1) * scale_log2
+            b_s = tl.where(m_n, b_s, float("-inf"))  # [BN]
+            b_new = tl.maximum(b_m, tl.max(b_s, 0))
+            b_p = tl.exp2(b_s - b_new)
+            b_a = tl.exp2(b_m - b_new)
+            b_l = b_l * b_a + tl.sum(b_p, 0)
+            b_o = b_o * b_a + tl.sum(b_p[:, None] * b_v.to(tl.float32), 0)
+        else:
+            b_s = dot(b_q, tl.trans(b_k), PRECISION) * scale_log2
+            b_s = tl.where(m_n[None, :], b_s, float("-inf"))  # [BW, BN]
+            b_new = tl.maximum(b_m, tl.max(b_s, 1))
+            b_p = tl.exp2(b_s - b_new[:, None])
+            b_a = tl.exp2(b_m - b_new)
+            b_l = b_l * b_a + tl.sum(b_p, 1)
+            b_o = dot_add(b_p.to(b_v.dtype), b_v, b_o * b_a[:, None], PRECISION)
+        b_m = b_new
+
+    # No visible key: b_o is 0 and the output too.
+    if BW == 1:
+        b_o = b_o / tl.where(b_l > 0, b_l, 1.0)
+        tl.store(p_o + i_w64 * s_ow + o_d, b_o.to(p_o.dtype.element_ty), mask=m_d)
+    else:
+        b_o = b_o / tl.where(b_l > 0, b_l, 1.0)[:, None]
+        p_row = p_o + o_w.to(tl.int64)[:, None] * s_ow + o_d[None, :]
+        tl.store(p_row, b_o.to(p_o.dtype.element_ty), mask=m_wd)
+
+
+def decode(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lists: RowLists,
+    step: Tensor,
+    k_size: int,
+    k_lengths: Tensor | None,
+    beam_slots: Tensor | None,
+    scale: float,
+) -> Tensor:
+    """Launch the decode kernel. q (B, beam, H, D); caches as in `api.decode_attention`."""
+    batch, beam, heads, dim = q.shape
+    out = torch.empty_like(q)
+    shared = k.dim() == 4
+    rows = max(16, triton.next_power_of_2(beam)) if shared else 1
+    config = decode_config(shared, dim, q.dtype)
+    cache_strides = [s for x in (k, v) for s in ((x.stride(0), 0, *x.stride()[1:3]) if shared else x.stride()[:4])]
+    n_rows, n_pointers = lists.pointers.shape[1:]
+    _decode_kernel[(batch * heads * (1 if shared else beam),)](
+        q, k, v, out, lists.columns, lists.pointers, step, k_lengths, beam_slots, scale * LOG2E.value,
+        *q.stride()[:3], *cache_strides, *out.stride()[:3],
+        *(beam_slots.stride()[:2] if beam_slots is not None else (0, 0)),
+        beam, heads, lists.pointers.size(0), k_size, n_rows, n_pointers - 1,
+        D=dim, BD=triton.next_power_of_2(dim), BW=rows, BN=config.block_k, GROUP=COLUMN_GROUP,
+        PRECISION=precision(q.dtype), **config.launch(),
+    )  # fmt: skip
+    return out

@@ -1,0 +1,135 @@
+"""Forward kernel over the tile lists, and its launcher."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .config import forward_config, precision
+from .layout import TileTable
+from .primitives import (
+    LN2,
+    NO_KEY,
+    dot,
+    dot_add,
+    dropout_bits,
+    full_positions,
+    keep_bits,
+    list_lengths,
+    listed_positions,
+    load_rows,
+    sequence_length,
+)
+
+
+@triton.jit(do_not_specialize=["H", "MH", "TQ", "TK", "LQ", "KW", "NO", "NI", "n_tiles", "threshold"])
+def _forward_kernel(
+    p_q, p_k, p_v, p_o, p_lse, p_words, p_entries, p_counts, p_q_lengths, p_k_lengths, p_seed,
+    scale_log2, threshold, inverse_keep,
+    s_qb, s_qh, s_qt, s_kb, s_kh, s_kt, s_vb, s_vh, s_vt, s_ob, s_oh, s_ot,
+    H, MH, TQ, TK, LQ, KW, NO, NI, n_tiles,
+    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, OUTER: tl.constexpr, G: tl.constexpr,
+    DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    # The last tiles first: under a causal mask they are the longest, and long programs should not start last.
+    i_m = (n_tiles - 1 - tl.program_id(0) % n_tiles) * BM
+    i_bh = tl.program_id(0) // n_tiles
+    i_b, i_h = i_bh // H, i_bh % H
+    q_length = sequence_length(p_q_lengths, i_b, TQ)
+    # A tile of padded rows visits no key and writes zeros.
+    k_length = tl.where(i_m < q_length, sequence_length(p_k_lengths, i_b, TK), 0)
+
+    o_m = i_m + tl.arange(0, BM)
+    o_d = tl.arange(0, BD)
+    m_d = o_d < D
+    m_m = o_m < q_length
+    p_q += i_b.to(tl.int64) * s_qb + i_h.to(tl.int64) * s_qh
+    p_k += i_b.to(tl.int64) * s_kb + i_h.to(tl.int64) * s_kh
+    p_v += i_b.to(tl.int64) * s_vb + i_h.to(tl.int64) * s_vh
+    i_mh = tl.where(MH > 1, i_h, 0)
+    i_list = (i_mh * NO + i_m // OUTER).to(tl.int64)
+    p_entries += i_list * NI
+    p_counts += i_list * (NI + 1)
+    p_words += i_mh.to(tl.int64) * KW * LQ
+    n_inside, n_full, n_total = list_lengths(p_counts, k_length, G)
+    if DROPOUT:
+        seed = tl.load(p_seed)
+
+    b_q = tl.load(p_q + o_m.to(tl.int64)[:, None] * s_qt + o_d[None, :], mask=m_m[:, None] & m_d[None, :], other=0.0)
+    b_o = tl.zeros([BM, BD], dtype=tl.float32)
+    b_l = tl.zeros([BM], dtype=tl.float32)
+    b_m = tl.full([BM], NO_KEY, dtype=tl.float32)
+
+    n_plain = n_inside * G // BN
+    for i in range(n_plain):
+        start, o_x = full_positions(p_entries, i, BN, G)
+        b_k = load_rows(p_k, s_kt, start, o_x, m_m, False, G, D, BD)  # [BN, BD]
+        b_s = dot(b_q, tl.trans(b_k), PRECISION)  # [BM, BN]
+        b_new = tl.maximum(b_m, tl.max(b_s, 1) * scale_log2)
+        b_p = tl.exp2(b_s * scale_log2 - b_new[:, None])
+        b_a = tl.exp2(b_m - b_new)
+        b_l = b_l * b_a + tl.sum(b_p, 1)
+        b_m = b_new
+        if DROPOUT:
+            b_p = tl.where(dropout_bits(seed, i_bh, o_m[:, None], (start + o_x)[None, :], threshold), b_p, 0.0)
+        b_v = load_rows(p_v, s_vt, start, o_x, m_m, False, G, D, BD)  # [BN, BD]
+        b_o = dot_add(b_p.to(b_v.dtype), b_v, b_o * b_a[:, None], PRECISION)
+
+    # What is left: full blocks that do not fill a step or reach past the last key, and partial blocks.
+    for i in tl.range(n_plain, (n_total * G + BN - 1) // BN, num_stages=1):
+        start, o_x, m_n = listed_positions(p_entries, i, n_full, n_total, k_length, NI, BN, G)
+        m_s = keep_bits(p_words, o_m, m_m, p_entries, i, n_full, n_total, k_length, NI, LQ, BN, G)
+        b_k = load_rows(p_k, s_kt, start, o_x, m_n, True, G, D, BD)
+        b_s = dot(b_q, tl.trans(b_k), PRECISION)
+        b_s = tl.where(m_s, b_s, float("-inf"))
+        b_new = tl.maximum(b_m, tl.max(b_s, 1) * scale_log2)
+        b_p = tl.exp2(b_s * scale_log2 - b_new[:, None])
+        b_a = tl.exp2(b_m - b_new)
+        b_l = b_l * b_a + tl.sum(b_p, 1)
+        b_m = b_new
+        if DROPOUT:
+            b_p = tl.where(dropout_bits(seed, i_bh, o_m[:, None], (start + o_x)[None, :], threshold), b_p, 0.0)
+        b_v = load_rows(p_v, s_vt, start, o_x, m_n, True, G, D, BD)
+        b_o = dot_add(b_p.to(b_v.dtype), b_v, b_o * b_a[:, None], PRECISION)
+
+    m_seen = b_l > 0
+    b_scale = inverse_keep / tl.where(m_seen, b_l, 1.0)
+    b_lse = tl.where(m_seen & m_m, (b_m + tl.log2(tl.where(m_seen, b_l, 1.0))) * LN2, float("-inf"))
+    b_o = tl.where(m_m[:, None], b_o * b_scale[:, None], 0.0)
+    p_o += i_b.to(tl.int64) * s_ob + i_h.to(tl.int64) * s_oh
+    p_row = p_o + o_m.to(tl.int64)[:, None] * s_ot + o_d[None, :]
+    tl.store(p_row, b_o.to(p_o.dtype.element_ty), mask=(o_m < TQ)[:, None] & m_d[None, :])
+    tl.store(p_lse + i_bh.to(tl.int64) * TQ + o_m, b_lse, mask=o_m < TQ)
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    words: Tensor,
+    table: TileTable,
+    q_lengths: Tensor | None,
+    k_lengths: Tensor | None,
+    seed: Tensor | None,
+    scale_log2: float,
+    threshold: int,
+    inverse_keep: float,
+) -> tuple[Tensor, Tensor]:
+    """Launch the forward kernel. Returns (out, laid out in memory as q; lse (B, H, Tq) float32)."""
+    batch, heads, q_size, dim = q.shape
+    out = torch.empty_like(q)
+    lse = torch.empty(batch, heads, q_size, dtype=torch.float32, device=q.device)
+    config = forward_config(table, dim, q.dtype)
+    n_tiles = triton.cdiv(q_size, config.block_q)
+    _forward_kernel[(n_tiles * batch * heads,)](
+        q, k, v, out, lse, words, table.entries, table.counts, q_lengths, k_lengths, seed,
+        scale_log2, threshold, inverse_keep,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
+        heads, words.size(0), q_size, k.size(2), words.size(2), words.size(1), *table.entries.shape[1:], n_tiles,
+        D=dim, BD=triton.next_power_of_2(dim), BM=config.block_q, BN=config.block_k,
+        OUTER=table.outer, G=table.inner, DROPOUT=seed is not None, PRECISION=precision(q.dtype),
+        **config.launch(),
+    )  # fmt: skip
+    return out, lse

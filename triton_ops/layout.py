@@ -1,0 +1,254 @@
+"""Keep mask -> what the kernels read: bit-packed cells, tile lists, per-row column lists.
+
+A *cell* is one (query position, key position) of one head; the keep mask says which cells are
+computed (True = kept). A *tile* is the rectangle that a kernel handles at once: it is skipped
+(no kept cell), full (all kept) or partial. Everything here is built with torch operations on the
+device of the mask, once per attention site.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+WORD = 32  # cells per packed word
+TILE_SIZES = (16, 32, 64, 128)
+COLUMN_GROUP = 64  # keys per step of the row pointers
+
+# Time per cell of a tile that is not skipped, relative to 128 x 128 tiles: small tiles load keys and
+# values for fewer rows. Read off `scripts/bench_attention.py` on an H200 (all-kept masks, T = 4096).
+TILE_COST = {16: 2.5, 32: 1.9, 64: 1.12, 128: 1.0}
+
+
+class TileTable(NamedTuple):
+    """For every outer tile (query tiles for forward and dq, key tiles for dk and dv) its inner blocks.
+
+    entries: (M, n_outer, n_inner) int32. Row (h, o) holds the indices of the full blocks in ascending
+        order from the left, and those of the partial blocks in ascending order from the right end
+        inwards. The start of a row is arithmetic, so a kernel loads its first block index without
+        waiting for a pointer.
+    counts: (M, n_outer, n_inner + 1) int32. counts[h, o, x] holds the number of full (low 16 bits) and
+        partial (high 16 bits) blocks whose index is below x. A sequence length becomes a list length
+        with one load, so lengths are run-time values and padding is skipped as blocks.
+    outer, inner: tile sizes in positions.
+    """
+
+    entries: Tensor
+    counts: Tensor
+    outer: int
+    inner: int
+
+
+class RowLists(NamedTuple):
+    """For every query position the kept key positions, in ascending order: what one decode step reads.
+
+    columns: (nnz,) int16 or int32. pointers: (M, Tq, ceil(Tk / 64) + 1) int32; pointers[h, i, x] is the
+    place in `columns` of the first kept key of row (h, i) that is >= 64 x.
+    """
+
+    columns: Tensor
+    pointers: Tensor
+
+
+def _pack(keep: Tensor) -> Tensor:
+    """(M, Tq, Tk) bool -> (M, ceil(Tk / 32), Tq) int32; bit b of word w is key 32 w + b.
+
+    Query positions are innermost: the rows of a tile read consecutive words.
+    """
+    mask_heads, q_size, k_size = keep.shape
+    n_words = -(-k_size // WORD)
+    padded = torch.nn.functional.pad(keep, (0, n_words * WORD - k_size))
+    by_bit = padded.view(mask_heads, q_size, n_words, WORD)
+    words = torch.zeros(mask_heads, q_size, n_words, dtype=torch.int32, device=keep.device)
+    for bit in range(WORD):
+        words |= by_bit[..., bit].to(torch.int32) << bit
+    return words.transpose(1, 2).contiguous()
+
+
+def _unpack(words: Tensor, q_size: int, k_size: int) -> Tensor:
+    """Inverse of `_pack`, cut to (q_size, k_size)."""
+    words = words[:, : -(-k_size // WORD), :q_size].transpose(1, 2)
+    bits = (words.unsqueeze(-1) >> torch.arange(WORD, device=words.device, dtype=torch.int32)) & 1
+    return bits.flatten(2)[..., :k_size].bool()
+
+
+def _tile_status(words: Tensor, k_size: int, rows: int, cols: int) -> tuple[Tensor, Tensor]:
+    """(any kept, all kept) of every rows x cols tile, each (M, n_query_tiles, n_key_tiles) bool.
+
+    Cells outside the mask do not count: a ragged edge tile is full when all its cells that exist are kept.
+    """
+    mask_heads, n_words, q_size = words.shape
+    unit = min(cols, WORD)
+    # Keys that do not exist count as kept in `filled` and as dropped in `words`.
+    first_key = torch.arange(n_words, device=words.device) * WORD
+    missing = (first_key + WORD - k_size).clamp(0, WORD)
+    edge = torch.where(missing == WORD, -1, -(1 << (WORD - missing)))
+    filled = words | edge.to(torch.int32)[None, :, None]
+    if unit == 16:
+        words = torch.stack((words & 0xFFFF, (words >> 16) & 0xFFFF), dim=2).flatten(1, 2)
+        filled = torch.stack((filled & 0xFFFF, (filled >> 16) & 0xFFFF), dim=2).flatten(1, 2)
+    some, every = words != 0, filled == (0xFFFF if unit == 16 else -1)
+
+    n_rows, n_cols, per_tile = -(-q_size // rows), -(-k_size // cols), cols // unit
+    pad = (0, n_rows * rows - q_size, 0, n_cols * per_tile - some.size(1))
+    if pad[3] < 0:  # the upper half of the last word lies beyond the last 16-key tile
+        some, every, pad = some[:, : pad[3]], every[:, : pad[3]], (0, pad[1], 0, 0)
+    shape = (mask_heads, n_cols, per_tile, n_rows, rows)
+    some = torch.nn.functional.pad(some, pad, value=False).view(shape).any(-1).any(2)
+    every = torch.nn.functional.pad(every, pad, value=True).view(shape).all(-1).all(2)
+    return some.transpose(1, 2), every.transpose(1, 2)
+
+
+def _table(some: Tensor, every: Tensor, outer: int, inner: int) -> TileTable:
+    """Compact the tile status (M, n_outer, n_inner) into lists, without a host synchronisation."""
+    full, partial = every, some & ~every
+    n_inner = full.size(2)
+    n_full, n_partial = full.cumsum(2, dtype=torch.int32), partial.cumsum(2, dtype=torch.int32)
+    slot = torch.where(full, n_full - 1, torch.where(partial, n_inner - n_partial, n_inner))
+    entries = torch.zeros(*full.shape[:2], n_inner + 1, dtype=torch.int32, device=full.device)
+    index = torch.arange(n_inner, dtype=torch.int32, device=full.device).expand_as(slot)
+    entries.scatter_(2, slot.long(), index.contiguous())  # skipped blocks land in the extra last column
+    counts = torch.nn.functional.pad(n_full | (n_partial << 16), (1, 0))
+    return TileTable(entries[..., :n_inner].contiguous(), counts.contiguous(), outer, inner)
+
+
+def _choose_tile(words: Tensor, k_size: int) -> int:
+    """The square tile size with the least predicted time: Σ area of tiles that are not skipped x TILE_COST.
+
+    One host synchronisation.
+    """
+    areas = []
+    for tile in TILE_SIZES:
+        some, _ = _tile_status(words, k_size, tile, tile)
+        areas.append(some.sum(dtype=torch.float64) * tile * tile)
+    costs = {tile: area * TILE_COST[tile] for tile, area in zip(TILE_SIZES, torch.stack(areas).tolist(), strict=True)}
+    return min(TILE_SIZES, key=lambda tile: (costs[tile], -tile))
+
+
+@dataclass(eq=False)
+class AttentionLayout:
+    """Which cells of an attention site are computed, per head.
+
+    Build it with `from_keep_mask`, once per site. Tables for the kernels are derived on first use and
+    kept (`prepare` does so ahead of torch.compile or CUDA-graph capture). A call may use any
+    Tq <= q_size and Tk <= k_size: it reads the upper left corner, with no rebuild and no copy.
+
+    words: (M, ceil(k_size / 32), q_size) int32, one bit per cell; M is the number of heads, or 1 when all
+        heads share the mask.
+    tile: square tile size of the kernels (16, 32, 64 or 128).
+    """
+
+    words: Tensor
+    q_size: int
+    k_size: int
+    tile: int
+    is_causal: bool = False
+
+    def __post_init__(self) -> None:
+        self._tables: dict[str, TileTable] = {}
+        self._row_lists: RowLists | None = None
+        self._causal: AttentionLayout | None = None
+
+    @classmethod
+    def from_keep_mask(cls, keep: Tensor, *, tile: int | None = None) -> AttentionLayout:
+        """Build from a keep mask (heads or 1, Tq, Tk), bool, True = kept.
+
+        tile: tile size of the kernels; by default the one with the least predicted time for this mask.
+        Raises TypeError for a mask that is not bool, ValueError for a wrong rank, an empty dimension or
+        an unknown tile size.
+        """
+        if keep.dtype != torch.bool:
+            raise TypeError(f"keep mask must be torch.bool (True = kept), got {keep.dtype}; use keep != 0")
+        if keep.dim() != 3 or 0 in keep.shape:
+            raise ValueError(f"keep mask must be (heads or 1, Tq, Tk) with no empty dimension, got {tuple(keep.shape)}")
+        if tile is not None and tile not in TILE_SIZES:
+            raise ValueError(f"tile must be one of {TILE_SIZES} or None, got {tile}")
+        words = _pack(keep)
+        if tile is None:
+            tile = _choose_tile(words, keep.size(2))
+        return cls(words, keep.size(1), keep.size(2), tile)
+
+    @property
+    def mask_heads(self) -> int:
+        return self.words.size(0)
+
+    @property
+    def device(self) -> torch.device:
+        return self.words.device
+
+    def to(self, device) -> AttentionLayout:
+        """The same layout on another device (itself when it is there already); tables are derived anew."""
+        words = self.words.to(device)
+        if words is self.words:
+            return self
+        return AttentionLayout(words, self.q_size, self.k_size, self.tile, self.is_causal)
+
+    def causal(self) -> AttentionLayout:
+        """This layout with the cells j > i removed (kept after the first call)."""
+        if self.is_causal:
+            return self
+        if self._causal is None:
+            rows = torch.arange(self.q_size, device=self.device)
+            first_key = torch.arange(self.words.size(1), device=self.device) * WORD
+            visible = (rows[None, :] + 1 - first_key[:, None]).clamp(0, WORD)  # keys of the word with j <= i
+            triangle = torch.where(visible == WORD, -1, (1 << visible) - 1).to(torch.int32)
+            self._causal = AttentionLayout(self.words & triangle, self.q_size, self.k_size, self.tile, True)
+        return self._causal
+
+    def query_table(self) -> TileTable:
+        """Key blocks of every query tile (forward, dq)."""
+        if "query" not in self._tables:
+            status = _tile_status(self.words, self.k_size, self.tile, self.tile)
+            self._tables["query"] = _table(*status, self.tile, self.tile)
+        return self._tables["query"]
+
+    def key_table(self) -> TileTable:
+        """Query blocks of every key tile (dk, dv): the transposed lists."""
+        if "key" not in self._tables:
+            some, every = _tile_status(self.words, self.k_size, self.tile, self.tile)
+            self._tables["key"] = _table(some.transpose(1, 2), every.transpose(1, 2), self.tile, self.tile)
+        return self._tables["key"]
+
+    def row_lists(self) -> RowLists:
+        """Kept keys of every query position (decode). One host synchronisation, on the first call."""
+        if self._row_lists is None:
+            keep = self.keep_mask()
+            kind = torch.int16 if self.k_size <= 2**15 else torch.int32
+            columns = keep.nonzero()[:, 2].to(kind)
+            n_groups = -(-self.k_size // COLUMN_GROUP)
+            keep = torch.nn.functional.pad(keep, (0, n_groups * COLUMN_GROUP - self.k_size))
+            per_group = keep.view(*keep.shape[:2], n_groups, COLUMN_GROUP).sum(3)
+            ends = per_group.flatten().cumsum(0).view_as(per_group)
+            first = ends[..., :1] - per_group[..., :1]
+            self._row_lists = RowLists(columns, torch.cat((first, ends), 2).to(torch.int32))
+        return self._row_lists
+
+    def prepare(self, *, training: bool = True, causal: bool = False, decode: bool = False) -> AttentionLayout:
+        """Derive now what later calls need, so that none of it happens inside a capture or a trace."""
+        layout = self.causal() if causal else self
+        layout.query_table()
+        if training:
+            layout.key_table()
+        if decode:
+            layout.row_lists()
+        return self
+
+    def keep_mask(self, q_size: int | None = None, k_size: int | None = None) -> Tensor:
+        """The keep mask (M, q_size, k_size) as bool; sizes default to the whole mask."""
+        return _unpack(self.words, q_size or self.q_size, k_size or self.k_size)
+
+    def memory(self) -> dict[str, int]:
+        """Bytes on the device: packed cells, tile lists and decode lists that exist so far."""
+
+        def size(tensors) -> int:
+            return sum(t.numel() * t.element_size() for t in tensors)
+
+        lists = [t for table in self._tables.values() for t in (table.entries, table.counts)]
+        report = {"cells": size([self.words]), "tile_lists": size(lists), "row_lists": size(self._row_lists or [])}
+        if self._causal is not None:
+            for name, nbytes in self._causal.memory().items():
+                report[name] += nbytes
+        return report

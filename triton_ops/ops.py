@@ -1,0 +1,152 @@
+"""The kernels as torch custom operators, with shapes for tracing and their derivative.
+
+`torch.compile` sees one opaque call; autograd, activation checkpointing and CUDA-graph capture follow from
+the operators having no side effects and no host synchronisation.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+
+from .backward import backward
+from .decode import decode
+from .forward import forward
+from .layout import RowLists, TileTable
+from .primitives import LOG2E
+from .reference import DROPOUT_RESOLUTION, dropout_threshold
+from .small import small_backward, small_forward, small_size
+
+
+def _device_of(tensor: Tensor):
+    """Triton launches on the current device: make it the one that holds the tensors."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+def _dropout_arguments(dropout_p: float) -> tuple[int, float]:
+    """(threshold of the kernels, 1 / (1 - p) with p as the threshold represents it)."""
+    threshold = dropout_threshold(dropout_p)
+    return threshold, 1.0 / (1.0 - threshold / DROPOUT_RESOLUTION)
+
+
+@torch.library.custom_op("triton_ops::block_sparse_attention", mutates_args=())
+def attention_op(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    words: Tensor,
+    tables: list[Tensor],
+    tile: int,
+    q_lengths: Tensor | None,
+    k_lengths: Tensor | None,
+    seed: Tensor | None,
+    dropout_p: float,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """(out, lse). tables: entries and counts of the query table, then of the key table when a gradient is wanted."""
+    threshold, inverse_keep = _dropout_arguments(dropout_p)
+    if q.numel() == 0:
+        return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+    with _device_of(q):
+        small = small_size(q.size(2), k.size(2), q.size(3), q.dtype)
+        if small is not None:
+            return small_forward(q, k, v, words, small, q_lengths, k_lengths, seed, scale, threshold, inverse_keep)
+        table = TileTable(tables[0], tables[1], tile, tile)
+        scale_log2 = scale * LOG2E.value
+        return forward(q, k, v, words, table, q_lengths, k_lengths, seed, scale_log2, threshold, inverse_keep)
+
+
+@attention_op.register_fake
+def _(q, k, v, words, tables, tile, q_lengths, k_lengths, seed, dropout_p, scale):
+    return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+@torch.library.custom_op("triton_ops::block_sparse_attention_backward", mutates_args=())
+def attention_backward_op(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    words: Tensor,
+    tables: list[Tensor],
+    tile: int,
+    q_lengths: Tensor | None,
+    k_lengths: Tensor | None,
+    seed: Tensor | None,
+    dropout_p: float,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    threshold, inverse_keep = _dropout_arguments(dropout_p)
+    if q.numel() == 0 or k.numel() == 0:
+        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    # Expanded or transposed gradients: the kernels read rows of D consecutive elements.
+    grad_out = grad_out if grad_out.stride(3) == 1 else grad_out.contiguous()
+    grad_lse = None if grad_lse is None else grad_lse.contiguous()
+    with _device_of(q):
+        small = small_size(q.size(2), k.size(2), q.size(3), q.dtype)
+        if small is not None:
+            return small_backward(
+                grad_out, grad_lse, q, k, v, words, small, q_lengths, k_lengths, seed, scale, threshold, inverse_keep
+            )
+        query_table = TileTable(tables[0], tables[1], tile, tile)
+        key_table = TileTable(tables[2], tables[3], tile, tile)
+        return backward(
+            grad_out, grad_lse, q, k, v, out, lse, words, query_table, key_table, q_lengths, k_lengths, seed,
+            scale, scale * LOG2E.value, threshold, inverse_keep,
+        )  # fmt: skip
+
+
+@attention_backward_op.register_fake
+def _(
+    grad_out, grad_lse, q, k, v, out, lse, words, tables, tile, q_lengths, k_lengths, seed, dropout_p, scale
+):  # fmt: skip
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    q, k, v, words, tables, ctx.tile, q_lengths, k_lengths, seed, ctx.dropout_p, ctx.scale = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(q, k, v, *output, words, q_lengths, k_lengths, seed, *tables)
+
+
+def _backward(ctx, grad_out, grad_lse):
+    q, k, v, out, lse, words, q_lengths, k_lengths, seed, *tables = ctx.saved_tensors
+    grads: tuple[Tensor | None, ...] = (None, None, None)
+    if grad_out is not None or grad_lse is not None:
+        grads = attention_backward_op(
+            torch.zeros_like(out) if grad_out is None else grad_out, grad_lse, q, k, v, out, lse, words, tables,
+            ctx.tile, q_lengths, k_lengths, seed, ctx.dropout_p, ctx.scale,
+        )  # fmt: skip
+    return (*grads, None, [None] * len(tables), None, None, None, None, None, None)
+
+
+attention_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+@torch.library.custom_op("triton_ops::decode_attention", mutates_args=())
+def decode_op(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    columns: Tensor,
+    pointers: Tensor,
+    step: Tensor,
+    k_size: int,
+    k_lengths: Tensor | None,
+    beam_slots: Tensor | None,
+    scale: float,
+) -> Tensor:
+    if q.numel() == 0:
+        return torch.empty_like(q)
+    with _device_of(q):
+        return decode(q, k, v, RowLists(columns, pointers), step, k_size, k_lengths, beam_slots, scale)
+
+
+@decode_op.register_fake
+def _(q, k, v, columns, pointers, step, k_size, k_lengths, beam_slots, scale):
+    return torch.empty_like(q)

@@ -1,0 +1,175 @@
+"""Device helpers shared by the kernels.
+
+Names: B H T D sizes, BM BN BD tile sizes (queries, keys, head), G block size of the tile lists, i_ program
+or loop index, o_ offsets, p_ pointer, m_ mask, b_ block value. Positions are int32, addresses int64.
+"""
+
+import triton
+import triton.language as tl
+
+from .reference import PHILOX_ROUNDS
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+# Pivot of a row that has seen no key: finite, so that exp2(-inf - pivot) is 0 and never NaN.
+NO_KEY = tl.constexpr(-1.0e38)
+ROUNDS = tl.constexpr(PHILOX_ROUNDS)
+
+
+@triton.jit
+def dot(b_a, b_b, PRECISION: tl.constexpr):
+    """b_a · b_b, accumulated in float32."""
+    if PRECISION == "float32":  # the interpreter has no bfloat16 product
+        b_a, b_b = b_a.to(tl.float32), b_b.to(tl.float32)
+    return tl.dot(b_a, b_b, input_precision="ieee" if PRECISION == "float32" else PRECISION)
+
+
+@triton.jit
+def dot_add(b_a, b_b, b_c, PRECISION: tl.constexpr):
+    """b_a · b_b + b_c, accumulated in float32."""
+    if PRECISION == "float32":
+        b_a, b_b = b_a.to(tl.float32), b_b.to(tl.float32)
+    return tl.dot(b_a, b_b, b_c, input_precision="ieee" if PRECISION == "float32" else PRECISION)
+
+
+@triton.jit
+def sequence_length(p_lengths, i_b, T):
+    """Valid positions of sentence i_b, at most T whatever the tensor says: never an address out of bounds."""
+    length = T
+    if p_lengths is not None:
+        length = tl.minimum(tl.maximum(tl.load(p_lengths + i_b).to(tl.int32), 0), T)
+    return length
+
+
+@triton.jit
+def list_lengths(p_counts, length, G: tl.constexpr):
+    """(full blocks wholly below `length`, full blocks begun below it, all blocks begun below it)."""
+    inside = tl.load(p_counts + length // G)
+    begun = tl.load(p_counts + (length + G - 1) // G)
+    n_full = begun & 0xFFFF
+    return inside & 0xFFFF, n_full, n_full + (begun >> 16)
+
+
+@triton.jit
+def full_positions(p_entries, i_step, STEP: tl.constexpr, G: tl.constexpr):
+    """The i_step-th STEP of full blocks: several gathered blocks, or part of one.
+
+    Returns (start, offset) with positions start + offset, [STEP]. Only start changes from step to step. It is
+    put together from scalar loads: the elements of a thread that lie in one block share their address arithmetic.
+    """
+    o_x = tl.arange(0, STEP)
+    if STEP > G:
+        start = tl.zeros([STEP], dtype=tl.int32)
+        for j in tl.static_range(STEP // G):
+            start = tl.where(o_x // G == j, tl.load(p_entries + i_step * (STEP // G) + j) * G, start)
+    else:
+        first = i_step * STEP
+        start = tl.load(p_entries + first // G) * G + first % G
+    return start, o_x % G
+
+
+@triton.jit
+def listed_start(p_entries, first, n_full, n_total, N_INNER, G: tl.constexpr):
+    """Position of the first-th listed cell along the list, full blocks before partial ones; 0 past the end."""
+    slot = first // G
+    # Full blocks are listed from the left end of the row, partial ones from the right end.
+    entry = tl.where(slot < n_full, slot, N_INNER - 1 - (slot - n_full))
+    return tl.load(p_entries + entry, mask=slot < n_total, other=0) * G + first % G
+
+
+@triton.jit
+def listed_positions(p_entries, i_step, n_full, n_total, length, N_INNER, STEP: tl.constexpr, G: tl.constexpr):
+    """As `full_positions` for the i_step-th STEP of all listed blocks, and which positions exist, [STEP]."""
+    o_x = tl.arange(0, STEP)
+    if STEP > G:
+        start = tl.zeros([STEP], dtype=tl.int32)
+        for j in tl.static_range(STEP // G):
+            i_start = listed_start(p_entries, i_step * STEP + j * G, n_full, n_total, N_INNER, G)
+            start = tl.where(o_x // G == j, i_start, start)
+    else:
+        start = listed_start(p_entries, i_step * STEP, n_full, n_total, N_INNER, G)
+    m_x = (i_step * STEP + o_x < n_total * G) & (start + o_x % G < length)
+    return start, o_x % G, m_x
+
+
+@triton.jit
+def load_rows(p_x, stride, start, o_x, m_x, MASKED: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BD: tl.constexpr):
+    """Rows start + o_x of p_x, [STEP, BD], 0 where m_x is not set; the pointers of o_x leave the loop."""
+    o_d = tl.arange(0, BD)
+    p_tile = p_x + o_x.to(tl.int64)[:, None] * stride + o_d[None, :]
+    if o_x.shape[0] > G:
+        p_tile += (start.to(tl.int64) * stride)[:, None]
+    else:
+        p_tile += start.to(tl.int64) * stride
+    if MASKED:
+        b_x = tl.load(p_tile, mask=m_x[:, None] & (o_d < D)[None, :], other=0.0)
+    elif BD > D:
+        b_x = tl.load(p_tile, mask=(o_d < D)[None, :], other=0.0)
+    else:
+        b_x = tl.load(p_tile)
+    return b_x
+
+
+@triton.jit
+def _existing(b_w, i_key, length, W: tl.constexpr):
+    """Words shifted so that key i_key is bit 0, without the bits of keys at or past `length`."""
+    n_keys = tl.minimum(tl.maximum(length - i_key, 0), W)
+    return (b_w >> (i_key % 32)) & tl.where(n_keys == 32, -1, (1 << (n_keys % 32)) - 1)
+
+
+@triton.jit
+def _test_bits(b_bits, o_n, W: tl.constexpr):
+    """Bit o_n % W of every word. Split so that a thread shifts once and then tests constant bits."""
+    return ((b_bits >> (o_n % 8)[None, :]) & (1 << (o_n % W // 8 * 8))[None, :]) != 0
+
+
+@triton.jit
+def keep_bits(
+    p_words, o_m, m_m, p_entries, i_step, n_full, n_total, length, N_INNER, LQ, STEP: tl.constexpr, G: tl.constexpr
+):  # fmt: skip
+    """Keep bits of query rows o_m and the keys of `listed_positions`, False where one does not exist, [BM, STEP].
+
+    One load of [BM] words serves W keys: the words of neighbouring rows are neighbours in memory.
+    """
+    W: tl.constexpr = min(STEP, G, 32)
+    o_n = tl.arange(0, STEP)
+    b_bits = tl.zeros([o_m.shape[0], STEP], dtype=tl.int32)
+    for j in tl.static_range(STEP // W):
+        first = i_step * STEP + j * W
+        i_key = listed_start(p_entries, first, n_full, n_total, N_INNER, G)
+        b_w = tl.load(p_words + (i_key // 32).to(tl.int64) * LQ + o_m, mask=m_m, other=0)  # [BM]
+        b_w = _existing(b_w, i_key, tl.where(first < n_total * G, length, 0), W)
+        b_bits = tl.where((o_n // W == j)[None, :], b_w[:, None], b_bits)
+    return _test_bits(b_bits, o_n, W)
+
+
+@triton.jit
+def keep_bits_by_key(p_words, i_n, o_m, m_m, length, LQ, BN: tl.constexpr):
+    """Keep bits of query rows o_m and keys i_n ... i_n + BN - 1, False where one does not exist, [BM, BN]."""
+    W: tl.constexpr = min(BN, 32)
+    o_n = tl.arange(0, BN)
+    b_bits = tl.zeros([o_m.shape[0], BN], dtype=tl.int32)
+    for j in tl.static_range(BN // W):
+        i_key = i_n + j * W
+        # Words exist for keys below `length` only.
+        b_w = tl.load(p_words + (i_key // 32) * LQ.to(tl.int64) + o_m, mask=m_m & (o_m * 0 + i_key < length), other=0)
+        b_bits = tl.where((o_n // W == j)[None, :], _existing(b_w, i_key, length, W)[:, None], b_bits)
+    return _test_bits(b_bits, o_n, W)
+
+
+@triton.jit
+def dropout_bits(seed, i_bh, o_row, o_col, threshold):
+    """Keep bits of dropout for broadcast positions o_row, o_col; `reference.dropout_keep` defines them.
+
+    The counters repeat over the four cells that share a call; in an accumulator layout one thread holds
+    these cells and the compiler merges the equal computations.
+    """
+    # The sums with 0 only broadcast: Philox wants counters of one shape.
+    zero = (o_row + o_col) * 0
+    c0 = (o_row >> 4) * 8 + (o_row & 7) + zero
+    c1 = (o_col >> 4) * 8 + (o_col & 7) + zero
+    r0, r1, r2, r3 = tl.philox(seed, c0, c1, zero + i_bh, zero, ROUNDS)
+    odd_row = ((o_row >> 3) & 1) == 1
+    odd_col = ((o_col >> 3) & 1) == 1
+    bits = tl.where(odd_row, tl.where(odd_col, r3, r2), tl.where(odd_col, r1, r0))
+    return (bits >> 1).to(tl.int32, bitcast=True) >= threshold

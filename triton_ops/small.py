@@ -1,0 +1,196 @@
+"""Sentences: one program computes whole rows of scores, and one program the whole backward pass of a head.
+
+At these sizes a call is bound by launches and dependent loads, not by arithmetic. Tile lists would only
+add latency: the keep bits are loaded together with Q, K and V, there is no loop, and the backward pass
+needs one launch, recomputing the probabilities from Q and K alone.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .config import SMALL_LENGTH, precision, small_backward_config, small_forward_config
+from .primitives import LN2, LOG2E, NO_KEY, dot, dropout_bits, keep_bits_by_key, sequence_length
+
+
+@triton.jit
+def _row_scores(
+    p_q, p_k, p_words, o_m, o_n, m_md, m_nd, m_m, k_length, s_qt, s_kt, o_d, LQ, scale_log2,
+    BN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """(Q, K, masked scores in base-2 units, pivot of each row)."""
+    b_q = tl.load(p_q + o_m.to(tl.int64)[:, None] * s_qt + o_d[None, :], mask=m_md, other=0.0)
+    b_k = tl.load(p_k + o_n.to(tl.int64)[:, None] * s_kt + o_d[None, :], mask=m_nd, other=0.0)
+    m_s = keep_bits_by_key(p_words, 0, o_m, m_m, k_length, LQ, BN)
+    b_s = dot(b_q, tl.trans(b_k), PRECISION) * scale_log2  # [BM, BN]
+    b_s = tl.where(m_s, b_s, float("-inf"))
+    return b_q, b_k, b_s, tl.maximum(tl.max(b_s, 1), NO_KEY)
+
+
+@triton.jit(do_not_specialize=["H", "MH", "TQ", "TK", "LQ", "KW", "n_tiles", "threshold"])
+def _small_forward_kernel(
+    p_q, p_k, p_v, p_o, p_lse, p_words, p_q_lengths, p_k_lengths, p_seed, scale_log2, threshold, inverse_keep,
+    s_qb, s_qh, s_qt, s_kb, s_kh, s_kt, s_vb, s_vh, s_vt, s_ob, s_oh, s_ot,
+    H, MH, TQ, TK, LQ, KW, n_tiles,
+    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    i_m = (tl.program_id(0) % n_tiles) * BM
+    i_bh = tl.program_id(0) // n_tiles
+    i_b, i_h = i_bh // H, i_bh % H
+    i_b64, i_h64 = i_b.to(tl.int64), i_h.to(tl.int64)
+    q_length = sequence_length(p_q_lengths, i_b, TQ)
+    k_length = sequence_length(p_k_lengths, i_b, TK)
+    o_m, o_n, o_d = i_m + tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, BD)
+    m_d = o_d < D
+    m_m, m_n = o_m < q_length, o_n < k_length
+    m_nd = m_n[:, None] & m_d[None, :]
+
+    p_v += i_b64 * s_vb + i_h64 * s_vh
+    b_v = tl.load(p_v + o_n.to(tl.int64)[:, None] * s_vt + o_d[None, :], mask=m_nd, other=0.0)
+    b_q, b_k, b_s, b_m = _row_scores(
+        p_q + i_b64 * s_qb + i_h64 * s_qh, p_k + i_b64 * s_kb + i_h64 * s_kh,
+        p_words + tl.where(MH > 1, i_h, 0).to(tl.int64) * KW * LQ,
+        o_m, o_n, m_m[:, None] & m_d[None, :], m_nd, m_m, k_length, s_qt, s_kt, o_d, LQ, scale_log2, BN, PRECISION,
+    )  # fmt: skip
+    b_p = tl.exp2(b_s - b_m[:, None])
+    b_l = tl.sum(b_p, 1)
+    if DROPOUT:
+        b_p = tl.where(dropout_bits(tl.load(p_seed), i_bh, o_m[:, None], o_n[None, :], threshold), b_p, 0.0)
+    b_o = dot(b_p.to(b_v.dtype), b_v, PRECISION)  # [BM, BD]
+
+    m_seen = b_l > 0
+    b_l = tl.where(m_seen, b_l, 1.0)
+    b_o = b_o * (inverse_keep / b_l)[:, None]
+    b_lse = tl.where(m_seen, (b_m + tl.log2(b_l)) * LN2, float("-inf"))
+    p_row = p_o + i_b64 * s_ob + i_h64 * s_oh + o_m.to(tl.int64)[:, None] * s_ot + o_d[None, :]
+    tl.store(p_row, b_o.to(p_o.dtype.element_ty), mask=(o_m < TQ)[:, None] & m_d[None, :])
+    tl.store(p_lse + i_bh.to(tl.int64) * TQ + o_m, b_lse, mask=o_m < TQ)
+
+
+@triton.jit(do_not_specialize=["H", "MH", "TQ", "TK", "LQ", "KW", "threshold"])
+def _small_backward_kernel(
+    p_q, p_k, p_v, p_do, p_dlse, p_dq, p_dk, p_dv, p_words, p_q_lengths, p_k_lengths, p_seed,
+    scale, scale_log2, threshold, inverse_keep,
+    s_qb, s_qh, s_qt, s_kb, s_kh, s_kt, s_vb, s_vh, s_vt, s_gb, s_gh, s_gt,
+    s_xb, s_xh, s_xt, s_yb, s_yh, s_yt, s_zb, s_zh, s_zt,
+    H, MH, TQ, TK, LQ, KW,
+    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    i_bh = tl.program_id(0)
+    i_b, i_h = i_bh // H, i_bh % H
+    i_b64, i_h64 = i_b.to(tl.int64), i_h.to(tl.int64)
+    q_length = sequence_length(p_q_lengths, i_b, TQ)
+    k_length = sequence_length(p_k_lengths, i_b, TK)
+    o_m, o_n, o_d = tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, BD)
+    o_m64, o_n64 = o_m.to(tl.int64)[:, None], o_n.to(tl.int64)[:, None]
+    m_d = o_d < D
+    m_m, m_n = o_m < q_length, o_n < k_length
+    m_md, m_nd = m_m[:, None] & m_d[None, :], m_n[:, None] & m_d[None, :]
+
+    p_do += i_b64 * s_gb + i_h64 * s_gh
+    b_do = tl.load(p_do + o_m64 * s_gt + o_d[None, :], mask=m_md, other=0.0)
+    p_v += i_b64 * s_vb + i_h64 * s_vh
+    b_v = tl.load(p_v + o_n64 * s_vt + o_d[None, :], mask=m_nd, other=0.0)
+    b_q, b_k, b_s, b_m = _row_scores(
+        p_q + i_b64 * s_qb + i_h64 * s_qh, p_k + i_b64 * s_kb + i_h64 * s_kh,
+        p_words + tl.where(MH > 1, i_h, 0).to(tl.int64) * KW * LQ,
+        o_m, o_n, m_md, m_nd, m_m, k_length, s_qt, s_kt, o_d, LQ, scale_log2, BN, PRECISION,
+    )  # fmt: skip
+    b_p = tl.exp2(b_s - b_m[:, None])
+    b_l = tl.sum(b_p, 1)
+    b_p = b_p * (1.0 / tl.where(b_l > 0, b_l, 1.0))[:, None]
+    b_dp = dot(b_do, tl.trans(b_v), PRECISION)  # [BM, BN]
+    b_pz = b_p
+    if DROPOUT:
+        m_z = dropout_bits(tl.load(p_seed), i_bh, o_m[:, None], o_n[None, :], threshold)
+        b_pz = tl.where(m_z, b_p * inverse_keep, 0.0)
+        b_dp = tl.where(m_z, b_dp * inverse_keep, 0.0)
+    b_dv = dot(tl.trans(b_pz.to(b_do.dtype)), b_do, PRECISION)  # [BN, BD]
+    p_row = p_dv + i_b64 * s_zb + i_h64 * s_zh + o_n64 * s_zt + o_d[None, :]
+    tl.store(p_row, b_dv.to(p_dv.dtype.element_ty), mask=(o_n < TK)[:, None] & m_d[None, :])
+
+    b_delta = tl.sum(b_p * b_dp, 1)  # = dO · O: the whole row is here
+    if p_dlse is not None:
+        b_delta -= tl.load(p_dlse + i_bh.to(tl.int64) * TQ + o_m, mask=m_m, other=0.0)
+    b_ds = (b_p * (b_dp - b_delta[:, None]) * scale).to(b_q.dtype)
+    b_dq = dot(b_ds, b_k, PRECISION)
+    b_dk = dot(tl.trans(b_ds), b_q, PRECISION)
+    p_row = p_dq + i_b64 * s_xb + i_h64 * s_xh + o_m64 * s_xt + o_d[None, :]
+    tl.store(p_row, b_dq.to(p_dq.dtype.element_ty), mask=(o_m < TQ)[:, None] & m_d[None, :])
+    p_row = p_dk + i_b64 * s_yb + i_h64 * s_yh + o_n64 * s_yt + o_d[None, :]
+    tl.store(p_row, b_dk.to(p_dk.dtype.element_ty), mask=(o_n < TK)[:, None] & m_d[None, :])
+
+
+def small_size(q_size: int, k_size: int, dim: int, dtype: torch.dtype) -> int | None:
+    """Tile size of the small kernels for these shapes, or None where the tile lists are used.
+
+    A power of two, so that lengths share few compiled variants; bounded by what fits in shared memory.
+    """
+    tile = max(32, triton.next_power_of_2(max(q_size, k_size)))
+    fits = tile * triton.next_power_of_2(dim) * dtype.itemsize <= SMALL_LENGTH * 64 * 2
+    return tile if tile <= SMALL_LENGTH and fits else None
+
+
+def small_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    words: Tensor,
+    tile: int,
+    q_lengths: Tensor | None,
+    k_lengths: Tensor | None,
+    seed: Tensor | None,
+    scale: float,
+    threshold: int,
+    inverse_keep: float,
+) -> tuple[Tensor, Tensor]:
+    """As `forward.forward`, for sizes up to `tile`."""
+    batch, heads, q_size, dim = q.shape
+    out = torch.empty_like(q)
+    lse = torch.empty(batch, heads, q_size, dtype=torch.float32, device=q.device)
+    config = small_forward_config(tile, dim, q.dtype)
+    n_tiles = triton.cdiv(q_size, config.block_q)
+    _small_forward_kernel[(n_tiles * batch * heads,)](
+        q, k, v, out, lse, words, q_lengths, k_lengths, seed, scale * LOG2E.value, threshold, inverse_keep,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
+        heads, words.size(0), q_size, k.size(2), words.size(2), words.size(1), n_tiles,
+        D=dim, BD=triton.next_power_of_2(dim), BM=config.block_q, BN=config.block_k,
+        DROPOUT=seed is not None, PRECISION=precision(q.dtype), **config.launch(),
+    )  # fmt: skip
+    return out, lse
+
+
+def small_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    words: Tensor,
+    tile: int,
+    q_lengths: Tensor | None,
+    k_lengths: Tensor | None,
+    seed: Tensor | None,
+    scale: float,
+    threshold: int,
+    inverse_keep: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `backward.backward`, for sizes up to `tile`."""
+    batch, heads, q_size, dim = q.shape
+    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    config = small_backward_config(tile, dim, q.dtype)
+    _small_backward_kernel[(batch * heads,)](
+        q, k, v, grad_out, grad_lse, dq, dk, dv, words, q_lengths, k_lengths, seed,
+        scale, scale * LOG2E.value, threshold, inverse_keep,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad_out.stride()[:3],
+        *dq.stride()[:3], *dk.stride()[:3], *dv.stride()[:3],
+        heads, words.size(0), q_size, k.size(2), words.size(2), words.size(1),
+        D=dim, BD=triton.next_power_of_2(dim), BM=config.block_q, BN=config.block_k,
+        DROPOUT=seed is not None, PRECISION=precision(q.dtype), **config.launch(),
+    )  # fmt: skip
+    return dq, dk, dv

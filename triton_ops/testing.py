@@ -1,0 +1,206 @@
+"""Seeded inputs and the float64 error budget, for tests and benchmarks alike."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .api import block_sparse_attention
+from .layout import AttentionLayout
+from .reference import attention_reference, dropout_keep, visible_cells
+
+# Roundings, in units of machine epsilon, that the kernels may add to the error of the eager result. Half precision: P
+# (or dS) and the output, half an epsilon each. float32: products of three tf32 terms keep 22 bits of each factor
+# and drop the product of the low parts, 3 · 2^-22 in all, on top of the output's rounding.
+ROUNDING_BAND = {torch.float16: 1.0, torch.bfloat16: 1.0, torch.float32: 6.5}
+
+
+def block_mask(
+    heads: int, q_size: int, k_size: int, block: int, sparsity: float, seed: int, device="cpu", diagonal: bool = True
+) -> Tensor:
+    """A random keep mask (heads, q_size, k_size) of square blocks whose expected sparsity is as asked.
+
+    With `diagonal` the blocks on the diagonal are always kept, and the others correspondingly less often.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    n_q, n_k = -(-q_size // block), -(-k_size // block)
+    kept = (1.0 - sparsity) * n_q * n_k
+    always = min(n_q, n_k) if diagonal else 0
+    rest = n_q * n_k - always
+    chance = min(1.0, max(0.0, (kept - always) / rest)) if rest else 1.0
+    blocks = torch.rand(heads, n_q, n_k, generator=generator) < chance
+    if diagonal:
+        index = torch.arange(always)
+        blocks[:, index, index] = True
+    mask = blocks.to(device).repeat_interleave(block, 1)[:, :q_size]
+    return mask.repeat_interleave(block, 2)[:, :, :k_size]
+
+
+@dataclass
+class Case:
+    """One attention problem, inputs included. Padded positions of q, k, v and the gradient hold NaN."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    keep: Tensor
+    grad_out: Tensor
+    grad_lse: Tensor | None = None
+    q_lengths: Tensor | None = None
+    k_lengths: Tensor | None = None
+    causal: bool = False
+    dropout_p: float = 0.0
+    seed: int = 0
+    scale: float = 1.0
+    tile: int | None = None
+    layout: AttentionLayout = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.layout = AttentionLayout.from_keep_mask(self.keep, tile=self.tile)
+
+    def options(self) -> dict:
+        return dict(
+            q_lengths=self.q_lengths, k_lengths=self.k_lengths, causal=self.causal,
+            dropout_p=self.dropout_p, seed=self.seed, scale=self.scale,
+        )  # fmt: skip
+
+
+def make_case(
+    *,
+    batch: int,
+    heads: int,
+    q_size: int,
+    k_size: int,
+    dim: int,
+    dtype: torch.dtype,
+    keep: Tensor,
+    seed: int = 0,
+    q_lengths: Tensor | None = None,
+    k_lengths: Tensor | None = None,
+    time_first: bool = True,
+    use_lse: bool = False,
+    device="cpu",
+    **options,
+) -> Case:
+    """Normal inputs, as (B, H, T, D) views of time-first tensors or contiguous; padding is poisoned with NaN."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def tensor(size: int, lengths: Tensor | None) -> Tensor:
+        shape = (size, batch, heads, dim) if time_first else (batch, heads, size, dim)
+        x = torch.randn(shape, generator=generator)
+        x = (x.permute(1, 2, 0, 3) if time_first else x).to(device=device, dtype=dtype)
+        if lengths is not None:
+            x = x.masked_fill((torch.arange(size, device=device) >= lengths[:, None])[:, None, :, None], torch.nan)
+        return x
+
+    q_lengths = None if q_lengths is None else q_lengths.to(device)
+    k_lengths = None if k_lengths is None else k_lengths.to(device)
+    grad_lse = torch.randn(batch, heads, q_size, generator=generator).to(device) if use_lse else None
+    return Case(
+        tensor(q_size, q_lengths), tensor(k_size, k_lengths), tensor(k_size, k_lengths), keep.to(device),
+        tensor(q_size, q_lengths), grad_lse, q_lengths, k_lengths, seed=seed, **options,
+    )  # fmt: skip
+
+
+def _clean(x: Tensor, lengths: Tensor | None) -> Tensor:
+    """x without its poison, for gradients: reference code multiplies padded rows by 0."""
+    return x if lengths is None else torch.nan_to_num(x)
+
+
+def run_reference(case: Case, dtype: torch.dtype) -> dict[str, Tensor]:
+    """out, lse, dq, dk, dv of the eager definition computed in `dtype`."""
+    q, k, v = (x.detach().to(dtype).requires_grad_() for x in (case.q, case.k, case.v))
+    keep = case.keep[:, : q.size(2), : k.size(2)]
+    out, lse = attention_reference(q, k, v, keep, **case.options())
+    outputs, grads = [out], [_clean(case.grad_out, case.q_lengths).to(dtype)]
+    if case.grad_lse is not None:
+        outputs.append(torch.where(lse.isfinite(), lse, 0.0))
+        grads.append(case.grad_lse.to(lse.dtype))
+    dq, dk, dv = torch.autograd.grad(outputs, (q, k, v), grads)
+    return dict(out=out.detach(), lse=lse.detach(), dq=dq, dk=dk, dv=dv)
+
+
+def run_kernels(case: Case) -> dict[str, Tensor]:
+    """out, lse, dq, dk, dv of the Triton back end."""
+    q, k, v = (x.detach().requires_grad_() for x in (case.q, case.k, case.v))
+    out, lse = block_sparse_attention(q, k, v, case.layout, backend="triton", return_lse=True, **case.options())
+    outputs, grads = [out], [case.grad_out]
+    if case.grad_lse is not None:
+        outputs.append(lse)
+        grads.append(case.grad_lse)
+    dq, dk, dv = torch.autograd.grad(outputs, (q, k, v), grads)
+    return dict(out=out.detach(), lse=lse.detach(), dq=dq, dk=dk, dv=dv)
+
+
+def rounding_scale(case: Case) -> dict[str, float]:
+    """Norm of each result when every term of its sums is replaced by the root of the sum of squared terms.
+
+    Independent roundings add up in that way (Higham and Mary, SIAM J. Sci. Comput. 41(5), 2019), also where the
+    terms themselves cancel.
+    """
+    q, k, v, g = (torch.nan_to_num(x.double()) for x in (case.q, case.k, case.v, case.grad_out))
+    batch, heads, q_size = q.shape[:3]
+    keep = case.keep[:, :q_size, : k.size(2)]
+    cells = visible_cells(keep, batch, heads, case.q_lengths, case.k_lengths, case.causal)
+    scores = (q @ k.transpose(-1, -2) * case.scale).masked_fill(~cells, -torch.inf)
+    p = torch.nan_to_num(torch.softmax(scores, -1))
+    z = torch.ones_like(p)
+    if case.dropout_p > 0:
+        bits = dropout_keep(case.seed, batch * heads, q_size, k.size(2), case.dropout_p, q.device)
+        z = bits.view_as(p).double() / (1 - case.dropout_p)
+    dp = z * (g @ v.transpose(-1, -2))
+    delta = (p * dp).sum(-1, keepdim=True)
+    # δ = O · dO carries the rounding of O; dP and dlse are float32, whose rounding matters in float32 alone.
+    delta_terms = ((z * p @ v).square() * g.square()).sum(-1, keepdim=True).sqrt()
+    grad_lse = torch.zeros_like(delta) if case.grad_lse is None else case.grad_lse.double()[..., None]
+    ds = (dp - delta + grad_lse).abs() + delta_terms
+    if case.q.dtype == torch.float32:
+        ds = ds + dp.abs() + grad_lse.abs()
+    ds = case.scale * p * ds
+
+    def norm(a: Tensor, b: Tensor) -> float:
+        return float((a.square() @ b.square()).sqrt().norm())
+
+    return dict(
+        out=norm(z * p, v), dq=norm(ds, k), dk=norm(ds.transpose(-1, -2), q), dv=norm((z * p).transpose(-1, -2), g),
+        lse=float(torch.where(cells.any(-1), torch.logsumexp(scores, -1).abs() + 1, 0.0).norm()),
+    )  # fmt: skip
+
+
+def error_report(case: Case) -> dict[str, dict[str, float]]:
+    """For out, lse, dq, dk and dv: error of the kernels against float64, and the most it may be.
+
+    The allowance is the error of the eager result in the same type plus ROUNDING_BAND epsilons of
+    `rounding_scale`. Both are relative to the norm of the float64 result. lse is float32 in every type.
+    """
+    exact = run_reference(case, torch.float64)
+    eager = run_reference(case, case.q.dtype)
+    got = run_kernels(case)
+    scales = rounding_scale(case)
+    report = {}
+    for name, reference in exact.items():
+        if name == "lse":
+            same = torch.isneginf(reference) == torch.isneginf(got[name])
+            if not bool(same.all()):
+                report[name] = dict(error=float("inf"), allowed=0.0)
+                continue
+            reference, eager[name], got[name] = (
+                x.double().masked_fill(torch.isneginf(x), 0.0) for x in (reference, eager[name], got[name])
+            )
+        epsilon = torch.finfo(torch.float32 if name == "lse" else case.q.dtype).eps
+        band = ROUNDING_BAND[torch.float32 if name == "lse" else case.q.dtype] * epsilon * scales[name]
+        norm = float(reference.norm()) or 1.0
+        error = float((got[name].double() - reference).norm())
+        eager_error = float((eager[name].double() - reference).norm())
+        report[name] = dict(error=error / norm, allowed=(eager_error + band) / norm)
+    return report
+
+
+def assert_within_budget(case: Case) -> None:
+    """Raise AssertionError that names every result outside the budget (NaN is outside)."""
+    report = error_report(case)
+    wrong = {name: row for name, row in report.items() if not row["error"] <= row["allowed"]}
+    if wrong:
+        raise AssertionError(f"outside the float64 error budget: {wrong}")
