@@ -50,51 +50,74 @@ def precision(dtype: torch.dtype) -> str:
 def forward_config(table: TileTable, dim: int, dtype: torch.dtype) -> Config:
     if dtype == torch.float32:
         return Config(min(table.outer, 64 if dim <= 64 else 32), 32, 4, 1)
+    if dim > 64:
+        return {
+            16: Config(16, 32, 1, 2),
+            32: Config(32, 32, 2, 2),
+            64: Config(64, 64, 4, 2),
+            128: Config(128, 64, 8, 2),
+        }[table.outer]
     return {
-        16: Config(16, 64, 1, 2),
-        32: Config(32, 64, 2, 2),
-        64: Config(64, 64, 4, 3),
-        128: Config(128, 128 if dim <= 64 else 64, 8, 2),
+        16: Config(16, 32, 1, 2, 128),
+        32: Config(32, 32, 1, 2, 200),
+        64: Config(64, 64, 4, 2, 128),
+        128: Config(128, 128, 8, 2, 128),
     }[table.outer]
 
 
 def dq_config(table: TileTable, dim: int, dtype: torch.dtype) -> Config:
     if dtype == torch.float32:
         return Config(min(table.outer, 64 if dim <= 64 else 32), 32, 4, 1)
+    if dim > 64:
+        return {
+            16: Config(16, 32, 1, 2),
+            32: Config(32, 32, 2, 2),
+            64: Config(64, 64, 4, 2),
+            128: Config(64, 64, 4, 2),
+        }[table.outer]
     return {
-        16: Config(16, 32, 1, 2),
-        32: Config(32, 32, 2, 2),
-        64: Config(64, 64, 4, 2),
-        128: Config(128, 64, 8, 2),
+        16: Config(16, 32, 1, 2, 128),
+        32: Config(32, 32, 2, 2, 128),
+        64: Config(64, 64, 4, 2, 128),
+        128: Config(64, 64, 4, 2, 128),
     }[table.outer]
 
 
 def dkdv_config(table: TileTable, dim: int, dtype: torch.dtype) -> Config:
     if dtype == torch.float32:
         return Config(32, min(table.outer, 32), 4, 1)
+    if dim > 64:
+        return {
+            16: Config(32, 16, 1, 2),
+            32: Config(32, 32, 2, 2),
+            64: Config(64, 64, 8, 2),
+            128: Config(64, 64, 8, 2),
+        }[table.outer]
     return {
-        16: Config(32, 16, 1, 2),
-        32: Config(32, 32, 2, 2),
-        64: Config(64, 64, 4, 2),
-        128: Config(64, 128 if dim <= 64 else 64, 8, 2),
+        16: Config(32, 16, 1, 2, 168),
+        32: Config(32, 32, 2, 2, 168),
+        64: Config(64, 64, 4, 2, 168),
+        128: Config(64, 64, 4, 2, 168),
     }[table.outer]
 
 
 def small_forward_config(tile: int, dim: int, dtype: torch.dtype) -> Config:
+    wide = dtype == torch.float32
     return {
-        32: Config(32, 32, 2, 1),
+        32: Config(32, 32, 2 if wide else 1, 1),
         64: Config(64, 64, 4, 1),
         128: Config(64, 128, 4, 1),
     }[tile]
 
 
 def small_backward_config(tile: int, dim: int, dtype: torch.dtype) -> Config:
+    wide = dtype == torch.float32
     return {
-        32: Config(32, 32, 2, 1),
-        64: Config(64, 64, 4, 1),
+        32: Config(32, 32, 4 if wide else 1, 1),
+        64: Config(64, 64, 8 if wide else 4, 1),
         128: Config(128, 128, 8, 1),
     }[tile]
 
 
 def decode_config(shared: bool, dim: int, dtype: torch.dtype) -> Config:
-    return Config(1, 32, 2, 2) if shared else Config(1, 64, 4, 1)
+    return Config(1, 32, 2, 1) if shared else Config(1, 64, 2, 1)

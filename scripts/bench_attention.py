@@ -1,0 +1,455 @@
+#!/usr/bin/env python
+"""Benchmark the block-sparse kernels against every rival in one process, behind a float64 correctness gate.
+
+    python scripts/bench_attention.py --out scripts/bench_attention.h200.json           # everything
+    python scripts/bench_attention.py --only forward --out /tmp/forward.json            # some sections
+    python scripts/bench_attention.py --tune --out /tmp/tune.json                       # launch configurations
+    python scripts/bench_attention.py --table scripts/bench_attention.h200.json         # Markdown, no GPU needed
+
+Rivals: SDPA with the flash, cuDNN and memory-efficient back ends (dense), SDPA with the mask as a dense float
+tensor (what stock fairseq computes), FlexAttention with the same block mask, and the eager definition. A rival
+that cannot run a case is recorded with its error. Sequences up to 2048 are timed as CUDA-graph replays, where
+launches from Python would hide the kernels; longer ones with events around single calls. `tflops` counts
+kept cells only: 4 D FLOP per kept cell forward, 10 D more backward.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import itertools
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import triton
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from triton_ops import AttentionLayout, block_sparse_attention, decode_attention
+from triton_ops.testing import assert_within_budget, block_mask, make_case
+
+DEVICE = "cuda"
+GRAPH_LIMIT = 2048
+DENSE = {
+    "sdpa flash": SDPBackend.FLASH_ATTENTION,
+    "sdpa cudnn": SDPBackend.CUDNN_ATTENTION,
+    "sdpa efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
+BFLOAT16 = torch.bfloat16
+
+
+# --- timing -----------------------------------------------------------------------------------------------------------
+
+
+def quantiles(times: list[float]) -> dict[str, float]:
+    """Median and 20th and 80th percentile, in milliseconds."""
+    low, *_, high = statistics.quantiles(times, n=5)
+    return dict(median_ms=statistics.median(times), p20_ms=low, p80_ms=high)
+
+
+def time_events(run: Callable[[], object], repeats: int) -> dict[str, float]:
+    for _ in range(5):
+        run()
+    times = []
+    for _ in range(repeats):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return quantiles(times)
+
+
+def time_graph(run: Callable[[], object], repeats: int, calls: int = 10) -> dict[str, float]:
+    """Per call, over replays of a graph of `calls` calls."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(calls):
+            run()
+    timing = time_events(graph.replay, repeats)
+    return {name: value / calls for name, value in timing.items()}
+
+
+def measure(run: Callable[[], object], graph: bool, repeats: int) -> dict[str, object]:
+    """Timing of `run`, or the reason why it cannot run."""
+    try:
+        return dict(time_graph(run, repeats) if graph else time_events(run, repeats), graph=graph)
+    except (RuntimeError, ValueError, NotImplementedError, triton.TritonError) as error:
+        torch.cuda.synchronize()
+        return dict(error=f"{type(error).__name__}: {str(error).splitlines()[0][:200]}")
+
+
+def training_step(
+    forward: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, grad: Tensor
+) -> Callable[[], object]:
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+
+    def run():
+        return torch.autograd.grad(forward(*leaves), leaves, grad)
+
+    return run
+
+
+# --- rivals -----------------------------------------------------------------------------------------------------------
+
+
+def dense(backend: SDPBackend) -> Callable[..., Tensor]:
+    def forward(q, k, v):
+        with sdpa_kernel(backend):
+            return F.scaled_dot_product_attention(q, k, v)
+
+    return forward
+
+
+def dense_mask(mask: Tensor, dropout_p: float = 0.0) -> Callable[..., Tensor]:
+    return lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p)
+
+
+def flex(keep: Tensor, block: int, autotune: bool) -> Callable[..., Tensor]:
+    """FlexAttention under the same mask. Its sparse block is 128 by default; smaller ones need autotuning."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    heads, q_size, k_size = keep.shape
+    mask = create_block_mask(
+        lambda b, h, i, j: keep[h, i, j], None, heads, q_size, k_size, device=DEVICE, BLOCK_SIZE=block
+    )
+    mode = "max-autotune-no-cudagraphs" if autotune else None
+    return functools.partial(torch.compile(flex_attention, mode=mode, dynamic=False), block_mask=mask)
+
+
+# --- sections ---------------------------------------------------------------------------------------------------------
+
+
+def gate() -> None:
+    """Refuse to time kernels that are not right: tile lists, sentence kernels and dropout against float64."""
+    for tile in (16, 32, 64, 128):
+        for block in (16, 1):
+            keep = block_mask(2, 300, 260, 16, 0.5, seed=tile)
+            if block == 1:
+                keep &= torch.rand(keep.shape, generator=torch.Generator().manual_seed(1)) < 0.8
+            lengths = dict(q_lengths=torch.tensor([300, 170]), k_lengths=torch.tensor([90, 260]))
+            assert_within_budget(
+                make_case(
+                    batch=2, heads=2, q_size=300, k_size=260, dim=64, dtype=BFLOAT16, keep=keep, tile=tile,
+                    scale=0.125, dropout_p=0.1, device=DEVICE, **lengths,
+                )
+            )  # fmt: skip
+    for size in (32, 64, 128):
+        keep = torch.rand(2, size, size, generator=torch.Generator().manual_seed(2)) < 0.7
+        lengths = torch.tensor([size, size // 2, 0])
+        assert_within_budget(
+            make_case(
+                batch=3, heads=2, q_size=size, k_size=size, dim=64, dtype=BFLOAT16, keep=keep, scale=0.125,
+                dropout_p=0.1, q_lengths=lengths, k_lengths=lengths, causal=True, device=DEVICE,
+            )
+        )  # fmt: skip
+
+
+def square_case(
+    batch: int, heads: int, size: int, sparsity: float, block: int, directions: list[str], repeats: int, rivals: bool
+) -> list[dict]:
+    """Self-attention under random block masks, ours and the rivals, forward and forward + backward."""
+    dim = 64
+    torch.manual_seed(0)
+    q, k, v, grad = (torch.randn(batch, heads, size, dim, device=DEVICE, dtype=BFLOAT16) for _ in range(4))
+    keep = block_mask(heads, size, size, block, sparsity, seed=1, device=DEVICE)
+    layout = AttentionLayout.from_keep_mask(keep).prepare()
+    kept = int(keep.sum()) * batch
+    methods: dict[str, Callable[..., Tensor]] = {
+        "ours": lambda q, k, v: block_sparse_attention(q, k, v, layout, backend="triton")
+    }
+    if rivals:
+        methods |= {name: dense(backend) for name, backend in DENSE.items()}
+        if size <= GRAPH_LIMIT:  # the mask alone takes heads x size² elements, the eager scores batch times that
+            float_mask = torch.zeros(keep.shape, device=DEVICE, dtype=BFLOAT16).masked_fill_(~keep, -torch.inf)
+            methods["sdpa dense mask"] = dense_mask(float_mask[None])
+            methods["eager"] = lambda q, k, v: block_sparse_attention(q, k, v, layout, backend="eager")
+    if block == 128:
+        methods["flex 128"] = flex(keep, 128, autotune=False)
+    if block == 64 and rivals:
+        methods["flex 64 autotuned"] = flex(keep, 64, autotune=True)
+    rows = []
+    for direction in directions:
+        flop = kept * dim * (4 if direction == "forward" else 14)
+        for name, method in methods.items():
+            run = functools.partial(method, q, k, v) if direction == "forward" else training_step(method, q, k, v, grad)
+            timing = measure(run, size <= GRAPH_LIMIT, repeats)
+            row = dict(
+                case="square", batch=batch, heads=heads, size=size, dim=dim, dtype="bfloat16", block=block,
+                nominal_sparsity=sparsity, sparsity=1 - float(keep.float().mean()), direction=direction, method=name,
+                tile=layout.tile if name == "ours" else None, **timing,
+            )  # fmt: skip
+            if "median_ms" in timing:
+                row["tflops"] = flop / timing["median_ms"] / 1e9
+            rows.append(row)
+    rows[0]["layout_bytes"] = layout.memory()
+    rows[0]["cells"] = keep.numel()
+    return rows
+
+
+def sentence_case(batch: int, heads: int, size: int, repeats: int) -> list[dict]:
+    """Element masks, random lengths, dropout 0.1, forward + backward: SDPA gets them as one dense float mask."""
+    dim, dropout_p = 64, 0.1
+    torch.manual_seed(0)
+    q, k, v, grad = (
+        torch.randn(size, batch, heads, dim, device=DEVICE, dtype=BFLOAT16).permute(1, 2, 0, 3) for _ in range(4)
+    )
+    lengths = torch.randint(size // 4, size + 1, (batch,), device=DEVICE)
+    keep = torch.rand(heads, size, size, device=DEVICE) < 0.5
+    keep |= torch.eye(size, dtype=torch.bool, device=DEVICE)
+    layout = AttentionLayout.from_keep_mask(keep)
+    seed = torch.ones(1, dtype=torch.int64, device=DEVICE)
+    padding = torch.arange(size, device=DEVICE) >= lengths[:, None]
+    visible = keep[None] & ~padding[:, None, None, :]
+    visible[..., 0] |= ~visible.any(-1)  # SDPA gives NaN for a row without a visible key
+    float_mask = torch.zeros(visible.shape, device=DEVICE, dtype=BFLOAT16).masked_fill_(~visible, -torch.inf)
+    options = dict(q_lengths=lengths, k_lengths=lengths, dropout_p=dropout_p, seed=seed)
+    methods = {
+        "ours": lambda q, k, v: block_sparse_attention(q, k, v, layout, backend="triton", **options),
+        "sdpa dense mask": dense_mask(float_mask, dropout_p),
+        "eager": lambda q, k, v: block_sparse_attention(q, k, v, layout, backend="eager", **options),
+    }
+    rows = []
+    for direction in ("forward", "forward+backward"):
+        for name, method in methods.items():
+            run = functools.partial(method, q, k, v) if direction == "forward" else training_step(method, q, k, v, grad)
+            rows.append(
+                dict(
+                    case="sentence", batch=batch, heads=heads, size=size, dim=dim, dtype="bfloat16", block=1,
+                    sparsity=1 - float(keep.float().mean()), direction=direction, method=name,
+                    mean_length=float(lengths.float().mean()), dropout=dropout_p, **measure(run, True, repeats),
+                )
+            )  # fmt: skip
+    return rows
+
+
+def decode_case(batch: int, beam: int, heads: int, size: int, sparsity: float, repeats: int) -> list[dict]:
+    """One decode step; the rival multiplies the dense cache: bmm, softmax in float32, bmm (stock fairseq)."""
+    dim = 64
+    torch.manual_seed(0)
+    keep = torch.rand(heads, 1024, 1024, device=DEVICE) >= sparsity
+    layout = AttentionLayout.from_keep_mask(keep).prepare(decode=True)
+    step = torch.tensor([size - 1], device=DEVICE)
+    q = torch.randn(batch, beam, heads, dim, device=DEVICE, dtype=BFLOAT16)
+    slots = torch.arange(beam, device=DEVICE, dtype=torch.int32)[None, :, None].expand(batch, beam, size).contiguous()
+    rows = []
+    for kind, shape in [("self", (batch, beam, heads, size, dim)), ("cross", (batch, heads, size, dim))]:
+        k, v = (torch.randn(shape, device=DEVICE, dtype=BFLOAT16) for _ in range(2))
+        wide = [x if kind == "self" else x.unsqueeze(1).expand(-1, beam, -1, -1, -1).contiguous() for x in (k, v)]
+
+        def stock(k=wide[0], v=wide[1]):
+            scores = torch.matmul(q.unsqueeze(3) * dim**-0.5, k.transpose(-1, -2))
+            return torch.matmul(torch.softmax(scores, -1, dtype=torch.float32).to(BFLOAT16), v)
+
+        methods = {
+            "ours": functools.partial(decode_attention, q, k, v, layout, step, backend="triton"),
+            "bmm softmax bmm": stock,
+        }
+        if kind == "self":
+            methods["ours, beam slots"] = functools.partial(methods["ours"], beam_slots=slots)
+        for name, run in methods.items():
+            rows.append(
+                dict(
+                    case=f"decode {kind}", batch=batch, beam=beam, heads=heads, size=size, dim=dim, dtype="bfloat16",
+                    sparsity=1 - float(keep.float().mean()), method=name, **measure(run, True, repeats),
+                )
+            )  # fmt: skip
+    return rows
+
+
+def memory_case(batch: int, heads: int, size: int) -> list[dict]:
+    """Peak memory of forward + backward above the inputs, ours against SDPA's flash back end."""
+    q, k, v, grad = (torch.randn(batch, heads, size, 64, device=DEVICE, dtype=BFLOAT16) for _ in range(4))
+    layout = AttentionLayout.from_keep_mask(block_mask(heads, size, size, 64, 0.9, 1, DEVICE)).prepare()
+    methods = {
+        "ours": lambda q, k, v: block_sparse_attention(q, k, v, layout, backend="triton"),
+        "sdpa flash": dense(SDPBackend.FLASH_ATTENTION),
+    }
+    rows = []
+    for name, method in methods.items():
+        run = training_step(method, q, k, v, grad)
+        run()
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        peak = torch.cuda.max_memory_allocated() - before
+        rows.append(
+            dict(
+                case="memory", batch=batch, heads=heads, size=size, method=name, peak_bytes=peak,
+                layout_bytes=layout.memory() if name == "ours" else None,
+            )
+        )  # fmt: skip
+    return rows
+
+
+BOTH = ["forward", "forward+backward"]
+
+
+def sections(repeats: int) -> dict[str, Callable[[], list[dict]]]:
+    def forward(size: int, batch: int, heads: int, cases: list[tuple[float, int]], directions: list[str]) -> list[dict]:
+        rows: list[dict] = []
+        for i, (sparsity, block) in enumerate(cases):
+            rows += square_case(batch, heads, size, sparsity, block, directions, repeats, rivals=i == 0)
+        return rows
+
+    long_cases = [(0.9, 64), (0.9, 128), (0.9, 32), (0.9, 16), (0.5, 128), (0.5, 64), (0.0, 128)]
+    return {
+        "long": lambda: forward(4096, 4, 16, long_cases, BOTH),
+        "medium": lambda: forward(1024, 8, 8, [(0.9, 64), (0.9, 128), (0.9, 16)], BOTH),
+        "sentence": lambda: sum((sentence_case(b, 8, t, repeats) for b, t in [(256, 32), (128, 64), (64, 128)]), []),
+        "decode": lambda: decode_case(64, 5, 8, 1000, 0.9, repeats),
+        "memory": lambda: memory_case(2, 16, 8192),
+    }
+
+
+# --- tuning -----------------------------------------------------------------------------------------------------------
+
+
+def tune(repeats: int) -> list[dict]:
+    """Forward + backward under many launch configurations of one kernel at a time, the others as chosen.
+
+    About 25 minutes, nearly all of it compilation.
+    """
+    from triton_ops import backward, forward
+    from triton_ops.config import Config
+    from triton_ops.layout import TILE_SIZES
+
+    rows = []
+    q, k, v, grad = (torch.randn(4, 16, 4096, 64, device=DEVICE, dtype=BFLOAT16) for _ in range(4))
+    for tile in (128, 64, 32, 16):
+        layout = AttentionLayout.from_keep_mask(block_mask(16, 4096, 4096, tile, 0.9, 1, DEVICE), tile=tile).prepare()
+        run = training_step(lambda q, k, v, lay=layout: block_sparse_attention(q, k, v, lay), q, k, v, grad)
+        for module, name in [(forward, "forward_config"), (backward, "dq_config"), (backward, "dkdv_config")]:
+            chosen = getattr(module, name)
+            chosen_time = measure(run, True, repeats)
+            for outer, inner, stages, registers in itertools.product(
+                sorted({tile, min(tile, 64)}), TILE_SIZES, (1, 2, 3), (None, 128, 168)
+            ):
+                for warps in sorted({max(1, outer // 32), outer // 16}):
+                    shape = (inner, outer) if name == "dkdv_config" else (outer, inner)
+                    config = Config(*shape, warps, stages, registers)
+                    setattr(module, name, lambda *_, config=config: config)
+                    rows.append(
+                        dict(method=name, tile=tile, config=config, chosen=chosen_time, **measure(run, True, repeats))
+                    )
+            setattr(module, name, chosen)
+    return rows
+
+
+# --- output -----------------------------------------------------------------------------------------------------------
+
+
+def provenance() -> dict[str, object]:
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    return dict(
+        device=torch.cuda.get_device_name(), torch=torch.__version__, triton=triton.__version__,
+        cuda=torch.version.cuda, commit=commit, command=" ".join(["python", *sys.argv]),
+        time=datetime.now(UTC).isoformat(timespec="seconds"),
+    )  # fmt: skip
+
+
+def group_key(row: dict) -> tuple:
+    names = ("case", "batch", "beam", "heads", "size", "nominal_sparsity", "block", "direction")
+    return tuple(row.get(name) for name in names)
+
+
+def shape_of(row: dict) -> tuple:
+    return tuple(row.get(name) for name in ("case", "batch", "heads", "size", "direction"))
+
+
+def table(report: dict) -> str:
+    """One Markdown row per case: our time, then each rival's time and how many times ours it takes."""
+    lines = [
+        f"{report['device']}, torch {report['torch']}, triton {report['triton']}, commit {report['commit']}: "
+        f"`{report['command']}`",
+        *([report["note"]] if "note" in report else []),
+        "",
+        "| case | B, H, T | sparsity | block | direction | ours, ms | useful TFLOP/s | rivals, ms (x ours) |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    groups: dict[tuple, list[dict]] = {}
+    for row in report["rows"]:
+        groups.setdefault(group_key(row), []).append(row)
+    dense_rows = [row for row in report["rows"] if row["method"] in DENSE]
+    for rows in groups.values():
+        ours = next((row for row in rows if row["method"] == "ours"), None)
+        if ours is None or "median_ms" not in ours:
+            continue
+        # Dense rivals do not depend on the mask: they are timed once per shape.
+        borrowed = [row for row in dense_rows if shape_of(row) == shape_of(ours)]
+        rivals = [row for row in rows if row is not ours and row["method"] not in DENSE] + borrowed
+        shown = "; ".join(
+            f"{row['method']} {row['median_ms']:.4g} ({row['median_ms'] / ours['median_ms']:.2f})"
+            if "median_ms" in row
+            else f"{row['method']}: {row['error']}"
+            for row in rivals
+        )
+        batch = f"{ours['batch']}x{ours['beam']}" if "beam" in ours else ours["batch"]
+        rate = f"{ours['tflops']:.0f}" if "tflops" in ours else ""
+        lines.append(
+            f"| {ours['case']} | {batch}, {ours['heads']}, {ours['size']} | {ours['sparsity']:.1%} "
+            f"| {ours.get('block', 1)} | {ours.get('direction', 'step')} | {ours['median_ms']:.4g} | {rate} | {shown} |"
+        )
+    for row in report["rows"]:
+        if row.get("layout_bytes") and row.get("cells"):
+            total = sum(row["layout_bytes"].values())
+            lines.append(
+                f"\nLayout of {row['heads']} x {row['size']}², block {row['block']}: {total / 2**20:.2f} MiB, "
+                f"{total / row['cells']:.4f} bytes per cell ({row['layout_bytes']})."
+            )
+        if row["case"] == "memory":
+            lines.append(f"\nPeak memory above inputs, {row['method']}: {row['peak_bytes'] / 2**20:.0f} MiB.")
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="JSON file to write")
+    parser.add_argument("--only", action="append", choices=list(sections(1)), help="sections to run (default: all)")
+    parser.add_argument("--repeats", type=int, default=30, help="timed calls or graph replays (default: 30)")
+    parser.add_argument("--tune", action="store_true", help="sweep launch configurations instead")
+    parser.add_argument("--table", type=Path, metavar="JSON", help="print a Markdown table of a result file and stop")
+    options = parser.parse_args(arguments)
+    if options.table:
+        print(table(json.loads(options.table.read_text(encoding="utf-8"))))
+        return
+    if not torch.cuda.is_available():
+        sys.exit("bench_attention.py: no CUDA device; only --table works without one")
+    gate()
+    report: dict[str, object] = provenance()
+    rows: list[dict] = []
+    report["rows"] = rows
+    work = {"tune": lambda: tune(options.repeats)} if options.tune else sections(options.repeats)
+    for name, section in work.items():
+        if options.tune or not options.only or name in options.only:
+            rows += section()
+            if options.out:  # after every section: a run that is cut short keeps what it measured
+                options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+            print(f"{name}: {len(rows)} rows", flush=True)
+    if options.tune:
+        best = sorted((row for row in rows if "median_ms" in row), key=lambda row: row["median_ms"])
+        for row in best[:40]:
+            print(row)
+    else:
+        print(table(report))
+
+
+if __name__ == "__main__":
+    main()

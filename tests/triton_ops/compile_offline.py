@@ -1,0 +1,92 @@
+"""Compile the kernels for an H100 or H200 on a machine without a GPU, and report what was compiled as JSON.
+
+Run by test_triton_compilation.py in a process of its own, where Triton compiles instead of interpreting. Launches
+go through the real launchers with CPU tensors; Triton's driver is replaced by one that only names the target.
+"""
+
+import json
+import random
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+from triton_ops import AttentionLayout, backward, decode, forward, ops, small
+
+KERNELS = [
+    forward._forward_kernel,
+    backward._dq_kernel,
+    backward._dkdv_kernel,
+    small._small_forward_kernel,
+    small._small_backward_kernel,
+    decode._decode_kernel,
+]
+compiled = {}
+
+
+class Driver:
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device=None):
+        return 0
+
+
+def compile_only(self, grid):
+    def launch(*args, **options):
+        kernel = self.run(*args, grid=grid, warmup=True, **options)
+        compiled[id(kernel)] = dict(
+            name=self.__name__, shared=kernel.metadata.shared, wgmma="wgmma.mma_async" in kernel.asm["ptx"], **options
+        )
+
+    return launch
+
+
+def attend(dtype, dim, tile, dropout_p, size, batch):
+    layout = AttentionLayout.from_keep_mask(torch.ones(2, 600, 600, dtype=torch.bool), tile=tile)
+    q, k, v = (torch.empty(size, batch, 2, dim, dtype=dtype).permute(1, 2, 0, 3) for _ in range(3))
+    lengths = torch.ones(batch, dtype=torch.int64)
+    seed = torch.ones(1, dtype=torch.int64) if dropout_p else None
+    tables = [*layout.query_table()[:2], *layout.key_table()[:2]]
+    rest = (layout.words, tables, tile, lengths, lengths, seed, dropout_p, 0.1)
+    out, lse = ops.attention_op(q, k, v, *rest)
+    ops.attention_backward_op(torch.empty_like(out), None, q, k, v, out, lse, *rest)
+
+
+def decode_step(dtype, dim, shared, size, batch, beam=3):
+    lists = AttentionLayout.from_keep_mask(torch.ones(2, 8, size, dtype=torch.bool), tile=64).row_lists()
+    q = torch.empty(batch, beam, 2, dim, dtype=dtype)
+    k = torch.empty(*((batch, 2, size, dim) if shared else (batch, beam, 2, size, dim)), dtype=dtype)
+    lengths = torch.ones(batch, dtype=torch.int64)
+    ops.decode_op(q, k, k, *lists, torch.tensor([3]), size, lengths, None, 0.1)
+
+
+def main():
+    triton.runtime.driver.set_active(Driver())
+    JITFunction.__getitem__ = compile_only
+    for tile in (64, 128):
+        attend(torch.bfloat16, 64, tile, 0.0, 300, 2)
+    attend(torch.bfloat16, 128, 128, 0.1, 300, 2)
+    before_lengths = len(compiled)
+
+    def lengths_seen(size, batch):
+        attend(torch.bfloat16, 32, 64, 0.1, size, batch)
+        for shared in (False, True):
+            decode_step(torch.bfloat16, 32, shared, size, batch)
+
+    for size in (20, 50, 100, 300):
+        lengths_seen(size, 3)
+    warm = len(compiled)
+    draw = random.Random(0)
+    for _ in range(50):
+        lengths_seen(draw.randint(1, 600), draw.randint(1, 8))
+    report = dict(kernels=list(compiled.values()), warm=warm - before_lengths, new=len(compiled) - warm)
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()

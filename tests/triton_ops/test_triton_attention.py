@@ -1,0 +1,290 @@
+"""The kernels against float64 (random shapes, masks, lengths, strides, types); what the public function promises."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from triton_ops import AttentionLayout, block_sparse_attention
+from triton_ops.reference import dropout_keep
+from triton_ops.testing import assert_within_budget, block_mask, make_case, run_kernels
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+FIXED = settings(derandomize=True, deadline=None)
+MORE = 1 if DEVICE == "cpu" else 4  # the interpreter is slow: more cases where the kernels are compiled
+F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
+
+# (dtype, head size, tile, dropout, lengths given). What is compiled depends on these; all the rest is drawn.
+VARIANTS = [
+    (F16, 64, 16, 0.0, True),
+    (F16, 32, 32, 0.2, True),
+    (F16, 128, 64, 0.0, False),
+    (F16, 96, 128, 0.1, True),
+    (BF16, 64, 64, 0.1, True),
+    (BF16, 16, 128, 0.0, True),
+    (BF16, 96, 16, 0.3, False),
+    (BF16, 128, 32, 0.0, True),
+    (F32, 64, 32, 0.0, True),
+    (F32, 32, 64, 0.2, True),
+    (F32, 16, 16, 0.0, False),
+    (F32, 96, 128, 0.0, True),
+]
+
+
+@st.composite
+def cases(draw, variant, sizes, batch_heads=3):
+    dtype, dim, tile, dropout_p, with_lengths = variant
+    batch, heads = draw(st.integers(1, batch_heads)), draw(st.integers(1, 2))
+    q_size, k_size = draw(sizes)
+    seed = draw(st.integers(0, 10**6))
+    generator = torch.Generator().manual_seed(seed)
+    mask_heads = draw(st.sampled_from([1, heads]))
+    shape = (mask_heads, q_size + draw(st.sampled_from([0, 3, 70])), k_size + draw(st.sampled_from([0, 1, 40])))
+    kind = draw(st.sampled_from(["elements", "blocks", "blocks", "full", "empty", "one cell"]))
+    if kind == "blocks":
+        keep = block_mask(*shape, tile, 0.5, seed, diagonal=draw(st.booleans()))
+    elif kind == "elements":
+        keep = torch.rand(shape, generator=generator) < draw(st.sampled_from([0.05, 0.5, 0.9]))
+    else:
+        keep = torch.full(shape, kind == "full")
+        if kind == "one cell":
+            keep[seed % mask_heads, seed % q_size, seed % k_size] = True
+
+    def lengths(size):
+        drawn = torch.randint(0, size + 1, (batch,), generator=generator)
+        return drawn if draw(st.booleans()) else drawn.to(torch.int32)
+
+    return make_case(
+        batch=batch,
+        heads=heads,
+        q_size=q_size,
+        k_size=k_size,
+        dim=dim,
+        dtype=dtype,
+        keep=keep,
+        seed=seed,
+        q_lengths=lengths(q_size) if with_lengths else None,
+        k_lengths=lengths(k_size) if with_lengths else None,
+        causal=draw(st.booleans()),
+        dropout_p=dropout_p,
+        scale=draw(st.sampled_from([dim**-0.5, 0.5])),
+        time_first=draw(st.booleans()),
+        use_lse=False,
+        tile=tile,
+        device=DEVICE,
+    )
+
+
+SMALL = st.one_of(
+    st.tuples(st.integers(1, 32), st.integers(1, 32)),
+    st.tuples(st.integers(1, 64), st.integers(33, 64)),
+    st.tuples(st.integers(1, 64), st.integers(1, 128)),
+)
+# One side beyond the sizes of the small kernels: tile lists. The other side stays short, for the interpreter.
+LISTS = st.one_of(
+    st.tuples(st.integers(1, 20), st.integers(129, 200)),
+    st.tuples(st.integers(129, 170), st.integers(1, 20)),
+    st.tuples(st.integers(33, 70), st.integers(129, 150)),
+)
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_sentence_kernels_stay_within_the_float64_budget(variant):
+    settings(FIXED, max_examples=8 * MORE)(given(cases(variant, SMALL))(assert_within_budget))()
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_list_kernels_stay_within_the_float64_budget(variant):
+    settings(FIXED, max_examples=6 * MORE)(given(cases(variant, LISTS, batch_heads=1))(assert_within_budget))()
+
+
+def simple_case(q_size=150, k_size=140, dim=16, dtype=F32, **options):
+    options = dict(batch=2, heads=2, scale=0.25, seed=3, device=DEVICE) | options
+    keep = options.pop("keep", None)
+    if keep is None:
+        keep = torch.rand(options["heads"], q_size, k_size, generator=torch.Generator().manual_seed(9)) < 0.5
+    return make_case(q_size=q_size, k_size=k_size, dim=dim, dtype=dtype, keep=keep, **options)
+
+
+BOTH_SIZES = pytest.mark.parametrize("size", [40, 140], ids=["sentence", "lists"])
+
+
+@BOTH_SIZES
+def test_gradient_through_the_log_sum_exp(size):
+    assert_within_budget(simple_case(size, size, use_lse=True, tile=32))
+
+
+@BOTH_SIZES
+def test_log_sum_exp_is_natural_and_minus_infinity_where_nothing_is_visible(size):
+    keep = torch.ones(1, size, size, dtype=torch.bool)
+    keep[0, 5] = False
+    case = simple_case(size, size, keep=keep, q_lengths=torch.tensor([size, size - 9]))
+    scores = case.q.double() @ case.k.double().mT * case.scale
+    lse = run_kernels(case)["lse"]
+    expected = torch.logsumexp(scores, -1)
+    expected[:, :, 5], expected[1, :, size - 9 :] = -math.inf, -math.inf
+    torch.testing.assert_close(lse.double(), expected, rtol=1e-6, atol=1e-6)
+
+
+@BOTH_SIZES
+def test_every_element_is_written(size, monkeypatch):
+    """Outputs start as NaN: an element that no program writes shows, as do padded rows that are not zeroed."""
+    empty_like = torch.empty_like
+
+    def poisoned(x, **options):
+        return empty_like(x, **options).fill_(torch.nan)
+
+    monkeypatch.setattr(torch, "empty_like", poisoned)
+    case = simple_case(size, size, q_lengths=torch.tensor([size // 3, 0]), k_lengths=torch.tensor([0, size // 2]))
+    for name, value in run_kernels(case).items():
+        assert not value.isnan().any(), name
+        if name != "lse":
+            assert (value == 0).all(), name  # no cell is visible in either sentence
+
+
+@BOTH_SIZES
+def test_padded_rows_and_keys_are_zero(size):
+    q_lengths, k_lengths = torch.tensor([size, size // 2]), torch.tensor([size // 3, size])
+    got = run_kernels(simple_case(size, size, q_lengths=q_lengths, k_lengths=k_lengths))
+    for b in range(2):
+        assert (got["out"][b, :, q_lengths[b] :] == 0).all() and (got["dq"][b, :, q_lengths[b] :] == 0).all()
+        assert (got["dk"][b, :, k_lengths[b] :] == 0).all() and (got["dv"][b, :, k_lengths[b] :] == 0).all()
+    assert (got["dq"][0, :, : size // 4] != 0).any()
+
+
+@BOTH_SIZES
+def test_two_runs_give_the_same_bits(size):
+    case = simple_case(size, size, dtype=F16, dropout_p=0.3)
+    first, second = run_kernels(case), run_kernels(case)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("tile", [16, 32, 64, 128])
+def test_dropout_bits_do_not_depend_on_tiles(tile):
+    """With V = identity the output is Z∘P / (1 - p): the kernels' own bits can be read off it."""
+    size, p, seed = 140, 0.25, 2**40 + 17
+    layout = AttentionLayout.from_keep_mask(torch.ones(1, size, size, dtype=torch.bool, device=DEVICE), tile=tile)
+    q = torch.zeros(1, 1, size, 128, device=DEVICE)
+    bits = torch.empty(size, size, dtype=torch.bool, device=DEVICE)
+    for first in range(0, size, 128):
+        v = torch.zeros(1, 1, size, 128, device=DEVICE)
+        n = min(128, size - first)
+        v[0, 0, first : first + n, :n] = torch.eye(n, device=DEVICE)
+        out = block_sparse_attention(q, q, v, layout, dropout_p=p, seed=seed, backend="triton")
+        torch.testing.assert_close(out[out != 0] * size * (1 - p), torch.ones_like(out[out != 0]))
+        bits[:, first : first + n] = out[0, 0, :, :n] != 0
+    assert torch.equal(bits, dropout_keep(seed, 1, size, size, p, DEVICE)[0])
+
+
+@BOTH_SIZES
+def test_dropout_seeds(size):
+    case = simple_case(size, 20, batch=1, heads=1)
+
+    def run(seed):
+        options = case.options() | dict(dropout_p=0.4, seed=seed)
+        return block_sparse_attention(case.q, case.k, case.v, case.layout, backend="triton", **options)
+
+    assert torch.equal(run(5), run(torch.tensor([5], device=DEVICE)))
+    assert not torch.equal(run(5), run(6))
+    torch.manual_seed(0)
+    first = run(None)
+    assert not torch.equal(first, run(None))
+    torch.manual_seed(0)
+    assert torch.equal(first, run(None))
+
+
+@BOTH_SIZES
+def test_dropout_keeps_the_expectation(size):
+    case = simple_case(20, size, batch=1)
+    plain = block_sparse_attention(case.q, case.k, case.v, case.layout, backend="triton", scale=case.scale)
+    n = 8
+    total = torch.zeros_like(plain)
+    for seed in range(n):
+        total += block_sparse_attention(
+            case.q, case.k, case.v, case.layout, backend="triton", scale=case.scale, dropout_p=0.3, seed=seed
+        )
+    difference = (total / n - plain).norm() / plain.norm()
+    assert difference < 3 * math.sqrt(0.3 / 0.7 / n)  # standard deviation of each term: sqrt(p / (1 - p))
+
+
+@BOTH_SIZES
+def test_both_back_ends_agree_with_dropout(size):
+    case = simple_case(size, size, dropout_p=0.35, causal=True)
+    results = [
+        block_sparse_attention(case.q, case.k, case.v, case.layout, backend=backend, **case.options())
+        for backend in ("triton", "eager")
+    ]
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+
+
+@BOTH_SIZES
+def test_time_first_tensors_go_in_and_come_out_without_a_copy(size):
+    batch, heads, dim = 2, 3, 16
+    packed = torch.randn(size, batch, 3, heads, dim, device=DEVICE)
+    q, k, v = (packed[:, :, i].permute(1, 2, 0, 3) for i in range(3))
+    layout = AttentionLayout.from_keep_mask(torch.ones(1, size, size, dtype=torch.bool, device=DEVICE))
+    out = block_sparse_attention(q, k, v, layout, backend="triton")
+    expected = block_sparse_attention(q.contiguous(), k.contiguous(), v.contiguous(), layout, backend="triton")
+    assert torch.equal(out, expected)
+    assert out.permute(2, 0, 1, 3).is_contiguous()  # reshape(T, B, E) is a view
+
+
+@BOTH_SIZES
+def test_gradients_may_have_any_strides(size):
+    case = simple_case(size, size, batch=1)
+    q = case.q.detach().requires_grad_()
+
+    def grad(g):
+        out = block_sparse_attention(q, case.k, case.v, case.layout, backend="triton", scale=0.25)
+        return torch.autograd.grad(out, q, g)[0]
+
+    g = torch.ones_like(q).contiguous()
+    assert torch.equal(grad(g), grad(torch.ones((), device=DEVICE).expand_as(q)))
+    g = torch.randn_like(q).contiguous()
+    assert torch.equal(grad(g), grad(g.transpose(2, 3).contiguous().transpose(2, 3)))
+
+
+def test_a_slice_of_a_layout_is_the_layout_of_the_slice():
+    keep = torch.rand(2, 260, 250, generator=torch.Generator().manual_seed(2)) < 0.5
+    whole = AttentionLayout.from_keep_mask(keep.to(DEVICE), tile=32)
+    for q_size, k_size in [(140, 3), (3, 140), (130, 131)]:
+        case = simple_case(q_size, k_size, keep=keep[:, :q_size, :k_size].clone(), tile=32)
+        results = [
+            block_sparse_attention(case.q, case.k, case.v, layout, backend="triton", scale=0.25)
+            for layout in (whole, case.layout)
+        ]
+        assert torch.equal(*results)
+
+
+def test_no_heads_no_rows_no_keys():
+    layout = AttentionLayout.from_keep_mask(torch.ones(1, 200, 200, dtype=torch.bool, device=DEVICE))
+    for batch, q_size, k_size in [(0, 4, 4), (2, 0, 4), (2, 4, 0), (1, 150, 0)]:
+        q = torch.randn(batch, 2, q_size, 16, device=DEVICE, requires_grad=True)
+        k = torch.randn(batch, 2, k_size, 16, device=DEVICE, requires_grad=True)
+        out = block_sparse_attention(q, k, k, layout, backend="triton")
+        assert out.shape == q.shape and (out == 0).all()
+        grads = torch.autograd.grad(out.sum(), (q, k))
+        assert all((g == 0).all() for g in grads) and grads[1].shape == k.shape
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs 9 GB")
+def test_addresses_beyond_two_to_the_31_elements():
+    """Offsets are int64: sentence 1 starts past 2^31 elements, and its rows lie 2^22 elements apart."""
+    keep = block_mask(2, 256, 256, 64, 0.5, 1, DEVICE)
+    layout = AttentionLayout.from_keep_mask(keep, tile=64)
+    store = torch.empty(2**31 + 2**30 + 2**12, dtype=BF16, device=DEVICE)
+    for strides in [(2**31, 64, 128, 1), (64, 128, 2**22, 1)]:
+        far = []
+        for shift in range(3):
+            view = store[shift * 256 :].as_strided((2, 2, 256, 64), strides)
+            view.copy_(torch.randn(2, 2, 256, 64, device=DEVICE))
+            far.append(view)
+        near = [x.contiguous().requires_grad_() for x in far]
+        far = [x.detach().requires_grad_() for x in far]
+        out_far, out_near = (block_sparse_attention(*x, layout, backend="triton") for x in (far, near))
+        assert torch.equal(out_far, out_near)
+        g = torch.randn_like(out_near)
+        pairs = zip(torch.autograd.grad(out_far, far, g), torch.autograd.grad(out_near, near, g), strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs)

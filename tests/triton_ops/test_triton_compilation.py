@@ -1,0 +1,37 @@
+"""What the compiler makes of the kernels for compute capability 9.0; no GPU is needed to ask."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SHARED_MEMORY = 227 * 1024  # bytes a block may use on an H100 or H200
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    environment = dict(os.environ, TRITON_INTERPRET="0", PYTHONPATH=str(ROOT))
+    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
+    script = Path(__file__).with_name("compile_offline.py")
+    run = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-3000:]
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+def test_fifty_random_lengths_compile_nothing_after_one_of_each_size_class(report):
+    assert report["warm"] > 0 and report["new"] == 0
+
+
+def test_every_kernel_fits_in_shared_memory(report):
+    assert len({kernel["name"] for kernel in report["kernels"]}) == 6
+    assert all(kernel["shared"] <= SHARED_MEMORY for kernel in report["kernels"])
+
+
+def test_tiles_of_64_rows_use_the_tensor_cores_of_hopper(report):
+    large = [k for k in report["kernels"] if k.get("OUTER", 0) >= 64 and k["PRECISION"] == "ieee"]
+    assert {k["name"] for k in large} == {"_forward_kernel", "_dq_kernel", "_dkdv_kernel"}
+    assert all(kernel["wgmma"] for kernel in large)

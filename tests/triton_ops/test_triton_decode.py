@@ -1,0 +1,117 @@
+"""One decoding step against float64, and against the full forward pass row by row."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from triton_ops import AttentionLayout, block_sparse_attention, decode_attention
+from triton_ops.reference import decode_reference
+from triton_ops.testing import ROUNDING_BAND
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+FIXED = settings(derandomize=True, deadline=None)
+VARIANTS = [(torch.float16, 64), (torch.bfloat16, 32), (torch.float32, 16), (torch.bfloat16, 96), (torch.float32, 128)]
+
+
+@st.composite
+def problems(draw):
+    batch, beam, heads = draw(st.integers(1, 3)), draw(st.integers(1, 6)), draw(st.integers(1, 3))
+    size, rows = draw(st.integers(1, 150)), draw(st.integers(1, 20))
+    seed = draw(st.integers(0, 10**6))
+    return batch, beam, heads, size, rows, draw(st.sampled_from([0.0, 0.1, 0.6, 1.0])), draw(st.booleans()), seed
+
+
+def check(dtype, dim, shared, problem):
+    """Within the eager error plus the rounding band of the kernels."""
+    batch, beam, heads, size, rows, density, with_slots, seed = problem
+    generator = torch.Generator().manual_seed(seed)
+    keep = torch.rand(heads if seed % 2 else 1, rows, size + seed % 3, generator=generator) < density
+    layout = AttentionLayout.from_keep_mask(keep.to(DEVICE), tile=64)
+    q = torch.randn(batch, beam, heads, dim, generator=generator).to(DEVICE, dtype)
+    shape = (batch, heads, size, dim) if shared else (batch, beam, heads, size, dim)
+    k, v = (torch.randn(shape, generator=generator).to(DEVICE, dtype) for _ in range(2))
+    lengths = torch.randint(0, size + 1, (batch,), generator=generator).to(DEVICE)
+    stale = (torch.arange(size, device=DEVICE) >= lengths.view(-1, *[1] * (k.dim() - 2)))[..., None]
+    for x in (k, v):  # past the lengths caches hold whatever was there
+        x.masked_fill_(stale, torch.nan)
+    slots = None
+    if with_slots and not shared:
+        slots = torch.randint(0, beam, (batch, beam, size), generator=generator, dtype=torch.int32).to(DEVICE)
+    step = seed % rows
+    options = dict(k_lengths=lengths, beam_slots=slots)
+    got = decode_attention(q, k, v, layout, step, backend="triton", **options)
+    assert not got.isnan().any()
+    row = keep[:, step, :size].to(DEVICE)
+    exact = decode_reference(*(x.double() for x in (q, k, v)), row, scale=dim**-0.5, **options)
+    eager = decode_reference(q, k, v, row, scale=dim**-0.5, **options)
+    band = ROUNDING_BAND[dtype] * torch.finfo(dtype).eps * exact.norm()
+    assert (got.double() - exact).norm() <= (eager.double() - exact).norm() + band
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["per hypothesis", "per sentence"])
+@pytest.mark.parametrize(("dtype", "dim"), VARIANTS, ids=str)
+def test_decode_stays_within_the_float64_budget(dtype, dim, shared):
+    settings(FIXED, max_examples=12)(given(problems())(lambda problem: check(dtype, dim, shared, problem)))()
+
+
+@pytest.mark.parametrize("backend", ["triton", "eager"])
+def test_steps_reproduce_the_rows_of_the_full_forward(backend):
+    batch, heads, size, dim = 2, 2, 20, 16
+    keep = torch.rand(heads, 32, 32, generator=torch.Generator().manual_seed(4)).to(DEVICE) < 0.5
+    layout = AttentionLayout.from_keep_mask(keep)
+    q, k, v = (torch.randn(batch, heads, size, dim, device=DEVICE) for _ in range(3))
+    whole = block_sparse_attention(q, k, v, layout, causal=True, backend=backend)
+    for step in range(size):
+        row = decode_attention(
+            q[:, :, step].unsqueeze(1),
+            k.unsqueeze(1),
+            v.unsqueeze(1),
+            layout,
+            torch.tensor([step], device=DEVICE),
+            k_lengths=torch.full((batch,), step + 1, device=DEVICE),
+            backend=backend,
+        )
+        torch.testing.assert_close(row.squeeze(1), whole[:, :, step], rtol=1e-5, atol=1e-5)
+
+
+def test_one_cache_per_sentence_equals_one_per_hypothesis():
+    batch, beam, heads, size, dim = 3, 5, 2, 77, 32
+    layout = AttentionLayout.from_keep_mask(torch.rand(heads, 9, size, device=DEVICE) < 0.3)
+    q = torch.randn(batch, beam, heads, dim, device=DEVICE)
+    k, v = (torch.randn(batch, heads, size, dim, device=DEVICE) for _ in range(2))
+    shared = decode_attention(q, k, v, layout, 4, backend="triton")
+    copies = [x.unsqueeze(1).expand(-1, beam, -1, -1, -1) for x in (k, v)]
+    torch.testing.assert_close(shared, decode_attention(q, *copies, layout, 4, backend="triton"), rtol=1e-5, atol=1e-5)
+
+
+def test_permuting_the_slots_equals_reordering_the_caches():
+    batch, beam, heads, size, dim = 2, 4, 2, 30, 16
+    layout = AttentionLayout.from_keep_mask(torch.rand(heads, 9, size, device=DEVICE) < 0.5)
+    q = torch.randn(batch, beam, heads, dim, device=DEVICE)
+    k, v = (torch.randn(batch, beam, heads, size, dim, device=DEVICE) for _ in range(2))
+    parents = torch.randint(0, beam, (batch, beam), device=DEVICE)
+    index = parents[:, :, None, None, None].expand_as(k)
+    moved = decode_attention(q, k.gather(1, index), v.gather(1, index), layout, 2, backend="triton")
+    slots = parents[:, :, None].expand(-1, -1, size).to(torch.int32)
+    assert torch.equal(moved, decode_attention(q, k, v, layout, 2, beam_slots=slots, backend="triton"))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (dict(step=9), ValueError, r"\[0, 9\).*9"),
+        (dict(k=torch.zeros(2, 3, 5, 30, 16)), ValueError, r"\(2, 4, 2, 30, 16\).*\(2, 3, 5, 30, 16\)"),
+        (dict(beam_slots=torch.zeros(2, 4, 7, dtype=torch.int32)), ValueError, r"\(2, 4, 30\).*\(2, 4, 7\)"),
+        (dict(k_lengths=torch.tensor([1, 31])), ValueError, r"\[0, 30\].*31"),
+    ],
+)
+def test_bad_decode_arguments_are_refused_with_their_values(change, error, message):
+    options = dict(
+        q=torch.zeros(2, 4, 2, 16), k=torch.zeros(2, 4, 2, 30, 16), step=0,
+        layout=AttentionLayout.from_keep_mask(torch.ones(2, 9, 30, dtype=torch.bool)),
+    ) | change  # fmt: skip
+    with pytest.raises(error, match=message):
+        decode_attention(
+            options.pop("q"), k := options.pop("k"), k, options.pop("layout"), options.pop("step"), **options
+        )

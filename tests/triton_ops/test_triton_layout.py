@@ -1,0 +1,141 @@
+"""The layout says exactly what the keep mask says, in every form that the kernels read."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from triton_ops import AttentionLayout
+from triton_ops.layout import COLUMN_GROUP, TILE_SIZES, WORD
+from triton_ops.testing import block_mask
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+FIXED = settings(derandomize=True, deadline=None)
+
+
+@st.composite
+def keep_masks(draw, limit=150):
+    heads, q_size, k_size = draw(st.integers(1, 3)), draw(st.integers(1, limit)), draw(st.integers(1, limit))
+    kind = draw(st.sampled_from(["random", "blocks", "empty", "full", "one cell"]))
+    seed = draw(st.integers(0, 10**6))
+    if kind == "blocks":
+        return block_mask(heads, q_size, k_size, draw(st.sampled_from(TILE_SIZES)), 0.5, seed).to(DEVICE)
+    keep = torch.full((heads, q_size, k_size), kind == "full", device=DEVICE)
+    if kind == "random":
+        generator = torch.Generator().manual_seed(seed)
+        keep = (torch.rand(keep.shape, generator=generator) < draw(st.sampled_from([0.02, 0.5, 0.98]))).to(DEVICE)
+    elif kind == "one cell":
+        keep[seed % heads, seed % q_size, seed % k_size] = True
+    return keep
+
+
+def blocks_of(keep, tile, row, col):
+    return keep[row * tile : (row + 1) * tile, col * tile : (col + 1) * tile]
+
+
+def listed(table, head, outer, limit):
+    """(full, partial) block indices below `limit`, read as the kernels read them."""
+    count = int(table.counts[head, outer, limit])
+    n_full, n_partial = count & 0xFFFF, count >> 16
+    entries = table.entries[head, outer].tolist()
+    return entries[:n_full], entries[len(entries) - n_partial :][::-1]
+
+
+@settings(FIXED, max_examples=120)
+@given(keep_masks())
+def test_words_hold_every_cell(keep):
+    layout = AttentionLayout.from_keep_mask(keep, tile=64)
+    assert torch.equal(layout.keep_mask(), keep)
+    q_size, k_size = (keep.size(1) + 1) // 2, (keep.size(2) + 1) // 2
+    assert torch.equal(layout.keep_mask(q_size, k_size), keep[:, :q_size, :k_size])
+
+
+@settings(FIXED, max_examples=80)
+@given(keep_masks(), st.sampled_from(TILE_SIZES), st.booleans())
+def test_tables_list_full_and_partial_blocks_in_order(keep, tile, transposed):
+    layout = AttentionLayout.from_keep_mask(keep, tile=tile)
+    table = layout.key_table() if transposed else layout.query_table()
+    n_outer, n_inner = table.entries.shape[1:]
+    for head in range(keep.size(0)):
+        for outer in range(n_outer):
+            blocks = [
+                blocks_of(keep[head], tile, *((inner, outer) if transposed else (outer, inner)))
+                for inner in range(n_inner)
+            ]
+            full = [i for i, block in enumerate(blocks) if block.all()]
+            partial = [i for i, block in enumerate(blocks) if block.any() and not block.all()]
+            for limit in {0, n_inner // 2, n_inner}:
+                expected = [i for i in full if i < limit], [i for i in partial if i < limit]
+                assert listed(table, head, outer, limit) == expected
+
+
+@settings(FIXED, max_examples=80)
+@given(keep_masks())
+def test_row_lists_hold_the_kept_columns_of_every_row(keep):
+    lists = AttentionLayout.from_keep_mask(keep, tile=64).row_lists()
+    columns, pointers = lists.columns.tolist(), lists.pointers.tolist()
+    for head in range(keep.size(0)):
+        for row in range(keep.size(1)):
+            places = pointers[head][row]
+            assert columns[places[0] : places[-1]] == keep[head, row].nonzero().flatten().tolist()
+            for group, place in enumerate(places):
+                assert all(c < group * COLUMN_GROUP for c in columns[places[0] : place])
+                assert all(c >= group * COLUMN_GROUP for c in columns[place : places[-1]])
+
+
+@settings(FIXED, max_examples=60)
+@given(keep_masks())
+def test_causal_removes_exactly_the_cells_to_the_right(keep):
+    layout = AttentionLayout.from_keep_mask(keep, tile=32)
+    assert torch.equal(layout.causal().keep_mask(), keep.tril())
+    assert layout.causal() is layout.causal() and layout.causal().causal() is layout.causal()
+
+
+@pytest.mark.parametrize("block", TILE_SIZES)
+def test_the_tile_size_follows_the_granularity_of_a_sparse_mask(block):
+    keep = block_mask(2, 512, 512, block, 0.9, seed=3, device=DEVICE)
+    assert AttentionLayout.from_keep_mask(keep).tile == block
+
+
+def test_an_all_kept_mask_uses_the_largest_tile():
+    assert AttentionLayout.from_keep_mask(torch.ones(1, 512, 512, dtype=torch.bool)).tile == 128
+
+
+@pytest.mark.parametrize("block", TILE_SIZES)
+def test_memory_is_one_bit_per_cell_and_short_lists(block):
+    """Cells cost 1/8 byte; all tile lists together cost 8 bytes per tile and direction, plus the row ends."""
+    size, heads = 1024, 4
+    keep = block_mask(heads, size, size, block, 0.9, seed=1)
+    report = AttentionLayout.from_keep_mask(keep, tile=block).prepare(decode=True).memory()
+    tiles = (size // block) ** 2 * heads
+    assert report["cells"] == heads * size * size // 8
+    assert report["tile_lists"] == 2 * (8 * tiles + 4 * heads * size // block)
+    row_pointers = 4 * heads * size * (size // COLUMN_GROUP + 1)
+    assert report["row_lists"] == 2 * int(keep.sum()) + row_pointers
+
+
+def test_moving_to_the_same_device_keeps_the_layout():
+    layout = AttentionLayout.from_keep_mask(torch.ones(1, WORD, WORD, dtype=torch.bool))
+    assert layout.to("cpu") is layout
+
+
+def test_building_tables_does_not_wait_for_the_device():
+    """Tables are built with shapes known to the host: nothing to wait for inside a training step."""
+    layout = AttentionLayout.from_keep_mask(torch.ones(2, 70, 70, dtype=torch.bool), tile=32)
+    meta = AttentionLayout(layout.words.to("meta"), 70, 70, 32)
+    assert meta.query_table().entries.shape == layout.query_table().entries.shape
+    assert meta.causal().key_table().counts.shape == layout.key_table().counts.shape
+
+
+@pytest.mark.parametrize(
+    ("keep", "tile", "error", "message"),
+    [
+        (torch.ones(1, 4, 4), None, TypeError, "torch.float32"),
+        (torch.ones(4, 4, dtype=torch.bool), None, ValueError, r"\(4, 4\)"),
+        (torch.ones(1, 0, 4, dtype=torch.bool), None, ValueError, r"\(1, 0, 4\)"),
+        (torch.ones(1, 4, 4, dtype=torch.bool), 48, ValueError, "48"),
+    ],
+)
+def test_bad_masks_are_refused_with_their_values(keep, tile, error, message):
+    with pytest.raises(error, match=message):
+        AttentionLayout.from_keep_mask(keep, tile=tile)
