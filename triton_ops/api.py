@@ -182,8 +182,9 @@ def block_sparse_attention(
         if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
             tables += layout.key_table()[:2]
     out, lse = attention_op(
-        _rows(q), _rows(k), _rows(v), layout.words, tables, layout.tile, q_lengths, k_lengths, seed, dropout_p, scale
-    )
+        _rows(q), _rows(k), _rows(v), layout.words, layout.row_shift, tables, layout.tile,
+        q_lengths, k_lengths, seed, dropout_p, scale,
+    )  # fmt: skip
     return (out, lse) if return_lse else out
 
 

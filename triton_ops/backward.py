@@ -49,12 +49,12 @@ def _dq_step(
     return dot_add(b_ds.to(b_k.dtype), b_k, b_dq, PRECISION)
 
 
-@triton.jit(do_not_specialize=["H", "MH", "TQ", "TK", "LQ", "KW", "NO", "NI", "n_tiles", "threshold"])
+@triton.jit(do_not_specialize=["H", "MH", "TQ", "TK", "LQ", "RS", "KW", "NO", "NI", "n_tiles", "threshold"])
 def _dq_kernel(
     p_q, p_k, p_v, p_o, p_do, p_lse, p_dlse, p_dq, p_delta, p_words, p_entries, p_counts,
     p_q_lengths, p_k_lengths, p_seed, scale, scale_log2, threshold, inverse_keep,
     s_qb, s_qh, s_qt, s_kb, s_kh, s_kt, s_vb, s_vh, s_vt, s_ob, s_oh, s_ot, s_gb, s_gh, s_gt, s_db, s_dh, s_dt,
-    H, MH, TQ, TK, LQ, KW, NO, NI, n_tiles,
+    H, MH, TQ, TK, LQ, RS, KW, NO, NI, n_tiles,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, OUTER: tl.constexpr, G: tl.constexpr,
     DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -109,7 +109,7 @@ def _dq_kernel(
         )
     for i in tl.range(n_plain, (n_total * G + BN - 1) // BN, num_stages=1):
         start, o_x, m_n = listed_positions(p_entries, i, n_full, n_total, k_length, NI, BN, G)
-        m_s = keep_bits(p_words, o_m, m_m, p_entries, i, n_full, n_total, k_length, NI, LQ, BN, G)
+        m_s = keep_bits(p_words, o_m, m_m, p_entries, i, n_full, n_total, k_length, NI, LQ, RS, BN, G)
         b_k = load_rows(p_k, s_kt, start, o_x, m_n, True, G, D, BD)
         b_v = load_rows(p_v, s_vt, start, o_x, m_n, True, G, D, BD)
         m_z = m_m
@@ -145,12 +145,12 @@ def _dkdv_step(
     return b_dk, b_dv
 
 
-@triton.jit(do_not_specialize=["H", "MH", "TQ", "TK", "LQ", "KW", "NO", "NI", "n_tiles", "threshold"])
+@triton.jit(do_not_specialize=["H", "MH", "TQ", "TK", "LQ", "RS", "KW", "NO", "NI", "n_tiles", "threshold"])
 def _dkdv_kernel(
     p_q, p_k, p_v, p_do, p_lse, p_delta, p_dk, p_dv, p_words, p_entries, p_counts,
     p_q_lengths, p_k_lengths, p_seed, scale, scale_log2, threshold, inverse_keep,
     s_qb, s_qh, s_qt, s_kb, s_kh, s_kt, s_vb, s_vh, s_vt, s_gb, s_gh, s_gt, s_db, s_dh, s_dt, s_eb, s_eh, s_et,
-    H, MH, TQ, TK, LQ, KW, NO, NI, n_tiles,
+    H, MH, TQ, TK, LQ, RS, KW, NO, NI, n_tiles,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, OUTER: tl.constexpr, G: tl.constexpr,
     DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -203,7 +203,7 @@ def _dkdv_kernel(
     for i in tl.range(n_plain, (n_total * G + BM - 1) // BM, num_stages=1):
         start, o_x, m_m = listed_positions(p_entries, i, n_full, n_total, q_length, NI, BM, G)
         o_m = start + o_x
-        m_s = keep_bits_by_key(p_words, i_n, o_m, m_m, k_length, LQ, BN)
+        m_s = keep_bits_by_key(p_words, i_n, o_m, m_m, k_length, LQ, RS, BN)
         b_q = load_rows(p_q, s_qt, start, o_x, m_m, True, G, D, BD)
         b_do = load_rows(p_do, s_gt, start, o_x, m_m, True, G, D, BD)
         b_lse = tl.load(p_lse + o_m, mask=m_m, other=float("-inf"))
@@ -234,6 +234,7 @@ def backward(
     out: Tensor,
     lse: Tensor,
     words: Tensor,
+    row_shift: int,
     query_table: TileTable,
     key_table: TileTable,
     q_lengths: Tensor | None,
@@ -249,7 +250,7 @@ def backward(
     k_size = k.size(2)
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     delta = torch.empty_like(lse)
-    shared = (words.size(2), words.size(1))
+    shared = (words.size(2), row_shift, words.size(1))
     constants = dict(D=dim, BD=triton.next_power_of_2(dim), DROPOUT=seed is not None, PRECISION=precision(q.dtype))
 
     config = dq_config(query_table, dim, q.dtype)

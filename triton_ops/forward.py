@@ -24,12 +24,12 @@ from .primitives import (
 )
 
 
-@triton.jit(do_not_specialize=["H", "MH", "TQ", "TK", "LQ", "KW", "NO", "NI", "n_tiles", "threshold"])
+@triton.jit(do_not_specialize=["H", "MH", "TQ", "TK", "LQ", "RS", "KW", "NO", "NI", "n_tiles", "threshold"])
 def _forward_kernel(
     p_q, p_k, p_v, p_o, p_lse, p_words, p_entries, p_counts, p_q_lengths, p_k_lengths, p_seed,
     scale_log2, threshold, inverse_keep,
     s_qb, s_qh, s_qt, s_kb, s_kh, s_kt, s_vb, s_vh, s_vt, s_ob, s_oh, s_ot,
-    H, MH, TQ, TK, LQ, KW, NO, NI, n_tiles,
+    H, MH, TQ, TK, LQ, RS, KW, NO, NI, n_tiles,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, OUTER: tl.constexpr, G: tl.constexpr,
     DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -80,7 +80,7 @@ def _forward_kernel(
     # What is left: full blocks that do not fill a step or reach past the last key, and partial blocks.
     for i in tl.range(n_plain, (n_total * G + BN - 1) // BN, num_stages=1):
         start, o_x, m_n = listed_positions(p_entries, i, n_full, n_total, k_length, NI, BN, G)
-        m_s = keep_bits(p_words, o_m, m_m, p_entries, i, n_full, n_total, k_length, NI, LQ, BN, G)
+        m_s = keep_bits(p_words, o_m, m_m, p_entries, i, n_full, n_total, k_length, NI, LQ, RS, BN, G)
         b_k = load_rows(p_k, s_kt, start, o_x, m_n, True, G, D, BD)
         b_s = dot(b_q, tl.trans(b_k), PRECISION)
         b_s = tl.where(m_s, b_s, float("-inf"))
@@ -109,6 +109,7 @@ def forward(
     k: Tensor,
     v: Tensor,
     words: Tensor,
+    row_shift: int,
     table: TileTable,
     q_lengths: Tensor | None,
     k_lengths: Tensor | None,
@@ -127,7 +128,8 @@ def forward(
         q, k, v, out, lse, words, table.entries, table.counts, q_lengths, k_lengths, seed,
         scale_log2, threshold, inverse_keep,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
-        heads, words.size(0), q_size, k.size(2), words.size(2), words.size(1), *table.entries.shape[1:], n_tiles,
+        heads, words.size(0), q_size, k.size(2), words.size(2), row_shift, words.size(1),
+        *table.entries.shape[1:], n_tiles,
         D=dim, BD=triton.next_power_of_2(dim), BM=config.block_q, BN=config.block_k,
         OUTER=table.outer, G=table.inner, DROPOUT=seed is not None, PRECISION=precision(q.dtype),
         **config.launch(),

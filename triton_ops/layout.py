@@ -115,6 +115,11 @@ def _table(some: Tensor, every: Tensor, outer: int, inner: int) -> TileTable:
     return TileTable(entries[..., :n_inner].contiguous(), counts.contiguous(), outer, inner)
 
 
+def _spread(words: Tensor, row_group: int, q_size: int) -> Tensor:
+    """Words of single rows from words of row groups."""
+    return words if row_group == 1 else words.repeat_interleave(row_group, 2)[..., :q_size]
+
+
 def _choose_tile(words: Tensor, k_size: int) -> int:
     """The square tile size with the least predicted time: Σ area of tiles that are not skipped x TILE_COST.
 
@@ -128,6 +133,12 @@ def _choose_tile(words: Tensor, k_size: int) -> int:
     return min(TILE_SIZES, key=lambda tile: (costs[tile], -tile))
 
 
+def _choose_row_group(words: Tensor) -> int:
+    """The largest tile size whose aligned groups of rows are all alike in `words`, or 1. One host synchronisation."""
+    alike = [(_spread(words[..., ::group], group, words.size(2)) == words).all() for group in TILE_SIZES]
+    return max([1] + [group for group, same in zip(TILE_SIZES, torch.stack(alike).tolist(), strict=True) if same])
+
+
 @dataclass(eq=False)
 class AttentionLayout:
     """Which cells of an attention site are computed, per head.
@@ -136,15 +147,17 @@ class AttentionLayout:
     kept (`prepare` does so ahead of torch.compile or CUDA-graph capture). A call may use any
     Tq <= q_size and Tk <= k_size: it reads the upper left corner, with no rebuild and no copy.
 
-    words: (M, ceil(k_size / 32), q_size) int32, one bit per cell; M is the number of heads, or 1 when all
-        heads share the mask.
+    words: (M, ceil(k_size / 32), ceil(q_size / row_group)) int32, one bit per key and group of rows; M is the
+        number of heads, or 1 when all heads share the mask.
     tile: square tile size of the kernels (16, 32, 64 or 128).
+    row_group: rows that share their words: 1 for element masks, more where the mask consists of blocks.
     """
 
     words: Tensor
     q_size: int
     k_size: int
     tile: int
+    row_group: int = 1
     is_causal: bool = False
 
     def __post_init__(self) -> None:
@@ -169,11 +182,17 @@ class AttentionLayout:
         words = _pack(keep)
         if tile is None:
             tile = _choose_tile(words, keep.size(2))
-        return cls(words, keep.size(1), keep.size(2), tile)
+        row_group = _choose_row_group(words)
+        return cls(words[..., ::row_group].contiguous(), keep.size(1), keep.size(2), tile, row_group)
 
     @property
     def mask_heads(self) -> int:
         return self.words.size(0)
+
+    @property
+    def row_shift(self) -> int:
+        """log2 of row_group: row i reads word row i >> row_shift."""
+        return self.row_group.bit_length() - 1
 
     @property
     def device(self) -> torch.device:
@@ -184,7 +203,7 @@ class AttentionLayout:
         words = self.words.to(device)
         if words is self.words:
             return self
-        return AttentionLayout(words, self.q_size, self.k_size, self.tile, self.is_causal)
+        return AttentionLayout(words, self.q_size, self.k_size, self.tile, self.row_group, self.is_causal)
 
     def causal(self) -> AttentionLayout:
         """This layout with the cells j > i removed (kept after the first call)."""
@@ -195,20 +214,24 @@ class AttentionLayout:
             first_key = torch.arange(self.words.size(1), device=self.device) * WORD
             visible = (rows[None, :] + 1 - first_key[:, None]).clamp(0, WORD)  # keys of the word with j <= i
             triangle = torch.where(visible == WORD, -1, (1 << visible) - 1).to(torch.int32)
-            self._causal = AttentionLayout(self.words & triangle, self.q_size, self.k_size, self.tile, True)
+            words = _spread(self.words, self.row_group, self.q_size) & triangle
+            self._causal = AttentionLayout(words, self.q_size, self.k_size, self.tile, is_causal=True)
         return self._causal
+
+    def _status(self) -> tuple[Tensor, Tensor]:
+        words = _spread(self.words, self.row_group, self.q_size)
+        return _tile_status(words, self.k_size, self.tile, self.tile)
 
     def query_table(self) -> TileTable:
         """Key blocks of every query tile (forward, dq)."""
         if "query" not in self._tables:
-            status = _tile_status(self.words, self.k_size, self.tile, self.tile)
-            self._tables["query"] = _table(*status, self.tile, self.tile)
+            self._tables["query"] = _table(*self._status(), self.tile, self.tile)
         return self._tables["query"]
 
     def key_table(self) -> TileTable:
         """Query blocks of every key tile (dk, dv): the transposed lists."""
         if "key" not in self._tables:
-            some, every = _tile_status(self.words, self.k_size, self.tile, self.tile)
+            some, every = self._status()
             self._tables["key"] = _table(some.transpose(1, 2), every.transpose(1, 2), self.tile, self.tile)
         return self._tables["key"]
 
@@ -238,7 +261,8 @@ class AttentionLayout:
 
     def keep_mask(self, q_size: int | None = None, k_size: int | None = None) -> Tensor:
         """The keep mask (M, q_size, k_size) as bool; sizes default to the whole mask."""
-        return _unpack(self.words, q_size or self.q_size, k_size or self.k_size)
+        words = _spread(self.words, self.row_group, self.q_size)
+        return _unpack(words, q_size or self.q_size, k_size or self.k_size)
 
     def memory(self) -> dict[str, int]:
         """Bytes on the device: packed cells, tile lists and decode lists that exist so far."""

@@ -37,6 +37,7 @@ def attention_op(
     k: Tensor,
     v: Tensor,
     words: Tensor,
+    row_shift: int,
     tables: list[Tensor],
     tile: int,
     q_lengths: Tensor | None,
@@ -52,14 +53,18 @@ def attention_op(
     with _device_of(q):
         small = small_size(q.size(2), k.size(2), q.size(3), q.dtype)
         if small is not None:
-            return small_forward(q, k, v, words, small, q_lengths, k_lengths, seed, scale, threshold, inverse_keep)
+            return small_forward(
+                q, k, v, words, row_shift, small, q_lengths, k_lengths, seed, scale, threshold, inverse_keep
+            )
         table = TileTable(tables[0], tables[1], tile, tile)
         scale_log2 = scale * LOG2E.value
-        return forward(q, k, v, words, table, q_lengths, k_lengths, seed, scale_log2, threshold, inverse_keep)
+        return forward(
+            q, k, v, words, row_shift, table, q_lengths, k_lengths, seed, scale_log2, threshold, inverse_keep
+        )
 
 
 @attention_op.register_fake
-def _(q, k, v, words, tables, tile, q_lengths, k_lengths, seed, dropout_p, scale):
+def _(q, k, v, words, row_shift, tables, tile, q_lengths, k_lengths, seed, dropout_p, scale):
     return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
@@ -73,6 +78,7 @@ def attention_backward_op(
     out: Tensor,
     lse: Tensor,
     words: Tensor,
+    row_shift: int,
     tables: list[Tensor],
     tile: int,
     q_lengths: Tensor | None,
@@ -91,25 +97,38 @@ def attention_backward_op(
         small = small_size(q.size(2), k.size(2), q.size(3), q.dtype)
         if small is not None:
             return small_backward(
-                grad_out, grad_lse, q, k, v, words, small, q_lengths, k_lengths, seed, scale, threshold, inverse_keep
+                grad_out,
+                grad_lse,
+                q,
+                k,
+                v,
+                words,
+                row_shift,
+                small,
+                q_lengths,
+                k_lengths,
+                seed,
+                scale,
+                threshold,
+                inverse_keep,
             )
         query_table = TileTable(tables[0], tables[1], tile, tile)
         key_table = TileTable(tables[2], tables[3], tile, tile)
         return backward(
-            grad_out, grad_lse, q, k, v, out, lse, words, query_table, key_table, q_lengths, k_lengths, seed,
+            grad_out, grad_lse, q, k, v, out, lse, words, row_shift, query_table, key_table, q_lengths, k_lengths, seed,
             scale, scale * LOG2E.value, threshold, inverse_keep,
         )  # fmt: skip
 
 
 @attention_backward_op.register_fake
 def _(
-    grad_out, grad_lse, q, k, v, out, lse, words, tables, tile, q_lengths, k_lengths, seed, dropout_p, scale
+    grad_out, grad_lse, q, k, v, out, lse, words, row_shift, tables, tile, q_lengths, k_lengths, seed, dropout_p, scale
 ):  # fmt: skip
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    q, k, v, words, tables, ctx.tile, q_lengths, k_lengths, seed, ctx.dropout_p, ctx.scale = inputs
+    q, k, v, words, ctx.row_shift, tables, ctx.tile, q_lengths, k_lengths, seed, ctx.dropout_p, ctx.scale = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(q, k, v, *output, words, q_lengths, k_lengths, seed, *tables)
 
@@ -119,10 +138,10 @@ def _backward(ctx, grad_out, grad_lse):
     grads: tuple[Tensor | None, ...] = (None, None, None)
     if grad_out is not None or grad_lse is not None:
         grads = attention_backward_op(
-            torch.zeros_like(out) if grad_out is None else grad_out, grad_lse, q, k, v, out, lse, words, tables,
-            ctx.tile, q_lengths, k_lengths, seed, ctx.dropout_p, ctx.scale,
+            torch.zeros_like(out) if grad_out is None else grad_out, grad_lse, q, k, v, out, lse, words, ctx.row_shift,
+            tables, ctx.tile, q_lengths, k_lengths, seed, ctx.dropout_p, ctx.scale,
         )  # fmt: skip
-    return (*grads, None, [None] * len(tables), None, None, None, None, None, None)
+    return (*grads, None, None, [None] * len(tables), None, None, None, None, None, None)
 
 
 attention_op.register_autograd(_backward, setup_context=_setup_context)

@@ -125,11 +125,12 @@ def _test_bits(b_bits, o_n, W: tl.constexpr):
 
 @triton.jit
 def keep_bits(
-    p_words, o_m, m_m, p_entries, i_step, n_full, n_total, length, N_INNER, LQ, STEP: tl.constexpr, G: tl.constexpr
+    p_words, o_m, m_m, p_entries, i_step, n_full, n_total, length, N_INNER, LQ, RS, STEP: tl.constexpr, G: tl.constexpr
 ):  # fmt: skip
     """Keep bits of query rows o_m and the keys of `listed_positions`, False where one does not exist, [BM, STEP].
 
-    One load of [BM] words serves W keys: the words of neighbouring rows are neighbours in memory.
+    One load of [BM] words serves W keys: the words of neighbouring rows are neighbours in memory, or one word
+    where groups of 2^RS rows share theirs.
     """
     W: tl.constexpr = min(STEP, G, 32)
     o_n = tl.arange(0, STEP)
@@ -137,14 +138,14 @@ def keep_bits(
     for j in tl.static_range(STEP // W):
         first = i_step * STEP + j * W
         i_key = listed_start(p_entries, first, n_full, n_total, N_INNER, G)
-        b_w = tl.load(p_words + (i_key // 32).to(tl.int64) * LQ + o_m, mask=m_m, other=0)  # [BM]
+        b_w = tl.load(p_words + (i_key // 32).to(tl.int64) * LQ + (o_m >> RS), mask=m_m, other=0)  # [BM]
         b_w = _existing(b_w, i_key, tl.where(first < n_total * G, length, 0), W)
         b_bits = tl.where((o_n // W == j)[None, :], b_w[:, None], b_bits)
     return _test_bits(b_bits, o_n, W)
 
 
 @triton.jit
-def keep_bits_by_key(p_words, i_n, o_m, m_m, length, LQ, BN: tl.constexpr):
+def keep_bits_by_key(p_words, i_n, o_m, m_m, length, LQ, RS, BN: tl.constexpr):
     """Keep bits of query rows o_m and keys i_n ... i_n + BN - 1, False where one does not exist, [BM, BN]."""
     W: tl.constexpr = min(BN, 32)
     o_n = tl.arange(0, BN)
@@ -152,7 +153,8 @@ def keep_bits_by_key(p_words, i_n, o_m, m_m, length, LQ, BN: tl.constexpr):
     for j in tl.static_range(BN // W):
         i_key = i_n + j * W
         # Words exist for keys below `length` only.
-        b_w = tl.load(p_words + (i_key // 32) * LQ.to(tl.int64) + o_m, mask=m_m & (o_m * 0 + i_key < length), other=0)
+        m_w = m_m & (o_m * 0 + i_key < length)
+        b_w = tl.load(p_words + (i_key // 32) * LQ.to(tl.int64) + (o_m >> RS), mask=m_w, other=0)  # [BM]
         b_bits = tl.where((o_n // W == j)[None, :], _existing(b_w, i_key, length, W)[:, None], b_bits)
     return _test_bits(b_bits, o_n, W)
 

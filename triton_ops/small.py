@@ -18,23 +18,23 @@ from .primitives import LN2, LOG2E, NO_KEY, dot, dropout_bits, keep_bits_by_key,
 
 @triton.jit
 def _row_scores(
-    p_q, p_k, p_words, o_m, o_n, m_md, m_nd, m_m, k_length, s_qt, s_kt, o_d, LQ, scale_log2,
+    p_q, p_k, p_words, o_m, o_n, m_md, m_nd, m_m, k_length, s_qt, s_kt, o_d, LQ, RS, scale_log2,
     BN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """(Q, K, masked scores in base-2 units, pivot of each row)."""
     b_q = tl.load(p_q + o_m.to(tl.int64)[:, None] * s_qt + o_d[None, :], mask=m_md, other=0.0)
     b_k = tl.load(p_k + o_n.to(tl.int64)[:, None] * s_kt + o_d[None, :], mask=m_nd, other=0.0)
-    m_s = keep_bits_by_key(p_words, 0, o_m, m_m, k_length, LQ, BN)
+    m_s = keep_bits_by_key(p_words, 0, o_m, m_m, k_length, LQ, RS, BN)
     b_s = dot(b_q, tl.trans(b_k), PRECISION) * scale_log2  # [BM, BN]
     b_s = tl.where(m_s, b_s, float("-inf"))
     return b_q, b_k, b_s, tl.maximum(tl.max(b_s, 1), NO_KEY)
 
 
-@triton.jit(do_not_specialize=["H", "MH", "TQ", "TK", "LQ", "KW", "n_tiles", "threshold"])
+@triton.jit(do_not_specialize=["H", "MH", "TQ", "TK", "LQ", "RS", "KW", "n_tiles", "threshold"])
 def _small_forward_kernel(
     p_q, p_k, p_v, p_o, p_lse, p_words, p_q_lengths, p_k_lengths, p_seed, scale_log2, threshold, inverse_keep,
     s_qb, s_qh, s_qt, s_kb, s_kh, s_kt, s_vb, s_vh, s_vt, s_ob, s_oh, s_ot,
-    H, MH, TQ, TK, LQ, KW, n_tiles,
+    H, MH, TQ, TK, LQ, RS, KW, n_tiles,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -54,7 +54,7 @@ def _small_forward_kernel(
     b_q, b_k, b_s, b_m = _row_scores(
         p_q + i_b64 * s_qb + i_h64 * s_qh, p_k + i_b64 * s_kb + i_h64 * s_kh,
         p_words + tl.where(MH > 1, i_h, 0).to(tl.int64) * KW * LQ,
-        o_m, o_n, m_m[:, None] & m_d[None, :], m_nd, m_m, k_length, s_qt, s_kt, o_d, LQ, scale_log2, BN, PRECISION,
+        o_m, o_n, m_m[:, None] & m_d[None, :], m_nd, m_m, k_length, s_qt, s_kt, o_d, LQ, RS, scale_log2, BN, PRECISION,
     )  # fmt: skip
     b_p = tl.exp2(b_s - b_m[:, None])
     b_l = tl.sum(b_p, 1)
@@ -71,13 +71,13 @@ def _small_forward_kernel(
     tl.store(p_lse + i_bh.to(tl.int64) * TQ + o_m, b_lse, mask=o_m < TQ)
 
 
-@triton.jit(do_not_specialize=["H", "MH", "TQ", "TK", "LQ", "KW", "threshold"])
+@triton.jit(do_not_specialize=["H", "MH", "TQ", "TK", "LQ", "RS", "KW", "threshold"])
 def _small_backward_kernel(
     p_q, p_k, p_v, p_do, p_dlse, p_dq, p_dk, p_dv, p_words, p_q_lengths, p_k_lengths, p_seed,
     scale, scale_log2, threshold, inverse_keep,
     s_qb, s_qh, s_qt, s_kb, s_kh, s_kt, s_vb, s_vh, s_vt, s_gb, s_gh, s_gt,
     s_xb, s_xh, s_xt, s_yb, s_yh, s_yt, s_zb, s_zh, s_zt,
-    H, MH, TQ, TK, LQ, KW,
+    H, MH, TQ, TK, LQ, RS, KW,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -99,7 +99,7 @@ def _small_backward_kernel(
     b_q, b_k, b_s, b_m = _row_scores(
         p_q + i_b64 * s_qb + i_h64 * s_qh, p_k + i_b64 * s_kb + i_h64 * s_kh,
         p_words + tl.where(MH > 1, i_h, 0).to(tl.int64) * KW * LQ,
-        o_m, o_n, m_md, m_nd, m_m, k_length, s_qt, s_kt, o_d, LQ, scale_log2, BN, PRECISION,
+        o_m, o_n, m_md, m_nd, m_m, k_length, s_qt, s_kt, o_d, LQ, RS, scale_log2, BN, PRECISION,
     )  # fmt: skip
     b_p = tl.exp2(b_s - b_m[:, None])
     b_l = tl.sum(b_p, 1)
@@ -141,6 +141,7 @@ def small_forward(
     k: Tensor,
     v: Tensor,
     words: Tensor,
+    row_shift: int,
     tile: int,
     q_lengths: Tensor | None,
     k_lengths: Tensor | None,
@@ -158,7 +159,7 @@ def small_forward(
     _small_forward_kernel[(n_tiles * batch * heads,)](
         q, k, v, out, lse, words, q_lengths, k_lengths, seed, scale * LOG2E.value, threshold, inverse_keep,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
-        heads, words.size(0), q_size, k.size(2), words.size(2), words.size(1), n_tiles,
+        heads, words.size(0), q_size, k.size(2), words.size(2), row_shift, words.size(1), n_tiles,
         D=dim, BD=triton.next_power_of_2(dim), BM=config.block_q, BN=config.block_k,
         DROPOUT=seed is not None, PRECISION=precision(q.dtype), **config.launch(),
     )  # fmt: skip
@@ -172,6 +173,7 @@ def small_backward(
     k: Tensor,
     v: Tensor,
     words: Tensor,
+    row_shift: int,
     tile: int,
     q_lengths: Tensor | None,
     k_lengths: Tensor | None,
@@ -189,7 +191,7 @@ def small_backward(
         scale, scale * LOG2E.value, threshold, inverse_keep,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad_out.stride()[:3],
         *dq.stride()[:3], *dk.stride()[:3], *dv.stride()[:3],
-        heads, words.size(0), q_size, k.size(2), words.size(2), words.size(1),
+        heads, words.size(0), q_size, k.size(2), words.size(2), row_shift, words.size(1),
         D=dim, BD=triton.next_power_of_2(dim), BM=config.block_q, BN=config.block_k,
         DROPOUT=seed is not None, PRECISION=precision(q.dtype), **config.launch(),
     )  # fmt: skip

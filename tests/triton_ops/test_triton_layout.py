@@ -101,15 +101,17 @@ def test_an_all_kept_mask_uses_the_largest_tile():
     assert AttentionLayout.from_keep_mask(torch.ones(1, 512, 512, dtype=torch.bool)).tile == 128
 
 
-@pytest.mark.parametrize("block", TILE_SIZES)
+@pytest.mark.parametrize("block", [1, *TILE_SIZES])
 def test_memory_is_one_bit_per_cell_and_short_lists(block):
-    """Cells cost 1/8 byte; all tile lists together cost 8 bytes per tile and direction, plus the row ends."""
-    size, heads = 1024, 4
+    """Cells cost 1/8 byte, 1/(8 g) in blocks of g x g; tile lists 8 bytes per tile and direction, plus row ends."""
+    size, heads, tile = 1024, 4, max(block, 16)
     keep = block_mask(heads, size, size, block, 0.9, seed=1)
-    report = AttentionLayout.from_keep_mask(keep, tile=block).prepare(decode=True).memory()
-    tiles = (size // block) ** 2 * heads
-    assert report["cells"] == heads * size * size // 8
-    assert report["tile_lists"] == 2 * (8 * tiles + 4 * heads * size // block)
+    layout = AttentionLayout.from_keep_mask(keep, tile=tile).prepare(decode=True)
+    report = layout.memory()
+    tiles = (size // tile) ** 2 * heads
+    assert layout.row_group == block
+    assert report["cells"] == heads * size * size // 8 // block
+    assert report["tile_lists"] == 2 * (8 * tiles + 4 * heads * size // tile)
     row_pointers = 4 * heads * size * (size // COLUMN_GROUP + 1)
     assert report["row_lists"] == 2 * int(keep.sum()) + row_pointers
 
@@ -122,7 +124,7 @@ def test_moving_to_the_same_device_keeps_the_layout():
 def test_building_tables_does_not_wait_for_the_device():
     """Tables are built with shapes known to the host: nothing to wait for inside a training step."""
     layout = AttentionLayout.from_keep_mask(torch.ones(2, 70, 70, dtype=torch.bool), tile=32)
-    meta = AttentionLayout(layout.words.to("meta"), 70, 70, 32)
+    meta = layout.to("meta")
     assert meta.query_table().entries.shape == layout.query_table().entries.shape
     assert meta.causal().key_table().counts.shape == layout.key_table().counts.shape
 

@@ -29,7 +29,7 @@ def test_opcheck_attention(size, dropout_p):
     tables = [*layout.query_table()[:2], *layout.key_table()[:2]]
     lengths = torch.tensor([size, size // 2], device=DEVICE)
     seed = torch.tensor([3], device=DEVICE) if dropout_p else None
-    arguments = (q, k, v, layout.words, tables, layout.tile, lengths, lengths, seed, dropout_p, 0.25)
+    arguments = (q, k, v, layout.words, layout.row_shift, tables, layout.tile, lengths, lengths, seed, dropout_p, 0.25)
     torch.library.opcheck(attention_op, arguments, rtol=1e-4, atol=1e-5)
 
 
@@ -200,8 +200,7 @@ def test_bad_arguments_are_refused_with_both_values():
     refused(ValueError, "float64", **{n: x.double() for n, x in zip("qkv", (q, k, v), strict=True)})
     odd_size = torch.zeros(2, 2, 8, 24, device=DEVICE)
     refused(ValueError, "head size 24.*16, 32, 64, 96, 128", **dict.fromkeys("qkv", odd_size))
-    meta = AttentionLayout(layout.words.to("meta"), layout.q_size, layout.k_size, layout.tile)
-    refused(ValueError, rf"layout is on meta.*q is on {q.device}", layout=meta)
+    refused(ValueError, rf"layout is on meta.*q is on {q.device}", layout=layout.to("meta"))
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="lengths on a GPU are clamped, not read by the host")
