@@ -92,16 +92,16 @@ LISTS = st.one_of(
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 def test_sentence_kernels_stay_within_the_float64_budget(variant):
-    settings(FIXED, max_examples=6 * MORE)(given(cases(variant, SMALL))(assert_within_budget))()
+    settings(FIXED, max_examples=5 * MORE)(given(cases(variant, SMALL))(assert_within_budget))()
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 def test_list_kernels_stay_within_the_float64_budget(variant):
-    settings(FIXED, max_examples=5 * MORE)(given(cases(variant, LISTS, batch_heads=1))(assert_within_budget))()
+    settings(FIXED, max_examples=4 * MORE)(given(cases(variant, LISTS, batch_heads=1))(assert_within_budget))()
 
 
 def simple_case(q_size=150, k_size=140, dim=16, dtype=F32, **options):
-    options = dict(batch=2, heads=2, scale=0.25, seed=3, device=DEVICE) | options
+    options = dict(batch=2, heads=1, scale=0.25, seed=3, device=DEVICE) | options
     keep = options.pop("keep", None)
     if keep is None:
         keep = torch.rand(options["heads"], q_size, k_size, generator=torch.Generator().manual_seed(9)) < 0.5
@@ -250,7 +250,7 @@ def test_a_slice_of_a_layout_is_the_layout_of_the_slice():
     keep = torch.rand(2, 260, 250, generator=torch.Generator().manual_seed(2)) < 0.5
     whole = AttentionLayout.from_keep_mask(keep.to(DEVICE), tile=32)
     for q_size, k_size in [(140, 3), (3, 140), (130, 131)]:
-        case = simple_case(q_size, k_size, keep=keep[:, :q_size, :k_size].clone(), tile=32)
+        case = simple_case(q_size, k_size, heads=2, keep=keep[:, :q_size, :k_size].clone(), tile=32)
         results = [
             block_sparse_attention(case.q, case.k, case.v, layout, backend="triton", scale=0.25)
             for layout in (whole, case.layout)
