@@ -22,6 +22,9 @@ SCOPES = ("kind", "layer", "head", "global")
 GRANULARITIES = (1, 16, 32, 64, 128, "diagonal")
 BEYOND = ("diagonal", "keep")
 
+_SORTED_AT_ONCE = 1 << 20
+_BINS = 1 << 16
+
 Granularity = int | str
 
 
@@ -142,8 +145,8 @@ def _ranked(stats: AttentionStats, spec: MaskSpec):
     keep = {}
     for kind, unit in units.items():
         shape = stats.mass[kind].shape
-        cells = ~pruned[kind].reshape(-1, unit.score.shape[-1])[:, unit.of_cell.ravel()]
-        cells = cells.reshape(*unit.score.shape[:2], *shape[2:])
+        whole = ~pruned[kind]
+        cells = whole.reshape(*whole.shape[:2], *shape[2:]) if spec.granularity == 1 else whole[..., unit.of_cell]
         keep[kind] = np.broadcast_to(cells, shape).copy()
         beyond[kind] = np.broadcast_to(beyond[kind], (*shape[:2], beyond[kind].shape[-1])).copy()
     return keep, beyond
@@ -177,21 +180,39 @@ def _prune_lowest(scores: list[np.ndarray], weights: list[np.ndarray], target: f
     Returns:
         bool arrays of the same shapes (True = pruned), and the score up to which units were pruned (-inf for none).
     """
-    flat_score = np.concatenate([part.ravel() for part in scores])
-    flat_weight = np.concatenate([part.ravel() for part in weights])
-    candidates = np.flatnonzero(flat_weight)
-    order = candidates[np.argsort(flat_score[candidates], kind="stable")]
-    total = np.cumsum(flat_weight[order], dtype=np.float64)
+    score = np.concatenate([part.ravel() for part in scores])
+    weight = np.concatenate([part.astype(np.int32).ravel() for part in weights])
+    pruned = np.zeros(len(score), dtype=bool)
+    candidates = np.flatnonzero(weight)
+    spent = 0.0
+    while len(candidates) > _SORTED_AT_ONCE:
+        # Sorting 10^8 units takes minutes. A histogram finds the few whose order matters: all in lower bins go.
+        low, high = score[candidates].min(), score[candidates].max()
+        if low == high:
+            break
+        chunks = np.array_split(candidates, -(-len(candidates) // _SORTED_AT_ONCE))
+        bins = [((score[chunk] - low) * (_BINS / (high - low))).astype(np.int32) for chunk in chunks]
+        histogram = sum(
+            np.bincount(part, weights=weight[chunk], minlength=_BINS + 1)
+            for part, chunk in zip(bins, chunks, strict=True)
+        )
+        total = spent + np.cumsum(histogram)
+        critical = int(np.searchsorted(total, target, side="right"))
+        for part, chunk in zip(bins, chunks, strict=True):
+            pruned[chunk[part < critical]] = True
+        spent = total[critical - 1] if critical else spent
+        candidates = np.concatenate([chunk[part == critical] for part, chunk in zip(bins, chunks, strict=True)])
+    order = candidates[np.argsort(score[candidates], kind="stable")]
+    total = spent + np.cumsum(weight[order], dtype=np.float64)
     count = int(np.searchsorted(total, target, side="right"))
     if count < len(order):
-        before = total[count - 1] if count else 0.0
+        before = total[count - 1] if count else spent
         if total[count] - target < target - before:
             count += 1
-    flat_pruned = np.zeros(len(flat_score), dtype=bool)
-    flat_pruned[order[:count]] = True
-    threshold = float(flat_score[order[count - 1]]) if count else -np.inf
+    pruned[order[:count]] = True
+    threshold = score.max(where=pruned, initial=-np.inf)
     splits = np.cumsum([part.size for part in scores])[:-1]
-    return [p.reshape(s.shape) for p, s in zip(np.split(flat_pruned, splits), scores, strict=True)], threshold
+    return [p.reshape(s.shape) for p, s in zip(np.split(pruned, splits), scores, strict=True)], threshold
 
 
 @dataclass
@@ -221,8 +242,7 @@ class _Units:
         weight = _sum_by(of_cell, prunable)
         seen = _sum_by(diagonal, occupancy)
         if spec.procedure == "effective":
-            allowed = (prunable > 0).astype(mass.dtype)
-            score = _sum_by(of_cell, mass * allowed) / np.maximum(weight, 1)
+            score = _sum_by(of_cell, mass * (prunable > 0)) / np.maximum(weight, 1)
             offset_score = _sum_by(diagonal, mass) / np.maximum(seen, 1)
         elif spec.procedure == "random":
             draw = np.random.default_rng([spec.seed, list(AttentionKind).index(kind)])

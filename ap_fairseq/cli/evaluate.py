@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import shlex
 from pathlib import Path
 
@@ -19,8 +20,9 @@ def get_parser() -> argparse.ArgumentParser:
         description="Score the output of fairseq-generate with sacreBLEU and chrF and print a table. Each system is "
         "NAME=LOG or NAME=LOG,CHECKPOINT; the checkpoint adds its hash and the sparsity of its masks."
     )
-    parser.add_argument("systems", nargs="+", metavar="NAME=LOG[,CHECKPOINT]")
-    parser.add_argument("--reference", required=True, help="raw reference text, one sentence a line")
+    parser.add_argument("systems", nargs="*", metavar="NAME=LOG[,CHECKPOINT]")
+    parser.add_argument("--reference", help="raw reference text, one sentence a line")
+    parser.add_argument("--markdown", metavar="JSON", help="print a results file as a Markdown table, and nothing else")
     parser.add_argument("--stages", metavar="DIR", help="stage marks of an example's run: adds the seconds of each stage")
     parser.add_argument("-o", "--output", metavar="FILE", help="write the scores as JSON")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output file")
@@ -69,9 +71,36 @@ def format_results(results: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def format_markdown(document: dict) -> str:
+    """Render a results file as a Markdown table; pruned = effective sparsity, kept = kept mass, in percent."""
+    kinds = ("encoder_self", "decoder_self", "cross")
+    lines = [
+        "| system | BLEU | chrF2 | length ratio | " + " | ".join(f"{kind} pruned / kept" for kind in kinds) + " |",
+        "|---|---:|---:|---:|" + "---:|" * len(kinds),
+    ]
+    for result in document["systems"]:
+        cells = [result["system"], f"{result['bleu']:.2f}", f"{result['chrf']:.2f}", f"{result['length_ratio']:.3f}"]
+        for kind in kinds:
+            part = result.get("sparsity", {}).get(kind)
+            cells.append("dense" if part is None else "{effective:.1%} / {kept_mass:.1%}".format(**part))
+        lines.append("| " + " | ".join(cells) + " |")
+    first, versions = document["systems"][0], document["versions"]
+    lines += [
+        "",
+        f"{document['device']}, torch {versions['torch']}, fairseq {versions['fairseq']}; {first['sentences']:,} sentences; "
+        f"BLEU `{first['bleu_signature']}`, chrF2 `{first['chrf_signature']}`.",
+    ]
+    return "\n".join(lines)
+
+
 @command
 def main(argv: list[str]) -> None:
     args = get_parser().parse_args(argv)
+    if args.markdown:
+        print(format_markdown(json.loads(Path(args.markdown).read_text(encoding="utf-8"))))
+        return
+    if not args.systems or not args.reference:
+        raise ArtifactError("nothing to score: name at least one NAME=LOG and the --reference")
     if args.output:
         refuse_existing(args.output, args.overwrite)
     if not Path(args.reference).is_file():

@@ -275,7 +275,12 @@ def filter_pages(pages: Iterable[Page], rules: corpus.Filter) -> tuple[list[Page
     return kept, dict(dropped)
 
 
-def build_text(work: Path, out: Path, pair: Sequence[str], seed: int) -> dict[str, Any]:
+def at_most(lines: Iterable[Line], max_words: int | None) -> list[Line]:
+    """The lines of at most ``max_words`` words, separated by white space, on both sides; all for None."""
+    return [line for line in lines if max_words is None or max(len(side.split()) for side in line.pair) <= max_words]
+
+
+def build_text(work: Path, out: Path, pair: Sequence[str], seed: int, max_words: int | None) -> dict[str, Any]:
     """``sentences/`` and, for the page level, ``segments.jsonl``: every page with its split and its segments."""
     source, target = pair
     packages = out / "packages"
@@ -309,7 +314,8 @@ def build_text(work: Path, out: Path, pair: Sequence[str], seed: int) -> dict[st
     interface, interface_dropped = filter_pages([Page(*item) for item in by_catalogue.items()], rules)
 
     parts, seen_dropped = split_pages(kept, interface, seed)
-    lines = {split: unique_lines([*parts[split], *(interface if split == "train" else [])]) for split in SPLITS}
+    unique_of = {split: unique_lines([*parts[split], *(interface if split == "train" else [])]) for split in SPLITS}
+    lines = {split: at_most(unique_of[split], max_words) for split in SPLITS}
     for split in SPLITS:
         if not lines[split]:
             raise PrepareError(
@@ -337,6 +343,7 @@ def build_text(work: Path, out: Path, pair: Sequence[str], seed: int) -> dict[st
             "unique_pairs": len({segment for page in interface for segment in page.pairs}),
         },
         "dropped_segments_seen_in_training": seen_dropped,
+        "dropped_lines_over_max_words": {split: len(unique_of[split]) - len(lines[split]) for split in SPLITS},
         "split_pages": {split: len(parts[split]) for split in SPLITS},
         "split_pairs": {split: len(lines[split]) for split in SPLITS},
         "train_pairs_from_interface": sum(line.page.startswith("interface/") for line in lines["train"]),
@@ -605,8 +612,8 @@ def steps_of(args: argparse.Namespace, pair: tuple[str, str]) -> list[Step]:
         Step(
             "text",
             ("sentences", "segments.jsonl"),
-            {"seed": args.seed, "code": code},
-            lambda work: build_text(work, out, pair, args.seed),
+            {"seed": args.seed, "max_words": args.max_words, "code": code},
+            lambda work: build_text(work, out, pair, args.seed, args.max_words),
         ),
         Step(
             "sentencepiece",
@@ -705,6 +712,12 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "--page-tokens", type=int, default=1000, metavar="N", help="longest document, in tokens per side"
     )
     parser.add_argument(
+        "--max-words",
+        type=int,
+        metavar="N",
+        help="keep only segments of at most N words at sentence level, in all splits: an easier, smaller task",
+    )
+    parser.add_argument(
         "--deb-dir", type=Path, metavar="DIR", help="folder with downloaded .deb files, used instead of apt"
     )
     parser.add_argument("--seed", type=int, default=1, metavar="N", help="of the split into train, valid and test")
@@ -719,8 +732,8 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     args.source, args.target = package_language(args.source), package_language(args.target)
     if args.source == args.target:
         parser.error(f"source and target language are both {args.source!r}; choose two different languages")
-    for name, least in (("bpe_size", 100), ("page_tokens", 1)):
-        if getattr(args, name) < least:
+    for name, least in (("bpe_size", 100), ("page_tokens", 1), ("max_words", 1)):
+        if getattr(args, name) is not None and getattr(args, name) < least:
             parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected at least {least}")
     if args.character_coverage is None:
         large = LARGE_SCRIPTS & {args.source, args.target}

@@ -4,7 +4,8 @@
 #   run.sh [--pair "en de"] [--size full|small] [--systems "joint ..."] [--jobs N] [--out DIR] [--data DIR]
 #          [--dense-updates N] [--tune-updates N]
 #
-# --size     full: transformer_iwslt_de_en in half precision, for a GPU; small: a small model for two CPU cores.
+# --size     full: transformer_iwslt_de_en in half precision, for a GPU; small: a small model on the short segments,
+#            for two CPU cores.
 #            Default: full where torch sees a GPU.
 # --systems  which masks to make (see `masks_of`); each is scored without and with fine-tuning. Default: joint.
 # --jobs     how many systems run at the same time (they share the GPU). Default: 1.
@@ -39,25 +40,29 @@ if [ -z "$size" ]; then
   size=$(python -c 'import torch; print("full" if torch.cuda.is_available() else "small")')
 fi
 run=${run:-$here/runs/$src-$tgt-$size}
-data=${data:-$here/data/$src-$tgt}
-bin=$data/data-bin/sentences
 plugin=(--user-dir "$here/../../ap_fairseq")
 
 case $size in
   full)
-    sizes=(--arch transformer_iwslt_de_en --dropout 0.3 --fp16 --max-tokens 16384)
-    dense_updates=${dense_updates:-5000} tune_updates=${tune_updates:-600}
+    sizes=(--arch transformer_iwslt_de_en --dropout 0.3 --fp16 --max-tokens 16384
+      --validate-interval 6 --save-interval 6)
+    dense_updates=${dense_updates:-4000} tune_updates=${tune_updates:-400}
     dense_lr=(--lr 7e-4 --warmup-updates 1000) tune_lr=(--lr 2e-4 --warmup-updates 60)
+    prepare=(--out "${data:=$here/data/$src-$tgt}")
     device=(--fp16) record_batch=(--max-tokens 16384) generate_batch=(--max-tokens 24000) ;;
   small)
-    sizes=(--arch transformer --encoder-layers 3 --decoder-layers 3 --encoder-embed-dim 256 --encoder-ffn-embed-dim 512
-      --encoder-attention-heads 4 --decoder-attention-heads 4 --dropout 0.1 --cpu --max-tokens 3000)
+    sizes=(--arch transformer --encoder-layers 2 --decoder-layers 2 --encoder-embed-dim 256 --encoder-ffn-embed-dim 512
+      --encoder-attention-heads 4 --decoder-attention-heads 4 --encoder-normalize-before --decoder-normalize-before
+      --dropout 0.1 --cpu --max-tokens 3000)
     dense_updates=${dense_updates:-1500} tune_updates=${tune_updates:-150}
     dense_lr=(--lr 2e-3 --warmup-updates 300) tune_lr=(--lr 5e-4 --warmup-updates 30)
+    # Short segments and a small dictionary: what a small model learns in minutes.
+    prepare=(--out "${data:=$here/data/$src-$tgt-short}" --max-words 12 --bpe-size 2000)
     device=(--cpu) record_batch=(--max-tokens 6000) generate_batch=(--max-tokens 4000) ;;
   *) echo "error: --size $size is not full or small" >&2; exit 2 ;;
 esac
 
+bin=$data/data-bin/sentences
 training=(--task translation --source-lang "$src" --target-lang "$tgt" --share-all-embeddings
   --optimizer adam --adam-betas '(0.9, 0.98)' --weight-decay 1e-4 --lr-scheduler inverse_sqrt
   --criterion label_smoothed_cross_entropy --label-smoothing 0.1 --seed 1 --num-workers 2
@@ -102,7 +107,7 @@ system() {  # NAME
 }
 
 for name in $systems; do masks_of "$name" > /dev/null; done
-[ -e "$bin/dict.$src.txt" ] || stage prepare bash "$here/prepare.sh" "$src" "$tgt" --out "$data"
+[ -e "$data/counts.json" ] || stage prepare bash "$here/prepare.sh" "$src" "$tgt" "${prepare[@]}"
 stage dense.train fairseq-train "$bin" "${training[@]}" "${sizes[@]}" "${dense_lr[@]}" --max-update $dense_updates \
   --save-dir "$run/dense"
 stage dense.record ap-record "$bin" --path "$run/dense/checkpoint_best.pt" --subset train \

@@ -1,0 +1,88 @@
+"""Small objects for tests that need no files."""
+
+import argparse
+
+import numpy as np
+import torch
+from fairseq.data import Dictionary
+from fairseq.models.transformer import TransformerConfig, TransformerModelBase
+
+from ap_fairseq.artifacts import AttentionStats, PruningMasks
+from ap_fairseq.masks import MaskSpec, build_masks
+from ap_fairseq.models import PrunedTransformerConfig, PrunedTransformerModel
+from ap_fairseq.recording import occupancy_of
+from ap_fairseq.sites import AttentionKind
+
+
+def dictionary(n_words: int = 20) -> Dictionary:
+    words = Dictionary()
+    for k in range(n_words):
+        words.add_symbol(f"w{k}")
+    return words
+
+
+def task(words: Dictionary):
+    """The part of a translation task that building a model reads."""
+    cfg = argparse.Namespace(left_pad_target=False)
+    return argparse.Namespace(cfg=cfg, source_dictionary=words, target_dictionary=words)
+
+
+SIZES = dict(
+    encoder_layers=2,
+    decoder_layers=2,
+    encoder_embed_dim=16,
+    decoder_embed_dim=16,
+    encoder_ffn_embed_dim=32,
+    decoder_ffn_embed_dim=32,
+    encoder_attention_heads=2,
+    decoder_attention_heads=2,
+    decoder_input_dim=16,
+    decoder_output_dim=16,
+    dropout=0.0,
+)
+
+
+def pruned_model(masks: PruningMasks | None = None, words: Dictionary | None = None, **options):
+    """An untrained pruned transformer in eval mode."""
+    torch.manual_seed(3)
+    cfg = PrunedTransformerConfig(**{**SIZES, **options})
+    model = PrunedTransformerModel.build_model(cfg, task(words or dictionary()))
+    if masks is not None:
+        model.set_masks(masks)
+    return model.eval()
+
+
+def dense_model(words: Dictionary | None = None):
+    """fairseq's own transformer with the same sizes and the same seed."""
+    torch.manual_seed(3)
+    cfg = TransformerConfig.from_namespace(argparse.Namespace(**SIZES))
+    return TransformerModelBase.build_model(cfg, task(words or dictionary())).eval()
+
+
+def random_stats(seed: int = 0, longest=(9, 11), sentences: int = 40, layers: int = 2, heads: int = 2) -> AttentionStats:
+    """Statistics with random attention on random (target, source) lengths up to *longest*."""
+    draw = np.random.default_rng(seed)
+    lengths: dict[tuple[int, int], int] = {longest: 1}
+    for _ in range(sentences):
+        pair = (int(draw.integers(1, longest[0] + 1)), int(draw.integers(1, longest[1] + 1)))
+        lengths[pair] = lengths.get(pair, 0) + 1
+    occupancy = {kind: occupancy_of(kind, lengths) for kind in AttentionKind}
+    mass = {kind: draw.random((layers, heads, *n.shape)) * n for kind, n in occupancy.items()}
+    return AttentionStats(mass, occupancy, {})
+
+
+def random_masks(sparsity: float, seed: int = 0, kinds=tuple(AttentionKind), **shape) -> PruningMasks:
+    """Random masks of the given effective sparsity in *kinds*; the other kinds are kept whole."""
+    spec = MaskSpec({kind: sparsity for kind in kinds}, procedure="random", seed=seed, beyond="keep")
+    return build_masks(random_stats(**shape), spec)[0]
+
+
+def batch(lengths, words: Dictionary, left: bool, seed: int = 0) -> torch.Tensor:
+    """Random token rows ending in EOS, padded on one side: int64 (B, T)."""
+    draw = torch.Generator().manual_seed(seed)
+    rows = torch.full((len(lengths), max(lengths)), words.pad())
+    for row, length in zip(rows, lengths, strict=True):
+        tokens = torch.randint(words.nspecial, len(words), (length,), generator=draw)
+        tokens[-1] = words.eos()
+        row[len(row) - length if left else 0 :][:length] = tokens
+    return rows

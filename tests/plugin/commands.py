@@ -1,0 +1,74 @@
+"""A toy language pair, and fairseq's and our commands as functions."""
+
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+PLUGIN = ["--user-dir", str(ROOT / "ap_fairseq")]
+
+NOUNS = {"cell": "Zelle", "table": "Tabelle", "page": "Seite", "line": "Zeile", "window": "Ansicht", "list": "Liste"}
+VERBS = {"opens": "öffnet", "closes": "schließt", "moves": "bewegt", "deletes": "löscht", "shows": "zeigt"}
+ADJECTIVES = {"new": "neue", "last": "letzte", "empty": "leere", "first": "erste"}
+
+
+def sentence_pairs(n: int, seed: int) -> list[tuple[str, str]]:
+    """Return n distinct pairs of 5 to 23 words; the German verb goes to the end of its clause."""
+    draw = random.Random(seed)
+
+    def clause():
+        (s, sd), (o, od) = draw.sample(sorted(NOUNS.items()), 2)
+        v, vd = draw.choice(sorted(VERBS.items()))
+        a, ad = draw.choice(sorted(ADJECTIVES.items()))
+        return f"the {s} {v} the {a} {o}", f"die {sd} die {ad} {od} {vd}"
+
+    pairs: dict[str, str] = {}
+    while len(pairs) < n:
+        clauses = [clause() for _ in range(draw.choice([1, 1, 2, 3]))]
+        pairs[" and ".join(c[0] for c in clauses)] = " und ".join(c[1] for c in clauses)
+    return list(pairs.items())
+
+
+def run(*command, expect: int = 0, **kwargs) -> str:
+    """Run a console command of this environment and return its output; fail with it on another exit status."""
+    executable = Path(sys.executable).parent / command[0]
+    completed = subprocess.run(
+        [str(executable), *map(str, command[1:])],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=600,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},  # tiny models: more threads only wait for each other
+        **kwargs,
+    )
+    assert completed.returncode == expect, f"{command} exited with {completed.returncode}:\n{completed.stdout[-4000:]}"
+    return completed.stdout
+
+
+TINY = (
+    "--encoder-layers 2 --decoder-layers 2 --encoder-embed-dim 32 --encoder-ffn-embed-dim 64 "
+    "--encoder-attention-heads 2 --decoder-attention-heads 2 --share-all-embeddings"
+).split()
+
+
+def train(data, save_dir, *flags, arch="transformer", updates=200, expect=0) -> str:
+    """Train a tiny model on the CPU with fairseq-train."""
+    return run(
+        *["fairseq-train", data, *PLUGIN, "--arch", arch, *TINY, "--save-dir", save_dir, "--max-update", updates],
+        *"--optimizer adam --lr 3e-3 --lr-scheduler inverse_sqrt --warmup-updates 40 --clip-norm 1.0".split(),
+        *"--criterion label_smoothed_cross_entropy --label-smoothing 0.1 --max-tokens 2000 --cpu --seed 7".split(),
+        *"--no-epoch-checkpoints --log-format json --log-interval 1".split(),
+        *flags,
+        expect=expect,
+    )
+
+
+def generate(data, path, *flags, subset="test", expect=0) -> str:
+    """Translate on the CPU with fairseq-generate."""
+    return run(
+        *["fairseq-generate", data, *PLUGIN, "--path", path, "--gen-subset", subset, "--cpu", "--beam", 3],
+        *["--max-tokens", 1500, "--required-batch-size-multiple", 1, *flags],
+        expect=expect,
+    )

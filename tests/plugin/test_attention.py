@@ -1,0 +1,246 @@
+"""Pruned attention computes what its mask says: full forward, step by step, padded, reordered, beyond its range."""
+
+import numpy as np
+import pytest
+import torch
+from plugin.builders import batch, dense_model, dictionary, pruned_model, random_masks
+
+from ap_fairseq.artifacts import ArtifactError, PruningMasks
+from ap_fairseq.attention import PrunedMultiheadAttention
+from ap_fairseq.models import left_padding, rotate_left
+from ap_fairseq.sites import AttentionKind, attention_sites
+
+WORDS = dictionary()
+PAD, EOS = WORDS.pad(), WORDS.eos()
+KINDS = tuple(AttentionKind)
+
+
+def guarantee_only() -> PruningMasks:
+    """Masks that forbid everything but the guaranteed cell of each row."""
+    masks = random_masks(0.0, longest=(12, 12))
+    for kind in KINDS:
+        masks.keep[kind][:] = False
+        masks.beyond[kind][:] = False
+        if kind is AttentionKind.CROSS:
+            masks.keep[kind][..., 0] = True
+        else:
+            masks.keep[kind][..., range(12), range(12)] = True
+    return PruningMasks(masks.keep, masks.beyond)
+
+
+def targets(lengths, seed=2):
+    rows = batch(lengths, WORDS, left=False, seed=seed)
+    rows[:, 0] = EOS
+    return rows
+
+
+def translate(model, source, target):
+    """Teacher-forced output: (B, T, vocabulary)."""
+    with torch.no_grad():
+        return model(source, source.ne(PAD).sum(1), target)[0]
+
+
+def naive(module, query, key, padding=None):
+    """Attention with explicit loops in float64: query (Tq, B, C), key (Tk, B, C) -> (Tq, B, C)."""
+    n_queries, n_batch, _ = query.shape
+    keep = module.keep_mask(n_queries, key.size(0))
+    q, k, v = (proj(x).double() for proj, x in ((module.q_proj, query), (module.k_proj, key), (module.v_proj, key)))
+    output = torch.zeros_like(q)
+    for b in range(n_batch):
+        for h in range(module.num_heads):
+            part = slice(h * module.head_dim, (h + 1) * module.head_dim)
+            for i in range(n_queries):
+                columns = [j for j in range(key.size(0)) if keep[h, i, j] and not (padding is not None and padding[b, j])]
+                scores = torch.stack([q[i, b, part] @ k[j, b, part] for j in columns]) / module.head_dim**0.5
+                output[i, b, part] = scores.softmax(0) @ v[columns, b, part]
+    return module.out_proj.double()(output)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("need_weights", [False, True])
+def test_full_forward_equals_a_loop_over_kept_cells(kind, need_weights):
+    module = dict(attention_sites(pruned_model(random_masks(0.6), WORDS)))[kind, 1]
+    query = torch.randn(7, 2, 16, generator=torch.Generator().manual_seed(0))
+    key = torch.randn(9, 2, 16, generator=torch.Generator().manual_seed(1)) if kind is AttentionKind.CROSS else query
+    causal = torch.full((7, 7), float("-inf")).triu(1) if kind.causal else None
+    with torch.no_grad():
+        ours, weights = module(query, key, key, attn_mask=causal, need_weights=need_weights)
+        expected = naive(module, query, key)
+    torch.testing.assert_close(ours.double(), expected, atol=1e-6, rtol=1e-5)
+    assert (weights is not None) == need_weights
+    if need_weights:
+        assert weights.shape == (2, 7, key.size(0))
+
+
+def test_an_all_kept_mask_is_stock_fairseq():
+    """Same seed, same parameters, same outputs as fairseq's own model; padding on the left as fairseq does."""
+    stock, ours = dense_model(WORDS), pruned_model(random_masks(0.0), WORDS)
+    for (name, a), (other, b) in zip(stock.named_parameters(), ours.named_parameters(), strict=True):
+        assert name == other and torch.equal(a, b)
+    source, target = batch([5, 2, 7], WORDS, left=True), targets([4, 6, 3])
+    real = target.ne(PAD)
+    torch.testing.assert_close(
+        translate(ours, source, target)[real], translate(stock, source, target)[real], atol=1e-5, rtol=1e-5
+    )
+
+
+def test_left_and_right_padding_of_the_source_are_the_same():
+    model = pruned_model(random_masks(0.7), WORDS)
+    lengths, target = [5, 2, 7], targets([4, 6, 3])
+    left, right = (translate(model, batch(lengths, WORDS, left=side), target) for side in (True, False))
+    real = target.ne(PAD)
+    torch.testing.assert_close(left[real], right[real])
+
+
+def test_a_sentence_translates_alone_as_in_a_batch():
+    """The authors' masks were indexed by padded columns, so results depended on the neighbours in the batch."""
+    model = pruned_model(random_masks(0.7), WORDS)
+    source, target = batch([5, 2, 7], WORDS, left=True), targets([4, 6, 3])
+    together = translate(model, source, target)
+    for k, (s, t) in enumerate(zip([5, 2, 7], [4, 6, 3], strict=True)):
+        alone = translate(model, source[k : k + 1, -s:], target[k : k + 1, :t])
+        torch.testing.assert_close(together[k : k + 1, :t], alone, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_incremental_decoding_equals_teacher_forcing(kind):
+    """The authors' code read mask row source length + 1 in every step, so BLEU was that of another mask."""
+    model = pruned_model(random_masks(0.7, kinds=(kind,), longest=(12, 12)), WORDS)
+    source, target = batch([5, 2, 7], WORDS, left=True), targets([8, 8, 8])
+    full = translate(model, source, target)
+    encoder_out, state = model.encoder(source), {}
+    for step in range(target.size(1)):
+        with torch.no_grad():
+            now = model.decoder(target[:, : step + 1], encoder_out=encoder_out, incremental_state=state)[0]
+        torch.testing.assert_close(now[:, 0], full[:, step], atol=1e-5, rtol=1e-5)
+
+
+def test_reordered_beams_and_finished_sentences_keep_their_own_rows():
+    """Beams swap parents at step 3; at step 5 a sentence leaves the batch."""
+    model = pruned_model(random_masks(0.7, longest=(12, 12)), WORDS)
+    source, beams = batch([5, 2, 7], WORDS, left=True), 2
+    source = source.repeat_interleave(beams, 0)
+    prefixes, tokens = targets([8] * 6, seed=4), targets([8] * 6, seed=5)
+    tokens[:, :3] = prefixes[:, :3]
+    encoder_out, state = model.encoder(source), {}
+    reorder = {3: torch.tensor([1, 0, 2, 2, 5, 4]), 5: torch.tensor([0, 1, 5, 4])}
+    for step in range(8):
+        if step in reorder:
+            order = reorder[step]
+            tokens = torch.cat([tokens[order, :step], tokens[order, step:]], 1)
+            source = source[order]
+            model.decoder.reorder_incremental_state_scripting(state, order)
+            encoder_out = model.encoder.reorder_encoder_out(encoder_out, order)
+        with torch.no_grad():
+            now = model.decoder(tokens[:, : step + 1], encoder_out=encoder_out, incremental_state=state)[0]
+        full = translate(model, source, tokens[:, : step + 1])
+        torch.testing.assert_close(now[:, 0], full[:, step], atol=1e-5, rtol=1e-5)
+
+
+def test_alignments_come_back_in_the_callers_columns():
+    """Column j of the weights must be column j of the source as it was passed in, left padding included."""
+    model = pruned_model(random_masks(0.7), WORDS)
+    lengths, target = [5, 2, 7], targets([4, 4, 4])
+    weights = {}
+    for left in (True, False):
+        source = batch(lengths, WORDS, left=left)
+        with torch.no_grad():
+            weights[left] = model(source, None, target)[1]["attn"][0]
+        assert (weights[left].transpose(1, 2)[source.eq(PAD)] == 0).all()
+        torch.testing.assert_close(weights[left].sum(-1), torch.ones(3, 4))
+    for row, length in enumerate(lengths):
+        torch.testing.assert_close(weights[True][row, :, 7 - length :], weights[False][row, :, :length])
+
+
+def test_a_mask_of_nothing_but_the_guarantee_trains():
+    """Every row has one visible key; padded rows see nothing real. Loss and all gradients must be finite."""
+    model = pruned_model(guarantee_only(), WORDS).train()
+    source, target = batch([5, 1, 7], WORDS, left=True), targets([4, 1, 3])
+    logits = model(source, source.ne(PAD).sum(1), target)[0]
+    logits[target.ne(PAD)].log_softmax(-1).mean().backward()
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    assert gradients and all(torch.isfinite(g).all() for g in gradients)
+
+
+def test_padded_queries_are_written_as_zero():
+    module = dict(attention_sites(pruned_model(random_masks(0.5), WORDS)))[AttentionKind.ENCODER_SELF, 0]
+    padding = torch.tensor([[False] * 3 + [True] * 2])
+    x = torch.randn(5, 1, 16)
+    x[3:] = float("nan")  # poison: padding must not reach anything
+    x_clean = torch.nan_to_num(x)
+    with torch.no_grad():
+        for need_weights in (False, True):
+            output, _ = module(x_clean, x_clean, x_clean, key_padding_mask=padding, need_weights=need_weights)
+            torch.testing.assert_close(output[3:], module.out_proj.bias.expand(2, 1, 16))
+
+
+@pytest.mark.parametrize("n", [12, 13, 40])
+def test_positions_beyond_the_range_follow_the_stored_pattern(n):
+    masks = random_masks(0.5, longest=(12, 12))
+    draw = np.random.default_rng(0)
+    for kind in KINDS:
+        masks.beyond[kind] = draw.random(masks.beyond[kind].shape) < 0.3
+    for (kind, layer), module in attention_sites(pruned_model(masks, WORDS)):
+        keep = module.keep_mask(n, n).numpy()
+        for h in range(2):
+            np.testing.assert_array_equal(keep[h, :12, :12], masks.keep[kind][layer, h])
+        for h, i, j in [(0, n - 1, 0), (1, n - 1, n - 2), (0, 3, n - 1), (1, n - 1, n - 1), (0, n - 1, 5)]:
+            if max(i, j) < 12:
+                continue
+            known = abs(j - i) < 12
+            expected = masks.beyond[kind][layer, h, j - i + 11] if known else True  # never observed: kept
+            expected |= j == (0 if kind is AttentionKind.CROSS else i)
+            expected &= not (kind.causal and j > i)
+            assert keep[h, i, j] == expected, (kind, h, i, j)
+
+
+def test_a_model_without_masks_refuses_to_run():
+    """A missing mask must never be a silent dense run (the authors' code trained dense when the file was missing)."""
+    model = pruned_model(None, WORDS)
+    with pytest.raises(ArtifactError, match="no masks for its encoder_self attention: start training with"):
+        translate(model, batch([3], WORDS, False), targets([3]))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(quant_noise_pq=0.1), "--quant-noise-pq is set"),
+        (dict(encoder_xformers_att_config="{'name': 'x'}"), "xformers-att-config is set"),
+        (dict(attention_backend="triton"), "--attention-backend triton"),
+    ],
+)
+def test_unsupported_options_are_refused_when_the_model_is_built(options, message):
+    with pytest.raises(ValueError, match=message):
+        pruned_model(None, WORDS, **options)
+
+
+@pytest.mark.parametrize("option", ["add_bias_kv", "add_zero_attn"])
+def test_extra_keys_are_refused(option):
+    with pytest.raises(ValueError, match=f"{option} is set"):
+        PrunedMultiheadAttention(16, 2, kind=AttentionKind.DECODER_SELF, **{option: True})
+
+
+def test_full_context_decoding_is_refused():
+    model = pruned_model(random_masks(0.5), WORDS)
+    with pytest.raises(ValueError, match="decoder_self attention needs an attn_mask"):
+        model.decoder(targets([3]), encoder_out=model.encoder(batch([3], WORDS, False)), full_context_alignment=True)
+
+
+def test_rotation_moves_padding_between_the_sides():
+    left = batch([5, 2, 7], WORDS, left=True)
+    shift = left_padding(left, PAD)
+    assert shift.tolist() == [2, 5, 0]
+    right = rotate_left(left, shift)
+    torch.testing.assert_close(right, batch([5, 2, 7], WORDS, left=False))
+    torch.testing.assert_close(rotate_left(right, -shift), left)
+
+
+def test_activation_checkpointing_gives_the_same_gradients():
+    source, target = batch([5, 2, 7], WORDS, left=True), targets([4, 6, 3])
+    gradients = []
+    for checkpoint in (False, True):
+        model = pruned_model(random_masks(0.5), WORDS, checkpoint_activations=checkpoint).train()
+        model(source, source.ne(PAD).sum(1), target)[0][target.ne(PAD)].log_softmax(-1).mean().backward()
+        gradients.append([p.grad for p in model.parameters()])
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b)

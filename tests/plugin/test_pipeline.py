@@ -1,0 +1,302 @@
+"""The whole pipeline through the real commands, in processes of their own, as a user runs it."""
+
+import argparse
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from plugin.commands import PLUGIN, ROOT, TINY, generate, run, train
+
+from ap_fairseq.artifacts import AttentionStats, PruningMasks, load_checkpoint
+from ap_fairseq.sites import AttentionKind
+
+
+def hypotheses(log: str) -> dict[int, tuple[float, str]]:
+    """Sentence number -> (score, tokens) of the H lines."""
+    return {int(n): (float(s), h) for n, s, h in re.findall(r"^H-(\d+)\t(\S+)\t(.*)$", log, re.M)}
+
+
+def alignments(log: str) -> dict[int, np.ndarray]:
+    """Sentence number -> soft alignment (target, source) of the A lines."""
+    lines = re.findall(r"^A-(\d+)\t(.*)$", log, re.M)
+    return {int(n): np.array([[float(p) for p in row.split(",")] for row in text.split()]) for n, text in lines}
+
+
+def losses(log: str) -> list[float]:
+    return [float(x) for x in re.findall(r'train_inner \| .*?"loss": "([0-9.]+)"', log)]
+
+
+@pytest.fixture(scope="session")
+def all_kept(stats_file, dense, data_bin, tmp_path_factory):
+    """The dense checkpoint as a pruned one whose masks keep everything."""
+    folder = tmp_path_factory.mktemp("all-kept")
+    run("ap-masks", stats_file, "-o", folder / "masks.safetensors")
+    run("ap-apply", dense, "--attention-masks", folder / "masks.safetensors", "--data", data_bin, "-o", folder / "p.pt")
+    return folder / "p.pt"
+
+
+@pytest.fixture(scope="session")
+def tuned(data_bin, dense, masks_file, tmp_path_factory):
+    """A checkpoint folder: fine-tuned from the dense checkpoint under 50% masks for 30 updates, then resumed to 60."""
+    folder = tmp_path_factory.mktemp("tuned")
+    flags = ["--finetune-from-model", dense, "--attention-masks", masks_file]
+    log = train(data_bin, folder, *flags, arch="pruned_transformer", updates=30)
+    assert "loading pretrained model from" in log and "effective sparsity" in log
+    shutil.copy(folder / "checkpoint_last.pt", folder / "checkpoint_30.pt")
+    log = train(data_bin, folder, arch="pruned_transformer", updates=60)  # no masks given: the checkpoint has them
+    assert "Loaded checkpoint" in log and "@ 30 updates" in log
+    return folder
+
+
+def test_all_kept_masks_translate_as_stock_fairseq_does(data_bin, dense, all_kept):
+    """Hypotheses, scores and alignments of 220 sentences, with fairseq's left-padded batches."""
+    stock, ours = (generate(data_bin, path, "--print-alignment", "soft") for path in (dense, all_kept))
+    expected, found = hypotheses(stock), hypotheses(ours)
+    assert len(expected) == len(found) >= 200
+    for n, (score, tokens) in expected.items():
+        assert found[n][1] == tokens
+        assert found[n][0] == pytest.approx(score, abs=1e-5)
+    expected, found = alignments(stock), alignments(ours)
+    assert expected.keys() == found.keys() and len(expected) >= 200
+    for n in expected:
+        np.testing.assert_allclose(found[n], expected[n], atol=2e-6)
+
+
+def test_all_kept_masks_train_as_stock_fairseq_does(data_bin, stats_file, tmp_path):
+    """20 updates from scratch, same seed, no dropout: the same losses and the same parameters."""
+    run("ap-masks", stats_file, "-o", tmp_path / "masks.safetensors")
+    flags = ["--dropout", 0, "--disable-validation"]
+    stock = train(data_bin, tmp_path / "stock", *flags, updates=20)
+    masks = ["--attention-masks", tmp_path / "masks.safetensors"]
+    ours = train(data_bin, tmp_path / "ours", *flags, *masks, arch="pruned_transformer", updates=20)
+    assert len(losses(stock)) == 20
+    np.testing.assert_allclose(losses(ours), losses(stock), atol=0.002)  # printed with three digits
+    a, b = (load_checkpoint(tmp_path / name / "checkpoint_last.pt")["model"] for name in ("stock", "ours"))
+    for name, value in a.items():
+        torch.testing.assert_close(b[name], value, atol=2e-4, rtol=1e-3)
+
+
+def test_recorded_statistics_cover_the_training_data(stats_file, toy_text):
+    """fairseq main drops a last batch that is no multiple of 8; ap-record must not lose those sentences."""
+    stats = AttentionStats.load(stats_file)
+    lengths = [len(line.split()) + 1 for line in (toy_text / "train.en").read_text().splitlines()]
+    assert stats.metadata["sentences"] == len(lengths) == 1000
+    assert stats.occupancy[AttentionKind.ENCODER_SELF].sum() == sum(n * n for n in lengths)
+    assert stats.metadata["data"] == [{"name": "data-bin", "subset": "train"}]
+    for kind in AttentionKind:
+        row_mass = stats.mass[kind][..., 0, :].sum(-1)  # every sentence has a row 0
+        np.testing.assert_allclose(row_mass, 1000, rtol=1e-5)
+
+
+def test_masks_meet_their_budget_on_recorded_data(masks_file):
+    masks = PruningMasks.load(masks_file)
+    for kind in AttentionKind:
+        assert masks.metadata["sparsity"][kind.value]["effective"] == pytest.approx(0.5, abs=0.01)
+        assert masks.metadata["sparsity"][kind.value]["kept_mass"] > 0.6
+
+
+def test_a_pruned_checkpoint_is_self_contained(data_bin, tuned, masks_file):
+    """The masks are in the checkpoint, their file's name is not; a checkpoint survives a moved or changed file."""
+    state = load_checkpoint(tuned / "checkpoint_last.pt")
+    assert str(masks_file) not in str(state["cfg"]) and state["cfg"]["model"]["attention_masks"] is None
+    log = generate(data_bin, tuned / "checkpoint_last.pt")
+    assert re.search(r"attention masks [0-9a-f]{12}: effective sparsity cross 50\.\d%", log)
+    assert len(hypotheses(log)) == 220
+
+
+def test_training_improves_after_the_warm_start_and_the_resume(data_bin, tuned, dense, toy_text):
+    """60 updates under the masks translate the toy language about as well as the dense model."""
+    bleu = {}
+    for name, path in {"dense": dense, "tuned": tuned / "checkpoint_last.pt"}.items():
+        log = generate(data_bin, path)
+        (tuned / f"{name}.log").write_text(log)
+        system = f"{name}={tuned / f'{name}.log'},{path}"
+        output = tuned / f"{name}.json"
+        run("ap-evaluate", system, "--reference", toy_text / "test.de", "-o", output, "--overwrite")
+        bleu[name] = json.loads(output.read_text())["systems"][0]
+    assert bleu["tuned"]["bleu"] > 20 and bleu["tuned"]["bleu"] > bleu["dense"]["bleu"] - 15
+    assert bleu["tuned"]["sparsity"]["cross"]["effective"] == pytest.approx(0.5, abs=0.01)
+    assert "tok:13a" in bleu["tuned"]["bleu_signature"] and "sparsity" not in bleu["dense"]
+
+
+def test_averaged_checkpoints_keep_their_masks(data_bin, tuned, tmp_path):
+    inputs = [tuned / "checkpoint_30.pt", tuned / "checkpoint_last.pt"]
+    run("ap-average", *inputs, "-o", tmp_path / "average.pt")
+    a, b, average = (load_checkpoint(path)["model"] for path in (*inputs, tmp_path / "average.pt"))
+    name = "decoder.layers.1.fc1.weight"
+    torch.testing.assert_close(average[name], ((a[name].double() + b[name].double()) / 2).float())
+    assert torch.equal(average["encoder.layers.0.self_attn.keep_words"], a["encoder.layers.0.self_attn.keep_words"])
+    assert len(hypotheses(generate(data_bin, tmp_path / "average.pt"))) == 220
+
+
+def test_checkpoints_with_different_masks_do_not_average(tuned, all_kept, tmp_path):
+    message = run("ap-average", tuned / "checkpoint_last.pt", all_kept, "-o", tmp_path / "a.pt", expect=2)
+    assert "differs between" in message and "other masks" in message and not (tmp_path / "a.pt").exists()
+
+
+def test_interactive_and_from_pretrained_translate_alike(data_bin, tuned, toy_text):
+    """fairseq-interactive always pads on the left; the hub interface loads by the registered model."""
+    source = (toy_text / "test.en").read_text().splitlines()[:6]
+    flags = ["--path", tuned / "checkpoint_last.pt", "--cpu", "--beam", 3, "--buffer-size", 6, "--max-tokens", 500]
+    log = run("fairseq-interactive", data_bin, *PLUGIN, *flags, "--source-lang", "en", "--target-lang", "de",
+              input="\n".join(source) + "\n")  # fmt: skip
+    generated = hypotheses(generate(data_bin, tuned / "checkpoint_last.pt"))
+    interactive = hypotheses(log)
+    assert [interactive[n][1] for n in range(6)] == [generated[n][1] for n in range(6)]
+
+    from fairseq.models.transformer import TransformerModel
+
+    hub = TransformerModel.from_pretrained(str(tuned), "checkpoint_last.pt", str(data_bin))
+    assert [hub.translate(line, beam=3) for line in source] == [generated[n][1] for n in range(6)]
+
+
+def test_validate_runs_a_pruned_checkpoint(data_bin, tuned):
+    flags = ["--path", tuned / "checkpoint_last.pt", "--valid-subset", "valid", "--cpu", "--max-tokens", 2000]
+    log = run("fairseq-validate", data_bin, *PLUGIN, "--task", "translation", *flags)
+    assert "effective sparsity" in log and "valid on 'valid' subset" in log
+
+
+@pytest.mark.parametrize("search", [["--sampling", "--seed", 3], ["--diverse-beam-groups", 3], ["--prefix-size", 2]])
+def test_every_search_agrees_with_stock_fairseq_under_all_kept_masks(data_bin, dense, all_kept, search):
+    stock, ours = (hypotheses(generate(data_bin, path, *search, subset="valid")) for path in (dense, all_kept))
+    assert {n: h for n, (_, h) in stock.items()} == {n: h for n, (_, h) in ours.items()} and len(stock) == 60
+
+
+def test_an_ensemble_of_pruned_and_dense_models_translates(data_bin, dense, tuned):
+    ensemble = f"{dense}:{tuned / 'checkpoint_last.pt'}"
+    assert len(hypotheses(generate(data_bin, ensemble, subset="valid"))) == 60
+
+
+def test_hydra_train_reads_the_model_from_yaml(data_bin, masks_file, tmp_path):
+    sizes = {flag[2:].replace("-", "_"): TINY[k + 1] for k, flag in enumerate(TINY[:-1]) if flag.startswith("--")}
+    sizes = {name: int(value) for name, value in sizes.items() if value.isdigit()}
+    config = {
+        "common": {"user_dir": str(ROOT / "ap_fairseq"), "cpu": True, "log_format": "json", "log_interval": 1},
+        "checkpoint": {"save_dir": str(tmp_path / "out"), "no_epoch_checkpoints": True},
+        "task": {"_name": "translation", "data": str(data_bin), "source_lang": "en", "target_lang": "de"},
+        "model": {"_name": "pruned_transformer", "share_all_embeddings": True, **sizes}
+        | {"attention_masks": str(masks_file)},
+        "criterion": {"_name": "label_smoothed_cross_entropy", "label_smoothing": 0.1},
+        "optimizer": {"_name": "adam", "lr": [0.001]},
+        "lr_scheduler": {"_name": "fixed", "lr": [0.001]},
+        "optimization": {"max_update": 5, "lr": [0.001]},
+        "dataset": {"max_tokens": 2000},
+        "distributed_training": {"distributed_world_size": 1},
+    }
+    (tmp_path / "pruned.yaml").write_text(json.dumps(config))  # JSON is YAML
+    run("fairseq-hydra-train", "--config-dir", tmp_path, "--config-name", "pruned", cwd=tmp_path)
+    state = load_checkpoint(tmp_path / "out" / "checkpoint_last.pt")
+    assert state["cfg"]["model"]["encoder_layers"] == 2 and state["cfg"]["model"]["attention_masks"] is None
+    assert state["model"]["mask_metadata"].numel() > 0
+
+
+def with_bettertransformer_keys(path, output) -> None:
+    """Add what official fairseq 0.12.2 adds to every encoder layer, and its flat ``args`` instead of ``cfg``."""
+    state = load_checkpoint(path)
+    for layer in range(2):
+        for name, shape in {"in_proj": (96, 32), "out_proj": (32, 32), "fc1": (64, 32), "fc2": (32, 64)}.items():
+            state["model"][f"encoder.layers.{layer}.{name}_weight"] = torch.zeros(shape)
+            state["model"][f"encoder.layers.{layer}.{name}_bias"] = torch.zeros(shape[0])
+    torch.save(state, output)
+
+
+def as_legacy_args(path, output) -> None:
+    """Store the flat ``args`` of fairseq before 0.10 instead of ``cfg``."""
+    state = load_checkpoint(path)
+    cfg = state["cfg"]
+    flat = {}
+    for group in ("common", "dataset", "optimization", "checkpoint", "task", "criterion", "optimizer", "lr_scheduler"):
+        values = cfg[group] if isinstance(cfg[group], dict) else vars(cfg[group])
+        flat.update({k: v for k, v in values.items() if k != "_name"})
+    flat.update({k: v for k, v in vars(cfg["model"]).items() if k != "_name"})
+    flat.update(arch="transformer", task="translation", criterion="label_smoothed_cross_entropy", optimizer="adam")
+    flat.update(lr_scheduler="inverse_sqrt")
+    state["args"], state["cfg"] = argparse.Namespace(**flat), None
+    torch.save(state, output)
+
+
+@pytest.mark.parametrize("convert", [with_bettertransformer_keys, as_legacy_args])
+def test_checkpoints_of_older_fairseq_record_apply_and_tune(data_bin, dense, stats_file, masks_file, tmp_path, convert):
+    """Stock fairseq main refuses 0.12.2's zero-filled copies as unexpected keys; they hold nothing."""
+    convert(dense, tmp_path / "old.pt")
+    record = ["ap-record", data_bin, "--path", tmp_path / "old.pt", "--subset", "train", "--cpu", "--max-tokens", 2000]
+    run(*record, "-o", tmp_path / "s.safetensors")
+    old, new = AttentionStats.load(tmp_path / "s.safetensors"), AttentionStats.load(stats_file)
+    for kind in AttentionKind:
+        np.testing.assert_allclose(old.mass[kind], new.mass[kind], atol=1e-9)
+    flags = ["--finetune-from-model", tmp_path / "old.pt", "--attention-masks", masks_file, "--disable-validation"]
+    log = train(data_bin, tmp_path / "tuned", *flags, arch="pruned_transformer", updates=2)
+    assert len(losses(log)) == 2
+    apply = ["ap-apply", tmp_path / "old.pt", "--attention-masks", masks_file, "--data", data_bin]
+    run(*apply, "-o", tmp_path / "applied.pt")
+
+
+def test_bf16_and_fp16_weights_translate_close_to_fp32(data_bin, all_kept):
+    """Half precision must leave the packed masks alone."""
+    from fairseq import checkpoint_utils
+
+    (model,), _, task = checkpoint_utils.load_model_ensemble_and_task([str(all_kept)], {"data": str(data_bin)})
+    task.load_dataset("valid")
+    sample = task.dataset("valid").collater([task.dataset("valid")[k] for k in range(4)])
+    model.eval()
+    with torch.no_grad():
+        exact = model(**sample["net_input"])[0]
+        for dtype in (torch.bfloat16, torch.float16):
+            rough = model.to(dtype)(**sample["net_input"])[0]
+            assert rough.dtype == dtype and model.masks_provenance() is not None
+            real = sample["target"].ne(task.target_dictionary.pad())
+            assert (rough.float()[real].argmax(-1) == exact[real].argmax(-1)).float().mean() > 0.9
+
+
+def test_errors_name_the_fault_and_write_nothing(data_bin, dense, stats_file, masks_file, tmp_path, toy_text):
+    """Bad input of each command: one line that names what is wrong and what to do, exit status 2, no output file."""
+    out = tmp_path / "out.safetensors"
+    cut = tmp_path / "cut.pt"
+    cut.write_bytes(dense.read_bytes()[:2000])
+    cases = [
+        (["ap-record", data_bin, "--path", tmp_path / "no.pt", "-o", out], "checkpoint .*no.pt does not exist"),
+        (["ap-record", tmp_path / "no", "--path", dense, "-o", out], "data folder .*no does not exist"),
+        (["ap-record", data_bin, "--path", cut, "-o", out], "cut.pt cannot be read as a checkpoint"),
+        (["ap-record", data_bin, "--path", dense, "-o", out, "--subset", "dev", "--cpu"], "no subset 'dev' in"),
+        (["ap-record", data_bin, "--path", dense, "-o", stats_file, "--cpu"], "exists; pass --overwrite"),
+        (["ap-record", data_bin, "--path", dense, "-o", out, "--frobnicate"], "unrecognized arguments: --frobnicate"),
+        (["ap-masks", tmp_path / "no.st", "-o", out], "no.st does not exist"),
+        (["ap-masks", masks_file, "-o", out], "has format 'ap-pruning-masks-1', expected 'ap-attention-stats-1'"),
+        (["ap-masks", stats_file, "--cross", 1.0, "-o", out], r"1.0 is outside \[0, 1\)"),
+        (["ap-masks", stats_file, "--cross", 0.5, "-o", masks_file], "exists; pass --overwrite"),
+        (["ap-masks", stats_file, "--sparsity", 0.5, "-o", out], "unrecognized arguments: --sparsity"),
+        (["ap-masks", stats_file, "--granularity", 8, "-o", out], "8 is not one of 1, 16, 32, 64, 128, diagonal"),
+        (["ap-apply", dense, "--attention-masks", stats_file, "-o", out], "expected 'ap-pruning-masks-1'"),
+        (["ap-evaluate", f"x={toy_text}/test.en", "--reference", toy_text / "test.de", "-o", out], "holds 0 hypotheses"),
+    ]
+    for command, message in cases:
+        output = run(*command, expect=2)
+        assert re.search(message, output), f"{command}: {output[-600:]}"
+        assert not out.exists(), command
+
+
+def test_training_stops_when_the_masks_do_not_fit(data_bin, masks_file, toy_text, tmp_path):
+    """Missing, damaged, for another architecture, for another dictionary: never a silent dense run."""
+    damaged = tmp_path / "damaged.safetensors"
+    damaged.write_bytes(masks_file.read_bytes()[:-100])
+    prefix = tmp_path / "other"
+    for language in ("en", "de"):
+        text = (toy_text / f"train.{language}").read_text().splitlines()[:200]
+        prefix.with_suffix(f".{language}").write_text("\n".join([*text, "unseen words"]) + "\n")
+    other = tmp_path / "data-bin"
+    run("fairseq-preprocess", "-s", "en", "-t", "de", "--joined-dictionary", "--destdir", other,
+        "--trainpref", prefix, "--validpref", prefix)  # fmt: skip
+    cases = [
+        (data_bin, tmp_path / "missing.safetensors", [], "missing.safetensors does not exist"),
+        (data_bin, damaged, [], "damaged.safetensors cannot be read as a safetensors file"),
+        (data_bin, masks_file, ["--encoder-layers", 3], "encoder_self 2 layers x 2 heads.*encoder_self 3 layers x 2"),
+        (other, masks_file, [], "belong to a source dictionary with SHA-256"),
+    ]
+    for data, masks, flags, message in cases:
+        log = train(data, tmp_path / "x", "--attention-masks", masks, *flags, arch="pruned_transformer", updates=1, expect=1)
+        assert re.search(message, log), log[-800:]
+    log = train(data_bin, tmp_path / "y", arch="pruned_transformer", updates=1, expect=1)
+    assert "no masks for its encoder_self attention" in log
