@@ -75,7 +75,7 @@ def _rows(x: Tensor) -> Tensor:
 
 def _check_scale(scale: float | None, dim: int) -> float:
     scale = dim**-0.5 if scale is None else float(scale)
-    if not (scale > 0 and math.isfinite(scale)):
+    if not 0 < scale < math.inf:
         raise ValueError(f"scale must be positive and finite, got {scale}; fold a sign into q")
     return scale
 

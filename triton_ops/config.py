@@ -16,7 +16,8 @@ import triton
 from .layout import TileTable
 
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1 when triton was imported
-SMALL_LENGTH = 128  # both sequences at most this long: `small.py`
+SMALL_TILES = (32, 64, 128)  # sizes of the kernels in `small.py`: both sequences at most that long
+SMALL_BYTES = 128 * 64 * 2  # most that one of their operands may take, so that a head's backward fits on chip
 
 
 class Config(NamedTuple):

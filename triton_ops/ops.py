@@ -31,7 +31,16 @@ def _dropout_arguments(dropout_p: float) -> tuple[int, float]:
     return threshold, 1.0 / (1.0 - threshold / DROPOUT_RESOLUTION)
 
 
-@torch.library.custom_op("triton_ops::block_sparse_attention", mutates_args=())
+# Schemas are written out: what torch infers from annotations depends on its version.
+_MASK = "Tensor words, int row_shift, Tensor[] tables, int tile"
+_CALL = "Tensor? q_lengths, Tensor? k_lengths, Tensor? seed, float dropout_p, float scale"
+
+
+@torch.library.custom_op(
+    "triton_ops::block_sparse_attention",
+    mutates_args=(),
+    schema=f"(Tensor q, Tensor k, Tensor v, {_MASK}, {_CALL}) -> (Tensor, Tensor)",
+)
 def attention_op(
     q: Tensor,
     k: Tensor,
@@ -68,7 +77,12 @@ def _(q, k, v, words, row_shift, tables, tile, q_lengths, k_lengths, seed, dropo
     return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
-@torch.library.custom_op("triton_ops::block_sparse_attention_backward", mutates_args=())
+@torch.library.custom_op(
+    "triton_ops::block_sparse_attention_backward",
+    mutates_args=(),
+    schema="(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+    f"{_MASK}, {_CALL}) -> (Tensor, Tensor, Tensor)",
+)
 def attention_backward_op(
     grad_out: Tensor,
     grad_lse: Tensor | None,
@@ -147,7 +161,12 @@ def _backward(ctx, grad_out, grad_lse):
 attention_op.register_autograd(_backward, setup_context=_setup_context)
 
 
-@torch.library.custom_op("triton_ops::decode_attention", mutates_args=())
+@torch.library.custom_op(
+    "triton_ops::decode_attention",
+    mutates_args=(),
+    schema="(Tensor q, Tensor k, Tensor v, Tensor columns, Tensor pointers, Tensor step, SymInt k_size, "
+    "Tensor? k_lengths, Tensor? beam_slots, float scale) -> Tensor",
+)
 def decode_op(
     q: Tensor,
     k: Tensor,

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .config import SMALL_LENGTH, precision, small_backward_config, small_forward_config
+from .config import SMALL_BYTES, SMALL_TILES, precision, small_backward_config, small_forward_config
 from .primitives import LN2, LOG2E, NO_KEY, dot, dropout_bits, keep_bits_by_key, sequence_length
 
 
@@ -131,9 +131,11 @@ def small_size(q_size: int, k_size: int, dim: int, dtype: torch.dtype) -> int | 
 
     A power of two, so that lengths share few compiled variants; bounded by what fits in shared memory.
     """
-    tile = max(32, triton.next_power_of_2(max(q_size, k_size)))
-    fits = tile * triton.next_power_of_2(dim) * dtype.itemsize <= SMALL_LENGTH * 64 * 2
-    return tile if tile <= SMALL_LENGTH and fits else None
+    for tile in SMALL_TILES:
+        if max(q_size, k_size) <= tile:
+            fits = tile * triton.next_power_of_2(dim) * dtype.itemsize <= SMALL_BYTES
+            return tile if fits else None
+    return None
 
 
 def small_forward(

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch._dynamo.testing
 from torch.utils.checkpoint import checkpoint
 
 from triton_ops import AttentionLayout, block_sparse_attention, decode_attention
@@ -62,6 +63,20 @@ def test_compiled_without_graph_breaks(size):
     torch.testing.assert_close(got, torch.autograd.grad(loss(*tensors), tensors))
     arguments = torch.randn(2, 3, 2, 16, device=DEVICE), torch.randn(2, 2, size, 16, device=DEVICE)
     torch.testing.assert_close(torch.compile(step, fullgraph=True, backend=backend)(*arguments), step(*arguments))
+
+
+def test_compiled_once_for_all_lengths_of_a_size_class():
+    layout, _ = problem(60)
+    counter = torch._dynamo.testing.CompileCounter()
+
+    def attend(q, k, v):
+        return block_sparse_attention(q, k, v, layout, backend="triton").sin()
+
+    compiled = torch.compile(attend, fullgraph=True, dynamic=True, backend=counter)
+    for q_size, k_size in [(5, 9), (6, 31), (30, 12)]:
+        q, k = torch.randn(2, 2, q_size, 16, device=DEVICE), torch.randn(2, 2, k_size, 16, device=DEVICE)
+        torch.testing.assert_close(compiled(q, k, k), attend(q, k, k))
+    assert counter.frame_count == 1
 
 
 @BOTH_SIZES
