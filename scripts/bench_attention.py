@@ -2,8 +2,8 @@
 """Benchmark the block-sparse kernels against every rival in one process, behind a float64 correctness gate.
 
     python scripts/bench_attention.py --out scripts/bench_attention.h200.json           # everything
-    python scripts/bench_attention.py --only forward --out /tmp/forward.json            # some sections
-    python scripts/bench_attention.py --tune --out /tmp/tune.json                       # launch configurations
+    python scripts/bench_attention.py --only sentence --only decode --out some.json     # some sections
+    python scripts/bench_attention.py --tune --out tune.json                            # launch configurations
     python scripts/bench_attention.py --table scripts/bench_attention.h200.json         # Markdown, no GPU needed
 
 Rivals: SDPA with the flash, cuDNN and memory-efficient back ends (dense), SDPA with the mask as a dense float
