@@ -136,17 +136,17 @@ def average_checkpoints(paths: Sequence, output, overwrite: bool = False) -> Non
             different = sorted(parameters.keys() ^ totals.keys())
             raise ArtifactError(f"{path} and {paths[0]} hold different parameters, e.g. {different[0]}")
         for name, value in parameters.items():
-            if not totals.get(name, value).shape == value.shape:
-                raise ArtifactError(f"{name} has shape {value.shape} in {path}, {totals[name].shape} in {paths[0]}")
-            if value.is_floating_point():
-                totals[name] = totals[name] + value.double() if name in totals else value.double()
-            elif not torch.equal(totals.setdefault(name, value), value):
-                raise ArtifactError(f"{name} differs between {path} and {paths[0]}: were they trained with other masks?")
+            if not value.is_floating_point():
+                if not torch.equal(totals.setdefault(name, value), value):
+                    raise ArtifactError(f"{name} differs between {path} and {paths[0]}: do they have the same masks?")
+                continue
+            total = totals.setdefault(name, torch.zeros_like(value, dtype=torch.float64))
+            if total.shape != value.shape:
+                raise ArtifactError(f"{name} has shape {value.shape} in {path}, {total.shape} in {paths[0]}")
+            total += value
     dtypes = {name: value.dtype for name, value in state["model"].items()}
     state["model"] = collections.OrderedDict(
         (name, (total / len(paths)).to(dtypes[name]) if total.is_floating_point() else total)
         for name, total in totals.items()
     )
     save_checkpoint(state, output, overwrite)
-
-

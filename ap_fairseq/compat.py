@@ -17,7 +17,7 @@ def require_fairseq() -> None:
     remedy = "install it with: pip install 've-fairseq>=0.12.3' (it replaces the fairseq package on Python >= 3.11)"
     try:
         transformer = importlib.import_module("fairseq.models.transformer")
-    except Exception as error:  # noqa: BLE001 - a broken fairseq fails with anything from ImportError to ValueError
+    except Exception as error:
         raise ImportError(f"ap_fairseq needs fairseq, whose import failed with {error!r}; {remedy}") from error
     missing = [
         name

@@ -31,8 +31,8 @@ def read_hypotheses(path) -> list[str]:
     if sorted(found) != list(range(len(found))) or not found:
         last = max(found, default=-1)
         raise ArtifactError(
-            f"{path} holds {len(found)} hypotheses for sentences numbered 0 to {last}: fairseq-generate was cut off, or "
-            "dropped the last batch because it was no multiple of 8; translate with --required-batch-size-multiple 1"
+            f"{path} holds {len(found)} hypotheses for sentences numbered 0 to {last}: fairseq-generate was cut off, "
+            "or dropped a last batch that was no multiple of 8; translate with --required-batch-size-multiple 1"
         )
     return [found[index] for index in range(len(found))]
 

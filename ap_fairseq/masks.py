@@ -33,8 +33,8 @@ class MaskSpec:
     """How masks are derived from statistics.
 
     Attributes:
-        budgets: per kind the share of attendable pairs to prune, in [0, 1); for ``as-published`` the nominal percentile.
-            Kinds without an entry are kept whole.
+        budgets: per kind the share of attendable pairs to prune, in [0, 1); for ``as-published`` the nominal
+            percentile. Kinds without an entry are kept whole.
         procedure: ``effective`` ranks by mean attention; ``random`` by a seeded draw; ``window`` by distance from the
             diagonal (in cross-attention from the mean source/target length slope); ``as-published`` prunes, per layer
             over its heads, everything up to a percentile of the mean attention in the square up to the longest

@@ -46,6 +46,7 @@ _FOLLOWS = {
     "decoder_output_dim": II("model.decoder_embed_dim"),
 }
 
+
 def _flat_fields() -> list[tuple[str, Any, Any]]:
     """Return the fields of fairseq's nested TransformerConfig under the flat names of its command line.
 
@@ -140,9 +141,7 @@ class PrunedTransformerDecoderLayer(transformer_layer.TransformerDecoderLayerBas
         )
 
     def build_encoder_attention(self, embed_dim, cfg):
-        return _attention(
-            embed_dim, cfg, AttentionKind.CROSS, kdim=cfg.encoder.embed_dim, vdim=cfg.encoder.embed_dim
-        )
+        return _attention(embed_dim, cfg, AttentionKind.CROSS, kdim=cfg.encoder.embed_dim, vdim=cfg.encoder.embed_dim)
 
 
 def _wrap_layer(layer: nn.Module, cfg: TransformerConfig, stock_class: type) -> nn.Module:
@@ -268,7 +267,9 @@ class PrunedTransformerModel(TransformerModelBase):
             ValueError: for ``--left-pad-target``.
         """
         if getattr(task.cfg, "left_pad_target", False):
-            raise ValueError("--left-pad-target is set; masks count tokens from column 0, so leave targets right-padded")
+            raise ValueError(
+                "--left-pad-target is set; masks count tokens from column 0, so leave targets right-padded"
+            )
         path = cfg.attention_masks
         _erase_mask_path(cfg)
         flat = OmegaConf.to_container(cfg, resolve=True, enum_to_str=True) if OmegaConf.is_config(cfg) else vars(cfg)
@@ -355,8 +356,8 @@ class PrunedTransformerModel(TransformerModelBase):
 
 
 DAMAGED_MASKS = (
-    "the masks in this checkpoint do not match the SHA-256 stored with them; it is damaged, or an average of checkpoints "
-    "with different masks"
+    "the masks in this checkpoint do not match the SHA-256 stored with them; it is damaged, or an average of "
+    "checkpoints with different masks"
 )
 
 

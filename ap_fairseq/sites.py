@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from enum import Enum
+from enum import StrEnum
 from typing import NamedTuple
 
 from fairseq.modules import MultiheadAttention
 from torch import nn
 
 
-class AttentionKind(str, Enum):
+class AttentionKind(StrEnum):
     """Where an attention module sits in an encoder-decoder transformer."""
 
     ENCODER_SELF = "encoder_self"

@@ -10,7 +10,7 @@ from ap_fairseq.cli.common import add_output, command
 
 def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description="Average the parameters of checkpoints, as fairseq's scripts/average_checkpoints.py does (which the "
+        description="Average the parameters of checkpoints, as fairseq's average_checkpoints.py does (which the "
         "fairseq package does not install); masks must be the same in all of them."
     )
     parser.add_argument("checkpoints", nargs="+", help="checkpoints of one run")

@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 
 def command(main: Callable[[list[str]], None]) -> Callable[[], None]:
-    """Turn ``main(argv)`` into a console entry point: log the call, report bad input in one line, exit with status 2."""
+    """Turn ``main(argv)`` into an entry point that logs the call and reports bad input in one line with status 2."""
 
     @functools.wraps(main)
     def entry_point(argv: list[str] | None = None) -> None:

@@ -23,7 +23,9 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("systems", nargs="*", metavar="NAME=LOG[,CHECKPOINT]")
     parser.add_argument("--reference", help="raw reference text, one sentence a line")
     parser.add_argument("--markdown", metavar="JSON", help="print a results file as a Markdown table, and nothing else")
-    parser.add_argument("--stages", metavar="DIR", help="stage marks of an example's run: adds the seconds of each stage")
+    parser.add_argument(
+        "--stages", metavar="DIR", help="stage marks of an example's run: adds the seconds of each stage"
+    )
     parser.add_argument("-o", "--output", metavar="FILE", help="write the scores as JSON")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output file")
     return parser
@@ -87,8 +89,8 @@ def format_markdown(document: dict) -> str:
     first, versions = document["systems"][0], document["versions"]
     lines += [
         "",
-        f"{document['device']}, torch {versions['torch']}, fairseq {versions['fairseq']}; {first['sentences']:,} sentences; "
-        f"BLEU `{first['bleu_signature']}`, chrF2 `{first['chrf_signature']}`.",
+        f"{document['device']}, torch {versions['torch']}, fairseq {versions['fairseq']}; "
+        f"{first['sentences']:,} sentences; BLEU `{first['bleu_signature']}`, chrF2 `{first['chrf_signature']}`.",
     ]
     return "\n".join(lines)
 

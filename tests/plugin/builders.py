@@ -59,7 +59,9 @@ def dense_model(words: Dictionary | None = None):
     return TransformerModelBase.build_model(cfg, task(words or dictionary())).eval()
 
 
-def random_stats(seed: int = 0, longest=(9, 11), sentences: int = 40, layers: int = 2, heads: int = 2) -> AttentionStats:
+def random_stats(
+    seed: int = 0, longest=(9, 11), sentences: int = 40, layers: int = 2, heads: int = 2
+) -> AttentionStats:
     """Statistics with random attention on random (target, source) lengths up to *longest*."""
     draw = np.random.default_rng(seed)
     lengths: dict[tuple[int, int], int] = {longest: 1}

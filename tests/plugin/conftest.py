@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from plugin.commands import run, sentence_pairs, train
 
+
 @pytest.fixture(scope="session")
 def toy_text(tmp_path_factory) -> Path:
     """Raw text: {train,valid,test}.{en,de}."""

@@ -140,7 +140,7 @@ def test_as_published_is_the_percentile_of_the_square_per_layer_with_causal_zero
 
 
 def test_as_published_50_percent_prunes_next_to_nothing_of_the_decoder():
-    """The causal half of the square is zero, so a nominal 50% is an effective 0%; the numbers are printed side by side."""
+    """The causal half of the square is zero, so a nominal 50% is an effective 0%; both numbers are printed."""
     stats = random_stats(longest=(30, 30), sentences=300)
     row = {(r.kind, r.layer): r for r in summarize(build(stats, 0.5, procedure="as-published")[0], stats)}
     decoder = row["decoder_self", None]
@@ -249,7 +249,12 @@ def test_a_budget_for_a_kind_that_was_not_recorded_is_an_error():
 def test_the_histogram_search_prunes_what_a_full_sort_would(monkeypatch):
     """Large problems narrow the threshold down by histograms; ties, skew and huge ranges must not change the result."""
     draw = np.random.default_rng(0)
-    for values in (draw.random(4000) ** 20, np.round(draw.random(4000), 1), np.full(4000, 0.3), -draw.lognormal(0, 9, 4000)):
+    for values in (
+        draw.random(4000) ** 20,
+        np.round(draw.random(4000), 1),
+        np.full(4000, 0.3),
+        -draw.lognormal(0, 9, 4000),
+    ):
         weight = draw.integers(0, 50, 4000)
         for share in (0.0, 0.3, 0.9, 1.0):
             target = share * weight.sum()

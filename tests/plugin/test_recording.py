@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from plugin.builders import batch, dense_model, dictionary
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from plugin.builders import batch, dense_model, dictionary
 
 from ap_fairseq.artifacts import ArtifactError, AttentionStats
 from ap_fairseq.recording import AttentionRecorder, occupancy_of
@@ -92,7 +92,9 @@ def test_every_observed_row_sums_to_its_number_of_sentences():
     stats = record(dense_model(WORDS), [[0, 1, 2, 3]])
     for kind in AttentionKind:
         sentences = stats.occupancy[kind].max(-1)
-        np.testing.assert_allclose(stats.mass[kind].sum(-1), np.broadcast_to(sentences, stats.mass[kind].shape[:3]), rtol=1e-6)
+        np.testing.assert_allclose(
+            stats.mass[kind].sum(-1), np.broadcast_to(sentences, stats.mass[kind].shape[:3]), rtol=1e-6
+        )
 
 
 def test_a_merge_of_two_recordings_equals_one_recording():
@@ -109,7 +111,7 @@ def test_recordings_of_different_checkpoints_do_not_merge():
 
 
 def test_dropout_is_not_recorded():
-    """The authors' code recorded after attention dropout and with dropout on; training mode must change nothing here."""
+    """The authors' code recorded after attention dropout and with dropout on; here it must change nothing."""
     model = dense_model(WORDS)
     expected = record(model, [[0, 1, 2, 3]])
     for _, module in attention_sites(model):
@@ -153,7 +155,5 @@ def test_occupancy_counts_the_sentences_of_each_cell(pairs):
         AttentionKind.CROSS: (longest_target, longest_source, lambda i, j, t, s: i < t and j < s),
     }
     for kind, (n_queries, n_keys, attendable) in exists.items():
-        expected = [
-            [sum(attendable(i, j, *pair) for pair in pairs) for j in range(n_keys)] for i in range(n_queries)
-        ]
+        expected = [[sum(attendable(i, j, *pair) for pair in pairs) for j in range(n_keys)] for i in range(n_queries)]
         np.testing.assert_array_equal(occupancy_of(kind, lengths), expected)
