@@ -45,7 +45,9 @@ class PrunedMultiheadAttention(MultiheadAttention):
             if kwargs.get(name):
                 raise ValueError(f"{option} is set ({name}={kwargs[name]!r}); pruned attention does not support it")
         if backend == "triton":
-            raise ValueError("--attention-backend triton: the kernels are not connected to the model yet; use auto or eager")
+            raise ValueError(
+                "--attention-backend triton: the kernels are not connected to the model yet; use auto or eager"
+            )
         super().__init__(
             embed_dim,
             num_heads,

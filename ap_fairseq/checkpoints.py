@@ -6,6 +6,7 @@ import argparse
 import collections
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -58,10 +59,10 @@ def apply_masks(checkpoint, masks_file, output, data: str | None = None, overwri
     cfg = OmegaConf.create(state["cfg"], flags={"allow_objects": True})
     if data is not None:
         cfg.task.data = data
-    try:
-        task = tasks.setup_task(cfg.task, from_checkpoint=True)
-    except FileNotFoundError as error:
-        raise ArtifactError(f"the dictionaries of {checkpoint} are not at {cfg.task.data}; pass --data DIR") from error
+    folder = utils.split_paths(cfg.task.data)[0]
+    if not any(Path(folder).glob("dict.*.txt")):
+        raise ArtifactError(f"the dictionaries of {checkpoint} are not in {folder}; pass --data DIR")
+    task = tasks.setup_task(cfg.task, from_checkpoint=True)
     model = task.build_model(cfg.model, from_checkpoint=True)
     dictionaries = {
         "source": dictionary_sha256(task.source_dictionary),
