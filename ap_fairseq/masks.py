@@ -153,7 +153,7 @@ def _ranked(stats: AttentionStats, spec: MaskSpec):
 
 
 def _scopes(units: Mapping[AttentionKind, _Units], stats: AttentionStats, spec: MaskSpec):
-    """Yield (members, pairs to prune) for each group that shares a threshold; a member is (kind, index into L, H)."""
+    """Return (members, pairs to prune) of each group that shares a threshold; a member is (kind, index into L, H)."""
     groups = []
     for kind in (kind for kind in units if kind in spec.budgets):
         layers, heads = units[kind].score.shape[:2]
