@@ -62,20 +62,16 @@ class PrunedMultiheadAttention(MultiheadAttention):
         self.register_buffer("keep_words", torch.zeros(num_heads, 0, 0, dtype=torch.int64))
         self.register_buffer("beyond_words", torch.zeros(num_heads, 0, dtype=torch.int64))
         self.register_buffer("mask_range", torch.zeros(2, dtype=torch.int64))
-        self.mask_from_file = False
+        self.mask_is_explicit = False
         self._forget_derived()
 
     # -- the mask -----------------------------------------------------------------------------------------------------
 
-    def set_mask(self, keep_words: Tensor, beyond_words: Tensor, mask_range: Tensor, from_file: bool = True) -> None:
-        """Take a packed mask (shapes as the buffers).
-
-        Args:
-            from_file: whether the mask was asked for by name; it then outlives a checkpoint loaded afterwards.
-        """
+    def set_mask(self, keep_words: Tensor, beyond_words: Tensor, mask_range: Tensor) -> None:
+        """Take a packed mask (shapes as the buffers). A checkpoint loaded afterwards does not replace it."""
         for name, value in zip(MASK_BUFFERS, (keep_words, beyond_words, mask_range), strict=True):
             setattr(self, name, value.to(self.out_proj.weight.device))
-        self.mask_from_file = from_file
+        self.mask_is_explicit = True
         self._forget_derived()
 
     def _forget_derived(self) -> None:
@@ -84,7 +80,7 @@ class PrunedMultiheadAttention(MultiheadAttention):
     def _load_from_state_dict(self, state_dict, prefix, *args):
         for name in MASK_BUFFERS:
             key = prefix + name
-            if self.mask_from_file or key not in state_dict:  # a dense checkpoint, or an explicit mask that wins
+            if self.mask_is_explicit or key not in state_dict:  # a dense checkpoint, or an explicit mask that wins
                 state_dict[key] = getattr(self, name)
             else:
                 setattr(self, name, torch.empty_like(state_dict[key], device=getattr(self, name).device))

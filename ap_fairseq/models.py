@@ -248,7 +248,7 @@ class PrunedTransformerModel(TransformerModelBase):
     def __init__(self, cfg, encoder, decoder):
         super().__init__(cfg, encoder, decoder)
         self.register_buffer("mask_metadata", torch.zeros(0, dtype=torch.int64))
-        self._masks_from_file = False
+        self._masks_are_explicit = False
 
     @classmethod
     def add_args(cls, parser):
@@ -308,7 +308,7 @@ class PrunedTransformerModel(TransformerModelBase):
             )
         provenance = {**masks.metadata, "file_sha256": file_hash, "masks_sha256": self.masks_sha256()}
         self.mask_metadata = encode_provenance(provenance).to(self.mask_metadata.device)
-        self._masks_from_file = True
+        self._masks_are_explicit = True
 
     def masks_sha256(self) -> str:
         """Hash the masks themselves, from the buffers."""
@@ -333,9 +333,9 @@ class PrunedTransformerModel(TransformerModelBase):
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         key = prefix + "mask_metadata"
-        if self._masks_from_file and key in state_dict and not torch.equal(state_dict[key], self.mask_metadata.cpu()):
+        if self._masks_are_explicit and key in state_dict and not torch.equal(state_dict[key], self.mask_metadata.cpu()):
             logger.warning("the masks of --attention-masks replace those of the checkpoint")
-        if self._masks_from_file or key not in state_dict:
+        if self._masks_are_explicit or key not in state_dict:
             state_dict[key] = self.mask_metadata
         else:
             self.mask_metadata = torch.empty_like(state_dict[key], device=self.mask_metadata.device)
