@@ -333,12 +333,13 @@ class PrunedTransformerModel(TransformerModelBase):
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         key = prefix + "mask_metadata"
-        if self._masks_are_explicit and key in state_dict and not torch.equal(state_dict[key], self.mask_metadata.cpu()):
-            logger.warning("the masks of --attention-masks replace those of the checkpoint")
-        if self._masks_are_explicit or key not in state_dict:
-            state_dict[key] = self.mask_metadata
+        stored = state_dict.get(key)
+        if stored is not None and not self._masks_are_explicit:
+            self.mask_metadata = torch.empty_like(stored, device=self.mask_metadata.device)
         else:
-            self.mask_metadata = torch.empty_like(state_dict[key], device=self.mask_metadata.device)
+            if stored is not None and not torch.equal(stored.cpu(), self.mask_metadata.cpu()):
+                logger.warning("the masks of --attention-masks replace those of the checkpoint")
+            state_dict[key] = self.mask_metadata
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def upgrade_state_dict_named(self, state_dict, name):
