@@ -26,7 +26,7 @@ setup(
         "matplotlib",
         "numpy",
     ],
-    extras_require={"dev": ["pytest", "pytest-timeout", "hypothesis", "ruff", "mypy"]},
+    extras_require={"dev": ["pytest", "pytest-xdist", "hypothesis", "ruff", "mypy"]},
     entry_points={
         "console_scripts": [
             "ap-record = ap_fairseq.cli.record:main",

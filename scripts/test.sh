@@ -3,6 +3,7 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 cd "$root"
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(nproc)} PYTHONWARNINGS=ignore
+# Two processes with a thread each, a test file in one of them: the pipeline tests beside the kernel tests.
+export OMP_NUM_THREADS=1 PYTHONWARNINGS=ignore
 ruff check .
-python -m pytest "$@"
+python -m pytest -n 2 --dist loadfile "$@"

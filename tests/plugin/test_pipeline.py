@@ -162,7 +162,13 @@ def test_validate_runs_a_pruned_checkpoint(data_bin, tuned):
 
 
 @pytest.mark.parametrize(
-    "search", [["--sampling", "--nbest", 3, "--seed", 3], ["--diverse-beam-groups", 3], ["--prefix-size", 2]]
+    "search",
+    [
+        ["--sampling", "--nbest", 3, "--seed", 3],
+        ["--diverse-beam-groups", 3],
+        ["--prefix-size", 2],
+        ["--score-reference"],
+    ],
 )
 def test_every_search_agrees_with_stock_fairseq_under_all_kept_masks(data_bin, dense, all_kept, search):
     stock, ours = (hypotheses(generate(data_bin, path, *search, subset="valid")) for path in (dense, all_kept))
