@@ -102,6 +102,14 @@ def dictionary_sha256(dictionary) -> str:
     return hashlib.sha256("\n".join(dictionary.symbols).encode()).hexdigest()
 
 
+def dictionary_hashes(task) -> dict[str, str]:
+    """Return ``{"source": sha256, "target": sha256}`` of a fairseq task's dictionaries."""
+    return {
+        "source": dictionary_sha256(task.source_dictionary),
+        "target": dictionary_sha256(task.target_dictionary),
+    }
+
+
 def versions() -> dict[str, str]:
     """Return the versions of everything that can change a number."""
     import fairseq
@@ -335,7 +343,7 @@ class PruningMasks:
 
         Args:
             shape: ``{kind: [layers, heads]}`` of the model (:func:`ap_fairseq.sites.architecture`).
-            dictionaries: ``{"source": sha256, "target": sha256}`` (:func:`dictionary_sha256`).
+            dictionaries: ``{"source": sha256, "target": sha256}`` (:func:`dictionary_hashes`).
             path: where the masks came from, for the message.
         """
         if self.architecture != dict(shape):

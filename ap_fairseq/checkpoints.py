@@ -15,17 +15,8 @@ from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq.models.transformer import transformer_legacy
 from omegaconf import OmegaConf
 
-from ap_fairseq.artifacts import (
-    ArtifactError,
-    PruningMasks,
-    atomic_output,
-    dictionary_sha256,
-    file_sha256,
-    load_checkpoint,
-    refuse_existing,
-)
+from ap_fairseq.artifacts import ArtifactError, atomic_output, load_checkpoint, refuse_existing
 from ap_fairseq.models import PrunedTransformerConfig
-from ap_fairseq.sites import architecture
 
 MODEL = "pruned_transformer"
 
@@ -53,9 +44,7 @@ def apply_masks(checkpoint, masks_file, output, data: str | None = None, overwri
             belong together.
     """
     refuse_existing(output, overwrite)
-    masks = PruningMasks.load(masks_file)
-    state = load_checkpoint(checkpoint)
-    state = _with_pruned_config(state, checkpoint)
+    state = _with_pruned_config(load_checkpoint(checkpoint), checkpoint)
     cfg = OmegaConf.create(state["cfg"], flags={"allow_objects": True})
     if data is not None:
         cfg.task.data = data
@@ -63,13 +52,8 @@ def apply_masks(checkpoint, masks_file, output, data: str | None = None, overwri
     if not any(Path(folder).glob("dict.*.txt")):
         raise ArtifactError(f"the dictionaries of {checkpoint} are not in {folder}; pass --data DIR")
     task = tasks.setup_task(cfg.task, from_checkpoint=True)
+    cfg.model.attention_masks = str(masks_file)
     model = task.build_model(cfg.model, from_checkpoint=True)
-    dictionaries = {
-        "source": dictionary_sha256(task.source_dictionary),
-        "target": dictionary_sha256(task.target_dictionary),
-    }
-    masks.require_model(architecture(model), dictionaries, masks_file)
-    model.set_masks(masks, file_sha256(masks_file))
     model.load_state_dict(state["model"], strict=True, model_cfg=cfg.model)
     result = {
         "args": None,

@@ -14,20 +14,29 @@ from ap_fairseq.artifacts import ArtifactError, atomic_output
 _DETOKENIZED = re.compile(r"^D-(\d+)\t(\S+)\t(.*)$")
 
 
+def read_lines(path) -> list[str]:
+    """Return the lines of a text file; only a line feed ends one, as for fairseq, not every Unicode separator.
+
+    Raises:
+        ArtifactError: if the file does not exist.
+    """
+    if not Path(path).is_file():
+        raise ArtifactError(f"{path} does not exist; expected a text file with one sentence or log entry a line")
+    with open(path, encoding="utf-8", newline="\n") as lines:
+        return [line.rstrip("\n") for line in lines]
+
+
 def read_hypotheses(path) -> list[str]:
     """Return the detokenised best hypotheses of a fairseq-generate log, in the order of the data set.
 
     Raises:
         ArtifactError: if the file is missing, or its sentences are not numbered 0 ... n-1: a run that was cut off.
     """
-    if not Path(path).is_file():
-        raise ArtifactError(f"{path} does not exist; it is the output of fairseq-generate")
     found: dict[int, str] = {}
-    with open(path, encoding="utf-8") as lines:
-        for line in lines:
-            match = _DETOKENIZED.match(line.rstrip("\n"))
-            if match:
-                found.setdefault(int(match[1]), match[3])  # with --nbest, the best comes first
+    for line in read_lines(path):
+        match = _DETOKENIZED.match(line)
+        if match:
+            found.setdefault(int(match[1]), match[3])  # with --nbest, the best comes first
     if sorted(found) != list(range(len(found))) or not found:
         last = max(found, default=-1)
         raise ArtifactError(

@@ -181,7 +181,9 @@ def _prune_lowest(scores: list[np.ndarray], weights: list[np.ndarray], target: f
         bool arrays of the same shapes (True = pruned), and the score up to which units were pruned (-inf for none).
     """
     score = np.concatenate([part.ravel() for part in scores])
-    weight = np.concatenate([part.astype(np.int32).ravel() for part in weights])
+    # Half the memory where it fits; a block of a large corpus holds more pairs than int32 counts.
+    fits = max(part.max() for part in weights) < 2**31
+    weight = np.concatenate([part.astype(np.int32 if fits else np.float64).ravel() for part in weights])
     pruned = np.zeros(len(score), dtype=bool)
     candidates = np.flatnonzero(weight)
     spent = 0.0

@@ -28,7 +28,7 @@ from fairseq.modules.checkpoint_activations import checkpoint_wrapper
 from omegaconf import II, DictConfig, OmegaConf
 from torch import Tensor, nn
 
-from ap_fairseq.artifacts import ArtifactError, PruningMasks, dictionary_sha256, file_sha256
+from ap_fairseq.artifacts import ArtifactError, PruningMasks, dictionary_hashes, file_sha256
 from ap_fairseq.attention import BACKENDS, MASK_BUFFERS, PrunedMultiheadAttention
 from ap_fairseq.compat import drop_bettertransformer_copies
 from ap_fairseq.sites import AttentionKind, architecture, attention_sites
@@ -278,11 +278,7 @@ class PrunedTransformerModel(TransformerModelBase):
         model = super().build_model(TransformerConfig.from_namespace(args), task)
         if path:
             masks = PruningMasks.load(path)
-            dictionaries = {
-                "source": dictionary_sha256(task.source_dictionary),
-                "target": dictionary_sha256(task.target_dictionary),
-            }
-            masks.require_model(architecture(model), dictionaries, path)
+            masks.require_model(architecture(model), dictionary_hashes(task), path)
             model.set_masks(masks, file_sha256(path))
             logger.info(f"attention masks {path}: {describe_sparsity(model.masks_provenance())}")
         return model

@@ -11,7 +11,7 @@ from fairseq.models.transformer import TransformerModelBase
 from fairseq.tasks import register_task
 from fairseq.tasks.translation import TranslationConfig, TranslationTask
 
-from ap_fairseq.artifacts import ArtifactError, dictionary_sha256, file_sha256, refuse_existing, versions
+from ap_fairseq.artifacts import ArtifactError, dictionary_hashes, file_sha256, refuse_existing, versions
 from ap_fairseq.compat import drop_bettertransformer_copies
 from ap_fairseq.recording import AttentionRecorder
 from ap_fairseq.sites import architecture
@@ -104,10 +104,7 @@ class AttentionRecordingTask(TranslationTask):
             data=[{"name": os.path.basename(os.path.abspath(self.cfg.data)), "subset": self.subset}],
             languages=[self.cfg.source_lang, self.cfg.target_lang],
             checkpoint=file_sha256(self.cfg.stats_checkpoint) if self.cfg.stats_checkpoint else None,
-            dictionaries={
-                "source": dictionary_sha256(self.source_dictionary),
-                "target": dictionary_sha256(self.target_dictionary),
-            },
+            dictionaries=dictionary_hashes(self),
             max_positions=self.cfg.stats_max_positions,
             versions=versions(),
         )

@@ -11,8 +11,9 @@ import torch
 
 from ap_fairseq.artifacts import ArtifactError, file_sha256, load_checkpoint, refuse_existing, versions
 from ap_fairseq.cli.common import command
-from ap_fairseq.evaluation import read_hypotheses, score, write_json
+from ap_fairseq.evaluation import read_hypotheses, read_lines, score, write_json
 from ap_fairseq.models import decode_provenance
+from ap_fairseq.sites import AttentionKind
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -56,18 +57,20 @@ def read_seconds(folder: str) -> dict[str, float]:
     return {mark.name: float(mark.read_text(encoding="utf-8").split("\n", 1)[0]) for mark in marks}
 
 
+def _pruned_cells(result: dict) -> list[str]:
+    """Return effective sparsity and kept mass of each kind in percent, or ``dense``."""
+    parts = [result.get("sparsity", {}).get(kind.value) for kind in AttentionKind]
+    return ["dense" if part is None else "{effective:.1%} / {kept_mass:.1%}".format(**part) for part in parts]
+
+
 def format_results(results: list[dict]) -> str:
     """Render the scores as a table for terminals; effective sparsity and kept mass in percent."""
-    kinds = ("encoder_self", "decoder_self", "cross")
     header = f"{'system':<28}{'BLEU':>7}{'chrF2':>7}{'ratio':>7}"
-    header += "".join(f"{kind + ' pruned/kept mass':>32}" for kind in kinds)
+    header += "".join(f"{kind.value + ' pruned/kept mass':>32}" for kind in AttentionKind)
     lines = [header]
     for result in results:
         line = f"{result['system']:<28}{result['bleu']:>7.2f}{result['chrf']:>7.2f}{result['length_ratio']:>7.3f}"
-        for kind in kinds:
-            part = result.get("sparsity", {}).get(kind)
-            line += f"{'dense' if part is None else '{effective:.1%} / {kept_mass:.1%}'.format(**part):>32}"
-        lines.append(line)
+        lines.append(line + "".join(f"{cell:>32}" for cell in _pruned_cells(result)))
     lines.append(f"BLEU {results[0]['bleu_signature']}")
     lines.append(f"chrF2 {results[0]['chrf_signature']}")
     return "\n".join(lines)
@@ -75,17 +78,15 @@ def format_results(results: list[dict]) -> str:
 
 def format_markdown(document: dict) -> str:
     """Render a results file as a Markdown table; pruned = effective sparsity, kept = kept mass, in percent."""
-    kinds = ("encoder_self", "decoder_self", "cross")
     lines = [
-        "| system | BLEU | chrF2 | length ratio | " + " | ".join(f"{kind} pruned / kept" for kind in kinds) + " |",
-        "|---|---:|---:|---:|" + "---:|" * len(kinds),
+        "| system | BLEU | chrF2 | length ratio | "
+        + " | ".join(f"{kind.value} pruned / kept" for kind in AttentionKind)
+        + " |",
+        "|---|---:|---:|---:|" + "---:|" * len(AttentionKind),
     ]
     for result in document["systems"]:
         cells = [result["system"], f"{result['bleu']:.2f}", f"{result['chrf']:.2f}", f"{result['length_ratio']:.3f}"]
-        for kind in kinds:
-            part = result.get("sparsity", {}).get(kind)
-            cells.append("dense" if part is None else "{effective:.1%} / {kept_mass:.1%}".format(**part))
-        lines.append("| " + " | ".join(cells) + " |")
+        lines.append("| " + " | ".join(cells + _pruned_cells(result)) + " |")
     first, versions = document["systems"][0], document["versions"]
     lines += [
         "",
@@ -105,9 +106,7 @@ def main(argv: list[str]) -> None:
         raise ArtifactError("nothing to score: name at least one NAME=LOG and the --reference")
     if args.output:
         refuse_existing(args.output, args.overwrite)
-    if not Path(args.reference).is_file():
-        raise ArtifactError(f"reference {args.reference} does not exist")
-    references = Path(args.reference).read_text(encoding="utf-8").splitlines()
+    references = read_lines(args.reference)
     results = []
     for system in args.systems:
         name, _, files = system.partition("=")

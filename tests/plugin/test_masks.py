@@ -264,3 +264,10 @@ def test_the_histogram_search_prunes_what_a_full_sort_would(monkeypatch):
                 found, found_threshold = masks_module._prune_lowest([values], [weight], target)
             np.testing.assert_array_equal(found[0], expected[0])
             assert found_threshold == threshold
+
+
+def test_units_of_billions_of_pairs_do_not_overflow():
+    """A 128-block of WMT holds over 2^31 pairs; int32 weights made them negative and the budget meaningless."""
+    pruned, threshold = masks_module._prune_lowest([np.array([0.1, 0.2, 0.3])], [np.array([3e9, 3e9, 3e9])], 6e9)
+    np.testing.assert_array_equal(pruned[0], [True, True, False])
+    assert threshold == 0.2
