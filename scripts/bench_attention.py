@@ -247,7 +247,7 @@ def decode_case(batch: int, beam: int, heads: int, size: int, sparsity: float, r
     layout = AttentionLayout.from_keep_mask(keep).prepare(decode=True)
     step = torch.tensor([size - 1], device=DEVICE)
     q = torch.randn(batch, beam, heads, dim, device=DEVICE, dtype=BFLOAT16)
-    slots = torch.arange(beam, device=DEVICE, dtype=torch.int32)[None, :, None].expand(batch, beam, size).contiguous()
+    pool_rows = torch.arange(batch * beam * size, device=DEVICE, dtype=torch.int32).view(batch, beam, size)
     rows = []
     for kind, shape in [("self", (batch, beam, heads, size, dim)), ("cross", (batch, heads, size, dim))]:
         k, v = (torch.randn(shape, device=DEVICE, dtype=BFLOAT16) for _ in range(2))
@@ -262,7 +262,10 @@ def decode_case(batch: int, beam: int, heads: int, size: int, sparsity: float, r
             "bmm softmax bmm": stock,
         }
         if kind == "self":
-            methods["ours, beam slots"] = functools.partial(methods["ours"], beam_slots=slots)
+            pool = [x.transpose(2, 3).reshape(-1, heads, dim) for x in (k, v)]
+            methods["ours, pool of rows"] = functools.partial(
+                decode_attention, q, *pool, layout, step, cache_rows=pool_rows, backend="triton"
+            )
         for name, run in methods.items():
             rows.append(
                 dict(
