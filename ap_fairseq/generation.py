@@ -237,12 +237,16 @@ class _StaticDecoder:
         """Whether a batch fits, and the models are still where the graphs found them."""
         return self.capacity.covers(needed) and self.addresses == self._addresses()
 
+    def _forget_graphs(self) -> None:
+        self.graphs.clear()
+        self.memory = None  # goes with the last graph that used it
+
     # -- a batch ------------------------------------------------------------------------------------------------------
 
     def search(self, encoder_outs: list[dict], max_len: int, first_token: int) -> list[list[dict[str, Tensor]]]:
         """Translate one batch; the result is that of ``SequenceGenerator.generate``, on the CPU."""
         if self.capture and self.layouts != (layouts := self._layouts()):
-            self.graphs.clear()
+            self._forget_graphs()
             self.layouts = layouts
         n_sentences = encoder_outs[0]["encoder_out"][0].size(1)
         for module, weights in self.projections.items():
@@ -310,7 +314,7 @@ class _StaticDecoder:
         capacity = self._pool_rows()
         if 2 * live.numel() > capacity:
             capacity = 2 * live.numel() + n * self.beam
-            self.graphs.clear()
+            self._forget_graphs()
         for module in [module for module in self.pools if module.self_attention]:
             self.pools[module] = keep_rows(self.pools[module], live, capacity)
         self.beams.used.fill_(live.numel())
