@@ -83,6 +83,7 @@ class Workload:
             flags += ["--attention-backend", "eager" if self.options.system == "eager" else "auto"]
         args = fairseq_options.parse_args_and_arch(fairseq_options.get_training_parser(), flags)
         cfg = convert_namespace_to_omegaconf(args)
+        cfg.common.tpu = False  # fairseq sets it with --bf16
         task = tasks.setup_task(cfg.task)
         torch.manual_seed(1)
         model = task.build_model(cfg.model)
