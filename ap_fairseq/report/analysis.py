@@ -227,16 +227,24 @@ class Curve:
 
 @dataclass(frozen=True)
 class KeptMass:
-    """The curves of one kind: one threshold for the whole kind, for each layer, for each head."""
+    """The curves of one kind: one threshold for the whole kind, for each layer, for each head.
+
+    ``even`` is the curve of a head that spreads its attention evenly over each sentence: what masks of the kind could
+    keep of attention without structure. It lies above 1 - sparsity because short sentences give their pairs more mass.
+    """
 
     kind: Curve
     layers: list[Curve]
     heads: list[list[Curve]]
+    even: Curve
 
 
 @dataclass(frozen=True)
 class _SortedHead:
-    """Cells of one head in ascending order of mean attention, thinned out: score (m,), pruned pairs and mass (m + 1,)."""
+    """Cells of one head in ascending order of mean attention, thinned out.
+
+    Attributes: score (m,), and pairs and mass (m + 1,) of all cells below each score.
+    """
 
     score: np.ndarray
     pairs: np.ndarray
@@ -248,10 +256,9 @@ def kept_mass(stats: AttentionStats, kind: AttentionKind) -> KeptMass:
     mass, occupancy = stats.mass[kind], stats.occupancy[kind]
     prunable = (occupancy > 0) & ~_guaranteed(occupancy.shape, kind)
     pairs = float(occupancy.sum())
-    layers = []
-    for layer in mass:
-        layers.append([_sort_head(head, occupancy, prunable) for head in layer])
+    layers = [[_sort_head(head, occupancy, prunable) for head in layer] for layer in mass]
     totals = mass.sum((2, 3))
+    even = uniform_mass(kind, occupancy)
 
     def curve(members: list[_SortedHead], total: float) -> Curve:
         thresholds = np.unique(np.concatenate([head.score for head in members]))
@@ -270,6 +277,7 @@ def kept_mass(stats: AttentionStats, kind: AttentionKind) -> KeptMass:
             [curve([head], float(total)) for head, total in zip(heads, row, strict=True)]
             for heads, row in zip(layers, totals, strict=True)
         ],
+        curve([_sort_head(even, occupancy, prunable)], float(even.sum())),
     )
 
 

@@ -69,7 +69,18 @@ class Report:
         return f"Recorded on {analysis.sentences(self.stats):,} sentence pairs: {'; '.join(shapes)}."
 
     @cached_property
-    def differences(self) -> list[str]:
+    def maps(self) -> dict[AttentionKind, analysis.Maps]:
+        """Mean attention and occupancy, binned where the recording is larger than the page can hold."""
+        factor = analysis.bin_factor((mass.shape for mass in self.stats.mass.values()), page.MOST_CELLS)
+        return {kind: analysis.maps(self.stats, kind, factor) for kind in self.stats.kinds}
+
+    @cached_property
+    def colour_scale(self) -> tuple[float, float]:
+        """The (low, high) mean attention of the one colour scale of all heat maps."""
+        return plots.log_scale(list(self.maps.values()))
+
+    @cached_property
+    def differences(self) -> dict[str, str]:
         """How the kinds differ, in words; see :mod:`ap_fairseq.report.statements`."""
         half = {kind: float(np.interp(0.5, NOMINAL, values)) for kind, values in self.nominal.items()}
         return statements.differences(self.concentration, self.kept, half, self.systems)
@@ -83,9 +94,8 @@ class Report:
                 gone = analysis.emptied_heads(masks, kind, self.stats.occupancy[kind])
                 if gone:
                     heads = ", ".join(f"{layer}.{head}" for layer, head in gone)
-                    sentences.append(
-                        f"{name} leaves {len(gone)} heads of {kind.value} nothing but guaranteed cells (layer.head): {heads}."
-                    )
+                    left = f"{name} leaves {len(gone)} heads of {kind.value} nothing but guaranteed cells"
+                    sentences.append(f"{left} (layer.head): {heads}.")
         return sentences
 
     @property
@@ -108,8 +118,7 @@ class Report:
 
     def figures(self) -> list[plots.Figure]:
         """Draw every figure for which there are data."""
-        stats, scale = self.stats, plots.log_range([analysis.maps(self.stats, kind, 1) for kind in self.stats.kinds])
-        drawn = []
+        stats, scale, drawn = self.stats, self.colour_scale, []
         for kind in stats.kinds:
             drawn += [
                 plots.attention(stats, kind, scale, one, name) for name, one in (self.masks or {"": None}).items()
@@ -164,6 +173,7 @@ class Report:
                 "kind": _curve(kept.kind),
                 "layers": [_curve(one) for one in kept.layers],
                 "heads": [[_curve(one) for one in row] for row in kept.heads],
+                "even": _curve(kept.even),
             },
             "as_published": {"nominal": NOMINAL.round(6).tolist(), "effective": self.nominal[kind].round(6).tolist()},
         }

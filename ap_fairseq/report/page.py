@@ -17,7 +17,7 @@ from ap_fairseq.sites import AttentionKind
 if TYPE_CHECKING:
     from ap_fairseq.report.build import Report
 
-# Cells of all heads and kinds together; larger recordings are binned. 6 layers x 8 heads x 256 x 256 of three kinds fit.
+# Cells of all heads and kinds together; larger recordings are binned. Three kinds of 6 x 8 heads x 256 x 256 fit.
 MOST_CELLS = 3 * 6 * 8 * 256**2
 _STEPS = 254  # of the logarithmic scale in which mean attention is stored: codes 1 to 255; 0 is 0
 
@@ -66,14 +66,15 @@ def _explorer(report: Report) -> tuple[dict[str, Any], dict[str, str]]:
     Arrays: ``mean-KIND-LAYER`` uint8 (heads, R, C) codes; ``occupancy-KIND`` float32 (R, C); ``kept-MASK-KIND-LAYER``
     uint8 (heads, R, C), 255 = all recorded pairs of the bin kept.
     """
-    stats = report.stats
-    factor = analysis.bin_factor((stats.mass[kind].shape for kind in stats.kinds), MOST_CELLS)
-    maps = {kind: analysis.maps(stats, kind, factor) for kind in stats.kinds}
-    low, high = plots.log_range(list(maps.values()))
+    stats, maps = report.stats, report.maps
+    palest, high = report.colour_scale
+    positive = [float(m.mean.min(where=m.mean > 0, initial=palest)) for m in maps.values()]
+    low = max(min(positive), high * 1e-5)
     colours = (matplotlib.colormaps["viridis"](np.arange(256))[:, :3] * 255).round().astype(int)
     data = {
         "low": low,
         "high": high,
+        "palest": palest,
         "colours": colours.ravel().tolist(),
         "masks": list(report.masks),
         "kinds": [_kind(report, kind, maps[kind]) for kind in stats.kinds],
@@ -85,7 +86,7 @@ def _explorer(report: Report) -> tuple[dict[str, Any], dict[str, str]]:
         for layer in range(len(codes)):
             blobs[f"mean-{kind.value}-{layer}"] = _packed(codes[layer])
             for number, masks in enumerate(report.masks.values()):
-                heads = [analysis.kept_share(keep, stats.occupancy[kind], factor) for keep in masks.keep[kind][layer]]
+                heads = [analysis.kept_share(keep, stats.occupancy[kind], m.factor) for keep in masks.keep[kind][layer]]
                 kept = (np.array(heads) * 255).round().astype(np.uint8)
                 blobs[f"kept-{number}-{kind.value}-{layer}"] = _packed(kept)
     return data, blobs

@@ -103,9 +103,9 @@ class Figure:
         svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{self.name}-", svg)
         svg = re.sub(r' xmlns(:xlink)?="[^"]*"', "", svg)
         width, height = re.search(r'width="([\d.]+)pt" height="([\d.]+)pt"', svg).groups()
-        # Never drawn so small that its text cannot be read; a narrow page scrolls it instead.
-        least = f"min(100%, {float(width) * 1.333:.0f}px)" if float(width) < 300 else f"{float(width) * 1.05:.0f}px"
-        svg = svg.replace(f'width="{width}pt" height="{height}pt"', f'style="min-width:{least}" aria-hidden="true"', 1)
+        # Neither so large that it looks clumsy nor so small that it cannot be read: a narrow page scrolls it instead.
+        size = f"width: 100%; max-width: {1.7 * float(width):.0f}px; min-width: {1.1 * float(width):.0f}px"
+        svg = svg.replace(f'width="{width}pt" height="{height}pt"', f'style="{size}" aria-hidden="true"', 1)
         return svg.replace(INK, "currentColor")
 
 
@@ -134,16 +134,19 @@ def _percent_axis(axis, label: str) -> None:
 # -- attention and occupancy ------------------------------------------------------------------------------------------
 
 
-def log_range(maps: Sequence[analysis.Maps]) -> tuple[float, float]:
+def log_scale(maps: Sequence[analysis.Maps]) -> tuple[float, float]:
     """Return the (low, high) of one logarithmic colour scale for the mean attention of several kinds.
 
-    High is the largest value. Low is the smallest positive one, but no more than five powers of ten below high.
+    High is the largest value; a hundredth of the recorded pairs lies below low.
     """
-    positive = [m.mean[m.mean > 0] for m in maps]
-    positive = [values for values in positive if values.size]
-    high = max((float(values.max()) for values in positive), default=1.0)
-    low = min((float(values.min()) for values in positive), default=high)
-    low = max(low, high * 1e-5)
+    values = np.concatenate([m.mean.ravel() for m in maps])
+    weights = np.concatenate([np.broadcast_to(m.occupancy, m.mean.shape).ravel() for m in maps])
+    values, weights = values[values > 0], weights[values > 0]
+    if not values.size:
+        return 0.1, 1.0
+    order = np.argsort(values)
+    below = np.cumsum(weights[order])
+    low, high = float(values[order[np.searchsorted(below, 0.01 * below[-1])]]), float(values.max())
     return (low, high) if low < high else (high / 10, high)
 
 
@@ -235,12 +238,12 @@ def kept_mass(kept: dict[AttentionKind, analysis.KeptMass], summaries: dict[str,
         for layer, heads in enumerate(curve.heads):
             for head, one in enumerate(heads):
                 label = "heads" if layer == head == 0 else None
-                axis.plot(one.sparsity[::4], one.kept[::4], color=colour, alpha=0.3, lw=0.6, label=label)
+                axis.plot(one.sparsity[::4], one.kept[::4], color=colour, alpha=0.5, lw=0.7, label=label)
         for layer, one in enumerate(curve.layers):
             label = "layers" if layer == 0 else None
             axis.plot(one.sparsity, one.kept, color=colour, lw=1.1, ls="--", label=label)
         axis.plot(curve.kind.sparsity, curve.kind.kept, color=colour, lw=2.4, label="kind")
-        axis.plot([0, 1], [1, 0], color=INK, lw=0.8, ls=":", label="even attention")
+        axis.plot(curve.even.sparsity, curve.even.kept, color=INK, lw=1, ls=":", label="even attention")
         for marker, (name, rows) in zip(_cycle(MARKERS), summaries.items()):  # noqa: B905 (endless)
             row = next(row for row in rows if row.kind == kind.value and row.layer is None)
             axis.plot(row.effective, row.kept_mass, marker, color=INK, mfc="none", ms=6, label=name)
@@ -253,8 +256,8 @@ def kept_mass(kept: dict[AttentionKind, analysis.KeptMass], summaries: dict[str,
     axes[0, -1].legend(fontsize=7, loc="lower left")
     text = "; ".join(texts) + "."
     caption = (
-        f"The most attention mass that can be kept when cells are pruned by mean attention: {text} Curves end where only "
-        "guaranteed cells are left."
+        f"The most attention mass that can be kept when cells are pruned by mean attention: {text} Dotted: the same "
+        "for attention spread evenly over each sentence. Curves end where only guaranteed cells are left."
     )
     return Figure("kept_mass", "Kept mass over effective sparsity", caption, f"Falling curves. {text}", canvas)
 
@@ -359,8 +362,8 @@ def patterns(measured: dict[AttentionKind, analysis.Concentration]) -> Figure:
         texts.append(f"{kind.value}: {', '.join(counts)}")
     text = "; ".join(texts) + "."
     caption = (
-        f"A head is named after what holds the largest share of its mass, if that is at least {analysis.NAMED_FROM:.0%} "
-        f"and {analysis.NAMED_OVER_UNIFORM:g} times the share of evenly spread attention; else broad. {text}"
+        f"A head is named after what holds the largest share of its mass, if that is at least {analysis.NAMED_FROM:.0%}"
+        f" and {analysis.NAMED_OVER_UNIFORM:g} times the share of evenly spread attention; else broad. {text}"
     )
     return Figure("patterns", "Named patterns", caption, f"Name of each head's pattern. {text}", canvas)
 
@@ -374,15 +377,13 @@ def layer_sparsity(summaries: dict[str, list[LayerSummary]], kinds: Sequence[Att
         for axis, kind in zip(line, kinds, strict=True):
             layers = [row for row in rows if row.kind == kind.value and row.layer is not None]
             at = [row.layer for row in layers]
-            axis.bar(at, [row.effective for row in layers], color=KIND_COLOURS[kind], width=0.7, label="pruned")
-            axis.plot(at, [row.kept_mass for row in layers], "o", color=INK, ms=5, label="kept mass")
+            axis.bar(at, [row.effective for row in layers], color=KIND_COLOURS[kind], width=0.7)
+            axis.plot(at, [row.kept_mass for row in layers], "o", color=INK, ms=5)
             axis.set(title=kind.value if len(summaries) == 1 else f"{name}: {kind.value}", ylim=(0, 1.05))
-            axis.set_xticks(at)
-            axis.set_xlabel("layer")
+            axis.set(xlabel="layer", xticks=at)
             shares = [row.effective for row in layers]
             texts.append(f"{name}, {kind.value}: {min(shares):.0%} to {max(shares):.0%} of a layer's pairs")
-        _percent_axis(line[0].yaxis, "share")
-    axes[0, -1].legend(fontsize=7, loc="lower right", frameon=True)
+        _percent_axis(line[0].yaxis, "pruned pairs (bar)\nkept mass (dot)")
     text = "; ".join(texts) + "."
     return Figure(
         "layer_sparsity",
@@ -430,7 +431,7 @@ def quality(systems: list[System]) -> Figure:
                 texts += [f"{name} at {p.sparsity:.0%} BLEU {p.score:.1f}" for p in points]
         axis.set(title=metric, ylabel=metric)
         _percent_axis(axis.xaxis, "effective sparsity of the pruned kinds")
-        axis.margins(x=0.08)
+        axis.set_xlim(-0.02, 1)
         axis.grid(True)
     handles, labels = axes[0, 0].get_legend_handles_labels()
     canvas.legend(handles, labels, fontsize=7, loc="outside lower center", ncols=min(3, len(labels)))
@@ -453,17 +454,17 @@ def measurements(name: str, title: str, label: str, problems: list[Measurements]
         for method, points in problem.methods.items():
             number = methods.index(method)
             colour, dash = SERIES_COLOURS[number % len(SERIES_COLOURS)], DASHES[number // 6 % len(DASHES)]
-            sparse = [(x, y) for x, y in points if x]
+            sparse = [(x, y) for x, y in points if x is not None]
             if sparse:
                 x, y = zip(*sparse, strict=True)
                 axis.plot(x, y, color=colour, ls=dash, marker=MARKERS[number % len(MARKERS)], ms=5, label=method)
                 texts.append(f"{problem.title}, {method}: {y[-1]:.3g} at {x[-1]:.0%}")
-            for level in [y for x, y in points if not x]:
-                axis.axhline(level, color=colour, ls=dash if sparse else ":", lw=1.2, label=f"{method}, dense")
+            for level in [y for x, y in points if x is None]:
+                axis.axhline(level, color=colour, ls=":", lw=1.2, label=f"{method}, dense")
                 texts.append(f"{problem.title}, {method}: {level:.3g} dense")
         axis.set_title(problem.title, fontsize=8)
         axis.set_ylabel(label)
-        axis.set_ylim(bottom=0)
+        axis.set(xlim=(-0.02, 1), ylim=(0, None))
         _percent_axis(axis.xaxis, "effective sparsity")
         axis.grid(True)
         axis.legend(fontsize=6.5)

@@ -258,9 +258,11 @@ def _measurements(rows: Iterable[Mapping[str, Any]], key: str, scale: float) -> 
             continue
         shape = ", ".join(f"{name} {row[name]}" for name in ("batch", "heads", "size") if name in row)
         title = " ".join(filter(None, [row["case"], row.get("direction", ""), f"({shape})"]))
-        method = f"{row['method']} {row['block']}-blocks" if row.get("block") else row["method"]
-        problems[title][method].append((row.get("sparsity"), float(row[key]) * scale))
+        masked = row.get("block") is not None
+        method = f"{row['method']}, {row['block']}-blocks" if masked and row["block"] > 1 else row["method"]
+        problems[title][method].append((row.get("sparsity") if masked else None, float(row[key]) * scale))
     return [
         Measurements(title, {name: sorted(points, key=lambda p: p[0] or 0.0) for name, points in methods.items()})
         for title, methods in problems.items()
+        if any(sparsity is not None for points in methods.values() for sparsity, _ in points)
     ]

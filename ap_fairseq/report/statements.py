@@ -18,15 +18,23 @@ def differences(
     kept: Mapping[AttentionKind, KeptMass],
     nominal_half: Mapping[AttentionKind, float],
     systems: list[System],
-) -> list[str]:
-    """Return one paragraph for each aspect.
+) -> dict[str, str]:
+    """Return a paragraph for each aspect on which there are data.
 
     Args:
         nominal_half: effective sparsity of each kind at a nominal 50%.
     """
-    paragraphs = [_prunability(kept), _breadth(measured), _places(measured), _named(measured), _heads(kept)]
-    paragraphs += [_layers(kept), _nominal(nominal_half), _scores(systems)]
-    return [text for text in paragraphs if text]
+    paragraphs = {
+        "What can be pruned": _prunability(kept),
+        "Breadth": _breadth(measured),
+        "Places": _places(measured),
+        "Patterns": _named(measured),
+        "Heads": _heads(kept),
+        "Layers": _layers(kept),
+        "Nominal sparsity": _nominal(nominal_half),
+        "Translation": _scores(systems),
+    }
+    return {aspect: text for aspect, text in paragraphs.items() if text}
 
 
 def _prunability(kept: Mapping[AttentionKind, KeptMass]) -> str:
@@ -41,6 +49,17 @@ def _prunability(kept: Mapping[AttentionKind, KeptMass]) -> str:
             verb = "cannot be pruned that far" if shares else f"cannot be pruned to {sparsity:.0%}"
             limits = ", ".join(f"{name} {kept[AttentionKind(name)].kind.sparsity[-1]:.0%}" for name in cannot)
             parts.append(f"{_join(cannot)} {verb}, as guaranteed cells are never pruned (at most {limits}).")
+    gains = {}
+    for kind, curve in kept.items():
+        half, even = curve.kind.at(0.5), curve.even.at(0.5)
+        if half is not None and even is not None:
+            gains[kind.value] = half - even
+    if gains:
+        listed = ", ".join(f"{100 * gain:+.0f} points for {name}" for name, gain in gains.items())
+        parts.append(
+            f"Against attention spread evenly over each sentence, for which short sentences alone decide what is kept, "
+            f"that is {listed} at 50%."
+        )
     return " ".join(parts)
 
 
@@ -97,7 +116,8 @@ def _named(measured: Mapping[AttentionKind, Concentration]) -> str:
             parts.append(f"{kind.value} has {', '.join(found)} and {broad} broad of {c.patterns.size} heads")
         else:
             parts.append(f"none of the {c.patterns.size} heads of {kind.value} follows a named pattern")
-    return "Patterns: " + "; ".join(parts) + "."
+    text = "; ".join(parts) + "."
+    return text if text.startswith(tuple(AttentionKind)) else text[0].upper() + text[1:]
 
 
 def _heads(kept: Mapping[AttentionKind, KeptMass]) -> str:
@@ -112,10 +132,8 @@ def _heads(kept: Mapping[AttentionKind, KeptMass]) -> str:
         if high[2] - low[2] < ALIKE:
             parts.append(f"heads of {kind.value} are alike ({low[2]:.0%} to {high[2]:.0%})")
         else:
-            parts.append(
-                f"heads of {kind.value} range from {low[2]:.0%} (layer {low[0]}, head {low[1]}) to {high[2]:.0%} (layer "
-                f"{high[0]}, head {high[1]})"
-            )
+            least, most = (f"{share:.0%} (layer {layer}, head {head})" for layer, head, share in (low, high))
+            parts.append(f"heads of {kind.value} range from {least} to {most}")
     return f"Mass that single heads keep when half of their own pairs go: {'; '.join(parts)}." if parts else ""
 
 

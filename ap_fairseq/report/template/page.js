@@ -17,6 +17,8 @@ function bytes(id) {
   return unpacked.get(id);
 }
 
+// Mean attention of a code: 0 for 0, else equal ratios from low to high.
+const valueOf = (code) => (code === 0 ? 0 : data.low * (data.high / data.low) ** ((code - 1) / 254));
 const kind = () => data.kinds[state.kind];
 
 // Everything that one head's picture needs: codes of the mean attention, kept shares (or null), occupancy.
@@ -48,7 +50,7 @@ function colour(share, pruned) {
 }
 
 function shareOf(head, index) {
-  if (state.map === "mean") return (head.mean[index] - 1) / 254;
+  if (state.map === "mean") return Math.log(valueOf(head.mean[index]) / data.palest) / Math.log(data.high / data.palest);
   const most = kind().most;
   return most > 1 ? Math.log(Math.max(1, head.occupancy[index])) / Math.log(most) : 1;
 }
@@ -72,9 +74,7 @@ function paint(canvas, head, k, rows, columns) {
 // -- values ----------------------------------------------------------------------------------------------------------
 
 function meanText(code) {
-  if (code === 0) return "0";
-  const value = data.low * (data.high / data.low) ** ((code - 1) / 254);
-  return (code === 1 ? "at most " : "") + value.toPrecision(2);
+  return (code === 1 ? "at most " : "") + (code === 0 ? "0" : valueOf(code).toPrecision(2));
 }
 
 function positionText(index, factor, length) {
@@ -179,7 +179,7 @@ function legend() {
     bar.fillRect(x, 0, 1, 12);
   }
   const mean = state.map === "mean";
-  $("legend-low").textContent = mean ? data.low.toPrecision(1) : "1";
+  $("legend-low").textContent = mean ? data.palest.toPrecision(2) : "1";
   $("legend-high").textContent = mean ? data.high.toPrecision(2) : Math.round(kind().most).toLocaleString("en");
 }
 
