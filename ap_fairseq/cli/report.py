@@ -42,7 +42,9 @@ def _input_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--benchmark", metavar="JSON", help="file of scripts/bench_attention.py: adds speed and memory")
     parser.add_argument("-o", "--output", required=True, metavar="DIR", help="folder to write to; made if need be")
-    parser.add_argument("--overwrite", action="store_true", help="replace the files of an earlier report in it")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace the files of an earlier report in it; others stay"
+    )
 
 
 def get_parser() -> argparse.ArgumentParser:

@@ -8,7 +8,6 @@ import json
 from typing import TYPE_CHECKING, Any
 
 import jinja2
-import matplotlib
 import numpy as np
 
 from ap_fairseq.report import analysis, plots, tables
@@ -70,12 +69,11 @@ def _explorer(report: Report) -> tuple[dict[str, Any], dict[str, str]]:
     palest, high = report.colour_scale
     positive = [float(m.mean.min(where=m.mean > 0, initial=palest)) for m in maps.values()]
     low = max(min(positive), high * 1e-5)
-    colours = (matplotlib.colormaps["viridis"](np.arange(256))[:, :3] * 255).round().astype(int)
     data = {
         "low": low,
         "high": high,
         "palest": palest,
-        "colours": colours.ravel().tolist(),
+        "colours": plots.palette(),
         "masks": list(report.masks),
         "kinds": [_kind(report, kind, maps[kind]) for kind in stats.kinds],
     }

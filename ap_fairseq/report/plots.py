@@ -99,6 +99,7 @@ class Figure:
         svg = stream.getvalue()
         svg = svg[svg.index("<svg") :]
         svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+        svg = re.sub(r'(<image [^>]*?) id="[^"]*"', r"\1", svg)  # equal for equal images, and nothing refers to it
         # Ids are unique within one figure only, and the namespaces are implied in HTML.
         svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{self.name}-", svg)
         svg = re.sub(r' xmlns(:xlink)?="[^"]*"', "", svg)
@@ -110,8 +111,8 @@ class Figure:
 
 
 def _figure(columns: int, rows: int = 1, width: float = 3.1, height: float = 2.7, **subplots):
-    """Return a canvas and its axes (rows, columns)."""
-    canvas = Canvas(figsize=(width * columns, height * rows), layout="constrained")
+    """Return a canvas and its axes (rows, columns); room for labels is left however few axes there are."""
+    canvas = Canvas(figsize=(max(4.0, width * columns), max(2.2, height * rows)), layout="constrained")
     return canvas, canvas.subplots(rows, columns, squeeze=False, **subplots)
 
 
@@ -148,6 +149,11 @@ def log_scale(maps: Sequence[analysis.Maps]) -> tuple[float, float]:
     below = np.cumsum(weights[order])
     low, high = float(values[order[np.searchsorted(below, 0.01 * below[-1])]]), float(values.max())
     return (low, high) if low < high else (high / 10, high)
+
+
+def palette() -> list[int]:
+    """Return the 256 colours of the page's heat maps, least attention first on a dark ground: red, green, blue, ..."""
+    return (matplotlib.colormaps["viridis"](np.arange(256))[:, :3] * 255).round().astype(int).ravel().tolist()
 
 
 @_styled

@@ -36,6 +36,8 @@ class System:
         name: as in the results file.
         series: what it belongs to: procedure, kinds, granularity, and the part of the name after the last point (such
             as ``tuned``) or the schedule; None for a dense system.
+        variant: that part or schedule, or "".
+        pruned: the kinds that it has a budget for, or of which pairs are missing where it names no budgets.
         sparsity: effective sparsity of each kind, in [0, 1]; empty if the file only gives the total.
         total: effective sparsity over the kinds that the system prunes, in [0, 1].
         scores: {"BLEU": ..., "chrF2": ...}, 0 to 100.
@@ -46,6 +48,8 @@ class System:
 
     name: str
     series: str | None
+    variant: str
+    pruned: list[str]
     sparsity: dict[str, float]
     total: float
     scores: dict[str, float]
@@ -122,8 +126,17 @@ def _system(record: Any, where: str, pairs: Mapping[str, int]) -> System:
         half_width = record.get(f"{key}_ci", nested.get("ci"))
         if half_width is not None:
             half_widths[metric] = _number(half_width, f"{where}: {key}_ci", 0, 100)
-    sparsity, total = _sparsity(record, where, pairs)
-    return System(name, _series(record, sparsity), sparsity, total, scores, half_widths, signatures, record.get("seed"))
+    sparsity, given_total = _sparsity(record, where)
+    pruned = _pruned_kinds(record, sparsity)
+    weights = {kind: pairs[kind] for kind in pruned if kind in pairs}
+    if weights:
+        total = sum(weight * sparsity[kind] for kind, weight in weights.items()) / sum(weights.values())
+    else:
+        total = given_total
+    variant = str(record.get("schedule") or (name.rpartition(".")[2] if "." in name else ""))
+    series = _series(record, sparsity, pruned, variant)
+    seed = record.get("seed")
+    return System(name, series, variant, pruned, sparsity, total, scores, half_widths, signatures, seed)
 
 
 def _number(value: Any, where: str, low: float, high: float) -> float:
@@ -134,7 +147,8 @@ def _number(value: Any, where: str, low: float, high: float) -> float:
     return float(value)
 
 
-def _sparsity(record: dict, where: str, pairs: Mapping[str, int]) -> tuple[dict[str, float], float]:
+def _sparsity(record: dict, where: str) -> tuple[dict[str, float], float]:
+    """Return the effective sparsity of each kind, where given, and the total, 0 if it is not given."""
     given = record.get("effective_sparsity")
     if given is None:
         given = {kind: value.get("effective") for kind, value in record.get("sparsity", {}).items()}
@@ -145,26 +159,20 @@ def _sparsity(record: dict, where: str, pairs: Mapping[str, int]) -> tuple[dict[
         for kind in AttentionKind
         if given.get(kind.value) is not None
     }
-    pruned = [kind for kind in _pruned_kinds(record, sparsity) if kind in pairs]
-    weights = sum(pairs[kind] for kind in pruned)
-    if weights:
-        return sparsity, sum(pairs[kind] * sparsity[kind] for kind in pruned) / weights
     return sparsity, _number(given.get("total", 0.0), f"{where}: total effective sparsity", 0, 1)
 
 
 def _pruned_kinds(record: dict, sparsity: Mapping[str, float]) -> list[str]:
-    """The kinds that a system has a budget for; where it names no budgets, those of which pairs are missing."""
     procedure = record.get("procedure")
     budgets = procedure.get("budgets") if isinstance(procedure, dict) else None
     return [kind for kind in sparsity if (budgets.get(kind, 0) > 0 if budgets is not None else sparsity[kind] > 0)]
 
 
-def _series(record: dict, sparsity: Mapping[str, float]) -> str | None:
+def _series(record: dict, sparsity: Mapping[str, float], pruned: list[str], variant: str) -> str | None:
     procedure = record.get("procedure")
     if procedure is None:
         return None
     details = procedure if isinstance(procedure, dict) else {"procedure": procedure}
-    pruned = _pruned_kinds(record, sparsity)
     if sparsity and not pruned:
         parts = ["nothing pruned"]
     else:
@@ -172,8 +180,7 @@ def _series(record: dict, sparsity: Mapping[str, float]) -> str | None:
         parts += [] if len(pruned) == len(sparsity) else ["+".join(pruned) + " only"]
         granularity = details.get("granularity", record.get("granularity", 1))
         parts += [] if granularity == 1 else [f"granularity {granularity}"]
-    variant = record.get("schedule") or record["system"].rpartition(".")[2 if "." in record["system"] else 0]
-    return ", ".join(parts + ([str(variant)] if variant else []))
+    return ", ".join(parts + ([variant] if variant else []))
 
 
 def curves(systems: Iterable[System], metric: str) -> dict[str | None, list[Point]]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from ap_fairseq.report.analysis import BROAD, PATTERNS, Concentration, KeptMass
-from ap_fairseq.report.results import System, curves
+from ap_fairseq.report.results import System
 from ap_fairseq.sites import AttentionKind
 
 ALIKE = 0.02  # shares that differ by less are called alike
@@ -41,14 +41,13 @@ def _prunability(kept: Mapping[AttentionKind, KeptMass]) -> str:
     parts = []
     for sparsity in (0.5, 0.8, 0.9):
         reached = {kind.value: curve.kind.at(sparsity) for kind, curve in kept.items()}
-        cannot = [name for name, share in reached.items() if share is None]
         shares = {name: share for name, share in reached.items() if share is not None}
         if shares:
             parts.append(f"At {sparsity:.0%} effective sparsity, {_ranking(shares, 'keeps', 'of its attention mass')}.")
-        if cannot:
-            verb = "cannot be pruned that far" if shares else f"cannot be pruned to {sparsity:.0%}"
-            limits = ", ".join(f"{name} {kept[AttentionKind(name)].kind.sparsity[-1]:.0%}" for name in cannot)
-            parts.append(f"{_join(cannot)} {verb}, as guaranteed cells are never pruned (at most {limits}).")
+    limits = {kind.value: curve.kind.sparsity[-1] for kind, curve in kept.items()}
+    limited = [f"{name} by more than {limit:.0%}" for name, limit in limits.items() if limit < 0.9]
+    if limited:
+        parts.append(f"As guaranteed cells are never pruned, one cannot prune {_join(limited)}.")
     gains = {}
     for kind, curve in kept.items():
         half, even = curve.kind.at(0.5), curve.even.at(0.5)
@@ -115,7 +114,7 @@ def _named(measured: Mapping[AttentionKind, Concentration]) -> str:
         if found:
             parts.append(f"{kind.value} has {', '.join(found)} and {broad} broad of {c.patterns.size} heads")
         else:
-            parts.append(f"none of the {c.patterns.size} heads of {kind.value} follows a named pattern")
+            parts.append(f"no head of {kind.value} follows a named pattern (of {c.patterns.size})")
     text = "; ".join(parts) + "."
     return text if text.startswith(tuple(AttentionKind)) else text[0].upper() + text[1:]
 
@@ -159,19 +158,19 @@ def _nominal(nominal_half: Mapping[AttentionKind, float]) -> str:
 
 
 def _scores(systems: list[System]) -> str:
-    """What pruning one kind alone costs, where the results hold such systems and a dense one."""
-    dense = [point.score for point in curves(systems, "BLEU").get(None, [])]
-    if not dense:
-        return ""
+    """What pruning one kind alone costs: against the same training without pruning where it was run, else dense."""
+    unpruned = {system.variant: system for system in systems if system.series is not None and not system.pruned}
+    dense = next((system for system in systems if system.series is None), None)
     parts = []
     for system in systems:
-        pruned = [kind for kind, share in system.sparsity.items() if share >= 0.005]
-        if system.series is not None and len(pruned) == 1 and len(system.sparsity) > 1:
-            change = system.scores["BLEU"] - dense[0]
-            parts.append(f"{system.name} ({pruned[0]} at {system.sparsity[pruned[0]]:.0%}) {change:+.2f}")
-    return (
-        f"BLEU of systems with one kind pruned, against dense at {dense[0]:.2f}: {', '.join(parts)}." if parts else ""
-    )
+        reference = unpruned.get(system.variant, dense)
+        if len(system.pruned) == 1 and reference is not None:
+            (kind,) = system.pruned
+            change = system.scores["BLEU"] - reference.scores["BLEU"]
+            parts.append(
+                f"{kind} at {system.sparsity[kind]:.0%} {change:+.2f} ({system.name} against {reference.name})"
+            )
+    return f"Change of BLEU when one kind alone is pruned: {'; '.join(parts)}." if parts else ""
 
 
 def _ranking(shares: Mapping[str, float], verb: str, what: str) -> str:

@@ -49,23 +49,43 @@ function colour(share, pruned) {
   return data.colours.slice(at, at + 3);
 }
 
-function shareOf(head, index) {
-  if (state.map === "mean") return Math.log(valueOf(head.mean[index]) / data.palest) / Math.log(data.high / data.palest);
-  const most = kind().most;
-  return most > 1 ? Math.log(Math.max(1, head.occupancy[index])) / Math.log(most) : 1;
+// Where a code of the map in view lies on its colour scale, in [0, 1].
+function shareOf(code) {
+  if (state.map === "occupancy") return code / 255;
+  return Math.log(Math.max(valueOf(code), data.palest) / data.palest) / Math.log(data.high / data.palest);
 }
 
-function paint(canvas, head, k, rows, columns) {
+// Four bytes of each code in turn: 256 of kept cells, then 256 of pruned ones.
+function palette() {
+  const table = new Uint8ClampedArray(4 * 512);
+  for (let k = 0; k < 512; k++) table.set([...colour(shareOf(k % 256), k > 255), 255], 4 * k);
+  return new Uint32Array(table.buffer);
+}
+
+// Occupancy as codes of a logarithmic scale from one sentence to the most.
+const occupancyCodes = new Map();
+function codesOf(head, k) {
+  if (state.map === "mean") return head.mean;
+  if (!occupancyCodes.has(k)) {
+    const most = Math.log(Math.max(2, k.most));
+    occupancyCodes.set(k, Uint8Array.from(head.occupancy, (n) => Math.round((255 * Math.log(Math.max(1, n))) / most)));
+  }
+  return occupancyCodes.get(k);
+}
+
+function paint(canvas, head, k, rows, columns, colours) {
   canvas.width = columns;
   canvas.height = rows;
   const context = canvas.getContext("2d");
   const image = context.createImageData(columns, rows);
+  const pixels = new Uint32Array(image.data.buffer);
+  const codes = codesOf(head, k);
   for (let i = 0; i < rows; i++) {
     for (let j = 0; j < columns; j++) {
       const index = i * k.columns + j;
       if (!(head.occupancy[index] > 0)) continue; // stays transparent
       const pruned = head.kept !== null && head.kept[index] < 128;
-      image.data.set([...colour(shareOf(head, index), pruned), 255], 4 * (i * columns + j));
+      pixels[i * columns + j] = colours[codes[index] + (pruned ? 256 : 0)];
     }
   }
   context.putImageData(image, 0, 0);
@@ -129,7 +149,7 @@ function drawViewer() {
   context.fillStyle = style.getPropertyValue("--unseen");
   context.fillRect(MARGIN.left, MARGIN.top, width, height);
   const picture = document.createElement("canvas");
-  paint(picture, current, k, rows, columns);
+  paint(picture, current, k, rows, columns, palette());
   context.imageSmoothingEnabled = false;
   context.drawImage(picture, MARGIN.left, MARGIN.top, width, height);
   context.strokeStyle = style.getPropertyValue("--line");
@@ -183,9 +203,9 @@ function legend() {
   $("legend-high").textContent = mean ? data.high.toPrecision(2) : Math.round(kind().most).toLocaleString("en");
 }
 
-async function thumbnail(button, k, layer, head, mask) {
+async function thumbnail(button, k, layer, head, mask, colours) {
   const content = await headData(k, layer, head, mask);
-  if (k === kind()) paint(button.firstChild, content, k, ...extent(k));
+  if (k === kind()) paint(button.firstChild, content, k, ...extent(k), colours);
 }
 
 // Draws everything anew: after any choice but that of a cell.
@@ -208,7 +228,10 @@ async function render() {
     const chosen = +button.dataset.layer === layer && +button.dataset.head === head;
     button.setAttribute("aria-pressed", chosen);
   }
-  await Promise.all(buttons.map((button) => thumbnail(button, k, +button.dataset.layer, +button.dataset.head, mask)));
+  const colours = palette();
+  await Promise.all(
+    buttons.map((button) => thumbnail(button, k, +button.dataset.layer, +button.dataset.head, mask, colours)),
+  );
   document.body.dataset.ready = mine;
 }
 
