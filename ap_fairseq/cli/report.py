@@ -99,7 +99,7 @@ def _figures(argv: list[str]) -> None:
     report = build.load(_load_stats(args.stats), args.stats, args.masks, args.results, args.benchmark)
     figures = report.figures()
     names = [f"{figure.name}.{ending}" for figure in figures for ending in ("png", "svg")]
-    folder = build.prepare_folder(args.output, names, args.overwrite)
+    folder = build.check_folder(args.output, names, args.overwrite)
     build.write_figures(figures, folder)
     logger.info(f"{len(figures)} figures -> {folder}")
 
@@ -108,7 +108,7 @@ def _report(argv: list[str]) -> None:
     from ap_fairseq.report import build
 
     args = get_parser().parse_args(argv)
-    folder = build.prepare_folder(args.output, _REPORT_FILES, args.overwrite)
+    folder = build.check_folder(args.output, _REPORT_FILES, args.overwrite)
     report = build.load(_load_stats(args.stats), args.stats, args.masks, args.results, args.benchmark)
     build.write_report(report, folder)
     for aspect, text in report.differences.items():

@@ -227,11 +227,12 @@ def mask_name(path) -> str:
     return re.sub(r"[^\w.-]+", "-", Path(path).stem)
 
 
-def prepare_folder(path, names: list[str], overwrite: bool) -> Path:
-    """Make the output folder; refuse one that already holds any of *names* unless *overwrite* is set.
+def check_folder(path, names: list[str], overwrite: bool) -> Path:
+    """Return the output folder, which may not exist yet.
 
     Raises:
-        ArtifactError: if *path* is a file, its parent does not exist, or it holds a report.
+        ArtifactError: if *path* is a file, its parent does not exist, or it holds any of *names* and *overwrite* is not
+            set.
     """
     path = Path(path)
     if path.exists() and not path.is_dir():
@@ -241,21 +242,21 @@ def prepare_folder(path, names: list[str], overwrite: bool) -> Path:
         raise ArtifactError(f"output {path} already holds {', '.join(held)}; pass --overwrite or choose another folder")
     if not path.parent.is_dir():
         raise ArtifactError(f"cannot make {path}: folder {path.parent} does not exist; create it first")
-    path.mkdir(exist_ok=True)
     return path
 
 
 def write_figures(figures: list[plots.Figure], folder: Path) -> None:
-    """Write each figure as PNG and SVG."""
+    """Write each figure as PNG and SVG; the folder is made if need be."""
+    folder.mkdir(exist_ok=True)
     for figure in figures:
         for file_format in ("png", "svg"):
             _write(folder / f"{figure.name}.{file_format}", lambda path, f=figure, e=file_format: f.save(path, e))
 
 
 def write_report(report: Report, folder: Path) -> None:
-    """Write figures/, summary.json, table.md, table.tex and, last, report.html."""
+    """Write figures/, summary.json, table.md, table.tex and, last, report.html; the folder is made if need be."""
     figures = report.figures()
-    (folder / "figures").mkdir(exist_ok=True)
+    folder.mkdir(exist_ok=True)
     write_figures(figures, folder / "figures")
     summary = json.loads(json.dumps(report.summary(), allow_nan=False))
     write_json(folder / "summary.json", summary, overwrite=True)

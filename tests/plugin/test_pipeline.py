@@ -56,7 +56,7 @@ def tuned(data_bin, dense, masks_file, tmp_path_factory):
 
 
 def test_training_logs_carry_the_effective_sparsity(tuned, masks_file):
-    """In fairseq's progress bar after a resume, where the masks come from the checkpoint, and in TensorBoard's events."""
+    """In fairseq's progress bar after a resume, when the masks come from the checkpoint, and in TensorBoard."""
     entries = re.findall(r"\| train_inner \| ({.*})", (tuned / "resumed.log").read_text())
     sparsity = PruningMasks.load(masks_file).metadata["sparsity"]
     assert len(entries) == 30
