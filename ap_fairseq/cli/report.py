@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import functools
 import logging
-import sys
 
 from ap_fairseq.artifacts import AttentionStats
 from ap_fairseq.cli.common import add_output, command
@@ -126,4 +125,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()
