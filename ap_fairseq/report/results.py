@@ -41,7 +41,8 @@ class System:
         sparsity: effective sparsity of each kind, in [0, 1]; empty if the file only gives the total.
         total: effective sparsity over the kinds that the system prunes, in [0, 1].
         scores: {"BLEU": ..., "chrF2": ...}, 0 to 100.
-        half_widths: half of the 95% bootstrap interval over test sentences, where the file holds it.
+        half_widths: half of the 95% bootstrap interval over test sentences, where the file holds it (``ap-evaluate
+            --significance bootstrap``).
         signatures: sacreBLEU signatures.
         seed: of the training run, if known.
     """
@@ -71,10 +72,12 @@ class Point:
 def read_results(path, pairs: Mapping[str, int]) -> list[System]:
     """Read the systems of a results file.
 
-    Accepts what ``ap-evaluate -o`` writes (an object with ``systems``), a list of such systems, or JSON lines with one
-    system each. A system has ``system``, either ``bleu`` and ``chrf`` or ``scores: {"BLEU": {"score": ...}, "chrF2":
-    {...}}``, and if it is pruned ``procedure`` and ``sparsity`` ({kind: {"effective": ...}}) or ``effective_sparsity``
-    (a number, or {kind: number, "total": number}).
+    Accepts what ``ap-evaluate -o`` writes (an object with ``systems`` and perhaps ``significance``), a list of such
+    systems, or JSON lines with one system each, as sweeps write them. A system has ``system``, either ``bleu`` and
+    ``chrf`` or ``scores: {"BLEU": {"score": ..., "ci": half of the 95% interval}, "chrF2": {...}}``, and unless it is
+    dense ``procedure`` and ``sparsity`` ({kind: {"effective": ...}}, with ``total`` beside it) or
+    ``effective_sparsity`` (a number, or {kind: number, "total": number}). A ``procedure`` called ``dense`` with a
+    ``schedule`` other than ``untuned`` is a dense system that was fine-tuned.
 
     Args:
         pairs: recorded pairs of each kind over all heads, the weights of the kinds in the total.
@@ -92,7 +95,11 @@ def _records(path) -> list[Any]:
     except ValueError:
         document = [_line(path, number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     if isinstance(document, dict):
+        tested = document.get("significance", {}).get("systems", {})
         document = document.get("systems", [document])
+        for record in document:
+            for key, values in tested.get(record.get("system"), {}).items():
+                record.setdefault(f"{key}_ci", values.get("ci95"))
     if not isinstance(document, list) or not document:
         raise ArtifactError(f"{path} holds no systems; give a file that ap-evaluate -o wrote")
     return document
@@ -151,7 +158,8 @@ def _sparsity(record: dict, where: str) -> tuple[dict[str, float], float]:
     """Return the effective sparsity of each kind, where given, and the total, 0 if it is not given."""
     given = record.get("effective_sparsity")
     if given is None:
-        given = {kind: value.get("effective") for kind, value in record.get("sparsity", {}).items()}
+        parts = {**record.get("sparsity", {}), "total": record.get("total", 0.0)}
+        given = {name: part.get("effective") if isinstance(part, dict) else part for name, part in parts.items()}
     if not isinstance(given, dict):
         return {}, _number(given, f"{where}: effective_sparsity", 0, 1)
     sparsity = {
@@ -165,21 +173,22 @@ def _sparsity(record: dict, where: str) -> tuple[dict[str, float], float]:
 def _pruned_kinds(record: dict, sparsity: Mapping[str, float]) -> list[str]:
     procedure = record.get("procedure")
     budgets = procedure.get("budgets") if isinstance(procedure, dict) else None
-    return [kind for kind in sparsity if (budgets.get(kind, 0) > 0 if budgets is not None else sparsity[kind] > 0)]
+    return [kind for kind in sparsity if (budgets.get(kind, 0) > 0 if budgets else sparsity[kind] > 0)]
 
 
 def _series(record: dict, sparsity: Mapping[str, float], pruned: list[str], variant: str) -> str | None:
     procedure = record.get("procedure")
-    if procedure is None:
+    if procedure is None or (procedure == "dense" and record.get("schedule", "untuned") == "untuned"):
         return None
     details = procedure if isinstance(procedure, dict) else {"procedure": procedure}
-    if sparsity and not pruned:
+    if procedure == "dense" or (sparsity and not pruned):
         parts = ["nothing pruned"]
     else:
         parts = [str(details.get("procedure", "unnamed"))]
         parts += [] if len(pruned) == len(sparsity) else ["+".join(pruned) + " only"]
         granularity = details.get("granularity", record.get("granularity", 1))
         parts += [] if granularity == 1 else [f"granularity {granularity}"]
+        parts += [record["options"]] if record.get("options") else []
     return ", ".join(parts + ([variant] if variant else []))
 
 

@@ -205,6 +205,10 @@ def test_lines_of_a_sweep_and_their_intervals(tmp_path):
         line = {"system": "ours", "procedure": "effective", "schedule": "gradual", "seed": seed, "scores": scores}
         lines.append({**line, "effective_sparsity": sparsity})
     lines.append({"system": "window", "procedure": "window", "effective_sparsity": 0.9, "bleu": 3, "chrf": 9})
+    sweep = {"procedure": "effective", "schedule": "one-shot", "granularity": 16, "options": "--scope head", "seed": 1}
+    shares = {"encoder_self": {"effective": 0.0}, "decoder_self": {"effective": 0.0}, "cross": {"effective": 0.9}}
+    lines.append({"system": "a", **sweep, "sparsity": shares, "total": {"effective": 0.4}, "bleu": 5, "chrf": 9})
+    lines.append({"system": "b", "procedure": "dense", "schedule": "one-shot", "sparsity": {}, "bleu": 31, "chrf": 9})
     path = tmp_path / "sweep.jsonl"
     path.write_text("\n".join(json.dumps(line) for line in lines) + "\n")
     curves = results.curves(results.read_results(path, PAIRS), "BLEU")
@@ -216,6 +220,10 @@ def test_lines_of_a_sweep_and_their_intervals(tmp_path):
     assert (dense.interval.low, dense.interval.high) == (29.5, 30.5) and "bootstrap" in dense.interval.source
     (window,) = curves["window"]
     assert window.sparsity == 0.9 and window.interval is None
+    (single,) = curves["effective, cross only, granularity 16, --scope head, one-shot"]
+    assert single.sparsity == 0.9
+    (tuned,) = curves["nothing pruned, one-shot"]
+    assert (tuned.sparsity, tuned.score) == (0, 31)
 
 
 @pytest.mark.parametrize(
@@ -286,7 +294,7 @@ def masks_file(stats_file, tmp_path_factory):
 def scores_file(tmp_path_factory):
     """The committed scores of the CPU quickstart, with an interval and a hostile name."""
     document = json.loads((ROOT / "examples/libreoffice_help/results/cpu.json").read_text(encoding="utf-8"))
-    document["systems"][0]["bleu_ci"] = 1.25
+    document["significance"] = {"systems": {"dense": {"bleu": {"score": 19.52, "ci95": 1.25}}}}
     document["systems"][1]["system"] = "</script><b>joint_&.untuned"
     path = tmp_path_factory.mktemp("scores") / "results.json"
     path.write_text(json.dumps(document))
