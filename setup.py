@@ -26,7 +26,10 @@ setup(
         "matplotlib",
         "numpy",
     ],
-    extras_require={"dev": ["pytest", "pytest-xdist", "hypothesis", "ruff", "mypy"]},
+    extras_require={
+        "moses": ["sacremoses"],  # ap-evaluate --tokenized-bleu
+        "dev": ["pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "sacremoses"],
+    },
     entry_points={
         "console_scripts": [
             "ap-record = ap_fairseq.cli.record:main",
