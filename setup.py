@@ -34,6 +34,7 @@ setup(
         "console_scripts": [
             "ap-record = ap_fairseq.cli.record:main",
             "ap-masks = ap_fairseq.cli.masks:main",
+            "ap-prune-schedule = ap_fairseq.cli.prune_schedule:main",
             "ap-apply = ap_fairseq.cli.apply:main",
             "ap-average = ap_fairseq.cli.average:main",
             "ap-evaluate = ap_fairseq.cli.evaluate:main",

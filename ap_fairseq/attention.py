@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from fairseq.modules import MultiheadAttention
@@ -9,6 +11,7 @@ from torch import Tensor
 
 from ap_fairseq import decoding
 from ap_fairseq.artifacts import CELLS_PER_WORD, ArtifactError
+from ap_fairseq.dynamic import DynamicPruning
 from ap_fairseq.sites import AttentionKind
 
 BACKENDS = ("auto", "triton", "eager")
@@ -29,12 +32,22 @@ class PrunedMultiheadAttention(MultiheadAttention):
         embed_dim, num_heads: as in fairseq.
         kind: the attention kind, which decides causality and where keys come from.
         backend: ``eager`` (torch, any device), ``triton`` (block-sparse kernels) or ``auto``.
+        dynamic: what is discarded anew for every sentence, on top of the mask; eager only.
 
     Raises:
         ValueError: for options that have no meaning under a mask (quant-noise, xFormers, bias_kv, zero_attn).
     """
 
-    def __init__(self, embed_dim: int, num_heads: int, *, kind: AttentionKind, backend: str = "auto", **kwargs):
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        *,
+        kind: AttentionKind,
+        backend: str = "auto",
+        dynamic: DynamicPruning | None = None,
+        **kwargs,
+    ):
         unsupported = {
             "q_noise": "--quant-noise-pq",
             "xformers_att_config": "--encoder-xformers-att-config/--decoder-xformers-att-config",
@@ -48,6 +61,11 @@ class PrunedMultiheadAttention(MultiheadAttention):
             raise ValueError(
                 "--attention-backend triton: the kernels are not connected to the model yet; use auto or eager"
             )
+        if dynamic is not None and backend == "triton":
+            raise ValueError(
+                "--attention-backend triton with --attention-top-k or --attention-threshold: these need all scores, "
+                "which the kernels never form; use eager"
+            )
         super().__init__(
             embed_dim,
             num_heads,
@@ -57,6 +75,7 @@ class PrunedMultiheadAttention(MultiheadAttention):
         )
         self.kind = kind
         self.backend = backend
+        self.dynamic = dynamic
         # The name that --retain-dropout-modules knows.
         self.dropout_module.module_name = MultiheadAttention.__name__
         self.register_buffer("keep_words", torch.zeros(num_heads, 0, 0, dtype=torch.int64))
@@ -185,12 +204,14 @@ class PrunedMultiheadAttention(MultiheadAttention):
         query_padding = key_padding_mask if self.self_attention and incremental_state is None else None
         dropout = self.dropout_module
         dropout_p = dropout.p if self.training or dropout.apply_during_inference else 0.0
-        attend = attend_with_weights if need_weights or need_head_weights else attend_fused
+        attend = attend_fused
+        if need_weights or need_head_weights or self.dynamic is not None:
+            attend = functools.partial(attend_with_weights, dynamic=self.dynamic)
         output, weights = attend(q, k, v, keep, key_padding_mask, query_padding, self.scaling, dropout_p)
         output = self.out_proj(output.permute(2, 0, 1, 3).flatten(2))
-        if weights is not None:
-            weights = weights.transpose(0, 1) if need_head_weights else weights.mean(1)
-        return output, weights
+        if not (need_weights or need_head_weights):
+            return output, None
+        return output, weights.transpose(0, 1) if need_head_weights else weights.mean(1)
 
 
 def visible_cells(keep: Tensor, key_padding: Tensor | None, query_padding: Tensor | None) -> Tensor:
@@ -216,6 +237,7 @@ def attend_with_weights(
     query_padding: Tensor | None,
     scale: float,
     dropout_p: float,
+    dynamic: DynamicPruning | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The reference: softmax over the visible cells in float32, dropout, weighted sum of values.
 
@@ -224,13 +246,17 @@ def attend_with_weights(
         k, v: (B, H, Tk, D).
         keep: bool (H, Tq, Tk), True = kept.
         key_padding: (B, Tk), query_padding: (B, Tq), True = padded, or None.
+        dynamic: inference-time pruning of the probabilities.
 
     Returns:
         Output (B, H, Tq, D), 0 for padded queries, and probabilities before dropout, float32 (B, H, Tq, Tk).
     """
     scores = torch.matmul(q * scale, k.transpose(-1, -2))
     scores = scores.masked_fill(~visible_cells(keep, key_padding, query_padding), float("-inf"))
-    weights = torch.softmax(scores, dim=-1, dtype=torch.float32)
+    if dynamic is None:
+        weights = torch.softmax(scores, dim=-1, dtype=torch.float32)
+    else:
+        weights = dynamic.probabilities(scores, query_padding)
     output = torch.matmul(F.dropout(weights.type_as(v), dropout_p, training=dropout_p > 0), v)
     return _zero_padded(output, query_padding), weights
 

@@ -41,6 +41,13 @@ def get_parser() -> argparse.ArgumentParser:
         "Budgets are effective sparsity: the share of the query-key pairs of the recorded data that is pruned."
     )
     parser.add_argument("stats", nargs="+", help="files written by ap-record; several are merged")
+    add_mask_options(parser)
+    add_output(parser, "the masks")
+    return parser
+
+
+def add_mask_options(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that :func:`spec_from` reads."""
     for kind in AttentionKind:
         help_text = f"share of {kind.value} pairs to prune, in [0, 1); default: prune none"
         parser.add_argument(f"--{kind.flag}", type=_budget, metavar="SHARE", help=help_text)
@@ -98,8 +105,6 @@ def get_parser() -> argparse.ArgumentParser:
         "--keep-first", type=_count, default=0, metavar="N", help="always keep the first N columns (default: none)"
     )
     parser.add_argument("--seed", type=int, default=1, help="for random masks and ties (default: %(default)s)")
-    add_output(parser, "the masks")
-    return parser
 
 
 def _budgets(args: argparse.Namespace, stats: AttentionStats) -> Mapping[AttentionKind, float]:
@@ -121,12 +126,9 @@ def _budgets(args: argparse.Namespace, stats: AttentionStats) -> Mapping[Attenti
     return own
 
 
-@command
-def main(argv: list[str]) -> None:
-    args = get_parser().parse_args(argv)
-    refuse_existing(args.output, args.overwrite)
-    stats = functools.reduce(AttentionStats.merge, map(AttentionStats.load, args.stats))
-    spec = masks.MaskSpec(
+def spec_from(args: argparse.Namespace, stats: AttentionStats) -> masks.MaskSpec:
+    """Return what the flags of :func:`add_mask_options` ask for."""
+    return masks.MaskSpec(
         budgets=_budgets(args, stats),
         procedure=args.procedure,
         scope=args.scope or ("global" if args.total is not None else "kind"),
@@ -137,8 +139,12 @@ def main(argv: list[str]) -> None:
         keep_first=args.keep_first,
         seed=args.seed,
     )
+
+
+def write_masks(stats: AttentionStats, spec: masks.MaskSpec, output, overwrite: bool = False) -> None:
+    """Build masks, print what came out, and save them."""
     result, missed = masks.build_masks(stats, spec)
-    result.save(args.output, overwrite=args.overwrite)
+    result.save(output, overwrite=overwrite)
     print(masks.format_summary(masks.summarize(result, stats)))
     print("all kinds together: effective {effective:.1%}, kept mass {kept_mass:.1%}".format(**result.metadata["total"]))
     for kind, heads in result.metadata["vanished_heads"].items():
@@ -146,4 +152,12 @@ def main(argv: list[str]) -> None:
         logger.warning(f"{kind}: {len(heads)} heads (layer.head) keep nothing but the guaranteed cells: {names}")
     for message in missed:
         logger.warning(message)
-    logger.info(f"masks -> {args.output}")
+    logger.info(f"masks -> {output}")
+
+
+@command
+def main(argv: list[str]) -> None:
+    args = get_parser().parse_args(argv)
+    refuse_existing(args.output, args.overwrite)
+    stats = functools.reduce(AttentionStats.merge, map(AttentionStats.load, args.stats))
+    write_masks(stats, spec_from(args, stats), args.output, args.overwrite)
