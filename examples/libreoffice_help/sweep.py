@@ -18,6 +18,9 @@ in a system stands for one system of each value (of several lists, one of each c
     seed         of the dense model (the first one if there is none of this seed), of training and of random masks
     updates      of training; default: the sweep's tune_updates, or dense_updates from scratch
 
+`level` is the data-bin folder and `subset` its part to translate, by default sentences and test. At other levels a line
+is a page or a part of one; scores and tests are then of whole pages (d-BLEU), with s-BLEU of their segments beside them.
+
 Everything runs in folders of --out and is skipped when it is there; other settings under a finished name are an error.
 Fine-tuning runs side by side, --jobs at a time; translations are spread over --jobs processes that load the model once.
 --until translate stops before the scores, which need no GPU: copy --out elsewhere and run the same command there.
@@ -54,6 +57,8 @@ from ap_fairseq.translation import Search, Translation, translate
 
 STEPS = ("dense", "masks", "train", "translate", "score")
 SCHEDULES = ("untuned", "one-shot", "gradual", "scratch")
+KEYS = set("pair training dense dense_updates dense_seeds tune tune_updates record search systems".split())
+OPTIONAL = {"level", "subset"}
 SEPARATOR = "<sep>"
 
 
@@ -135,15 +140,14 @@ class Sweep:
     """The sweep of one description, data folder and output folder."""
 
     def __init__(self, description: dict[str, Any], data: Path, out: Path, jobs: int, dense: dict[int, str]):
-        known = "pair level training dense dense_updates dense_seeds tune tune_updates record search systems".split()
-        unknown = sorted(description.keys() - set(known))
-        missing = sorted(set(known) - {"level"} - description.keys())
+        unknown, missing = sorted(description.keys() - KEYS - OPTIONAL), sorted(KEYS - description.keys())
         if unknown or missing:
             raise ArtifactError(
-                f"the sweep has unknown keys {unknown} and lacks {missing}; known are {', '.join(known)}"
+                f"the sweep has unknown keys {unknown} and lacks {missing}; keys are {', '.join(sorted(KEYS))} and "
+                f"{', '.join(sorted(OPTIONAL))}"
             )
         self.description, self.data, self.out, self.jobs, self.given_dense = description, data, out, jobs, dense
-        self.level = description.get("level", "sentences")
+        self.level, self.subset = description.get("level", "sentences"), description.get("subset", "test")
         self.source, self.target = description["pair"]
         self.bin = str(data / "data-bin" / self.level)
         self.systems = expand(description["systems"])
@@ -254,7 +258,8 @@ class Sweep:
     def translations(self, systems: Sequence[System]) -> list[tuple]:
         """Tasks that translate: as many as there are jobs, each loading the model once."""
         jobs = [Translation(str(self.translation(s)), self.trained(s), self.masks(s), self.dynamic(s)) for s in systems]
-        return [(translate, [jobs[k :: self.jobs], self.bin, self.search]) for k in range(min(self.jobs, len(jobs)))]
+        parts = [jobs[k :: self.jobs] for k in range(min(self.jobs, len(jobs)))]
+        return [(translate, [part, self.bin, self.search, self.subset]) for part in parts]
 
     def dynamic(self, system: System) -> dict[str, Any]:
         if system.procedure == "threshold":
@@ -267,18 +272,29 @@ class Sweep:
 
     # -- scores -------------------------------------------------------------------------------------------------------
 
-    @functools.cached_property
-    def references(self) -> list[str]:
-        return read_lines(self.data / self.level / f"test.{self.target}")
+    @property
+    def reference(self) -> Path:
+        return self.data / self.level / f"{self.subset}.{self.target}"
 
-    def texts(self, system: System) -> list[str]:
-        return read_lines(self.translation(system))
+    def read_texts(self, path: Path) -> list[str]:
+        """Return what is scored: lines, or at other levels than sentences whole pages without separators."""
+        lines = read_lines(path)
+        if self.level == "sentences":
+            return lines
+        pages = zip(self.pages, lines, strict=True)
+        joined = (" ".join(line for _, line in page) for _, page in itertools.groupby(pages, key=lambda pair: pair[0]))
+        return [page.replace(f" {SEPARATOR} ", " ") for page in joined]
+
+    @functools.cached_property
+    def pages(self) -> list[str]:
+        """The page of each line."""
+        return [line.split("\t")[0] for line in read_lines(self.reference.with_suffix(".pages"))]
 
     def evaluate(self, system: System) -> None:
         """Write ``scores/NAME.json``, unless it is there: the system, what made its translations, and their scores."""
         output, baselines = self.out / "scores" / f"{system.name}.json", self.baselines(system)
         inputs = {s.name: file_sha256(self.translation(s)) for s in (system, *baselines.values())}
-        inputs["reference"] = file_sha256(self.data / self.level / f"test.{self.target}")
+        inputs["reference"] = file_sha256(self.reference)
         if output.exists() and json.loads(output.read_text(encoding="utf-8"))["inputs"] == inputs:
             return
         made = json.loads(self.translation(system).with_suffix(".json").read_text(encoding="utf-8"))
@@ -288,13 +304,15 @@ class Sweep:
             "group": system.group,
             **dataclasses.asdict(system),
             "dense_seed": self.dense_seed(system),
+            "level": self.level,
+            "subset": self.subset,
             "updates": self.updates(system),
             "masks_sha256": provenance["masks_sha256"],
             "sparsity": provenance["sparsity"],
             "total": provenance["total"],
             "vanished_heads": provenance["vanished_heads"],
             **made,
-            **self.scores(self.texts(system)),
+            **self.scores(system),
             "inputs": inputs,
             "versions": versions(),
         }
@@ -306,11 +324,13 @@ class Sweep:
             result[name] = self.compared(baseline, system)
         write_json(output, result, overwrite=True)
 
-    def scores(self, hypotheses: list[str]) -> dict[str, Any]:
-        if self.level == "sentences":
-            return score(hypotheses, self.references)
-        documents = score_documents(hypotheses, self.references, separator=SEPARATOR)
-        return {**score(without_separators(hypotheses), without_separators(self.references)), **documents}
+    def scores(self, system: System) -> dict[str, Any]:
+        result = score(self.read_texts(self.translation(system)), self.read_texts(self.reference))
+        if self.level != "sentences":
+            lines = [read_lines(path) for path in (self.translation(system), self.reference)]
+            documents = score_documents(*lines, documents=self.pages, separator=SEPARATOR)
+            result |= {key: documents[key] for key in ("s_bleu", "segments", "lines_with_equal_segments")}
+        return result
 
     def baselines(self, system: System) -> dict[str, System]:
         """The dense system of the same seed, and the one with the same schedule: the same number of updates."""
@@ -323,8 +343,8 @@ class Sweep:
 
     def compared(self, baseline: System, system: System) -> dict[str, Any]:
         """sacreBLEU's paired bootstrap of BLEU and chrF."""
-        texts = {s.name: without_separators(self.texts(s)) for s in (baseline, system)}
-        test = compare_systems(texts, without_separators(self.references))
+        texts = {s.name: self.read_texts(self.translation(s)) for s in (baseline, system)}
+        test = compare_systems(texts, self.read_texts(self.reference))
         ours, theirs = (test["systems"][s.name] for s in (system, baseline))
         result: dict[str, Any] = {"baseline": baseline.name, "test": test["test"], "samples": test["samples"]}
         for metric in ours:
@@ -362,10 +382,6 @@ def expand(entries: Iterable[dict[str, Any]]) -> list[System]:
     return systems
 
 
-def without_separators(lines: Sequence[str]) -> list[str]:
-    return [line.replace(f" {SEPARATOR} ", " ") for line in lines]
-
-
 def format_table(results: Sequence[dict[str, Any]]) -> str:
     """Render results as a Markdown table: mean over seeds, ± sample standard deviation where there are several."""
     kinds = [kind.value for kind in AttentionKind]
@@ -390,7 +406,7 @@ def format_table(results: Sequence[dict[str, Any]]) -> str:
     first = results[0]
     lines += [
         "",
-        f"Effective sparsity per kind and over all pairs; {first['sentences']:,} lines, beam "
+        f"Effective sparsity per kind and over all pairs; {first['sentences']:,} texts, beam "
         f"{first['search']['beam']}, {first['device']}, torch {first['versions']['torch']}; "
         f"BLEU `{first['bleu_signature']}`, chrF2 `{first['chrf_signature']}`; "
         "differences in BLEU with sacreBLEU's paired bootstrap, one p for each seed.",
