@@ -45,7 +45,7 @@ class Stages:
             ArtifactError: if the stage was done with other arguments: its results would mix with the old ones.
             StageError: if it fails.
         """
-        mark, log = self.folder / "stages" / f"{name}.json", self.folder / "logs" / f"{name}.log"
+        mark = self.folder / "stages" / f"{name}.json"
         settings = [function.__qualname__, *json.loads(json.dumps(args, default=str))]
         if mark.exists():
             done = json.loads(mark.read_text(encoding="utf-8"))["settings"]
@@ -56,6 +56,16 @@ class Stages:
                 )
             return
         mark.parent.mkdir(parents=True, exist_ok=True)
+        seconds = self.run_always(name, function, *args)
+        write_json(mark, {"settings": settings, "seconds": seconds})
+
+    def run_always(self, name: str, function: Callable, *args: Any) -> float:
+        """Call ``function(*args)``, which knows itself what was done before, in a child process; return the seconds.
+
+        Raises:
+            StageError: if it fails.
+        """
+        log = self.folder / "logs" / f"{name}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
         started = time.monotonic()
         child = _fork.Process(target=_call, args=(log, function, args))
@@ -65,8 +75,8 @@ class Stages:
             tail = "\n".join(read_lines(log)[-12:])
             raise StageError(f"stage {name} failed with status {child.exitcode}; the end of {log}:\n{tail}")
         seconds = round(time.monotonic() - started, 1)
-        write_json(mark, {"settings": settings, "seconds": seconds})
         print(f"{name}: {seconds} s", flush=True)
+        return seconds
 
 
 def _call(log: Path, function: Callable, args: Sequence[Any]) -> None:

@@ -47,6 +47,7 @@ class Search:
     Attributes:
         beam: beam size.
         max_tokens: source tokens of a batch, padding included.
+        max_len_a, max_len_b: a translation has at most max_len_a * source length + max_len_b tokens.
         fp16: half precision.
         cpu: do not use a GPU.
         remove_bpe: how subwords become words, as ``fairseq-generate --remove-bpe`` takes it.
@@ -54,6 +55,8 @@ class Search:
 
     beam: int = 5
     max_tokens: int = 12000
+    max_len_a: float = 0.0
+    max_len_b: int = 200
     fp16: bool = False
     cpu: bool = False
     remove_bpe: str = "sentencepiece"
@@ -82,7 +85,8 @@ def translate(systems: Iterable[Translation], data: str, search: Search, subset:
         max_positions=utils.resolve_max_positions(task.max_positions(), model.max_positions()),
         required_batch_size_multiple=1,
     )
-    generator = task.build_generator([model], GenerationConfig(beam=search.beam))
+    limits = GenerationConfig(beam=search.beam, max_len_a=search.max_len_a, max_len_b=search.max_len_b)
+    generator = task.build_generator([model], limits)
     for system in systems:
         started = time.monotonic()
         if system.checkpoint != loaded:

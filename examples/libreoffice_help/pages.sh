@@ -18,6 +18,7 @@ source "$here/../../scripts/stages.sh"
 
 dense="" data="" run="" updates=4000
 device=(--fp16)
+plugin=(--user-dir "$here/../../ap_fairseq")  # allow-lists what checkpoints hold, for torch 2.6 and later
 training="--arch transformer_iwslt_de_en --share-all-embeddings --dropout 0.3 --optimizer adam --adam-betas (0.9,0.98)
   --weight-decay 1e-4 --lr 5e-4 --lr-scheduler inverse_sqrt --warmup-updates 400 --max-tokens 16384 --num-workers 2
   --criterion label_smoothed_cross_entropy --label-smoothing 0.1"
@@ -43,16 +44,16 @@ stage mix python "$here/page_mix.py" "$data"
 read -r src tgt < <(python -c 'import json, sys; o = json.load(open(sys.argv[1]))["options"]
 print(*(o[side].replace("-", "_") for side in ("source", "target")))' "$data/counts.json")
 # shellcheck disable=SC2086  (flags are words)
-stage train fairseq-train "$data/data-bin/mix" --task translation --source-lang "$src" --target-lang "$tgt" $training \
+stage train fairseq-train "$data/data-bin/mix" "${plugin[@]}" --task translation --source-lang "$src" --target-lang "$tgt" $training \
   "${device[@]}" --finetune-from-model "$dense" --max-update "$updates" --save-dir "$run/mixed" --no-epoch-checkpoints \
   --seed 1 --log-format json --log-interval 50 --skip-invalid-size-inputs-valid-test
 
 evaluate() {  # NAME SUBSET CHECKPOINT
-  stage "$1.generate" fairseq-generate "$data/data-bin/mix" --path "$3" --source-lang "$src" --target-lang "$tgt" \
+  stage "$1.generate" fairseq-generate "$data/data-bin/mix" "${plugin[@]}" --path "$3" --source-lang "$src" --target-lang "$tgt" \
     --gen-subset "$2" --beam 5 --remove-bpe sentencepiece --required-batch-size-multiple 1 --max-tokens 12000 \
-    --max-len-b 200 --num-workers 0 "${device[@]}"
-  ap-evaluate "$1=$run/logs/$1.generate.log,$3" --reference "$data/mix/$2.$tgt" --documents "$data/mix/$2.pages" \
-    --separator "<sep>" --metrics bleu chrf -o "$run/$1.json" --overwrite > "$run/logs/$1.evaluate.log"
+    --max-len-a 1.5 --max-len-b 50 --num-workers 0 "${device[@]}"
+  stage "$1.evaluate" ap-evaluate "$1=$run/logs/$1.generate.log,$3" --reference "$data/mix/$2.$tgt" --documents "$data/mix/$2.pages" \
+    --separator "<sep>" --metrics bleu chrf -o "$run/$1.json" --overwrite
 }
 
 subsets=(test $(cd "$data/mix" && ls test[0-9]*.pages | sed 's/\.pages//' | sort -V))

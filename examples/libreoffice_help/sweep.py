@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Run a list of pruned systems: masks, training, translation, scores; one JSON line each and a table.
 
-    sweep.py SWEEP.yaml --data DIR --out DIR [--jobs N] [--dense SEED=CHECKPOINT ...] [--until STEP]
+    sweep.py SWEEP.yaml --data DIR --out DIR [--jobs N] [--dense SEED=CHECKPOINT ...] [--only REGEX] [--until STEP]
     sweep.py --table results.jsonl
 
 SWEEP.yaml says everything that a result depends on: flags of training and recording, the search, and `systems`. A list
@@ -19,7 +19,7 @@ in a system stands for one system of each value (of several lists, one of each c
     updates      of training; default: the sweep's tune_updates, or dense_updates from scratch
 
 `level` is the data-bin folder and `subset` its part to translate, by default sentences and test. At other levels a line
-is a page or a part of one; scores and tests are then of whole pages (d-BLEU), with s-BLEU of their segments beside them.
+is a page or a part of one; scores and tests are then of whole pages (d-BLEU), with s-BLEU of the segments beside them.
 
 Everything runs in folders of --out and is skipped when it is there; other settings under a finished name are an error.
 Fine-tuning runs side by side, --jobs at a time; translations are spread over --jobs processes that load the model once.
@@ -34,6 +34,7 @@ import functools
 import itertools
 import json
 import logging
+import re
 import shlex
 import statistics
 import sys
@@ -139,7 +140,9 @@ class System:
 class Sweep:
     """The sweep of one description, data folder and output folder."""
 
-    def __init__(self, description: dict[str, Any], data: Path, out: Path, jobs: int, dense: dict[int, str]):
+    def __init__(
+        self, description: dict[str, Any], data: Path, out: Path, jobs: int, dense: dict[int, str], only: str = ""
+    ):
         unknown, missing = sorted(description.keys() - KEYS - OPTIONAL), sorted(KEYS - description.keys())
         if unknown or missing:
             raise ArtifactError(
@@ -150,7 +153,8 @@ class Sweep:
         self.level, self.subset = description.get("level", "sentences"), description.get("subset", "test")
         self.source, self.target = description["pair"]
         self.bin = str(data / "data-bin" / self.level)
-        self.systems = expand(description["systems"])
+        systems = expand(description["systems"])
+        self.systems = [s for s in systems if s.procedure == "dense" or re.search(only, s.name)]
         self.search = Search(**description["search"])
         self.stages = Stages(out)
         if not Path(self.bin).is_dir():
@@ -259,7 +263,11 @@ class Sweep:
         """Tasks that translate: as many as there are jobs, each loading the model once."""
         jobs = [Translation(str(self.translation(s)), self.trained(s), self.masks(s), self.dynamic(s)) for s in systems]
         parts = [jobs[k :: self.jobs] for k in range(min(self.jobs, len(jobs)))]
-        return [(translate, [part, self.bin, self.search, self.subset]) for part in parts]
+        names = f"translate.{'tuned' if any(s.schedule != 'untuned' for s in systems) else 'untuned'}"
+        return [
+            (self.stages.run_always, [f"{names}.{k}", translate, part, self.bin, self.search, self.subset])
+            for k, part in enumerate(parts)
+        ]
 
     def dynamic(self, system: System) -> dict[str, Any]:
         if system.procedure == "threshold":
@@ -436,6 +444,9 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--dense", nargs="+", default=[], metavar="SEED=CHECKPOINT", help="dense models that need no training"
     )
+    parser.add_argument(
+        "--only", default="", metavar="REGEX", help="only systems whose name it matches, and the dense ones"
+    )
     parser.add_argument("--until", choices=STEPS, default="score", help="last step to do (default: %(default)s)")
     parser.add_argument("--table", type=Path, metavar="JSONL", help="print the table of a results file, nothing else")
     return parser
@@ -458,7 +469,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 parser.error(f"--dense {text} is not SEED=CHECKPOINT, or the checkpoint does not exist")
             dense[int(seed)] = path
         description = yaml.safe_load(args.sweep.read_text(encoding="utf-8"))
-        Sweep(description, args.data.resolve(), args.out.resolve(), args.jobs, dense).run(args.until)
+        Sweep(description, args.data.resolve(), args.out.resolve(), args.jobs, dense, args.only).run(args.until)
     except (ValueError, OSError, StageError) as error:
         print(f"sweep.py: error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
