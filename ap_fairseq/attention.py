@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from fairseq.modules import MultiheadAttention
 from torch import Tensor
 
-from ap_fairseq import decoding
 from ap_fairseq.artifacts import CELLS_PER_WORD, ArtifactError
+from ap_fairseq.decoding import CrossAttentionCache, SelfAttentionCache
 from ap_fairseq.dynamic import DynamicPruning
 from ap_fairseq.sites import AttentionKind
+from triton_ops import AttentionLayout, block_sparse_attention, use_kernels
+from triton_ops.api import HEAD_SIZES
 
-BACKENDS = ("auto", "triton", "eager")
 MASK_BUFFERS = ("keep_words", "beyond_words", "mask_range")
 
 
@@ -31,11 +33,13 @@ class PrunedMultiheadAttention(MultiheadAttention):
     Args:
         embed_dim, num_heads: as in fairseq.
         kind: the attention kind, which decides causality and where keys come from.
-        backend: ``eager`` (torch, any device), ``triton`` (block-sparse kernels) or ``auto``.
+        backend: ``eager`` (torch, any device), ``triton`` (block-sparse kernels) or ``auto``, which takes the kernels
+            for half and single precision on a GPU. ``triton`` raises ValueError where they cannot run.
         dynamic: what is discarded anew for every sentence, on top of the mask; eager only.
 
     Raises:
-        ValueError: for options that have no meaning under a mask (quant-noise, xFormers, bias_kv, zero_attn).
+        ValueError: for options that have no meaning under a mask (quant-noise, xFormers, bias_kv, zero_attn), or a
+            head size that ``triton`` does not support.
     """
 
     def __init__(
@@ -57,9 +61,10 @@ class PrunedMultiheadAttention(MultiheadAttention):
         for name, option in unsupported.items():
             if kwargs.get(name):
                 raise ValueError(f"{option} is set ({name}={kwargs[name]!r}); pruned attention does not support it")
-        if backend == "triton":
+        if backend == "triton" and embed_dim // num_heads not in HEAD_SIZES:
             raise ValueError(
-                "--attention-backend triton: the kernels are not connected to the model yet; use auto or eager"
+                f"--attention-backend triton: heads of {embed_dim} / {num_heads} = {embed_dim // num_heads} elements; "
+                f"the kernels take {', '.join(map(str, HEAD_SIZES))}; choose another number of heads, or eager"
             )
         if dynamic is not None and backend == "triton":
             raise ValueError(
@@ -82,6 +87,8 @@ class PrunedMultiheadAttention(MultiheadAttention):
         self.register_buffer("beyond_words", torch.zeros(num_heads, 0, dtype=torch.int64))
         self.register_buffer("mask_range", torch.zeros(2, dtype=torch.int64))
         self.mask_is_explicit = False
+        # Weight (3C, C) and bias of q, k and v in one product, while `generation` decodes with this module.
+        self.step_projection: tuple[Tensor, Tensor] | None = None
         self._forget_derived()
 
     # -- the mask -----------------------------------------------------------------------------------------------------
@@ -95,6 +102,7 @@ class PrunedMultiheadAttention(MultiheadAttention):
 
     def _forget_derived(self) -> None:
         self._keep_cells: Tensor | None = None
+        self._layout: AttentionLayout | None = None
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         for name in MASK_BUFFERS:
@@ -113,6 +121,14 @@ class PrunedMultiheadAttention(MultiheadAttention):
         if cells is None or cells.device != device or cells.size(1) < n_queries or cells.size(2) < n_keys:
             cells = self._keep_cells = self._unpack(n_queries, n_keys)
         return cells[:, :n_queries, :n_keys]
+
+    def layout(self, n_queries: int, n_keys: int) -> AttentionLayout:
+        """Return what the kernels read for the keep mask: at least (n_queries, n_keys), built once and kept."""
+        layout = self._layout
+        device = self.keep_words.device
+        if layout is None or layout.device != device or layout.q_size < n_queries or layout.k_size < n_keys:
+            layout = self._layout = AttentionLayout.from_keep_mask(self._unpack(n_queries, n_keys))
+        return layout
 
     def _unpack(self, n_queries: int, n_keys: int) -> Tensor:
         recorded_queries, recorded_keys = self.mask_range.tolist()
@@ -184,34 +200,120 @@ class PrunedMultiheadAttention(MultiheadAttention):
                 f"{self.kind.value} attention {'needs' if expects_causal_mask else 'does not take'} an attn_mask: its "
                 "pruning mask is defined for the order of attention that was recorded"
             )
-        n_queries = query.size(0)
-        q = self.split_heads(self.q_proj(query))
-        first_row = 0
-        if self.self_attention:
-            k, v = self.split_heads(self.k_proj(query)), self.split_heads(self.v_proj(query))
-            if incremental_state is not None:
-                k, v, key_padding_mask, first_row = decoding.extend_self_attention(
-                    self, incremental_state, k, v, key_padding_mask
-                )
-        elif incremental_state is not None:
-            k, v, key_padding_mask, first_row = decoding.reuse_cross_attention(
-                self, incremental_state, key, key_padding_mask
-            )
+        want_weights = need_weights or need_head_weights
+        if incremental_state is not None:
+            output, weights = self._decode(query[0], key, key_padding_mask, incremental_state, want_weights)
         else:
-            k, v = self.split_heads(self.k_proj(key)), self.split_heads(self.v_proj(key))
-
-        keep = self.keep_mask(first_row + n_queries, k.size(2))[:, first_row:]  # (H, Tq, Tk)
-        query_padding = key_padding_mask if self.self_attention and incremental_state is None else None
-        dropout = self.dropout_module
-        dropout_p = dropout.p if self.training or dropout.apply_during_inference else 0.0
-        attend = attend_fused
-        if need_weights or need_head_weights or self.dynamic is not None:
-            attend = functools.partial(attend_with_weights, dynamic=self.dynamic)
-        output, weights = attend(q, k, v, keep, key_padding_mask, query_padding, self.scaling, dropout_p)
+            source = query if self.self_attention else key
+            q, k, v = self.q_proj(query), self.k_proj(source), self.v_proj(source)
+            output, weights = self._attend(*map(self.split_heads, (q, k, v)), key_padding_mask, want_weights)
         output = self.out_proj(output.permute(2, 0, 1, 3).flatten(2))
-        if not (need_weights or need_head_weights):
+        if not want_weights:
             return output, None
         return output, weights.transpose(0, 1) if need_head_weights else weights.mean(1)
+
+    def _dropout_p(self) -> float:
+        dropout = self.dropout_module
+        return dropout.p if self.training or dropout.apply_during_inference else 0.0
+
+    def _eager(self, want_weights: bool) -> Callable:
+        if want_weights or self.dynamic is not None:
+            return functools.partial(attend_with_weights, dynamic=self.dynamic)
+        return attend_fused
+
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, key_padding: Tensor | None, want_weights: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Whole sentences: (B, H, T, D) each -> output (B, H, Tq, D), and weights (B, H, Tq, Tk) or None."""
+        n_queries, n_keys = q.size(2), k.size(2)
+        query_padding = key_padding if self.self_attention else None
+        kernels = self.dynamic is None and use_kernels(self.backend, q)
+        output = weights = None
+        if want_weights or not kernels:
+            attend = self._eager(want_weights)
+            keep = self.keep_mask(n_queries, n_keys)
+            output, weights = attend(q, k, v, keep, key_padding, query_padding, self.scaling, self._dropout_p())
+        if kernels:  # also where weights are read: the output must not depend on that
+            lengths = None if key_padding is None else n_keys - key_padding.sum(1)
+            output = block_sparse_attention(
+                q, k, v, self.layout(n_queries, n_keys), q_lengths=lengths if self.self_attention else None,
+                k_lengths=lengths, dropout_p=self._dropout_p(), scale=self.scaling, backend=self.backend,
+            )  # fmt: skip
+        return output, weights
+
+    # -- decoding -----------------------------------------------------------------------------------------------------
+
+    def _decode(
+        self,
+        query: Tensor,
+        key: Tensor | None,
+        key_padding: Tensor | None,
+        incremental_state: dict,
+        want_weights: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """One step: query (N, C) -> output (N, H, 1, D), and weights (N, H, 1, S) or None.
+
+        In self-attention padding of the target is not looked at: it is on the right, where only padding sees it. The
+        encoder output of cross-attention may be that of N hypotheses, or of N / beam sentences (the first time; later
+        it is not read).
+        """
+        cache = self._cache(incremental_state)
+        q, kv = self._project_step(query)
+        if self.self_attention:
+            cache = cache or SelfAttentionCache.empty_like(kv)
+            cache.append(kv)
+        else:
+            cache = cache or CrossAttentionCache.of_encoder_output(self.project_source, key, key_padding, q.size(0))
+            cache.advance()
+        self.set_incremental_state(incremental_state, "attn_state", {"cache": cache})
+
+        dropout_p = self._dropout_p()
+        kernels = self.dynamic is None and use_kernels(self.backend, q)
+        if kernels and dropout_p and self.backend == "triton":
+            raise ValueError(
+                f"dropout {dropout_p} while decoding (--retain-dropout) with --attention-backend triton: the decoding "
+                "kernel has none; use auto or eager"
+            )
+        kernels = kernels and not dropout_p
+        output = weights = None
+        if want_weights or not kernels:
+            row = int(cache.row)
+            k, v, padding = cache.dense()
+            by_sentence = q.unflatten(0, (k.size(0), -1)).transpose(1, 2)  # (B, H, beam, D): a step's beams are queries
+            keep = self.keep_mask(row + 1, k.size(2))[:, row : row + 1]
+            attend = self._eager(want_weights)
+            output, weights = attend(by_sentence, k, v, keep, padding, None, self.scaling, dropout_p)
+            output = output.transpose(1, 2).flatten(0, 1)
+            weights = None if weights is None else weights.transpose(1, 2).flatten(0, 1).unsqueeze(2)
+        if kernels:
+            output = cache.attend(q, self.layout(*cache.extent), self.scaling)
+        return output.unsqueeze(2), weights
+
+    def _project_step(self, query: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(N, C) -> q (N, H, D), and in self-attention keys and values (N, 2, H, D)."""
+        sizes = (self.num_heads, self.head_dim)
+        if not self.self_attention:
+            return self.q_proj(query).unflatten(-1, sizes), None
+        if self.step_projection is None:
+            qkv = torch.stack([self.q_proj(query), self.k_proj(query), self.v_proj(query)], 1).unflatten(-1, sizes)
+        else:
+            qkv = F.linear(query, *self.step_projection).unflatten(-1, (3, *sizes))
+        return qkv[:, 0], qkv[:, 1:]
+
+    def project_source(self, source: Tensor) -> Tensor:
+        """Encoder output (R, C) -> keys and values (R, 2, H, D)."""
+        kv = torch.stack([self.k_proj(source), self.v_proj(source)], 1)
+        return kv.unflatten(-1, (self.num_heads, self.head_dim))
+
+    def _cache(self, incremental_state: dict) -> SelfAttentionCache | CrossAttentionCache | None:
+        return (self.get_incremental_state(incremental_state, "attn_state") or {}).get("cache")
+
+    def reorder_incremental_state(self, incremental_state: dict, new_order: Tensor) -> dict:
+        """fairseq's hook after each step of a search: hypothesis i continues hypothesis new_order[i]."""
+        cache = self._cache(incremental_state)
+        if cache is not None:
+            cache.reorder(new_order)
+        return incremental_state
 
 
 def visible_cells(keep: Tensor, key_padding: Tensor | None, query_padding: Tensor | None) -> Tensor:

@@ -29,10 +29,11 @@ from omegaconf import II, DictConfig, OmegaConf
 from torch import Tensor, nn
 
 from ap_fairseq.artifacts import ArtifactError, PruningMasks, dictionary_hashes, file_sha256
-from ap_fairseq.attention import BACKENDS, MASK_BUFFERS, PrunedMultiheadAttention
+from ap_fairseq.attention import MASK_BUFFERS, PrunedMultiheadAttention
 from ap_fairseq.compat import drop_bettertransformer_copies
 from ap_fairseq.dynamic import DynamicPruning
 from ap_fairseq.sites import AttentionKind, architecture, attention_sites
+from triton_ops.api import BACKENDS
 
 logger = logging.getLogger(__name__)
 
@@ -166,7 +167,14 @@ class PrunedTransformerEncoderLayer(transformer_layer.TransformerEncoderLayerBas
 
 
 class PrunedTransformerDecoderLayer(transformer_layer.TransformerDecoderLayerBase):
-    """fairseq's decoder layer with pruned self- and cross-attention."""
+    """fairseq's decoder layer with pruned self- and cross-attention.
+
+    Weights are computed where the decoder asks for them; ``need_attn`` would ask in every layer outside training.
+    """
+
+    def __init__(self, cfg, no_encoder_attn=False, add_bias_kv=False, add_zero_attn=False):
+        super().__init__(cfg, no_encoder_attn, add_bias_kv, add_zero_attn)
+        self.need_attn = False
 
     def build_self_attention(self, embed_dim, cfg, add_bias_kv=False, add_zero_attn=False):
         if cfg.cross_self_attention:  # attends to source and target at once: neither kind, so it stays dense
@@ -211,8 +219,25 @@ class PrunedTransformerEncoder(TransformerEncoderBase):
         return {**output, "source_shift": [shift]}
 
     def reorder_encoder_out(self, encoder_out, new_order):
+        """fairseq's hook, called once to repeat each sentence for its beams, then after each step of the search.
+
+        The repetition is only noted (``beam`` [int]): cross-attention serves all beams of a sentence from one copy.
+        Hypotheses of a sentence must stay together from then on, as every search of fairseq keeps them.
+        """
+        n_sentences = encoder_out["source_shift"][0].numel()
+        beam = encoder_out.get("beam", [1])[0]
+        if beam > 1:
+            if new_order.numel() == n_sentences * beam:
+                return encoder_out
+            new_order = new_order[::beam] // beam
+        else:
+            beam, remainder = divmod(new_order.numel(), n_sentences)
+            sentences = torch.arange(n_sentences, device=new_order.device)
+            if remainder == 0 and beam > 1 and torch.equal(new_order, sentences.repeat_interleave(beam)):
+                return {**encoder_out, "beam": [beam]}
+            beam = 1
         shift = [part.index_select(0, new_order) for part in encoder_out["source_shift"]]
-        return {**super().reorder_encoder_out(encoder_out, new_order), "source_shift": shift}
+        return {**super().reorder_encoder_out(encoder_out, new_order), "source_shift": shift, "beam": [beam]}
 
 
 class PrunedTransformerDecoder(TransformerDecoderBase):
@@ -253,7 +278,9 @@ class PrunedTransformerDecoder(TransformerDecoderBase):
         weights = extra["attn"][0]  # (B, T, S) over right-padded columns, or None
         if weights is not None and encoder_out is not None and encoder_out.get("source_shift"):
             columns = weights.transpose(1, 2)
-            extra["attn"] = [rotate_left(columns, -encoder_out["source_shift"][0]).transpose(1, 2)]
+            shift = encoder_out["source_shift"][0]
+            shift = shift.repeat_interleave(weights.size(0) // shift.numel())  # beams share their sentence
+            extra["attn"] = [rotate_left(columns, -shift).transpose(1, 2)]
         return x, extra
 
 

@@ -13,6 +13,7 @@ from fairseq.tasks.translation import TranslationConfig, TranslationTask
 
 from ap_fairseq.artifacts import ArtifactError, dictionary_hashes, file_sha256, refuse_existing, versions
 from ap_fairseq.compat import drop_bettertransformer_copies
+from ap_fairseq.generation import PrunedSequenceGenerator
 from ap_fairseq.recording import AttentionRecorder
 from ap_fairseq.sites import architecture
 
@@ -126,3 +127,13 @@ class AttentionRecordingTask(TranslationTask):
                 f"{available - sentences:,} sentences were not recorded: longer than the model's positions, or dropped "
                 "from the last batch by --required-batch-size-multiple"
             )
+
+
+@register_task("pruned_translation", dataclass=TranslationConfig)
+class PrunedTranslationTask(TranslationTask):
+    """``translation`` whose beam search over pruned transformers is decided on the device (`generation`)."""
+
+    def build_generator(self, models, args, seq_gen_cls=None, extra_gen_cls_kwargs=None, prefix_allowed_tokens_fn=None):
+        if seq_gen_cls is None and not getattr(args, "print_alignment", False):
+            seq_gen_cls = PrunedSequenceGenerator
+        return super().build_generator(models, args, seq_gen_cls, extra_gen_cls_kwargs, prefix_allowed_tokens_fn)

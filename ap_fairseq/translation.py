@@ -19,6 +19,7 @@ from ap_fairseq.artifacts import ArtifactError, PruningMasks, atomic_output, fil
 from ap_fairseq.checkpoints import open_with_masks
 from ap_fairseq.dynamic import DynamicPruning
 from ap_fairseq.evaluation import write_json
+from ap_fairseq.generation import PrunedSequenceGenerator
 from ap_fairseq.sites import attention_sites
 
 
@@ -50,6 +51,7 @@ class Search:
         max_len_a, max_len_b: a translation has at most max_len_a * source length + max_len_b tokens.
         fp16: half precision.
         cpu: do not use a GPU.
+        on_device: search as the task ``pruned_translation`` does (:mod:`ap_fairseq.generation`).
         remove_bpe: how subwords become words, as ``fairseq-generate --remove-bpe`` takes it.
     """
 
@@ -59,6 +61,7 @@ class Search:
     max_len_b: int = 200
     fp16: bool = False
     cpu: bool = False
+    on_device: bool = False
     remove_bpe: str = "sentencepiece"
 
 
@@ -86,7 +89,6 @@ def translate(systems: Iterable[Translation], data: str, search: Search, subset:
         required_batch_size_multiple=1,
     )
     limits = GenerationConfig(beam=search.beam, max_len_a=search.max_len_a, max_len_b=search.max_len_b)
-    generator = task.build_generator([model], limits)
     for system in systems:
         started = time.monotonic()
         if system.checkpoint != loaded:
@@ -97,6 +99,8 @@ def translate(systems: Iterable[Translation], data: str, search: Search, subset:
         for site, module in sites:
             options = {"top_k": None, "threshold": None, "log_bits": 0, **system.dynamic}
             module.dynamic = DynamicPruning.from_options(site.kind, **options)
+        # Anew for each system: captured graphs hold the masks that they were captured with.
+        generator = task.build_generator([model], limits, PrunedSequenceGenerator if search.on_device else None)
         texts = dict(_hypotheses(model, task, batches, generator, device, search.remove_bpe))
         with atomic_output(system.output, overwrite=True) as temporary:
             lines = "".join(f"{texts[index]}\n" for index in range(len(task.dataset(subset))))

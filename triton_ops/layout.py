@@ -264,6 +264,11 @@ class AttentionLayout:
         words = _spread(self.words, self.row_group, self.q_size)
         return _unpack(words, q_size or self.q_size, k_size or self.k_size)
 
+    def keep_row(self, step: Tensor) -> Tensor:
+        """Row `step` (one-element tensor) of the keep mask: (M, k_size) bool."""
+        words = self.words.index_select(2, step.reshape(1) // self.row_group)
+        return _unpack(words, 1, self.k_size).squeeze(1)
+
     def memory(self) -> dict[str, int]:
         """Bytes on the device: packed cells, tile lists and decode lists that exist so far."""
 

@@ -165,7 +165,7 @@ attention_op.register_autograd(_backward, setup_context=_setup_context)
     "triton_ops::decode_attention",
     mutates_args=(),
     schema="(Tensor q, Tensor k, Tensor v, Tensor columns, Tensor pointers, Tensor step, SymInt k_size, "
-    "Tensor? k_lengths, Tensor? beam_slots, float scale) -> Tensor",
+    "Tensor? k_lengths, Tensor? cache_rows, Tensor? cache_starts, float scale) -> Tensor",
 )
 def decode_op(
     q: Tensor,
@@ -176,15 +176,17 @@ def decode_op(
     step: Tensor,
     k_size: int,
     k_lengths: Tensor | None,
-    beam_slots: Tensor | None,
+    cache_rows: Tensor | None,
+    cache_starts: Tensor | None,
     scale: float,
 ) -> Tensor:
     if q.numel() == 0:
         return torch.empty_like(q)
     with _device_of(q):
-        return decode(q, k, v, RowLists(columns, pointers), step, k_size, k_lengths, beam_slots, scale)
+        lists = RowLists(columns, pointers)
+        return decode(q, k, v, lists, step, k_size, k_lengths, cache_rows, cache_starts, scale)
 
 
 @decode_op.register_fake
-def _(q, k, v, columns, pointers, step, k_size, k_lengths, beam_slots, scale):
+def _(q, k, v, columns, pointers, step, k_size, k_lengths, cache_rows, cache_starts, scale):
     return torch.empty_like(q)

@@ -62,7 +62,7 @@ def description(**changes):
         "tune": "--dropout 0.1",
         "tune_updates": 4,
         "record": "--cpu --max-tokens 3000 --num-workers 0",
-        "search": {"beam": 2, "max_tokens": 1500, "cpu": True, "remove_bpe": "@@ "},
+        "search": {"beam": 2, "max_tokens": 1500, "cpu": True, "on_device": True, "remove_bpe": "@@ "},
         "systems": [
             {"procedure": "dense"},
             {"procedure": "effective", "sparsity": 0.5, "schedule": ["untuned", "one-shot"], "seed": [1, 2]},
@@ -220,6 +220,6 @@ def test_a_translation_of_other_files_is_not_taken_for_this_one(swept, data_bin,
     system = Translation(
         str(out / "translations" / "dense.untuned.s1.txt"), str(dense), str(out / "masks" / "all-kept.d1.safetensors")
     )
-    translate([system], str(data_bin), Search(beam=2, max_tokens=1500, cpu=True, remove_bpe="@@ "))
+    translate([system], str(data_bin), Search(beam=2, max_tokens=1500, cpu=True, on_device=True, remove_bpe="@@ "))
     with pytest.raises(ArtifactError, match="from other files or by another search"):
         translate([system], str(data_bin), Search(beam=3, max_tokens=1500, cpu=True))
