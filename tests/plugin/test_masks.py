@@ -1,6 +1,7 @@
 """Budgets are met, controls are equal, and masks keep what they must."""
 
 import itertools
+import re
 
 import numpy as np
 import pytest
@@ -10,7 +11,8 @@ from plugin.builders import random_stats
 
 from ap_fairseq import criteria
 from ap_fairseq import masks as masks_module
-from ap_fairseq.artifacts import AttentionStats
+from ap_fairseq.artifacts import AttentionStats, PruningMasks
+from ap_fairseq.cli import masks as cli_masks
 from ap_fairseq.masks import PROCEDURES, MaskSpec, build_masks, format_summary, summarize, total_of
 from ap_fairseq.recording import occupancy_of
 from ap_fairseq.sites import AttentionKind
@@ -412,3 +414,40 @@ def test_always_kept_sets_hold_at_any_budget(granularity):
         assert effective(masks, stats, kind) == pytest.approx(0.6, abs=0.01 if granularity == 1 else 0.1)
     middle = stats.occupancy[AttentionKind.ENCODER_SELF].shape[0] - 1
     assert masks.beyond[AttentionKind.ENCODER_SELF][..., middle - 2 : middle + 3].all()
+
+
+# -- the command ------------------------------------------------------------------------------------------------------
+
+
+def ap_masks(*arguments):
+    cli_masks.main([str(argument) for argument in arguments])
+
+
+def test_controls_take_the_budgets_of_other_masks(tmp_path, capsys):
+    """--total distributes over kinds; --like gives a control the same share of each kind."""
+    stats = peaked_stats()
+    stats.save(tmp_path / "stats.st")
+    ap_masks(tmp_path / "stats.st", "--total", 0.7, "-o", tmp_path / "ours.st")
+    assert "all kinds together: effective 70.0%" in capsys.readouterr().out
+    ap_masks(tmp_path / "stats.st", "--like", tmp_path / "ours.st", "--procedure", "random", "-o", tmp_path / "r.st")
+    ours, control = (PruningMasks.load(tmp_path / name) for name in ("ours.st", "r.st"))
+    for kind in ALL:
+        assert effective(control, stats, kind) == pytest.approx(effective(ours, stats, kind), abs=0.005)
+    assert total_mass(control, stats)[1] < total_mass(ours, stats)[1]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--total", 0.5, "--cross", 0.5], "--total and --cross both name budgets"),
+        (["--total", 0.5, "--scope", "layer"], "--scope layer would split it"),
+        (["--keep-first", "-1"], "expected one argument|-1 is no number of positions"),
+        (["--total", 0.5, "--procedure", "as-published"], "leave scope 'global' at the default"),
+    ],
+)
+def test_flags_that_contradict_each_other_are_refused(flags, message, tmp_path, capsys):
+    random_stats().save(tmp_path / "stats.st")
+    with pytest.raises(SystemExit) as stop:
+        ap_masks(tmp_path / "stats.st", *flags, "-o", tmp_path / "out.st")
+    assert stop.value.code == 2 and re.search(message, capsys.readouterr().err)
+    assert not (tmp_path / "out.st").exists()

@@ -30,7 +30,7 @@ TRAINING = (
 )
 
 
-def python(*command, expect=0) -> str:
+def python(*command) -> str:
     done = subprocess.run(
         [sys.executable, *map(str, command)],
         capture_output=True,
@@ -38,7 +38,7 @@ def python(*command, expect=0) -> str:
         timeout=300,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
     )
-    assert done.returncode == expect, f"{command}: {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    assert done.returncode == 0, f"{command}: {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     return done.stdout + done.stderr
 
 
@@ -130,17 +130,21 @@ def test_systems_of_one_process_translate_as_fairseq_generate_does(swept, data_b
     assert found == [expected[str(n)] for n in range(220)]
 
 
-def test_a_finished_sweep_repeats_nothing_and_refuses_other_settings(swept, corpus, dense):
+def test_a_finished_sweep_repeats_nothing_and_refuses_other_settings(swept, corpus, dense, capfd):
     folder, _ = swept
     before = {path: path.stat().st_mtime_ns for path in (folder / "out").rglob("*") if path.is_file()}
-    printed = python(*command(folder, corpus, dense))
+    sweep.main([str(word) for word in command(folder, corpus, dense)[1:]])
+    printed = capfd.readouterr().out
     changed = [path for path, time in before.items() if path.stat().st_mtime_ns != time]
     assert [path.name for path in changed] == ["results.jsonl"] and " s\n" not in printed.split("| system")[0]
     (folder / "other.yaml").write_text(yaml.safe_dump(description(tune="--dropout 0.3", systems=[
         {"procedure": "effective", "sparsity": 0.5, "schedule": "one-shot"},
         {"procedure": "random", "sparsity": 0.5},
     ])))  # fmt: skip
-    message = python(*command(folder, corpus, dense, "other.yaml"), expect=2)
+    with pytest.raises(SystemExit) as stop:
+        sweep.main([str(word) for word in command(folder, corpus, dense, "other.yaml")[1:]])
+    message = capfd.readouterr().err
+    assert stop.value.code == 2
     assert "one-shot.s1.train" in message and "with other settings" in message and "0.3" in message
 
 
