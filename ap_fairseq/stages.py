@@ -1,7 +1,9 @@
 """Resumable stages of a long experiment: fairseq's and this package's commands, run as functions.
 
 A stage runs in a forked child, so that the seconds of importing torch and fairseq are spent once, and a stage can leave
-its GPU memory, its random state and fairseq's globals behind. The parent must not have used the GPU.
+its GPU memory, its random state and fairseq's globals behind. The parent must not have used the GPU; importing fairseq
+counts GPUs, which torch does through NVML. Where there is no NVML, and CUDA refuses forked processes, set
+AP_START_METHOD=spawn: each stage then imports everything anew.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from ap_fairseq.evaluation import read_lines, write_json
 # Asking whether there is a GPU must not open it: an opened GPU cannot be used after a fork.
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 
-_fork = multiprocessing.get_context("fork")
+_processes = multiprocessing.get_context(os.environ.get("AP_START_METHOD", "fork"))
 
 
 class StageError(RuntimeError):
@@ -68,7 +70,7 @@ class Stages:
         log = self.folder / "logs" / f"{name}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
         started = time.monotonic()
-        child = _fork.Process(target=_call, args=(log, function, args))
+        child = _processes.Process(target=_call, args=(log, function, args))
         child.start()
         child.join()
         if child.exitcode != 0:
@@ -103,7 +105,7 @@ def run_together(jobs: int, tasks: Iterable[tuple[Callable, Sequence[Any]]]) -> 
     while waiting or running:
         while waiting and len(running) < jobs:
             function, args = waiting.pop()
-            process = _fork.Process(target=_report_errors, args=(function, args))
+            process = _processes.Process(target=_report_errors, args=(function, args))
             process.start()
             running[process.sentinel] = process
         for sentinel in multiprocessing.connection.wait(list(running)):
