@@ -29,11 +29,17 @@ setup(
         "numpy",
         "scipy",
     ],
-    extras_require={"dev": ["pytest", "pytest-xdist", "hypothesis", "selenium", "tensorboardX", "ruff", "mypy"]},
+    extras_require={
+        "moses": ["sacremoses"],  # ap-evaluate --tokenized-bleu
+        "dev": [
+            "pytest", "pytest-xdist", "hypothesis", "selenium", "tensorboardX", "sacremoses", "ruff", "mypy",
+        ],
+    },
     entry_points={
         "console_scripts": [
             "ap-record = ap_fairseq.cli.record:main",
             "ap-masks = ap_fairseq.cli.masks:main",
+            "ap-prune-schedule = ap_fairseq.cli.prune_schedule:main",
             "ap-apply = ap_fairseq.cli.apply:main",
             "ap-average = ap_fairseq.cli.average:main",
             "ap-evaluate = ap_fairseq.cli.evaluate:main",

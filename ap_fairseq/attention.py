@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from fairseq.modules import MultiheadAttention
@@ -10,6 +13,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ap_fairseq.artifacts import CELLS_PER_WORD, ArtifactError
 from ap_fairseq.decoding import CrossAttentionCache, SelfAttentionCache
+from ap_fairseq.dynamic import DynamicPruning
 from ap_fairseq.sites import AttentionKind
 from triton_ops import AttentionLayout, block_sparse_attention, use_kernels
 from triton_ops.api import HEAD_SIZES
@@ -32,13 +36,23 @@ class PrunedMultiheadAttention(MultiheadAttention):
         kind: the attention kind, which decides causality and where keys come from.
         backend: ``eager`` (torch, any device), ``triton`` (block-sparse kernels) or ``auto``, which takes the kernels
             for half and single precision on a GPU. ``triton`` raises ValueError where they cannot run.
+        dynamic: what is discarded anew for every sentence, on top of the mask; eager only.
 
     Raises:
         ValueError: for options that have no meaning under a mask (quant-noise, xFormers, bias_kv, zero_attn), or a
             head size that ``triton`` does not support.
     """
 
-    def __init__(self, embed_dim: int, num_heads: int, *, kind: AttentionKind, backend: str = "auto", **kwargs):
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        *,
+        kind: AttentionKind,
+        backend: str = "auto",
+        dynamic: DynamicPruning | None = None,
+        **kwargs,
+    ):
         unsupported = {
             "q_noise": "--quant-noise-pq",
             "xformers_att_config": "--encoder-xformers-att-config/--decoder-xformers-att-config",
@@ -53,6 +67,11 @@ class PrunedMultiheadAttention(MultiheadAttention):
                 f"--attention-backend triton: heads of {embed_dim} / {num_heads} = {embed_dim // num_heads} elements; "
                 f"the kernels take {', '.join(map(str, HEAD_SIZES))}; choose another number of heads, or eager"
             )
+        if dynamic is not None and backend == "triton":
+            raise ValueError(
+                "--attention-backend triton with --attention-top-k or --attention-threshold: these need all scores, "
+                "which the kernels never form; use eager"
+            )
         super().__init__(
             embed_dim,
             num_heads,
@@ -62,6 +81,7 @@ class PrunedMultiheadAttention(MultiheadAttention):
         )
         self.kind = kind
         self.backend = backend
+        self.dynamic = dynamic
         # The name that --retain-dropout-modules knows.
         self.dropout_module.module_name = MultiheadAttention.__name__
         self.register_buffer("keep_words", torch.zeros(num_heads, 0, 0, dtype=torch.int64))
@@ -191,13 +211,18 @@ class PrunedMultiheadAttention(MultiheadAttention):
                 q, k, v = self.q_proj(query), self.k_proj(key), self.v_proj(key)
             output, weights = self._attend(*map(self.split_heads, (q, k, v)), key_padding_mask, want_weights)
         output = self.out_proj(output.permute(2, 0, 1, 3).flatten(2))
-        if weights is not None:
-            weights = weights.transpose(0, 1) if need_head_weights else weights.mean(1)
-        return output, weights
+        if not want_weights:
+            return output, None
+        return output, weights.transpose(0, 1) if need_head_weights else weights.mean(1)
 
     def _dropout_p(self) -> float:
         dropout = self.dropout_module
         return dropout.p if self.training or dropout.apply_during_inference else 0.0
+
+    def _eager(self, want_weights: bool) -> Callable:
+        if want_weights or self.dynamic is not None:
+            return functools.partial(attend_with_weights, dynamic=self.dynamic)
+        return attend_fused
 
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, key_padding: Tensor | None, want_weights: bool
@@ -205,10 +230,10 @@ class PrunedMultiheadAttention(MultiheadAttention):
         """Whole sentences: (B, H, T, D) each -> output (B, H, Tq, D), and weights (B, H, Tq, Tk) or None."""
         n_queries, n_keys = q.size(2), k.size(2)
         query_padding = key_padding if self.self_attention else None
-        kernels = use_kernels(self.backend, q)
+        kernels = self.dynamic is None and use_kernels(self.backend, q)
         output = weights = None
         if want_weights or not kernels:
-            attend = attend_with_weights if want_weights else attend_fused
+            attend = self._eager(want_weights)
             keep = self.keep_mask(n_queries, n_keys)
             output, weights = attend(q, k, v, keep, key_padding, query_padding, self.scaling, self._dropout_p())
         if kernels:  # also where weights are read: the output must not depend on that
@@ -246,7 +271,7 @@ class PrunedMultiheadAttention(MultiheadAttention):
         self.set_incremental_state(incremental_state, "attn_state", {"cache": cache})
 
         dropout_p = self._dropout_p()
-        kernels = use_kernels(self.backend, q)
+        kernels = self.dynamic is None and use_kernels(self.backend, q)
         if kernels and dropout_p and self.backend == "triton":
             raise ValueError(
                 f"dropout {dropout_p} while decoding (--retain-dropout) with --attention-backend triton: the decoding "
@@ -259,7 +284,7 @@ class PrunedMultiheadAttention(MultiheadAttention):
             k, v, padding = cache.dense()
             by_sentence = q.unflatten(0, (k.size(0), -1)).transpose(1, 2)  # (B, H, beam, D): a step's beams are queries
             keep = self.keep_mask(row + 1, k.size(2))[:, row : row + 1]
-            attend = attend_with_weights if want_weights else attend_fused
+            attend = self._eager(want_weights)
             output, weights = attend(by_sentence, k, v, keep, padding, None, self.scaling, dropout_p)
             output = output.transpose(1, 2).flatten(0, 1)
             weights = None if weights is None else weights.transpose(1, 2).flatten(0, 1).unsqueeze(2)
@@ -334,6 +359,7 @@ def attend_with_weights(
     query_padding: Tensor | None,
     scale: float,
     dropout_p: float,
+    dynamic: DynamicPruning | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The reference: softmax over the visible cells in float32, dropout, weighted sum of values.
 
@@ -342,13 +368,17 @@ def attend_with_weights(
         k, v: (B, H, Tk, D).
         keep: bool (H, Tq, Tk), True = kept.
         key_padding: (B, Tk), query_padding: (B, Tq), True = padded, or None.
+        dynamic: inference-time pruning of the probabilities.
 
     Returns:
         Output (B, H, Tq, D), 0 for padded queries, and probabilities before dropout, float32 (B, H, Tq, Tk).
     """
     scores = torch.matmul(q * scale, k.transpose(-1, -2))
     scores = scores.masked_fill(~visible_cells(keep, key_padding, query_padding), float("-inf"))
-    weights = torch.softmax(scores, dim=-1, dtype=torch.float32)
+    if dynamic is None:
+        weights = torch.softmax(scores, dim=-1, dtype=torch.float32)
+    else:
+        weights = dynamic.probabilities(scores, query_padding)
     output = torch.matmul(F.dropout(weights.type_as(v), dropout_p, training=dropout_p > 0), v)
     return _zero_padded(output, query_padding), weights
 

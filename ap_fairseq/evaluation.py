@@ -1,17 +1,35 @@
-"""Scores that others can trust: sacreBLEU and chrF with their signatures, from fairseq-generate's output."""
+"""Scores that others can trust: sacreBLEU's metrics and significance tests with their signatures.
+
+Hypotheses come from fairseq-generate's logs or from plain text; every function takes them detokenised, as lists of one
+text per line of the reference.
+"""
 
 from __future__ import annotations
 
+import importlib
+import itertools
 import json
+import os
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sacrebleu.metrics import BLEU, CHRF
+from sacrebleu.metrics import BLEU, CHRF, TER
+from sacrebleu.significance import PairedTest
 
 from ap_fairseq.artifacts import ArtifactError, atomic_output
 
-_DETOKENIZED = re.compile(r"^D-(\d+)\t(\S+)\t(.*)$")
+METRICS = {"bleu": BLEU, "chrf": CHRF, "ter": TER}
+SIGNIFICANCE_TESTS = {"bootstrap": "bs", "randomization": "ar"}  # as sacreBLEU's --paired-bs and --paired-ar
+TOKENIZED_BLEU = ("cased", "lowercased", "compound-split")
+LENGTH_BUCKETS = (10, 20, 30, 40, 60)
+
+_LOG_LINE = re.compile(r"^([STHDP])-(\d+)\t(.*)$")
+_COMPOUND = re.compile(r"(\S)-(\S)")
+
+
+# -- files ------------------------------------------------------------------------------------------------------------
 
 
 def read_lines(path) -> list[str]:
@@ -27,16 +45,23 @@ def read_lines(path) -> list[str]:
 
 
 def read_hypotheses(path) -> list[str]:
-    """Return the detokenised best hypotheses of a fairseq-generate log, in the order of the data set.
+    """Return the detokenised best hypotheses of a fairseq-generate log in the order of the data set, or plain lines.
+
+    A file with lines as fairseq-generate writes them (``S-0``, ``T-0``, ``H-0``, ``D-0``, ``P-0``) is a log; any other
+    file is plain text.
 
     Raises:
-        ArtifactError: if the file is missing, or its sentences are not numbered 0 ... n-1: a run that was cut off.
+        ArtifactError: if the file is missing, or the sentences of a log are not numbered 0 ... n-1: a run that was cut
+            off.
     """
+    lines = read_lines(path)
+    entries = [match for match in map(_LOG_LINE.match, lines) if match]
+    if not entries:
+        return lines
     found: dict[int, str] = {}
-    for line in read_lines(path):
-        match = _DETOKENIZED.match(line)
-        if match:
-            found.setdefault(int(match[1]), match[3])  # with --nbest, the best comes first
+    for entry in entries:
+        if entry[1] == "D":
+            found.setdefault(int(entry[2]), entry[3].split("\t", 1)[1])  # with --nbest, the best comes first
     if sorted(found) != list(range(len(found))) or not found:
         last = max(found, default=-1)
         raise ArtifactError(
@@ -46,32 +71,255 @@ def read_hypotheses(path) -> list[str]:
     return [found[index] for index in range(len(found))]
 
 
-def score(hypotheses: list[str], references: list[str]) -> dict[str, Any]:
-    """Score detokenised hypotheses against one reference each.
-
-    Returns:
-        bleu, chrf (both 0-100), their sacreBLEU signatures, and the ratio of hypothesis to reference length as
-        sacreBLEU counts tokens.
-
-    Raises:
-        ArtifactError: if the numbers of sentences differ.
-    """
-    if len(hypotheses) != len(references):
-        raise ArtifactError(f"{len(hypotheses)} hypotheses for {len(references)} references")
-    bleu, chrf = BLEU(), CHRF()
-    bleu_score = bleu.corpus_score(hypotheses, [references])
-    chrf_score = chrf.corpus_score(hypotheses, [references])
-    return {
-        "bleu": bleu_score.score,
-        "bleu_signature": str(bleu.get_signature()),
-        "chrf": chrf_score.score,
-        "chrf_signature": str(chrf.get_signature()),
-        "length_ratio": bleu_score.sys_len / bleu_score.ref_len,
-        "sentences": len(hypotheses),
-    }
-
-
 def write_json(path, document: Any, overwrite: bool = False) -> None:
     """Write *document* as indented JSON to a temporary name and rename it."""
     with atomic_output(path, overwrite) as temporary:
         Path(temporary).write_text(json.dumps(document, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+# -- scores -----------------------------------------------------------------------------------------------------------
+
+
+def require_parallel(name: str, hypotheses: Sequence[str], references: Sequence[str]) -> None:
+    """Raise :class:`ArtifactError` unless there is one hypothesis for each reference, and at least one."""
+    if len(hypotheses) != len(references):
+        raise ArtifactError(
+            f"{name}: {len(hypotheses)} hypotheses for {len(references)} references; they must come from the same "
+            "data, one line each, and a log must not be cut off"
+        )
+    if not references:
+        raise ArtifactError(f"{name}: nothing to score, hypotheses and references are empty")
+
+
+def score(
+    hypotheses: Sequence[str], references: Sequence[str], metrics: Sequence[str] = ("bleu", "chrf")
+) -> dict[str, Any]:
+    """Score detokenised hypotheses against one reference each.
+
+    Args:
+        metrics: names from :data:`METRICS`.
+
+    Returns:
+        For each metric its score (0-100; TER may exceed 100, and lower is better) and ``<metric>_signature``; with
+        ``bleu`` also ``length_ratio``, the hypothesis length over the reference length as sacreBLEU counts tokens; and
+        the number of ``sentences``.
+
+    Raises:
+        ArtifactError: if the numbers of sentences differ.
+    """
+    require_parallel("score", hypotheses, references)
+    result: dict[str, Any] = {"sentences": len(hypotheses)}
+    for name in metrics:
+        metric = METRICS[name]()
+        value = metric.corpus_score(list(hypotheses), [list(references)])
+        result[name] = value.score
+        result[f"{name}_signature"] = str(metric.get_signature())
+        if name == "bleu":
+            result["length_ratio"] = value.sys_len / value.ref_len
+    return result
+
+
+def compare_systems(
+    systems: Mapping[str, Sequence[str]],
+    references: Sequence[str],
+    test: str = "bootstrap",
+    metrics: Sequence[str] = ("bleu", "chrf"),
+    samples: int | None = None,
+) -> dict[str, Any]:
+    """Test each system against the first one with sacreBLEU's paired significance tests.
+
+    Args:
+        systems: name -> hypotheses; the first is the baseline.
+        test: ``bootstrap`` (paired bootstrap resampling, Koehn 2004) or ``randomization`` (paired approximate
+            randomisation, Riezler and Maxwell 2005).
+        metrics: names from :data:`METRICS`.
+        samples: resamples or trials; default: sacreBLEU's 1,000 and 10,000.
+
+    Returns:
+        ``{"test", "baseline", "samples", "signatures": {metric: signature with the seed},
+        "systems": {name: {metric: {"score", "p", "mean", "ci95"}}}}``. ``p`` is two-sided, 1 for translations equal to
+        the baseline's, and absent for the baseline. ``mean`` and ``ci95`` (half the width of the 95% interval) are of
+        the resampled scores, with ``bootstrap`` only. The seed is sacreBLEU's (12345, or ``SACREBLEU_SEED``).
+
+    Raises:
+        ArtifactError: if there are fewer than two systems, or numbers of sentences differ.
+    """
+    if len(systems) < 2:
+        raise ArtifactError(f"a significance test compares two systems or more, got {len(systems)}")
+    for name, hypotheses in systems.items():
+        require_parallel(name, hypotheses, references)
+    paired = PairedTest(
+        [(name, list(hypotheses)) for name, hypotheses in systems.items()],
+        {name: METRICS[name]() for name in metrics},
+        [list(references)],
+        test_type=SIGNIFICANCE_TESTS[test],
+        n_samples=samples or 0,
+    )
+    signatures, columns = paired()
+    # sacreBLEU names the columns after the score, e.g. chrF2, in the order in which the metrics were given.
+    column_of = dict(zip(metrics, signatures, strict=True))
+    compared: dict[str, dict[str, Any]] = {name: {} for name in systems}
+    baseline = list(next(iter(systems.values())))
+    for metric, column in column_of.items():
+        for name, result in zip(systems, columns[column], strict=True):
+            values = {"score": result.score, "p": result.p_value, "mean": result.mean, "ci95": result.ci}
+            if result.p_value is not None and list(systems[name]) == baseline:
+                values["p"] = 1.0  # sacreBLEU counts differences above the real one: none here, so it finds 1/(n + 1)
+            compared[name][metric] = {key: float(value) for key, value in values.items() if value is not None}
+    return {
+        "test": test,
+        "baseline": next(iter(systems)),
+        "samples": paired.n_samples,
+        "signatures": {metric: str(signatures[column]) for metric, column in column_of.items()},
+        "systems": compared,
+    }
+
+
+def score_by_length(
+    hypotheses: Sequence[str], references: Sequence[str], edges: Sequence[int] = LENGTH_BUCKETS
+) -> list[dict[str, Any]]:
+    """Score sentences by the length of their reference in words, separated by white space.
+
+    Args:
+        edges: ascending; the buckets are up to edges[0], up to edges[1], ..., and above the last.
+
+    Returns:
+        For each bucket that holds a sentence: ``least`` and ``most`` words (None: no limit), ``sentences``, ``bleu``,
+        ``chrf`` and ``length_ratio``.
+    """
+    require_parallel("by length", hypotheses, references)
+    if list(edges) != sorted(set(edges)) or not edges or edges[0] < 1:
+        raise ArtifactError(f"length buckets {list(edges)} are not ascending numbers of words from 1")
+    lengths = [len(reference.split()) for reference in references]
+    buckets = []
+    for least, most in itertools.pairwise([0, *[edge + 1 for edge in edges], None]):
+        inside = [k for k, n in enumerate(lengths) if n >= least and (most is None or n < most)]
+        if not inside:
+            continue
+        scores = score([hypotheses[k] for k in inside], [references[k] for k in inside])
+        kept = {key: scores[key] for key in ("sentences", "bleu", "chrf", "length_ratio")}
+        buckets.append({"least": least, "most": None if most is None else most - 1, **kept})
+    return buckets
+
+
+def score_documents(
+    hypotheses: Sequence[str],
+    references: Sequence[str],
+    documents: Sequence[str] | None = None,
+    separator: str | None = None,
+) -> dict[str, Any]:
+    """Score whole documents: d-BLEU, whose n-grams cross segment boundaries.
+
+    Args:
+        documents: the document of each line; neighbouring lines of the same document are joined. Default: a line is a
+            document.
+        separator: what stands between the segments of a line, e.g. ``<sep>``; default: a line is one segment.
+
+    Returns:
+        ``documents``, ``d_bleu``, ``d_chrf``, ``d_bleu_signature``. With a *separator* also ``s_bleu``, the BLEU of
+        segments paired by their place in the line (a missing segment counts as empty, surplus ones belong to the last),
+        ``segments``, and ``lines_with_equal_segments``, the share of lines with as many segments as their reference.
+    """
+    require_parallel("documents", hypotheses, references)
+    if documents is not None and len(documents) != len(references):
+        raise ArtifactError(f"{len(documents)} document names for {len(references)} references; expected one a line")
+    names = documents if documents is not None else range(len(references))
+    split = [[_segments(line, separator) for line in side] for side in (hypotheses, references)]
+    joined: list[list[str]] = [[], []]
+    for _, lines in itertools.groupby(range(len(references)), key=lambda k: names[k]):
+        members = list(lines)
+        for side in (0, 1):
+            joined[side].append(" ".join(itertools.chain.from_iterable(split[side][k] for k in members)))
+    whole = score(joined[0], joined[1])
+    result = {"documents": len(joined[0]), "d_bleu": whole["bleu"], "d_chrf": whole["chrf"]}
+    result["d_bleu_signature"] = whole["bleu_signature"]
+    if separator is not None:
+        paired = [_paired_segments(*lines) for lines in zip(*split, strict=True)]
+        segments = score([h for line in paired for h, _ in line], [r for line in paired for _, r in line])
+        equal = sum(len(h) == len(r) for h, r in zip(*split, strict=True))
+        result |= {
+            "s_bleu": segments["bleu"],
+            "segments": segments["sentences"],
+            "lines_with_equal_segments": equal / len(references),
+        }
+    return result
+
+
+def _segments(line: str, separator: str | None) -> list[str]:
+    return [line] if separator is None else [segment.strip() for segment in line.split(separator)]
+
+
+def _paired_segments(hypothesis: list[str], reference: list[str]) -> list[tuple[str, str]]:
+    last = len(reference) - 1
+    segments = hypothesis[:last] + [" ".join(hypothesis[last:])]
+    return list(zip(segments + [""] * (len(reference) - len(segments)), reference, strict=True))
+
+
+def tokenized_bleu(hypotheses: Sequence[str], references: Sequence[str], style: str, language: str) -> dict[str, Any]:
+    """Moses-tokenised BLEU, for comparison with tables from before sacreBLEU only.
+
+    Args:
+        style: ``cased``; ``lowercased``, as IWSLT14 tables are; ``compound-split``, as most WMT14 En-De tables are
+            (words joined by a hyphen count as several).
+        language: of the text, e.g. ``de``, for sacremoses.
+
+    Returns:
+        ``tokenized_bleu`` and ``tokenized_bleu_signature``, which names style and tokenizer.
+
+    Raises:
+        ArtifactError: if sacremoses is not installed.
+    """
+    require_parallel("tokenised BLEU", hypotheses, references)
+    try:
+        sacremoses = importlib.import_module("sacremoses")
+    except ImportError as error:
+        raise ArtifactError("tokenised BLEU needs the package sacremoses: pip install sacremoses") from error
+    tokenizer = sacremoses.MosesTokenizer(lang=language)
+
+    def tokenized(text: str) -> str:
+        if style == "lowercased":
+            text = text.lower()
+        text = tokenizer.tokenize(text, return_str=True, escape=False)
+        return _COMPOUND.sub(r"\1 ##AT##-##AT## \2", text) if style == "compound-split" else text
+
+    metric = BLEU(tokenize="none", force=True, smooth_method="none")
+    value = metric.corpus_score([tokenized(text) for text in hypotheses], [[tokenized(text) for text in references]])
+    signature = f"{metric.get_signature()}|moses:{style}-{language}|sacremoses:{sacremoses.__version__}"
+    return {"tokenized_bleu": value.score, "tokenized_bleu_signature": signature}
+
+
+def comet_scores(model, sources: Sequence[str], systems: Mapping[str, Sequence[str]], references: Sequence[str]):
+    """COMET system scores (0-1, higher is better) from a model file on this machine; nothing is downloaded.
+
+    Args:
+        model: path of a COMET checkpoint, e.g. ``.../wmt22-comet-da/checkpoints/model.ckpt``. The language model it is
+            built on must be in the local cache of the transformers package.
+
+    Returns:
+        name -> score.
+
+    Raises:
+        ArtifactError: if the package or the model is not there.
+    """
+    if not Path(model).is_file():
+        raise ArtifactError(
+            f"COMET model {model} does not exist; ap-evaluate downloads none: fetch it with comet's download_model and "
+            "name its checkpoints/model.ckpt"
+        )
+    # Read by transformers when comet imports it: its encoder must come from the local cache.
+    os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1")
+    try:
+        comet = importlib.import_module("comet")
+    except ImportError as error:
+        raise ArtifactError("COMET needs the package unbabel-comet: pip install unbabel-comet") from error
+    import torch
+
+    loaded = comet.load_from_checkpoint(str(model))
+    scores = {}
+    for name, hypotheses in systems.items():
+        require_parallel(name, hypotheses, references)
+        require_parallel("source", sources, references)
+        data = [{"src": s, "mt": h, "ref": r} for s, h, r in zip(sources, hypotheses, references, strict=True)]
+        prediction = loaded.predict(data, batch_size=16, gpus=int(torch.cuda.is_available()))
+        scores[name] = float(prediction.system_score)
+    return scores

@@ -64,6 +64,8 @@ class PrunedSequenceGenerator(SequenceGenerator):
             return "adaptive softmax"
         if any(module.dropout_module.apply_during_inference for _, module in self._sites()):
             return "dropout during inference (--retain-dropout)"
+        if any(module.dynamic is not None for _, module in self._sites()):
+            return "pruning at inference time (--attention-top-k, --attention-threshold)"
         if 2 * self.beam_size >= self.vocab_size:
             return f"a beam of {self.beam_size} with {self.vocab_size} words"
         options = {

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from ap_fairseq.artifacts import ArtifactError, PruningMasks, dictionary_hashes, file_sha256
 from ap_fairseq.attention import MASK_BUFFERS, PrunedMultiheadAttention
 from ap_fairseq.compat import drop_bettertransformer_copies
+from ap_fairseq.dynamic import DynamicPruning
 from ap_fairseq.sites import AttentionKind, architecture, attention_sites
 from triton_ops.api import BACKENDS
 
@@ -73,7 +74,7 @@ def _flat_fields() -> list[tuple[str, Any, Any]]:
     return flat
 
 
-_MaskFields = [
+_PluginFields = [
     (
         "attention_masks",
         Optional[str],
@@ -93,10 +94,43 @@ _MaskFields = [
             metadata={"help": "what computes attention: triton kernels, eager torch, or whichever suits the device"},
         ),
     ),
+    (
+        "attention_top_k",
+        Optional[str],
+        dataclasses.field(
+            default=None,
+            metadata={
+                "help": "for analysis: each query attends to its k best keys only (Gupta et al. 2021); a number, or "
+                "numbers per kind such as encoder_self=4,cross=3"
+            },
+        ),
+    ),
+    (
+        "attention_threshold",
+        Optional[str],
+        dataclasses.field(
+            default=None,
+            metadata={
+                "help": "for analysis: attention probabilities below this become 0 (Ji et al. 2021); a number, or "
+                "numbers per kind"
+            },
+        ),
+    ),
+    (
+        "attention_log_bits",
+        int,
+        dataclasses.field(
+            default=0,
+            metadata={
+                "help": "for analysis: round the probabilities above --attention-threshold to 2^N - 1 values on a log "
+                "scale (Ji et al. 2021 use 3); 0 for no rounding"
+            },
+        ),
+    ),
 ]
 
 PrunedTransformerConfig = dataclasses.make_dataclass(
-    "PrunedTransformerConfig", _flat_fields() + _MaskFields, bases=(FairseqDataclass,)
+    "PrunedTransformerConfig", _flat_fields() + _PluginFields, bases=(FairseqDataclass,)
 )
 PrunedTransformerConfig.__module__ = __name__
 PrunedTransformerConfig.__doc__ = "fairseq's TransformerConfig with flat names, plus the flags of this plugin."
@@ -117,6 +151,7 @@ def _attention(embed_dim: int, cfg: TransformerConfig, kind: AttentionKind, **kw
         side.attention_heads,
         kind=kind,
         backend=cfg.attention_backend,
+        dynamic=DynamicPruning.from_options(kind, cfg.attention_top_k, cfg.attention_threshold, cfg.attention_log_bits),
         dropout=cfg.attention_dropout,
         q_noise=cfg.quant_noise.pq,
         qn_block_size=cfg.quant_noise.pq_block_size,

@@ -1,29 +1,80 @@
-"""``ap-evaluate``: score fairseq-generate logs, with everything a score depends on beside it."""
+"""``ap-evaluate``: score translations, with everything a score depends on beside it."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
+from ap_fairseq import evaluation
 from ap_fairseq.artifacts import ArtifactError, file_sha256, load_checkpoint, refuse_existing, versions
 from ap_fairseq.cli.common import command
-from ap_fairseq.evaluation import read_hypotheses, read_lines, score, write_json
 from ap_fairseq.models import decode_provenance
 from ap_fairseq.sites import AttentionKind
+
+METRIC_TITLES = {"bleu": "BLEU", "chrf": "chrF2", "ter": "TER"}
 
 
 def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description="Score the output of fairseq-generate with sacreBLEU and chrF and print a table. Each system is "
-        "NAME=LOG or NAME=LOG,CHECKPOINT; the checkpoint adds its hash and the sparsity of its masks."
+        description="Score translations with sacreBLEU's metrics and print a table. Each system is NAME=FILE or "
+        "NAME=FILE,CHECKPOINT; FILE is a log of fairseq-generate or plain text, one hypothesis a line, and the "
+        "checkpoint adds its hash and the sparsity of its masks. The first system is the baseline of significance "
+        "tests."
     )
-    parser.add_argument("systems", nargs="*", metavar="NAME=LOG[,CHECKPOINT]")
+    parser.add_argument("systems", nargs="*", metavar="NAME=FILE[,CHECKPOINT]")
     parser.add_argument("--reference", help="raw reference text, one sentence a line")
+    parser.add_argument(
+        "--metrics",
+        nargs="+",
+        choices=evaluation.METRICS,
+        default=list(evaluation.METRICS),
+        help="default: all of %(default)s",
+    )
+    parser.add_argument(
+        "--significance",
+        choices=evaluation.SIGNIFICANCE_TESTS,
+        help="test every system against the first: paired bootstrap or paired approximate randomization",
+    )
+    parser.add_argument(
+        "--samples", type=int, metavar="N", help="resamples or trials; default: 1,000 for bootstrap, 10,000 otherwise"
+    )
+    parser.add_argument(
+        "--by-length",
+        nargs="*",
+        type=int,
+        metavar="WORDS",
+        help="also score by reference length; the numbers are the upper ends of the buckets, default: "
+        f"{' '.join(map(str, evaluation.LENGTH_BUCKETS))}",
+    )
+    parser.add_argument(
+        "--documents",
+        metavar="FILE",
+        help="also score whole documents (d-BLEU): the document of each line, up to the first tab; neighbouring lines "
+        "of one document are joined",
+    )
+    parser.add_argument(
+        "--separator",
+        metavar="TEXT",
+        help="what separates the segments of a line that is a document, e.g. '<sep>': adds d-BLEU without it, and "
+        "s-BLEU",
+    )
+    parser.add_argument(
+        "--tokenized-bleu",
+        choices=evaluation.TOKENIZED_BLEU,
+        help="add Moses-tokenised BLEU, to compare with old tables only (needs sacremoses and --language)",
+    )
+    parser.add_argument("--language", help="language of the translations, for --tokenized-bleu, e.g. de")
+    parser.add_argument(
+        "--comet", metavar="FILE", help="add COMET with this local model (needs unbabel-comet and --source)"
+    )
+    parser.add_argument("--source", help="raw source text, for --comet")
     parser.add_argument("--markdown", metavar="JSON", help="print a results file as a Markdown table, and nothing else")
+    parser.add_argument("--latex", metavar="JSON", help="print a results file as a LaTeX table, and nothing else")
     parser.add_argument(
         "--stages", metavar="DIR", help="stage marks of an example's run: adds the seconds of each stage"
     )
@@ -32,17 +83,62 @@ def get_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def evaluate(name: str, log: str, checkpoint: str | None, references: list[str]) -> dict:
-    """Return the scores of one system with its signature."""
-    result = {"system": name, **score(read_hypotheses(log), references)}
-    if checkpoint:
-        result["checkpoint_sha256"] = file_sha256(checkpoint)
-        provenance = decode_provenance(load_checkpoint(checkpoint)["model"].get("mask_metadata"))
-        if provenance is not None:
-            result["masks_sha256"] = provenance["masks_sha256"]
-            result["procedure"] = provenance["procedure"]
-            result["sparsity"] = provenance["sparsity"]
+# -- scoring ----------------------------------------------------------------------------------------------------------
+
+
+def describe_checkpoint(checkpoint: str) -> dict:
+    """Return what a checkpoint adds to the scores of its translations: its hash, and its masks if it has any."""
+    result = {"checkpoint_sha256": file_sha256(checkpoint)}
+    provenance = decode_provenance(load_checkpoint(checkpoint)["model"].get("mask_metadata"))
+    if provenance is not None:
+        result |= {key: provenance[key] for key in ("masks_sha256", "procedure", "sparsity")}
     return result
+
+
+def evaluate(args: argparse.Namespace) -> dict:
+    """Return the scores of all systems as ``{"systems": [...]}``, with ``"significance"`` if asked for."""
+    references = evaluation.read_lines(args.reference)
+    documents = None
+    if args.documents:
+        documents = [line.partition("\t")[0] for line in evaluation.read_lines(args.documents)]
+    systems = [_parse_system(text) for text in args.systems]
+    hypotheses = {name: evaluation.read_hypotheses(file) for name, file, _ in systems}
+    if len(hypotheses) < len(systems):
+        raise ArtifactError(f"two systems have the same name; names given: {', '.join(name for name, *_ in systems)}")
+    results = []
+    for name, _, checkpoint in systems:
+        evaluation.require_parallel(name, hypotheses[name], references)
+        result = {"system": name, **evaluation.score(hypotheses[name], references, args.metrics)}
+        if args.by_length is not None:
+            edges = args.by_length or evaluation.LENGTH_BUCKETS
+            result["by_length"] = evaluation.score_by_length(hypotheses[name], references, edges)
+        if documents is not None or args.separator is not None:
+            result |= evaluation.score_documents(hypotheses[name], references, documents, args.separator)
+        if args.tokenized_bleu:
+            result |= evaluation.tokenized_bleu(hypotheses[name], references, args.tokenized_bleu, args.language)
+        if checkpoint:
+            result |= describe_checkpoint(checkpoint)
+        results.append(result)
+    document = {"systems": results}
+    if args.significance:
+        document["significance"] = evaluation.compare_systems(
+            hypotheses, references, args.significance, args.metrics, args.samples
+        )
+    if args.comet:
+        sources = evaluation.read_lines(args.source)
+        scores = evaluation.comet_scores(args.comet, sources, hypotheses, references)
+        for result in results:
+            result["comet"] = scores[result["system"]]
+            result["comet_model"] = Path(args.comet).resolve().parent.parent.name
+    return document
+
+
+def _parse_system(text: str) -> tuple[str, str, str | None]:
+    name, _, files = text.partition("=")
+    file, _, checkpoint = files.partition(",")
+    if not file:
+        raise ArtifactError(f"system {text!r} is not of the form NAME=FILE or NAME=FILE,CHECKPOINT")
+    return name, file, checkpoint or None
 
 
 def environment() -> dict:
@@ -57,67 +153,147 @@ def read_seconds(folder: str) -> dict[str, float]:
     return {mark.name: float(mark.read_text(encoding="utf-8").split("\n", 1)[0]) for mark in marks}
 
 
+# -- tables -----------------------------------------------------------------------------------------------------------
+
+
 def _pruned_cells(result: dict) -> list[str]:
     """Return effective sparsity and kept mass of each kind in percent, or ``dense``."""
     parts = [result.get("sparsity", {}).get(kind.value) for kind in AttentionKind]
     return ["dense" if part is None else "{effective:.1%} / {kept_mass:.1%}".format(**part) for part in parts]
 
 
-def format_results(results: list[dict]) -> str:
-    """Render the scores as a table for terminals; effective sparsity and kept mass in percent."""
-    header = f"{'system':<28}{'BLEU':>7}{'chrF2':>7}{'ratio':>7}"
-    header += "".join(f"{kind.value + ' pruned/kept mass':>32}" for kind in AttentionKind)
-    lines = [header]
-    for result in results:
-        line = f"{result['system']:<28}{result['bleu']:>7.2f}{result['chrf']:>7.2f}{result['length_ratio']:>7.3f}"
-        lines.append(line + "".join(f"{cell:>32}" for cell in _pruned_cells(result)))
-    lines.append(f"BLEU {results[0]['bleu_signature']}")
-    lines.append(f"chrF2 {results[0]['chrf_signature']}")
-    return "\n".join(lines)
+def _p_value(document: dict, system: str, metric: str) -> str:
+    tested = document["significance"]["systems"][system].get(metric, {})
+    return f"{tested['p']:.3f}" if "p" in tested else "-"
+
+
+def score_table(document: dict) -> list[list[str]]:
+    """Return the scores of a results file as rows of cells, the header first; columns that no system has are left out.
+
+    pruned = effective sparsity, kept = kept mass; p = of the significance test against the first system.
+    """
+    keys = [("bleu", "BLEU", ".2f"), ("chrf", "chrF2", ".2f"), ("ter", "TER", ".2f"), ("s_bleu", "s-BLEU", ".2f")]
+    keys += [("d_bleu", "d-BLEU", ".2f"), ("tokenized_bleu", "tokenised BLEU", ".2f"), ("comet", "COMET", ".4f")]
+    keys += [("length_ratio", "length ratio", ".3f")]
+    columns = [key for key in keys if any(key[0] in result for result in document["systems"])]
+    tested = [m for m in METRIC_TITLES if m in document.get("significance", {}).get("signatures", {})]
+    header = ["system", *[title for _, title, _ in columns], *[f"p ({METRIC_TITLES[m]})" for m in tested]]
+    rows = [header + [f"{kind.value} pruned / kept" for kind in AttentionKind]]
+    for result in document["systems"]:
+        scores = [format(result[key], digits) if key in result else "-" for key, _, digits in columns]
+        p_values = [_p_value(document, result["system"], metric) for metric in tested]
+        rows.append([result["system"], *scores, *p_values, *_pruned_cells(result)])
+    return rows
+
+
+def length_table(document: dict) -> list[list[str]]:
+    """Return BLEU by length of the reference as rows of cells, the header first; empty if it was not asked for."""
+    scored = [result for result in document["systems"] if "by_length" in result]
+    if not scored:
+        return []
+    buckets = scored[0]["by_length"]
+    rows = [["BLEU by reference words", *[f"{_bucket_title(b)} (n={b['sentences']:,})" for b in buckets]]]
+    return rows + [[result["system"], *[f"{b['bleu']:.2f}" for b in result["by_length"]]] for result in scored]
+
+
+def _bucket_title(bucket: dict) -> str:
+    return f"> {bucket['least'] - 1}" if bucket["most"] is None else f"{bucket['least']}-{bucket['most']}"
+
+
+def signature_parts(document: dict) -> list[tuple[str, str]]:
+    """Return (what, signature) of everything in the tables."""
+    first = document["systems"][0]
+    titles = [*METRIC_TITLES.items(), ("d_bleu", "d-BLEU"), ("tokenized_bleu", "tokenised BLEU")]
+    parts = [(title, first[f"{key}_signature"]) for key, title in titles if f"{key}_signature" in first]
+    if "comet_model" in first:
+        parts.append(("COMET", first["comet_model"]))
+    if "significance" in document:
+        tested = document["significance"]
+        parts += [(f"p ({METRIC_TITLES[metric]})", text) for metric, text in tested["signatures"].items()]
+    return parts
+
+
+def format_results(document: dict) -> str:
+    """Render the scores as tables for terminals."""
+    lines = []
+    for rows in filter(None, [score_table(document), length_table(document)]):
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        for row in rows:
+            cells = [row[0].ljust(widths[0]), *[cell.rjust(width) for cell, width in zip(row, widths, strict=True)][1:]]
+            lines.append("  ".join(cells))
+        lines.append("")
+    return "\n".join(lines + [f"{title} {signature}" for title, signature in signature_parts(document)])
 
 
 def format_markdown(document: dict) -> str:
-    """Render a results file as a Markdown table; pruned = effective sparsity, kept = kept mass, in percent."""
-    lines = [
-        "| system | BLEU | chrF2 | length ratio | "
-        + " | ".join(f"{kind.value} pruned / kept" for kind in AttentionKind)
-        + " |",
-        "|---|---:|---:|---:|" + "---:|" * len(AttentionKind),
-    ]
-    for result in document["systems"]:
-        cells = [result["system"], f"{result['bleu']:.2f}", f"{result['chrf']:.2f}", f"{result['length_ratio']:.3f}"]
-        lines.append("| " + " | ".join(cells + _pruned_cells(result)) + " |")
-    first, versions = document["systems"][0], document["versions"]
-    lines += [
-        "",
-        f"{document['device']}, torch {versions['torch']}, fairseq {versions['fairseq']}; "
-        f"{first['sentences']:,} sentences; BLEU `{first['bleu_signature']}`, chrF2 `{first['chrf_signature']}`.",
-    ]
+    """Render a results file as Markdown tables, with device, versions and signatures below."""
+    lines = []
+    for rows in filter(None, [score_table(document), length_table(document)]):
+        alignment = "|---|" + "---:|" * (len(rows[0]) - 1)
+        body = ["| " + " | ".join(row) + " |" for row in rows]
+        lines += [body[0], alignment, *body[1:], ""]
+    versions = document["versions"]
+    return "\n".join(lines) + (
+        f"\n{document['device']}, torch {versions['torch']}, fairseq {versions['fairseq']}; "
+        f"{document['systems'][0]['sentences']:,} sentences; "
+        + ", ".join(f"{title} `{signature}`" for title, signature in signature_parts(document))
+        + "."
+    )
+
+
+def format_latex(document: dict) -> str:
+    """Render a results file as LaTeX tables (package booktabs), the signatures in a comment above each."""
+    lines = [f"% {title}: {signature}" for title, signature in signature_parts(document)]
+    for rows in filter(None, [score_table(document), length_table(document)]):
+        body = [" & ".join(_latex(cell) for cell in row) + r" \\" for row in rows]
+        lines += [rf"\begin{{tabular}}{{l{'r' * (len(rows[0]) - 1)}}}", r"\toprule", body[0], r"\midrule", *body[1:]]
+        lines += [r"\bottomrule", r"\end{tabular}"]
     return "\n".join(lines)
+
+
+def _latex(text: str) -> str:
+    for character in "&%_#$":
+        text = text.replace(character, rf"\{character}")
+    return text.replace(">", "$>$")
+
+
+def read_results(path: str) -> dict:
+    """Read a results file; raises :class:`ArtifactError` if it is none."""
+    try:
+        document = json.loads(Path(path).read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ArtifactError(f"{path} is no JSON file ({error}); expected one that ap-evaluate -o wrote") from error
+    if not isinstance(document, dict) or not document.get("systems"):
+        raise ArtifactError(f"{path} has no entry 'systems'; expected a file that ap-evaluate -o wrote")
+    return document
+
+
+def _check(args: argparse.Namespace, systems: Sequence[str]) -> None:
+    if not systems or not args.reference:
+        raise ArtifactError("nothing to score: name at least one NAME=FILE and the --reference")
+    for flag, needs in (("tokenized_bleu", "language"), ("comet", "source")):
+        if getattr(args, flag) and not getattr(args, needs):
+            raise ArtifactError(f"--{flag.replace('_', '-')} needs --{needs}")
+    if args.samples is not None and (args.significance is None or args.samples < 1):
+        raise ArtifactError(f"--samples {args.samples} takes at least 1 and goes with --significance")
 
 
 @command
 def main(argv: list[str]) -> None:
     args = get_parser().parse_args(argv)
     if args.markdown:
-        print(format_markdown(json.loads(Path(args.markdown).read_text(encoding="utf-8"))))
+        print(format_markdown(read_results(args.markdown)))
         return
-    if not args.systems or not args.reference:
-        raise ArtifactError("nothing to score: name at least one NAME=LOG and the --reference")
+    if args.latex:
+        print(format_latex(read_results(args.latex)))
+        return
+    _check(args, args.systems)
     if args.output:
         refuse_existing(args.output, args.overwrite)
-    references = read_lines(args.reference)
-    results = []
-    for system in args.systems:
-        name, _, files = system.partition("=")
-        log, _, checkpoint = files.partition(",")
-        if not log:
-            raise ArtifactError(f"system {system!r} is not of the form NAME=LOG or NAME=LOG,CHECKPOINT")
-        results.append(evaluate(name, log, checkpoint or None, references))
-    document = {"command": shlex.join(["ap-evaluate", *argv]), "systems": results, **environment()}
-    print(format_results(results))
+    document = {"command": shlex.join(["ap-evaluate", *argv]), **evaluate(args), **environment()}
+    print(format_results(document))
     if args.stages:
         document["seconds"] = read_seconds(args.stages)
         print("seconds: " + ", ".join(f"{name} {seconds:.0f}" for name, seconds in document["seconds"].items()))
     if args.output:
-        write_json(args.output, document, args.overwrite)
+        evaluation.write_json(args.output, document, args.overwrite)

@@ -1,9 +1,26 @@
-"""Hypotheses and references are read line by line, and gaps are refused."""
+"""Scores and significance tests, from logs and plain text; gaps and mismatches are refused."""
+
+import json
+import re
+import sys
+import types
 
 import pytest
+import sacrebleu
+from plugin.commands import sentence_pairs
 
+from ap_fairseq import evaluation
 from ap_fairseq.artifacts import ArtifactError
-from ap_fairseq.evaluation import read_hypotheses, read_lines
+from ap_fairseq.cli import evaluate
+from ap_fairseq.evaluation import compare_systems, read_hypotheses, read_lines, score, score_by_length, score_documents
+
+REFERENCES = [target for _, target in sentence_pairs(120, seed=5)]
+
+
+def damaged(every: int) -> list[str]:
+    """The references with the first two words swapped in every n-th sentence."""
+    swapped = [re.sub(r"^(\S+) (\S+)", r"\2 \1", line) for line in REFERENCES]
+    return [swapped[k] if k % every == 0 else line for k, line in enumerate(REFERENCES)]
 
 
 def test_only_line_feeds_end_a_line(tmp_path):
@@ -19,8 +36,163 @@ def test_the_best_hypothesis_of_each_sentence_in_order(tmp_path):
     assert read_hypotheses(path) == ["a", "b"]
 
 
-def test_a_log_with_gaps_is_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("log", "found"),
+    [("D-0\t-0.1\ta\nD-2\t-0.1\tc\n", "2 hypotheses for sentences numbered 0 to 2"), ("S-0\ta\nT-0\tb\n", "0 hypo")],
+)
+def test_a_log_with_gaps_is_refused(tmp_path, log, found):
     path = tmp_path / "log"
-    path.write_text("D-0\t-0.1\ta\nD-2\t-0.1\tc\n")
-    with pytest.raises(ArtifactError, match="holds 2 hypotheses for sentences numbered 0 to 2"):
+    path.write_text(log)
+    with pytest.raises(ArtifactError, match=found):
         read_hypotheses(path)
+
+
+def test_plain_text_is_read_line_by_line(tmp_path):
+    path = tmp_path / "text"
+    path.write_text("a D-0\n\nD-1 no log\n")
+    assert read_hypotheses(path) == ["a D-0", "", "D-1 no log"]
+
+
+def test_scores_are_sacrebleus():
+    hypotheses = damaged(3)
+    found = score(hypotheses, REFERENCES, ("bleu", "chrf", "ter"))
+    assert found["bleu"] == sacrebleu.corpus_bleu(hypotheses, [REFERENCES]).score
+    assert found["chrf"] == sacrebleu.corpus_chrf(hypotheses, [REFERENCES]).score
+    assert found["ter"] == sacrebleu.corpus_ter(hypotheses, [REFERENCES]).score
+    assert "tok:tercom" in found["ter_signature"] and found["length_ratio"] == 1
+    assert score(["a b c x"], ["a b c d"], ["ter"])["ter"] == 25  # one edit in four words
+
+
+@pytest.mark.parametrize(("test", "samples"), [("bootstrap", 300), ("randomization", 300)])
+def test_significance_tells_a_real_difference_from_none(test, samples):
+    """Against the baseline: a copy of it differs by chance alone, a system with half of the errors does not."""
+    systems = {"base": damaged(2), "copy": damaged(2), "better": damaged(4)}
+    found = compare_systems(systems, REFERENCES, test, ("bleu", "chrf"), samples)
+    assert (found["baseline"], found["samples"]) == ("base", samples)
+    for metric in ("bleu", "chrf"):
+        assert found["systems"]["better"][metric]["p"] < 0.01
+        assert found["systems"]["copy"][metric]["p"] == 1  # sacreBLEU says 1/(n+1): as if highly significant
+        assert "p" not in found["systems"]["base"][metric]
+        assert "seed:12345" in found["signatures"][metric]
+    assert found["systems"]["base"]["bleu"]["score"] == pytest.approx(score(damaged(2), REFERENCES)["bleu"])
+    if test == "bootstrap":
+        base = found["systems"]["base"]["bleu"]
+        assert abs(base["mean"] - base["score"]) < base["ci95"]
+
+
+def test_length_buckets_hold_every_sentence_once():
+    hypotheses = damaged(3)
+    buckets = score_by_length(hypotheses, REFERENCES, (7, 15))
+    lengths = [len(line.split()) for line in REFERENCES]
+    assert [bucket["sentences"] for bucket in buckets] == [
+        sum(n <= 7 for n in lengths),
+        sum(8 <= n <= 15 for n in lengths),
+        sum(n > 15 for n in lengths),
+    ]
+    assert [(bucket["least"], bucket["most"]) for bucket in buckets] == [(0, 7), (8, 15), (16, None)]
+    short = [k for k, n in enumerate(lengths) if n <= 7]
+    alone = score([hypotheses[k] for k in short], [REFERENCES[k] for k in short])
+    assert buckets[0]["bleu"] == alone["bleu"] < 100
+    with pytest.raises(ArtifactError, match=r"\[15, 7\] are not ascending"):
+        score_by_length(hypotheses, REFERENCES, (15, 7))
+
+
+def test_document_scores_join_lines_and_pair_segments():
+    hypotheses = damaged(3)[:6]
+    references = REFERENCES[:6]
+    joined = score_documents(hypotheses, references, ["a", "a", "a", "b", "b", "a"])
+    documents = [[" ".join(side[k] for k in part) for part in ((0, 1, 2), (3, 4), (5,))]
+                 for side in (hypotheses, references)]  # fmt: skip
+    assert joined["documents"] == 3 and joined["d_bleu"] == score(*documents)["bleu"]
+    assert joined["d_bleu"] != score(hypotheses, references)["bleu"]  # n-grams cross the segments
+
+    lines = [[" <sep> ".join(side[:4]), " <sep> ".join(side[4:])] for side in (hypotheses, references)]
+    cut = score_documents(*lines, separator="<sep>")
+    assert cut["s_bleu"] == score(hypotheses, references)["bleu"] and cut["segments"] == 6
+    assert cut["lines_with_equal_segments"] == 1
+    lost = score_documents([lines[0][0].replace(" <sep> ", " ", 1), lines[0][1]], lines[1], separator="<sep>")
+    assert lost["lines_with_equal_segments"] == 0.5 and lost["s_bleu"] < cut["s_bleu"]
+    assert lost["d_bleu"] == cut["d_bleu"] and lost["segments"] == 6
+    surplus = score_documents(["a <sep> b <sep> c d e f"], ["a <sep> b c d e f"], separator="<sep>")
+    assert surplus["s_bleu"] == pytest.approx(100)  # the last segment takes what follows
+
+
+def test_tokenized_bleu_of_old_tables():
+    hypothesis, reference = ["Ein Rot-Wein-Glas, bitte gleich jetzt!"], ["Ein rot-Wein-Glas, bitte gleich jetzt!"]
+    cased, lowercased, split = (
+        evaluation.tokenized_bleu(hypothesis, reference, style, "de") for style in evaluation.TOKENIZED_BLEU
+    )
+    assert cased["tokenized_bleu"] < split["tokenized_bleu"] < lowercased["tokenized_bleu"] == pytest.approx(100)
+    assert "moses:compound-split-de" in split["tokenized_bleu_signature"]
+
+
+def test_comet_uses_a_local_model_and_nothing_else(tmp_path, monkeypatch):
+    """Without the file or the package: an error; with both, the model gets all three texts, offline."""
+    model = tmp_path / "wmt22-comet-da" / "checkpoints" / "model.ckpt"
+    with pytest.raises(ArtifactError, match="downloads none"):
+        evaluation.comet_scores(model, ["s"], {"x": ["h"]}, ["r"])
+    model.parent.mkdir(parents=True)
+    model.touch()
+    monkeypatch.setitem(sys.modules, "comet", None)
+    with pytest.raises(ArtifactError, match="pip install unbabel-comet"):
+        evaluation.comet_scores(model, ["s"], {"x": ["h"]}, ["r"])
+
+    class Model:
+        def predict(self, data, batch_size, gpus):
+            assert evaluation.os.environ["HF_HUB_OFFLINE"] == "1"
+            return types.SimpleNamespace(system_score=sum(d["mt"] == d["ref"] for d in data) / len(data))
+
+    loader = types.SimpleNamespace(load_from_checkpoint=lambda path: Model() if path == str(model) else None)
+    monkeypatch.setitem(sys.modules, "comet", loader)
+    assert evaluation.comet_scores(model, ["s", "t"], {"x": ["a", "b"]}, ["a", "c"]) == {"x": 0.5}
+
+
+def test_command_writes_json_markdown_and_latex(tmp_path, capsys):
+    """A log and plain text of the same system score alike; every number of the JSON is in both tables."""
+    (tmp_path / "ref").write_text("\n".join(REFERENCES) + "\n")
+    (tmp_path / "plain").write_text("\n".join(damaged(2)) + "\n")
+    log = [f"D-{k}\t-0.5\t{line}\n" for k, line in enumerate(damaged(2))]
+    (tmp_path / "log").write_text("".join(reversed(log)))
+    (tmp_path / "better_%").write_text("\n".join(damaged(4)) + "\n")
+    output = tmp_path / "results.json"
+    systems = [f"{name}={tmp_path / name}" for name in ("plain", "log", "better_%")]
+    options = ["--significance", "bootstrap", "--samples", "100", "--by-length", "7", "15", "--tokenized-bleu", "cased"]
+    options += ["--language", "de", "--documents", str(tmp_path / "ref")]
+    evaluate.main([*systems, "--reference", str(tmp_path / "ref"), *options, "-o", str(output)])
+    printed = capsys.readouterr().out
+    document = json.loads(output.read_text())
+    plain, from_log, better = document["systems"]
+    assert {**plain, "system": "log"} == from_log and better["bleu"] > plain["bleu"]
+    evaluate.main(["--markdown", str(output)])
+    markdown = capsys.readouterr().out
+    evaluate.main(["--latex", str(output)])
+    latex = capsys.readouterr().out
+    p = document["significance"]["systems"]["better_%"]["bleu"]["p"]
+    for table in (printed, markdown, latex):
+        for value in (better["bleu"], better["chrf"], better["ter"], better["d_bleu"], better["tokenized_bleu"]):
+            assert f"{value:.2f}" in table
+        assert f"{p:.3f}" in table and f"{better['by_length'][2]['bleu']:.2f}" in table
+        assert better["ter_signature"] in table
+    assert r"better\_\%" in latex and latex.count(r"\begin{tabular}") == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["x=ref", "x=ref"], "two systems have the same name"),
+        (["x=ref", "--significance", "bootstrap"], "compares two systems or more, got 1"),
+        (["x=short"], "x: 1 hypotheses for 120 references"),
+        (["x=ref", "--comet", "m"], "--comet needs --source"),
+        (["x=ref", "--tokenized-bleu", "cased"], "--tokenized-bleu needs --language"),
+        (["x=ref", "--samples", "5"], "--samples 5 takes at least 1 and goes with --significance"),
+        (["x=ref", "--documents", "short"], "1 document names for 120 references"),
+        (["--markdown", "ref"], "no JSON file"),
+    ],
+)
+def test_command_refuses_what_it_cannot_score(tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "ref").write_text("\n".join(REFERENCES) + "\n")
+    (tmp_path / "short").write_text("one\n")
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main([*arguments, "--reference", "ref"])
+    assert stop.value.code == 2 and message in capsys.readouterr().err
