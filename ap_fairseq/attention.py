@@ -115,6 +115,7 @@ class PrunedMultiheadAttention(MultiheadAttention):
         self._forget_derived()
         super()._load_from_state_dict(state_dict, prefix, *args)
 
+    @torch.inference_mode(False)
     def keep_mask(self, n_queries: int, n_keys: int) -> Tensor:
         """Return the keep mask, bool (heads, n_queries, n_keys), True = kept; the diagonal pattern beyond its range."""
         cells = self._keep_cells
@@ -123,6 +124,7 @@ class PrunedMultiheadAttention(MultiheadAttention):
             cells = self._keep_cells = self._unpack(n_queries, n_keys)
         return cells[:, :n_queries, :n_keys]
 
+    @torch.inference_mode(False)  # what is kept may be needed for training later
     def layout(self, n_queries: int, n_keys: int) -> AttentionLayout:
         """Return what the kernels read for the keep mask: at least (n_queries, n_keys), built once and kept."""
         layout = self._layout
@@ -326,11 +328,11 @@ def real_lengths(padding: Tensor) -> Tensor:
 
     All layers of a model get the same mask, so the count is kept as long as the mask lives.
     """
-    version, lengths = _LENGTHS.get(padding, (None, None))
-    if version != padding._version:
-        lengths = padding.size(1) - padding.sum(1)
-        _LENGTHS[padding] = (padding._version, lengths)
-    return lengths
+    version = None if padding.is_inference() else padding._version
+    kept = _LENGTHS.get(padding)
+    if kept is None or kept[0] != version:
+        kept = _LENGTHS[padding] = (version, padding.size(1) - padding.sum(1))
+    return kept[1]
 
 
 _LENGTHS: WeakIdKeyDictionary = WeakIdKeyDictionary()

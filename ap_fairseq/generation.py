@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 import math
+import weakref
 from collections import deque
 from dataclasses import dataclass
 
@@ -104,7 +105,8 @@ class PrunedSequenceGenerator(SequenceGenerator):
         if self._decoder is None or not self._decoder.serves(needed):
             capacity = needed if self._decoder is None else needed.joined(self._decoder.capacity)
             self._decoder = None  # its memory is free before the next one is made
-            self._decoder = _StaticDecoder(self, capacity, source.device)
+            with torch.inference_mode(False):  # a later batch may come outside of it
+                self._decoder = _StaticDecoder(self, capacity, source.device)
         return self._decoder.search(encoder_outs, max_len, self.eos if bos_token is None else bos_token)
 
 
@@ -199,7 +201,8 @@ class _StaticDecoder:
     """Buffers of one capacity, the decoders bound to them, and the graphs that were captured over them."""
 
     def __init__(self, generator: PrunedSequenceGenerator, capacity: _Capacity, device: torch.device):
-        self.generator, self.capacity = generator, capacity
+        self.generator = weakref.proxy(generator)  # no cycle: GPU memory goes with the generator
+        self.capacity = capacity
         self.models = list(generator.model.models)
         self.beam = generator.beam_size
         self.beams = _Beams(capacity, self.beam, device)
@@ -309,6 +312,7 @@ class _StaticDecoder:
     def _pool_rows(self) -> int:
         return next(pool.size(0) for module, pool in self.pools.items() if module.self_attention)
 
+    @torch.inference_mode(False)
     def _make_room(self, n: int, length: int) -> int:
         """Drop pool rows that no hypothesis refers to; enlarge the pools if that frees less than half."""
         live = drop_dead_rows(self.beams.rows[: n * self.beam, :length])

@@ -334,21 +334,26 @@ def host_case(repeats: int) -> list[dict]:
 BOTH = ["forward", "forward+backward"]
 
 
-def sections(repeats: int) -> dict[str, Callable[[], list[dict]]]:
-    def forward(size: int, batch: int, heads: int, cases: list[tuple[float, int]], directions: list[str]) -> list[dict]:
-        rows: list[dict] = []
-        for i, (sparsity, block) in enumerate(cases):
-            rows += square_case(batch, heads, size, sparsity, block, directions, repeats, rivals=i == 0)
-        return rows
+def sections(repeats: int) -> dict[str, list[Callable[[], list[dict]]]]:
+    """The cases of every section."""
+
+    def square(size: int, batch: int, heads: int, cases: list[tuple[float, int]]) -> list[Callable[[], list[dict]]]:
+        return [
+            functools.partial(square_case, batch, heads, size, sparsity, block, BOTH, repeats, rivals=i == 0)
+            for i, (sparsity, block) in enumerate(cases)
+        ]
 
     long_cases = [(0.9, 64), (0.9, 128), (0.9, 32), (0.9, 16), (0.5, 128), (0.5, 64), (0.0, 128)]
     return {
-        "long": lambda: forward(4096, 4, 16, long_cases, BOTH),
-        "medium": lambda: forward(1024, 8, 8, [(0.9, 64), (0.9, 128), (0.9, 16)], BOTH),
-        "sentence": lambda: sum((sentence_case(b, 8, t, repeats) for b, t in [(256, 32), (128, 64), (64, 128)]), []),
-        "decode": lambda: decode_case(64, 5, 8, 1000, 0.9, repeats),
-        "memory": lambda: memory_case(2, 16, 8192),
-        "host": lambda: host_case(repeats),
+        "medium": square(1024, 8, 8, [(0.9, 64), (0.9, 128), (0.9, 16)]),
+        "sentence": [
+            functools.partial(sentence_case, batch, 8, size, repeats)
+            for batch, size in [(256, 32), (128, 64), (64, 128)]
+        ],
+        "decode": [lambda: decode_case(64, 5, 8, 1000, 0.9, repeats)],
+        "memory": [lambda: memory_case(2, 16, 8192)],
+        "host": [lambda: host_case(repeats)],
+        "long": square(4096, 4, 16, long_cases),
     }
 
 
@@ -471,12 +476,13 @@ def main(arguments: list[str] | None = None) -> None:
     report: dict[str, object] = provenance()
     rows: list[dict] = []
     report["rows"] = rows
-    work = {"tune": lambda: tune(options.repeats)} if options.tune else sections(options.repeats)
-    for name, section in work.items():
+    work = {"tune": [lambda: tune(options.repeats)]} if options.tune else sections(options.repeats)
+    for name, cases in work.items():
         if options.tune or not options.only or name in options.only:
-            rows += section()
-            if options.out:  # after every section: a run that is cut short keeps what it measured
-                options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+            for case in cases:
+                rows += case()
+                if options.out:  # after every case: a run that is cut short keeps what it measured
+                    options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
             print(f"{name}: {len(rows)} rows", flush=True)
     if options.tune:
         best = sorted((row for row in rows if "median_ms" in row), key=lambda row: row["median_ms"])

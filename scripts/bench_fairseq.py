@@ -22,6 +22,7 @@ kernels included) and then warm; the median of the warm passes counts. Training 
 from __future__ import annotations
 
 import argparse
+import gc
 import itertools
 import json
 import platform
@@ -29,6 +30,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -216,25 +218,25 @@ def work(options: argparse.Namespace) -> None:
         if options.system == "eager" and kind == "translate":
             continue
         result = getattr(workload, kind)(page, max_tokens, limit)
-        print(json.dumps(dict(case=case, system=options.system, kind=kind, page=page, max_tokens=max_tokens) | result))
+        row = dict(case=case, system=options.system, kind=kind, page=page, max_tokens=max_tokens) | result
+        print(json.dumps(row), flush=True)
+        gc.collect()  # the memory of a case is not that of the one before
         torch.cuda.empty_cache()
 
 
 # --- all systems ------------------------------------------------------------------------------------------------------
 
 
-def measure(options: argparse.Namespace) -> list[dict]:
-    rows = []
+def measure(options: argparse.Namespace) -> Iterator[dict]:
+    """Yield the results of every system as its process prints them."""
     for system in options.systems:
         command = [sys.executable, __file__, options.data, "--worker", system, "--arch", options.arch]
         command += ["--precision", options.precision, "--repeats", str(options.repeats), "--cases", *options.cases]
         command += ["--path", options.path] if options.path else []
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-        rows += [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-        if done.returncode:
-            rows.append(dict(case="-", system=system, error=f"the process ended with status {done.returncode}"))
-        print(f"{system}: {len(rows)} results so far", file=sys.stderr)
-    return rows
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            yield from (json.loads(line) for line in process.stdout if line.startswith("{"))
+        if process.returncode:
+            yield dict(case="-", system=system, error=f"the process ended with status {process.returncode}")
 
 
 def table(report: dict) -> str:
@@ -291,10 +293,13 @@ def main() -> None:
         device=torch.cuda.get_device_name(), torch=torch.__version__, triton=triton.__version__,
         python=platform.python_version(), arch=options.arch, precision=options.precision,
         parameters=options.path or "random", command=" ".join(["python", *sys.argv]),
-        time=datetime.now(UTC).isoformat(timespec="seconds"), rows=measure(options),
+        time=datetime.now(UTC).isoformat(timespec="seconds"), rows=[],
     )  # fmt: skip
-    if options.out:
-        options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    for row in measure(options):
+        report["rows"].append(row)
+        print(f"{row['system']}, {row['case']}", file=sys.stderr, flush=True)
+        if options.out:  # after every row: a run that is cut short keeps what it measured
+            options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     print(table(report))
 
 

@@ -92,6 +92,17 @@ def test_batches_of_other_shapes_and_changed_weights_reuse_or_replace_the_buffer
                 parameter.mul_(1.01)
 
 
+def test_inference_mode_leaves_nothing_behind_that_training_or_other_batches_cannot_use():
+    systems = models(attention_backend="triton" if DEVICE == "cuda" else "eager")
+    generator = PrunedSequenceGenerator(systems, WORDS, beam_size=2, max_len_b=4)
+    with torch.inference_mode():
+        inside = generator.generate([], sample(LENGTHS))
+    assert_same(generator.generate([], sample(LENGTHS)), inside)
+    source = sample(LENGTHS)["net_input"]["src_tokens"]
+    systems[0].train()(source, None, source)[0].sum().backward()
+    assert all(p.grad is not None for p in systems[0].parameters())
+
+
 def test_full_pools_drop_dead_rows_and_grow(monkeypatch):
     monkeypatch.setattr(generation, "POSITIONS_PER_HYPOTHESIS", 2)
     dropped = []
