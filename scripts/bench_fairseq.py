@@ -243,7 +243,8 @@ def table(report: dict) -> str:
     """One Markdown row per case and system, with ratios to the stock system."""
     lines = [
         f"{report['device']}, torch {report['torch']}, triton {report['triton']}, {report['arch']}, "
-        f"{report['precision']}: `{report['command']}`",
+        f"{report['precision']}, commit {report['commit']}: `{report['command']}`",
+        *([report["note"]] if "note" in report else []),
         "",
         "| case | system | target tokens/s | ratio | peak memory | ratio | cold start |",
         "|---|---|---|---|---|---|---|",
@@ -289,11 +290,12 @@ def main() -> None:
         return
     import triton
 
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False, cwd=ROOT)
     report = dict(
         device=torch.cuda.get_device_name(), torch=torch.__version__, triton=triton.__version__,
         python=platform.python_version(), arch=options.arch, precision=options.precision,
         parameters=options.path or "random", command=" ".join(["python", *sys.argv]),
-        time=datetime.now(UTC).isoformat(timespec="seconds"), rows=[],
+        time=datetime.now(UTC).isoformat(timespec="seconds"), commit=commit.stdout.strip(), rows=[],
     )  # fmt: skip
     for row in measure(options):
         report["rows"].append(row)

@@ -61,6 +61,12 @@ SCHEDULES = ("untuned", "one-shot", "gradual", "scratch")
 KEYS = set("pair training dense dense_updates dense_seeds tune tune_updates record search systems".split())
 OPTIONAL = {"level", "subset"}
 SEPARATOR = "<sep>"
+SCORES = (  # columns of the table: key of a result, name, format
+    ("bleu", "BLEU", ".2f"),
+    ("chrf", "chrF2", ".2f"),
+    ("length_ratio", "length ratio", ".3f"),
+    ("valid_ppl", "validation perplexity", ".2f"),
+)
 
 
 @dataclass(frozen=True)
@@ -321,6 +327,7 @@ class Sweep:
             "vanished_heads": provenance["vanished_heads"],
             **made,
             **self.scores(system),
+            **self.validation(system),
             "inputs": inputs,
             "versions": versions(),
         }
@@ -339,6 +346,14 @@ class Sweep:
             documents = score_documents(*lines, documents=self.pages, separator=SEPARATOR)
             result |= {key: documents[key] for key in ("s_bleu", "segments", "lines_with_equal_segments")}
         return result
+
+    def validation(self, system: System) -> dict[str, float]:
+        """Loss and perplexity of the trained model on the validation data, as its training logged them."""
+        if system.schedule not in ("one-shot", "scratch"):
+            return {}
+        losses = validation_losses(self.out / "logs" / f"{system.name}.train.log")
+        loss = min(losses) if system.schedule == "scratch" else losses[-1]  # of the checkpoint that is used
+        return {"valid_nll": loss, "valid_ppl": round(2**loss, 3)}
 
     def baselines(self, system: System) -> dict[str, System]:
         """The dense system of the same seed, and the one with the same schedule: the same number of updates."""
@@ -370,6 +385,11 @@ class Sweep:
         print(f"results: {self.out / 'results.jsonl'}")
 
 
+def validation_losses(log: Path) -> list[float]:
+    """Negative log-likelihoods (base 2, per token) of all validations in a log of fairseq-train --log-format json."""
+    return [float(value) for value in re.findall(r'"valid_nll_loss": "([0-9.]+)"', log.read_text(encoding="utf-8"))]
+
+
 def expand(entries: Iterable[dict[str, Any]]) -> list[System]:
     """Return one system for each combination of the listed values.
 
@@ -393,8 +413,10 @@ def expand(entries: Iterable[dict[str, Any]]) -> list[System]:
 def format_table(results: Sequence[dict[str, Any]]) -> str:
     """Render results as a Markdown table: mean over seeds, ± sample standard deviation where there are several."""
     kinds = [kind.value for kind in AttentionKind]
-    columns = ["seeds", "updates", *kinds, "all pairs", "kept mass", "BLEU", "chrF2", "length ratio"]
-    columns += ["against dense (p)", "against dense tuned (p)"]
+    scored = [(key, name, form) for key, name, form in SCORES if any(key in result for result in results)]
+    tests = [name for name in ("against_dense", "against_dense_tuned") if any(name in result for result in results)]
+    columns = ["seeds", "updates", *kinds, "all pairs", "kept mass", *(name for _, name, _ in scored)]
+    columns += [f"{name.replace('_', ' ')} (p)" for name in tests]
     lines = [f"| system | {' | '.join(columns)} |", "|---|" + "---:|" * len(columns)]
     groups: dict[str, list[dict[str, Any]]] = {}
     for result in results:
@@ -404,22 +426,21 @@ def format_table(results: Sequence[dict[str, Any]]) -> str:
         shares.append([r["total"]["effective"] for r in runs])
         shares.append([r["total"]["kept_mass"] for r in runs if "kept_mass" in r["total"]])
         cells = [group, str(len(runs)), str(runs[0]["updates"]), *(_mean(values, ".1%") for values in shares)]
-        for key, form in (("bleu", ".2f"), ("chrf", ".2f"), ("length_ratio", ".3f")):
-            cells.append(_mean([r[key] for r in runs], form))
-        for name in ("against_dense", "against_dense_tuned"):
-            tests = [r[name]["bleu"] for r in runs if name in r]
-            p_values = ", ".join(_p(test["p"]) for test in tests)
-            cells.append(f"{_mean([test['difference'] for test in tests], '+.2f')} ({p_values})" if tests else "")
+        cells += [_mean([r[key] for r in runs if key in r], form) for key, _, form in scored]
+        for name in tests:
+            compared = [r[name]["bleu"] for r in runs if name in r]
+            p_values = ", ".join(_p(test["p"]) for test in compared)
+            cells.append(f"{_mean([test['difference'] for test in compared], '+.2f')} ({p_values})" if compared else "")
         lines.append("| " + " | ".join(cells) + " |")
     first = results[0]
-    lines += [
-        "",
-        f"Effective sparsity per kind and over all pairs; {first['sentences']:,} texts, beam "
-        f"{first['search']['beam']}, {first['device']}, torch {first['versions']['torch']}; "
-        f"BLEU `{first['bleu_signature']}`, chrF2 `{first['chrf_signature']}`; "
-        "differences in BLEU with sacreBLEU's paired bootstrap, one p for each seed.",
-    ]
-    return "\n".join(lines)
+    made = f"{first['device']}, torch {first['versions']['torch']}"
+    if "bleu" in first:
+        made = (
+            f"{first['sentences']:,} texts, beam {first['search']['beam']}, {made}; BLEU `{first['bleu_signature']}`, "
+            f"chrF2 `{first['chrf_signature']}`; differences in BLEU with sacreBLEU's paired bootstrap, one p for each "
+            "seed"
+        )
+    return "\n".join([*lines, "", f"Effective sparsity per kind and over all pairs; {made}."])
 
 
 def _mean(values: Sequence[float], form: str) -> str:
