@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from fairseq.modules import MultiheadAttention
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from ap_fairseq.artifacts import CELLS_PER_WORD, ArtifactError
 from ap_fairseq.decoding import CrossAttentionCache, SelfAttentionCache
@@ -87,7 +88,7 @@ class PrunedMultiheadAttention(MultiheadAttention):
         self.register_buffer("beyond_words", torch.zeros(num_heads, 0, dtype=torch.int64))
         self.register_buffer("mask_range", torch.zeros(2, dtype=torch.int64))
         self.mask_is_explicit = False
-        # Weight (3C, C) and bias of q, k and v in one product, while `generation` decodes with this module.
+        # What `stacked_projection` returns, kept while `generation` decodes with this module.
         self.step_projection: tuple[Tensor, Tensor] | None = None
         self._forget_derived()
 
@@ -204,8 +205,10 @@ class PrunedMultiheadAttention(MultiheadAttention):
         if incremental_state is not None:
             output, weights = self._decode(query[0], key, key_padding_mask, incremental_state, want_weights)
         else:
-            source = query if self.self_attention else key
-            q, k, v = self.q_proj(query), self.k_proj(source), self.v_proj(source)
+            if self.self_attention:
+                q, k, v = F.linear(query, *self.stacked_projection()).chunk(3, dim=-1)
+            else:
+                q, k, v = self.q_proj(query), self.k_proj(key), self.v_proj(key)
             output, weights = self._attend(*map(self.split_heads, (q, k, v)), key_padding_mask, want_weights)
         output = self.out_proj(output.permute(2, 0, 1, 3).flatten(2))
         if not want_weights:
@@ -234,7 +237,7 @@ class PrunedMultiheadAttention(MultiheadAttention):
             keep = self.keep_mask(n_queries, n_keys)
             output, weights = attend(q, k, v, keep, key_padding, query_padding, self.scaling, self._dropout_p())
         if kernels:  # also where weights are read: the output must not depend on that
-            lengths = None if key_padding is None else n_keys - key_padding.sum(1)
+            lengths = None if key_padding is None else real_lengths(key_padding)
             output = block_sparse_attention(
                 q, k, v, self.layout(n_queries, n_keys), q_lengths=lengths if self.self_attention else None,
                 k_lengths=lengths, dropout_p=self._dropout_p(), scale=self.scaling, backend=self.backend,
@@ -294,11 +297,13 @@ class PrunedMultiheadAttention(MultiheadAttention):
         sizes = (self.num_heads, self.head_dim)
         if not self.self_attention:
             return self.q_proj(query).unflatten(-1, sizes), None
-        if self.step_projection is None:
-            qkv = torch.stack([self.q_proj(query), self.k_proj(query), self.v_proj(query)], 1).unflatten(-1, sizes)
-        else:
-            qkv = F.linear(query, *self.step_projection).unflatten(-1, (3, *sizes))
+        qkv = F.linear(query, *(self.step_projection or self.stacked_projection())).unflatten(-1, (3, *sizes))
         return qkv[:, 0], qkv[:, 1:]
+
+    def stacked_projection(self) -> tuple[Tensor, Tensor]:
+        """Return weight (3C, C) and bias (3C,) of q, k and v, for one product in place of three."""
+        parts = (self.q_proj, self.k_proj, self.v_proj)
+        return torch.cat([part.weight for part in parts]), torch.cat([part.bias for part in parts])
 
     def project_source(self, source: Tensor) -> Tensor:
         """Encoder output (R, C) -> keys and values (R, 2, H, D)."""
@@ -314,6 +319,21 @@ class PrunedMultiheadAttention(MultiheadAttention):
         if cache is not None:
             cache.reorder(new_order)
         return incremental_state
+
+
+def real_lengths(padding: Tensor) -> Tensor:
+    """Count the real tokens of right-padded rows: bool (B, T), True = padded -> int64 (B,).
+
+    All layers of a model get the same mask, so the count is kept as long as the mask lives.
+    """
+    version, lengths = _LENGTHS.get(padding, (None, None))
+    if version != padding._version:
+        lengths = padding.size(1) - padding.sum(1)
+        _LENGTHS[padding] = (padding._version, lengths)
+    return lengths
+
+
+_LENGTHS: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 def visible_cells(keep: Tensor, key_padding: Tensor | None, query_padding: Tensor | None) -> Tensor:

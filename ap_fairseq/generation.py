@@ -30,7 +30,7 @@ from triton_ops import AttentionLayout, use_kernels
 logger = logging.getLogger(__name__)
 
 LAG = 3  # steps that the host may run ahead of the device
-POSITIONS_PER_HYPOTHESIS = 32  # pool rows at first; grows with what hypotheses do not share
+POSITIONS_PER_HYPOTHESIS = 24  # pool rows at first; grows with what hypotheses do not share
 
 
 class PrunedSequenceGenerator(SequenceGenerator):
@@ -97,14 +97,14 @@ class PrunedSequenceGenerator(SequenceGenerator):
         encoder_outs = self.model.forward_encoder(net_input)
         needed = _Capacity(
             sentences=_bucket(source.size(0)),
-            source_rows=source.numel(),
-            source_length=source.size(1),
-            positions=max_len + 1,
+            source_rows=_bucket(source.numel()),
+            source_length=max(256, _bucket(source.size(1))),
+            positions=min(max(256, _bucket(max_len + 1)), self.max_len),
         )
         if self._decoder is None or not self._decoder.serves(needed):
-            previous = self._decoder.capacity if self._decoder is not None else needed
+            capacity = needed if self._decoder is None else needed.joined(self._decoder.capacity)
             self._decoder = None  # its memory is free before the next one is made
-            self._decoder = _StaticDecoder(self, needed.joined(previous), source.device)
+            self._decoder = _StaticDecoder(self, capacity, source.device)
         return self._decoder.search(encoder_outs, max_len, self.eos if bos_token is None else bos_token)
 
 
@@ -219,7 +219,8 @@ class _StaticDecoder:
                 self.projections[module] = tuple(
                     torch.empty(shape, dtype=dtype, device=device) for shape in ((3 * size, size), (3 * size,))
                 )
-            self.pools[module] = torch.empty(n_rows, 2, module.num_heads, module.head_dim, dtype=dtype, device=device)
+            # Zeros: the eager path multiplies rows that no sentence has by a weight of 0.
+            self.pools[module] = torch.zeros(n_rows, 2, module.num_heads, module.head_dim, dtype=dtype, device=device)
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self.memory = None  # the graphs' own, shared: they run one after the other
         self.layouts: list[AttentionLayout] = []
@@ -301,10 +302,8 @@ class _StaticDecoder:
                 if kind is AttentionKind.CROSS:
                     self.pools[module][: source.size(0)] = module.project_source(source)
                 elif kind is AttentionKind.DECODER_SELF:
-                    weight, bias = self.projections[module]
-                    parts = (module.q_proj, module.k_proj, module.v_proj)
-                    torch.cat([part.weight for part in parts], out=weight)
-                    torch.cat([part.bias for part in parts], out=bias)
+                    for kept, fresh in zip(self.projections[module], module.stacked_projection(), strict=True):
+                        kept.copy_(fresh)
         return n
 
     def _pool_rows(self) -> int:

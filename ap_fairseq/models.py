@@ -14,6 +14,7 @@ import torch
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 from fairseq.dataclass.utils import gen_parser_from_dataclass
 from fairseq.distributed import fsdp_wrap
+from fairseq.logging import metrics
 from fairseq.models import register_model, register_model_architecture
 from fairseq.models.transformer import (
     TransformerConfig,
@@ -311,6 +312,7 @@ class PrunedTransformerModel(TransformerModelBase):
         super().__init__(cfg, encoder, decoder)
         self.register_buffer("mask_metadata", torch.zeros(0, dtype=torch.int64))
         self._masks_are_explicit = False
+        self._logged_sparsity: dict[str, float] = {}  # effective sparsity of each kind, for the training logs
 
     @classmethod
     def add_args(cls, parser):
@@ -367,6 +369,7 @@ class PrunedTransformerModel(TransformerModelBase):
         provenance = {**masks.metadata, "file_sha256": file_hash, "masks_sha256": self.masks_sha256()}
         self.mask_metadata = encode_provenance(provenance).to(self.mask_metadata.device)
         self._masks_are_explicit = True
+        self._logged_sparsity = effective_sparsity(provenance)
 
     def masks_sha256(self) -> str:
         """Hash the masks themselves, from the buffers."""
@@ -411,7 +414,20 @@ class PrunedTransformerModel(TransformerModelBase):
             logger.warning("the checkpoint holds no attention masks and --attention-masks names none")
         else:
             logger.info(f"attention masks {provenance['masks_sha256'][:12]}: {describe_sparsity(provenance)}")
+        self._logged_sparsity = effective_sparsity(provenance)
         return result
+
+    # -- logs ---------------------------------------------------------------------------------------------------------
+
+    def set_num_updates(self, num_updates):
+        """fairseq's hook before each training step: adds ``pruned_KIND``, the effective sparsity, to its metrics.
+
+        What is logged inside a training step reaches every progress bar of fairseq: json, simple and tqdm, TensorBoard,
+        Weights & Biases, Aim, AzureML.
+        """
+        super().set_num_updates(num_updates)
+        for kind, share in self._logged_sparsity.items():
+            metrics.log_scalar(f"pruned_{kind}", share, weight=0, priority=850, round=4)
 
 
 DAMAGED_MASKS = (
@@ -447,10 +463,15 @@ def _erase_mask_path(cfg) -> None:
         parent.model.attention_masks = None
 
 
+def effective_sparsity(provenance: dict[str, Any] | None) -> dict[str, float]:
+    """Return the effective sparsity of each kind, in [0, 1]; empty without masks."""
+    return {kind: value["effective"] for kind, value in (provenance or {}).get("sparsity", {}).items()}
+
+
 def describe_sparsity(provenance: dict[str, Any]) -> str:
     """Return e.g. ``effective sparsity encoder_self 50.0%, cross 49.9% (effective, granularity 1)``."""
     procedure = provenance.get("procedure", {})
-    shares = ", ".join(f"{kind} {value['effective']:.1%}" for kind, value in provenance.get("sparsity", {}).items())
+    shares = ", ".join(f"{kind} {share:.1%}" for kind, share in effective_sparsity(provenance).items())
     return f"effective sparsity {shares} ({procedure.get('procedure')}, granularity {procedure.get('granularity')})"
 
 

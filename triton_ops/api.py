@@ -176,7 +176,7 @@ def block_sparse_attention(
         )  # fmt: skip
         return (out, lse) if return_lse else out
 
-    from .ops import attention_op  # imports triton, which the eager path does not need
+    from .ops import attend  # imports triton, which the eager path does not need
     from .small import small_size
 
     layout = layout.causal() if causal else layout
@@ -185,7 +185,7 @@ def block_sparse_attention(
         tables += layout.query_table()[:2]
         if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
             tables += layout.key_table()[:2]
-    out, lse = attention_op(
+    out, lse = attend(
         _rows(q), _rows(k), _rows(v), layout.words, layout.row_shift, tables, layout.tile,
         q_lengths, k_lengths, seed, dropout_p, scale,
     )  # fmt: skip
@@ -277,7 +277,8 @@ def decode_attention(
             q, k, v, row, scale=scale, k_lengths=k_lengths, cache_rows=cache_rows, cache_starts=cache_starts
         )
 
-    from .ops import decode_op
+    from .ops import decode_step
 
     lists = layout.row_lists()
-    return decode_op(_rows(q), _rows(k), _rows(v), *lists, step, k_size, k_lengths, cache_rows, cache_starts, scale)
+    tables = (k_lengths, cache_rows, cache_starts)
+    return decode_step(_rows(q), _rows(k), _rows(v), *lists, step, k_size, *tables, scale)

@@ -13,7 +13,7 @@
 # --data     folder of prepare.sh; made if it does not exist.
 # --dense-updates, --tune-updates   length of training and fine-tuning, instead of the size's own.
 #
-# Needs the package installed (scripts/setup.sh). Writes results.json and prints its table.
+# Needs the package installed (scripts/setup.sh). Writes results.json and prints its table, then a report in report/.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 source "$here/../../scripts/stages.sh"
@@ -137,3 +137,9 @@ for name in $systems; do
 done
 ap-evaluate "${scored[@]}" --reference "$data/sentences/test.$tgt" --stages "$run/stages" -o "$run/results.json" --overwrite
 echo "results: $run/results.json"
+
+masks=()
+for name in $systems; do masks+=("$run/$name.safetensors"); done
+# Not a stage: cheap, and always of the scores just written.
+ap-report --stats "$run/stats.safetensors" ${masks[@]:+--masks "${masks[@]}"} --results "$run/results.json" \
+  -o "$run/report" --overwrite
