@@ -142,13 +142,10 @@ def _hypotheses(model, task, batches, generator, device, remove_bpe):
         for index, hypotheses in zip(
             sample["id"].tolist(), task.inference_step(generator, [model], sample), strict=True
         ):
-            _, text, _ = utils.post_process_prediction(
-                hypo_tokens=hypotheses[0]["tokens"].int().cpu(),
-                src_str="",
-                alignment=None,
-                align_dict=None,
-                tgt_dict=task.target_dictionary,
-                remove_bpe=remove_bpe,
+            # Not utils.post_process_prediction: it adds the words of every hypothesis to the target dictionary.
+            text = task.target_dictionary.string(
+                hypotheses[0]["tokens"].int().cpu(),
+                remove_bpe,
                 extra_symbols_to_ignore=get_symbols_to_strip_from_output(generator),
             )
             yield index, text
