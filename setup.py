@@ -31,7 +31,9 @@ setup(
     ],
     extras_require={
         "moses": ["sacremoses"],  # ap-evaluate --tokenized-bleu
-        "dev": ["pytest", "pytest-xdist", "hypothesis", "selenium", "tensorboardX", "ruff", "mypy", "sacremoses"],
+        "dev": [
+            "pytest", "pytest-xdist", "hypothesis", "selenium", "tensorboardX", "sacremoses", "ruff", "mypy",
+        ],
     },
     entry_points={
         "console_scripts": [

@@ -142,7 +142,7 @@ def _hypotheses(model, task, batches, generator, device, remove_bpe):
         for index, hypotheses in zip(
             sample["id"].tolist(), task.inference_step(generator, [model], sample), strict=True
         ):
-            # Not utils.post_process_prediction: it adds the words of every hypothesis to the target dictionary.
+            # Not fairseq's post_process_prediction, which adds the words of the text to the dictionary.
             text = task.target_dictionary.string(
                 hypotheses[0]["tokens"].int().cpu(),
                 remove_bpe,

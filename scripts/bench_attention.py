@@ -183,7 +183,7 @@ def square_case(
             methods["eager"] = lambda q, k, v: block_sparse_attention(q, k, v, layout, backend="eager")
     if block == 128:
         methods["flex 128"] = flex(keep, 128, autotune=False)
-    if block == 64 and rivals:
+    if block == 64 and rivals and size > DENSE_MASK_LIMIT:  # minutes of compilation: once
         methods["flex 64 autotuned"] = flex(keep, 64, autotune=True)
     rows = []
     for direction in directions:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ap_fairseq.artifacts import ArtifactError, AttentionStats, PruningMasks, describe_architecture
-from ap_fairseq.masks import _guaranteed, _slope
+from ap_fairseq.criteria import guaranteed, slope
 from ap_fairseq.sites import AttentionKind
 
 # The named patterns of heads in machine translation (Voita et al. 2019, arXiv 1905.09418, section 4; Raganato et al.
@@ -151,7 +151,7 @@ def concentration(stats: AttentionStats, kind: AttentionKind) -> Concentration:
     """Measure the concentration of every head of *kind*."""
     mass, occupancy = stats.mass[kind], stats.occupancy[kind]
     row, column = np.ogrid[: occupancy.shape[0], : occupancy.shape[1]]
-    offset = column - np.rint(_slope(stats, kind) * row)
+    offset = column - np.rint(slope(stats, kind) * row)
     places = {
         "near_diagonal": np.abs(offset) <= 1,
         "previous": offset == -1,
@@ -254,7 +254,7 @@ class _SortedHead:
 def kept_mass(stats: AttentionStats, kind: AttentionKind) -> KeptMass:
     """Return the most attention mass that can be kept at each effective sparsity (cells pruned by mean attention)."""
     mass, occupancy = stats.mass[kind], stats.occupancy[kind]
-    prunable = (occupancy > 0) & ~_guaranteed(occupancy.shape, kind)
+    prunable = (occupancy > 0) & ~guaranteed(occupancy.shape, kind)
     pairs = float(occupancy.sum())
     layers = [[_sort_head(head, occupancy, prunable) for head in layer] for layer in mass]
     totals = mass.sum((2, 3))
@@ -303,7 +303,7 @@ def effective_at_nominal(stats: AttentionStats, kind: AttentionKind, nominal: np
     """
     mass, occupancy = stats.mass[kind], stats.occupancy[kind]
     longest, heads = max(occupancy.shape), mass.shape[1]
-    weights = np.where(_guaranteed(occupancy.shape, kind), 0, occupancy).ravel()
+    weights = np.where(guaranteed(occupancy.shape, kind), 0, occupancy).ravel()
     pruned = np.zeros(len(nominal))
     for layer in mass:
         mean = layer / np.maximum(occupancy, 1)
@@ -324,15 +324,6 @@ def head_sparsity(masks: PruningMasks, stats: AttentionStats, kind: AttentionKin
     occupancy = stats.occupancy[kind]
     kept = np.stack([[occupancy[head].sum() for head in layer] for layer in masks.keep[kind]])
     return 1 - kept / occupancy.sum()
-
-
-def emptied_heads(masks: PruningMasks, kind: AttentionKind, occupancy: np.ndarray) -> list[tuple[int, int]]:
-    """Return (layer, head) of the heads that keep nothing but their guaranteed cells among the recorded ones."""
-    prunable = (occupancy > 0) & ~_guaranteed(occupancy.shape, kind)
-    if not prunable.any():
-        return []
-    return [(layer, head) for layer, head in np.ndindex(masks.keep[kind].shape[:2])
-            if not (masks.keep[kind][layer, head] & prunable).any()]  # fmt: skip
 
 
 # -- down-sampling ----------------------------------------------------------------------------------------------------

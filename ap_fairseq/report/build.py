@@ -13,7 +13,7 @@ import numpy as np
 
 from ap_fairseq.artifacts import ArtifactError, AttentionStats, PruningMasks, atomic_output, file_sha256, versions
 from ap_fairseq.evaluation import write_json
-from ap_fairseq.masks import LayerSummary, summarize
+from ap_fairseq.masks import LayerSummary, summarize, vanished_heads
 from ap_fairseq.report import analysis, page, plots, results, statements, tables
 from ap_fairseq.sites import AttentionKind
 
@@ -86,16 +86,14 @@ class Report:
         return statements.differences(self.concentration, self.kept, half, self.systems)
 
     @cached_property
-    def emptied(self) -> list[str]:
+    def vanished(self) -> list[str]:
         """One sentence for each mask and kind of which whole heads are gone."""
         sentences = []
         for name, masks in self.masks.items():
-            for kind in self.stats.kinds:
-                gone = analysis.emptied_heads(masks, kind, self.stats.occupancy[kind])
-                if gone:
-                    heads = ", ".join(f"{layer}.{head}" for layer, head in gone)
-                    left = f"{name} leaves {len(gone)} heads of {kind.value} nothing but guaranteed cells"
-                    sentences.append(f"{left} (layer.head): {heads}.")
+            for kind, gone in vanished_heads(masks, self.stats).items():
+                heads = ", ".join(f"{layer}.{head}" for layer, head in gone)
+                left = f"{name} leaves {len(gone)} heads of {kind} nothing but guaranteed cells"
+                sentences.append(f"{left} (layer.head): {heads}.")
         return sentences
 
     @property
@@ -186,9 +184,7 @@ class Report:
                 kind.value: analysis.head_sparsity(masks, self.stats, kind).round(6).tolist()
                 for kind in self.stats.kinds
             },
-            "emptied_heads": {
-                kind.value: analysis.emptied_heads(masks, kind, self.stats.occupancy[kind]) for kind in self.stats.kinds
-            },
+            "vanished_heads": vanished_heads(masks, self.stats),
         }
 
 

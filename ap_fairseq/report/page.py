@@ -39,7 +39,7 @@ def render(report: Report, figures: list[plots.Figure]) -> str:
         # The explorer shows what the heat maps show.
         figures=[figure for figure in figures if not figure.name.startswith(("attention_", "occupancy"))],
         masks=tables.masks_table(report.summaries) if report.masks else None,
-        emptied=report.emptied,
+        vanished=report.vanished,
         systems=tables.systems_table(report.systems) if report.systems else None,
         heads=tables.heads_table(report.concentration),
         provenance=json.dumps(report.provenance, indent=2, sort_keys=True),

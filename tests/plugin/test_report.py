@@ -461,12 +461,12 @@ def test_large_recordings_are_binned_with_a_note(monkeypatch):
     )
 
 
-def test_emptied_heads_are_named():
+def test_vanished_heads_are_named():
     stats = random_stats(layers=1)
     masks, _ = build_masks(stats, MaskSpec({}))
     masks.keep[CROSS][0, 1, :, 1:] = False
     report = build.Report(stats, {"m": masks}, [])
-    assert report.emptied == ["m leaves 1 heads of cross nothing but guaranteed cells (layer.head): 0.1."]
+    assert report.vanished == ["m leaves 1 heads of cross nothing but guaranteed cells (layer.head): 0.1."]
 
 
 # -- colours ----------------------------------------------------------------------------------------------------------

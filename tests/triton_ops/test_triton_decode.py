@@ -105,16 +105,19 @@ def test_permuting_the_rows_equals_reordering_the_caches():
     assert torch.equal(moved, decode_attention(q, *pool, layout, 2, cache_rows=rows, backend="triton"))
 
 
+POOL = torch.zeros(99, 2, 16)
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
         (dict(step=9), ValueError, r"\[0, 9\).*9"),
         (dict(k=torch.zeros(2, 3, 5, 30, 16)), ValueError, r"\(2, 4, 2, 30, 16\).*\(2, 3, 5, 30, 16\)"),
         (dict(cache_rows=torch.zeros(2, 4, 7, dtype=torch.int32)), ValueError, r"\(2, 4, 2, 30, 16\) with 1"),
-        (dict(k=torch.zeros(99, 2, 16)), ValueError, r"\(99, 2, 16\) with 0"),
-        (dict(k=torch.zeros(99, 2, 16), cache_rows=torch.zeros(2, 3, 7).long()), ValueError, r"\(2, 4, S\).*\(2, 3, 7\)"),
-        (dict(k=torch.zeros(99, 3, 16), cache_rows=torch.zeros(2, 4, 7).long()), ValueError, r"\(99, 2, 16\).*\(99, 3, 16\)"),
-        (dict(k=torch.zeros(99, 2, 16), cache_starts=torch.zeros(2).long()), ValueError, "without k_lengths"),
+        (dict(k=POOL), ValueError, r"\(99, 2, 16\) with 0"),
+        (dict(k=POOL, cache_rows=torch.zeros(2, 3, 7).long()), ValueError, r"\(2, 4, S\).*\(2, 3, 7\)"),
+        (dict(k=POOL[:, :1], cache_rows=torch.zeros(2, 4, 7).long()), ValueError, r"\(99, 2, 16\).*\(99, 1, 16\)"),
+        (dict(k=POOL, cache_starts=torch.zeros(2).long()), ValueError, "without k_lengths"),
         (dict(k_lengths=torch.tensor([1, 31])), ValueError, r"\[0, 30\].*31"),
     ],
 )
