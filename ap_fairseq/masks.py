@@ -167,11 +167,10 @@ def _ranked(stats: AttentionStats, spec: MaskSpec):
         for (kind, index), part in zip(members, pruned, strict=True):
             whole = ~part
             cells = keep[kind][index]  # a view; heads that share a score share its decisions
-            cells[:] = (
-                whole.reshape(*whole.shape[:2], *cells.shape[2:])
-                if spec.granularity == 1
-                else (whole[..., units[kind].of_cell])
-            )
+            if spec.granularity == 1:
+                cells[:] = whole.reshape(*whole.shape[:2], *cells.shape[2:])
+            else:
+                cells[:] = whole[..., units[kind].of_cell]
             beyond[kind][index] = units[kind].offset_score[index] > threshold
     return keep, beyond
 
@@ -180,11 +179,9 @@ def _scopes(units: Mapping[AttentionKind, _Units], stats: AttentionStats, spec: 
     """Return (members, pairs to prune) of each group that shares a threshold; a member is (kind, index into L, H)."""
     groups = []
     for kind, unit in units.items():
-        # Layers and heads that share one score are one group.
-        n_layers, n_heads = (
-            n if spec.scope in names else 1
-            for n, names in zip(unit.score.shape, (("layer", "head"), ("head",)), strict=False)
-        )
+        layers, heads = unit.score.shape[:2]  # those that share one score are one group
+        n_layers = layers if spec.scope in ("layer", "head") else 1
+        n_heads = heads if spec.scope == "head" else 1
         pairs = stats.occupancy[kind].sum() * np.prod(stats.mass[kind].shape[:2])
         for layer, head in np.ndindex(n_layers, n_heads):
             index = (
