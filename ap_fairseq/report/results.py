@@ -185,6 +185,7 @@ def _series(record: dict, sparsity: Mapping[str, float], pruned: list[str], vari
         parts = ["nothing pruned"]
     else:
         parts = [str(details.get("procedure", "unnamed"))]
+        parts += ["one budget"] if record.get("kinds") == "total" else []
         parts += [] if len(pruned) == len(sparsity) else ["+".join(pruned) + " only"]
         granularity = details.get("granularity", record.get("granularity", 1))
         parts += [] if granularity == 1 else [f"granularity {granularity}"]

@@ -209,6 +209,8 @@ def test_lines_of_a_sweep_and_their_intervals(tmp_path):
     shares = {"encoder_self": {"effective": 0.0}, "decoder_self": {"effective": 0.0}, "cross": {"effective": 0.9}}
     lines.append({"system": "a", **sweep, "sparsity": shares, "total": {"effective": 0.4}, "bleu": 5, "chrf": 9})
     lines.append({"system": "b", "procedure": "dense", "schedule": "one-shot", "sparsity": {}, "bleu": 31, "chrf": 9})
+    one_budget = {"procedure": "effective", "kinds": "total", "effective_sparsity": 0.8}
+    lines.append({"system": "c", **one_budget, "bleu": 6, "chrf": 9})
     path = tmp_path / "sweep.jsonl"
     path.write_text("\n".join(json.dumps(line) for line in lines) + "\n")
     curves = results.curves(results.read_results(path, PAIRS), "BLEU")
@@ -222,6 +224,7 @@ def test_lines_of_a_sweep_and_their_intervals(tmp_path):
     assert window.sparsity == 0.9 and window.interval is None
     (single,) = curves["effective, cross only, granularity 16, --scope head, one-shot"]
     assert single.sparsity == 0.9
+    assert [point.score for point in curves["effective, one budget"]] == [6]
     (tuned,) = curves["nothing pruned, one-shot"]
     assert (tuned.sparsity, tuned.score) == (0, 31)
 
