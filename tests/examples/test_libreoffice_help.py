@@ -21,6 +21,7 @@ sys.path.insert(0, str(EXAMPLE))  # the example's scripts import each other by n
 
 import corpus  # noqa: E402
 import prepare  # noqa: E402
+import segments  # noqa: E402
 from corpus import Block, Page, Pair  # noqa: E402
 
 # ---------------------------------------------------------------- help pages
@@ -222,7 +223,7 @@ LONG_ENGLISH = "This text was never translated at all"
         ("untranslated", "An older English text, since changed", LONG_ENGLISH),
         ("markup", "Use the <br> tag", "Den Tag benutzen"),
         ("markup", "Fish &amp; chips", "Fisch und Chips"),
-        ("separator", f"a {corpus.SEPARATOR} b", f"a {corpus.SEPARATOR} b"),
+        ("separator", f"a {segments.SEPARATOR} b", f"a {segments.SEPARATOR} b"),
         ("length_ratio", "Back", "Rückseiten, linke Seiten und alle anderen"),
         (None, "LibreOffice Basic", "LibreOffice Basic"),
         (None, LONG_ENGLISH, "Dieser Text wurde nie übersetzt"),
@@ -285,7 +286,7 @@ def test_cut_page(lengths, limit):
     """Documents hold every segment that fits, once and in order; none is longer than the limit on either side,
     separators counted; no document could also have taken the segment after it."""
     page = Page("p", [Pair(f"s{index}", f"t{index}") for index in range(len(lengths))])
-    documents, too_long = corpus.cut_page(page, lengths, limit)
+    documents, too_long = segments.cut_page(page, lengths, limit)
 
     def tokens(first, count):
         return [sum(length[side] for length in lengths[first : first + count]) + count - 1 for side in (0, 1)]
@@ -448,8 +449,8 @@ def test_page_level(run, tmp_path):
             assert [processor.decode(pieces) for pieces in encoded] == raw
             assert max(map(len, encoded)) <= 60
             for text, (page, first, count) in zip(raw, spans, strict=True):
-                segments = [pair[side] for pair in pages[page][int(first) : int(first) + int(count)]]
-                assert text.split(f" {corpus.SEPARATOR} ") == segments
+                of_page = [pair[side] for pair in pages[page][int(first) : int(first) + int(count)]]
+                assert text.split(f" {segments.SEPARATOR} ") == of_page
                 documents += 1
         per_page = Counter()
         for page, _, count in spans:
