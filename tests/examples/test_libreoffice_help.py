@@ -17,7 +17,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "libreoffice_help"
-sys.path.insert(0, str(EXAMPLE))  # the example's scripts import each other by name, as when prepare.sh runs them
+# The example's scripts import each other and the shared ones by name, as when prepare.sh runs them.
+sys.path[:0] = [str(EXAMPLE), str(EXAMPLE.parent / "common")]
 
 import corpus  # noqa: E402
 import prepare  # noqa: E402
@@ -467,7 +468,7 @@ def test_dictionary(run, tmp_path):
     entries = [line.split(" ") for line in prepare.read_lines(tmp_path / "out/dict.txt")]
     pieces = [piece for piece, _ in entries]
     assert len(pieces) == len(set(pieces)) == 150 - 4
-    assert prepare.SEPARATOR_PIECE in pieces
+    assert segments.SEPARATOR_PIECE in pieces
     assert not set(pieces) & {"<s>", "</s>", "<pad>", "<unk>"}
     used = Counter()
     for language in ("en", "de"):
