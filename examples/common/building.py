@@ -126,11 +126,17 @@ def known_pieces(processor) -> frozenset[str]:
 
 
 def preprocess(
-    pair: Sequence[str], folders: Mapping[str, Path], dictionary: Path, destination: Path, logs: Path
+    pair: Sequence[str],
+    folders: Mapping[str, Path],
+    dictionary: Path,
+    destination: Path,
+    logs: Path,
+    workers: int = 1,
 ) -> None:
     """``fairseq-preprocess`` with one dictionary for all sides.
 
     folders: name -> folder with ``{train,valid,test}.<language>`` of pieces; each becomes ``destination/<name>``.
+    workers: processes for each folder.
     """
     logs.mkdir(exist_ok=True)
     running = {}
@@ -141,7 +147,7 @@ def preprocess(
             "--source-lang", pair[0], "--target-lang", pair[1],
             *(word for split in SPLITS for word in (f"--{split}pref", str(folder / split))),
             "--srcdict", str(dictionary), "--joined-dictionary",
-            "--destdir", str(destination / name),
+            "--destdir", str(destination / name), "--workers", str(workers),
         ]
         # fmt: on
         log = logs / f"preprocess-{name}.log"
