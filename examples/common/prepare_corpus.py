@@ -273,8 +273,6 @@ def steps_of(recipe: Recipe, args: argparse.Namespace, archives: dict[str, Any])
     levels = ["sentences"] + (["documents"] if recipe.document_tokens else [])
     identity = {"variant": recipe.variant, "valid_every": recipe.valid_every, "code": code}
     identity |= {name: archive["sha256"] for name, archive in archives.items()}
-        name: part["sha256"] for name, part in archives.items()
-    }
     pieces = {"bpe_size": recipe.bpe_size, "spm_lines": args.spm_lines}
     pieces |= {"max_tokens": recipe.max_tokens, "max_ratio": recipe.max_ratio}
     steps = [
