@@ -68,9 +68,10 @@ if [ "$size" = tiny ]; then
   model=(--encoder-layers 2 --decoder-layers 2 --encoder-embed-dim 32 --encoder-ffn-embed-dim 64
     --encoder-attention-heads 2 --decoder-attention-heads 2 --share-all-embeddings)
   precision=() workers=0 batch_tokens=3000 batch_gpus=1 average=2 search=(--beam 2)
-  dense=(--lr 3e-3 --warmup-updates 10 --max-update 24 --save-interval-updates 8)
-  warm=(--lr 3e-3 --warmup-updates 10 --max-update 12 --save-interval-updates 4)
-  tune=(--lr 1e-3 --warmup-updates 4 --max-update 12 --save-interval-updates 4)
+  # At the end of an epoch fairseq saves no checkpoint_EPOCH_UPDATE.pt: an interval that is no divisor of these epochs.
+  dense=(--lr 3e-3 --warmup-updates 10 --max-update 22 --save-interval-updates 7)
+  warm=(--lr 3e-3 --warmup-updates 10 --max-update 15 --save-interval-updates 7)
+  tune=(--lr 1e-3 --warmup-updates 4 --max-update 15 --save-interval-updates 7)
 else
   settings "$size"
 fi
@@ -157,10 +158,25 @@ train_pruned() {
   done
 }
 
-translate() {  # NAME CHECKPOINT; with its default multiple of 8, fairseq drops up to 7 sentences without a word
-  stage "$1.generate" fairseq-generate "$bin" "${plugin[@]}" --path "$2" --source-lang "$src" --target-lang "$tgt" \
-    --gen-subset test --remove-bpe sentencepiece --required-batch-size-multiple 1 --max-tokens "$batch_tokens" \
+generate_shard() {  # NAME CHECKPOINT SHARD, on a GPU of its own; CUDA_VISIBLE_DEVICES may name them
+  local visible shard=$3
+  IFS=, read -r -a visible <<< "${CUDA_VISIBLE_DEVICES:-$(seq -s, 0 $((ranks - 1)))}"
+  # With its default multiple of 8, fairseq drops up to 7 sentences without a word.
+  CUDA_VISIBLE_DEVICES=${visible[$shard]:-} stage "$1.generate.$shard" fairseq-generate "$bin" "${plugin[@]}" \
+    --path "$2" --source-lang "$src" --target-lang "$tgt" --gen-subset test --remove-bpe sentencepiece \
+    --required-batch-size-multiple 1 --max-tokens "$batch_tokens" --num-shards "$ranks" --shard-id "$shard" \
     --num-workers "$workers" "${search[@]}" "${device[@]}"
+}
+
+translate() {  # NAME CHECKPOINT: adds the system to `scored`; fairseq-generate shares its work by shards of the data
+  local shard logs="" shards=()
+  for ((shard = 0; shard < ranks; shard++)); do
+    generate_shard "$1" "$2" "$shard" &
+    shards+=($!)
+    logs+=${logs:+:}$run/logs/$1.generate.$shard.log
+  done
+  for shard in "${shards[@]}"; do wait "$shard"; done
+  scored+=("$1=$logs,$2")
 }
 
 evaluate() {
@@ -171,13 +187,10 @@ evaluate() {
   fi
   [ -z "$tokenized" ] || options+=(--tokenized-bleu "$tokenized_style" --language "$tgt")
   translate dense "$run/dense/average.pt"
-  scored=("dense=$run/logs/dense.generate.log,$run/dense/average.pt")
   for system in $systems; do
     needs "$run/$system.tuned/average.pt" train_pruned
     translate "$system.untuned" "$run/$system.untuned.pt"
     translate "$system.tuned" "$run/$system.tuned/average.pt"
-    scored+=("$system.untuned=$run/logs/$system.untuned.generate.log,$run/$system.untuned.pt")
-    scored+=("$system.tuned=$run/logs/$system.tuned.generate.log,$run/$system.tuned/average.pt")
   done
   ap-evaluate "${scored[@]}" --reference "$reference" --metrics bleu chrf ter --significance bootstrap \
     "${options[@]}" --stages "$run/stages" -o "$run/results.json" --overwrite
