@@ -3,6 +3,7 @@
 import collections
 import logging
 import os
+import time
 from dataclasses import dataclass, field
 from typing import Optional  # fairseq's parser reads Optional[X], not X | None
 
@@ -115,6 +116,7 @@ class AttentionRecordingTask(TranslationTask):
     def valid_step(self, sample, model, criterion):
         if self.recorder is None:
             self.recorder = self._start_recording(model)
+            self.started = time.monotonic()
             self.architecture = architecture(model)
         if not sample:  # ranks with fewer batches than others are handed empty ones
             return 0, 0, _NO_OUTPUT
@@ -128,7 +130,8 @@ class AttentionRecordingTask(TranslationTask):
     def reduce_metrics(self, logging_outputs, criterion):
         if self.recorder is None:
             raise ArtifactError(f"subset {self.subset!r} has no sentences to record")
-        super().reduce_metrics([self._totals_of_all_ranks()], criterion)
+        totals = self._totals_of_all_ranks()
+        super().reduce_metrics([totals], criterion)
         self.recorder.remove()
         stats = self.recorder.finish(
             group=_group(),
@@ -141,6 +144,7 @@ class AttentionRecordingTask(TranslationTask):
             versions=versions(),
         )
         self.recorder = None
+        seconds = time.monotonic() - self.started
         if distributed_utils.get_global_rank() != 0:
             return
         stats.save(self.cfg.stats_output, overwrite=self.cfg.stats_overwrite)
@@ -153,6 +157,10 @@ class AttentionRecordingTask(TranslationTask):
             )
         sentences, available = stats.metadata["sentences"], len(self.datasets[self.subset])
         logger.info(f"{sentences:,} of {available:,} sentences -> {self.cfg.stats_output}")
+        logger.info(
+            f"recorded in {seconds:.1f} s: {sentences / seconds:,.0f} sentences and {totals['ntokens'] / seconds:,.0f} "
+            "target tokens a second"
+        )
         if sentences < min(self.cfg.stats_sample or available, available):
             logger.warning(
                 f"{available - sentences:,} sentences were not recorded: longer than the model's positions, or dropped "
