@@ -14,7 +14,9 @@ For each sample and attention kind, measured on the pairs of the whole data set:
 from __future__ import annotations
 
 import argparse
+import json
 import sys
+from pathlib import Path
 
 import numpy as np
 
@@ -56,10 +58,27 @@ def compare(full: AttentionStats, sample: AttentionStats, spec: MaskSpec) -> dic
     return result
 
 
+def format_markdown(document: dict) -> str:
+    """Render the written JSON as a Markdown table, one row for each number of sentences."""
+    kinds = list(document["samples"][0]["kinds"])
+    lines = ["| sentences | " + " | ".join(f"{kind} overlap / sparsity / kept mass" for kind in kinds) + " |"]
+    lines.append("|---:|" + "---:|" * len(kinds))
+    cell = "{overlap:.1%} / {effective:.1%} / {kept_mass:.1%}"
+    for row in document["samples"]:
+        lines.append(f"| {row['sentences']:,} | " + " | ".join(cell.format(**row["kinds"][k]) for k in kinds) + " |")
+    last = document["samples"][-1]["kinds"]
+    whole = [f"100% / {document['share']:.1%} / {last[kind]['kept_mass_of_whole']:.1%}" for kind in kinds]
+    lines.append(f"| {document['whole']['sentences']:,} (all) | " + " | ".join(whole) + " |")
+    return "\n".join(lines)
+
+
 def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("full", help="statistics of the whole data set")
-    parser.add_argument("samples", nargs="+", help="statistics of samples (ap-record --sample)")
+    parser.add_argument("full", nargs="?", help="statistics of the whole data set")
+    parser.add_argument("samples", nargs="*", help="statistics of samples (ap-record --sample)")
+    parser.add_argument(
+        "--markdown", metavar="JSON", help="print a written JSON file as a Markdown table, nothing else"
+    )
     parser.add_argument("--share", type=float, default=0.5, help="of the pairs to prune (default: %(default)s)")
     parser.add_argument("--granularity", default=1, type=lambda x: int(x) if x.isdigit() else x, choices=GRANULARITIES)
     parser.add_argument("-o", "--output", metavar="JSON")
@@ -69,6 +88,11 @@ def get_parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     args = get_parser().parse_args()
+    if args.markdown:
+        print(format_markdown(json.loads(Path(args.markdown).read_text(encoding="utf-8"))))
+        return
+    if not args.samples:
+        raise ArtifactError("name the statistics of the whole data set and of at least one sample")
     if args.output:
         refuse_existing(args.output, args.overwrite)
     full = AttentionStats.load(args.full)

@@ -52,6 +52,7 @@ done
 gpus=${gpus:-$(python -c 'import torch; print(torch.cuda.device_count())')}
 
 # -- settings: `settings.sh` sets src, tgt, level, sizes, tokenized_style, and for each size the variables below ----------
+length=()  # of translations
 source "$set_folder/settings.sh"
 size=${size:-${sizes%% *}}
 case " $sizes tiny " in
@@ -67,11 +68,11 @@ if [ "$size" = tiny ]; then
   arch=transformer
   model=(--encoder-layers 2 --decoder-layers 2 --encoder-embed-dim 32 --encoder-ffn-embed-dim 64
     --encoder-attention-heads 2 --decoder-attention-heads 2 --share-all-embeddings)
-  precision=() workers=0 batch_tokens=3000 batch_gpus=1 average=2 search=(--beam 2)
-  # At the end of an epoch fairseq saves no checkpoint_EPOCH_UPDATE.pt: an interval that is no divisor of these epochs.
-  dense=(--lr 3e-3 --warmup-updates 10 --max-update 22 --save-interval-updates 7)
-  warm=(--lr 3e-3 --warmup-updates 10 --max-update 15 --save-interval-updates 7)
-  tune=(--lr 1e-3 --warmup-updates 4 --max-update 15 --save-interval-updates 7)
+  precision=() workers=0 batch_tokens=1500 batch_gpus=1 average=2 search=(--beam 2) length=(--max-len-b 20)
+  # Short intervals, as fairseq saves no checkpoint_EPOCH_UPDATE.pt where an epoch ends.
+  dense=(--lr 3e-3 --warmup-updates 10 --max-update 14 --save-interval-updates 4)
+  warm=(--lr 3e-3 --warmup-updates 10 --max-update 8 --save-interval-updates 3)
+  tune=(--lr 1e-3 --warmup-updates 4 --max-update 8 --save-interval-updates 3)
 else
   settings "$size"
 fi
@@ -165,7 +166,7 @@ generate_shard() {  # NAME CHECKPOINT SHARD, on a GPU of its own; CUDA_VISIBLE_D
   CUDA_VISIBLE_DEVICES=${visible[$shard]:-} stage "$1.generate.$shard" fairseq-generate "$bin" "${plugin[@]}" \
     --path "$2" --source-lang "$src" --target-lang "$tgt" --gen-subset test --remove-bpe sentencepiece \
     --required-batch-size-multiple 1 --max-tokens "$batch_tokens" --num-shards "$ranks" --shard-id "$shard" \
-    --num-workers "$workers" "${search[@]}" "${device[@]}"
+    --num-workers "$workers" "${search[@]}" "${length[@]}" "${device[@]}"
 }
 
 translate() {  # NAME CHECKPOINT: adds the system to `scored`; fairseq-generate shares its work by shards of the data
