@@ -60,7 +60,7 @@ def compare(full: AttentionStats, sample: AttentionStats, spec: MaskSpec) -> dic
 
 def format_markdown(document: dict) -> str:
     """Render the written JSON as a Markdown table, one row for each number of sentences."""
-    kinds = list(document["samples"][0]["kinds"])
+    kinds = [kind.value for kind in AttentionKind if kind.value in document["samples"][0]["kinds"]]
     lines = ["| sentences | " + " | ".join(f"{kind} overlap / sparsity / kept mass" for kind in kinds) + " |"]
     lines.append("|---:|" + "---:|" * len(kinds))
     cell = "{overlap:.1%} / {effective:.1%} / {kept_mass:.1%}"
@@ -76,9 +76,7 @@ def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("full", nargs="?", help="statistics of the whole data set")
     parser.add_argument("samples", nargs="*", help="statistics of samples (ap-record --sample)")
-    parser.add_argument(
-        "--markdown", metavar="JSON", help="print a written JSON file as a Markdown table, nothing else"
-    )
+    parser.add_argument("--markdown", metavar="JSON", help="print a written JSON file as a table, nothing else")
     parser.add_argument("--share", type=float, default=0.5, help="of the pairs to prune (default: %(default)s)")
     parser.add_argument("--granularity", default=1, type=lambda x: int(x) if x.isdigit() else x, choices=GRANULARITIES)
     parser.add_argument("-o", "--output", metavar="JSON")

@@ -12,7 +12,7 @@ from ap_fairseq.sites import AttentionKind
 
 sys.path.insert(0, str(ROOT / "scripts"))
 
-import sample_error  # noqa: E402
+import sample_error
 
 SPEC = MaskSpec(budgets={kind: 0.5 for kind in AttentionKind})
 
