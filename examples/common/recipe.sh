@@ -71,8 +71,8 @@ if [ "$size" = tiny ]; then
   precision=() workers=0 batch_tokens=1500 batch_gpus=1 average=2 search=(--beam 2) length=(--max-len-b 20)
   # Short intervals, as fairseq saves no checkpoint_EPOCH_UPDATE.pt where an epoch ends.
   dense=(--lr 3e-3 --warmup-updates 10 --max-update 14 --save-interval-updates 4)
-  warm=(--lr 3e-3 --warmup-updates 10 --max-update 8 --save-interval-updates 3)
-  tune=(--lr 1e-3 --warmup-updates 4 --max-update 8 --save-interval-updates 3)
+  warm=(--lr 3e-3 --warmup-updates 10 --max-update 8 --save-interval-updates 2)
+  tune=(--lr 1e-3 --warmup-updates 4 --max-update 8 --save-interval-updates 2)
 else
   settings "$size"
 fi
@@ -98,11 +98,8 @@ needs() {  # FILE STAGE: what an earlier stage makes
   [ -e "$1" ] || { echo "error: $1 does not exist; run $set_folder/$2.sh with the same options first" >&2; exit 1; }
 }
 
-average_last() {  # FOLDER: the mean of the last checkpoints by number of updates -> average.pt
-  local last
-  mapfile -t last < <(cd "$1" && find . -name 'checkpoint_*_*.pt' | sort -t_ -k3 -n | tail -n "$average")
-  needs "$1/${last[0]:-checkpoint_EPOCH_UPDATE.pt}" "$goal"
-  stage "$(basename "$1").average" ap-average "${last[@]/#/$1/}" -o "$1/average.pt" --overwrite
+average_last() {  # FOLDER: the mean of the last checkpoints -> average.pt
+  stage "$(basename "$1").average" ap-average "$1" --last "$average" -o "$1/average.pt" --overwrite
 }
 
 train() {  # STAGE ARCH FOLDER OPTIONS...: fairseq-train; a second call continues an interrupted training

@@ -1,5 +1,6 @@
 """Several ranks: two gloo processes on the CPU record, train and resume as one process does."""
 
+import functools
 import os
 import re
 import signal
@@ -10,10 +11,12 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from plugin.commands import TINY, generate, run
 
-from ap_fairseq.artifacts import AttentionStats, PruningMasks, load_checkpoint
+from ap_fairseq.artifacts import ArtifactError, AttentionStats, PruningMasks, load_checkpoint, refuse_existing
+from ap_fairseq.cli import record
 from ap_fairseq.evaluation import read_hypotheses
 from ap_fairseq.sites import AttentionKind
 
@@ -129,11 +132,34 @@ def test_a_rank_that_dies_ends_the_recording(data_bin, dense, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("fails", "message"),
+    [
+        (os._exit, "rank 1 of the recording died .*exit code 1.*was not written"),
+        (
+            functools.partial(refuse_existing, "missing/stats"),
+            "^cannot write missing/stats: folder missing does",
+        ),
+    ],
+)
+def test_errors_of_spawned_ranks_are_one_line(monkeypatch, data_bin, dense, tmp_path, capsys, fails, message):
+    """fairseq spawns one process for each GPU; what a process raises, or its death, reaches the user as an error."""
+
+    def spawn(cfg, main, **kwargs):
+        torch.multiprocessing.spawn(fails, nprocs=RANKS)
+
+    monkeypatch.setattr(record.distributed_utils, "call_main", spawn)
+    with pytest.raises(SystemExit) as stop:
+        record.main([str(data_bin), "--path", str(dense), "-o", str(tmp_path / "stats"), "--cpu"])
+    error = capsys.readouterr().err.strip().splitlines()[-1].partition("error: ")[2]
+    assert stop.value.code == 2 and re.search(message, error), error
+
+
 def test_shards_of_a_translation_are_scored_together(data_bin, dense, tmp_path):
-    """fairseq-generate shares its work by --num-shards; the logs of the shards are one system."""
-    whole = tmp_path / "whole"
-    whole.write_text(generate(data_bin, dense))
+    """fairseq-generate shares its work by --num-shards; the logs of all shards are one system, none is an error."""
     shards = [tmp_path / f"shard{k}" for k in range(2)]
     for k, shard in enumerate(shards):
-        shard.write_text(generate(data_bin, dense, "--num-shards", 2, "--shard-id", k))
-    assert read_hypotheses(os.pathsep.join(map(str, shards))) == read_hypotheses(whole)
+        shard.write_text(generate(data_bin, dense, "--num-shards", 2, "--shard-id", k, subset="valid"))
+    assert len(read_hypotheses(os.pathsep.join(map(str, shards)))) == 60
+    with pytest.raises(ArtifactError, match="was cut off"):
+        read_hypotheses(shards[0])
