@@ -159,7 +159,8 @@ def test_shards_of_a_translation_are_scored_together(data_bin, dense, tmp_path):
     """fairseq-generate shares its work by --num-shards; the logs of all shards are one system, none is an error."""
     shards = [tmp_path / f"shard{k}" for k in range(2)]
     for k, shard in enumerate(shards):
-        shard.write_text(generate(data_bin, dense, "--num-shards", 2, "--shard-id", k, subset="valid"))
+        flags = ["--batch-size", 8, "--num-shards", 2, "--shard-id", k]
+        shard.write_text(generate(data_bin, dense, *flags, subset="valid"))
     assert len(read_hypotheses(os.pathsep.join(map(str, shards)))) == 60
     with pytest.raises(ArtifactError, match="was cut off"):
         read_hypotheses(shards[0])
