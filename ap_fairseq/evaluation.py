@@ -51,7 +51,7 @@ def read_hypotheses(path) -> list[str]:
     file is plain text.
 
     Args:
-        path: a file, or the logs of all shards of a translation (``--num-shards``) joined by colons.
+        path: a file, or the logs of all ranks of a translation joined by colons.
 
     Raises:
         ArtifactError: if a file is missing, or the sentences of a log are not numbered 0 ... n-1: a run that was cut

@@ -22,7 +22,7 @@ METRIC_TITLES = {"bleu": "BLEU", "chrf": "chrF2", "ter": "TER"}
 def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description="Score translations with sacreBLEU's metrics and print a table. Each system is NAME=FILE or "
-        "NAME=FILE,CHECKPOINT; FILE is a log of fairseq-generate (or those of its shards, joined by "
+        "NAME=FILE,CHECKPOINT; FILE is a log of fairseq-generate (or those of its ranks, joined by "
         "colons) or plain text, one hypothesis a line, and the checkpoint adds its hash and the sparsity "
         "of its masks. The first system is the baseline of significance tests."
     )

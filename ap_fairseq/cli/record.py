@@ -28,8 +28,8 @@ MODELS = ("transformer", "transformer_align", "pruned_transformer")
 def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description="Record the attention statistics of a trained transformer. Further options are those of "
-        "fairseq-validate (--max-tokens, --batch-size, --fp16, --cpu, --num-workers, --log-format, ...). All visible "
-        "GPUs share the work; --distributed-world-size 1 takes one."
+        "fairseq-validate (--max-tokens, --batch-size, --fp16, --cpu, --num-workers, --log-format, ...). With "
+        "--distributed-world-size N, N GPUs share the work."
     )
     parser.add_argument("data", help="binarised data (fairseq-preprocess)")
     parser.add_argument("--path", required=True, metavar="CHECKPOINT", help="checkpoint of a transformer* architecture")

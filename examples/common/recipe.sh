@@ -159,11 +159,11 @@ train_pruned() {
 generate_shard() {  # NAME CHECKPOINT SHARD, on a GPU of its own; CUDA_VISIBLE_DEVICES may name them
   local visible shard=$3
   IFS=, read -r -a visible <<< "${CUDA_VISIBLE_DEVICES:-$(seq -s, 0 $((ranks - 1)))}"
-  # With its default multiple of 8, fairseq drops up to 7 sentences without a word.
+  # With its default multiple of 8, fairseq drops up to 7 sentences without a word; --num-shards it ignores.
   CUDA_VISIBLE_DEVICES=${visible[$shard]:-} stage "$1.generate.$shard" fairseq-generate "$bin" "${plugin[@]}" \
     --path "$2" --source-lang "$src" --target-lang "$tgt" --gen-subset test --remove-bpe sentencepiece \
-    --required-batch-size-multiple 1 --max-tokens "$batch_tokens" --num-shards "$ranks" --shard-id "$shard" \
-    --num-workers "$workers" "${search[@]}" "${length[@]}" "${device[@]}"
+    --required-batch-size-multiple 1 --max-tokens "$batch_tokens" --distributed-world-size "$ranks" \
+    --distributed-rank "$shard" --num-workers "$workers" "${search[@]}" "${length[@]}" "${device[@]}"
 }
 
 translate() {  # NAME CHECKPOINT: adds the system to `scored`; fairseq-generate shares its work by shards of the data

@@ -156,10 +156,10 @@ def test_errors_of_spawned_ranks_are_one_line(monkeypatch, data_bin, dense, tmp_
 
 
 def test_shards_of_a_translation_are_scored_together(data_bin, dense, tmp_path):
-    """fairseq-generate shares its work by --num-shards; the logs of all shards are one system, none is an error."""
+    """The logs of all shards are one system, one alone is an error. fairseq accepts --num-shards and ignores it."""
     shards = [tmp_path / f"shard{k}" for k in range(2)]
     for k, shard in enumerate(shards):
-        flags = ["--batch-size", 8, "--num-shards", 2, "--shard-id", k]
+        flags = ["--batch-size", 8, "--distributed-world-size", 2, "--distributed-rank", k]
         shard.write_text(generate(data_bin, dense, *flags, subset="valid"))
     assert len(read_hypotheses(os.pathsep.join(map(str, shards)))) == 60
     with pytest.raises(ArtifactError, match="was cut off"):
