@@ -16,6 +16,7 @@ setup(
     license="MIT",
     python_requires=">=3.11",
     packages=find_packages(include=["ap_fairseq", "ap_fairseq.*", "triton_ops", "triton_ops.*"]),
+    package_data={"ap_fairseq.report": ["template/*"]},
     install_requires=[
         "ve-fairseq>=0.12.3",  # fairseq main with the Python 3.11 fixes; it imports as `fairseq`
         "torch>=2.6",
@@ -24,19 +25,25 @@ setup(
         "sentencepiece",
         "safetensors",
         "matplotlib",
+        "jinja2",
         "numpy",
+        "scipy",
     ],
     extras_require={
         "moses": ["sacremoses"],  # ap-evaluate --tokenized-bleu
-        "dev": ["pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "sacremoses"],
+        "dev": [
+            "pytest", "pytest-xdist", "hypothesis", "selenium", "tensorboardX", "sacremoses", "ruff", "mypy",
+        ],
     },
     entry_points={
         "console_scripts": [
             "ap-record = ap_fairseq.cli.record:main",
             "ap-masks = ap_fairseq.cli.masks:main",
+            "ap-prune-schedule = ap_fairseq.cli.prune_schedule:main",
             "ap-apply = ap_fairseq.cli.apply:main",
             "ap-average = ap_fairseq.cli.average:main",
             "ap-evaluate = ap_fairseq.cli.evaluate:main",
+            "ap-report = ap_fairseq.cli.report:main",
         ]
     },
     classifiers=[

@@ -192,6 +192,9 @@ class AttentionStats:
             recorded sentences in which it is attendable, without dropout.
         occupancy: per kind int64 (Tq, Tk): number of recorded sentences in which the cell is attendable.
         metadata: provenance (checkpoint, dictionaries, data, versions, cells beyond the recorded range).
+        end_mass: per kind with source keys (``encoder_self``, ``cross``) float64 (layers, heads): the part of the mass
+            on each sentence's last source token, whose position differs from sentence to sentence. Empty for files of
+            versions that did not record it.
     """
 
     FORMAT = "ap-attention-stats-1"
@@ -199,6 +202,7 @@ class AttentionStats:
     mass: dict[AttentionKind, np.ndarray]
     occupancy: dict[AttentionKind, np.ndarray]
     metadata: dict[str, Any] = field(default_factory=dict)
+    end_mass: dict[AttentionKind, np.ndarray] = field(default_factory=dict)
 
     def __post_init__(self):
         for kind, mass in self.mass.items():
@@ -243,12 +247,15 @@ class AttentionStats:
         metadata = {**self.metadata, "data": _as_list(self.metadata) + _as_list(other.metadata)}
         beyond = [m.get("pairs_beyond_range", {}) for m in (self.metadata, other.metadata)]
         metadata["pairs_beyond_range"] = {k.value: sum(b.get(k.value, 0) for b in beyond) for k in self.kinds}
-        return AttentionStats(mass, occupancy, metadata)
+        both = self.end_mass.keys() & other.end_mass.keys()
+        end_mass = {kind: self.end_mass[kind] + other.end_mass[kind] for kind in both}
+        return AttentionStats(mass, occupancy, metadata, end_mass)
 
     def save(self, path, overwrite: bool = False) -> None:
         """Write the statistics; raises :class:`ArtifactError` if *path* exists and *overwrite* is not set."""
         tensors = {f"{kind.value}.mass": self.mass[kind] for kind in self.kinds}
         tensors |= {f"{kind.value}.occupancy": self.occupancy[kind] for kind in self.kinds}
+        tensors |= {f"{kind.value}.end_mass": mass for kind, mass in self.end_mass.items()}
         _write(path, tensors, {**self.metadata, "format": self.FORMAT, "architecture": self.architecture}, overwrite)
 
     @classmethod
@@ -260,6 +267,7 @@ class AttentionStats:
             {kind: tensors[f"{kind.value}.mass"] for kind in kinds},
             {kind: tensors[f"{kind.value}.occupancy"] for kind in kinds},
             metadata,
+            {kind: tensors[f"{kind.value}.end_mass"] for kind in kinds if f"{kind.value}.end_mass" in tensors},
         )
 
 

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from fairseq.modules import MultiheadAttention
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
-from ap_fairseq import decoding
 from ap_fairseq.artifacts import CELLS_PER_WORD, ArtifactError
+from ap_fairseq.decoding import CrossAttentionCache, SelfAttentionCache
+from ap_fairseq.dynamic import DynamicPruning
 from ap_fairseq.sites import AttentionKind
+from triton_ops import AttentionLayout, block_sparse_attention, use_kernels
+from triton_ops.api import HEAD_SIZES
 
-BACKENDS = ("auto", "triton", "eager")
 MASK_BUFFERS = ("keep_words", "beyond_words", "mask_range")
 
 
@@ -28,13 +34,25 @@ class PrunedMultiheadAttention(MultiheadAttention):
     Args:
         embed_dim, num_heads: as in fairseq.
         kind: the attention kind, which decides causality and where keys come from.
-        backend: ``eager`` (torch, any device), ``triton`` (block-sparse kernels) or ``auto``.
+        backend: ``eager`` (torch, any device), ``triton`` (block-sparse kernels) or ``auto``, which takes the kernels
+            for half and single precision on a GPU. ``triton`` raises ValueError where they cannot run.
+        dynamic: what is discarded anew for every sentence, on top of the mask; eager only.
 
     Raises:
-        ValueError: for options that have no meaning under a mask (quant-noise, xFormers, bias_kv, zero_attn).
+        ValueError: for options that have no meaning under a mask (quant-noise, xFormers, bias_kv, zero_attn), or a
+            head size that ``triton`` does not support.
     """
 
-    def __init__(self, embed_dim: int, num_heads: int, *, kind: AttentionKind, backend: str = "auto", **kwargs):
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        *,
+        kind: AttentionKind,
+        backend: str = "auto",
+        dynamic: DynamicPruning | None = None,
+        **kwargs,
+    ):
         unsupported = {
             "q_noise": "--quant-noise-pq",
             "xformers_att_config": "--encoder-xformers-att-config/--decoder-xformers-att-config",
@@ -44,9 +62,15 @@ class PrunedMultiheadAttention(MultiheadAttention):
         for name, option in unsupported.items():
             if kwargs.get(name):
                 raise ValueError(f"{option} is set ({name}={kwargs[name]!r}); pruned attention does not support it")
-        if backend == "triton":
+        if backend == "triton" and embed_dim // num_heads not in HEAD_SIZES:
             raise ValueError(
-                "--attention-backend triton: the kernels are not connected to the model yet; use auto or eager"
+                f"--attention-backend triton: heads of {embed_dim} / {num_heads} = {embed_dim // num_heads} elements; "
+                f"the kernels take {', '.join(map(str, HEAD_SIZES))}; choose another number of heads, or eager"
+            )
+        if dynamic is not None and backend == "triton":
+            raise ValueError(
+                "--attention-backend triton with --attention-top-k or --attention-threshold: these need all scores, "
+                "which the kernels never form; use eager"
             )
         super().__init__(
             embed_dim,
@@ -57,12 +81,15 @@ class PrunedMultiheadAttention(MultiheadAttention):
         )
         self.kind = kind
         self.backend = backend
+        self.dynamic = dynamic
         # The name that --retain-dropout-modules knows.
         self.dropout_module.module_name = MultiheadAttention.__name__
         self.register_buffer("keep_words", torch.zeros(num_heads, 0, 0, dtype=torch.int64))
         self.register_buffer("beyond_words", torch.zeros(num_heads, 0, dtype=torch.int64))
         self.register_buffer("mask_range", torch.zeros(2, dtype=torch.int64))
         self.mask_is_explicit = False
+        # What `stacked_projection` returns, kept while `generation` decodes with this module.
+        self.step_projection: tuple[Tensor, Tensor] | None = None
         self._forget_derived()
 
     # -- the mask -----------------------------------------------------------------------------------------------------
@@ -76,6 +103,7 @@ class PrunedMultiheadAttention(MultiheadAttention):
 
     def _forget_derived(self) -> None:
         self._keep_cells: Tensor | None = None
+        self._layout: AttentionLayout | None = None
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         for name in MASK_BUFFERS:
@@ -87,6 +115,7 @@ class PrunedMultiheadAttention(MultiheadAttention):
         self._forget_derived()
         super()._load_from_state_dict(state_dict, prefix, *args)
 
+    @torch.inference_mode(False)
     def keep_mask(self, n_queries: int, n_keys: int) -> Tensor:
         """Return the keep mask, bool (heads, n_queries, n_keys), True = kept; the diagonal pattern beyond its range."""
         cells = self._keep_cells
@@ -94,6 +123,15 @@ class PrunedMultiheadAttention(MultiheadAttention):
         if cells is None or cells.device != device or cells.size(1) < n_queries or cells.size(2) < n_keys:
             cells = self._keep_cells = self._unpack(n_queries, n_keys)
         return cells[:, :n_queries, :n_keys]
+
+    @torch.inference_mode(False)  # what is kept may be needed for training later
+    def layout(self, n_queries: int, n_keys: int) -> AttentionLayout:
+        """Return what the kernels read for the keep mask: at least (n_queries, n_keys), built once and kept."""
+        layout = self._layout
+        device = self.keep_words.device
+        if layout is None or layout.device != device or layout.q_size < n_queries or layout.k_size < n_keys:
+            layout = self._layout = AttentionLayout.from_keep_mask(self._unpack(n_queries, n_keys))
+        return layout
 
     def _unpack(self, n_queries: int, n_keys: int) -> Tensor:
         recorded_queries, recorded_keys = self.mask_range.tolist()
@@ -165,32 +203,139 @@ class PrunedMultiheadAttention(MultiheadAttention):
                 f"{self.kind.value} attention {'needs' if expects_causal_mask else 'does not take'} an attn_mask: its "
                 "pruning mask is defined for the order of attention that was recorded"
             )
-        n_queries = query.size(0)
-        q = self.split_heads(self.q_proj(query))
-        first_row = 0
-        if self.self_attention:
-            k, v = self.split_heads(self.k_proj(query)), self.split_heads(self.v_proj(query))
-            if incremental_state is not None:
-                k, v, key_padding_mask, first_row = decoding.extend_self_attention(
-                    self, incremental_state, k, v, key_padding_mask
-                )
-        elif incremental_state is not None:
-            k, v, key_padding_mask, first_row = decoding.reuse_cross_attention(
-                self, incremental_state, key, key_padding_mask
-            )
+        want_weights = need_weights or need_head_weights
+        if incremental_state is not None:
+            output, weights = self._decode(query[0], key, key_padding_mask, incremental_state, want_weights)
         else:
-            k, v = self.split_heads(self.k_proj(key)), self.split_heads(self.v_proj(key))
-
-        keep = self.keep_mask(first_row + n_queries, k.size(2))[:, first_row:]  # (H, Tq, Tk)
-        query_padding = key_padding_mask if self.self_attention and incremental_state is None else None
-        dropout = self.dropout_module
-        dropout_p = dropout.p if self.training or dropout.apply_during_inference else 0.0
-        attend = attend_with_weights if need_weights or need_head_weights else attend_fused
-        output, weights = attend(q, k, v, keep, key_padding_mask, query_padding, self.scaling, dropout_p)
+            if self.self_attention:
+                q, k, v = F.linear(query, *self.stacked_projection()).chunk(3, dim=-1)
+            else:
+                q, k, v = self.q_proj(query), self.k_proj(key), self.v_proj(key)
+            output, weights = self._attend(*map(self.split_heads, (q, k, v)), key_padding_mask, want_weights)
         output = self.out_proj(output.permute(2, 0, 1, 3).flatten(2))
-        if weights is not None:
-            weights = weights.transpose(0, 1) if need_head_weights else weights.mean(1)
+        if not want_weights:
+            return output, None
+        return output, weights.transpose(0, 1) if need_head_weights else weights.mean(1)
+
+    def _dropout_p(self) -> float:
+        dropout = self.dropout_module
+        return dropout.p if self.training or dropout.apply_during_inference else 0.0
+
+    def _eager(self, want_weights: bool) -> Callable:
+        if want_weights or self.dynamic is not None:
+            return functools.partial(attend_with_weights, dynamic=self.dynamic)
+        return attend_fused
+
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, key_padding: Tensor | None, want_weights: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Whole sentences: (B, H, T, D) each -> output (B, H, Tq, D), and weights (B, H, Tq, Tk) or None."""
+        n_queries, n_keys = q.size(2), k.size(2)
+        query_padding = key_padding if self.self_attention else None
+        kernels = self.dynamic is None and use_kernels(self.backend, q)
+        output = weights = None
+        if want_weights or not kernels:
+            attend = self._eager(want_weights)
+            keep = self.keep_mask(n_queries, n_keys)
+            output, weights = attend(q, k, v, keep, key_padding, query_padding, self.scaling, self._dropout_p())
+        if kernels:  # also where weights are read: the output must not depend on that
+            lengths = None if key_padding is None else real_lengths(key_padding)
+            output = block_sparse_attention(
+                q, k, v, self.layout(n_queries, n_keys), q_lengths=lengths if self.self_attention else None,
+                k_lengths=lengths, dropout_p=self._dropout_p(), scale=self.scaling, backend=self.backend,
+            )  # fmt: skip
         return output, weights
+
+    # -- decoding -----------------------------------------------------------------------------------------------------
+
+    def _decode(
+        self,
+        query: Tensor,
+        key: Tensor | None,
+        key_padding: Tensor | None,
+        incremental_state: dict,
+        want_weights: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """One step: query (N, C) -> output (N, H, 1, D), and weights (N, H, 1, S) or None.
+
+        In self-attention padding of the target is not looked at: it is on the right, where only padding sees it. The
+        encoder output of cross-attention may be that of N hypotheses, or of N / beam sentences (the first time; later
+        it is not read).
+        """
+        cache = self._cache(incremental_state)
+        q, kv = self._project_step(query)
+        if self.self_attention:
+            cache = cache or SelfAttentionCache.empty_like(kv)
+            cache.append(kv)
+        else:
+            cache = cache or CrossAttentionCache.of_encoder_output(self.project_source, key, key_padding, q.size(0))
+            cache.advance()
+        self.set_incremental_state(incremental_state, "attn_state", {"cache": cache})
+
+        dropout_p = self._dropout_p()
+        kernels = self.dynamic is None and use_kernels(self.backend, q)
+        if kernels and dropout_p and self.backend == "triton":
+            raise ValueError(
+                f"dropout {dropout_p} while decoding (--retain-dropout) with --attention-backend triton: the decoding "
+                "kernel has none; use auto or eager"
+            )
+        kernels = kernels and not dropout_p
+        output = weights = None
+        if want_weights or not kernels:
+            row = int(cache.row)
+            k, v, padding = cache.dense()
+            by_sentence = q.unflatten(0, (k.size(0), -1)).transpose(1, 2)  # (B, H, beam, D): a step's beams are queries
+            keep = self.keep_mask(row + 1, k.size(2))[:, row : row + 1]
+            attend = self._eager(want_weights)
+            output, weights = attend(by_sentence, k, v, keep, padding, None, self.scaling, dropout_p)
+            output = output.transpose(1, 2).flatten(0, 1)
+            weights = None if weights is None else weights.transpose(1, 2).flatten(0, 1).unsqueeze(2)
+        if kernels:
+            output = cache.attend(q, self.layout(*cache.extent), self.scaling)
+        return output.unsqueeze(2), weights
+
+    def _project_step(self, query: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(N, C) -> q (N, H, D), and in self-attention keys and values (N, 2, H, D)."""
+        sizes = (self.num_heads, self.head_dim)
+        if not self.self_attention:
+            return self.q_proj(query).unflatten(-1, sizes), None
+        qkv = F.linear(query, *(self.step_projection or self.stacked_projection())).unflatten(-1, (3, *sizes))
+        return qkv[:, 0], qkv[:, 1:]
+
+    def stacked_projection(self) -> tuple[Tensor, Tensor]:
+        """Return weight (3C, C) and bias (3C,) of q, k and v, for one product in place of three."""
+        parts = (self.q_proj, self.k_proj, self.v_proj)
+        return torch.cat([part.weight for part in parts]), torch.cat([part.bias for part in parts])
+
+    def project_source(self, source: Tensor) -> Tensor:
+        """Encoder output (R, C) -> keys and values (R, 2, H, D)."""
+        kv = torch.stack([self.k_proj(source), self.v_proj(source)], 1)
+        return kv.unflatten(-1, (self.num_heads, self.head_dim))
+
+    def _cache(self, incremental_state: dict) -> SelfAttentionCache | CrossAttentionCache | None:
+        return (self.get_incremental_state(incremental_state, "attn_state") or {}).get("cache")
+
+    def reorder_incremental_state(self, incremental_state: dict, new_order: Tensor) -> dict:
+        """fairseq's hook after each step of a search: hypothesis i continues hypothesis new_order[i]."""
+        cache = self._cache(incremental_state)
+        if cache is not None:
+            cache.reorder(new_order)
+        return incremental_state
+
+
+def real_lengths(padding: Tensor) -> Tensor:
+    """Count the real tokens of right-padded rows: bool (B, T), True = padded -> int64 (B,).
+
+    All layers of a model get the same mask, so the count is kept as long as the mask lives.
+    """
+    version = None if padding.is_inference() else padding._version
+    kept = _LENGTHS.get(padding)
+    if kept is None or kept[0] != version:
+        kept = _LENGTHS[padding] = (version, padding.size(1) - padding.sum(1))
+    return kept[1]
+
+
+_LENGTHS: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 def visible_cells(keep: Tensor, key_padding: Tensor | None, query_padding: Tensor | None) -> Tensor:
@@ -216,6 +361,7 @@ def attend_with_weights(
     query_padding: Tensor | None,
     scale: float,
     dropout_p: float,
+    dynamic: DynamicPruning | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The reference: softmax over the visible cells in float32, dropout, weighted sum of values.
 
@@ -224,13 +370,17 @@ def attend_with_weights(
         k, v: (B, H, Tk, D).
         keep: bool (H, Tq, Tk), True = kept.
         key_padding: (B, Tk), query_padding: (B, Tq), True = padded, or None.
+        dynamic: inference-time pruning of the probabilities.
 
     Returns:
         Output (B, H, Tq, D), 0 for padded queries, and probabilities before dropout, float32 (B, H, Tq, Tk).
     """
     scores = torch.matmul(q * scale, k.transpose(-1, -2))
     scores = scores.masked_fill(~visible_cells(keep, key_padding, query_padding), float("-inf"))
-    weights = torch.softmax(scores, dim=-1, dtype=torch.float32)
+    if dynamic is None:
+        weights = torch.softmax(scores, dim=-1, dtype=torch.float32)
+    else:
+        weights = dynamic.probabilities(scores, query_padding)
     output = torch.matmul(F.dropout(weights.type_as(v), dropout_p, training=dropout_p > 0), v)
     return _zero_padded(output, query_padding), weights
 

@@ -44,17 +44,7 @@ def apply_masks(checkpoint, masks_file, output, data: str | None = None, overwri
             belong together.
     """
     refuse_existing(output, overwrite)
-    state = _with_pruned_config(load_checkpoint(checkpoint), checkpoint)
-    cfg = OmegaConf.create(state["cfg"], flags={"allow_objects": True})
-    if data is not None:
-        cfg.task.data = data
-    folder = utils.split_paths(cfg.task.data)[0]
-    if not any(Path(folder).glob("dict.*.txt")):
-        raise ArtifactError(f"the dictionaries of {checkpoint} are not in {folder}; pass --data DIR")
-    task = tasks.setup_task(cfg.task, from_checkpoint=True)
-    cfg.model.attention_masks = str(masks_file)
-    model = task.build_model(cfg.model, from_checkpoint=True)
-    model.load_state_dict(state["model"], strict=True, model_cfg=cfg.model)
+    model, _, state = open_with_masks(checkpoint, masks_file, data)
     result = {
         "args": None,
         "cfg": state["cfg"],
@@ -67,6 +57,25 @@ def apply_masks(checkpoint, masks_file, output, data: str | None = None, overwri
     }
     save_checkpoint(utils.move_to_cpu(result), output, overwrite)
     return model.masks_provenance()
+
+
+def open_with_masks(checkpoint, masks_file, data: str | None = None):
+    """Return (model, task, state): the weights of *checkpoint* in a ``pruned_transformer`` under the given masks.
+
+    Args and errors as for :func:`apply_masks`; ``state["cfg"]`` is the configuration of the pruned model.
+    """
+    state = _with_pruned_config(load_checkpoint(checkpoint), checkpoint)
+    cfg = OmegaConf.create(state["cfg"], flags={"allow_objects": True})
+    if data is not None:
+        cfg.task.data = str(data)
+    folder = utils.split_paths(cfg.task.data)[0]
+    if not any(Path(folder).glob("dict.*.txt")):
+        raise ArtifactError(f"the dictionaries of {checkpoint} are not in {folder}; pass --data DIR")
+    task = tasks.setup_task(cfg.task, from_checkpoint=True)
+    cfg.model.attention_masks = str(masks_file)
+    model = task.build_model(cfg.model, from_checkpoint=True)
+    model.load_state_dict(state["model"], strict=True, model_cfg=cfg.model)
+    return model, task, state
 
 
 def _with_pruned_config(state: dict[str, Any], checkpoint) -> dict[str, Any]:

@@ -3,21 +3,23 @@
 Every procedure gives each *unit* a score and prunes the units of lowest score. A unit is what is pruned together: one
 cell, one square block of cells, or one diagonal. The budget is *effective sparsity*: the share of the attendable pairs
 of the recorded data that the mask removes. Pruning in ascending order of mean attention s/n under a budget on n keeps
-the most attention mass that the budget allows: the fractional-knapsack greedy, with s as value and n as weight.
+the most attention mass that the budget allows: the fractional-knapsack greedy, with s as value and n as weight. The
+scores themselves are in :mod:`ap_fairseq.criteria`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from ap_fairseq import criteria
 from ap_fairseq.artifacts import AttentionStats, PruningMasks
 from ap_fairseq.sites import AttentionKind
 
-PROCEDURES = ("effective", "as-published", "random", "window")
+PROCEDURES = (*criteria.SCORES, "random", "as-published")
 SCOPES = ("kind", "layer", "head", "global")
 GRANULARITIES = (1, 16, 32, 64, 128, "diagonal")
 BEYOND = ("diagonal", "keep")
@@ -35,17 +37,25 @@ class MaskSpec:
     Attributes:
         budgets: per kind the share of attendable pairs to prune, in [0, 1); for ``as-published`` the nominal
             percentile. Kinds without an entry are kept whole.
-        procedure: ``effective`` ranks by mean attention; ``random`` by a seeded draw; ``window`` by distance from the
-            diagonal (in cross-attention from the mean source/target length slope); ``as-published`` prunes, per layer
-            over its heads, everything up to a percentile of the mean attention in the square up to the longest
-            sentence, non-existing cells counting as zeros (Rugina et al. 2020, arXiv 2012.02030, and its code).
+        procedure: what ranks the units. ``effective`` (mean attention), ``normalised``, ``relative`` and the controls
+            ``window``, ``gaussian`` and ``fixed`` are the scores of :mod:`ap_fairseq.criteria`; ``random`` is a seeded
+            draw. ``as-published`` prunes, per layer over its heads, everything up to a percentile of the mean attention
+            in the square up to the longest sentence, non-existing cells counting as zeros (Rugina et al. 2020, arXiv
+            2012.02030, and its code).
         scope: what shares one threshold: all sites of a ``kind``, each ``layer`` of a kind, each ``head``, or all kinds
-            together (``global``; the budget is then the sum of the kinds' budgets in pairs). ``as-published`` has its
-            own scope.
+            together (``global``; the budget is then the sum of the kinds' budgets in pairs, and kinds, layers and heads
+            that are cheap to prune pay for the others). ``as-published`` has its own scope.
         granularity: 1 (cells), 16, 32, 64, 128 (square blocks) or ``diagonal`` (offsets j - i).
-        beyond: cells that no recorded sentence reaches: ``diagonal`` continues each head's mean attention along the
-            diagonal against the same threshold, ``keep`` keeps them.
-        seed: for ``random``, and for ties of ``window``.
+        beyond: cells that no recorded sentence reaches: ``diagonal`` continues each head's scores along the diagonal
+            against the same threshold, ``keep`` keeps them.
+        min_kept: the share of its attendable pairs that every head keeps, its best, in [0, 1].
+        keep_diagonal: also keep every cell at most this many key positions from the diagonal (in cross-attention from
+            the mean source/target length slope); None for no such set.
+        keep_first: also keep this many first columns.
+        seed: for ``random``, and for ties of the controls by distance.
+
+    The sets of *keep_diagonal* and *keep_first* count against the budget, and are cells also where the granularity is
+    coarser. They hold within the recorded range, and the diagonal of self-attention beyond it.
     """
 
     budgets: Mapping[AttentionKind, float]
@@ -53,6 +63,9 @@ class MaskSpec:
     scope: str = "kind"
     granularity: Granularity = 1
     beyond: str = "diagonal"
+    min_kept: float = 0.0
+    keep_diagonal: int | None = None
+    keep_first: int = 0
     seed: int = 1
 
     def __post_init__(self):
@@ -67,11 +80,22 @@ class MaskSpec:
         for kind, budget in self.budgets.items():
             if not 0 <= budget < 1:
                 raise ValueError(f"budget for {kind.value} is {budget}, expected 0 <= budget < 1")
-        if self.procedure == "as-published" and (self.granularity != 1 or self.scope != "kind"):
-            raise ValueError(
-                "as-published decides single cells per layer over its heads; leave --granularity and --scope at their "
-                f"defaults (got granularity {self.granularity!r}, scope {self.scope!r})"
-            )
+        if not 0 <= self.min_kept <= 1:
+            raise ValueError(f"min_kept is {self.min_kept}, expected a share of pairs in [0, 1]")
+        if self.keep_first < 0 or (self.keep_diagonal or 0) < 0:
+            raise ValueError(f"keep_diagonal {self.keep_diagonal} and keep_first {self.keep_first} cannot be negative")
+        if self.procedure == "as-published":
+            own = MaskSpec(self.budgets, beyond=self.beyond, seed=self.seed)
+            changed = [
+                f"{field.name} {getattr(self, field.name)!r}"
+                for field in dataclasses.fields(self)
+                if field.name != "procedure" and getattr(self, field.name) != getattr(own, field.name)
+            ]
+            if changed:
+                raise ValueError(
+                    "as-published decides single cells per layer over its heads and keeps nothing else; leave "
+                    f"{' and '.join(changed)} at the default"
+                )
 
 
 @dataclass(frozen=True)
@@ -84,6 +108,7 @@ class LayerSummary:
     effective: float  # share of attendable pairs removed: sum n (1 - keep) / sum n
     nominal: float  # share of the cells of the square up to the longest sentence not kept, non-existing cells included
     kept_mass: float  # sum s keep / sum s
+    mass: float  # attention mass of the recorded data: sum s
     guaranteed_rows: int  # observed rows (over heads) whose only kept cell is the guaranteed one
     rows: int  # observed rows (over heads)
 
@@ -109,9 +134,10 @@ def build_masks(stats: AttentionStats, spec: MaskSpec) -> tuple[PruningMasks, li
     else:
         keep, beyond = _ranked(stats, spec)
     for kind in stats.kinds:
-        _finish(keep[kind], beyond[kind], kind, stats.occupancy[kind], spec)
+        _finish(keep[kind], beyond[kind], stats, kind, spec)
     masks = PruningMasks(keep, beyond)
     summary = summarize(masks, stats)
+    kinds = [row for row in summary if row.layer is None]
     masks.metadata = {
         **{key: value for key, value in stats.metadata.items() if key not in ("format", "architecture")},
         "procedure": {
@@ -119,10 +145,10 @@ def build_masks(stats: AttentionStats, spec: MaskSpec) -> tuple[PruningMasks, li
             "budgets": {kind.value: budget for kind, budget in spec.budgets.items()},
         },
         "sparsity": {
-            row.kind: {"effective": row.effective, "nominal": row.nominal, "kept_mass": row.kept_mass}
-            for row in summary
-            if row.layer is None
+            row.kind: {"effective": row.effective, "nominal": row.nominal, "kept_mass": row.kept_mass} for row in kinds
         },
+        "total": total_of(kinds),
+        "vanished_heads": vanished_heads(masks, stats),
     }
     return masks, _missed_budgets(summary, spec)
 
@@ -132,89 +158,111 @@ def build_masks(stats: AttentionStats, spec: MaskSpec) -> tuple[PruningMasks, li
 
 def _ranked(stats: AttentionStats, spec: MaskSpec):
     """Prune units in ascending order of score until each scope's budget of pairs is reached."""
-    units = {kind: _Units.of(stats, kind, spec) for kind in stats.kinds}
-    pruned = {kind: np.zeros(unit.score.shape, dtype=bool) for kind, unit in units.items()}
-    beyond = {kind: np.ones(unit.offset_score.shape, dtype=bool) for kind, unit in units.items()}
+    units = {kind: _Units.of(stats, kind, spec) for kind in stats.kinds if kind in spec.budgets}
+    keep = {kind: np.ones(stats.mass[kind].shape, dtype=bool) for kind in stats.kinds}
+    beyond = {kind: np.ones((*cells.shape[:2], sum(cells.shape[2:]) - 1), dtype=bool) for kind, cells in keep.items()}
     for members, target in _scopes(units, stats, spec):
-        scores = [units[kind].score[index] for kind, index in members]
-        weights = [np.broadcast_to(units[kind].weight, units[kind].score.shape)[index] for kind, index in members]
-        parts, threshold = _prune_lowest(scores, weights, target)
-        for (kind, index), part in zip(members, parts, strict=True):
-            pruned[kind][index] = part
+        parts = [(units[kind].score[index], units[kind].weight) for kind, index in members]
+        pruned, threshold = _prune_lowest(parts, target)
+        for (kind, index), part in zip(members, pruned, strict=True):
+            whole = ~part
+            cells = keep[kind][index]  # a view; heads that share a score share its decisions
+            if spec.granularity == 1:
+                cells[:] = whole.reshape(*whole.shape[:2], *cells.shape[2:])
+            else:
+                cells[:] = whole[..., units[kind].of_cell]
             beyond[kind][index] = units[kind].offset_score[index] > threshold
-    keep = {}
-    for kind, unit in units.items():
-        shape = stats.mass[kind].shape
-        whole = ~pruned[kind]
-        cells = whole.reshape(*whole.shape[:2], *shape[2:]) if spec.granularity == 1 else whole[..., unit.of_cell]
-        keep[kind] = np.broadcast_to(cells, shape).copy()
-        beyond[kind] = np.broadcast_to(beyond[kind], (*shape[:2], beyond[kind].shape[-1])).copy()
     return keep, beyond
 
 
 def _scopes(units: Mapping[AttentionKind, _Units], stats: AttentionStats, spec: MaskSpec):
     """Return (members, pairs to prune) of each group that shares a threshold; a member is (kind, index into L, H)."""
     groups = []
-    for kind in (kind for kind in units if kind in spec.budgets):
-        layers, heads = units[kind].score.shape[:2]
-        n_layers, n_heads = {"layer": (layers, 1), "head": (layers, heads)}.get(spec.scope, (1, 1))
-        target = spec.budgets[kind] * stats.occupancy[kind].sum() * layers * heads / (n_layers * n_heads)
+    for kind, unit in units.items():
+        layers, heads = unit.score.shape[:2]  # those that share one score are one group
+        n_layers = layers if spec.scope in ("layer", "head") else 1
+        n_heads = heads if spec.scope == "head" else 1
+        pairs = stats.occupancy[kind].sum() * np.prod(stats.mass[kind].shape[:2])
         for layer, head in np.ndindex(n_layers, n_heads):
             index = (
                 slice(layer, layer + 1) if n_layers > 1 else slice(None),
                 slice(head, head + 1) if n_heads > 1 else slice(None),
             )
-            groups.append(([(kind, index)], target))
+            groups.append(([(kind, index)], spec.budgets[kind] * pairs / (n_layers * n_heads)))
     if spec.scope == "global" and groups:
         groups = [([member for members, _ in groups for member in members], sum(target for _, target in groups))]
     return groups
 
 
-def _prune_lowest(scores: list[np.ndarray], weights: list[np.ndarray], target: float):
-    """Mark units in ascending order of score until their weight comes nearest to *target*.
+def _prune_lowest(parts: Sequence[tuple[np.ndarray, np.ndarray]], target: float, at_most: bool = False):
+    """Mark units in ascending order of score until their weight comes nearest to *target*, or the last below it.
 
     Args:
-        scores: float64 arrays.
-        weights: number arrays of the same shapes; units of weight 0 (never observed, or guaranteed) are not candidates.
+        parts: pairs of scores, float64 (..., units), and weights, numbers (units,). Units of weight 0 (never observed,
+            or always kept) and of infinite score are no candidates.
+        at_most: never exceed the target.
 
     Returns:
-        bool arrays of the same shapes (True = pruned), and the score up to which units were pruned (-inf for none).
+        bool arrays of the shapes of the scores (True = pruned), and the score up to which units were pruned (-inf for
+        none).
     """
-    score = np.concatenate([part.ravel() for part in scores])
-    # Half the memory where it fits; a block of a large corpus holds more pairs than int32 counts.
-    fits = max(part.max() for part in weights) < 2**31
-    weight = np.concatenate([part.astype(np.int32 if fits else np.float64).ravel() for part in weights])
-    pruned = np.zeros(len(score), dtype=bool)
-    candidates = np.flatnonzero(weight)
-    spent = 0.0
-    while len(candidates) > _SORTED_AT_ONCE:
-        # Sorting 10^8 units takes minutes. A histogram finds the few whose order matters: all in lower bins go.
-        low, high = score[candidates].min(), score[candidates].max()
-        if low == high:
-            break
-        chunks = np.array_split(candidates, -(-len(candidates) // _SORTED_AT_ONCE))
-        bins = [((score[chunk] - low) * (_BINS / (high - low))).astype(np.int32) for chunk in chunks]
-        histogram = sum(
-            np.bincount(part, weights=weight[chunk], minlength=_BINS + 1)
-            for part, chunk in zip(bins, chunks, strict=True)
+    rows = [(row, weight) for score, weight in parts for row in score.reshape(-1, score.shape[-1])]
+
+    def candidates():  # row by row, because 10^8 units and their indices would take gigabytes
+        for row, weight in rows:
+            index = np.flatnonzero((weight > 0) & (row >= low) & (row <= high))
+            yield row[index], weight[index], index
+
+    # Sorting 10^8 units takes minutes. A histogram finds the few whose order matters: all below them go.
+    low, high, spent = -np.inf, np.finfo(float).max, 0.0
+    while True:
+        counts, lows, highs = zip(
+            *((len(score), score.min(initial=np.inf), score.max(initial=-np.inf)) for score, _, _ in candidates()),
+            strict=True,
         )
-        total = spent + np.cumsum(histogram)
-        critical = int(np.searchsorted(total, target, side="right"))
-        for part, chunk in zip(bins, chunks, strict=True):
-            pruned[chunk[part < critical]] = True
-        spent = total[critical - 1] if critical else spent
-        candidates = np.concatenate([chunk[part == critical] for part, chunk in zip(bins, chunks, strict=True)])
-    order = candidates[np.argsort(score[candidates], kind="stable")]
-    total = spent + np.cumsum(weight[order], dtype=np.float64)
-    count = int(np.searchsorted(total, target, side="right"))
-    if count < len(order):
-        before = total[count - 1] if count else spent
-        if total[count] - target < target - before:
+        if sum(counts):
+            low, high = min(lows), max(highs)
+        if sum(counts) <= _SORTED_AT_ONCE or low == high:
+            break
+        histogram = sum(
+            np.bincount(_bin(score, low, high), weights=weight, minlength=_BINS + 1)
+            for score, weight, _ in candidates()
+        )
+        below = spent + np.cumsum(histogram)
+        critical = int(np.searchsorted(below, target, side="right"))
+        if critical > _BINS:  # the target exceeds all weight
+            low, high = np.inf, -np.inf
+            break
+        inside = [score[_bin(score, low, high) == critical] for score, _, _ in candidates()]
+        spent = below[critical - 1] if critical else spent
+        low, high = min(part.min(initial=np.inf) for part in inside), max(part.max(initial=-np.inf) for part in inside)
+
+    undecided = list(candidates())
+    score, weight = (np.concatenate([part[k] for part in undecided]) for k in (0, 1))
+    order = np.argsort(score, kind="stable")
+    below = spent + np.cumsum(weight[order], dtype=np.float64)
+    count = int(np.searchsorted(below, target, side="right"))
+    if count < len(order) and not at_most:
+        before = below[count - 1] if count else spent
+        if below[count] - target < target - before:
             count += 1
-    pruned[order[:count]] = True
-    threshold = score.max(where=pruned, initial=-np.inf)
-    splits = np.cumsum([part.size for part in scores])[:-1]
-    return [p.reshape(s.shape) for p, s in zip(np.split(pruned, splits), scores, strict=True)], threshold
+    chosen = np.zeros(len(order), dtype=bool)
+    chosen[order[:count]] = True
+    marks, threshold = [], -np.inf
+    decided = np.split(chosen, np.cumsum([len(index) for _, _, index in undecided])[:-1])
+    for (row, row_weight), (_, _, index), part in zip(rows, undecided, decided, strict=True):
+        mark = (row < low) & (row_weight > 0)
+        mark[index] = part
+        marks.append(mark)
+        threshold = max(threshold, row.max(where=mark, initial=-np.inf))
+    of_row = iter(marks)
+    pruned = [np.stack([next(of_row) for _ in range(s.size // s.shape[-1])]).reshape(s.shape) for s, _ in parts]
+    return pruned, threshold
+
+
+def _bin(score: np.ndarray, low: float, high: float) -> np.ndarray:
+    """Number equal intervals of [low, high]: int64, 0 to _BINS."""
+    return ((score - low) / (high - low) * _BINS).astype(np.int64)
 
 
 @dataclass
@@ -222,8 +270,9 @@ class _Units:
     """The prunable units of one kind.
 
     Attributes:
-        score: float64 (layers, heads, units), or (1, 1, units) for what all heads share; higher = keep.
-        weight: int64 (units,): observed pairs of one head in the unit, guaranteed cells left out.
+        score: float64 (layers, heads, units), with 1 for an axis that shares scores; higher = keep, infinite = always.
+        weight: int64 (units,): observed pairs in the unit, over all heads that share the score, always-kept cells left
+            out.
         offset_score: float64 (layers or 1, heads or 1, Tq + Tk - 1): the score along each diagonal, +inf where never
             observed.
         of_cell: int64 (Tq, Tk): the unit of each cell.
@@ -236,28 +285,28 @@ class _Units:
 
     @classmethod
     def of(cls, stats: AttentionStats, kind: AttentionKind, spec: MaskSpec) -> _Units:
-        mass, occupancy = stats.mass[kind], stats.occupancy[kind]
-        shape, heads = occupancy.shape, mass.shape[:2]
-        of_cell = _unit_of_cell(shape, spec.granularity)
-        diagonal = _unit_of_cell(shape, "diagonal")
-        prunable = np.where(_guaranteed(shape, kind), 0, occupancy)
-        weight = _sum_by(of_cell, prunable)
-        seen = _sum_by(diagonal, occupancy)
-        if spec.procedure == "effective":
-            score = _sum_by(of_cell, mass * (prunable > 0)) / np.maximum(weight, 1)
-            offset_score = _sum_by(diagonal, mass) / np.maximum(seen, 1)
-        elif spec.procedure == "random":
+        occupancy, heads = stats.occupancy[kind], stats.mass[kind].shape[:2]
+        of_cell = _unit_of_cell(occupancy.shape, spec.granularity)
+        prunable = np.where(_always_kept(stats, kind, spec), 0, occupancy)
+        pairs = criteria.sum_by(of_cell, prunable)
+        seen = criteria.sum_by(criteria.offset_of_cell(occupancy.shape), occupancy)
+        if spec.procedure == "random":
             draw = np.random.default_rng([spec.seed, list(AttentionKind).index(kind)])
-            score = draw.random((*heads, len(weight)))
-            offset_score = draw.random((*heads, len(seen)))
+            score, offset_score = draw.random((*heads, len(pairs))), draw.random((*heads, len(seen)))
         else:
-            jitter = np.random.default_rng(spec.seed).random(len(weight))
-            distance = np.abs(np.arange(shape[1])[None, :] - _slope(stats, kind) * np.arange(shape[0])[:, None])
-            mean_distance = _sum_by(of_cell, distance * prunable) / np.maximum(weight, 1)
-            score = -(mean_distance + jitter)[None, None]  # the same window in every head
-            offset_score = -(_sum_by(diagonal, distance * occupancy) / np.maximum(seen, 1))[None, None]
+            name = "effective" if spec.procedure == "as-published" else spec.procedure
+            cells = criteria.SCORES[name](stats, kind)
+            offset_score = criteria.mean_along_diagonals(cells * occupancy, occupancy)
+            score = criteria.sum_by(of_cell, cells * prunable) / np.maximum(pairs, 1)
+            if name in criteria.WITH_TIES:
+                score = score - np.random.default_rng(spec.seed).random(len(pairs))
         offset_score[..., seen == 0] = np.inf
-        return cls(score, weight, offset_score, of_cell)
+        for layer, head in np.ndindex(score.shape[:2]) if spec.min_kept else ():
+            share = [(score[layer, head], pairs)]
+            (free,), _ = _prune_lowest(share, (1 - spec.min_kept) * occupancy.sum(), at_most=True)
+            score[layer, head, ~free] = np.inf
+        sharing = np.prod(heads) // np.prod(score.shape[:2])
+        return cls(score, pairs * sharing, offset_score, of_cell)
 
 
 def _as_published(stats: AttentionStats, spec: MaskSpec):
@@ -270,7 +319,7 @@ def _as_published(stats: AttentionStats, spec: MaskSpec):
         if kind not in spec.budgets:
             continue
         longest = max(shape)
-        offsets = _Units.of(stats, kind, dataclasses.replace(spec, procedure="effective")).offset_score
+        offsets = _Units.of(stats, kind, spec).offset_score
         for layer in range(mean.shape[0]):
             square = np.zeros((mean.shape[1], longest, longest))
             square[:, : shape[0], : shape[1]] = mean[layer]
@@ -280,56 +329,37 @@ def _as_published(stats: AttentionStats, spec: MaskSpec):
     return keep, beyond
 
 
-def _finish(keep, beyond, kind: AttentionKind, occupancy: np.ndarray, spec: MaskSpec) -> None:
-    """Apply, in place, what holds for every mask: unobserved cells follow *beyond*, no row is empty, causality."""
+def _finish(keep, beyond, stats: AttentionStats, kind: AttentionKind, spec: MaskSpec) -> None:
+    """Apply, in place, what holds for every mask: unobserved cells follow *beyond*, what is always kept, causality."""
+    occupancy = stats.occupancy[kind]
     if spec.beyond == "keep":
         beyond[:] = True
+    if spec.keep_diagonal is not None and kind is not AttentionKind.CROSS:
+        middle = occupancy.shape[0] - 1
+        beyond[..., max(0, middle - spec.keep_diagonal) : middle + spec.keep_diagonal + 1] = True
     unseen = occupancy == 0
-    keep[..., unseen] = beyond[..., _unit_of_cell(occupancy.shape, "diagonal")[unseen]]
-    keep[..., _guaranteed(occupancy.shape, kind)] = True
+    keep[..., unseen] = beyond[..., criteria.offset_of_cell(occupancy.shape)[unseen]]
+    keep[..., _always_kept(stats, kind, spec)] = True
     if kind.causal:
         keep &= np.tri(*occupancy.shape, dtype=bool)
 
 
-# -- cells and units --------------------------------------------------------------------------------------------------
+def _always_kept(stats: AttentionStats, kind: AttentionKind, spec: MaskSpec) -> np.ndarray:
+    """The guaranteed cell of each row and the sets that *spec* names, bool (Tq, Tk)."""
+    cells = criteria.guaranteed(stats.occupancy[kind].shape, kind)
+    cells[:, : spec.keep_first] = True
+    if spec.keep_diagonal is not None:
+        cells |= criteria.near_diagonal(stats, kind, spec.keep_diagonal)
+    return cells
 
 
 def _unit_of_cell(shape: tuple[int, int], granularity: Granularity) -> np.ndarray:
     """Number the units: int64 (Tq, Tk)."""
-    row, column = np.ogrid[: shape[0], : shape[1]]
     if granularity == "diagonal":
-        return column - row + shape[0] - 1
+        return criteria.offset_of_cell(shape)
+    row, column = np.ogrid[: shape[0], : shape[1]]
     per_row = -(-shape[1] // granularity)
     return row // granularity * per_row + column // granularity
-
-
-def _sum_by(unit_of_cell: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Sum the cells (..., Tq, Tk) of each unit: (..., units)."""
-    n_units = int(unit_of_cell.max()) + 1
-    if n_units == unit_of_cell.size:
-        return values.reshape(*values.shape[:-2], -1)
-    heads = values.reshape(-1, unit_of_cell.size)
-    sums = [np.bincount(unit_of_cell.ravel(), weights=head, minlength=n_units) for head in heads]
-    return np.stack(sums).reshape(*values.shape[:-2], n_units)
-
-
-def _guaranteed(shape: tuple[int, int], kind: AttentionKind) -> np.ndarray:
-    """The cell that exists in every sentence of every row, bool (Tq, Tk): the diagonal, or column 0 of cross."""
-    cells = np.zeros(shape, dtype=bool)
-    if kind is AttentionKind.CROSS:
-        cells[:, 0] = True
-    else:
-        np.fill_diagonal(cells, True)
-    return cells
-
-
-def _slope(stats: AttentionStats, kind: AttentionKind) -> float:
-    """Key positions per query position: 1 in self-attention, mean source length / mean target length in cross."""
-    if kind is not AttentionKind.CROSS:
-        return 1.0
-    # Row 0 exists in every sentence, so row 0 sums to all source tokens and column 0 to all target tokens.
-    occupancy = stats.occupancy[kind]
-    return float(occupancy[0].sum() / occupancy[:, 0].sum())
 
 
 # -- what came out ----------------------------------------------------------------------------------------------------
@@ -365,6 +395,7 @@ def summarize(masks: PruningMasks, stats: AttentionStats) -> list[LayerSummary]:
                     effective=float(part["pruned"] / part["pairs"]),
                     nominal=float(part["not_kept"] / part["cells"]),
                     kept_mass=float(part["kept"] / part["mass"]),
+                    mass=float(part["mass"]),
                     guaranteed_rows=int(part["guaranteed"]),
                     rows=int(part["rows"]),
                 )
@@ -375,6 +406,27 @@ def summarize(masks: PruningMasks, stats: AttentionStats) -> list[LayerSummary]:
 def _single(observed: np.ndarray) -> int:
     """Rows in which only one cell was ever attendable; keeping it is no sign of pruning."""
     return int(np.sum(observed.sum(-1) == 1))
+
+
+def total_of(kinds: Sequence[LayerSummary]) -> dict[str, float]:
+    """Return effective sparsity and kept mass over all pairs of several rows of a summary."""
+    pairs, mass = sum(row.pairs for row in kinds), sum(row.mass for row in kinds)
+    return {
+        "effective": sum(row.effective * row.pairs for row in kinds) / pairs,
+        "kept_mass": sum(row.kept_mass * row.mass for row in kinds) / mass,
+    }
+
+
+def vanished_heads(masks: PruningMasks, stats: AttentionStats) -> dict[str, list[list[int]]]:
+    """Return ``{kind: [[layer, head], ...]}`` of the heads that keep no observed cell but the guaranteed ones."""
+    vanished = {}
+    for kind in stats.kinds:
+        occupancy = stats.occupancy[kind]
+        others = (occupancy > 0) & ~criteria.guaranteed(occupancy.shape, kind)
+        empty = ~(masks.keep[kind] & others).any((-2, -1)) & others.any()
+        if empty.any():
+            vanished[kind.value] = np.argwhere(empty).tolist()
+    return vanished
 
 
 def format_summary(rows: Iterable[LayerSummary]) -> str:
@@ -396,12 +448,12 @@ def _missed_budgets(summary: Iterable[LayerSummary], spec: MaskSpec) -> list[str
     totals = [row for row in summary if row.layer is None and AttentionKind(row.kind) in spec.budgets]
     checks = [(row.kind, row.effective, spec.budgets[AttentionKind(row.kind)]) for row in totals]
     if spec.scope == "global" and totals:
-        pairs = sum(row.pairs for row in totals)
-        reached = sum(row.pairs * row.effective for row in totals) / pairs
-        target = sum(row.pairs * spec.budgets[AttentionKind(row.kind)] for row in totals) / pairs
-        checks = [("all kinds together", reached, target)]
+        target = np.average([target for _, _, target in checks], weights=[row.pairs for row in totals])
+        checks = [("all kinds together", total_of(totals)["effective"], target)]
     if spec.granularity == 1:
         reason = "every row keeps one guaranteed cell, and rows of short sentences have few others"
+        if spec.min_kept or spec.keep_first or spec.keep_diagonal is not None:
+            reason = f"{reason}; what min_kept, keep_first and keep_diagonal keep is never pruned either"
     else:
         unit = "diagonals" if spec.granularity == "diagonal" else f"{spec.granularity}x{spec.granularity} blocks"
         reason = f"the recorded pairs fall into few {unit}, and a unit is pruned whole; use a finer --granularity"

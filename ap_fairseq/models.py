@@ -14,6 +14,7 @@ import torch
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 from fairseq.dataclass.utils import gen_parser_from_dataclass
 from fairseq.distributed import fsdp_wrap
+from fairseq.logging import metrics
 from fairseq.models import register_model, register_model_architecture
 from fairseq.models.transformer import (
     TransformerConfig,
@@ -29,9 +30,11 @@ from omegaconf import II, DictConfig, OmegaConf
 from torch import Tensor, nn
 
 from ap_fairseq.artifacts import ArtifactError, PruningMasks, dictionary_hashes, file_sha256
-from ap_fairseq.attention import BACKENDS, MASK_BUFFERS, PrunedMultiheadAttention
+from ap_fairseq.attention import MASK_BUFFERS, PrunedMultiheadAttention
 from ap_fairseq.compat import drop_bettertransformer_copies
+from ap_fairseq.dynamic import DynamicPruning
 from ap_fairseq.sites import AttentionKind, architecture, attention_sites
+from triton_ops.api import BACKENDS
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +74,7 @@ def _flat_fields() -> list[tuple[str, Any, Any]]:
     return flat
 
 
-_MaskFields = [
+_PluginFields = [
     (
         "attention_masks",
         Optional[str],
@@ -91,10 +94,43 @@ _MaskFields = [
             metadata={"help": "what computes attention: triton kernels, eager torch, or whichever suits the device"},
         ),
     ),
+    (
+        "attention_top_k",
+        Optional[str],
+        dataclasses.field(
+            default=None,
+            metadata={
+                "help": "for analysis: each query attends to its k best keys only (Gupta et al. 2021); a number, or "
+                "numbers per kind such as encoder_self=4,cross=3"
+            },
+        ),
+    ),
+    (
+        "attention_threshold",
+        Optional[str],
+        dataclasses.field(
+            default=None,
+            metadata={
+                "help": "for analysis: attention probabilities below this become 0 (Ji et al. 2021); a number, or "
+                "numbers per kind"
+            },
+        ),
+    ),
+    (
+        "attention_log_bits",
+        int,
+        dataclasses.field(
+            default=0,
+            metadata={
+                "help": "for analysis: round the probabilities above --attention-threshold to 2^N - 1 values on a log "
+                "scale (Ji et al. 2021 use 3); 0 for no rounding"
+            },
+        ),
+    ),
 ]
 
 PrunedTransformerConfig = dataclasses.make_dataclass(
-    "PrunedTransformerConfig", _flat_fields() + _MaskFields, bases=(FairseqDataclass,)
+    "PrunedTransformerConfig", _flat_fields() + _PluginFields, bases=(FairseqDataclass,)
 )
 PrunedTransformerConfig.__module__ = __name__
 PrunedTransformerConfig.__doc__ = "fairseq's TransformerConfig with flat names, plus the flags of this plugin."
@@ -115,6 +151,7 @@ def _attention(embed_dim: int, cfg: TransformerConfig, kind: AttentionKind, **kw
         side.attention_heads,
         kind=kind,
         backend=cfg.attention_backend,
+        dynamic=DynamicPruning.from_options(kind, cfg.attention_top_k, cfg.attention_threshold, cfg.attention_log_bits),
         dropout=cfg.attention_dropout,
         q_noise=cfg.quant_noise.pq,
         qn_block_size=cfg.quant_noise.pq_block_size,
@@ -131,7 +168,14 @@ class PrunedTransformerEncoderLayer(transformer_layer.TransformerEncoderLayerBas
 
 
 class PrunedTransformerDecoderLayer(transformer_layer.TransformerDecoderLayerBase):
-    """fairseq's decoder layer with pruned self- and cross-attention."""
+    """fairseq's decoder layer with pruned self- and cross-attention.
+
+    Weights are computed where the decoder asks for them; ``need_attn`` would ask in every layer outside training.
+    """
+
+    def __init__(self, cfg, no_encoder_attn=False, add_bias_kv=False, add_zero_attn=False):
+        super().__init__(cfg, no_encoder_attn, add_bias_kv, add_zero_attn)
+        self.need_attn = False
 
     def build_self_attention(self, embed_dim, cfg, add_bias_kv=False, add_zero_attn=False):
         if cfg.cross_self_attention:  # attends to source and target at once: neither kind, so it stays dense
@@ -176,8 +220,25 @@ class PrunedTransformerEncoder(TransformerEncoderBase):
         return {**output, "source_shift": [shift]}
 
     def reorder_encoder_out(self, encoder_out, new_order):
+        """fairseq's hook, called once to repeat each sentence for its beams, then after each step of the search.
+
+        The repetition is only noted (``beam`` [int]): cross-attention serves all beams of a sentence from one copy.
+        Hypotheses of a sentence must stay together from then on, as every search of fairseq keeps them.
+        """
+        n_sentences = encoder_out["source_shift"][0].numel()
+        beam = encoder_out.get("beam", [1])[0]
+        if beam > 1:
+            if new_order.numel() == n_sentences * beam:
+                return encoder_out
+            new_order = new_order[::beam] // beam
+        else:
+            beam, remainder = divmod(new_order.numel(), n_sentences)
+            sentences = torch.arange(n_sentences, device=new_order.device)
+            if remainder == 0 and beam > 1 and torch.equal(new_order, sentences.repeat_interleave(beam)):
+                return {**encoder_out, "beam": [beam]}
+            beam = 1
         shift = [part.index_select(0, new_order) for part in encoder_out["source_shift"]]
-        return {**super().reorder_encoder_out(encoder_out, new_order), "source_shift": shift}
+        return {**super().reorder_encoder_out(encoder_out, new_order), "source_shift": shift, "beam": [beam]}
 
 
 class PrunedTransformerDecoder(TransformerDecoderBase):
@@ -218,7 +279,9 @@ class PrunedTransformerDecoder(TransformerDecoderBase):
         weights = extra["attn"][0]  # (B, T, S) over right-padded columns, or None
         if weights is not None and encoder_out is not None and encoder_out.get("source_shift"):
             columns = weights.transpose(1, 2)
-            extra["attn"] = [rotate_left(columns, -encoder_out["source_shift"][0]).transpose(1, 2)]
+            shift = encoder_out["source_shift"][0]
+            shift = shift.repeat_interleave(weights.size(0) // shift.numel())  # beams share their sentence
+            extra["attn"] = [rotate_left(columns, -shift).transpose(1, 2)]
         return x, extra
 
 
@@ -249,6 +312,7 @@ class PrunedTransformerModel(TransformerModelBase):
         super().__init__(cfg, encoder, decoder)
         self.register_buffer("mask_metadata", torch.zeros(0, dtype=torch.int64))
         self._masks_are_explicit = False
+        self._logged_sparsity: dict[str, float] = {}  # effective sparsity of each kind, for the training logs
 
     @classmethod
     def add_args(cls, parser):
@@ -305,6 +369,7 @@ class PrunedTransformerModel(TransformerModelBase):
         provenance = {**masks.metadata, "file_sha256": file_hash, "masks_sha256": self.masks_sha256()}
         self.mask_metadata = encode_provenance(provenance).to(self.mask_metadata.device)
         self._masks_are_explicit = True
+        self._logged_sparsity = effective_sparsity(provenance)
 
     def masks_sha256(self) -> str:
         """Hash the masks themselves, from the buffers."""
@@ -349,7 +414,20 @@ class PrunedTransformerModel(TransformerModelBase):
             logger.warning("the checkpoint holds no attention masks and --attention-masks names none")
         else:
             logger.info(f"attention masks {provenance['masks_sha256'][:12]}: {describe_sparsity(provenance)}")
+        self._logged_sparsity = effective_sparsity(provenance)
         return result
+
+    # -- logs ---------------------------------------------------------------------------------------------------------
+
+    def set_num_updates(self, num_updates):
+        """fairseq's hook before each training step: adds ``pruned_KIND``, the effective sparsity, to its metrics.
+
+        What is logged inside a training step reaches every progress bar of fairseq: json, simple and tqdm, TensorBoard,
+        Weights & Biases, Aim, AzureML.
+        """
+        super().set_num_updates(num_updates)
+        for kind, share in self._logged_sparsity.items():
+            metrics.log_scalar(f"pruned_{kind}", share, weight=0, priority=850, round=4)
 
 
 DAMAGED_MASKS = (
@@ -385,10 +463,15 @@ def _erase_mask_path(cfg) -> None:
         parent.model.attention_masks = None
 
 
+def effective_sparsity(provenance: dict[str, Any] | None) -> dict[str, float]:
+    """Return the effective sparsity of each kind, in [0, 1]; empty without masks."""
+    return {kind: value["effective"] for kind, value in (provenance or {}).get("sparsity", {}).items()}
+
+
 def describe_sparsity(provenance: dict[str, Any]) -> str:
     """Return e.g. ``effective sparsity encoder_self 50.0%, cross 49.9% (effective, granularity 1)``."""
     procedure = provenance.get("procedure", {})
-    shares = ", ".join(f"{kind} {value['effective']:.1%}" for kind, value in provenance.get("sparsity", {}).items())
+    shares = ", ".join(f"{kind} {share:.1%}" for kind, share in effective_sparsity(provenance).items())
     return f"effective sparsity {shares} ({procedure.get('procedure')}, granularity {procedure.get('granularity')})"
 
 

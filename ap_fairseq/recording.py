@@ -38,7 +38,9 @@ class AttentionRecorder:
         self.sites = list(attention_sites(model))
         self.lengths: dict[tuple[int, int], int] = defaultdict(int)  # (target, source) -> number of sentences
         self._mass: dict[AttentionKind, Tensor] = {}
+        self._end_mass: dict[AttentionKind, Tensor] = {}
         self._query_padding: dict[AttentionKind, Tensor] = {}
+        self._last_source: Tensor | None = None
         self._hooks = []
         layers = {kind: sum(site.kind is kind for site, _ in self.sites) for kind in AttentionKind}
         for site, module in self.sites:
@@ -47,6 +49,8 @@ class AttentionRecorder:
             if site.kind not in self._mass:
                 shape = (layers[site.kind], module.num_heads, *self._limits(site.kind))
                 self._mass[site.kind] = torch.zeros(shape, dtype=torch.float64, device=module.out_proj.weight.device)
+                if site.kind is not AttentionKind.DECODER_SELF:
+                    self._end_mass[site.kind] = self._mass[site.kind].new_zeros(shape[:2])
             # Stock fairseq otherwise hands full-context attention to torch, which averages the heads away.
             module._set_skip_embed_dim_check()
             self._hooks.append(module.register_forward_pre_hook(_ask_for_head_weights, with_kwargs=True))
@@ -85,6 +89,7 @@ class AttentionRecorder:
             AttentionKind.DECODER_SELF: target_padding,
             AttentionKind.CROSS: target_padding,
         }
+        self._last_source = (~source_padding).sum(1) - 1
         target_lengths = (~target_padding).sum(1).tolist()
         source_lengths = (~source_padding).sum(1).tolist()
         for pair in zip(target_lengths, source_lengths, strict=True):
@@ -98,6 +103,11 @@ class AttentionRecorder:
             total = self._mass[kind][layer]
             n_queries, n_keys = (min(a, b) for a, b in zip(recorded.shape[1:], total.shape[1:], strict=True))
             total[:, :n_queries, :n_keys] += recorded[:, :n_queries, :n_keys]
+            if kind in self._end_mass:
+                last = self._last_source.view(1, -1, 1, 1).expand(*weights.shape[:3], 1)
+                on_end = weights.gather(3, last).squeeze(3).masked_fill(self._query_padding[kind], 0)  # (H, B, Tq)
+                on_end = on_end.masked_fill((self._last_source >= n_keys)[:, None], 0)
+                self._end_mass[kind][layer] += on_end[:, :, :n_queries].sum((1, 2), dtype=torch.float64)
 
         return accumulate
 
@@ -120,7 +130,7 @@ class AttentionRecorder:
             for part in gathered:
                 for pair, count in part.items():
                     lengths[pair] += count
-            for total in mass.values():
+            for total in (*mass.values(), *self._end_mass.values()):
                 dist.all_reduce(total, group=group)
         if not lengths:
             raise ValueError("no sentence was recorded; the subset is empty or every sentence was skipped")
@@ -139,7 +149,8 @@ class AttentionRecorder:
             "pairs_beyond_range": beyond,
             "pairs_recorded": {kind.value: int(occupancy[kind].sum()) for kind in mass},
         }
-        return AttentionStats(recorded, occupancy, metadata)
+        end_mass = {kind: total.cpu().numpy() for kind, total in self._end_mass.items()}
+        return AttentionStats(recorded, occupancy, metadata, end_mass)
 
 
 def _ask_for_head_weights(module, args, kwargs):

@@ -16,6 +16,7 @@ from fairseq.tasks.translation import TranslationConfig, TranslationTask
 
 from ap_fairseq.artifacts import ArtifactError, dictionary_hashes, file_sha256, refuse_existing, versions
 from ap_fairseq.compat import allow_gathering_on_cpu, drop_bettertransformer_copies
+from ap_fairseq.generation import PrunedSequenceGenerator
 from ap_fairseq.recording import AttentionRecorder, sample_by_length
 from ap_fairseq.sites import architecture
 
@@ -188,3 +189,13 @@ def _group() -> dist.ProcessGroup | None:
     """Return the group of the ranks that share the data, None for a single process."""
     distributed = dist.is_initialized() and dist.get_world_size() > 1
     return distributed_utils.get_data_parallel_group() if distributed else None
+
+
+@register_task("pruned_translation", dataclass=TranslationConfig)
+class PrunedTranslationTask(TranslationTask):
+    """``translation`` whose beam search over pruned transformers is decided on the device (`generation`)."""
+
+    def build_generator(self, models, args, seq_gen_cls=None, extra_gen_cls_kwargs=None, prefix_allowed_tokens_fn=None):
+        if seq_gen_cls is None and not getattr(args, "print_alignment", False):
+            seq_gen_cls = PrunedSequenceGenerator
+        return super().build_generator(models, args, seq_gen_cls, extra_gen_cls_kwargs, prefix_allowed_tokens_fn)

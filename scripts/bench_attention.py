@@ -8,9 +8,9 @@
 
 Rivals: SDPA with the flash, cuDNN and memory-efficient back ends (dense), SDPA with the mask as a dense float
 tensor (what stock fairseq computes), FlexAttention with the same block mask, and the eager definition. A rival
-that cannot run a case is recorded with its error. Sequences up to 2048 are timed as CUDA-graph replays, where
-launches from Python would hide the kernels; longer ones with events around single calls. `tflops` counts
-kept cells only: 4 D FLOP per kept cell forward, 10 D more backward.
+that cannot run a case is recorded with its error. Everything is timed as CUDA-graph replays: at 90% sparsity even
+4 x 16 x 4096 takes no longer than its launch from Python, which the section `host` measures by itself. `tflops`
+counts kept cells only: 4 D FLOP per kept cell forward, 10 D more backward.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import json
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -38,7 +39,7 @@ from triton_ops import AttentionLayout, block_sparse_attention, decode_attention
 from triton_ops.testing import assert_within_budget, block_mask, make_case
 
 DEVICE = "cuda"
-GRAPH_LIMIT = 2048
+DENSE_MASK_LIMIT = 2048  # longest sequences for which a dense mask and eager scores are built
 DENSE = {
     "sdpa flash": SDPBackend.FLASH_ATTENTION,
     "sdpa cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -57,7 +58,7 @@ def quantiles(times: list[float]) -> dict[str, float]:
 
 
 def time_events(run: Callable[[], object], repeats: int) -> dict[str, float]:
-    for _ in range(5):
+    for _ in range(3):
         run()
     times = []
     for _ in range(repeats):
@@ -86,10 +87,10 @@ def time_graph(run: Callable[[], object], repeats: int, calls: int = 10) -> dict
     return {name: value / calls for name, value in timing.items()}
 
 
-def measure(run: Callable[[], object], graph: bool, repeats: int) -> dict[str, object]:
+def measure(run: Callable[[], object], repeats: int) -> dict[str, object]:
     """Timing of `run`, or the reason why it cannot run."""
     try:
-        return dict(time_graph(run, repeats) if graph else time_events(run, repeats), graph=graph)
+        return dict(time_graph(run, repeats))
     except (RuntimeError, ValueError, NotImplementedError, triton.TritonError) as error:
         torch.cuda.synchronize()
         return dict(error=f"{type(error).__name__}: {str(error).splitlines()[0][:200]}")
@@ -176,20 +177,20 @@ def square_case(
     }
     if rivals:
         methods |= {name: dense(backend) for name, backend in DENSE.items()}
-        if size <= GRAPH_LIMIT:  # the mask alone takes heads x size² elements, the eager scores batch times that
+        if size <= DENSE_MASK_LIMIT:  # the mask alone takes heads x size² elements, the eager scores batch times that
             float_mask = torch.zeros(keep.shape, device=DEVICE, dtype=BFLOAT16).masked_fill_(~keep, -torch.inf)
             methods["sdpa dense mask"] = dense_mask(float_mask[None])
             methods["eager"] = lambda q, k, v: block_sparse_attention(q, k, v, layout, backend="eager")
     if block == 128:
         methods["flex 128"] = flex(keep, 128, autotune=False)
-    if block == 64 and rivals:
+    if block == 64 and rivals and size > DENSE_MASK_LIMIT:  # minutes of compilation: once
         methods["flex 64 autotuned"] = flex(keep, 64, autotune=True)
     rows = []
     for direction in directions:
         flop = kept * dim * (4 if direction == "forward" else 14)
         for name, method in methods.items():
             run = functools.partial(method, q, k, v) if direction == "forward" else training_step(method, q, k, v, grad)
-            timing = measure(run, size <= GRAPH_LIMIT, repeats)
+            timing = measure(run, repeats)
             row = dict(
                 case="square", batch=batch, heads=heads, size=size, dim=dim, dtype="bfloat16", block=block,
                 nominal_sparsity=sparsity, sparsity=1 - float(keep.float().mean()), direction=direction, method=name,
@@ -233,7 +234,7 @@ def sentence_case(batch: int, heads: int, size: int, repeats: int) -> list[dict]
                 dict(
                     case="sentence", batch=batch, heads=heads, size=size, dim=dim, dtype="bfloat16", block=1,
                     sparsity=1 - float(keep.float().mean()), direction=direction, method=name,
-                    mean_length=float(lengths.float().mean()), dropout=dropout_p, **measure(run, True, repeats),
+                    mean_length=float(lengths.float().mean()), dropout=dropout_p, **measure(run, repeats),
                 )
             )  # fmt: skip
     return rows
@@ -247,7 +248,7 @@ def decode_case(batch: int, beam: int, heads: int, size: int, sparsity: float, r
     layout = AttentionLayout.from_keep_mask(keep).prepare(decode=True)
     step = torch.tensor([size - 1], device=DEVICE)
     q = torch.randn(batch, beam, heads, dim, device=DEVICE, dtype=BFLOAT16)
-    slots = torch.arange(beam, device=DEVICE, dtype=torch.int32)[None, :, None].expand(batch, beam, size).contiguous()
+    pool_rows = torch.arange(batch * beam * size, device=DEVICE, dtype=torch.int32).view(batch, beam, size)
     rows = []
     for kind, shape in [("self", (batch, beam, heads, size, dim)), ("cross", (batch, heads, size, dim))]:
         k, v = (torch.randn(shape, device=DEVICE, dtype=BFLOAT16) for _ in range(2))
@@ -262,12 +263,15 @@ def decode_case(batch: int, beam: int, heads: int, size: int, sparsity: float, r
             "bmm softmax bmm": stock,
         }
         if kind == "self":
-            methods["ours, beam slots"] = functools.partial(methods["ours"], beam_slots=slots)
+            pool = [x.transpose(2, 3).reshape(-1, heads, dim) for x in (k, v)]
+            methods["ours, pool of rows"] = functools.partial(
+                decode_attention, q, *pool, layout, step, cache_rows=pool_rows, backend="triton"
+            )
         for name, run in methods.items():
             rows.append(
                 dict(
                     case=f"decode {kind}", batch=batch, beam=beam, heads=heads, size=size, dim=dim, dtype="bfloat16",
-                    sparsity=1 - float(keep.float().mean()), method=name, **measure(run, True, repeats),
+                    sparsity=1 - float(keep.float().mean()), method=name, **measure(run, repeats),
                 )
             )  # fmt: skip
     return rows
@@ -299,23 +303,57 @@ def memory_case(batch: int, heads: int, size: int) -> list[dict]:
     return rows
 
 
+def host_case(repeats: int) -> list[dict]:
+    """What a call costs the host, in microseconds: sentences, dropout 0.1, no waiting for the device."""
+    torch.manual_seed(0)
+    q, k, v, grad = (torch.randn(4, 8, 32, 64, device=DEVICE, dtype=BFLOAT16) for _ in range(4))
+    layout = AttentionLayout.from_keep_mask(torch.ones(8, 32, 32, dtype=torch.bool, device=DEVICE))
+    float_mask = torch.zeros(4, 8, 32, 32, device=DEVICE, dtype=BFLOAT16)
+    methods = {
+        "ours": lambda q, k, v: block_sparse_attention(q, k, v, layout, dropout_p=0.1, backend="triton"),
+        "sdpa dense mask": dense_mask(float_mask, 0.1),
+    }
+    rows = []
+    for direction in BOTH:
+        for name, method in methods.items():
+            run = functools.partial(method, q, k, v) if direction == "forward" else training_step(method, q, k, v, grad)
+            times = []
+            for _ in range(repeats + 3):
+                torch.cuda.synchronize()
+                start = time.perf_counter()
+                for _ in range(20):
+                    run()
+                times.append((time.perf_counter() - start) / 20)
+            torch.cuda.synchronize()
+            rows.append(
+                dict(case="host", direction=direction, method=name, median_us=statistics.median(times[3:]) * 1e6)
+            )
+    return rows
+
+
 BOTH = ["forward", "forward+backward"]
 
 
-def sections(repeats: int) -> dict[str, Callable[[], list[dict]]]:
-    def forward(size: int, batch: int, heads: int, cases: list[tuple[float, int]], directions: list[str]) -> list[dict]:
-        rows: list[dict] = []
-        for i, (sparsity, block) in enumerate(cases):
-            rows += square_case(batch, heads, size, sparsity, block, directions, repeats, rivals=i == 0)
-        return rows
+def sections(repeats: int) -> dict[str, list[Callable[[], list[dict]]]]:
+    """The cases of every section."""
+
+    def square(size: int, batch: int, heads: int, cases: list[tuple[float, int]]) -> list[Callable[[], list[dict]]]:
+        return [
+            functools.partial(square_case, batch, heads, size, sparsity, block, BOTH, repeats, rivals=i == 0)
+            for i, (sparsity, block) in enumerate(cases)
+        ]
 
     long_cases = [(0.9, 64), (0.9, 128), (0.9, 32), (0.9, 16), (0.5, 128), (0.5, 64), (0.0, 128)]
     return {
-        "long": lambda: forward(4096, 4, 16, long_cases, BOTH),
-        "medium": lambda: forward(1024, 8, 8, [(0.9, 64), (0.9, 128), (0.9, 16)], BOTH),
-        "sentence": lambda: sum((sentence_case(b, 8, t, repeats) for b, t in [(256, 32), (128, 64), (64, 128)]), []),
-        "decode": lambda: decode_case(64, 5, 8, 1000, 0.9, repeats),
-        "memory": lambda: memory_case(2, 16, 8192),
+        "medium": square(1024, 8, 8, [(0.9, 64), (0.9, 128), (0.9, 16)]),
+        "sentence": [
+            functools.partial(sentence_case, batch, 8, size, repeats)
+            for batch, size in [(256, 32), (128, 64), (64, 128)]
+        ],
+        "decode": [lambda: decode_case(64, 5, 8, 1000, 0.9, repeats)],
+        "memory": [lambda: memory_case(2, 16, 8192)],
+        "host": [lambda: host_case(repeats)],
+        "long": square(4096, 4, 16, long_cases),
     }
 
 
@@ -338,7 +376,7 @@ def tune(repeats: int) -> list[dict]:
         run = training_step(lambda q, k, v, lay=layout: block_sparse_attention(q, k, v, lay), q, k, v, grad)
         for module, name in [(forward, "forward_config"), (backward, "dq_config"), (backward, "dkdv_config")]:
             chosen = getattr(module, name)
-            chosen_time = measure(run, True, repeats)
+            chosen_time = measure(run, repeats)
             for outer, inner, stages, registers in itertools.product(
                 sorted({tile, min(tile, 64)}), TILE_SIZES, (1, 2, 3), (None, 128, 168)
             ):
@@ -347,7 +385,7 @@ def tune(repeats: int) -> list[dict]:
                     config = Config(*shape, warps, stages, registers)
                     setattr(module, name, lambda *_, config=config: config)
                     rows.append(
-                        dict(method=name, tile=tile, config=config, chosen=chosen_time, **measure(run, True, repeats))
+                        dict(method=name, tile=tile, config=config, chosen=chosen_time, **measure(run, repeats))
                     )
             setattr(module, name, chosen)
     return rows
@@ -416,6 +454,8 @@ def table(report: dict) -> str:
             )
         if row["case"] == "memory":
             lines.append(f"\nPeak memory above inputs, {row['method']}: {row['peak_bytes'] / 2**20:.0f} MiB.")
+        if row["case"] == "host":
+            lines.append(f"\nHost time of a call, {row['direction']}, {row['method']}: {row['median_us']:.0f} us.")
     return "\n".join(lines)
 
 
@@ -436,12 +476,13 @@ def main(arguments: list[str] | None = None) -> None:
     report: dict[str, object] = provenance()
     rows: list[dict] = []
     report["rows"] = rows
-    work = {"tune": lambda: tune(options.repeats)} if options.tune else sections(options.repeats)
-    for name, section in work.items():
+    work = {"tune": [lambda: tune(options.repeats)]} if options.tune else sections(options.repeats)
+    for name, cases in work.items():
         if options.tune or not options.only or name in options.only:
-            rows += section()
-            if options.out:  # after every section: a run that is cut short keeps what it measured
-                options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+            for case in cases:
+                rows += case()
+                if options.out:  # after every case: a run that is cut short keeps what it measured
+                    options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
             print(f"{name}: {len(rows)} rows", flush=True)
     if options.tune:
         best = sorted((row for row in rows if "median_ms" in row), key=lambda row: row["median_ms"])

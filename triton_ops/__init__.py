@@ -7,7 +7,14 @@
 Depends on torch; triton is imported when a kernel first runs.
 """
 
-from .api import block_sparse_attention, check_length_values, decode_attention, interpreted
+from .api import block_sparse_attention, check_length_values, decode_attention, interpreted, use_kernels
 from .layout import AttentionLayout
 
-__all__ = ["AttentionLayout", "block_sparse_attention", "check_length_values", "decode_attention", "interpreted"]
+__all__ = [
+    "AttentionLayout",
+    "block_sparse_attention",
+    "check_length_values",
+    "decode_attention",
+    "interpreted",
+    "use_kernels",
+]

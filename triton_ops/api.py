@@ -22,8 +22,12 @@ def interpreted() -> bool:
     return INTERPRETED
 
 
-def _use_kernels(backend: str, q: Tensor) -> bool:
-    """Resolve the back end. One that is asked for by name is used or refused, never replaced."""
+def use_kernels(backend: str, q: Tensor) -> bool:
+    """Resolve a back end for inputs like q (.., D): whether the kernels run.
+
+    `auto` takes the kernels for tensors on a GPU whose dtype and head size they support. `triton` by name is used or
+    refused with a ValueError that says why, never replaced.
+    """
     if backend not in BACKENDS:
         raise ValueError(f"unknown attention backend {backend!r}; choose one of {', '.join(BACKENDS)}")
     if backend == "eager" or (backend == "auto" and not q.is_cuda):
@@ -165,14 +169,14 @@ def block_sparse_attention(
     else:
         seed = torch.full((1,), (seed + 2**63) % 2**64 - 2**63, dtype=torch.int64, device=q.device)
 
-    if not _use_kernels(backend, q):
+    if not use_kernels(backend, q):
         out, lse = attention_reference(
             q, k, v, layout.keep_mask(q_size, k_size), scale=scale, q_lengths=q_lengths, k_lengths=k_lengths,
             causal=causal, dropout_p=dropout_p, seed=seed,
         )  # fmt: skip
         return (out, lse) if return_lse else out
 
-    from .ops import attention_op  # imports triton, which the eager path does not need
+    from .ops import attend  # imports triton, which the eager path does not need
     from .small import small_size
 
     layout = layout.causal() if causal else layout
@@ -181,7 +185,7 @@ def block_sparse_attention(
         tables += layout.query_table()[:2]
         if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
             tables += layout.key_table()[:2]
-    out, lse = attention_op(
+    out, lse = attend(
         _rows(q), _rows(k), _rows(v), layout.words, layout.row_shift, tables, layout.tile,
         q_lengths, k_lengths, seed, dropout_p, scale,
     )  # fmt: skip
@@ -196,34 +200,59 @@ def decode_attention(
     step: int | Tensor,
     *,
     k_lengths: Tensor | None = None,
-    beam_slots: Tensor | None = None,
+    cache_rows: Tensor | None = None,
+    cache_starts: Tensor | None = None,
     scale: float | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """One decoding step: row `step` of the mask for one query per (sentence, beam, head).
 
     q: (B, beam, H, D).
-    k, v: caches (B, beam, H, S, D), one per hypothesis (decoder self-attention), or (B, H, S, D), one per
-        sentence for all its beams (cross-attention). Any strides with adjacent D. Only kept positions are read;
-        S may exceed what is filled.
+    k, v: caches, any strides with adjacent D, of which only kept positions are read:
+        (B, beam, H, S, D), one per hypothesis; (B, H, S, D), one per sentence for all its beams; or (R, H, D),
+        a pool in which `cache_rows` or `cache_starts` finds a position. S may exceed what is filled.
     step: decode step = cached length before the step, an int or a one-element integer tensor on the device
         (read when the kernel runs, so that a captured CUDA graph can be replayed for every step).
-    k_lengths: (B,) valid cache positions of each sentence. For self-attention without it, positions up to
+    k_lengths: (B,) valid cache positions of each sentence. Without it (decoder self-attention), positions up to
         layout.k_size and S are visible as the mask says: pass a causal layout or lengths step + 1.
-    beam_slots: (B, beam, S) int32 or int64, only with per-hypothesis caches: position s of hypothesis w is read
-        from slot beam_slots[b, w, s]. Reordering beams then permutes this table, not the caches.
+    cache_rows: (B, beam, S) int32 or int64, pool row of position s of each hypothesis. Beams that share a prefix
+        share its rows, and reordering beams permutes this table, not the caches.
+    cache_starts: (B,) int32 or int64, pool row of each sentence's position 0, for caches that all beams of a
+        sentence share (cross-attention); its positions follow one another, and k_lengths says how many.
 
     Returns (B, beam, H, D); rows without a visible key are 0. No gradient. Raises as
-    `block_sparse_attention`; also for a step (given as int) outside the layout.
+    `block_sparse_attention`; also for a step (given as int) outside the layout. Values of the tables are not
+    checked.
     """
-    if q.dim() != 4 or k.dim() not in (4, 5) or v.shape != k.shape:
+    if q.dim() != 4 or k.dim() not in (3, 4, 5) or v.shape != k.shape:
         raise ValueError(
-            "q must be (B, beam, H, D) and k, v alike (B, H, S, D) or (B, beam, H, S, D), "
+            "q must be (B, beam, H, D) and k, v alike (B, H, S, D), (B, beam, H, S, D) or (R, H, D), "
             f"got {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}"
         )
     batch, beam, heads, dim = q.shape
-    size = k.size(-2)
-    expected = (batch, heads, size, dim) if k.dim() == 4 else (batch, beam, heads, size, dim)
+    n_tables = (cache_rows is not None) + (cache_starts is not None)
+    if n_tables != (k.dim() == 3):
+        raise ValueError(
+            "a pool (R, H, D) needs one of cache_rows and cache_starts, and other caches none: "
+            f"got k {tuple(k.shape)} with {n_tables} of them"
+        )
+    if cache_rows is not None:
+        size, expected = cache_rows.size(-1), (k.size(0), heads, dim)
+        if cache_rows.shape != (batch, beam, size) or cache_rows.is_floating_point():
+            raise ValueError(
+                f"cache_rows must be ({batch}, {beam}, S) integers, got {tuple(cache_rows.shape)} {cache_rows.dtype}"
+            )
+        cache_rows = _rows(cache_rows)
+    elif cache_starts is not None:
+        size, expected = layout.k_size, (k.size(0), heads, dim)
+        if cache_starts.shape != (batch,) or cache_starts.is_floating_point() or k_lengths is None:
+            raise ValueError(
+                f"cache_starts must be ({batch},) integers, given with k_lengths, got {tuple(cache_starts.shape)} "
+                f"{cache_starts.dtype} {'without' if k_lengths is None else 'with'} k_lengths"
+            )
+    else:
+        size = k.size(-2)
+        expected = (batch, heads, size, dim) if k.dim() == 4 else (batch, beam, heads, size, dim)
     if k.shape != expected:
         raise ValueError(f"k and v must be {expected} to fit q {tuple(q.shape)}, got {tuple(k.shape)}")
     if not q.dtype == k.dtype == v.dtype:
@@ -235,12 +264,6 @@ def decode_attention(
     if layout.mask_heads not in (1, heads):
         raise ValueError(f"layout has {layout.mask_heads} heads but q has {heads}; it must have {heads} or 1")
     _check_lengths("k_lengths", k_lengths, batch, size, q.device)
-    if beam_slots is not None:
-        if k.dim() == 4:
-            raise ValueError("beam_slots needs caches per hypothesis (B, beam, H, S, D); got one cache per sentence")
-        if beam_slots.shape != (batch, beam, size):
-            raise ValueError(f"beam_slots must be {(batch, beam, size)}, got {tuple(beam_slots.shape)}")
-        beam_slots = _rows(beam_slots)
     scale = _check_scale(scale, dim)
     if isinstance(step, int):
         if not 0 <= step < layout.q_size:
@@ -248,11 +271,14 @@ def decode_attention(
         step = torch.full((1,), step, dtype=torch.int64, device=q.device)
 
     k_size = min(size, layout.k_size)
-    if not _use_kernels(backend, q):
-        rows = layout.keep_mask(None, k_size).index_select(1, step.reshape(1).long()).squeeze(1)
-        return decode_reference(q, k, v, rows, scale=scale, k_lengths=k_lengths, beam_slots=beam_slots)
+    if not use_kernels(backend, q):
+        row = layout.keep_row(step)[:, :k_size]
+        return decode_reference(
+            q, k, v, row, scale=scale, k_lengths=k_lengths, cache_rows=cache_rows, cache_starts=cache_starts
+        )
 
-    from .ops import decode_op
+    from .ops import decode_step
 
     lists = layout.row_lists()
-    return decode_op(_rows(q), _rows(k), _rows(v), *lists, step, k_size, k_lengths, beam_slots, scale)
+    tables = (k_lengths, cache_rows, cache_starts)
+    return decode_step(_rows(q), _rows(k), _rows(v), *lists, step, k_size, *tables, scale)

@@ -20,13 +20,16 @@ from .primitives import LOG2E, NO_KEY, dot, dot_add, sequence_length
 
 @triton.jit(do_not_specialize=["BEAM", "H", "MH", "TK", "LQ", "N_GROUPS"])
 def _decode_kernel(
-    p_q, p_k, p_v, p_o, p_columns, p_pointers, p_step, p_k_lengths, p_slots, scale_log2,
-    s_qb, s_qw, s_qh, s_kb, s_kw, s_kh, s_kt, s_vb, s_vw, s_vh, s_vt, s_ob, s_ow, s_oh, s_sb, s_sw,
+    p_q, p_k, p_v, p_o, p_columns, p_pointers, p_step, p_k_lengths, p_rows, p_starts, scale_log2,
+    s_qb, s_qw, s_qh, s_kb, s_kw, s_kh, s_kt, s_vb, s_vw, s_vh, s_vt, s_ob, s_ow, s_oh, s_rb, s_rw,
     BEAM, H, MH, TK, LQ, N_GROUPS,
     D: tl.constexpr, BD: tl.constexpr, BW: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """BW = 1: one hypothesis per program, its own cache. BW > 1: all BEAM <= BW hypotheses, a shared cache."""
+    """BW = 1: one hypothesis per program, its own cache. BW > 1: all BEAM <= BW hypotheses, a shared cache.
+
+    In a pool (p_rows or p_starts) s_kt is the stride of pool rows, and s_kb and s_kw are 0.
+    """
     pid = tl.program_id(0)
     i_h = pid % H
     if BW == 1:
@@ -47,6 +50,10 @@ def _decode_kernel(
     p_k += i_b64 * s_kb + i_h64 * s_kh
     p_v += i_b64 * s_vb + i_h64 * s_vh
     p_o += i_b64 * s_ob + i_h64 * s_oh
+    if p_starts is not None:
+        first_row = tl.load(p_starts + i_b).to(tl.int64)
+        p_k += first_row * s_kt
+        p_v += first_row * s_vt
     if BW == 1:
         b_q = tl.load(p_q + i_w64 * s_qw + o_d, mask=m_d, other=0.0).to(tl.float32)  # [BD]
         b_o = tl.zeros([BD], dtype=tl.float32)
@@ -66,13 +73,10 @@ def _decode_kernel(
         o_n = tl.load(p_columns + o_f, mask=m_f, other=0).to(tl.int32)
         m_n = m_f & (o_n < k_length)
         m_nd = m_n[:, None] & m_d[None, :]
-        o_k, o_v = o_n.to(tl.int64) * s_kt, o_n.to(tl.int64) * s_vt
-        if BW == 1:
-            slot = i_w64 + tl.zeros([BN], dtype=tl.int64)
-            if p_slots is not None:
-                slot = tl.load(p_slots + i_b64 * s_sb + i_w64 * s_sw + o_n, mask=m_n, other=0).to(tl.int64)
-            o_k += slot * s_kw
-            o_v += slot * s_vw
+        o_row = o_n.to(tl.int64)
+        if p_rows is not None:
+            o_row = tl.load(p_rows + i_b64 * s_rb + i_w64 * s_rw + o_n, mask=m_n, other=0).to(tl.int64)
+        o_k, o_v = o_row * s_kt + i_w64 * s_kw, o_row * s_vt + i_w64 * s_vw
         b_k = tl.load(p_k + o_k[:, None] + o_d[None, :], mask=m_nd, other=0.0)  # [BN, BD]
         b_v = tl.load(p_v + o_v[:, None] + o_d[None, :], mask=m_nd, other=0.0)  # [BN, BD]
         if BW == 1:
@@ -111,21 +115,27 @@ def decode(
     step: Tensor,
     k_size: int,
     k_lengths: Tensor | None,
-    beam_slots: Tensor | None,
+    cache_rows: Tensor | None,
+    cache_starts: Tensor | None,
     scale: float,
 ) -> Tensor:
     """Launch the decode kernel. q (B, beam, H, D); caches as in `api.decode_attention`."""
     batch, beam, heads, dim = q.shape
     out = torch.empty_like(q)
-    shared = k.dim() == 4
+    shared = k.dim() == 4 or cache_starts is not None
     rows = max(16, triton.next_power_of_2(beam)) if shared else 1
     config = decode_config(shared, dim, q.dtype)
-    cache_strides = [s for x in (k, v) for s in ((x.stride(0), 0, *x.stride()[1:3]) if shared else x.stride()[:4])]
+    cache_strides: list[int] = []
+    for x in (k, v):
+        if x.dim() == 3:  # pool (R, H, D)
+            cache_strides += [0, 0, x.stride(1), x.stride(0)]
+        else:
+            cache_strides += [x.stride(0), x.stride(1) if x.dim() == 5 else 0, x.stride(-3), x.stride(-2)]
     n_rows, n_pointers = lists.pointers.shape[1:]
     _decode_kernel[(batch * heads * (1 if shared else beam),)](
-        q, k, v, out, lists.columns, lists.pointers, step, k_lengths, beam_slots, scale * LOG2E.value,
+        q, k, v, out, lists.columns, lists.pointers, step, k_lengths, cache_rows, cache_starts, scale * LOG2E.value,
         *q.stride()[:3], *cache_strides, *out.stride()[:3],
-        *(beam_slots.stride()[:2] if beam_slots is not None else (0, 0)),
+        *(cache_rows.stride()[:2] if cache_rows is not None else (0, 0)),
         beam, heads, lists.pointers.size(0), k_size, n_rows, n_pointers - 1,
         D=dim, BD=triton.next_power_of_2(dim), BW=rows, BN=config.block_k, GROUP=COLUMN_GROUP,
         PRECISION=precision(q.dtype), **config.launch(),

@@ -205,6 +205,7 @@ class AttentionLayout:
             return self
         return AttentionLayout(words, self.q_size, self.k_size, self.tile, self.row_group, self.is_causal)
 
+    @torch.inference_mode(False)  # kept, and saved for backward
     def causal(self) -> AttentionLayout:
         """This layout with the cells j > i removed (kept after the first call)."""
         if self.is_causal:
@@ -222,12 +223,14 @@ class AttentionLayout:
         words = _spread(self.words, self.row_group, self.q_size)
         return _tile_status(words, self.k_size, self.tile, self.tile)
 
+    @torch.inference_mode(False)
     def query_table(self) -> TileTable:
         """Key blocks of every query tile (forward, dq)."""
         if "query" not in self._tables:
             self._tables["query"] = _table(*self._status(), self.tile, self.tile)
         return self._tables["query"]
 
+    @torch.inference_mode(False)
     def key_table(self) -> TileTable:
         """Query blocks of every key tile (dk, dv): the transposed lists."""
         if "key" not in self._tables:
@@ -235,6 +238,7 @@ class AttentionLayout:
             self._tables["key"] = _table(some.transpose(1, 2), every.transpose(1, 2), self.tile, self.tile)
         return self._tables["key"]
 
+    @torch.inference_mode(False)
     def row_lists(self) -> RowLists:
         """Kept keys of every query position (decode). One host synchronisation, on the first call."""
         if self._row_lists is None:
@@ -263,6 +267,11 @@ class AttentionLayout:
         """The keep mask (M, q_size, k_size) as bool; sizes default to the whole mask."""
         words = _spread(self.words, self.row_group, self.q_size)
         return _unpack(words, q_size or self.q_size, k_size or self.k_size)
+
+    def keep_row(self, step: Tensor) -> Tensor:
+        """Row `step` (one-element tensor) of the keep mask: (M, k_size) bool."""
+        words = self.words.index_select(2, step.reshape(1) // self.row_group)
+        return _unpack(words, 1, self.k_size).squeeze(1)
 
     def memory(self) -> dict[str, int]:
         """Bytes on the device: packed cells, tile lists and decode lists that exist so far."""

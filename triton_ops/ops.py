@@ -1,7 +1,8 @@
-"""The kernels as torch custom operators, with shapes for tracing and their derivative.
+"""The kernels with their derivative: as an autograd function, and as torch custom operators.
 
-`torch.compile` sees one opaque call; autograd, activation checkpointing and CUDA-graph capture follow from
-the operators having no side effects and no host synchronisation.
+`torch.compile` sees one opaque operator, which needs no side effects and no host synchronisation; CUDA-graph capture
+and activation checkpointing work for the same reason. Dispatching a custom operator takes several hundred microseconds
+of Python, more than a sentence-sized kernel runs, so calls outside a trace go through the autograd function.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from contextlib import nullcontext
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .backward import backward
 from .decode import decode
@@ -22,7 +24,9 @@ from .small import small_backward, small_forward, small_size
 
 def _device_of(tensor: Tensor):
     """Triton launches on the current device: make it the one that holds the tensors."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+    if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
+        return torch.cuda.device(tensor.device)
+    return nullcontext()
 
 
 def _dropout_arguments(dropout_p: float) -> tuple[int, float]:
@@ -31,17 +35,7 @@ def _dropout_arguments(dropout_p: float) -> tuple[int, float]:
     return threshold, 1.0 / (1.0 - threshold / DROPOUT_RESOLUTION)
 
 
-# Schemas are written out: what torch infers from annotations depends on its version.
-_MASK = "Tensor words, int row_shift, Tensor[] tables, int tile"
-_CALL = "Tensor? q_lengths, Tensor? k_lengths, Tensor? seed, float dropout_p, float scale"
-
-
-@torch.library.custom_op(
-    "triton_ops::block_sparse_attention",
-    mutates_args=(),
-    schema=f"(Tensor q, Tensor k, Tensor v, {_MASK}, {_CALL}) -> (Tensor, Tensor)",
-)
-def attention_op(
+def _forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -72,18 +66,7 @@ def attention_op(
         )
 
 
-@attention_op.register_fake
-def _(q, k, v, words, row_shift, tables, tile, q_lengths, k_lengths, seed, dropout_p, scale):
-    return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
-
-
-@torch.library.custom_op(
-    "triton_ops::block_sparse_attention_backward",
-    mutates_args=(),
-    schema="(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-    f"{_MASK}, {_CALL}) -> (Tensor, Tensor, Tensor)",
-)
-def attention_backward_op(
+def _backward(
     grad_out: Tensor,
     grad_lse: Tensor | None,
     q: Tensor,
@@ -101,6 +84,7 @@ def attention_backward_op(
     dropout_p: float,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """(dq, dk, dv)."""
     threshold, inverse_keep = _dropout_arguments(dropout_p)
     if q.numel() == 0 or k.numel() == 0:
         return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
@@ -111,27 +95,74 @@ def attention_backward_op(
         small = small_size(q.size(2), k.size(2), q.size(3), q.dtype)
         if small is not None:
             return small_backward(
-                grad_out,
-                grad_lse,
-                q,
-                k,
-                v,
-                words,
-                row_shift,
-                small,
-                q_lengths,
-                k_lengths,
-                seed,
-                scale,
-                threshold,
-                inverse_keep,
-            )
+                grad_out, grad_lse, q, k, v, words, row_shift, small, q_lengths, k_lengths, seed,
+                scale, threshold, inverse_keep,
+            )  # fmt: skip
         query_table = TileTable(tables[0], tables[1], tile, tile)
         key_table = TileTable(tables[2], tables[3], tile, tile)
         return backward(
             grad_out, grad_lse, q, k, v, out, lse, words, row_shift, query_table, key_table, q_lengths, k_lengths, seed,
             scale, scale * LOG2E.value, threshold, inverse_keep,
         )  # fmt: skip
+
+
+class Attention(torch.autograd.Function):
+    """Arguments and results of `_forward`."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        output = _forward(*inputs)
+        _save(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_out, grad_lse):
+        return _gradients(ctx, _backward, grad_out, grad_lse)
+
+
+def _save(ctx, inputs, output) -> None:
+    q, k, v, words, ctx.row_shift, tables, ctx.tile, q_lengths, k_lengths, seed, ctx.dropout_p, ctx.scale = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(q, k, v, *output, words, q_lengths, k_lengths, seed, *tables)
+
+
+def _gradients(ctx, backward_of, grad_out, grad_lse):
+    """Gradients of the inputs of `_forward`, by `_backward` or its operator."""
+    q, k, v, out, lse, words, q_lengths, k_lengths, seed, *tables = ctx.saved_tensors
+    grads: tuple[Tensor | None, ...] = (None, None, None)
+    if grad_out is not None or grad_lse is not None:
+        grads = backward_of(
+            torch.zeros_like(out) if grad_out is None else grad_out, grad_lse, q, k, v, out, lse, words, ctx.row_shift,
+            tables, ctx.tile, q_lengths, k_lengths, seed, ctx.dropout_p, ctx.scale,
+        )  # fmt: skip
+    return (*grads, None, None, None, None, None, None, None, None, None)
+
+
+# -- custom operators --------------------------------------------------------------------------------------------------
+
+# Schemas are written out: what torch infers from annotations depends on its version.
+_MASK = "Tensor words, int row_shift, Tensor[] tables, int tile"
+_CALL = "Tensor? q_lengths, Tensor? k_lengths, Tensor? seed, float dropout_p, float scale"
+
+attention_op = torch.library.custom_op(
+    "triton_ops::block_sparse_attention",
+    _forward,
+    mutates_args=(),
+    schema=f"(Tensor q, Tensor k, Tensor v, {_MASK}, {_CALL}) -> (Tensor, Tensor)",
+)
+attention_backward_op = torch.library.custom_op(
+    "triton_ops::block_sparse_attention_backward",
+    _backward,
+    mutates_args=(),
+    schema="(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+    f"{_MASK}, {_CALL}) -> (Tensor, Tensor, Tensor)",
+)
+
+
+@attention_op.register_fake
+def _(q, k, v, words, row_shift, tables, tile, q_lengths, k_lengths, seed, dropout_p, scale):
+    return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
 @attention_backward_op.register_fake
@@ -141,33 +172,21 @@ def _(
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
-def _setup_context(ctx, inputs, output) -> None:
-    q, k, v, words, ctx.row_shift, tables, ctx.tile, q_lengths, k_lengths, seed, ctx.dropout_p, ctx.scale = inputs
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(q, k, v, *output, words, q_lengths, k_lengths, seed, *tables)
+def _operator_gradients(ctx, grad_out, grad_lse):
+    grads = list(_gradients(ctx, attention_backward_op, grad_out, grad_lse))
+    grads[5] = [None] * (len(ctx.saved_tensors) - 9)  # an operator wants one for each tensor of a list
+    return tuple(grads)
 
 
-def _backward(ctx, grad_out, grad_lse):
-    q, k, v, out, lse, words, q_lengths, k_lengths, seed, *tables = ctx.saved_tensors
-    grads: tuple[Tensor | None, ...] = (None, None, None)
-    if grad_out is not None or grad_lse is not None:
-        grads = attention_backward_op(
-            torch.zeros_like(out) if grad_out is None else grad_out, grad_lse, q, k, v, out, lse, words, ctx.row_shift,
-            tables, ctx.tile, q_lengths, k_lengths, seed, ctx.dropout_p, ctx.scale,
-        )  # fmt: skip
-    return (*grads, None, None, [None] * len(tables), None, None, None, None, None, None)
+attention_op.register_autograd(_operator_gradients, setup_context=_save)
 
 
-attention_op.register_autograd(_backward, setup_context=_setup_context)
+def attend(*inputs) -> tuple[Tensor, Tensor]:
+    """`_forward`, differentiable: the operator inside a trace, the autograd function elsewhere."""
+    return (attention_op if torch.compiler.is_compiling() else Attention.apply)(*inputs)
 
 
-@torch.library.custom_op(
-    "triton_ops::decode_attention",
-    mutates_args=(),
-    schema="(Tensor q, Tensor k, Tensor v, Tensor columns, Tensor pointers, Tensor step, SymInt k_size, "
-    "Tensor? k_lengths, Tensor? beam_slots, float scale) -> Tensor",
-)
-def decode_op(
+def _decode(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -176,15 +195,31 @@ def decode_op(
     step: Tensor,
     k_size: int,
     k_lengths: Tensor | None,
-    beam_slots: Tensor | None,
+    cache_rows: Tensor | None,
+    cache_starts: Tensor | None,
     scale: float,
 ) -> Tensor:
     if q.numel() == 0:
         return torch.empty_like(q)
     with _device_of(q):
-        return decode(q, k, v, RowLists(columns, pointers), step, k_size, k_lengths, beam_slots, scale)
+        lists = RowLists(columns, pointers)
+        return decode(q, k, v, lists, step, k_size, k_lengths, cache_rows, cache_starts, scale)
+
+
+decode_op = torch.library.custom_op(
+    "triton_ops::decode_attention",
+    _decode,
+    mutates_args=(),
+    schema="(Tensor q, Tensor k, Tensor v, Tensor columns, Tensor pointers, Tensor step, SymInt k_size, "
+    "Tensor? k_lengths, Tensor? cache_rows, Tensor? cache_starts, float scale) -> Tensor",
+)
 
 
 @decode_op.register_fake
-def _(q, k, v, columns, pointers, step, k_size, k_lengths, beam_slots, scale):
+def _(q, k, v, columns, pointers, step, k_size, k_lengths, cache_rows, cache_starts, scale):
     return torch.empty_like(q)
+
+
+def decode_step(*inputs) -> Tensor:
+    """`_decode`: the operator inside a trace, a plain call elsewhere."""
+    return (decode_op if torch.compiler.is_compiling() else _decode)(*inputs)

@@ -130,22 +130,25 @@ def decode_reference(
     *,
     scale: float,
     k_lengths: Tensor | None = None,
-    beam_slots: Tensor | None = None,
+    cache_rows: Tensor | None = None,
+    cache_starts: Tensor | None = None,
 ) -> Tensor:
     """One query row per (sentence, beam, head).
 
-    q (B, beam, H, D); k, v (B, H, S, D), one cache per sentence, or (B, beam, H, S, D); keep_row (H or 1, S),
-    True = kept; k_lengths (B,): valid cache positions; beam_slots (B, beam, S): the beam slot that holds
-    position s of each hypothesis. Returns (B, beam, H, D).
+    q (B, beam, H, D); caches as in `api.decode_attention`; keep_row (H or 1, S), True = kept; k_lengths (B,):
+    valid cache positions. Returns (B, beam, H, D).
     """
     batch, beam, heads, _ = q.shape
     size = keep_row.size(-1)
+    if cache_rows is not None:  # (R, H, D) -> (B, beam, H, S, D)
+        index = cache_rows[..., :size].long()
+        k, v = (x[index].transpose(2, 3) for x in (k, v))
+    elif cache_starts is not None:  # (R, H, D) -> (B, H, S, D)
+        index = cache_starts[:, None].long() + torch.arange(size, device=k.device)
+        k, v = (x[index.clamp_max(x.size(0) - 1)].transpose(1, 2) for x in (k, v))
     if k.dim() == 4:
         k, v = (x.unsqueeze(1).expand(-1, beam, -1, -1, -1) for x in (k, v))
     k, v = k[:, :, :, :size], v[:, :, :, :size]
-    if beam_slots is not None:
-        index = beam_slots[:, :, None, :size, None].long().expand_as(k)
-        k, v = k.gather(1, index), v.gather(1, index)
     out, _ = attention_reference(
         q.reshape(batch, beam * heads, 1, -1),
         k.reshape(batch, beam * heads, size, -1),

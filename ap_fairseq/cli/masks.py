@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import functools
 import logging
+from collections.abc import Mapping
 
 from ap_fairseq import masks
-from ap_fairseq.artifacts import AttentionStats, refuse_existing
+from ap_fairseq.artifacts import ArtifactError, AttentionStats, PruningMasks, refuse_existing
 from ap_fairseq.cli.common import add_output, command
 from ap_fairseq.sites import AttentionKind
 
@@ -19,6 +20,12 @@ def _budget(text: str) -> float:
     if not 0 <= value < 1:
         raise argparse.ArgumentTypeError(f"{text} is outside [0, 1): it is a share of pairs, e.g. 0.5 for 50%")
     return value
+
+
+def _count(text: str) -> int:
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text} is no number of positions")
+    return int(text)
 
 
 def _granularity(text: str) -> masks.Granularity:
@@ -34,18 +41,38 @@ def get_parser() -> argparse.ArgumentParser:
         "Budgets are effective sparsity: the share of the query-key pairs of the recorded data that is pruned."
     )
     parser.add_argument("stats", nargs="+", help="files written by ap-record; several are merged")
+    add_mask_options(parser)
+    add_output(parser, "the masks")
+    return parser
+
+
+def add_mask_options(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that :func:`spec_from` reads."""
     for kind in AttentionKind:
         help_text = f"share of {kind.value} pairs to prune, in [0, 1); default: prune none"
         parser.add_argument(f"--{kind.flag}", type=_budget, metavar="SHARE", help=help_text)
     parser.add_argument(
+        "--total",
+        type=_budget,
+        metavar="SHARE",
+        help="share of the pairs of all kinds together to prune, distributed over kinds, layers and heads by kept mass "
+        "(one threshold; instead of budgets per kind)",
+    )
+    parser.add_argument(
+        "--like", metavar="MASKS", help="budgets per kind as in this file: for controls at equal effective sparsity"
+    )
+    parser.add_argument(
         "--procedure",
         choices=masks.PROCEDURES,
         default="effective",
-        help="effective: by mean attention; as-published: the authors' percentile (budgets are nominal then); "
-        "random, window: controls at equal effective sparsity (default: %(default)s)",
+        help="effective: by mean attention; normalised: relative to the head's own; relative: averaged along the "
+        "diagonal; as-published: the authors' percentile (budgets are nominal then); random, "
+        "window, gaussian, fixed: controls at equal effective sparsity (default: %(default)s)",
     )
     parser.add_argument(
-        "--scope", choices=masks.SCOPES, default="kind", help="what shares one threshold (default: %(default)s)"
+        "--scope",
+        choices=masks.SCOPES,
+        help="what shares one threshold (default: kind; with --total: global)",
     )
     parser.add_argument(
         "--granularity",
@@ -61,9 +88,71 @@ def get_parser() -> argparse.ArgumentParser:
         help="cells that no recorded sentence reaches: continue each head's diagonal pattern, or keep "
         "(default: %(default)s)",
     )
-    parser.add_argument("--seed", type=int, default=1, help="for random masks (default: %(default)s)")
-    add_output(parser, "the masks")
-    return parser
+    parser.add_argument(
+        "--min-kept",
+        type=_budget,
+        default=0.0,
+        metavar="SHARE",
+        help="share of its pairs that every head keeps at least (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--keep-diagonal",
+        type=_count,
+        metavar="W",
+        help="always keep cells up to W key positions from the diagonal",
+    )
+    parser.add_argument(
+        "--keep-first", type=_count, default=0, metavar="N", help="always keep the first N columns (default: none)"
+    )
+    parser.add_argument("--seed", type=int, default=1, help="for random masks and ties (default: %(default)s)")
+
+
+def _budgets(args: argparse.Namespace, stats: AttentionStats) -> Mapping[AttentionKind, float]:
+    """Return the budget of each kind from --total, --like or the kinds' own flags, of which one may be given."""
+    own = {kind: getattr(args, kind.value) for kind in AttentionKind if getattr(args, kind.value) is not None}
+    given = [name for name, value in (("--total", args.total), ("--like", args.like)) if value is not None]
+    given += [f"--{kind.flag}" for kind in own][:1]
+    if len(given) > 1:
+        raise ArtifactError(f"{' and '.join(given)} both name budgets; give one of them")
+    if args.total is not None:
+        if args.scope not in (None, "global"):
+            raise ArtifactError(
+                f"--total is one budget for all kinds, --scope {args.scope} would split it; leave it out"
+            )
+        return dict.fromkeys(stats.kinds, args.total)
+    if args.like is not None:
+        shares = PruningMasks.load(args.like).metadata.get("sparsity", {})
+        return {AttentionKind(name): share["effective"] for name, share in shares.items() if share["effective"] > 0}
+    return own
+
+
+def spec_from(args: argparse.Namespace, stats: AttentionStats) -> masks.MaskSpec:
+    """Return what the flags of :func:`add_mask_options` ask for."""
+    return masks.MaskSpec(
+        budgets=_budgets(args, stats),
+        procedure=args.procedure,
+        scope=args.scope or ("global" if args.total is not None else "kind"),
+        granularity=args.granularity,
+        beyond=args.beyond,
+        min_kept=args.min_kept,
+        keep_diagonal=args.keep_diagonal,
+        keep_first=args.keep_first,
+        seed=args.seed,
+    )
+
+
+def write_masks(stats: AttentionStats, spec: masks.MaskSpec, output, overwrite: bool = False) -> None:
+    """Build masks, print what came out, and save them."""
+    result, missed = masks.build_masks(stats, spec)
+    result.save(output, overwrite=overwrite)
+    print(masks.format_summary(masks.summarize(result, stats)))
+    print("all kinds together: effective {effective:.1%}, kept mass {kept_mass:.1%}".format(**result.metadata["total"]))
+    for kind, heads in result.metadata["vanished_heads"].items():
+        names = ", ".join(f"{layer}.{head}" for layer, head in heads)
+        logger.warning(f"{kind}: {len(heads)} heads (layer.head) keep nothing but the guaranteed cells: {names}")
+    for message in missed:
+        logger.warning(message)
+    logger.info(f"masks -> {output}")
 
 
 @command
@@ -71,18 +160,4 @@ def main(argv: list[str]) -> None:
     args = get_parser().parse_args(argv)
     refuse_existing(args.output, args.overwrite)
     stats = functools.reduce(AttentionStats.merge, map(AttentionStats.load, args.stats))
-    given = {kind: getattr(args, kind.value) for kind in AttentionKind}
-    spec = masks.MaskSpec(
-        budgets={kind: budget for kind, budget in given.items() if budget is not None},
-        procedure=args.procedure,
-        scope=args.scope,
-        granularity=args.granularity,
-        beyond=args.beyond,
-        seed=args.seed,
-    )
-    result, missed = masks.build_masks(stats, spec)
-    result.save(args.output, overwrite=args.overwrite)
-    print(masks.format_summary(masks.summarize(result, stats)))
-    for message in missed:
-        logger.warning(message)
-    logger.info(f"masks -> {args.output}")
+    write_masks(stats, spec_from(args, stats), args.output, args.overwrite)

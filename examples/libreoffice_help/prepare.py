@@ -502,7 +502,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="output folder (default: data/SRC-TGT beside prepare.sh)"
     )
-    parser.add_argument("--bpe-size", type=int, default=8000, metavar="N", help="entries of the joint dictionary")
+    parser.add_argument("--bpe-size", type=int, default=4000, metavar="N", help="entries of the joint dictionary")
     parser.add_argument(
         "--page-tokens", type=int, default=1000, metavar="N", help="longest document, in tokens per side"
     )

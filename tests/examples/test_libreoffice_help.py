@@ -21,6 +21,7 @@ EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "libreoffice_help"
 sys.path[:0] = [str(EXAMPLE), str(EXAMPLE.parent / "common")]
 
 import corpus  # noqa: E402
+import page_mix  # noqa: E402
 import prepare  # noqa: E402
 import segments  # noqa: E402
 from corpus import Block, Page, Pair  # noqa: E402
@@ -755,3 +756,48 @@ def test_language_names():
     ]
     assert args.character_coverage == 1.0
     assert prepare.parse_args(["en", "ja"]).character_coverage == 0.9995
+
+
+# ---------------------------------------------------------------- page level
+
+
+def test_the_mix_holds_every_length_and_translates_the_same_text(run, tmp_path):
+    """Chunks are runs of segments within the limit, in order and complete, and read back as raw text."""
+    run("--page-tokens", "60")
+    data, pair = tmp_path / "out", ("en", "de")
+    pages = page_mix.read_pages(data, pair, "train")
+    for limit in (0, 12, 25, 60):
+        chunks = page_mix.cut(pages, limit)
+        assert [(name, s) for name, segments in chunks for s in segments] == [
+            (name, s) for name, segments in pages for s in segments
+        ]
+        for side in (0, 1):
+            for (_, of_chunk), line in zip(chunks, page_mix.encoded(chunks, side), strict=True):
+                assert len(line.split(" ")) <= limit or len(of_chunk) == 1
+    assert len(page_mix.cut(pages, 12)) > len(page_mix.cut(pages, 25)) > len(pages)
+    assert page_mix.cut(pages, 60) == pages
+    for side, language in enumerate(pair):
+        text = (data / "pages" / f"train.{language}").read_text("utf-8").splitlines()
+        assert list(map(page_mix.raw, page_mix.encoded(pages, side))) == text
+
+
+def test_the_mix_is_built_from_a_finished_corpus(run, tmp_path, monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        page_mix.main([str(tmp_path / "nothing")])
+    assert "holds no finished corpus" in capsys.readouterr().err
+    run("--page-tokens", "60")
+    commands = []
+    monkeypatch.setattr(page_mix.subprocess, "run", lambda command, check: commands.append(list(map(str, command))))
+    page_mix.main([str(tmp_path / "out"), "--lengths", "12", "25"])
+    mix, sizes = tmp_path / "out" / "mix", {}
+    for name in ("valid", "test", "test1", "test2", "test3", "train"):
+        stem = f"{name}.bpe" if name == "train" else name
+        sizes[name] = {len((mix / f"{stem}.{side}").read_text("utf-8").splitlines()) for side in ("en", "de")}
+        assert len(sizes[name]) == 1
+        if name != "train":
+            assert {len((mix / f"{name}.pages").read_text("utf-8").splitlines())} == sizes[name]
+    assert max(sizes["test"]) < max(sizes["test3"])
+    texts = [(mix / f"{name}.de").read_text("utf-8") for name in ("test", "test1", "test3")]
+    whole = [text.replace(" <sep> ", "\n").splitlines() for text in texts]
+    assert whole[0] == whole[1] == whole[2]
+    assert f"{mix}/test.bpe,{mix}/test1.bpe,{mix}/test2.bpe,{mix}/test3.bpe" in commands[0]

@@ -29,12 +29,14 @@ def test_packing_is_invertible_on_the_host_and_on_the_device(n, seed):
 def test_statistics_survive_a_round_trip(tmp_path):
     stats = random_stats()
     stats.metadata["checkpoint"] = "abc"
+    stats.end_mass = {AttentionKind.CROSS: np.random.default_rng(1).random((2, 2))}
     stats.save(tmp_path / "s.safetensors")
     again = AttentionStats.load(tmp_path / "s.safetensors")
     assert again.metadata["checkpoint"] == "abc" and again.architecture == stats.architecture
     for kind in AttentionKind:
         np.testing.assert_array_equal(again.mass[kind], stats.mass[kind])
         np.testing.assert_array_equal(again.occupancy[kind], stats.occupancy[kind])
+    np.testing.assert_array_equal(again.end_mass[AttentionKind.CROSS], stats.end_mass[AttentionKind.CROSS])
 
 
 def test_masks_survive_a_round_trip(tmp_path):

@@ -13,6 +13,7 @@ from ap_fairseq.sites import AttentionKind, attention_sites
 WORDS = dictionary()
 PAD, EOS = WORDS.pad(), WORDS.eos()
 KINDS = tuple(AttentionKind)
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def guarantee_only() -> PruningMasks:
@@ -282,3 +283,47 @@ def test_masks_mixed_by_averaging_are_refused():
     mixed = {k: (v + two[k]) // 2 if "words" in k else v for k, v in one.items()}
     with pytest.raises(ArtifactError, match="an average of checkpoints with different masks"):
         pruned_model(None, WORDS).load_state_dict(mixed)
+
+
+WIDE = dict(encoder_embed_dim=32, decoder_embed_dim=32, decoder_input_dim=32, decoder_output_dim=32)
+
+
+@pytest.mark.parametrize("lengths", [([5, 2], [4, 6]), ([131, 40], [30, 130])], ids=["short", "long"])
+def test_kernels_and_eager_agree_in_outputs_and_gradients(lengths):
+    """Sentences and the tile lists; padded on the left as fairseq does; beyond the range of the masks."""
+    masks = random_masks(0.6, longest=(20, 22))
+    source, target = batch(lengths[0], WORDS, left=True).to(DEVICE), targets(lengths[1]).to(DEVICE)
+    results = []
+    for backend in ("eager", "triton"):
+        model = pruned_model(masks, WORDS, attention_backend=backend, **WIDE).to(DEVICE).train()
+        logits = model(source, source.ne(PAD).sum(1), target)[0]
+        logits[target.ne(PAD)].log_softmax(-1)[:, 5].mean().backward()
+        results.append((logits[target.ne(PAD)], {name: p.grad for name, p in model.named_parameters()}))
+    torch.testing.assert_close(results[0][0], results[1][0], atol=1e-5, rtol=1e-4)
+    for name, gradient in results[0][1].items():
+        difference = (gradient - results[1][1][name]).abs().max()
+        assert difference <= 1e-5 + 1e-3 * gradient.abs().max(), name
+
+
+def test_reading_weights_does_not_change_the_output_of_the_kernels():
+    model = pruned_model(random_masks(0.6), WORDS, attention_backend="triton", **WIDE).to(DEVICE)
+    module = dict(attention_sites(model))[AttentionKind.CROSS, 0]
+    query, key = torch.randn(4, 2, 32, device=DEVICE), torch.randn(9, 2, 32, device=DEVICE)
+    with torch.no_grad():
+        plain, _ = module(query, key, key, need_weights=False)
+        read, weights = module(query, key, key, need_weights=True)
+    assert torch.equal(plain, read) and weights.shape == (2, 4, 9)
+
+
+def test_kernels_asked_for_by_name_are_used_or_refused():
+    with pytest.raises(ValueError, match=r"heads of 16 / 2 = 8 elements.*16, 32, 64, 96, 128"):
+        pruned_model(None, WORDS, attention_backend="triton")
+    model = pruned_model(random_masks(0.6), WORDS, attention_backend="triton", **WIDE).double()
+    with pytest.raises(ValueError, match=r"'triton' cannot run on dtype torch.float64"):
+        translate(model, batch([5], WORDS, left=True), targets([4]))
+    model = pruned_model(random_masks(0.6), WORDS, attention_backend="triton", attention_dropout=0.1, **WIDE)
+    for _, module in attention_sites(model):
+        module.dropout_module.apply_during_inference = True
+    encoder_out = model.encoder(batch([5], WORDS, left=True))
+    with pytest.raises(ValueError, match="dropout 0.1 while decoding.*use auto or eager"):
+        model.decoder(targets([1]), encoder_out=encoder_out, incremental_state={})

@@ -1,6 +1,7 @@
 """Budgets are met, controls are equal, and masks keep what they must."""
 
 import itertools
+import re
 
 import numpy as np
 import pytest
@@ -8,9 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from plugin.builders import random_stats
 
+from ap_fairseq import criteria
 from ap_fairseq import masks as masks_module
-from ap_fairseq.artifacts import AttentionStats
-from ap_fairseq.masks import MaskSpec, build_masks, format_summary, summarize
+from ap_fairseq.artifacts import AttentionStats, PruningMasks
+from ap_fairseq.cli import masks as cli_masks
+from ap_fairseq.masks import PROCEDURES, MaskSpec, build_masks, format_summary, summarize, total_of
 from ap_fairseq.recording import occupancy_of
 from ap_fairseq.sites import AttentionKind
 
@@ -32,7 +35,7 @@ def effective(masks, stats, kind) -> float:
 @given(
     share=st.floats(0, 0.7),
     scope=st.sampled_from(["kind", "layer", "head"]),
-    procedure=st.sampled_from(["effective", "random", "window"]),
+    procedure=st.sampled_from([p for p in PROCEDURES if p != "as-published"]),
     seed=st.integers(0, 5),
 )
 def test_budgets_are_met_within_one_point_or_the_tool_says_why(share, scope, procedure, seed):
@@ -78,7 +81,7 @@ def test_frequent_cells_count_for_what_they_cost():
     np.testing.assert_array_equal(masks.keep[AttentionKind.CROSS][0, 0], [[True, False, True], [True, True, False]])
 
 
-@pytest.mark.parametrize("procedure", ["effective", "random", "window", "as-published"])
+@pytest.mark.parametrize("procedure", PROCEDURES)
 @pytest.mark.parametrize("beyond", ["diagonal", "keep"])
 def test_the_guarantee_holds_at_any_sparsity(procedure, beyond):
     """PruningMasks itself refuses empty rows and non-causal cells, so building must not raise."""
@@ -231,7 +234,10 @@ def test_the_summary_counts_rows_that_only_the_guarantee_keeps():
         (dict(budgets={}, scope="site"), "scope 'site' is not one of kind, layer, head, global"),
         (dict(budgets={}, procedure="best"), "procedure 'best' is not one of"),
         (dict(budgets={}, granularity=8), "granularity 8 is not one of 1, 16, 32, 64, 128, diagonal"),
-        (dict(budgets={}, procedure="as-published", granularity=16), "leave --granularity and --scope at their"),
+        (dict(budgets={}, min_kept=1.2), "min_kept is 1.2, expected a share"),
+        (dict(budgets={}, keep_first=-1), "keep_first -1 cannot be negative"),
+        (dict(budgets={}, procedure="as-published", min_kept=0.1), "leave min_kept 0.1 at the default"),
+        (dict(budgets={}, procedure="as-published", granularity=16), "leave granularity 16 at the default"),
     ],
 )
 def test_bad_specs_name_the_fault(spec, message):
@@ -258,16 +264,190 @@ def test_the_histogram_search_prunes_what_a_full_sort_would(monkeypatch):
         weight = draw.integers(0, 50, 4000)
         for share in (0.0, 0.3, 0.9, 1.0):
             target = share * weight.sum()
-            expected, threshold = masks_module._prune_lowest([values], [weight], target)
+            expected, threshold = masks_module._prune_lowest([(values, weight)], target)
             with monkeypatch.context() as patch:
                 patch.setattr(masks_module, "_SORTED_AT_ONCE", 8)
-                found, found_threshold = masks_module._prune_lowest([values], [weight], target)
+                found, found_threshold = masks_module._prune_lowest([(values, weight)], target)
             np.testing.assert_array_equal(found[0], expected[0])
             assert found_threshold == threshold
 
 
 def test_units_of_billions_of_pairs_do_not_overflow():
     """A 128-block of WMT holds over 2^31 pairs; int32 weights made them negative and the budget meaningless."""
-    pruned, threshold = masks_module._prune_lowest([np.array([0.1, 0.2, 0.3])], [np.array([3e9, 3e9, 3e9])], 6e9)
+    pruned, threshold = masks_module._prune_lowest([(np.array([0.1, 0.2, 0.3]), np.array([3e9, 3e9, 3e9]))], 6e9)
     np.testing.assert_array_equal(pruned[0], [True, True, False])
     assert threshold == 0.2
+
+
+# -- criteria ---------------------------------------------------------------------------------------------------------
+
+
+def total_mass(masks, stats) -> tuple[float, float]:
+    """Effective sparsity and kept mass over all kinds, from their definitions."""
+    pairs = sum(stats.occupancy[kind].sum() * np.prod(stats.mass[kind].shape[:2]) for kind in ALL)
+    pruned = sum((stats.occupancy[kind] * ~masks.keep[kind]).sum() for kind in ALL)
+    kept = sum(stats.mass[kind][masks.keep[kind]].sum() for kind in ALL)
+    return pruned / pairs, kept / sum(stats.mass[kind].sum() for kind in ALL)
+
+
+def peaked_stats(seed=0):
+    """Statistics whose kinds differ: attention of sharp heads in the decoder, flat heads in the encoder."""
+    stats = random_stats(seed, longest=(30, 40), sentences=300)
+    for kind, power in zip(ALL, (1, 12, 4), strict=True):
+        weight = (stats.mass[kind] / np.maximum(stats.occupancy[kind], 1)) ** power * (stats.occupancy[kind] > 0)
+        stats.mass[kind] = weight / weight.sum(-1, keepdims=True) * stats.occupancy[kind]
+    return stats
+
+
+def test_a_joint_budget_keeps_more_mass_than_equal_budgets_per_kind():
+    """What it is for: cheap-to-prune sites pay for dear ones, at the same number of pruned pairs."""
+    stats = peaked_stats()
+    joint, missed = build(stats, 0.8, scope="global")
+    equal, _ = build(stats, 0.8)
+    (share, kept), (equal_share, equal_kept) = total_mass(joint, stats), total_mass(equal, stats)
+    assert not missed and share == pytest.approx(0.8, abs=0.002) and equal_share == pytest.approx(0.8, abs=0.002)
+    assert kept > equal_kept + 0.01
+    assert joint.metadata["total"] == pytest.approx({"effective": share, "kept_mass": kept})
+    assert len({round(effective(joint, stats, kind), 2) for kind in ALL}) == 3
+    rows = [row for row in summarize(joint, stats) if row.layer is None]
+    assert total_of(rows)["kept_mass"] == pytest.approx(kept)
+
+
+@pytest.mark.parametrize("procedure", ["window", "gaussian", "fixed"])
+def test_a_joint_budget_counts_every_head_of_a_shared_score(procedure):
+    """Kinds with fewer heads must not weigh as much as others only because their heads share one score."""
+    stats = random_stats(longest=(30, 30), sentences=200)
+    cross = AttentionKind.CROSS
+    stats.mass[cross] = np.tile(stats.mass[cross], (3, 2, 1, 1))
+    masks, missed = build(stats, 0.6, scope="global", procedure=procedure)
+    assert not missed and total_mass(masks, stats)[0] == pytest.approx(0.6, abs=0.01)
+
+
+def test_normalised_scores_do_not_depend_on_how_peaked_a_head_is():
+    stats = random_stats()
+    doubled = AttentionStats({kind: mass.copy() for kind, mass in stats.mass.items()}, stats.occupancy)
+    for kind in ALL:
+        doubled.mass[kind][0, 1] *= 7
+        np.testing.assert_allclose(
+            criteria.normalised_attention(doubled, kind), criteria.normalised_attention(stats, kind)
+        )
+        score, n = criteria.normalised_attention(stats, kind), stats.occupancy[kind]
+        np.testing.assert_allclose((score**2 * n).sum((-2, -1)) / n.sum(), 1)
+
+
+def test_relative_scores_average_the_diagonal_by_pairs():
+    stats = random_stats()
+    for kind in ALL:
+        score = criteria.relative_attention(stats, kind)
+        n, s = stats.occupancy[kind], stats.mass[kind]
+        for offset in range(1 - n.shape[0], n.shape[1]):
+            if np.diagonal(n, offset).any():
+                expected = np.diagonal(s, offset, -2, -1).sum(-1) / np.diagonal(n, offset).sum()
+                found = np.diagonal(score, offset, -2, -1)
+                np.testing.assert_allclose(found, np.broadcast_to(expected[..., None], found.shape))
+
+
+def test_diagonals_of_a_single_column_keep_their_order():
+    """With one key position there are as many diagonals as cells, numbered from the last row to the first."""
+    of_cell = criteria.offset_of_cell((3, 1))
+    np.testing.assert_array_equal(criteria.sum_by(of_cell, np.array([[1], [2], [4]])), [4, 2, 1])
+
+
+def test_gaussian_heads_attend_around_their_own_centre():
+    stats = random_stats(longest=(30, 30), sentences=200, heads=4)
+    masks, _ = build(stats, 0.8, procedure="gaussian", kinds=SELF)
+    for kind, centres in ((AttentionKind.ENCODER_SELF, (-1, 0, 1, -1)), (AttentionKind.DECODER_SELF, (-1, 0, -1, 0))):
+        row, column = np.indices(stats.occupancy[kind].shape)
+        free = (stats.occupancy[kind] > 0) & (row != column)
+        for head, centre in enumerate(centres):
+            keep = masks.keep[kind][0, head]
+            distance = np.abs(column - row - centre)
+            assert distance[keep & free].max() <= distance[~keep & free].min() + 1
+
+
+def test_fixed_heads_attend_to_what_their_pattern_names():
+    stats = random_stats(longest=(24, 24), sentences=200, heads=6)
+    kind = AttentionKind.ENCODER_SELF
+    keep = build(stats, 0.8, procedure="fixed", kinds=[kind])[0].keep[kind][1]
+    row, column = np.indices(stats.occupancy[kind].shape)
+    free = (stats.occupancy[kind] > 0) & (row != column)
+    offsets = [set((column - row)[keep[head] & free].tolist()) for head in range(6)]
+    assert min(offsets[0]) < -1 < max(offsets[0]) and -1 in offsets[0]
+    assert max(offsets[3]) < 0 and min(offsets[4]) > 0  # left context, right context
+    assert column[keep[5] & free].max() < 6  # start of the sentence
+
+
+def test_every_head_keeps_its_minimum_and_the_budget_is_met_elsewhere():
+    stats = random_stats(longest=(30, 30), sentences=200)
+    for kind in ALL:
+        stats.mass[kind][0, 0] *= 1e-3
+    free, _ = build(stats, 0.7, scope="global")
+    floored, missed = build(stats, 0.7, scope="global", min_kept=0.15)
+    assert not missed and total_mass(floored, stats)[0] == pytest.approx(0.7, abs=0.01)
+    for kind in ALL:
+        n = stats.occupancy[kind]
+        kept_free, kept = ((n * m.keep[kind][0, 0]).sum() / n.sum() for m in (free, floored))
+        assert kept_free < 0.13 and kept >= 0.15
+        best = np.sort((stats.mean(kind)[0, 0])[floored.keep[kind][0, 0] & (n > 0)])
+        assert best[-1] == stats.mean(kind)[0, 0].max()
+
+
+def test_vanished_heads_are_named():
+    stats = random_stats(longest=(20, 20), sentences=200)
+    stats.mass[AttentionKind.CROSS][1, 0] *= 1e-9
+    masks, _ = build(stats, 0.5, kinds=[AttentionKind.CROSS])
+    assert masks.metadata["vanished_heads"] == {"cross": [[1, 0]]}
+    assert build(stats, 0.5, kinds=[AttentionKind.CROSS], min_kept=0.2)[0].metadata["vanished_heads"] == {}
+
+
+@pytest.mark.parametrize("granularity", [1, 16])
+def test_always_kept_sets_hold_at_any_budget(granularity):
+    stats = random_stats(longest=(40, 60), sentences=300)
+    masks, _ = build(stats, 0.6, keep_diagonal=2, keep_first=3, granularity=granularity)
+    ratio = criteria.slope(stats, AttentionKind.CROSS)
+    for kind in ALL:
+        row, column = np.indices(stats.occupancy[kind].shape)
+        expected = (np.abs(column - (ratio if kind is AttentionKind.CROSS else 1) * row) <= 2) | (column < 3)
+        if kind.causal:
+            expected &= column <= row
+        assert masks.keep[kind][..., expected].all()
+        assert effective(masks, stats, kind) == pytest.approx(0.6, abs=0.01 if granularity == 1 else 0.1)
+    middle = stats.occupancy[AttentionKind.ENCODER_SELF].shape[0] - 1
+    assert masks.beyond[AttentionKind.ENCODER_SELF][..., middle - 2 : middle + 3].all()
+
+
+# -- the command ------------------------------------------------------------------------------------------------------
+
+
+def ap_masks(*arguments):
+    cli_masks.main([str(argument) for argument in arguments])
+
+
+def test_controls_take_the_budgets_of_other_masks(tmp_path, capsys):
+    """--total distributes over kinds; --like gives a control the same share of each kind."""
+    stats = peaked_stats()
+    stats.save(tmp_path / "stats.st")
+    ap_masks(tmp_path / "stats.st", "--total", 0.7, "-o", tmp_path / "ours.st")
+    assert "all kinds together: effective 70.0%" in capsys.readouterr().out
+    ap_masks(tmp_path / "stats.st", "--like", tmp_path / "ours.st", "--procedure", "random", "-o", tmp_path / "r.st")
+    ours, control = (PruningMasks.load(tmp_path / name) for name in ("ours.st", "r.st"))
+    for kind in ALL:
+        assert effective(control, stats, kind) == pytest.approx(effective(ours, stats, kind), abs=0.005)
+    assert total_mass(control, stats)[1] < total_mass(ours, stats)[1]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--total", 0.5, "--cross", 0.5], "--total and --cross both name budgets"),
+        (["--total", 0.5, "--scope", "layer"], "--scope layer would split it"),
+        (["--keep-first", "-1"], "expected one argument|-1 is no number of positions"),
+        (["--total", 0.5, "--procedure", "as-published"], "leave scope 'global' at the default"),
+    ],
+)
+def test_flags_that_contradict_each_other_are_refused(flags, message, tmp_path, capsys):
+    random_stats().save(tmp_path / "stats.st")
+    with pytest.raises(SystemExit) as stop:
+        ap_masks(tmp_path / "stats.st", *flags, "-o", tmp_path / "out.st")
+    assert stop.value.code == 2 and re.search(message, capsys.readouterr().err)
+    assert not (tmp_path / "out.st").exists()

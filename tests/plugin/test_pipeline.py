@@ -45,12 +45,26 @@ def tuned(data_bin, dense, masks_file, tmp_path_factory):
     """A checkpoint folder: fine-tuned from the dense checkpoint under 50% masks for 30 updates, then resumed to 60."""
     folder = tmp_path_factory.mktemp("tuned")
     flags = ["--finetune-from-model", dense, "--attention-masks", masks_file]
+    flags += ["--tensorboard-logdir", folder / "tensorboard"]
     log = train(data_bin, folder, *flags, arch="pruned_transformer", updates=30)
     assert "loading pretrained model from" in log and "effective sparsity" in log
     shutil.copy(folder / "checkpoint_last.pt", folder / "checkpoint_30.pt")
     log = train(data_bin, folder, arch="pruned_transformer", updates=60)  # no masks given: the checkpoint has them
     assert "Loaded checkpoint" in log and "@ 30 updates" in log
+    (folder / "resumed.log").write_text(log)
     return folder
+
+
+def test_training_logs_carry_the_effective_sparsity(tuned, masks_file):
+    """In fairseq's progress bar after a resume, when the masks come from the checkpoint, and in TensorBoard."""
+    entries = re.findall(r"\| train_inner \| ({.*})", (tuned / "resumed.log").read_text())
+    sparsity = PruningMasks.load(masks_file).metadata["sparsity"]
+    assert len(entries) == 30
+    for kind in AttentionKind:
+        logged = [float(json.loads(entry)[f"pruned_{kind.value}"]) for entry in entries]
+        assert logged == pytest.approx([sparsity[kind.value]["effective"]] * 30, abs=1e-4)
+    (events,) = (tuned / "tensorboard" / "train_inner").iterdir()
+    assert all(f"pruned_{kind.value}".encode() in events.read_bytes() for kind in AttentionKind)
 
 
 def test_all_kept_masks_translate_as_stock_fairseq_does(data_bin, dense, all_kept):

@@ -1,5 +1,6 @@
 """The README's figures are the committed ones."""
 
+import importlib.util
 import json
 import sys
 
@@ -8,19 +9,29 @@ from plugin.commands import ROOT
 
 from ap_fairseq.cli.evaluate import format_markdown
 
+EXAMPLE = ROOT / "examples" / "libreoffice_help"
 
-@pytest.mark.parametrize("name", ["cpu", "h200"])
-def test_result_tables_are_generated_from_the_committed_results(name):
+
+def script(path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def tables():
+    """Name of a table in the README -> text that its results give."""
+    yield "cpu", lambda: format_markdown(json.loads((EXAMPLE / "results/cpu.json").read_text(encoding="utf-8")))
+    lines = (EXAMPLE / "results/h200-finetuned.jsonl").read_text(encoding="utf-8").splitlines()
+    yield "h200-finetuned", lambda: script(EXAMPLE / "sweep.py").format_table([json.loads(line) for line in lines])
+    report = json.loads((ROOT / "scripts/bench_fairseq.h200.json").read_text(encoding="utf-8"))
+    samples = json.loads((ROOT / "scripts/sample_error.cpu.json").read_text(encoding="utf-8"))
+    yield "sample", lambda: script(ROOT / "scripts/sample_error.py").format_markdown(samples)
+    yield "bench_fairseq", lambda: script(ROOT / "scripts/bench_fairseq.py").table(report)
+
+
+@pytest.mark.parametrize(("name", "make"), tables(), ids=lambda value: value if isinstance(value, str) else "")
+def test_result_tables_are_generated_from_the_committed_results(name, make):
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     table = readme.split(f"<!-- results: {name} -->\n")[1].split("\n<!-- end -->")[0]
-    results = json.loads((ROOT / f"examples/libreoffice_help/results/{name}.json").read_text(encoding="utf-8"))
-    assert table == format_markdown(results)
-
-
-def test_sample_table_is_generated_from_the_committed_results():
-    sys.path.insert(0, str(ROOT / "scripts"))
-    from sample_error import format_markdown as format_samples
-
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    table = readme.split("<!-- results: sample -->\n")[1].split("\n<!-- end -->")[0]
-    assert table == format_samples(json.loads((ROOT / "scripts/sample_error.cpu.json").read_text(encoding="utf-8")))
+    assert table == make()

@@ -61,6 +61,7 @@ def by_hand(model) -> AttentionStats:
     }
     mass = {kind: np.zeros((2, 2, *shape)) for kind, shape in shapes.items()}
     occupancy = {kind: np.zeros(shape, dtype=np.int64) for kind, shape in shapes.items()}
+    end_mass = {kind: np.zeros((2, 2)) for kind in (AttentionKind.ENCODER_SELF, AttentionKind.CROSS)}
     source, target = batch(SOURCE_LENGTHS, WORDS, False, 1), decoder_input(TARGET_LENGTHS, 2)
     for k in range(len(source)):
         src, tgt = source[k : k + 1, : SOURCE_LENGTHS[k]], target[k : k + 1, : TARGET_LENGTHS[k]]
@@ -73,19 +74,25 @@ def by_hand(model) -> AttentionStats:
                 scores = q @ module.k_proj(key)[:, 0, part].detach().double().T / module.head_dim**0.5
                 if kind.causal:
                     scores = scores.masked_fill(torch.ones_like(scores).triu(1).bool(), float("-inf"))
-                mass[kind][layer, head, : scores.size(0), : scores.size(1)] += scores.softmax(-1).numpy()
+                weights = scores.softmax(-1).numpy()
+                mass[kind][layer, head, : scores.size(0), : scores.size(1)] += weights
+                if kind in end_mass:
+                    end_mass[kind][layer, head] += weights[:, -1].sum()
             cells = np.ones((query.size(0), key.size(0)), dtype=np.int64)
             if layer == 0:
                 occupancy[kind][: query.size(0), : key.size(0)] += np.tril(cells) if kind.causal else cells
     for hook in hooks:
         hook.remove()
-    return AttentionStats(mass, occupancy)
+    return AttentionStats(mass, occupancy, {}, end_mass)
 
 
 def assert_same(ours: AttentionStats, expected: AttentionStats, tolerance=2e-6):
     for kind in AttentionKind:
         np.testing.assert_array_equal(ours.occupancy[kind], expected.occupancy[kind])
         np.testing.assert_allclose(ours.mass[kind], expected.mass[kind], atol=tolerance)
+    assert ours.end_mass.keys() == expected.end_mass.keys() == {AttentionKind.ENCODER_SELF, AttentionKind.CROSS}
+    for kind, on_end in expected.end_mass.items():
+        np.testing.assert_allclose(ours.end_mass[kind], on_end, atol=tolerance)
 
 
 @pytest.mark.parametrize("groups", [[[0, 1, 2, 3]], [[0], [1, 2], [3]], [[3, 0], [2, 1]]])
@@ -140,6 +147,15 @@ def test_cells_beyond_the_limit_are_counted():
         np.testing.assert_array_equal(stats.mass[kind], full.mass[kind][:, :, :n_queries, :n_keys])
         beyond = full.occupancy[kind].sum() - stats.occupancy[kind].sum()
         assert stats.metadata["pairs_beyond_range"][kind.value] == beyond > 0
+
+
+def test_mass_on_the_last_source_token_counts_within_the_limit():
+    """Of the last tokens, only those below the limit of 3 source positions: sentences 1 and 2."""
+    model = dense_model(WORDS)
+    stats, short = record(model, [[0, 1, 2, 3]], max_positions=(3, 6)), record(model, [[1, 2]])
+    for kind, on_end in stats.end_mass.items():
+        np.testing.assert_allclose(on_end, short.end_mass[kind], atol=2e-6)
+        assert (on_end <= stats.mass[kind].sum((2, 3))).all()
 
 
 def test_left_padded_batches_are_refused():

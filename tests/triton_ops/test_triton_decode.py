@@ -24,7 +24,7 @@ def problems(draw):
 
 def check(dtype, dim, shared, problem):
     """Within the eager error plus the rounding band of the kernels."""
-    batch, beam, heads, size, rows, density, with_slots, seed = problem
+    batch, beam, heads, size, rows, density, pooled, seed = problem
     generator = torch.Generator().manual_seed(seed)
     keep = torch.rand(heads if seed % 2 else 1, rows, size + seed % 3, generator=generator) < density
     layout = AttentionLayout.from_keep_mask(keep.to(DEVICE), tile=64)
@@ -35,11 +35,17 @@ def check(dtype, dim, shared, problem):
     stale = (torch.arange(size, device=DEVICE) >= lengths.view(-1, *[1] * (k.dim() - 2)))[..., None]
     for x in (k, v):  # past the lengths caches hold whatever was there
         x.masked_fill_(stale, torch.nan)
-    slots = None
-    if with_slots and not shared:
-        slots = torch.randint(0, beam, (batch, beam, size), generator=generator, dtype=torch.int32).to(DEVICE)
     step = seed % rows
-    options = dict(k_lengths=lengths, beam_slots=slots)
+    options = dict(k_lengths=lengths)
+    if pooled and shared:
+        k, v = (x.transpose(1, 2).flatten(0, 1) for x in (k, v))  # (B, S) positions as rows
+        options["cache_starts"] = torch.arange(batch, device=DEVICE) * size
+    elif pooled:  # rows in any order, some shared by the beams of a sentence
+        order = torch.randperm(batch * beam * size, generator=generator).to(DEVICE)
+        place = torch.argsort(order).view(batch, beam, size)
+        shared_beam = torch.randint(0, beam, (batch, beam, size), generator=generator).to(DEVICE)
+        options["cache_rows"] = place.gather(1, shared_beam).to(torch.int32)
+        k, v = (x.transpose(2, 3).flatten(0, 2)[order] for x in (k, v))
     got = decode_attention(q, k, v, layout, step, backend="triton", **options)
     assert not got.isnan().any()
     row = keep[:, step, :size].to(DEVICE)
@@ -85,7 +91,7 @@ def test_one_cache_per_sentence_equals_one_per_hypothesis():
     torch.testing.assert_close(shared, decode_attention(q, *copies, layout, 4, backend="triton"), rtol=1e-5, atol=1e-5)
 
 
-def test_permuting_the_slots_equals_reordering_the_caches():
+def test_permuting_the_rows_equals_reordering_the_caches():
     batch, beam, heads, size, dim = 2, 4, 2, 30, 16
     layout = AttentionLayout.from_keep_mask(torch.rand(heads, 9, size, device=DEVICE) < 0.5)
     q = torch.randn(batch, beam, heads, dim, device=DEVICE)
@@ -93,8 +99,13 @@ def test_permuting_the_slots_equals_reordering_the_caches():
     parents = torch.randint(0, beam, (batch, beam), device=DEVICE)
     index = parents[:, :, None, None, None].expand_as(k)
     moved = decode_attention(q, k.gather(1, index), v.gather(1, index), layout, 2, backend="triton")
-    slots = parents[:, :, None].expand(-1, -1, size).to(torch.int32)
-    assert torch.equal(moved, decode_attention(q, k, v, layout, 2, beam_slots=slots, backend="triton"))
+    rows = torch.arange(batch * beam * size, device=DEVICE).view(batch, beam, size)
+    rows = rows.gather(1, parents[:, :, None].expand(-1, -1, size))
+    pool = [x.transpose(2, 3).flatten(0, 2) for x in (k, v)]
+    assert torch.equal(moved, decode_attention(q, *pool, layout, 2, cache_rows=rows, backend="triton"))
+
+
+POOL = torch.zeros(99, 2, 16)
 
 
 @pytest.mark.parametrize(
@@ -102,7 +113,11 @@ def test_permuting_the_slots_equals_reordering_the_caches():
     [
         (dict(step=9), ValueError, r"\[0, 9\).*9"),
         (dict(k=torch.zeros(2, 3, 5, 30, 16)), ValueError, r"\(2, 4, 2, 30, 16\).*\(2, 3, 5, 30, 16\)"),
-        (dict(beam_slots=torch.zeros(2, 4, 7, dtype=torch.int32)), ValueError, r"\(2, 4, 30\).*\(2, 4, 7\)"),
+        (dict(cache_rows=torch.zeros(2, 4, 7, dtype=torch.int32)), ValueError, r"\(2, 4, 2, 30, 16\) with 1"),
+        (dict(k=POOL), ValueError, r"\(99, 2, 16\) with 0"),
+        (dict(k=POOL, cache_rows=torch.zeros(2, 3, 7).long()), ValueError, r"\(2, 4, S\).*\(2, 3, 7\)"),
+        (dict(k=POOL[:, :1], cache_rows=torch.zeros(2, 4, 7).long()), ValueError, r"\(99, 2, 16\).*\(99, 1, 16\)"),
+        (dict(k=POOL, cache_starts=torch.zeros(2).long()), ValueError, "without k_lengths"),
         (dict(k_lengths=torch.tensor([1, 31])), ValueError, r"\[0, 30\].*31"),
     ],
 )

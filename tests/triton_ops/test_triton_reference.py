@@ -89,13 +89,24 @@ def test_philox_matches_the_published_generator():
         assert dropout_keep(0, 1, 9, 9, low)[0, row, col] and not dropout_keep(0, 1, 9, 9, high)[0, row, col]
 
 
-def test_decode_reads_the_slots_of_the_table():
+def test_decode_reads_the_pool_rows_of_the_table():
     q = torch.randn(1, 2, 1, 4)
-    k, v = torch.randn(1, 2, 1, 3, 4), torch.randn(1, 2, 1, 3, 4)
-    slots = torch.tensor([[[1, 0, 1], [0, 0, 1]]])
+    k, v = torch.randn(6, 1, 4), torch.randn(6, 1, 4)
+    table = torch.tensor([[[1, 0, 5], [1, 2, 4]]])
     keep = torch.ones(1, 3, dtype=torch.bool)
-    got = decode_reference(q, k, v, keep, scale=1.0, beam_slots=slots)
+    got = decode_reference(q, k, v, keep, scale=1.0, cache_rows=table)
     for beam in range(2):
-        rows = slots[0, beam].tolist()
-        kk, vv = (torch.stack([x[0, slot, 0, s] for s, slot in enumerate(rows)]) for x in (k, v))
+        kk, vv = (x[table[0, beam], 0] for x in (k, v))
         torch.testing.assert_close(got[0, beam, 0], torch.softmax(q[0, beam, 0] @ kk.T, -1) @ vv)
+
+
+def test_decode_reads_each_sentence_from_its_start():
+    q = torch.randn(2, 3, 1, 4)
+    k, v = torch.randn(7, 1, 4), torch.randn(7, 1, 4)
+    lengths, starts = torch.tensor([2, 4]), torch.tensor([5, 1])
+    keep = torch.ones(1, 5, dtype=torch.bool)
+    got = decode_reference(q, k, v, keep, scale=1.0, k_lengths=lengths, cache_starts=starts)
+    for b, (start, length) in enumerate(zip(starts, lengths, strict=True)):
+        kk, vv = (x[start : start + length, 0] for x in (k, v))
+        torch.testing.assert_close(got[b, :, 0], torch.softmax(q[b, :, 0] @ kk.T, -1) @ vv)
+

@@ -1,0 +1,136 @@
+"""``ap-prune-schedule``: prune in rounds, each of which records the current model, derives masks and trains on."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import logging
+import os
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from ap_fairseq.artifacts import ArtifactError, AttentionStats
+from ap_fairseq.cli import masks as cli_masks
+from ap_fairseq.cli import record
+from ap_fairseq.cli.common import command
+from ap_fairseq.stages import StageError, Stages, fairseq_train
+
+logger = logging.getLogger(__name__)
+
+SHAPES = {"cubic": 3, "linear": 1}
+
+
+def get_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description="Prune gradually: in each round, record the attention of the current model, derive masks for a "
+        "growing share of the budgets, and train on under them. Finished stages are skipped when the same command runs "
+        "again.",
+        epilog="Everything after -- goes to fairseq-train: sizes (--arch pruned_transformer...), optimizer, "
+        "--max-tokens, but no --save-dir, --max-update, --attention-masks or --finetune-from-model.",
+    )
+    parser.add_argument("data", help="binarised data (fairseq-preprocess)")
+    parser.add_argument("--path", required=True, metavar="CHECKPOINT", help="dense checkpoint to start from")
+    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="number of rounds (default: %(default)s)")
+    parser.add_argument("--updates", type=int, required=True, metavar="N", help="updates of all rounds together")
+    parser.add_argument(
+        "--shape",
+        choices=SHAPES,
+        default="cubic",
+        help="growth of the budgets: cubic prunes most in the first rounds (Zhu and Gupta 2017, arXiv 1710.01878) "
+        "(default: %(default)s)",
+    )
+    parser.add_argument(
+        "--masks",
+        required=True,
+        metavar="FLAGS",
+        help="flags of ap-masks in one argument, with the last round's budgets, e.g. '--total 0.9'",
+    )
+    parser.add_argument(
+        "--record",
+        default="--max-tokens 12000",
+        metavar="FLAGS",
+        help="flags of ap-record in one argument, e.g. '--fp16 --max-tokens 16384' (default: '%(default)s')",
+    )
+    parser.add_argument("-o", "--output", required=True, metavar="DIR", help="folder of the rounds")
+    return parser
+
+
+def parse_mask_flags(flags: Sequence[str]) -> argparse.Namespace:
+    """Read flags of ap-masks, without files."""
+    parser = argparse.ArgumentParser(prog="ap-masks")
+    cli_masks.add_mask_options(parser)
+    return parser.parse_args(list(flags))
+
+
+def share_of_round(number: int, rounds: int, shape: str = "cubic") -> float:
+    """Return the share of the final budget that round *number* (1 to *rounds*) prunes, in (0, 1].
+
+    1 - (1 - number / rounds)^3 for ``cubic``: s_t of Zhu and Gupta 2017, equation 1, from an initial sparsity of 0.
+    """
+    return 1 - (1 - number / rounds) ** SHAPES[shape]
+
+
+def write_round_masks(stats_file: str, output: str, flags: Sequence[str], share: float) -> None:
+    """Build the masks of one round: those of the ap-masks *flags* with all budgets times *share*."""
+    stats = AttentionStats.load(stats_file)
+    spec = cli_masks.spec_from(parse_mask_flags(flags), stats)
+    budgets = {kind: budget * share for kind, budget in spec.budgets.items()}
+    cli_masks.write_masks(stats, dataclasses.replace(spec, budgets=budgets), output, overwrite=True)
+
+
+def prune_gradually(
+    data: str,
+    checkpoint: str,
+    output: str,
+    mask_flags: Sequence[str],
+    train_flags: Sequence[str],
+    record_flags: Sequence[str],
+    rounds: int,
+    updates: int,
+    shape: str = "cubic",
+) -> tuple[str, str]:
+    """Run the schedule; see the module's command.
+
+    Returns:
+        The last checkpoint and the last masks.
+    """
+    stages, current, masks = Stages(output), str(checkpoint), ""
+    for number in range(1, rounds + 1):
+        folder = Path(output) / f"round-{number}"
+        folder.mkdir(parents=True, exist_ok=True)
+        stats, masks = str(folder / "stats.safetensors"), str(folder / "masks.safetensors")
+        recording = [data, "--path", current, "--subset", "train", "-o", stats, "--overwrite", *record_flags]
+        stages.run(f"round-{number}.record", record.main, recording)
+        share = share_of_round(number, rounds, shape)
+        stages.run(f"round-{number}.masks", write_round_masks, stats, masks, list(mask_flags), share)
+        of_round = updates * number // rounds - updates * (number - 1) // rounds
+        own = ["--attention-masks", masks, "--finetune-from-model", current, "--save-dir", str(folder)]
+        stages.run(f"round-{number}.train", fairseq_train, [data, *train_flags, *own, "--max-update", of_round])
+        current = str(folder / "checkpoint_last.pt")
+    return current, masks
+
+
+@command
+def main(argv: list[str]) -> None:
+    split = argv.index("--") if "--" in argv else len(argv)
+    args, train_flags = get_parser().parse_args(argv[:split]), argv[split + 1 :]
+    if not os.path.isfile(args.path):
+        raise ArtifactError(f"checkpoint {args.path} does not exist")
+    if not 1 <= args.rounds <= args.updates:
+        raise ArtifactError(f"--rounds {args.rounds} and --updates {args.updates}: each round needs an update")
+    taken = {"--save-dir", "--max-update", "--attention-masks", "--finetune-from-model"} & {*train_flags}
+    if taken or "--arch" not in train_flags:
+        fault = f"{', '.join(sorted(taken))} given" if taken else "no --arch given"
+        raise ArtifactError(f"fairseq-train flags after --: {fault}; the rounds set these themselves, all but --arch")
+    mask_flags = shlex.split(args.masks)
+    parse_mask_flags(mask_flags)
+    record_flags = shlex.split(args.record)
+    try:
+        checkpoint, masks = prune_gradually(
+            *(args.data, args.path, args.output, mask_flags, train_flags, record_flags),
+            *(args.rounds, args.updates, args.shape),
+        )
+    except StageError as error:
+        raise ArtifactError(str(error)) from error
+    logger.info(f"checkpoint {checkpoint}, masks {masks}")

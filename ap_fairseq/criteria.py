@@ -1,0 +1,142 @@
+"""How much each cell is worth: the scores by which masks are pruned, lowest first.
+
+A score function takes the statistics and a kind and returns float64 (layers or 1, heads or 1, Tq, Tk), higher = keep;
+an axis of 1 means that all layers or heads share the score. Cells that no recorded sentence reaches may hold anything.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ap_fairseq.artifacts import AttentionStats
+from ap_fairseq.sites import AttentionKind
+
+
+def mean_attention(stats: AttentionStats, kind: AttentionKind) -> np.ndarray:
+    """Mean attention s/n (Rugina et al. 2020, arXiv 2012.02030).
+
+    Each attention row sums to 1 in every sentence, so mean attention means the same in every head, layer and kind, and
+    pruning by it under a budget on n keeps the most attention mass, within a head as well as over all kinds.
+    """
+    return stats.mean(kind)
+
+
+def normalised_attention(stats: AttentionStats, kind: AttentionKind) -> np.ndarray:
+    """Mean attention in units of its root mean square over the attendable pairs of the head.
+
+    A head that spreads its attention has low values everywhere and loses against peaked heads under a shared threshold;
+    this lets heads compete by the shape of their attention instead.
+    """
+    mean, occupancy = stats.mean(kind), stats.occupancy[kind]
+    mean_square = np.einsum("lhij,lhij,ij->lh", mean, mean, occupancy / occupancy.sum())
+    return mean / np.sqrt(np.maximum(mean_square, np.finfo(float).tiny))[..., None, None]
+
+
+def relative_attention(stats: AttentionStats, kind: AttentionKind) -> np.ndarray:
+    """Mean attention along the cell's diagonal, so that a score rests on all pairs of the same offset j - i.
+
+    The pattern is the one that continues beyond the recorded range, and does not depend on how often a position occurs.
+    """
+    of_cell = offset_of_cell(stats.occupancy[kind].shape)
+    return mean_along_diagonals(stats.mass[kind], stats.occupancy[kind])[..., of_cell]
+
+
+def window(stats: AttentionStats, kind: AttentionKind) -> np.ndarray:
+    """Control: minus the distance from the diagonal, the same in every head."""
+    return -np.abs(_displacement(stats, kind))[None, None]
+
+
+def gaussian(stats: AttentionStats, kind: AttentionKind) -> np.ndarray:
+    """Control: windows around the centres of hard-coded Gaussian attention (You et al. 2020, arXiv 2005.00742).
+
+    Heads take turns at the centres i - 1, i and i + 1 (i - 1 and i under causality). The log-density of a Gaussian
+    falls with the distance from its centre, so a mask of its most probable cells is a window around it.
+    """
+    displacement = _displacement(stats, kind)
+    centres = (-1, 0) if kind.causal else (-1, 0, 1)
+    heads = [-np.abs(displacement - centres[head % len(centres)]) for head in range(stats.mass[kind].shape[1])]
+    return np.stack(heads)[None]
+
+
+def fixed_patterns(stats: AttentionStats, kind: AttentionKind) -> np.ndarray:
+    """Control: the fixed patterns of Raganato et al. 2020 (arXiv 2002.10260), one to a head in turn.
+
+    Previous, current and next token, the context to the left and to the right with the nearer tokens first, and the
+    start of the sentence. Under causality those to the right do not exist. Their seventh, the end of the sentence, has
+    no fixed position, and so no place in a global mask.
+    """
+    displacement = _displacement(stats, kind)
+    far = sum(displacement.shape)  # farther than any cell
+    left = np.where(displacement <= 0, displacement, -far - displacement)
+    right = np.where(displacement >= 0, -displacement, -far + displacement)
+    start = np.broadcast_to(-np.arange(displacement.shape[1], dtype=float), displacement.shape)
+    previous, current, following = (-np.abs(displacement - centre) for centre in (-1, 0, 1))
+    patterns = [previous, current, left, start] if kind.causal else [previous, current, following, left, right, start]
+    return np.stack([patterns[head % len(patterns)] for head in range(stats.mass[kind].shape[1])])[None]
+
+
+SCORES = {
+    "effective": mean_attention,
+    "normalised": normalised_attention,
+    "relative": relative_attention,
+    "window": window,
+    "gaussian": gaussian,
+    "fixed": fixed_patterns,
+}
+# Controls by distance have many equal scores, whose order a seed decides.
+WITH_TIES = ("window", "gaussian", "fixed")
+
+
+# -- geometry ---------------------------------------------------------------------------------------------------------
+
+
+def offset_of_cell(shape: tuple[int, int]) -> np.ndarray:
+    """Number the diagonals: int64 (Tq, Tk), offset j - i as j - i + Tq - 1."""
+    row, column = np.ogrid[: shape[0], : shape[1]]
+    return column - row + shape[0] - 1
+
+
+def sum_by(unit_of_cell: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Sum the cells (..., Tq, Tk) of each unit: (..., units)."""
+    n_units = int(unit_of_cell.max()) + 1
+    if np.array_equal(unit_of_cell.ravel(), np.arange(unit_of_cell.size)):  # every cell is a unit
+        return values.reshape(*values.shape[:-2], -1)
+    heads = values.reshape(-1, unit_of_cell.size)
+    sums = [np.bincount(unit_of_cell.ravel(), weights=head, minlength=n_units) for head in heads]
+    return np.stack(sums).reshape(*values.shape[:-2], n_units)
+
+
+def mean_along_diagonals(mass: np.ndarray, occupancy: np.ndarray) -> np.ndarray:
+    """Sum of *mass* over sum of *occupancy* on each diagonal: (..., Tq, Tk) -> (..., Tq + Tk - 1); 0 where unseen."""
+    diagonal = offset_of_cell(occupancy.shape)
+    return sum_by(diagonal, mass) / np.maximum(sum_by(diagonal, occupancy), 1)
+
+
+def slope(stats: AttentionStats, kind: AttentionKind) -> float:
+    """Key positions per query position: 1 in self-attention, mean source length / mean target length in cross."""
+    if kind is not AttentionKind.CROSS:
+        return 1.0
+    # Row 0 exists in every sentence, so row 0 sums to all source tokens and column 0 to all target tokens.
+    occupancy = stats.occupancy[kind]
+    return float(occupancy[0].sum() / occupancy[:, 0].sum())
+
+
+def _displacement(stats: AttentionStats, kind: AttentionKind) -> np.ndarray:
+    """How far to the right of the (sloped) diagonal a cell lies: float64 (Tq, Tk)."""
+    n_queries, n_keys = stats.occupancy[kind].shape
+    return np.arange(n_keys)[None, :] - slope(stats, kind) * np.arange(n_queries)[:, None]
+
+
+def guaranteed(shape: tuple[int, int], kind: AttentionKind) -> np.ndarray:
+    """The cell that exists in every sentence of every row, bool (Tq, Tk): the diagonal, or column 0 of cross."""
+    cells = np.zeros(shape, dtype=bool)
+    if kind is AttentionKind.CROSS:
+        cells[:, 0] = True
+    else:
+        np.fill_diagonal(cells, True)
+    return cells
+
+
+def near_diagonal(stats: AttentionStats, kind: AttentionKind, distance: float) -> np.ndarray:
+    """Cells at most *distance* key positions from the (sloped) diagonal, bool (Tq, Tk)."""
+    return np.abs(_displacement(stats, kind)) <= distance

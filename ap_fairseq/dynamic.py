@@ -1,0 +1,122 @@
+"""Inference-time pruning from the literature, for comparison with global masks: decided anew for every sentence.
+
+These methods look at all scores before they discard some, so they say what quality a sparsity can have, not how fast it
+can be. They run on the eager path only, on top of the masks, and are options of the model: of ``fairseq-generate
+--model-overrides`` as of training.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ap_fairseq.sites import AttentionKind
+
+
+@dataclass
+class DynamicPruning:
+    """What one attention module discards at inference time.
+
+    Attributes:
+        top_k: every query attends to its k highest scores only (Gupta et al. 2021, arXiv 2106.06899, section 3; softmax
+            over those k). 0 for all.
+        threshold: attention probabilities below it become 0, and the others stay as they are, not renormalised (Ji et
+            al. 2021, arXiv 2106.01335). 0 for none.
+        log_bits: the probabilities that remain are rounded to 2^log_bits - 1 values, equally spaced on a log scale from
+            *threshold* to 1; with 0 that makes 2^log_bits values (Ji et al. 2021; 3 bits there). 0 for no rounding.
+        pairs, kept: how many query-key pairs were seen and attended to so far.
+    """
+
+    top_k: int = 0
+    threshold: float = 0.0
+    log_bits: int = 0
+    pairs: int | Tensor = field(default=0, repr=False)
+    kept: int | Tensor = field(default=0, repr=False)
+
+    def __post_init__(self):
+        if self.top_k < 0 or self.top_k != int(self.top_k):
+            raise ValueError(f"attention_top_k is {self.top_k}, expected a number of keys, or 0 for all")
+        self.top_k = int(self.top_k)
+        if not 0 <= self.threshold < 1:
+            raise ValueError(f"attention_threshold is {self.threshold}, expected a probability in [0, 1)")
+        if self.log_bits and (not self.threshold or not 2 <= self.log_bits <= 8):
+            raise ValueError(
+                f"attention_log_bits is {self.log_bits} with attention_threshold {self.threshold}: the scale reaches "
+                "from the threshold to 1 in 2 to 8 bits, so set both"
+            )
+
+    @classmethod
+    def from_options(
+        cls, kind: AttentionKind, top_k: str | None, threshold: str | None, log_bits: int
+    ) -> DynamicPruning | None:
+        """Read the model's options for one kind; None if they discard nothing there."""
+        k, probability = per_kind("attention_top_k", top_k), per_kind("attention_threshold", threshold)
+        options = cls(k.get(kind, 0), probability.get(kind, 0.0), log_bits if probability.get(kind) else 0)
+        if log_bits and not probability:
+            cls(log_bits=log_bits)  # its error: there is no threshold at all
+        return options if options.top_k or options.threshold else None
+
+    def probabilities(self, scores: Tensor, query_padding: Tensor | None) -> Tensor:
+        """Return attention probabilities, float32 (B, H, Tq, Tk).
+
+        Args:
+            scores: (B, H, Tq, Tk), -inf where masked.
+            query_padding: (B, Tq), True = padded, or None; padded queries are not counted.
+        """
+        visible = scores != float("-inf")
+        if self.top_k and self.top_k < scores.size(-1):
+            best = torch.zeros_like(visible).scatter_(-1, scores.topk(self.top_k, dim=-1).indices, True)
+            scores = scores.masked_fill(~best, float("-inf"))
+        weights = torch.softmax(scores, dim=-1, dtype=torch.float32)
+        if self.threshold:
+            weights = torch.where(weights >= self.threshold, weights, 0.0)
+        attended = (scores != float("-inf")) & (weights >= self.threshold)
+        if self.log_bits:
+            weights = torch.where(weights > 0, round_on_log_scale(weights, self.threshold, self.log_bits), 0.0)
+        if query_padding is not None:
+            real = ~query_padding[:, None, :, None].bool()
+            visible, attended = visible & real, attended & real
+        self.pairs, self.kept = self.pairs + visible.sum(), self.kept + attended.sum()
+        return weights
+
+
+def round_on_log_scale(weights: Tensor, least: float, bits: int) -> Tensor:
+    """Round to the nearest, in logarithms, of 2^bits - 1 values from *least* to 1; zeros become *least*."""
+    step = -np.log(least) / (2**bits - 2)
+    return torch.exp(-step * torch.round(torch.log(weights.clamp(least, 1)) / -step))
+
+
+def per_kind(name: str, text: str | float | None) -> dict[AttentionKind, float]:
+    """Parse ``8``, for all kinds, or ``encoder_self=4,cross=3``.
+
+    Raises:
+        ValueError: for anything else, naming the option *name*.
+    """
+    if text in (None, ""):
+        return {}
+    try:
+        if "=" not in str(text):
+            return dict.fromkeys(AttentionKind, float(text))
+        pairs = (part.split("=") for part in str(text).split(","))
+        return {AttentionKind(kind.strip()): float(value) for kind, value in pairs}
+    except ValueError as error:
+        kinds = ", ".join(AttentionKind)
+        raise ValueError(
+            f"{name} is {text!r}, expected a number, or numbers per kind such as cross=4 (kinds: {kinds})"
+        ) from error
+
+
+def top_k_for(occupancy: np.ndarray, budget: float) -> tuple[int, float]:
+    """Return the smallest k whose effective sparsity does not exceed *budget*, and that sparsity.
+
+    Args:
+        occupancy: int64 (Tq, Tk). A query that attends to its k best keys attends to as many pairs as one that attends
+            to the first k, so k keeps the pairs of k columns.
+        budget: share of pairs to prune, in [0, 1).
+    """
+    pruned = 1 - occupancy.sum(0).cumsum() / occupancy.sum()
+    k = int(np.argmax(pruned <= budget + 1e-12))
+    return k + 1, float(pruned[k])

@@ -1,0 +1,542 @@
+"""Beam search whose step never waits for the host: fairseq's search, decided and recorded on the device.
+
+fairseq's generator is bound by Python and kernel launches: it reads back which hypotheses ended in every step, reorders
+every cache, and shrinks all tensors when a sentence is finished. Here one step (decoder, choice of candidates, finished
+hypotheses) works on buffers that stay where they are, so that on a GPU it is captured once as a CUDA graph per batch
+size and replayed. Hypotheses are recorded as back-pointers and read out once, at the end. The host looks at the number
+of unfinished sentences a few steps late, and halves the batch when enough of them are finished.
+
+The rules of the search are those of ``fairseq.sequence_generator``: same hypotheses, same scores.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import weakref
+from collections import deque
+from dataclasses import dataclass
+
+import torch
+from fairseq.search import BeamSearch
+from fairseq.sequence_generator import SequenceGenerator
+from torch import Tensor
+
+from ap_fairseq.attention import PrunedMultiheadAttention
+from ap_fairseq.decoding import CrossAttentionCache, SelfAttentionCache, drop_dead_rows, keep_rows
+from ap_fairseq.models import PrunedTransformerModel
+from ap_fairseq.sites import AttentionKind, attention_sites
+from triton_ops import AttentionLayout, use_kernels
+
+logger = logging.getLogger(__name__)
+
+LAG = 3  # steps that the host may run ahead of the device
+POSITIONS_PER_HYPOTHESIS = 24  # pool rows at first; grows with what hypotheses do not share
+
+
+class PrunedSequenceGenerator(SequenceGenerator):
+    """fairseq's generator; beam search over pruned transformers runs on static buffers and CUDA graphs.
+
+    Other searches and models use fairseq's own loop, which is logged once with the reason.
+    """
+
+    def __init__(self, models, tgt_dict, **kwargs):
+        super().__init__(models, tgt_dict, **kwargs)
+        self._decoder: _StaticDecoder | None = None
+        self._told: set[str] = set()
+        # Penalties that do not depend on the hypothesis: (3, V), by `_phase`.
+        penalty = torch.zeros(3, self.vocab_size)
+        penalty[:, self.pad] = -math.inf
+        penalty[:, self.unk] -= self.unk_penalty
+        if self.token_indices_to_suppress is not None:
+            penalty[:, self.token_indices_to_suppress] = -math.inf
+        penalty[_BEFORE_MIN_LEN, self.eos] = -math.inf
+        others = torch.arange(self.vocab_size) != self.eos
+        penalty[_AT_MAX_LEN, others] = -math.inf
+        self.penalty = penalty
+
+    def _not_covered(self, prefix_tokens, constraints) -> str | None:
+        """Why fairseq's own loop is needed, or None."""
+        if type(self.search) is not BeamSearch:
+            return f"the search {type(self.search).__name__}"
+        if not all(isinstance(model, PrunedTransformerModel) for model in self.model.models):
+            return "an ensemble with models other than pruned_transformer"
+        if any(model.decoder.adaptive_softmax is not None for model in self.model.models):
+            return "adaptive softmax"
+        if any(module.dropout_module.apply_during_inference for _, module in self._sites()):
+            return "dropout during inference (--retain-dropout)"
+        if any(module.dynamic is not None for _, module in self._sites()):
+            return "pruning at inference time (--attention-top-k, --attention-threshold)"
+        if 2 * self.beam_size >= self.vocab_size:
+            return f"a beam of {self.beam_size} with {self.vocab_size} words"
+        options = {
+            "prefix tokens (--prefix-size)": prefix_tokens is not None,
+            "constraints": constraints is not None,
+            "a language model": self.lm_model is not None,
+            "--no-repeat-ngram-size": self.repeat_ngram_blocker is not None,
+            "--match-source-len": self.match_source_len,
+        }
+        return next((name for name, given in options.items() if given), None)
+
+    def _sites(self):
+        return [site for model in self.model.models for site in attention_sites(model)]
+
+    @torch.no_grad()
+    def _generate(self, sample, prefix_tokens=None, constraints=None, bos_token=None):
+        reason = self._not_covered(prefix_tokens, constraints)
+        if reason is not None:
+            if reason not in self._told:
+                logger.info(f"fairseq's own generator is used: {reason} is not covered by pruned_translation's")
+                self._told.add(reason)
+            return super()._generate(sample, prefix_tokens, constraints, bos_token)
+
+        net_input = sample["net_input"]
+        source = net_input["src_tokens"]
+        max_len = min(int(self.max_len_a * source.size(1) + self.max_len_b), self.max_len - 1)
+        if self.min_len > max_len:
+            raise ValueError(f"--min-len {self.min_len} is above the maximum length {max_len} of this batch")
+        encoder_outs = self.model.forward_encoder(net_input)
+        needed = _Capacity(
+            sentences=_bucket(source.size(0)),
+            source_rows=_bucket(source.numel()),
+            source_length=max(256, _bucket(source.size(1))),
+            positions=min(max(256, _bucket(max_len + 1)), self.max_len),
+        )
+        if self._decoder is None or not self._decoder.serves(needed):
+            capacity = needed if self._decoder is None else needed.joined(self._decoder.capacity)
+            self._decoder = None  # its memory is free before the next one is made
+            with torch.inference_mode(False):  # a later batch may come outside of it
+                self._decoder = _StaticDecoder(self, capacity, source.device)
+        return self._decoder.search(encoder_outs, max_len, self.eos if bos_token is None else bos_token)
+
+
+_NORMAL, _BEFORE_MIN_LEN, _AT_MAX_LEN = range(3)
+
+
+def _bucket(n: int) -> int:
+    """Round a batch size up to 1, 2, 3, 4, 6, 8, 12, ...: few graphs, at most a third of a batch empty."""
+    power = 1 << (n - 1).bit_length()
+    return power * 3 // 4 if power >= 4 and n <= power * 3 // 4 else power
+
+
+@dataclass(frozen=True)
+class _Capacity:
+    """What buffers are made for: sentences in a batch, source tokens of a batch and of a sentence, target length."""
+
+    sentences: int
+    source_rows: int
+    source_length: int
+    positions: int
+
+    def covers(self, other: _Capacity) -> bool:
+        return all(getattr(self, name) >= getattr(other, name) for name in self.__dataclass_fields__)
+
+    def joined(self, other: _Capacity) -> _Capacity:
+        return _Capacity(*(max(getattr(self, name), getattr(other, name)) for name in self.__dataclass_fields__))
+
+
+class _StaticSelfAttentionCache(SelfAttentionCache):
+    """The first hypotheses of a shared table; the step is a number on the device."""
+
+    def __init__(self, pool: Tensor, beams: _Beams, n: int):
+        super().__init__(pool, beams.rows[:n])
+        self.beams, self.new_rows = beams, beams.new_rows[:n]
+
+    def append(self, kv: Tensor) -> None:
+        self.pool.index_copy_(0, self.new_rows, kv)
+
+    @property
+    def row(self) -> Tensor:
+        return self.beams.step
+
+    def dense(self):
+        self.length = int(self.beams.step) + 1
+        return super().dense()
+
+
+class _StaticCrossAttentionCache(CrossAttentionCache):
+    """The first sentences of a shared pool; the step is a number on the device."""
+
+    def __init__(self, pool: Tensor, beams: _Beams, n: int, size: int):
+        super().__init__(pool, beams.starts[:n], beams.lengths[:n], size)
+        self.row, self.positions = beams.step, beams.rows.size(1)
+
+    def advance(self) -> None:
+        pass
+
+    @property
+    def extent(self) -> tuple[int, int]:
+        return self.positions, self.size
+
+
+class _Beams:
+    """State of the search on the device, for up to B sentences of `beam` hypotheses; T target positions.
+
+    Sentence number B is a bin: what is written for it is never read.
+    """
+
+    def __init__(self, capacity: _Capacity, beam: int, device: torch.device):
+        b, t = capacity.sentences, capacity.positions
+
+        def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        self.step, self.max_len, self.used, self.unfinished = (zeros(1) for _ in range(4))
+        # Of the hypotheses that are continued.
+        self.tokens, self.new_rows = zeros(b * beam), zeros(b * beam)
+        self.rows = zeros(b * beam, t, dtype=torch.int32)
+        self.scores = zeros(b, beam, dtype=torch.float32)
+        self.ignored = zeros(b, beam, dtype=torch.bool)
+        # Of the sentences in the batch.
+        self.sentence, self.n_final, self.starts, self.lengths = (zeros(b) for _ in range(4))
+        self.done = zeros(b, dtype=torch.bool)
+        # What is read at the end: what every step chose, and which hypotheses ended.
+        self.chosen_beam, self.chosen_token = (zeros(t, b + 1, beam, dtype=torch.int32) for _ in range(2))
+        self.chosen_score = zeros(t, b + 1, beam, dtype=torch.float32)
+        self.final_step, self.final_beam = (zeros(b + 1, beam + 1, dtype=torch.int32) for _ in range(2))
+        self.final_score = zeros(b + 1, beam + 1, dtype=torch.float32)
+
+
+class _StaticDecoder:
+    """Buffers of one capacity, the decoders bound to them, and the graphs that were captured over them."""
+
+    def __init__(self, generator: PrunedSequenceGenerator, capacity: _Capacity, device: torch.device):
+        self.generator = weakref.proxy(generator)  # no cycle: GPU memory goes with the generator
+        self.capacity = capacity
+        self.models = list(generator.model.models)
+        self.beam = generator.beam_size
+        self.beams = _Beams(capacity, self.beam, device)
+        self.penalty = generator.penalty.to(device)
+        self.positions = [_position_table(model.decoder, capacity.positions, device) for model in self.models]
+        self.pools: dict[PrunedMultiheadAttention, Tensor] = {}
+        self.projections: dict[PrunedMultiheadAttention, tuple[Tensor, Tensor]] = {}
+        dtype = next(self.models[0].parameters()).dtype
+        per_hypothesis = min(POSITIONS_PER_HYPOTHESIS, capacity.positions)
+        for (kind, _), module in generator._sites():
+            if kind is AttentionKind.ENCODER_SELF:
+                continue
+            n_rows = capacity.source_rows
+            if kind is AttentionKind.DECODER_SELF:
+                n_rows = capacity.sentences * self.beam * per_hypothesis
+                size = module.embed_dim
+                self.projections[module] = tuple(
+                    torch.empty(shape, dtype=dtype, device=device) for shape in ((3 * size, size), (3 * size,))
+                )
+            # Zeros: the eager path multiplies rows that no sentence has by a weight of 0.
+            self.pools[module] = torch.zeros(n_rows, 2, module.num_heads, module.head_dim, dtype=dtype, device=device)
+        self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self.memory = None  # the graphs' own, shared: they run one after the other
+        self.layouts: list[AttentionLayout] = []
+        # Graphs hold addresses: of the parameters, and of the layouts, which must not be dropped before them.
+        self.addresses = self._addresses()
+        module = next(iter(self.pools))
+        self.capture = device.type == "cuda" and use_kernels(module.backend, self.pools[module])
+
+    def _addresses(self) -> list[int]:
+        return [p.data_ptr() for model in self.models for p in model.parameters()]
+
+    def _layouts(self) -> list[AttentionLayout]:
+        n, size = self.capacity.positions, self.capacity.source_length
+        return [module.layout(n, n if module.self_attention else size) for module in self.pools]
+
+    def serves(self, needed: _Capacity) -> bool:
+        """Whether a batch fits, and the models are still where the graphs found them."""
+        return self.capacity.covers(needed) and self.addresses == self._addresses()
+
+    def _forget_graphs(self) -> None:
+        self.graphs.clear()
+        self.memory = None  # goes with the last graph that used it
+
+    # -- a batch ------------------------------------------------------------------------------------------------------
+
+    def search(self, encoder_outs: list[dict], max_len: int, first_token: int) -> list[list[dict[str, Tensor]]]:
+        """Translate one batch; the result is that of ``SequenceGenerator.generate``, on the CPU."""
+        if self.capture and self.layouts != (layouts := self._layouts()):
+            self._forget_graphs()
+            self.layouts = layouts
+        n_sentences = encoder_outs[0]["encoder_out"][0].size(1)
+        for module, weights in self.projections.items():
+            module.step_projection = weights
+        try:
+            self._search(self._begin(encoder_outs, n_sentences, max_len, first_token), max_len)
+        finally:
+            for module in self.projections:
+                module.step_projection = None
+        return self._read_out(n_sentences)
+
+    def _search(self, n: int, max_len: int) -> None:
+        used, counts = 0, deque()
+        for step in range(max_len + 1):
+            if used + n * self.beam > self._pool_rows():
+                used = self._make_room(n, step)
+            self._run(n)
+            used += n * self.beam
+            counts.append(self._count_unfinished())
+            if len(counts) > LAG:
+                unfinished = counts.popleft()()
+                if unfinished == 0:
+                    break
+                if _bucket(unfinished) < n:
+                    n = self._shrink(n, _bucket(unfinished))
+                    counts.clear()  # of the larger batch
+
+    def _begin(self, encoder_outs: list[dict], n_sentences: int, max_len: int, first_token: int) -> int:
+        beams, n = self.beams, _bucket(n_sentences)
+        padding = encoder_outs[0]["encoder_padding_mask"]
+        size, batch, _ = encoder_outs[0]["encoder_out"][0].shape
+        real = ~padding[0] if padding else torch.ones(batch, size, dtype=torch.bool, device=beams.starts.device)
+        lengths = real.sum(1)
+        for value, fill in ((beams.step, 0), (beams.max_len, max_len), (beams.used, 0)):
+            value.fill_(fill)
+        beams.tokens.fill_(first_token)
+        beams.scores.fill_(-math.inf)[:, 0] = 0  # at first all hypotheses are alike: only one is continued
+        beams.ignored.zero_()
+        beams.n_final.zero_()
+        beams.rows.zero_()
+        beams.final_step.fill_(-1)
+        # Empty places of the bucket: done, written to the bin, attending to one row that exists.
+        beams.done.fill_(True)[:n_sentences] = False
+        torch.arange(n_sentences, out=beams.sentence.fill_(self.capacity.sentences)[:n_sentences])
+        beams.starts.zero_()[:n_sentences] = lengths.cumsum(0) - lengths
+        beams.lengths.fill_(1)[:n_sentences] = lengths
+        for model, encoder_out in zip(self.models, encoder_outs, strict=True):
+            source = encoder_out["encoder_out"][0].transpose(0, 1)[real]
+            for (kind, _), module in attention_sites(model):
+                if kind is AttentionKind.CROSS:
+                    self.pools[module][: source.size(0)] = module.project_source(source)
+                elif kind is AttentionKind.DECODER_SELF:
+                    for kept, fresh in zip(self.projections[module], module.stacked_projection(), strict=True):
+                        kept.copy_(fresh)
+        return n
+
+    def _pool_rows(self) -> int:
+        return next(pool.size(0) for module, pool in self.pools.items() if module.self_attention)
+
+    @torch.inference_mode(False)
+    def _make_room(self, n: int, length: int) -> int:
+        """Drop pool rows that no hypothesis refers to; enlarge the pools if that frees less than half."""
+        live = drop_dead_rows(self.beams.rows[: n * self.beam, :length])
+        capacity = self._pool_rows()
+        if 2 * live.numel() > capacity:
+            capacity = 2 * live.numel() + n * self.beam
+            self._forget_graphs()
+        for module in [module for module in self.pools if module.self_attention]:
+            self.pools[module] = keep_rows(self.pools[module], live, capacity)
+        self.beams.used.fill_(live.numel())
+        return live.numel()
+
+    def _count_unfinished(self):
+        """Start reading the number of unfinished sentences; the result waits for it."""
+        if not self.capture:
+            return self.beams.unfinished.item
+        host = torch.empty(1, dtype=torch.int64, pin_memory=True)
+        host.copy_(self.beams.unfinished, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+
+        def wait() -> int:
+            event.synchronize()
+            return int(host)
+
+        return wait
+
+    def _shrink(self, n: int, smaller: int) -> int:
+        """Move the unfinished sentences to the first places."""
+        beams = self.beams
+        order = beams.done[:n].argsort(stable=True)[:smaller]
+        hypotheses = (order[:, None] * self.beam + torch.arange(self.beam, device=order.device)).flatten()
+        for state in (
+            beams.scores,
+            beams.ignored,
+            beams.sentence,
+            beams.n_final,
+            beams.starts,
+            beams.lengths,
+            beams.done,
+        ):
+            state[:smaller] = state[order]
+        for state in (beams.tokens, beams.rows):
+            state[: smaller * self.beam] = state[hypotheses]
+        return smaller
+
+    # -- a step -------------------------------------------------------------------------------------------------------
+
+    def _run(self, n: int) -> None:
+        """One step of the first n sentences: the first time directly, then captured, from then on replayed."""
+        if n in self.graphs:
+            self.graphs[n].replay()
+            return
+        states = [self._incremental_state(model, n) for model in self.models]
+        self._step(n, states)
+        if self.capture:
+            self.graphs[n] = self._captured(n, states)
+
+    def _captured(self, n: int, states: list[dict]) -> torch.cuda.CUDAGraph:
+        # Not torch.cuda.graph, which collects garbage and frees all cached memory each time.
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        self.memory = self.memory or torch.cuda.graph_pool_handle()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            graph.capture_begin(pool=self.memory, capture_error_mode="thread_local")  # loaders go on in their threads
+            self._step(n, states)
+            graph.capture_end()
+        torch.cuda.current_stream().wait_stream(stream)
+        return graph
+
+    def _incremental_state(self, model: PrunedTransformerModel, n: int) -> dict:
+        state: dict = {}
+        for (kind, _), module in attention_sites(model):
+            if kind is AttentionKind.ENCODER_SELF:
+                continue
+            if kind is AttentionKind.CROSS:
+                cache = _StaticCrossAttentionCache(self.pools[module], self.beams, n, self.capacity.source_length)
+            else:
+                cache = _StaticSelfAttentionCache(self.pools[module], self.beams, n * self.beam)
+            module.set_incremental_state(state, "attn_state", {"cache": cache})
+        return state
+
+    def _step(self, n: int, states: list[dict]) -> None:
+        """Decode one token of every hypothesis and choose how to go on. No shape and no branch depends on a value."""
+        beams, beam, n_hypotheses = self.beams, self.beam, n * self.beam
+        new_rows = beams.new_rows[:n_hypotheses]
+        new_rows.copy_(torch.arange(n_hypotheses, device=new_rows.device)).add_(beams.used)
+        rows = beams.rows[:n_hypotheses]
+        rows.index_copy_(1, beams.step, new_rows.to(torch.int32)[:, None])
+        beams.used.add_(n_hypotheses)
+
+        log_probs = self._log_probs(n_hypotheses, states)
+        phase = torch.where(beams.step < self.generator.min_len, _BEFORE_MIN_LEN, _NORMAL)
+        phase = torch.where(beams.step >= beams.max_len, _AT_MAX_LEN, phase)
+        totals = log_probs.nan_to_num_(-math.inf, posinf=math.inf, neginf=-math.inf)
+        totals = totals.add_(self.penalty[phase]).view(n, beam, -1).add_(beams.scores[:n, :, None])
+        self._choose(n, totals)
+
+        parents = beams.chosen_beam[beams.step, beams.sentence[:n]]
+        parents = parents + beam * torch.arange(n, device=parents.device)[:, None]
+        rows.copy_(rows.index_select(0, parents.flatten()))
+        beams.step.add_(1)
+
+    def _log_probs(self, n: int, states: list[dict]) -> Tensor:
+        """Log-probabilities of the next token, averaged over the ensemble: float32 (n, V)."""
+        results = []
+        for model, positions, state in zip(self.models, self.positions, states, strict=True):
+            logits = decoder_step(model.decoder, self.beams.tokens[:n], positions[self.beams.step], state)
+            logits = logits.div_(self.generator.temperature)
+            results.append(model.get_normalized_probs((logits[:, None], None), log_probs=True)[:, 0])
+        if len(results) == 1:
+            return results[0]
+        return torch.logsumexp(torch.stack(results), 0) - math.log(len(results))
+
+    def _choose(self, n: int, totals: Tensor) -> None:
+        """Take the best 2 * beam continuations of each sentence: record those that end, go on with the others.
+
+        Args:
+            totals: float32 (n, beam, V), sums of log-probabilities.
+        """
+        beams, beam = self.beams, self.beam
+        sentence, done, ignored, n_final = (x[:n] for x in (beams.sentence, beams.done, beams.ignored, beams.n_final))
+        scores, index = totals.flatten(1).topk(2 * beam)
+        parent, token = index // totals.size(2), index % totals.size(2)
+
+        ends = token.eq(self.generator.eos) & scores.ne(-math.inf)
+        ends[:, :beam] &= ~ignored
+        counted = ends[:, :beam] & ~done[:, None]  # only among the first `beam` candidates
+        place = n_final[:, None] + counted.cumsum(1) - 1
+        place = torch.where(counted & (place < beam), place, beam)  # the last place is a bin
+        where = (sentence[:, None].expand_as(place), place)
+        beams.final_step.index_put_(where, beams.step.to(torch.int32).expand_as(place))
+        beams.final_beam.index_put_(where, parent[:, :beam].to(torch.int32))
+        beams.final_score.index_put_(where, scores[:, :beam].contiguous())
+        n_final.copy_((n_final + counted.sum(1)).clamp_max(beam))
+        done |= (n_final == beam) | (beams.step >= beams.max_len)
+        beams.unfinished.copy_(n - done.sum())
+
+        ends[:, :beam] |= ignored
+        order = ends * (2 * beam) + torch.arange(2 * beam, device=ends.device)
+        order, active = order.topk(beam, largest=False)
+        ignored.copy_(order >= 2 * beam)
+        parent, token, scores = (x.gather(1, active) for x in (parent, token, scores))
+        at = (beams.step.expand_as(sentence), sentence)
+        beams.chosen_beam.index_put_(at, parent.to(torch.int32))
+        beams.chosen_token.index_put_(at, token.to(torch.int32))
+        beams.chosen_score.index_put_(at, scores)
+        beams.scores[:n] = scores
+        beams.tokens[: n * beam] = token.flatten()
+
+    # -- the result ---------------------------------------------------------------------------------------------------
+
+    def _read_out(self, n_sentences: int) -> list[list[dict[str, Tensor]]]:
+        """Follow the back-pointers of all ended hypotheses; best first, as fairseq returns them."""
+        beams = self.beams
+        final_step = beams.final_step[:n_sentences, : self.beam].cpu()
+        final_beam, final_score = (x[:n_sentences, : self.beam].cpu() for x in (beams.final_beam, beams.final_score))
+        length = int(final_step.max()) + 1
+        chosen_beam, chosen_token, chosen_score = (
+            x[:length, :n_sentences].cpu() for x in (beams.chosen_beam, beams.chosen_token, beams.chosen_score)
+        )
+        tokens = torch.full((n_sentences, self.beam, length), self.generator.eos)
+        totals = final_score[..., None].repeat(1, 1, length)  # of each hypothesis up to each position
+        beam = final_beam.long()
+        for step in range(length - 2, -1, -1):
+            inside = step < final_step
+            tokens[:, :, step] = torch.where(inside, chosen_token[step].gather(1, beam).long(), tokens[:, :, step])
+            totals[:, :, step] = torch.where(inside, chosen_score[step].gather(1, beam), totals[:, :, step])
+            beam = torch.where(inside, chosen_beam[step].gather(1, beam).long(), beam)
+        per_position = totals.diff(dim=2, prepend=torch.zeros(n_sentences, self.beam, 1))
+        scores = final_score
+        if self.generator.normalize_scores:
+            scores = final_score / (final_step + 1) ** self.generator.len_penalty
+
+        def hypothesis(b: int, w: int) -> dict[str, Tensor]:
+            end = int(final_step[b, w]) + 1
+            nothing = torch.empty(0)
+            return {
+                "tokens": tokens[b, w, :end],
+                "score": scores[b, w],
+                "attention": nothing,
+                "alignment": nothing,
+                "positional_scores": per_position[b, w, :end],
+            }
+
+        ended = [[w for w in range(self.beam) if final_step[b, w] >= 0] for b in range(n_sentences)]
+        best_first = [sorted(places, key=lambda w: -float(scores[b, w])) for b, places in enumerate(ended)]
+        return [[hypothesis(b, w) for w in places] for b, places in enumerate(best_first)]
+
+
+def _position_table(decoder, n: int, device: torch.device) -> Tensor | None:
+    """Positional embeddings of target positions 0 ... n - 1, (n, C)."""
+    if decoder.embed_positions is None:
+        return torch.zeros(n, 1, device=device)
+    tokens = torch.full((1, n), decoder.padding_idx + 1, device=device)
+    return decoder.embed_positions(tokens)[0]
+
+
+def decoder_step(decoder, tokens: Tensor, position: Tensor, incremental_state: dict) -> Tensor:
+    """What fairseq's decoder computes for one new token, without looking at how many there were before.
+
+    Args:
+        tokens: int64 (N,), the last token of every hypothesis.
+        position: (1, C), its positional embedding.
+        incremental_state: holds the caches of all attention modules.
+
+    Returns:
+        Logits (N, V).
+    """
+    x = decoder.embed_scale * decoder.embed_tokens(tokens)
+    if decoder.quant_noise is not None:
+        x = decoder.quant_noise(x)
+    if decoder.project_in_dim is not None:
+        x = decoder.project_in_dim(x)
+    if decoder.embed_positions is not None:
+        x = x + position
+    if decoder.layernorm_embedding is not None:
+        x = decoder.layernorm_embedding(x)
+    x = x[None]  # (T = 1, N, C)
+    for index in range(len(decoder.layers)):
+        # The caches hold the projected encoder output; its place in the call only says that there is one.
+        x = decoder.layers[index](x, x, incremental_state=incremental_state)[0]
+    if decoder.layer_norm is not None:
+        x = decoder.layer_norm(x)
+    if decoder.project_out_dim is not None:
+        x = decoder.project_out_dim(x)
+    return decoder.output_layer(x[0])

@@ -1,0 +1,375 @@
+"""AttentionStats and PruningMasks -> the numbers of the report: pure functions, no files and no pictures.
+
+All shares are of attention *mass* (s, see :mod:`ap_fairseq.artifacts`), so that a cell counts as often as it occurs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from ap_fairseq.artifacts import ArtifactError, AttentionStats, PruningMasks, describe_architecture
+from ap_fairseq.criteria import guaranteed, slope
+from ap_fairseq.sites import AttentionKind
+
+# The named patterns of heads in machine translation (Voita et al. 2019, arXiv 1905.09418, section 4; Raganato et al.
+# 2020, arXiv 2002.10260, section 3), as the mass that lies on one cell of each row.
+PATTERNS = ("previous", "next", "diagonal", "first", "end")
+BROAD = "broad"
+# A head carries the name of the pattern that holds most of its mass if that is at least this share ...
+NAMED_FROM = 0.4
+# ... and at least this many times what attention spread evenly over each sentence would put there.
+NAMED_OVER_UNIFORM = 2.0
+
+GRID = np.linspace(0, 1, 101)  # effective sparsities at which curves are reported
+_KNOTS = 2048  # points that stand for the sorted cells of one head
+
+
+# -- do the files belong together? ------------------------------------------------------------------------------------
+
+
+def check_stats(stats: AttentionStats) -> None:
+    """Raise :class:`ArtifactError` if there is nothing to report on, or if numbers are damaged."""
+    remedy = "record it again with ap-record, on a subset that has sentences"
+    if not stats.kinds:
+        raise ArtifactError(f"the statistics hold no attention kind; {remedy}")
+    for kind in stats.kinds:
+        if not stats.mass[kind].size or not stats.occupancy[kind].any():
+            raise ArtifactError(
+                f"the statistics of {kind.value} are empty: mass of shape {stats.mass[kind].shape}, "
+                f"{int(stats.occupancy[kind].sum())} recorded pairs; {remedy}"
+            )
+        for name, values in (("mass", stats.mass[kind]), ("occupancy", stats.occupancy[kind])):
+            if not np.isfinite(values).all() or values.min() < 0:
+                raise ArtifactError(f"the {name} of {kind.value} holds negative or non-finite numbers; {remedy}")
+
+
+def check_masks(masks: PruningMasks, stats: AttentionStats, name: str) -> None:
+    """Raise :class:`ArtifactError` unless *masks* were made from these statistics.
+
+    Architecture, recorded range, checkpoint, dictionaries and data have to agree: the pairs that a mask removes are
+    counted in the statistics.
+    """
+    remedy = "give the statistics that the masks were made from; several files are merged, as in ap-masks"
+    if masks.architecture != stats.architecture:
+        raise ArtifactError(
+            f"masks {name} are for {describe_architecture(masks.architecture)}, the statistics for "
+            f"{describe_architecture(stats.architecture)}; {remedy}"
+        )
+    for kind in stats.kinds:
+        ours, theirs = masks.keep[kind].shape[2:], stats.occupancy[kind].shape
+        if ours != theirs:
+            raise ArtifactError(
+                f"masks {name} cover {ours[0]} x {ours[1]} positions of {kind.value}, the statistics {theirs[0]} x "
+                f"{theirs[1]}; {remedy}"
+            )
+    for key in ("checkpoint", "dictionaries", "data"):
+        ours, theirs = masks.metadata.get(key), stats.metadata.get(key)
+        if ours != theirs:
+            raise ArtifactError(f"masks {name} come from {key} {ours}, the statistics from {theirs}; {remedy}")
+
+
+# -- sentences --------------------------------------------------------------------------------------------------------
+
+
+def sentences(stats: AttentionStats) -> int:
+    """Number of recorded sentences: cell (0, 0) exists in every one."""
+    return int(stats.occupancy[stats.kinds[0]][0, 0])
+
+
+def busy_positions(occupancy: np.ndarray, share: float = 0.95) -> tuple[int, int]:
+    """Return the smallest (Tq, Tk) such that *share* of the recorded pairs lies in these rows and these columns."""
+    limits = []
+    for axis in (1, 0):
+        total = occupancy.sum(axis, dtype=np.float64).cumsum()
+        limits.append(int(np.searchsorted(total, share * total[-1])) + 1)
+    return limits[0], limits[1]
+
+
+def uniform_mass(kind: AttentionKind, occupancy: np.ndarray) -> np.ndarray:
+    """Attention mass of a head that spreads its attention evenly over each sentence: float64 (Tq, Tk).
+
+    The baseline against which shares are read. Sentence lengths are recovered from the occupancy, which counts the
+    sentences longer than i and j; sentences cut at the recorded range count as ending there.
+    """
+    rows, columns = occupancy.shape
+    if kind is AttentionKind.DECODER_SELF:
+        return np.tril(occupancy / np.arange(1, rows + 1)[:, None])
+    if kind is AttentionKind.ENCODER_SELF:
+        longer = np.append(np.diagonal(occupancy), 0)
+        tail = ((longer[:-1] - longer[1:]) / np.arange(1, rows + 1))[::-1].cumsum()[::-1]
+        return tail[np.maximum(*np.ogrid[:rows, :columns])]
+    return (_pair_counts(occupancy) / np.arange(1, columns + 1))[::-1, ::-1].cumsum(0).cumsum(1)[::-1, ::-1]
+
+
+def _pair_counts(occupancy: np.ndarray) -> np.ndarray:
+    """Number of sentences with i + 1 target and j + 1 source tokens, from the occupancy of cross-attention."""
+    padded = np.pad(occupancy, [(0, 1), (0, 1)])
+    return padded[:-1, :-1] - padded[1:, :-1] - padded[:-1, 1:] + padded[1:, 1:]
+
+
+def _uniform_end_share(kind: AttentionKind, occupancy: np.ndarray) -> float:
+    """Share of evenly spread attention that falls on the last source token."""
+    if kind is AttentionKind.ENCODER_SELF:
+        return float(occupancy[0, 0] / np.trace(occupancy))  # each of a sentence's L rows puts 1/L there
+    counts = _pair_counts(occupancy)
+    rows = np.arange(1, counts.shape[0] + 1)[:, None]
+    columns = np.arange(1, counts.shape[1] + 1)
+    return float((counts * rows / columns).sum() / (counts * rows).sum())
+
+
+# -- concentration ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Concentration:
+    """How concentrated each head of one kind is.
+
+    Attributes:
+        heads: per measure float64 (layers, heads):
+            ``entropy``: bits, of a row's mean attention, averaged over rows by their mass. It includes the variation
+            between sentences, so it is an upper bound of the mean entropy within a sentence (Jensen).
+            ``relative_entropy``: that over the entropy of evenly spread attention on the same sentences; 1 = as broad.
+            ``near_diagonal``: share of the mass within one position of the diagonal; in cross-attention of the mean
+            source/target length slope.
+            ``previous``, ``diagonal``, ``next``: share of the mass at offset -1, 0, +1 from it.
+            ``first``: share of the mass on key position 0.
+            ``end``: share of the mass on each sentence's last source token; absent for ``decoder_self`` and for
+            statistics that do not hold it.
+        uniform: the same measures for attention spread evenly over each sentence.
+        patterns: (layers, heads) names from ``PATTERNS`` or ``broad``.
+    """
+
+    heads: dict[str, np.ndarray]
+    uniform: dict[str, float]
+    patterns: np.ndarray
+
+
+def concentration(stats: AttentionStats, kind: AttentionKind) -> Concentration:
+    """Measure the concentration of every head of *kind*."""
+    mass, occupancy = stats.mass[kind], stats.occupancy[kind]
+    row, column = np.ogrid[: occupancy.shape[0], : occupancy.shape[1]]
+    offset = column - np.rint(slope(stats, kind) * row)
+    places = {
+        "near_diagonal": np.abs(offset) <= 1,
+        "previous": offset == -1,
+        "diagonal": offset == 0,
+        "next": offset == 1,
+        "first": np.broadcast_to(column == 0, occupancy.shape),
+    }
+    if kind.causal:
+        del places["next"]  # does not exist
+    uniform_head = uniform_mass(kind, occupancy)
+    measured = {name: _per_head(mass, lambda head, at=place: head[at].sum()) for name, place in places.items()}
+    uniform = {name: float(uniform_head[place].sum()) for name, place in places.items()}
+    total = _per_head(mass, np.sum)
+    heads = {name: _ratio(value, total, 0.0) for name, value in measured.items()}
+    uniform = {name: value / float(uniform_head.sum()) for name, value in uniform.items()}
+    if kind in stats.end_mass:
+        heads["end"] = _ratio(stats.end_mass[kind], total, 0.0)
+        uniform["end"] = _uniform_end_share(kind, occupancy)
+    entropy = _per_head(mass, row_entropy)
+    uniform_entropy = row_entropy(uniform_head)
+    # Where every sentence leaves a single choice, attention is as broad as it can be.
+    relative = _ratio(entropy, np.full_like(entropy, uniform_entropy), 1.0)
+    heads = {"entropy": entropy, "relative_entropy": relative, **heads}
+    uniform = {"entropy": uniform_entropy, "relative_entropy": 1.0, **uniform}
+    return Concentration(heads, uniform, _patterns(heads, uniform))
+
+
+def row_entropy(mass: np.ndarray) -> float:
+    """Entropy in bits of the rows of (Tq, Tk), each normalised, averaged with the rows' mass as weights."""
+    weight = mass.sum(1, keepdims=True)
+    p = _ratio(mass, np.broadcast_to(weight, mass.shape), 0.0)
+    bits = -(p * np.log2(p, out=np.zeros_like(p), where=p > 0)).sum(1)
+    total = weight.sum()
+    return float(bits @ weight[:, 0] / total) if total else 0.0
+
+
+def _per_head(mass: np.ndarray, measure) -> np.ndarray:
+    """Apply *measure* to each (Tq, Tk) of (layers, heads, Tq, Tk); one at a time, as recordings can be large."""
+    values = [measure(mass[index]) for index in np.ndindex(mass.shape[:2])]
+    return np.array(values, dtype=np.float64).reshape(mass.shape[:2])
+
+
+def _ratio(numerator: np.ndarray, denominator: np.ndarray, otherwise: float) -> np.ndarray:
+    """Divide; *otherwise* where the denominator is 0."""
+    out = np.full(np.shape(numerator), otherwise, dtype=np.float64)
+    return np.divide(numerator, denominator, out=out, where=np.asarray(denominator) > 0)
+
+
+def _patterns(heads: dict[str, np.ndarray], uniform: dict[str, float]) -> np.ndarray:
+    known = [name for name in PATTERNS if name in heads]
+    shares = np.stack([heads[name] for name in known])  # (patterns, layers, heads)
+    needed = np.array([max(NAMED_FROM, NAMED_OVER_UNIFORM * uniform[name]) for name in known])[:, None, None]
+    best = np.where(shares >= needed, shares, -1.0).argmax(0)
+    return np.where((shares >= needed).any(0), np.array(known, dtype=object)[best], BROAD)
+
+
+# -- curves -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Kept mass (n,) over effective sparsity (n,), ascending; ends where only guaranteed cells are left."""
+
+    sparsity: np.ndarray
+    kept: np.ndarray
+
+    def at(self, sparsity: float) -> float | None:
+        """Kept mass at an effective sparsity, or None if it cannot be reached."""
+        if sparsity > self.sparsity[-1] + 1e-9:
+            return None
+        return float(np.interp(sparsity, self.sparsity, self.kept))
+
+
+@dataclass(frozen=True)
+class KeptMass:
+    """The curves of one kind: one threshold for the whole kind, for each layer, for each head.
+
+    ``even`` is the curve of a head that spreads its attention evenly over each sentence: what masks of the kind could
+    keep of attention without structure. It lies above 1 - sparsity because short sentences give their pairs more mass.
+    """
+
+    kind: Curve
+    layers: list[Curve]
+    heads: list[list[Curve]]
+    even: Curve
+
+
+@dataclass(frozen=True)
+class _SortedHead:
+    """Cells of one head in ascending order of mean attention, thinned out.
+
+    Attributes: score (m,), and pairs and mass (m + 1,) of all cells below each score.
+    """
+
+    score: np.ndarray
+    pairs: np.ndarray
+    mass: np.ndarray
+
+
+def kept_mass(stats: AttentionStats, kind: AttentionKind) -> KeptMass:
+    """Return the most attention mass that can be kept at each effective sparsity (cells pruned by mean attention)."""
+    mass, occupancy = stats.mass[kind], stats.occupancy[kind]
+    prunable = (occupancy > 0) & ~guaranteed(occupancy.shape, kind)
+    pairs = float(occupancy.sum())
+    layers = [[_sort_head(head, occupancy, prunable) for head in layer] for layer in mass]
+    totals = mass.sum((2, 3))
+    even = uniform_mass(kind, occupancy)
+
+    def curve(members: list[_SortedHead], total: float) -> Curve:
+        thresholds = np.unique(np.concatenate([head.score for head in members]))
+        at = [np.searchsorted(head.score, thresholds, side="right") for head in members]
+        removed = sum(head.pairs[index] for head, index in zip(members, at, strict=True))
+        lost = sum(head.mass[index] for head, index in zip(members, at, strict=True))
+        sparsity = np.concatenate([[0.0], removed / (pairs * len(members))])
+        kept = np.concatenate([[1.0], 1 - lost / total if total else np.ones(len(thresholds))])
+        grid = np.append(GRID[sparsity[-1] > GRID], sparsity[-1])
+        return Curve(grid, np.interp(grid, sparsity, kept).clip(0, 1))
+
+    return KeptMass(
+        curve([head for layer in layers for head in layer], float(totals.sum())),
+        [curve(heads, float(total.sum())) for heads, total in zip(layers, totals, strict=True)],
+        [
+            [curve([head], float(total)) for head, total in zip(heads, row, strict=True)]
+            for heads, row in zip(layers, totals, strict=True)
+        ],
+        curve([_sort_head(even, occupancy, prunable)], float(even.sum())),
+    )
+
+
+def _sort_head(mass: np.ndarray, occupancy: np.ndarray, prunable: np.ndarray) -> _SortedHead:
+    s, n = mass[prunable], occupancy[prunable].astype(np.float64)
+    order = np.argsort(s / n, kind="stable")
+    score = (s / n)[order]
+    pairs, lost = np.cumsum(n[order]), np.cumsum(s[order])
+    if len(score):
+        last = np.flatnonzero(np.append(score[1:] != score[:-1], True))  # cells of one score go together
+        if len(last) > _KNOTS:  # equally many pairs from knot to knot
+            wanted = np.searchsorted(pairs[last], np.linspace(0, pairs[-1], _KNOTS + 1)[1:])
+            last = last[np.unique(wanted.clip(max=len(last) - 1))]
+        score, pairs, lost = score[last], pairs[last], lost[last]
+    return _SortedHead(score, np.append(0.0, pairs), np.append(0.0, lost))
+
+
+def effective_at_nominal(stats: AttentionStats, kind: AttentionKind, nominal: np.ndarray) -> np.ndarray:
+    """Effective sparsity that the authors' percentile has at each *nominal* sparsity: float64, the shape of *nominal*.
+
+    The percentile of :class:`~ap_fairseq.masks.MaskSpec`'s ``as-published``: per layer over the heads' squares up to
+    the longest sentence, in which non-existing cells count as zeros.
+    """
+    mass, occupancy = stats.mass[kind], stats.occupancy[kind]
+    longest, heads = max(occupancy.shape), mass.shape[1]
+    weights = np.where(guaranteed(occupancy.shape, kind), 0, occupancy).ravel()
+    pruned = np.zeros(len(nominal))
+    for layer in mass:
+        mean = layer / np.maximum(occupancy, 1)
+        square = np.zeros(heads * longest**2)
+        square[: mean.size] = mean.ravel()
+        thresholds = np.percentile(square, 100 * nominal)
+        first = np.searchsorted(thresholds, mean.reshape(heads, -1), side="left")  # first percentile that prunes a cell
+        for head in first:
+            pruned += np.bincount(head, weights=weights, minlength=len(nominal) + 1)[: len(nominal)].cumsum()
+    return pruned / (occupancy.sum() * heads * mass.shape[0])
+
+
+# -- masks ------------------------------------------------------------------------------------------------------------
+
+
+def head_sparsity(masks: PruningMasks, stats: AttentionStats, kind: AttentionKind) -> np.ndarray:
+    """Effective sparsity of each head: float64 (layers, heads)."""
+    occupancy = stats.occupancy[kind]
+    kept = np.stack([[occupancy[head].sum() for head in layer] for layer in masks.keep[kind]])
+    return 1 - kept / occupancy.sum()
+
+
+# -- down-sampling ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Maps:
+    """Per-cell values of one kind in square bins of ``factor`` x ``factor`` cells.
+
+    Attributes:
+        mean: float64 (layers, heads, R, C): mean attention of the recorded pairs in a bin; 0 where there are none.
+        occupancy: float64 (R, C): mean number of sentences in which a cell of the bin is attendable.
+        factor: cells to the side of a bin.
+    """
+
+    mean: np.ndarray
+    occupancy: np.ndarray
+    factor: int
+
+
+def maps(stats: AttentionStats, kind: AttentionKind, factor: int) -> Maps:
+    """Bin mean attention and occupancy."""
+    occupancy = stats.occupancy[kind]
+    pairs = _binned(occupancy, factor)
+    area = _binned(np.ones(occupancy.shape), factor)
+    mean = [[_ratio(_binned(head, factor), pairs, 0.0) for head in layer] for layer in stats.mass[kind]]
+    return Maps(np.array(mean), pairs / area, factor)
+
+
+def kept_share(keep: np.ndarray, occupancy: np.ndarray, factor: int) -> np.ndarray:
+    """Share of the recorded pairs of each bin that a mask (Tq, Tk) keeps: float64 (R, C); 0 where there are none."""
+    return _ratio(_binned(keep * occupancy, factor), _binned(occupancy, factor), 0.0)
+
+
+def _binned(values: np.ndarray, factor: int) -> np.ndarray:
+    """Sum (Tq, Tk) over bins; the last bin of an axis may be smaller."""
+    if factor == 1:
+        return values.astype(np.float64)
+    rows, columns = (np.arange(0, size, factor) for size in values.shape)
+    return np.add.reduceat(np.add.reduceat(values.astype(np.float64), rows, 0), columns, 1)
+
+
+def bin_factor(shapes: Iterable[tuple[int, ...]], cells: int) -> int:
+    """Return the smallest side of a bin with which arrays (layers, heads, Tq, Tk) have at most *cells* bins in all."""
+    shapes = list(shapes)
+    factor = 1
+    while sum(shape[0] * shape[1] * -(-shape[2] // factor) * -(-shape[3] // factor) for shape in shapes) > cells:
+        factor += 1
+    return factor

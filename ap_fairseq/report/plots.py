@@ -1,0 +1,483 @@
+"""The figures of the report, as matplotlib figures; each comes with an alternative text made of its own numbers.
+
+Colours are the Okabe-Ito palette, which readers with the common kinds of colour blindness can tell apart; lines differ
+by marker or style as well. Everything that is not data is drawn in ``INK``, so that the page can replace it by the
+colour of its text.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ap_fairseq.artifacts import ArtifactError
+
+try:
+    import matplotlib
+except ImportError as error:  # a minimal installation
+    raise ArtifactError(f"the report needs matplotlib ({error}); install it with: pip install matplotlib") from error
+
+from matplotlib.colors import LogNorm, Normalize
+from matplotlib.figure import Figure as Canvas
+from matplotlib.patches import Patch
+
+from ap_fairseq.artifacts import AttentionStats, PruningMasks
+from ap_fairseq.masks import LayerSummary
+from ap_fairseq.report import analysis
+from ap_fairseq.report.results import Measurements, System, curves
+from ap_fairseq.sites import AttentionKind
+
+INK = "#1b1f24"
+KIND_COLOURS = {
+    AttentionKind.ENCODER_SELF: "#0072b2",
+    AttentionKind.DECODER_SELF: "#d55e00",
+    AttentionKind.CROSS: "#009e73",
+}
+SERIES_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+MARKERS = "osD^vPX*<>"
+DASHES = ("-", "--", "-.", ":")
+KEPT_MAP = "viridis_r"  # dark = much attention, in print and for the colour blind
+MEASURES = {
+    "relative_entropy": "entropy / uniform",
+    "near_diagonal": "within ±1 of diagonal",
+    "first": "on first column",
+    "end": "on last source token",
+}
+PATTERN_COLOURS = {
+    "previous": "#56b4e9",
+    "next": "#e69f00",
+    "diagonal": "#009e73",
+    "first": "#cc79a7",
+    "end": "#f0e442",
+    analysis.BROAD: "#d9d9d9",
+}
+
+_STYLE = {
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "axes.facecolor": "none",
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "grid.color": "#8a8f98",
+    "grid.alpha": 0.35,
+    "legend.frameon": False,
+    "svg.fonttype": "none",
+    "figure.constrained_layout.use": True,
+}
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A drawn figure: file name without ending, heading, caption, and a text for those who cannot see it."""
+
+    name: str
+    title: str
+    caption: str
+    alt: str
+    canvas: Canvas
+
+    def save(self, path, file_format: str) -> None:
+        """Write PNG (150 dots per inch) or SVG on a white ground."""
+        with matplotlib.rc_context({**_STYLE, "svg.hashsalt": self.name}):
+            metadata = {"Date": None} if file_format == "svg" else {}  # the same input gives the same file
+            self.canvas.savefig(path, format=file_format, dpi=150, facecolor="white", metadata=metadata)
+
+    def inline_svg(self) -> str:
+        """Return an ``<svg>`` element for the page: no ground, lines and text in the colour of the surrounding text."""
+        stream = io.StringIO()
+        with matplotlib.rc_context({**_STYLE, "svg.hashsalt": self.name}):
+            self.canvas.savefig(stream, format="svg", facecolor="none", metadata={"Date": None})
+        svg = stream.getvalue()
+        svg = svg[svg.index("<svg") :]
+        svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+        svg = re.sub(r'(<image [^>]*?) id="[^"]*"', r"\1", svg)  # equal for equal images, and nothing refers to it
+        # Ids are unique within one figure only, and the namespaces are implied in HTML.
+        svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{self.name}-", svg)
+        svg = re.sub(r' xmlns(:xlink)?="[^"]*"', "", svg)
+        width, height = re.search(r'width="([\d.]+)pt" height="([\d.]+)pt"', svg).groups()
+        # Neither so large that it looks clumsy nor so small that it cannot be read: a narrow page scrolls it instead.
+        size = f"width: 100%; max-width: {1.7 * float(width):.0f}px; min-width: {1.1 * float(width):.0f}px"
+        svg = svg.replace(f'width="{width}pt" height="{height}pt"', f'style="{size}" aria-hidden="true"', 1)
+        return svg.replace(INK, "currentColor")
+
+
+def _figure(columns: int, rows: int = 1, width: float = 3.1, height: float = 2.7, **subplots):
+    """Return a canvas and its axes (rows, columns); room for labels is left however few axes there are."""
+    canvas = Canvas(figsize=(max(4.0, width * columns), max(2.2, height * rows)), layout="constrained")
+    return canvas, canvas.subplots(rows, columns, squeeze=False, **subplots)
+
+
+def _styled(draw):
+    """Run a drawing function under the report's style."""
+
+    def styled(*args, **kwargs):
+        with matplotlib.rc_context(_STYLE):
+            return draw(*args, **kwargs)
+
+    styled.__doc__, styled.__name__ = draw.__doc__, draw.__name__
+    return styled
+
+
+def _percent_axis(axis, label: str) -> None:
+    axis.set_label_text(label)
+    axis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0, decimals=0))
+
+
+# -- attention and occupancy ------------------------------------------------------------------------------------------
+
+
+def log_scale(maps: Sequence[analysis.Maps]) -> tuple[float, float]:
+    """Return the (low, high) of one logarithmic colour scale for the mean attention of several kinds.
+
+    High is the largest value; a hundredth of the recorded pairs lies below low.
+    """
+    values = np.concatenate([m.mean.ravel() for m in maps])
+    weights = np.concatenate([np.broadcast_to(m.occupancy, m.mean.shape).ravel() for m in maps])
+    values, weights = values[values > 0], weights[values > 0]
+    if not values.size:
+        return 0.1, 1.0
+    order = np.argsort(values)
+    below = np.cumsum(weights[order])
+    low, high = float(values[order[np.searchsorted(below, 0.01 * below[-1])]]), float(values.max())
+    return (low, high) if low < high else (high / 10, high)
+
+
+def palette() -> list[int]:
+    """Return the 256 colours of the page's heat maps, least attention first on a dark ground: red, green, blue, ..."""
+    return (matplotlib.colormaps["viridis"](np.arange(256))[:, :3] * 255).round().astype(int).ravel().tolist()
+
+
+@_styled
+def attention(
+    stats: AttentionStats, kind: AttentionKind, scale: tuple[float, float], masks: PruningMasks | None, name: str = ""
+) -> Figure:
+    """Draw the mean attention of every layer (rows) and head (columns); pruned cells are grey."""
+    occupancy = stats.occupancy[kind]
+    rows, columns = analysis.busy_positions(occupancy)
+    factor = -(-max(rows, columns) // 160)
+    maps = analysis.maps(stats, kind, factor)
+    shown = np.s_[: -(-rows // factor), : -(-columns // factor)]
+    layers, heads = maps.mean.shape[:2]
+    canvas, axes = _figure(heads, layers, width=1.5, height=1.6, sharex=True, sharey=True)
+    norm = LogNorm(*scale)
+    grey = matplotlib.colors.LinearSegmentedColormap.from_list("pruned", ["#ededed", "#8c8c8c"])
+    for layer, head in np.ndindex(layers, heads):
+        axis, mean = axes[layer, head], np.maximum(maps.mean[layer, head], scale[0])
+        seen = maps.occupancy > 0
+        extent = (-0.5, columns - 0.5, rows - 0.5, -0.5)
+        kept = seen
+        if masks is not None:
+            kept = seen & (analysis.kept_share(masks.keep[kind][layer, head], occupancy, factor) >= 0.5)
+            pruned = np.ma.array(mean, mask=~(seen & ~kept))[shown]
+            axis.imshow(pruned, cmap=grey, norm=norm, extent=extent, interpolation="nearest", aspect="auto")
+        image = axis.imshow(
+            np.ma.array(mean, mask=~kept)[shown], cmap=KEPT_MAP, norm=norm, extent=extent, interpolation="nearest",
+            aspect="auto",
+        )  # fmt: skip
+        axis.set_title(f"layer {layer}, head {head}", fontsize=8)
+        axis.tick_params(labelsize=7)
+        axis.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(3, integer=True))
+        axis.yaxis.set_major_locator(matplotlib.ticker.MaxNLocator(3, integer=True))
+    canvas.supxlabel("key position (tokens)", fontsize=9)
+    canvas.supylabel("query position (tokens)", fontsize=9)
+    canvas.colorbar(image, ax=axes, label="mean attention", shrink=min(1.0, 2.2 / layers), pad=0.02)
+    pruned_text = ""
+    if masks is not None:
+        canvas.legend(handles=[Patch(color="#b8b8b8", label=f"pruned by {name}")], loc="outside upper right")
+        share = analysis.head_sparsity(masks, stats, kind)
+        pruned_text = (
+            f" Pruned by {name}, in grey: {share.mean():.1%} of the pairs, from {share.min():.1%} to {share.max():.1%} "
+            "of a head."
+        )
+    part = f"positions below {rows} x {columns} of {occupancy.shape[0]} x {occupancy.shape[1]}, 95% of pairs"
+    return Figure(
+        "_".join(filter(None, ["attention", kind.value, name])),
+        f"Mean attention, {kind.value}",
+        f"Logarithmic colours, one scale for all kinds; {part}.{pruned_text}",
+        f"Heat maps of the mean attention of {kind.value}, {layers} layers by {heads} heads, {part}; from below "
+        f"{scale[0]:.1g} to {maps.mean.max():.2g}.{pruned_text}",
+        canvas,
+    )
+
+
+@_styled
+def occupancy(stats: AttentionStats) -> Figure:
+    """Draw in how many sentences each cell is attendable."""
+    canvas, axes = _figure(len(stats.kinds))
+    top = max(int(stats.occupancy[kind].max()) for kind in stats.kinds)
+    norm = LogNorm(1, top) if top > 1 else Normalize(0, 1)
+    texts = []
+    for axis, kind in zip(axes[0], stats.kinds, strict=True):
+        factor = -(-max(stats.occupancy[kind].shape) // 300)
+        values = analysis.maps(stats, kind, factor).occupancy
+        rows, columns = stats.occupancy[kind].shape
+        seen = np.ma.array(np.maximum(values, norm.vmin), mask=values == 0)
+        extent = (-0.5, columns - 0.5, rows - 0.5, -0.5)
+        image = axis.imshow(seen, cmap="cividis_r", norm=norm, extent=extent, interpolation="nearest", aspect="auto")
+        axis.set(title=kind.value, xlabel="key position (tokens)", ylabel="query position (tokens)")
+        busy = analysis.busy_positions(stats.occupancy[kind])
+        texts.append(f"{kind.value}: 95% of pairs lie below {busy[0]} x {busy[1]} of {rows} x {columns} positions")
+    canvas.colorbar(image, ax=axes, label="sentences with this cell", pad=0.02)
+    text = "; ".join(texts) + "."
+    return Figure("occupancy", "Occupancy", text, f"In how many sentences each cell exists. {text}", canvas)
+
+
+# -- curves -----------------------------------------------------------------------------------------------------------
+
+
+@_styled
+def kept_mass(kept: dict[AttentionKind, analysis.KeptMass], summaries: dict[str, list[LayerSummary]]) -> Figure:
+    """Draw kept mass over effective sparsity: per kind, layer and head, with the masks as points."""
+    canvas, axes = _figure(len(kept), sharey=True)
+    texts = []
+    for axis, (kind, curve) in zip(axes[0], kept.items(), strict=True):
+        colour = KIND_COLOURS[kind]
+        for layer, heads in enumerate(curve.heads):
+            for head, one in enumerate(heads):
+                label = "heads" if layer == head == 0 else None
+                axis.plot(one.sparsity[::4], one.kept[::4], color=colour, alpha=0.5, lw=0.7, label=label)
+        for layer, one in enumerate(curve.layers):
+            label = "layers" if layer == 0 else None
+            axis.plot(one.sparsity, one.kept, color=colour, lw=1.1, ls="--", label=label)
+        axis.plot(curve.kind.sparsity, curve.kind.kept, color=colour, lw=2.4, label="kind")
+        axis.plot(curve.even.sparsity, curve.even.kept, color=INK, lw=1, ls=":", label="even attention")
+        for marker, (name, rows) in zip(_cycle(MARKERS), summaries.items()):  # noqa: B905 (endless)
+            row = next(row for row in rows if row.kind == kind.value and row.layer is None)
+            axis.plot(row.effective, row.kept_mass, marker, color=INK, mfc="none", ms=6, label=name)
+        axis.set(title=kind.value, xlim=(0, 1), ylim=(0, 1.02))
+        _percent_axis(axis.xaxis, "effective sparsity")
+        axis.grid(True)
+        shares = [f"{curve.kind.at(x):.0%} at {x:.0%}" for x in (0.5, 0.8, 0.9) if curve.kind.at(x) is not None]
+        texts.append(f"{kind.value} keeps {', '.join(shares) if shares else 'all: nothing can be pruned'}")
+    _percent_axis(axes[0, 0].yaxis, "kept attention mass")
+    axes[0, -1].legend(fontsize=7, loc="lower left")
+    text = "; ".join(texts) + "."
+    caption = (
+        f"The most attention mass that can be kept when cells are pruned by mean attention: {text} Dotted: the same "
+        "for attention spread evenly over each sentence. Curves end where only guaranteed cells are left."
+    )
+    return Figure("kept_mass", "Kept mass over effective sparsity", caption, f"Falling curves. {text}", canvas)
+
+
+@_styled
+def nominal(
+    nominal: np.ndarray, effective: dict[AttentionKind, np.ndarray], summaries: dict[str, list[LayerSummary]]
+) -> Figure:
+    """Draw effective over nominal sparsity of the authors' percentile, with the masks as points."""
+    canvas, axes = _figure(1, width=4.6, height=3.2)
+    axis, texts = axes[0, 0], []
+    axis.plot([0, 1], [0, 1], color=INK, lw=0.8, ls=":", label="equal")
+    for dash, (kind, values) in zip(_cycle(DASHES), effective.items()):  # noqa: B905 (endless)
+        axis.plot(nominal, values, color=KIND_COLOURS[kind], ls=dash, lw=2, label=f"{kind.value}, percentile")
+        texts.append(f"{kind.value} {np.interp(0.5, nominal, values):.1%}")
+    for marker, (name, rows) in zip(_cycle(MARKERS), summaries.items()):  # noqa: B905 (endless)
+        totals = [row for row in rows if row.layer is None]
+        colours = [KIND_COLOURS[AttentionKind(row.kind)] for row in totals]
+        axis.scatter(
+            [row.nominal for row in totals],
+            [row.effective for row in totals],
+            c=colours,
+            marker=marker,
+            s=30,
+            label=name,
+        )
+    axis.set(xlim=(0, 1), ylim=(0, 1))
+    _percent_axis(axis.xaxis, "nominal sparsity (of the square of positions)")
+    _percent_axis(axis.yaxis, "effective sparsity")
+    axis.grid(True)
+    axis.legend(fontsize=7, loc="upper left")
+    text = f"A nominal 50% removes of the pairs that exist: {', '.join(texts)}."
+    return Figure("nominal", "Effective against nominal sparsity", text, text, canvas)
+
+
+# -- heads ------------------------------------------------------------------------------------------------------------
+
+
+@_styled
+def concentration(measured: dict[AttentionKind, analysis.Concentration]) -> Figure:
+    """Draw one table of layers x heads for each kind (rows) and measure (columns)."""
+    present = [name for name in MEASURES if any(name in c.heads for c in measured.values())]
+    layers, heads = (max(c.patterns.shape[k] for c in measured.values()) for k in range(2))
+    height = 0.9 + 0.24 * layers
+    canvas, axes = _figure(len(present), len(measured), width=max(2.0, 0.34 * heads + 0.7), height=height)
+    texts = []
+    for line, (kind, c) in zip(axes, measured.items(), strict=True):
+        for axis, name in zip(line, present, strict=True):
+            if name not in c.heads:
+                axis.set_axis_off()
+                reason = "no source keys" if kind.causal else "not recorded"
+                axis.text(0.5, 0.5, reason, ha="center", va="center", transform=axis.transAxes)
+                continue
+            _number_table(axis, c.heads[name], f"uniform {c.uniform[name]:.2f}")
+            if kind is next(iter(measured)):
+                axis.set_title(f"{MEASURES[name]}\n(uniform {c.uniform[name]:.2f})", fontsize=8)
+        line[0].set_ylabel(f"{kind.value}\nlayer")
+        averages = [f"{MEASURES[name]} {c.heads[name].mean():.2f}" for name in present if name in c.heads]
+        texts.append(f"{kind.value}: {', '.join(averages)}")
+    text = "; ".join(texts) + "."
+    return Figure(
+        "concentration",
+        "Concentration of each head",
+        f"Averages over heads: {text} Above each table, what evenly spread attention would give.",
+        f"Tables of layers by heads. {text}",
+        canvas,
+    )
+
+
+def _number_table(axis, values: np.ndarray, title: str) -> None:
+    layers, heads = values.shape
+    axis.imshow(values, cmap="cividis", norm=Normalize(0, 1), aspect="auto")
+    for (layer, head), value in np.ndenumerate(values):
+        colour = "white" if value < 0.5 else "black"
+        axis.text(head, layer, f"{value:.2f}".lstrip("0") if value < 1 else "1", ha="center", va="center", color=colour,
+                  fontsize=6.5)  # fmt: skip
+    axis.set_xticks(range(heads))
+    axis.set_yticks(range(layers))
+    axis.tick_params(labelsize=7, length=0)
+    axis.set_title(title, fontsize=8)
+
+
+@_styled
+def patterns(measured: dict[AttentionKind, analysis.Concentration]) -> Figure:
+    """Draw the named pattern of each head."""
+    layers, heads = (max(c.patterns.shape[k] for c in measured.values()) for k in range(2))
+    canvas, axes = _figure(len(measured), width=max(2.6, 0.55 * heads + 0.6), height=0.9 + 0.3 * layers)
+    names = [*analysis.PATTERNS, analysis.BROAD]
+    colours = matplotlib.colors.ListedColormap([PATTERN_COLOURS[name] for name in names])
+    texts = []
+    for axis, (kind, c) in zip(axes[0], measured.items(), strict=True):
+        index = np.vectorize(names.index)(c.patterns)
+        axis.imshow(index, cmap=colours, vmin=-0.5, vmax=len(names) - 0.5, aspect="auto")
+        for (layer, head), name in np.ndenumerate(c.patterns):
+            short = {"previous": "prev", "diagonal": "diag"}.get(name, name)
+            axis.text(head, layer, short, ha="center", va="center", fontsize=7, color="black")
+        axis.set(title=kind.value, xlabel="head", ylabel="layer")
+        axis.set_xticks(range(c.patterns.shape[1]))
+        axis.set_yticks(range(c.patterns.shape[0]))
+        axis.tick_params(length=0)
+        counts = [f"{(c.patterns == name).sum()} {name}" for name in names if (c.patterns == name).any()]
+        texts.append(f"{kind.value}: {', '.join(counts)}")
+    text = "; ".join(texts) + "."
+    caption = (
+        f"A head is named after what holds the largest share of its mass, if that is at least {analysis.NAMED_FROM:.0%}"
+        f" and {analysis.NAMED_OVER_UNIFORM:g} times the share of evenly spread attention; else broad. {text}"
+    )
+    return Figure("patterns", "Named patterns", caption, f"Name of each head's pattern. {text}", canvas)
+
+
+@_styled
+def layer_sparsity(summaries: dict[str, list[LayerSummary]], kinds: Sequence[AttentionKind]) -> Figure:
+    """Draw effective sparsity (bars) and kept mass (dots) of each layer, one row of panels for each mask."""
+    canvas, axes = _figure(len(kinds), len(summaries), height=2.2, sharey=True)
+    texts = []
+    for line, (name, rows) in zip(axes, summaries.items(), strict=True):
+        for axis, kind in zip(line, kinds, strict=True):
+            layers = [row for row in rows if row.kind == kind.value and row.layer is not None]
+            at = [row.layer for row in layers]
+            axis.bar(at, [row.effective for row in layers], color=KIND_COLOURS[kind], width=0.7)
+            axis.plot(at, [row.kept_mass for row in layers], "o", color=INK, ms=5)
+            axis.set(title=kind.value if len(summaries) == 1 else f"{name}: {kind.value}", ylim=(0, 1.05))
+            axis.set(xlabel="layer", xticks=at)
+            shares = [row.effective for row in layers]
+            texts.append(f"{name}, {kind.value}: {min(shares):.0%} to {max(shares):.0%} of a layer's pairs")
+        _percent_axis(line[0].yaxis, "pruned pairs (bar)\nkept mass (dot)")
+    text = "; ".join(texts) + "."
+    return Figure(
+        "layer_sparsity",
+        "Effective sparsity of each layer",
+        f"Bars: pairs pruned; dots: attention mass kept. {text}",
+        f"Bars of effective sparsity by layer. {text}",
+        canvas,
+    )
+
+
+# -- quality, speed, memory -------------------------------------------------------------------------------------------
+
+
+@_styled
+def quality(systems: list[System]) -> Figure:
+    """Draw BLEU and chrF over effective sparsity, a line for each series, with 95% confidence intervals."""
+    metrics = ("BLEU", "chrF2")
+    canvas, axes = _figure(2, width=4.2, height=3.4)
+    sources, texts = set(), []
+    for axis, metric in zip(axes[0], metrics, strict=True):
+        series = curves(systems, metric)
+        for point in series.pop(None, []):
+            axis.axhline(point.score, color=INK, lw=1, ls=":", label="dense")
+            texts.append(f"dense {metric} {point.score:.1f}")
+            if point.interval:
+                axis.axhspan(point.interval.low, point.interval.high, color=INK, alpha=0.08, lw=0)
+                sources.add(point.interval.source)
+        for number, (name, points) in enumerate(series.items()):
+            colour = SERIES_COLOURS[number % len(SERIES_COLOURS)]
+            style = dict(
+                color=colour, marker=MARKERS[number % len(MARKERS)], ls=DASHES[number // 6 % len(DASHES)], ms=5
+            )
+            x, y = [p.sparsity for p in points], [p.score for p in points]
+            axis.plot(x, y, label=name, lw=1.3, **style)
+            banded = [p for p in points if p.interval]
+            if banded:
+                at = [p.sparsity for p in banded]
+                low, high = [p.interval.low for p in banded], [p.interval.high for p in banded]
+                axis.fill_between(at, low, high, color=colour, alpha=0.15, lw=0)
+                middle = [p.score for p in banded]
+                errors = [np.subtract(middle, low), np.subtract(high, middle)]
+                axis.errorbar(at, middle, errors, fmt="none", ecolor=colour, elinewidth=1, capsize=2)
+            sources |= {p.interval.source for p in banded}
+            if metric == "BLEU":
+                texts += [f"{name} at {p.sparsity:.0%} BLEU {p.score:.1f}" for p in points]
+        axis.set(title=metric, ylabel=metric)
+        _percent_axis(axis.xaxis, "effective sparsity of the pruned kinds")
+        axis.set_xlim(-0.02, 1)
+        axis.grid(True)
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    canvas.legend(handles, labels, fontsize=7, loc="outside lower center", ncols=min(3, len(labels)))
+    bands = (
+        f"Bars and bands: 95% intervals ({'; '.join(sorted(sources))})." if sources else "No intervals in the files."
+    )
+    return Figure("quality", "Translation quality over effective sparsity", bands, "; ".join(texts) + ".", canvas)
+
+
+@_styled
+def measurements(name: str, title: str, label: str, problems: list[Measurements], device: str) -> Figure:
+    """Draw a measured quantity over effective sparsity, a panel for each problem; dense methods are level lines."""
+    columns = min(2, len(problems))
+    canvas, axes = _figure(columns, -(-len(problems) // columns), width=4.2, height=2.9)
+    texts = []
+    methods = list(dict.fromkeys(method for problem in problems for method in problem.methods))
+    for axis in axes.flat[len(problems) :]:
+        axis.set_axis_off()
+    for axis, problem in zip(axes.flat, problems):  # noqa: B905 (the last panels may be empty)
+        for method, points in problem.methods.items():
+            number = methods.index(method)
+            colour, dash = SERIES_COLOURS[number % len(SERIES_COLOURS)], DASHES[number // 6 % len(DASHES)]
+            sparse = [(x, y) for x, y in points if x is not None]
+            if sparse:
+                x, y = zip(*sparse, strict=True)
+                axis.plot(x, y, color=colour, ls=dash, marker=MARKERS[number % len(MARKERS)], ms=5, label=method)
+                texts.append(f"{problem.title}, {method}: {y[-1]:.3g} at {x[-1]:.0%}")
+            for level in [y for x, y in points if x is None]:
+                axis.axhline(level, color=colour, ls=":", lw=1.2, label=f"{method}, dense")
+                texts.append(f"{problem.title}, {method}: {level:.3g} dense")
+        axis.set_title(problem.title, fontsize=8)
+        axis.set_ylabel(label)
+        axis.set(xlim=(-0.02, 1), ylim=(0, None))
+        _percent_axis(axis.xaxis, "effective sparsity")
+        axis.grid(True)
+        axis.legend(fontsize=6.5)
+    return Figure(name, title, f"{label}, measured on {device}.", "; ".join(texts) + ".", canvas)
+
+
+def _cycle(values):
+    """Repeat *values* without end."""
+    while True:
+        yield from values

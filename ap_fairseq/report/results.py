@@ -1,0 +1,285 @@
+"""What others measured, read back: translation scores (ap-evaluate, sweeps) and kernel benchmarks."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy import stats as distributions
+
+from ap_fairseq.artifacts import ArtifactError
+from ap_fairseq.sites import AttentionKind
+
+METRICS = {"BLEU": "bleu", "chrF2": "chrf"}  # the name in sacreBLEU's vocabulary, and the field of ap-evaluate
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A 95% confidence interval; ``source`` says of what."""
+
+    low: float
+    high: float
+    source: str
+
+
+@dataclass(frozen=True)
+class System:
+    """One scored system.
+
+    Attributes:
+        name: as in the results file.
+        series: what it belongs to: procedure, kinds, granularity, and the part of the name after the last point (such
+            as ``tuned``) or the schedule; None for a dense system.
+        variant: that part or schedule, or "".
+        pruned: the kinds that it has a budget for, or of which pairs are missing where it names no budgets.
+        sparsity: effective sparsity of each kind, in [0, 1]; empty if the file only gives the total.
+        total: effective sparsity over the kinds that the system prunes, in [0, 1].
+        scores: {"BLEU": ..., "chrF2": ...}, 0 to 100.
+        half_widths: half of the 95% bootstrap interval over test sentences, where the file holds it (``ap-evaluate
+            --significance bootstrap``).
+        signatures: sacreBLEU signatures.
+        seed: of the training run, if known.
+    """
+
+    name: str
+    series: str | None
+    variant: str
+    pruned: list[str]
+    sparsity: dict[str, float]
+    total: float
+    scores: dict[str, float]
+    half_widths: dict[str, float] = field(default_factory=dict)
+    signatures: dict[str, str] = field(default_factory=dict)
+    seed: int | None = None
+
+
+@dataclass(frozen=True)
+class Point:
+    """A series' mean score at one effective sparsity."""
+
+    sparsity: float
+    score: float
+    interval: Interval | None
+    runs: int
+
+
+def read_results(path, pairs: Mapping[str, int]) -> list[System]:
+    """Read the systems of a results file.
+
+    Accepts what ``ap-evaluate -o`` writes (an object with ``systems`` and perhaps ``significance``), a list of such
+    systems, or JSON lines with one system each, as sweeps write them. A system has ``system``, either ``bleu`` and
+    ``chrf`` or ``scores: {"BLEU": {"score": ..., "ci": half of the 95% interval}, "chrF2": {...}}``, and unless it is
+    dense ``procedure`` and ``sparsity`` ({kind: {"effective": ...}}, with ``total`` beside it) or
+    ``effective_sparsity`` (a number, or {kind: number, "total": number}). A ``procedure`` called ``dense`` with a
+    ``schedule`` other than ``untuned`` is a dense system that was fine-tuned.
+
+    Args:
+        pairs: recorded pairs of each kind over all heads, the weights of the kinds in the total.
+
+    Raises:
+        ArtifactError: if the file is no such JSON; the message names file, system and field.
+    """
+    return [_system(record, f"{path}, system {index + 1}", pairs) for index, record in enumerate(_records(path))]
+
+
+def _records(path) -> list[Any]:
+    text = _text(path)
+    try:
+        document = json.loads(text)
+    except ValueError:
+        document = [_line(path, number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    if isinstance(document, dict):
+        tested = document.get("significance", {}).get("systems", {})
+        document = document.get("systems", [document])
+        for record in document:
+            for key, values in tested.get(record.get("system"), {}).items():
+                record.setdefault(f"{key}_ci", values.get("ci95"))
+    if not isinstance(document, list) or not document:
+        raise ArtifactError(f"{path} holds no systems; give a file that ap-evaluate -o wrote")
+    return document
+
+
+def _text(path) -> str:
+    if not Path(path).is_file():
+        raise ArtifactError(f"{path} does not exist; expected a JSON file")
+    return Path(path).read_text(encoding="utf-8")
+
+
+def _line(path, number: int, line: str) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError as error:
+        raise ArtifactError(f"{path}, line {number} is neither JSON nor part of a JSON document: {error}") from error
+
+
+def _system(record: Any, where: str, pairs: Mapping[str, int]) -> System:
+    if not isinstance(record, dict) or not isinstance(record.get("system"), str):
+        raise ArtifactError(f"{where} has no name in 'system'; give a file that ap-evaluate -o wrote")
+    name = record["system"]
+    where = f"{where} ({name})"
+    scores, half_widths, signatures = {}, {}, {}
+    for metric, key in METRICS.items():
+        nested = record.get("scores", {}).get(metric, {})
+        scores[metric] = _number(record.get(key, nested.get("score")), f"{where}: {key}", 0, 100)
+        signature = record.get(f"{key}_signature", nested.get("signature"))
+        if signature is not None:
+            signatures[metric] = str(signature)
+        half_width = record.get(f"{key}_ci", nested.get("ci"))
+        if half_width is not None:
+            half_widths[metric] = _number(half_width, f"{where}: {key}_ci", 0, 100)
+    sparsity, given_total = _sparsity(record, where)
+    pruned = _pruned_kinds(record, sparsity)
+    weights = {kind: pairs[kind] for kind in pruned if kind in pairs}
+    if weights:
+        total = sum(weight * sparsity[kind] for kind, weight in weights.items()) / sum(weights.values())
+    else:
+        total = given_total
+    variant = str(record.get("schedule") or (name.rpartition(".")[2] if "." in name else ""))
+    series = _series(record, sparsity, pruned, variant)
+    seed = record.get("seed")
+    return System(name, series, variant, pruned, sparsity, total, scores, half_widths, signatures, seed)
+
+
+def _number(value: Any, where: str, low: float, high: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ArtifactError(f"{where} is {value!r}, expected a number from {low:g} to {high:g}")
+    if not low <= value <= high:
+        raise ArtifactError(f"{where} is {value}, expected a number from {low:g} to {high:g}")
+    return float(value)
+
+
+def _sparsity(record: dict, where: str) -> tuple[dict[str, float], float]:
+    """Return the effective sparsity of each kind, where given, and the total, 0 if it is not given."""
+    given = record.get("effective_sparsity")
+    if given is None:
+        parts = {**record.get("sparsity", {}), "total": record.get("total", 0.0)}
+        given = {name: part.get("effective") if isinstance(part, dict) else part for name, part in parts.items()}
+    if not isinstance(given, dict):
+        return {}, _number(given, f"{where}: effective_sparsity", 0, 1)
+    sparsity = {
+        kind.value: _number(given[kind.value], f"{where}: effective sparsity of {kind.value}", 0, 1)
+        for kind in AttentionKind
+        if given.get(kind.value) is not None
+    }
+    return sparsity, _number(given.get("total", 0.0), f"{where}: total effective sparsity", 0, 1)
+
+
+def _pruned_kinds(record: dict, sparsity: Mapping[str, float]) -> list[str]:
+    procedure = record.get("procedure")
+    budgets = procedure.get("budgets") if isinstance(procedure, dict) else None
+    return [kind for kind in sparsity if (budgets.get(kind, 0) > 0 if budgets else sparsity[kind] > 0)]
+
+
+def _series(record: dict, sparsity: Mapping[str, float], pruned: list[str], variant: str) -> str | None:
+    procedure = record.get("procedure")
+    if procedure is None or (procedure == "dense" and record.get("schedule", "untuned") == "untuned"):
+        return None
+    details = procedure if isinstance(procedure, dict) else {"procedure": procedure}
+    if procedure == "dense" or (sparsity and not pruned):
+        parts = ["nothing pruned"]
+    else:
+        parts = [str(details.get("procedure", "unnamed"))]
+        parts += ["one budget"] if record.get("kinds") == "total" else []
+        parts += [] if len(pruned) == len(sparsity) else ["+".join(pruned) + " only"]
+        granularity = details.get("granularity", record.get("granularity", 1))
+        parts += [] if granularity == 1 else [f"granularity {granularity}"]
+        parts += [record["options"]] if record.get("options") else []
+    return ", ".join(parts + ([variant] if variant else []))
+
+
+def curves(systems: Iterable[System], metric: str) -> dict[str | None, list[Point]]:
+    """Return each series' points in order of effective sparsity; runs within half a percentage point are one point.
+
+    The interval of several runs is Student's t interval of their mean; of a single run, the bootstrap interval over
+    test sentences if the results file holds it.
+    """
+    groups: dict[str | None, dict[float, list[System]]] = defaultdict(lambda: defaultdict(list))
+    for system in systems:
+        groups[system.series][round(system.total, 2)].append(system)
+    return {
+        series: [_point(members, metric) for _, members in sorted(points.items())] for series, points in groups.items()
+    }
+
+
+def _point(runs: list[System], metric: str) -> Point:
+    values = np.array([run.scores[metric] for run in runs])
+    mean = float(values.mean())
+    interval = None
+    if len(runs) > 1:
+        half = float(distributions.t.ppf(0.975, len(runs) - 1) * values.std(ddof=1) / math.sqrt(len(runs)))
+        interval = Interval(mean - half, mean + half, f"Student t over {len(runs)} runs")
+    elif metric in runs[0].half_widths:
+        half = runs[0].half_widths[metric]
+        interval = Interval(mean - half, mean + half, "bootstrap over test sentences")
+    return Point(float(np.mean([run.total for run in runs])), mean, interval, len(runs))
+
+
+# -- benchmarks -------------------------------------------------------------------------------------------------------
+
+
+def read_benchmark(path) -> dict[str, Any]:
+    """Read the JSON of ``scripts/bench_attention.py``: provenance and ``rows`` with ``case``, ``method`` and times.
+
+    Raises:
+        ArtifactError: if the file is no such JSON.
+    """
+    try:
+        document = json.loads(_text(path))
+    except ValueError as error:
+        raise ArtifactError(f"{path} is no JSON: {error}") from error
+    rows = document.get("rows") if isinstance(document, dict) else None
+    if not isinstance(rows, list) or not rows:
+        raise ArtifactError(f"{path} holds no 'rows'; give a file that scripts/bench_attention.py --output wrote")
+    for number, row in enumerate(rows, 1):
+        missing = [key for key in ("case", "method") if key not in row]
+        if missing or not ({"median_ms", "peak_bytes"} & row.keys()):
+            needed = ", ".join(missing) or "median_ms or peak_bytes"
+            raise ArtifactError(f"{path}, row {number} lacks {needed}; give a file of scripts/bench_attention.py")
+    return document
+
+
+@dataclass(frozen=True)
+class Measurements:
+    """Measured values of one problem: per method [(effective sparsity or None for a dense method, value), ...]."""
+
+    title: str
+    methods: dict[str, list[tuple[float | None, float]]]
+
+
+def times(benchmark: Mapping[str, Any]) -> list[Measurements]:
+    """Return the median milliseconds of each problem that was measured at some sparsity."""
+    return _measurements(benchmark["rows"], "median_ms", 1.0)
+
+
+def memory(benchmark: Mapping[str, Any]) -> list[Measurements]:
+    """Return the memory of each problem in MiB: peak above the inputs where measured, else the mask layout's size."""
+    peaks = _measurements(benchmark["rows"], "peak_bytes", 2.0**-20)
+    rows = [
+        {**row, "bytes": sum(row["layout_bytes"].values()), "direction": "mask layout"}
+        for row in benchmark["rows"]
+        if row.get("layout_bytes") and row["case"] != "memory" and row.get("direction", "forward") == "forward"
+    ]
+    return peaks + _measurements(rows, "bytes", 2.0**-20)
+
+
+def _measurements(rows: Iterable[Mapping[str, Any]], key: str, scale: float) -> list[Measurements]:
+    problems: dict[str, dict[str, list]] = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        if row.get(key) is None:
+            continue
+        shape = ", ".join(f"{name} {row[name]}" for name in ("batch", "heads", "size") if name in row)
+        title = " ".join(filter(None, [row["case"], row.get("direction", ""), f"({shape})"]))
+        masked = row.get("block") is not None
+        method = f"{row['method']}, {row['block']}-blocks" if masked and row["block"] > 1 else row["method"]
+        problems[title][method].append((row.get("sparsity") if masked else None, float(row[key]) * scale))
+    return [
+        Measurements(title, {name: sorted(points, key=lambda p: p[0] or 0.0) for name, points in methods.items()})
+        for title, methods in problems.items()
+        if any(sparsity is not None for points in methods.values() for sparsity, _ in points)
+    ]

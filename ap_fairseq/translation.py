@@ -1,0 +1,163 @@
+"""Translate a test set with many masks and checkpoints in one process, by fairseq's own generator."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from fairseq import utils
+from fairseq.dataclass.configs import GenerationConfig
+from fairseq_cli.generate import get_symbols_to_strip_from_output
+
+from ap_fairseq.artifacts import ArtifactError, PruningMasks, atomic_output, file_sha256, load_checkpoint
+from ap_fairseq.checkpoints import open_with_masks
+from ap_fairseq.dynamic import DynamicPruning
+from ap_fairseq.evaluation import write_json
+from ap_fairseq.generation import PrunedSequenceGenerator
+from ap_fairseq.sites import attention_sites
+
+
+@dataclass(frozen=True)
+class Translation:
+    """One system to translate with.
+
+    Attributes:
+        output: file to write the detokenised hypotheses to, one line each; beside it, with the suffix ``.json``, what
+            made them.
+        checkpoint: dense or pruned; all systems of a call have the same architecture and dictionaries.
+        masks: file written by ap-masks; it wins over masks in the checkpoint.
+        dynamic: ``top_k``, ``threshold`` and ``log_bits`` as for :meth:`DynamicPruning.from_options`.
+    """
+
+    output: str
+    checkpoint: str
+    masks: str
+    dynamic: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Search:
+    """How to search.
+
+    Attributes:
+        beam: beam size.
+        max_tokens: source tokens of a batch, padding included.
+        max_len_a, max_len_b: a translation has at most max_len_a * source length + max_len_b tokens.
+        fp16: half precision.
+        cpu: do not use a GPU.
+        on_device: search as the task ``pruned_translation`` does (:mod:`ap_fairseq.generation`).
+        remove_bpe: how subwords become words, as ``fairseq-generate --remove-bpe`` takes it.
+    """
+
+    beam: int = 5
+    max_tokens: int = 12000
+    max_len_a: float = 0.0
+    max_len_b: int = 200
+    fp16: bool = False
+    cpu: bool = False
+    on_device: bool = False
+    remove_bpe: str = "sentencepiece"
+
+
+def translate(systems: Iterable[Translation], data: str, search: Search, subset: str = "test") -> None:
+    """Translate *subset* of the data-bin folder *data* with each system in turn; existing outputs are not repeated.
+
+    The model is built once. Texts are those of ``fairseq-generate`` with the same beam and batches.
+
+    Raises:
+        ArtifactError: for files that are missing or do not belong together.
+    """
+    systems = [system for system in systems if not _is_done(system, search)]
+    if not systems:
+        return
+    loaded = systems[0].checkpoint
+    model, task, _ = open_with_masks(loaded, systems[0].masks, data)
+    device = torch.device("cpu" if search.cpu or not torch.cuda.is_available() else "cuda")
+    model = model.to(device, torch.float16 if search.fp16 else torch.float32).eval()
+    model.make_generation_fast_(beamable_mm_beam_size=None, need_attn=False)
+    task.load_dataset(subset)
+    batches = task.get_batch_iterator(
+        dataset=task.dataset(subset),
+        max_tokens=search.max_tokens,
+        max_positions=utils.resolve_max_positions(task.max_positions(), model.max_positions()),
+        required_batch_size_multiple=1,
+    )
+    limits = GenerationConfig(beam=search.beam, max_len_a=search.max_len_a, max_len_b=search.max_len_b)
+    for system in systems:
+        started = time.monotonic()
+        if system.checkpoint != loaded:
+            model.load_state_dict(load_checkpoint(system.checkpoint)["model"], strict=True)
+            loaded = system.checkpoint
+        model.set_masks(PruningMasks.load(system.masks), file_sha256(system.masks))
+        sites = list(attention_sites(model))
+        for site, module in sites:
+            options = {"top_k": None, "threshold": None, "log_bits": 0, **system.dynamic}
+            module.dynamic = DynamicPruning.from_options(site.kind, **options)
+        # Anew for each system: captured graphs hold the masks that they were captured with.
+        generator = task.build_generator([model], limits, PrunedSequenceGenerator if search.on_device else None)
+        texts = dict(_hypotheses(model, task, batches, generator, device, search.remove_bpe))
+        with atomic_output(system.output, overwrite=True) as temporary:
+            lines = "".join(f"{texts[index]}\n" for index in range(len(task.dataset(subset))))
+            Path(temporary).write_text(lines, encoding="utf-8")
+        document = {
+            "checkpoint_sha256": file_sha256(system.checkpoint),
+            "masks": model.masks_provenance(),
+            "search": dataclasses.asdict(search),
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+            "seconds": round(time.monotonic() - started, 1),
+        }
+        if system.dynamic:
+            document["dynamic"] = {**system.dynamic, "sparsity": _measured(sites)}
+        write_json(Path(system.output).with_suffix(".json"), document, overwrite=True)
+
+
+def _is_done(system: Translation, search: Search) -> bool:
+    """Whether the output is there; raises :class:`ArtifactError` if something else made it."""
+    path = Path(system.output).with_suffix(".json")
+    if not path.exists():
+        return False
+    made = json.loads(path.read_text(encoding="utf-8"))
+    then = (made["checkpoint_sha256"], made["masks"]["file_sha256"], made["search"])
+    now = (file_sha256(system.checkpoint), file_sha256(system.masks), dataclasses.asdict(search))
+    if then != now:
+        raise ArtifactError(
+            f"{system.output} was made from other files or by another search:\n  then {then}\n  now  {now}\nremove "
+            f"{path} to translate again, or name another output"
+        )
+    return True
+
+
+@torch.inference_mode()
+def _hypotheses(model, task, batches, generator, device, remove_bpe):
+    """Yield (index in the data set, text of the best hypothesis)."""
+    for sample in batches.next_epoch_itr(shuffle=False):
+        if device.type == "cuda":
+            sample = utils.move_to_cuda(sample, device)
+        for index, hypotheses in zip(
+            sample["id"].tolist(), task.inference_step(generator, [model], sample), strict=True
+        ):
+            # Not fairseq's post_process_prediction, which adds the words of the text to the dictionary.
+            text = task.target_dictionary.string(
+                hypotheses[0]["tokens"].int().cpu(),
+                remove_bpe,
+                extra_symbols_to_ignore=get_symbols_to_strip_from_output(generator),
+            )
+            yield index, text
+
+
+def _measured(sites) -> dict[str, dict[str, float]]:
+    """Effective sparsity of dynamic pruning per kind and in all, over the pairs that decoding computed."""
+    pairs: dict[str, list[int]] = {}
+    for site, module in sites:
+        if module.dynamic is not None:
+            for name in (site.kind.value, "total"):
+                total = pairs.setdefault(name, [0, 0])
+                total[0] += int(module.dynamic.pairs)
+                total[1] += int(module.dynamic.kept)
+    return {name: {"effective": 1 - kept / seen} for name, (seen, kept) in pairs.items()}

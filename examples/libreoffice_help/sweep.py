@@ -1,0 +1,500 @@
+#!/usr/bin/env python3
+"""Run a list of pruned systems: masks, training, translation, scores; one JSON line each and a table.
+
+    sweep.py SWEEP.yaml --data DIR --out DIR [--jobs N] [--dense SEED=CHECKPOINT ...] [--only REGEX] [--until STEP]
+    sweep.py --table results.jsonl
+
+SWEEP.yaml says everything that a result depends on: flags of training and recording, the search, and `systems`. A list
+in a system stands for one system of each value (of several lists, one of each combination):
+
+    procedure    dense (nothing pruned), any of ap-masks' --procedure, top-k, or threshold
+    kinds        total (one budget for all kinds by kept mass), joint (each kind at the sparsity), or kinds joined by +
+    sparsity     effective sparsity; nominal for as-published; of top-k the largest that does not exceed it
+    granularity  as ap-masks takes it; default 1
+    options      further flags of ap-masks; default none
+    threshold, log_bits   of the procedure threshold
+    schedule     untuned; one-shot and gradual (fine-tuned from the dense model); scratch (trained under the mask)
+    rounds       of gradual; default 3
+    seed         of the dense model (the first one if there is none of this seed), of training and of random masks
+    updates      of training; default: the sweep's tune_updates, or dense_updates from scratch
+
+`level` is the data-bin folder and `subset` its part to translate, by default sentences and test. At other levels a line
+is a page or a part of one; scores and tests are then of whole pages (d-BLEU), with s-BLEU of the segments beside them.
+
+Everything runs in folders of --out and is skipped when it is there; other settings under a finished name are an error.
+Fine-tuning runs side by side, --jobs at a time; translations are spread over --jobs processes that load the model once.
+--until translate stops before the scores, which need no GPU: copy --out elsewhere and run the same command there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import itertools
+import json
+import logging
+import re
+import shlex
+import statistics
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ap_fairseq.artifacts import ArtifactError, AttentionStats, atomic_output, file_sha256, versions
+from ap_fairseq.cli import masks as ap_masks
+from ap_fairseq.cli import record as ap_record
+from ap_fairseq.cli.prune_schedule import prune_gradually
+from ap_fairseq.dynamic import top_k_for
+from ap_fairseq.evaluation import compare_systems, read_lines, score, score_documents, write_json
+from ap_fairseq.masks import PROCEDURES
+from ap_fairseq.sites import AttentionKind
+from ap_fairseq.stages import StageError, Stages, fairseq_train, run_together
+from ap_fairseq.translation import Search, Translation, translate
+
+STEPS = ("dense", "masks", "train", "translate", "score")
+SCHEDULES = ("untuned", "one-shot", "gradual", "scratch")
+KEYS = set("pair training dense dense_updates dense_seeds tune tune_updates record search systems".split())
+OPTIONAL = {"level", "subset"}
+SEPARATOR = "<sep>"
+SCORES = (  # columns of the table: key of a result, name, format
+    ("bleu", "BLEU", ".2f"),
+    ("chrf", "chrF2", ".2f"),
+    ("length_ratio", "length ratio", ".3f"),
+    ("valid_ppl", "validation perplexity", ".2f"),
+)
+
+
+@dataclass(frozen=True)
+class System:
+    """One entry of the table, with one seed; see the head of this file."""
+
+    procedure: str
+    kinds: str = "total"
+    sparsity: float = 0.0
+    granularity: int | str = 1
+    options: str = ""
+    threshold: float = 0.0
+    log_bits: int = 0
+    schedule: str = "untuned"
+    rounds: int = 3
+    seed: int = 1
+    updates: int | None = None
+
+    def __post_init__(self):
+        for name, value, valid in (
+            ("procedure", self.procedure, ("dense", *PROCEDURES, "top-k", "threshold")),
+            ("schedule", self.schedule, SCHEDULES),
+        ):
+            if value not in valid:
+                raise ArtifactError(f"{name} {value!r} of a system is not one of {', '.join(valid)}")
+        if self.procedure in ("top-k", "threshold") and self.schedule != "untuned":
+            raise ArtifactError(
+                f"{self.procedure} prunes at inference time; its schedule is untuned, not {self.schedule}"
+            )
+        if self.procedure == "threshold" and not self.threshold:
+            raise ArtifactError("a system of procedure threshold needs a threshold, e.g. threshold: 0.01")
+        self.budget_kinds()  # reports unknown kinds
+
+    def budget_kinds(self) -> list[AttentionKind]:
+        """The kinds that the sparsity is for."""
+        if self.kinds in ("total", "joint"):
+            return list(AttentionKind)
+        names = self.kinds.split("+")
+        if not set(names) <= set(AttentionKind):
+            raise ArtifactError(f"kinds {self.kinds!r} is not total, joint, or some of {'+'.join(AttentionKind)}")
+        return [AttentionKind(name) for name in names]
+
+    def mask_flags(self) -> list[str]:
+        """Flags of ap-masks; none prune anything for what is no mask."""
+        if self.procedure in ("dense", "top-k", "threshold"):
+            return []
+        if self.kinds == "total" and self.procedure != "as-published":
+            budgets = ["--total", str(self.sparsity)]
+        else:
+            budgets = [word for kind in self.budget_kinds() for word in (f"--{kind.flag}", str(self.sparsity))]
+        options = ["--procedure", self.procedure, "--granularity", str(self.granularity), "--seed", str(self.seed)]
+        return budgets + options + shlex.split(self.options)
+
+    @property
+    def group(self) -> str:
+        """What the table calls it: everything but the seed."""
+        parts = [self.procedure]
+        if self.procedure == "threshold":
+            parts.append(f"{self.threshold:g}" + (f".{self.log_bits}bit" if self.log_bits else ""))
+        elif self.procedure != "dense":
+            parts += [self.kinds, f"{100 * self.sparsity:g}"]
+            parts += [f"g{self.granularity}"] if self.procedure != "top-k" else []
+        if self.options:
+            parts.append(self.options.replace("--", "").replace(" ", "-"))
+        parts += [self.schedule] + ([f"r{self.rounds}"] if self.schedule == "gradual" else [])
+        return ".".join(parts + ([f"u{self.updates}"] if self.updates else []))
+
+    @property
+    def name(self) -> str:
+        return f"{self.group}.s{self.seed}"
+
+    @property
+    def masks_name(self) -> str:
+        return dataclasses.replace(self, schedule="untuned", updates=None).name if self.mask_flags() else "all-kept"
+
+
+class Sweep:
+    """The sweep of one description, data folder and output folder."""
+
+    def __init__(
+        self, description: dict[str, Any], data: Path, out: Path, jobs: int, dense: dict[int, str], only: str = ""
+    ):
+        unknown, missing = sorted(description.keys() - KEYS - OPTIONAL), sorted(KEYS - description.keys())
+        if unknown or missing:
+            raise ArtifactError(
+                f"the sweep has unknown keys {unknown} and lacks {missing}; keys are {', '.join(sorted(KEYS))} and "
+                f"{', '.join(sorted(OPTIONAL))}"
+            )
+        self.description, self.data, self.out, self.jobs, self.given_dense = description, data, out, jobs, dense
+        self.level, self.subset = description.get("level", "sentences"), description.get("subset", "test")
+        self.source, self.target = description["pair"]
+        self.bin = str(data / "data-bin" / self.level)
+        systems = expand(description["systems"])
+        self.systems = [s for s in systems if s.procedure == "dense" or re.search(only, s.name)]
+        self.search = Search(**description["search"])
+        self.stages = Stages(out)
+        if not Path(self.bin).is_dir():
+            raise ArtifactError(f"{self.bin} does not exist; make the data with prepare.sh")
+
+    def dense_seed(self, system: System) -> int:
+        seeds = self.description["dense_seeds"]
+        return system.seed if system.seed in seeds else seeds[0]
+
+    def checkpoint(self, seed: int) -> str:
+        return self.given_dense.get(seed, str(self.out / f"dense.s{seed}" / "checkpoint_best.pt"))
+
+    def stats(self, seed: int) -> str:
+        return str(self.out / f"stats.s{seed}.safetensors")
+
+    def masks(self, system: System) -> str:
+        if system.schedule == "gradual":
+            return str(self.out / "systems" / system.name / f"round-{system.rounds}" / "masks.safetensors")
+        return str(self.out / "masks" / f"{system.masks_name}.d{self.dense_seed(system)}.safetensors")
+
+    def trained(self, system: System) -> str:
+        """The checkpoint that the system translates with: the best of a full training, the last of a fine-tuning."""
+        folder = self.out / "systems" / system.name
+        return {
+            "untuned": self.checkpoint(self.dense_seed(system)),
+            "one-shot": str(folder / "checkpoint_last.pt"),
+            "gradual": str(folder / f"round-{system.rounds}" / "checkpoint_last.pt"),
+            "scratch": str(folder / "checkpoint_best.pt"),
+        }[system.schedule]
+
+    def translation(self, system: System) -> Path:
+        return self.out / "translations" / f"{system.name}.txt"
+
+    # -- steps --------------------------------------------------------------------------------------------------------
+
+    def run(self, until: str) -> None:
+        """Do all steps up to *until*."""
+        for folder in ("masks", "systems", "translations", "scores"):
+            (self.out / folder).mkdir(parents=True, exist_ok=True)
+        seeds = {self.dense_seed(system) for system in self.systems}
+        # A folder that was copied from elsewhere needs neither its checkpoints nor a GPU.
+        if not all(self.translation(system).with_suffix(".json").exists() for system in self.systems):
+            run_together(self.jobs, [(self.train_dense, [seed]) for seed in sorted(seeds)])
+            if until == "dense":
+                return
+            unique = {self.masks(s): s for s in self.systems if s.schedule != "gradual"}
+            run_together(self.jobs, [(self.build_masks, [system]) for system in unique.values()])
+            if until == "masks":
+                return
+            tuned = [system for system in self.systems if system.schedule != "untuned"]
+            untuned = [system for system in self.systems if system.schedule == "untuned"]
+            # Translations that need no training fill the time in which trainings wait for each other.
+            tasks = [(self.tune, [system]) for system in tuned]
+            run_together(self.jobs, tasks + self.translations(untuned))
+            if until == "train":
+                return
+            run_together(self.jobs, self.translations(tuned))
+        if until == "score":
+            run_together(self.jobs, [(self.evaluate, [system]) for system in self.systems])
+            self.report()
+
+    def train_dense(self, seed: int) -> None:
+        if seed not in self.given_dense:
+            settings = [*self.training("dense", seed), "--max-update", self.description["dense_updates"]]
+            save = ["--save-dir", str(self.out / f"dense.s{seed}")]
+            self.stages.run(f"dense.s{seed}.train", fairseq_train, [self.bin, *settings, *save])
+        flags = ["--path", self.checkpoint(seed), "--subset", "train", "-o", self.stats(seed), "--overwrite"]
+        recording = [self.bin, *flags, *shlex.split(self.description["record"])]
+        self.stages.run(f"dense.s{seed}.record", ap_record.main, recording)
+
+    def training(self, recipe: str, seed: int) -> list[str]:
+        """Flags of fairseq-train: the common ones and those of *recipe*, dense or tune."""
+        flags = shlex.split(self.description["training"]) + shlex.split(self.description[recipe])
+        return ["--source-lang", self.source, "--target-lang", self.target, *flags, "--seed", str(seed)]
+
+    def build_masks(self, system: System) -> None:
+        output = self.masks(system)
+        flags = [self.stats(self.dense_seed(system)), *system.mask_flags(), "-o", output, "--overwrite"]
+        self.stages.run(f"masks.{Path(output).stem}", ap_masks.main, flags)
+
+    def updates(self, system: System) -> int:
+        """Updates after the dense model's, or all of them from scratch."""
+        if system.schedule == "untuned":
+            return 0
+        return system.updates or self.description["dense_updates" if system.schedule == "scratch" else "tune_updates"]
+
+    def tune(self, system: System) -> None:
+        recipe = "dense" if system.schedule == "scratch" else "tune"
+        updates = self.updates(system)
+        flags = [
+            f"pruned_{word}" if word.startswith("transformer") else word for word in self.training(recipe, system.seed)
+        ]
+        folder = self.out / "systems" / system.name
+        start = self.checkpoint(self.dense_seed(system))
+        if system.schedule == "gradual":
+            recording = shlex.split(self.description["record"])
+            # Its rounds are stages of their own folder.
+            prune_gradually(self.bin, start, str(folder), system.mask_flags(), flags, recording, system.rounds, updates)
+            return
+        own = ["--attention-masks", self.masks(system), "--save-dir", str(folder), "--max-update", updates]
+        if system.schedule == "one-shot":
+            own += ["--finetune-from-model", start]
+        self.stages.run(f"{system.name}.train", fairseq_train, [self.bin, *flags, *own])
+
+    def translations(self, systems: Sequence[System]) -> list[tuple]:
+        """Tasks that translate: as many as there are jobs, each loading the model once."""
+        jobs = [Translation(str(self.translation(s)), self.trained(s), self.masks(s), self.dynamic(s)) for s in systems]
+        parts = [jobs[k :: self.jobs] for k in range(min(self.jobs, len(jobs)))]
+        names = f"translate.{'tuned' if any(s.schedule != 'untuned' for s in systems) else 'untuned'}"
+        return [
+            (self.stages.run_always, [f"{names}.{k}", translate, part, self.bin, self.search, self.subset])
+            for k, part in enumerate(parts)
+        ]
+
+    def dynamic(self, system: System) -> dict[str, Any]:
+        if system.procedure == "threshold":
+            return {"threshold": str(system.threshold), "log_bits": system.log_bits}
+        if system.procedure != "top-k":
+            return {}
+        occupancy = AttentionStats.load(self.stats(self.dense_seed(system))).occupancy
+        ks = {kind: top_k_for(occupancy[kind], system.sparsity)[0] for kind in system.budget_kinds()}
+        return {"top_k": ",".join(f"{kind.value}={k}" for kind, k in ks.items())}
+
+    # -- scores -------------------------------------------------------------------------------------------------------
+
+    @property
+    def reference(self) -> Path:
+        return self.data / self.level / f"{self.subset}.{self.target}"
+
+    def read_texts(self, path: Path) -> list[str]:
+        """Return what is scored: lines, or at other levels than sentences whole pages without separators."""
+        lines = read_lines(path)
+        if self.level == "sentences":
+            return lines
+        pages = zip(self.pages, lines, strict=True)
+        joined = (" ".join(line for _, line in page) for _, page in itertools.groupby(pages, key=lambda pair: pair[0]))
+        return [page.replace(f" {SEPARATOR} ", " ") for page in joined]
+
+    @functools.cached_property
+    def pages(self) -> list[str]:
+        """The page of each line."""
+        return [line.split("\t")[0] for line in read_lines(self.reference.with_suffix(".pages"))]
+
+    def evaluate(self, system: System) -> None:
+        """Write ``scores/NAME.json``, unless it is there: the system, what made its translations, and their scores."""
+        output, baselines = self.out / "scores" / f"{system.name}.json", self.baselines(system)
+        inputs = {s.name: file_sha256(self.translation(s)) for s in (system, *baselines.values())}
+        inputs["reference"] = file_sha256(self.reference)
+        if output.exists() and json.loads(output.read_text(encoding="utf-8"))["inputs"] == inputs:
+            return
+        made = json.loads(self.translation(system).with_suffix(".json").read_text(encoding="utf-8"))
+        provenance = made.pop("masks")
+        result = {
+            "system": system.name,
+            "group": system.group,
+            **dataclasses.asdict(system),
+            "dense_seed": self.dense_seed(system),
+            "level": self.level,
+            "subset": self.subset,
+            "updates": self.updates(system),
+            "masks_sha256": provenance["masks_sha256"],
+            "sparsity": provenance["sparsity"],
+            "total": provenance["total"],
+            "vanished_heads": provenance["vanished_heads"],
+            **made,
+            **self.scores(system),
+            **self.validation(system),
+            "inputs": inputs,
+            "versions": versions(),
+        }
+        if "dynamic" in made:
+            measured = made["dynamic"]["sparsity"]
+            result["sparsity"] = {name: share for name, share in measured.items() if name != "total"}
+            result["total"] = measured["total"]
+        for name, baseline in baselines.items():
+            result[name] = self.compared(baseline, system)
+        write_json(output, result, overwrite=True)
+
+    def scores(self, system: System) -> dict[str, Any]:
+        result = score(self.read_texts(self.translation(system)), self.read_texts(self.reference))
+        if self.level != "sentences":
+            lines = [read_lines(path) for path in (self.translation(system), self.reference)]
+            documents = score_documents(*lines, documents=self.pages, separator=SEPARATOR)
+            result |= {key: documents[key] for key in ("s_bleu", "segments", "lines_with_equal_segments")}
+        return result
+
+    def validation(self, system: System) -> dict[str, float]:
+        """Loss and perplexity of the trained model on the validation data, as its training logged them."""
+        if system.schedule not in ("one-shot", "scratch"):
+            return {}
+        losses = validation_losses(self.out / "logs" / f"{system.name}.train.log")
+        loss = min(losses) if system.schedule == "scratch" else losses[-1]  # of the checkpoint that is used
+        return {"valid_nll": loss, "valid_ppl": round(2**loss, 3)}
+
+    def baselines(self, system: System) -> dict[str, System]:
+        """The dense system of the same seed, and the one with the same schedule: the same number of updates."""
+        dense = [s for s in self.systems if s.procedure == "dense" and self.dense_seed(s) == self.dense_seed(system)]
+        found = {
+            "against_dense": next((s for s in dense if s.schedule == "untuned"), None),
+            "against_dense_tuned": next((s for s in dense if s.schedule == "one-shot" and s.seed == system.seed), None),
+        }
+        return {name: s for name, s in found.items() if s is not None and s != system}
+
+    def compared(self, baseline: System, system: System) -> dict[str, Any]:
+        """sacreBLEU's paired bootstrap of BLEU and chrF."""
+        texts = {s.name: self.read_texts(self.translation(s)) for s in (baseline, system)}
+        test = compare_systems(texts, self.read_texts(self.reference))
+        ours, theirs = (test["systems"][s.name] for s in (system, baseline))
+        result: dict[str, Any] = {"baseline": baseline.name, "test": test["test"], "samples": test["samples"]}
+        for metric in ours:
+            result[metric] = {"difference": ours[metric]["score"] - theirs[metric]["score"], "p": ours[metric]["p"]}
+        return result
+
+    def report(self) -> None:
+        results = [
+            json.loads((self.out / "scores" / f"{s.name}.json").read_text(encoding="utf-8")) for s in self.systems
+        ]
+        with atomic_output(self.out / "results.jsonl", overwrite=True) as temporary:
+            lines = "".join(json.dumps(result, sort_keys=True) + "\n" for result in results)
+            Path(temporary).write_text(lines, encoding="utf-8")
+        print(format_table(results))
+        print(f"results: {self.out / 'results.jsonl'}")
+
+
+def validation_losses(log: Path) -> list[float]:
+    """Negative log-likelihoods (base 2, per token) of all validations in a log of fairseq-train --log-format json."""
+    return [float(value) for value in re.findall(r'"valid_nll_loss": "([0-9.]+)"', log.read_text(encoding="utf-8"))]
+
+
+def expand(entries: Iterable[dict[str, Any]]) -> list[System]:
+    """Return one system for each combination of the listed values.
+
+    Raises:
+        ArtifactError: for unknown keys or values, or two systems of one name.
+    """
+    known = {field.name for field in dataclasses.fields(System)}
+    systems = []
+    for entry in entries:
+        if entry.keys() - known or "procedure" not in entry:
+            raise ArtifactError(f"system {entry} needs a procedure, and only the keys {', '.join(sorted(known))}")
+        values = [value if isinstance(value, list) else [value] for value in entry.values()]
+        systems += [System(**dict(zip(entry, combination, strict=True))) for combination in itertools.product(*values)]
+    names = [system.name for system in systems]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ArtifactError(f"systems named twice: {', '.join(twice)}")
+    return systems
+
+
+def format_table(results: Sequence[dict[str, Any]]) -> str:
+    """Render results as a Markdown table: mean over seeds, ± sample standard deviation where there are several."""
+    kinds = [kind.value for kind in AttentionKind]
+    scored = [(key, name, form) for key, name, form in SCORES if any(key in result for result in results)]
+    tests = [name for name in ("against_dense", "against_dense_tuned") if any(name in result for result in results)]
+    columns = ["seeds", "updates", *kinds, "all pairs", "kept mass", *(name for _, name, _ in scored)]
+    columns += [f"{name.replace('_', ' ')} (p)" for name in tests]
+    lines = [f"| system | {' | '.join(columns)} |", "|---|" + "---:|" * len(columns)]
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for result in results:
+        groups.setdefault(result["group"], []).append(result)
+    for group, runs in groups.items():
+        shares = [[r["sparsity"].get(kind, {"effective": 0.0})["effective"] for r in runs] for kind in kinds]
+        shares.append([r["total"]["effective"] for r in runs])
+        shares.append([r["total"]["kept_mass"] for r in runs if "kept_mass" in r["total"]])
+        cells = [group, str(len(runs)), str(runs[0]["updates"]), *(_mean(values, ".1%") for values in shares)]
+        cells += [_mean([r[key] for r in runs if key in r], form) for key, _, form in scored]
+        for name in tests:
+            compared = [r[name]["bleu"] for r in runs if name in r]
+            p_values = ", ".join(_p(test["p"]) for test in compared)
+            cells.append(f"{_mean([test['difference'] for test in compared], '+.2f')} ({p_values})" if compared else "")
+        lines.append("| " + " | ".join(cells) + " |")
+    first = results[0]
+    made = f"{first['device']}, torch {first['versions']['torch']}"
+    if "bleu" in first:
+        made = (
+            f"{first['sentences']:,} texts, beam {first['search']['beam']}, {made}; BLEU `{first['bleu_signature']}`, "
+            f"chrF2 `{first['chrf_signature']}`; differences in BLEU with sacreBLEU's paired bootstrap, one p for each "
+            "seed"
+        )
+    return "\n".join([*lines, "", f"Effective sparsity per kind and over all pairs; {made}."])
+
+
+def _mean(values: Sequence[float], form: str) -> str:
+    if not values:
+        return ""
+    text = format(statistics.fmean(values), form)
+    return text if len(values) == 1 else f"{text} ± {format(statistics.stdev(values), form.lstrip('+'))}"
+
+
+def _p(value: float) -> str:
+    return "p < 0.001" if value < 0.001 else f"p = {value:.3f}"
+
+
+def get_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("sweep", nargs="?", type=Path, help="YAML file")
+    parser.add_argument("--data", type=Path, help="folder of prepare.sh")
+    parser.add_argument("--out", type=Path, help="folder of the run")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="processes at a time; they share the GPU")
+    parser.add_argument(
+        "--dense", nargs="+", default=[], metavar="SEED=CHECKPOINT", help="dense models that need no training"
+    )
+    parser.add_argument(
+        "--only", default="", metavar="REGEX", help="only systems whose name it matches, and the dense ones"
+    )
+    parser.add_argument("--until", choices=STEPS, default="score", help="last step to do (default: %(default)s)")
+    parser.add_argument("--table", type=Path, metavar="JSONL", help="print the table of a results file, nothing else")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = get_parser()
+    args = parser.parse_args(arguments)
+    logging.getLogger("sacrebleu").setLevel(logging.WARNING)
+    try:
+        if args.table:
+            print(format_table([json.loads(line) for line in read_lines(args.table)]))
+            return
+        if not (args.sweep and args.data and args.out):
+            parser.error("name the sweep, its --data and its --out")
+        dense = {}
+        for text in args.dense:
+            seed, _, path = text.partition("=")
+            if not (seed.isdigit() and Path(path).is_file()):
+                parser.error(f"--dense {text} is not SEED=CHECKPOINT, or the checkpoint does not exist")
+            dense[int(seed)] = path
+        description = yaml.safe_load(args.sweep.read_text(encoding="utf-8"))
+        Sweep(description, args.data.resolve(), args.out.resolve(), args.jobs, dense, args.only).run(args.until)
+    except (ValueError, OSError, StageError) as error:
+        print(f"sweep.py: error: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,130 @@
+"""Inference-time pruning: top-k keeps k, a threshold keeps what reaches it, rounding has few values."""
+
+import numpy as np
+import pytest
+import torch
+from plugin.builders import batch, dictionary, pruned_model, random_masks
+
+from ap_fairseq.dynamic import DynamicPruning, per_kind, top_k_for
+from ap_fairseq.recording import occupancy_of
+from ap_fairseq.sites import AttentionKind, attention_sites
+
+WORDS = dictionary()
+
+
+def scores(seed=0, masked=0.3):
+    draw = torch.Generator().manual_seed(seed)
+    values = torch.randn(2, 3, 5, 9, generator=draw) * 3
+    hidden = torch.rand(values.shape, generator=draw) < masked
+    hidden[..., 0] = False
+    return values.masked_fill(hidden, float("-inf"))
+
+
+@pytest.mark.parametrize("k", [1, 3, 8, 9, 20])
+def test_top_k_is_the_softmax_over_the_k_best_visible_keys(k):
+    dynamic, raw = DynamicPruning(top_k=k), scores()
+    weights = dynamic.probabilities(raw, None)
+    for row, found in zip(raw.reshape(-1, 9), weights.reshape(-1, 9), strict=True):
+        order = [j for j in row.argsort(descending=True).tolist() if row[j] > float("-inf")][:k]
+        expected = torch.zeros(9)
+        expected[order] = row[order].softmax(0)
+        torch.testing.assert_close(found, expected)
+    assert int(dynamic.pairs) == int(raw.isfinite().sum())
+    assert int(dynamic.kept) == int(raw.isfinite().sum(-1).clamp(max=k).sum())
+
+
+def test_equal_scores_do_not_make_more_than_k():
+    weights = DynamicPruning(top_k=2).probabilities(torch.zeros(1, 1, 1, 6), None)
+    assert sorted(weights.flatten().tolist()) == [0, 0, 0, 0, 0.5, 0.5]
+
+
+def test_a_threshold_zeroes_what_is_below_and_leaves_the_rest_as_it_is():
+    dynamic, raw = DynamicPruning(threshold=0.1), scores()
+    weights, dense = dynamic.probabilities(raw, None), raw.softmax(-1)
+    torch.testing.assert_close(weights, torch.where(dense >= 0.1, dense, 0))
+    assert (weights.sum(-1) < 0.999).any()  # not renormalised
+    assert int(dynamic.kept) == int((weights > 0).sum()) < int(dynamic.pairs)
+
+
+@pytest.mark.parametrize("bits", [2, 3])
+def test_rounding_has_two_to_the_bits_values_nearest_on_a_log_scale(bits):
+    weights = DynamicPruning(threshold=0.01, log_bits=bits).probabilities(torch.randn(8, 4, 50, 30) * 3, None)
+    values = weights.unique()
+    assert len(values) == 2**bits and values[0] == 0
+    torch.testing.assert_close(values[1:], torch.logspace(-2, 0, 2**bits - 1))
+    raw = scores(masked=0.0)
+    dense = raw.softmax(-1)
+    rounded = DynamicPruning(threshold=0.01, log_bits=bits).probabilities(raw, None)
+    kept = dense >= 0.01
+    half_step = np.log(100) / (2**bits - 2) / 2
+    assert ((rounded[kept].log() - dense[kept].log()).abs() <= half_step + 1e-5).all()
+
+
+def test_padded_queries_are_not_counted():
+    dynamic = DynamicPruning(top_k=1)
+    padding = torch.zeros(2, 5, dtype=torch.bool)
+    padding[1, 2:] = True
+    dynamic.probabilities(torch.zeros(2, 3, 5, 9), padding)
+    assert int(dynamic.pairs) == (5 + 2) * 3 * 9 and int(dynamic.kept) == (5 + 2) * 3
+
+
+def test_top_k_of_a_budget_counts_the_pairs_of_each_query():
+    """Against counting min(k, keys) over the queries of every sentence."""
+    lengths = {(5, 7): 3, (9, 2): 1, (4, 4): 2}
+    for kind in AttentionKind:
+        keys = []
+        for (target, source), count in lengths.items():
+            row = {"encoder_self": [source] * source, "decoder_self": range(1, target + 1), "cross": [source] * target}
+            keys += list(row[kind.value]) * count
+        for budget in (0.0, 0.3, 0.6, 0.9):
+            k, share = top_k_for(occupancy_of(kind, lengths), budget)
+            pruned = [1 - sum(min(n, m) for n in keys) / sum(keys) for m in (k - 1, k)]
+            assert share == pytest.approx(pruned[1]) and (share <= budget < pruned[0] or k == 1)
+
+
+def test_options_reach_the_kinds_they_name():
+    model = pruned_model(random_masks(0.0), WORDS, attention_top_k="encoder_self=2,cross=3")
+    found = {site.kind: module.dynamic for site, module in attention_sites(model)}
+    assert found[AttentionKind.ENCODER_SELF].top_k == 2 and found[AttentionKind.CROSS].top_k == 3
+    assert found[AttentionKind.DECODER_SELF] is None
+
+
+def test_a_model_translates_with_top_k_as_teacher_forcing_says():
+    """Step by step = all at once, and large k = no pruning."""
+    masks = random_masks(0.3)
+    source = batch([9, 6, 4], WORDS, left=True)
+    target = batch([7, 7, 7], WORDS, left=False, seed=1)
+    outputs = {}
+    for k in (None, "2", "50"):
+        model = pruned_model(masks, WORDS, attention_top_k=k)
+        with torch.no_grad():
+            encoded = model.encoder(source, source.ne(WORDS.pad()).sum(1))
+            outputs[k] = model.decoder(target, encoder_out=encoded)[0]
+            state = {}
+            steps = [
+                model.decoder(target[:, : t + 1], encoder_out=encoded, incremental_state=state)[0] for t in range(7)
+            ]
+        torch.testing.assert_close(torch.cat(steps, 1), outputs[k], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(outputs["50"], outputs[None], atol=1e-5, rtol=1e-4)
+    assert (outputs["2"] - outputs[None]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(attention_top_k="-1"), "attention_top_k is -1"),
+        (dict(attention_top_k="2.5"), "attention_top_k is 2.5, expected a number of keys"),
+        (dict(attention_top_k="encoder=3"), "attention_top_k is 'encoder=3', expected a number, or numbers per kind"),
+        (dict(attention_threshold="1.5"), "attention_threshold is 1.5, expected a probability"),
+        (dict(attention_log_bits=3), "attention_log_bits is 3 with attention_threshold 0.0"),
+        (dict(attention_threshold="0.1", attention_log_bits=1), "attention_log_bits is 1"),
+    ],
+)
+def test_bad_options_name_the_fault(options, message):
+    with pytest.raises(ValueError, match=message):
+        pruned_model(random_masks(0.0), WORDS, **options)
+
+
+def test_numbers_per_kind():
+    assert per_kind("x", None) == {} and per_kind("x", "0.5") == dict.fromkeys(AttentionKind, 0.5)
+    assert per_kind("x", "cross=2, encoder_self=3") == {AttentionKind.CROSS: 2, AttentionKind.ENCODER_SELF: 3}

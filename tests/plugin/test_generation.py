@@ -1,0 +1,156 @@
+"""The plugin's beam search gives fairseq's hypotheses and scores; what it does not cover, it leaves to fairseq."""
+
+import copy
+import logging
+
+import pytest
+import torch
+from fairseq.search import Sampling
+from fairseq.sequence_generator import SequenceGenerator
+from plugin.builders import batch, dense_model, dictionary, pruned_model, random_masks
+
+from ap_fairseq import generation
+from ap_fairseq.generation import PrunedSequenceGenerator
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+WORDS = dictionary(30)
+SIZES = dict(encoder_embed_dim=32, decoder_embed_dim=32, decoder_input_dim=32, decoder_output_dim=32)
+
+
+def models(n: int = 1, sparsity: float = 0.6, **options):
+    made = []
+    for seed in range(n):
+        model = pruned_model(random_masks(sparsity, seed=seed, longest=(30, 12)), WORDS, **SIZES, **options)
+        for parameter in model.parameters():  # untrained models end nowhere or at once; livelier ones end everywhere
+            parameter.data.mul_(1 + seed / 10)
+        model.decoder.output_projection.weight.data.mul_(3)
+        made.append(model.to(DEVICE))
+    return made
+
+
+def sample(lengths, seed: int = 0):
+    source = batch(lengths, WORDS, left=True, seed=seed).to(DEVICE)
+    return {"net_input": {"src_tokens": source, "src_lengths": torch.tensor(lengths, device=DEVICE)}}
+
+
+def plain(results):
+    """Hypotheses as comparable values: [[(tokens, score, positional scores)]]."""
+    return [
+        [(h["tokens"].tolist(), float(h["score"]), h["positional_scores"].cpu().float()) for h in hypotheses]
+        for hypotheses in results
+    ]
+
+
+def assert_same(ours, fairseqs):
+    for mine, theirs in zip(plain(ours), plain(fairseqs), strict=True):
+        assert [h[0] for h in mine] == [h[0] for h in theirs]
+        for (_, score, positional), (_, expected, expected_positional) in zip(mine, theirs, strict=True):
+            assert score == pytest.approx(expected, abs=2e-5)
+            torch.testing.assert_close(positional, expected_positional, atol=2e-5, rtol=1e-4)
+
+
+LENGTHS = [5, 2, 7, 11, 3, 9, 4, 6, 8, 10, 12, 5, 7]
+
+
+@pytest.mark.parametrize("backend", ["eager", "triton"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(beam_size=3),
+        dict(beam_size=1, max_len_b=9),
+        dict(beam_size=4, len_penalty=0.3, unk_penalty=1.5, temperature=1.3, min_len=4, max_len_a=1.2, max_len_b=3),
+        dict(beam_size=5, normalize_scores=False, max_len_b=25, tokens_to_suppress=("w3", "w4")),
+    ],
+    ids=["beam 3", "greedy", "penalties", "unnormalized"],
+)
+def test_hypotheses_and_scores_are_those_of_fairseq(options, backend):
+    options = {"max_len_b": 20, **options}
+    systems = models(attention_backend=backend)
+    lengths = LENGTHS if backend == "eager" or DEVICE == "cuda" else LENGTHS[:4]  # the interpreter is slow
+    generator = PrunedSequenceGenerator(systems, WORDS, **options)
+    for seed in (0, 1):  # the second batch finds the buffers of the first
+        expected = SequenceGenerator(systems, WORDS, **options).generate([], sample(lengths, seed))
+        assert_same(generator.generate([], sample(lengths, seed)), expected)
+
+
+def test_an_ensemble_is_averaged_as_in_fairseq():
+    systems = models(3)
+    expected = SequenceGenerator(systems, WORDS, beam_size=3, max_len_b=15).generate([], sample(LENGTHS))
+    assert_same(
+        PrunedSequenceGenerator(systems, WORDS, beam_size=3, max_len_b=15).generate([], sample(LENGTHS)), expected
+    )
+
+
+def test_batches_of_other_shapes_and_changed_weights_reuse_or_replace_the_buffers():
+    systems = models()
+    generator = PrunedSequenceGenerator(systems, WORDS, beam_size=3, max_len_a=1, max_len_b=5)
+    for lengths in ([3, 4], LENGTHS, [12], [2] * 20):
+        fairseqs = SequenceGenerator(systems, WORDS, beam_size=3, max_len_a=1, max_len_b=5)
+        assert_same(generator.generate([], sample(lengths)), fairseqs.generate([], sample(lengths)))
+        with torch.no_grad():  # as training between two validations does
+            for parameter in systems[0].parameters():
+                parameter.mul_(1.01)
+
+
+def test_inference_mode_leaves_nothing_behind_that_training_or_other_batches_cannot_use():
+    systems = models(attention_backend="triton" if DEVICE == "cuda" else "eager")
+    generator = PrunedSequenceGenerator(systems, WORDS, beam_size=2, max_len_b=4)
+    with torch.inference_mode():
+        inside = generator.generate([], sample(LENGTHS))
+    assert_same(generator.generate([], sample(LENGTHS)), inside)
+    source = sample(LENGTHS)["net_input"]["src_tokens"]
+    systems[0].train()(source, None, source)[0].sum().backward()
+    assert all(p.grad is not None for p in systems[0].parameters())
+
+
+def test_full_pools_drop_dead_rows_and_grow(monkeypatch):
+    monkeypatch.setattr(generation, "POSITIONS_PER_HYPOTHESIS", 2)
+    dropped = []
+    real = generation.drop_dead_rows
+    monkeypatch.setattr(generation, "drop_dead_rows", lambda rows: dropped.append(rows.numel()) or real(rows))
+    systems = models()
+    options = dict(beam_size=4, max_len_b=20, min_len=15)
+    expected = SequenceGenerator(systems, WORDS, **options).generate([], sample(LENGTHS))
+    assert_same(PrunedSequenceGenerator(systems, WORDS, **options).generate([], sample(LENGTHS)), expected)
+    assert len(dropped) >= 2
+
+
+def test_the_batch_shrinks_when_sentences_finish(monkeypatch):
+    sizes = []
+    real = generation._StaticDecoder._run
+    monkeypatch.setattr(generation._StaticDecoder, "_run", lambda self, n: sizes.append(n) or real(self, n))
+    PrunedSequenceGenerator(models(), WORDS, beam_size=2, max_len_b=20).generate([], sample(LENGTHS))
+    assert sizes[0] == 16 and sizes[-1] < 16 and sizes == sorted(sizes, reverse=True)
+
+
+def test_half_precision_translates_as_fairseq_does():
+    systems = [model.to(torch.bfloat16) for model in copy.deepcopy(models())]
+    expected = SequenceGenerator(systems, WORDS, beam_size=3, max_len_b=15).generate([], sample(LENGTHS))
+    ours = PrunedSequenceGenerator(systems, WORDS, beam_size=3, max_len_b=15).generate([], sample(LENGTHS))
+    same = [a[0]["tokens"].tolist() == b[0]["tokens"].tolist() for a, b in zip(ours, expected, strict=True)]
+    assert sum(same) >= len(same) - 2  # roundings of two kernels may turn a near tie
+
+
+@pytest.mark.parametrize(
+    ("reason", "systems", "options", "inputs"),
+    [
+        ("Sampling", models, dict(search_strategy=Sampling(WORDS, sampling_topk=2)), {}),
+        ("models other than", lambda: [dense_model(WORDS).to(DEVICE)], {}, {}),
+        ("--prefix-size", models, {}, dict(prefix_tokens=torch.full((13, 1), WORDS.index("w5"), device=DEVICE))),
+        ("--no-repeat-ngram-size", models, dict(no_repeat_ngram_size=2), {}),
+        ("a beam of 20 with 34 words", models, dict(beam_size=20), {}),
+    ],
+    ids=["sampling", "stock model", "prefix", "n-gram block", "large beam"],
+)
+def test_what_is_not_covered_is_left_to_fairseq_and_said_once(reason, systems, options, inputs, caplog):
+    made, options = systems(), {"beam_size": 3, "max_len_b": 10, **options}
+    generator = PrunedSequenceGenerator(made, WORDS, **options)
+    with caplog.at_level(logging.INFO, "ap_fairseq.generation"):
+        torch.manual_seed(0)
+        ours = generator.generate([], sample(LENGTHS), **inputs)
+        torch.manual_seed(0)
+        expected = SequenceGenerator(made, WORDS, **options).generate([], sample(LENGTHS), **inputs)
+        assert_same(ours, expected)
+        generator.generate([], sample(LENGTHS), **inputs)
+    told = [record.message for record in caplog.records if "fairseq's own generator" in record.message]
+    assert len(told) == 1 and reason in told[0]

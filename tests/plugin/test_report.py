@@ -1,0 +1,708 @@
+"""The report says what the recordings, masks and scores say, and its page can be read by everyone."""
+
+import base64
+import gzip
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+import xml.etree.ElementTree
+from html.parser import HTMLParser
+
+import matplotlib.image
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from plugin.builders import random_stats
+from plugin.commands import ROOT
+
+from ap_fairseq.artifacts import ArtifactError, AttentionStats, PruningMasks
+from ap_fairseq.cli import report as cli
+from ap_fairseq.masks import MaskSpec, build_masks, summarize
+from ap_fairseq.recording import occupancy_of
+from ap_fairseq.report import analysis, build, export, page, plots, results, statements, tables
+from ap_fairseq.sites import AttentionKind
+
+ENCODER, DECODER, CROSS = AttentionKind
+
+
+# -- numbers ----------------------------------------------------------------------------------------------------------
+
+
+@settings(deadline=None, derandomize=True, max_examples=25)
+@given(st.dictionaries(st.tuples(st.integers(1, 6), st.integers(1, 6)), st.integers(1, 4), min_size=1, max_size=6))
+def test_even_attention_is_recovered_from_the_occupancy(lengths):
+    """What a head would hold that spreads its attention evenly over each sentence, against a sum over sentences."""
+    for kind in AttentionKind:
+        occupancy = occupancy_of(kind, lengths)
+        expected, on_end = np.zeros(occupancy.shape), 0.0
+        for (target, source), count in lengths.items():
+            queries, keys = {ENCODER: (source, source), DECODER: (target, target), CROSS: (target, source)}[kind]
+            cells = np.tri(queries) if kind.causal else np.ones((queries, keys))
+            expected[:queries, :keys] += count * cells / cells.sum(1, keepdims=True)
+            on_end += count * queries / keys
+        np.testing.assert_allclose(analysis.uniform_mass(kind, occupancy), expected, atol=1e-12)
+        if kind is not DECODER:
+            assert analysis._uniform_end_share(kind, occupancy) == pytest.approx(on_end / expected.sum())
+
+
+def test_curves_agree_with_the_masks_that_are_really_built():
+    stats = random_stats(seed=3, longest=(15, 18), sentences=300)
+    for kind in AttentionKind:
+        kept = analysis.kept_mass(stats, kind)
+        for scope, curves in {"kind": [kept.kind], "layer": kept.layers, "head": sum(kept.heads, [])}.items():
+            for sparsity in (0.0, 0.3, 0.6):
+                masks, _ = build_masks(stats, MaskSpec({kind: sparsity}, scope=scope))
+                kept_cells = masks.keep[kind]
+                heads = [np.sum(stats.mass[kind][index], where=kept_cells[index]) for index in np.ndindex(2, 2)]
+                groups = np.reshape(heads, (len(curves), -1)).sum(1)
+                totals = stats.mass[kind].sum((2, 3)).reshape(len(curves), -1).sum(1)
+                removed = analysis.head_sparsity(masks, stats, kind).reshape(len(curves), -1).mean(1)
+                for curve, group, total, at in zip(curves, groups, totals, removed, strict=True):
+                    assert curve.at(at) == pytest.approx(group / total, abs=2e-3)
+        assert kept.kind.at(1.0) is None and kept.kind.kept[0] == 1
+
+
+def test_large_heads_are_thinned_out_without_changing_the_curve(monkeypatch):
+    stats = random_stats(seed=4, longest=(30, 30), sentences=50, layers=1, heads=2)
+    whole = analysis.kept_mass(stats, CROSS)
+    monkeypatch.setattr(analysis, "_KNOTS", 200)
+    thinned = analysis.kept_mass(stats, CROSS)
+    for sparsity in (0.1, 0.5, 0.9):
+        assert thinned.kind.at(sparsity) == pytest.approx(whole.kind.at(sparsity), abs=2e-3)
+        assert thinned.heads[0][1].at(sparsity) == pytest.approx(whole.heads[0][1].at(sparsity), abs=2e-3)
+
+
+@pytest.mark.parametrize("nominal", [0.0, 0.5, 0.8, 0.97])
+def test_nominal_sparsity_agrees_with_the_as_published_procedure(nominal):
+    stats = random_stats(seed=5)
+    for kind in AttentionKind:
+        masks, _ = build_masks(stats, MaskSpec({kind: nominal}, procedure="as-published", beyond="keep"))
+        total = next(row for row in summarize(masks, stats) if row.kind == kind.value and row.layer is None)
+        found = analysis.effective_at_nominal(stats, kind, np.array([nominal]))
+        assert found[0] == pytest.approx(total.effective, abs=1e-12)
+
+
+def one_kind(kind, stats):
+    return AttentionStats({kind: stats.mass[kind]}, {kind: stats.occupancy[kind]}, {})
+
+
+def shaped_stats(kind, shape, length=9):
+    """Statistics of ten sentences of one length, one layer, in which each head puts 90% on one cell of a row."""
+    occupancy = {kind: occupancy_of(kind, {(length, length): 10})}
+    row, column = np.ogrid[:length, :length]
+    mass = []
+    for wanted in shape:
+        target = np.broadcast_to(column == wanted(row, length), (length, length)) & (occupancy[kind] > 0)
+        even = np.where(occupancy[kind] > 0, 1.0, 0.0)
+        head = even / even.sum(1, keepdims=True) * 0.1 + 0.9 * target
+        mass.append(head / head.sum(1, keepdims=True) * 10)
+    mass = {kind: np.array(mass)[None]}
+    ends = {} if kind.causal else {kind: mass[kind][..., -1].sum(-1)}
+    return AttentionStats(mass, occupancy, {}, ends)
+
+
+def test_heads_are_named_after_their_pattern():
+    at = {
+        "previous": lambda row, n: row - 1,
+        "next": lambda row, n: row + 1,
+        "diagonal": lambda row, n: row,
+        "first": lambda row, n: 0,
+        "end": lambda row, n: n - 1,
+        "broad": lambda row, n: -5,
+    }
+    measured = analysis.concentration(shaped_stats(ENCODER, at.values()), ENCODER)
+    assert measured.patterns[0].tolist() == list(at)
+    assert measured.heads["relative_entropy"][0, -1] == pytest.approx(1)
+    assert measured.heads["near_diagonal"][0, 2] > 0.9 > measured.heads["near_diagonal"][0, 3]
+    causal = analysis.concentration(shaped_stats(DECODER, [at["previous"], at["diagonal"]]), DECODER)
+    assert causal.patterns[0].tolist() == ["previous", "diagonal"]
+    assert "next" not in causal.heads and "end" not in causal.heads
+
+
+def test_entropy_in_bits():
+    assert analysis.row_entropy(np.eye(4)) == 0
+    assert analysis.row_entropy(np.ones((3, 8))) == pytest.approx(3)
+    assert analysis.row_entropy(np.array([[1.0, 1.0], [6.0, 0.0]])) == pytest.approx(0.25)  # rows weigh 2 and 6
+    assert analysis.row_entropy(np.zeros((2, 2))) == 0
+
+
+def test_bins_keep_mass_and_pairs():
+    stats = random_stats(seed=6, longest=(10, 7), layers=1)
+    for kind in AttentionKind:
+        m = analysis.maps(stats, kind, 3)
+        pairs = analysis._binned(stats.occupancy[kind], 3)
+        np.testing.assert_allclose((m.mean * pairs).sum(), stats.mass[kind].sum())
+        assert m.mean.shape[2:] == tuple(-(-n // 3) for n in stats.occupancy[kind].shape)
+    assert analysis.bin_factor([(2, 2, 100, 100)], 40_000) == 1
+    assert analysis.bin_factor([(2, 2, 100, 100)], 39_999) == 2
+
+
+# -- what does not belong together ------------------------------------------------------------------------------------
+
+
+def test_empty_and_damaged_statistics_are_refused():
+    with pytest.raises(ArtifactError, match="hold no attention kind; record it again"):
+        analysis.check_stats(AttentionStats({}, {}))
+    empty = AttentionStats({CROSS: np.zeros((1, 1, 2, 2))}, {CROSS: np.zeros((2, 2), dtype=np.int64)})
+    with pytest.raises(ArtifactError, match=r"of cross are empty: mass of shape \(1, 1, 2, 2\), 0 recorded pairs"):
+        analysis.check_stats(empty)
+    damaged = random_stats()
+    damaged.mass[DECODER][0, 0, 3, 1] = np.nan
+    with pytest.raises(ArtifactError, match="the mass of decoder_self holds negative or non-finite numbers"):
+        analysis.check_stats(damaged)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(layers=3), "masks m are for .*2 layers x 2 heads.*, the statistics for .*3 layers x 2 heads"),
+        (dict(longest=(9, 12)), "masks m cover 11 x 11 positions of encoder_self, the statistics 12 x 12"),
+        (dict(checkpoint="b"), "masks m come from checkpoint a, the statistics from b"),
+        (dict(dictionaries={"source": "y"}), "masks m come from dictionaries None, the statistics from"),
+        (dict(data=[{"subset": "valid"}]), r"masks m come from data None, .*give the statistics that the masks"),
+    ],
+)
+def test_masks_of_other_statistics_are_refused(change, message):
+    stats = random_stats()
+    stats.metadata = {"checkpoint": "a"}
+    masks, _ = build_masks(stats, MaskSpec({}))
+    analysis.check_masks(masks, stats, "m")
+    shape = {key: change[key] for key in ("layers", "longest") if key in change}
+    other = random_stats(**shape)
+    other.metadata = {"checkpoint": "a", **{key: value for key, value in change.items() if key not in shape}}
+    with pytest.raises(ArtifactError, match=message):
+        analysis.check_masks(masks, other, "m")
+
+
+# -- scores and benchmarks --------------------------------------------------------------------------------------------
+
+PAIRS = {"encoder_self": 100, "decoder_self": 60, "cross": 100}
+
+
+def test_results_of_the_committed_run():
+    systems = {s.name: s for s in results.read_results(ROOT / "examples/libreoffice_help/results/h200.json", PAIRS)}
+    assert systems["dense"].series is None and systems["dense"].total == 0
+    assert systems["joint.tuned"].series == "effective, tuned" and systems["random.untuned"].series == "random, untuned"
+    assert systems["cross.tuned"].series == "effective, cross only, tuned"
+    assert systems["cross.tuned"].total == pytest.approx(0.5, abs=1e-3)
+    assert systems["all-kept.tuned"].series == "nothing pruned, tuned" and systems["all-kept.tuned"].total == 0
+    assert systems["as-published.tuned"].total < 0.01
+    differences = statements._scores(list(systems.values()))
+    assert "cross at 50% +1.67 (cross.tuned against all-kept.tuned)" in differences
+    assert "joint" not in differences and "as-published" not in differences
+
+
+def test_lines_of_a_sweep_and_their_intervals(tmp_path):
+    lines = [{"system": "dense", "scores": {"BLEU": {"score": 30, "ci": 0.5}, "chrF2": {"score": 50}}}]
+    for seed, bleu in enumerate((20.0, 22.0, 24.0)):
+        scores = {"BLEU": {"score": bleu, "signature": "s"}, "chrF2": {"score": 40.0}}
+        sparsity = {"encoder_self": 0.8, "decoder_self": 0.8, "cross": 0.801, "total": 0.8}
+        line = {"system": "ours", "procedure": "effective", "schedule": "gradual", "seed": seed, "scores": scores}
+        lines.append({**line, "effective_sparsity": sparsity})
+    lines.append({"system": "window", "procedure": "window", "effective_sparsity": 0.9, "bleu": 3, "chrf": 9})
+    sweep = {"procedure": "effective", "schedule": "one-shot", "granularity": 16, "options": "--scope head", "seed": 1}
+    shares = {"encoder_self": {"effective": 0.0}, "decoder_self": {"effective": 0.0}, "cross": {"effective": 0.9}}
+    lines.append({"system": "a", **sweep, "sparsity": shares, "total": {"effective": 0.4}, "bleu": 5, "chrf": 9})
+    lines.append({"system": "b", "procedure": "dense", "schedule": "one-shot", "sparsity": {}, "bleu": 31, "chrf": 9})
+    one_budget = {"procedure": "effective", "kinds": "total", "effective_sparsity": 0.8}
+    lines.append({"system": "c", **one_budget, "bleu": 6, "chrf": 9})
+    path = tmp_path / "sweep.jsonl"
+    path.write_text("\n".join(json.dumps(line) for line in lines) + "\n")
+    curves = results.curves(results.read_results(path, PAIRS), "BLEU")
+    (point,) = curves["effective, gradual"]
+    # Student's t with 2 degrees of freedom: 4.303 standard errors of 2 / sqrt(3).
+    assert (point.score, point.runs) == (22, 3)
+    assert point.interval.high - 22 == pytest.approx(4.303 * 2 / math.sqrt(3), rel=1e-3)
+    (dense,) = curves[None]
+    assert (dense.interval.low, dense.interval.high) == (29.5, 30.5) and "bootstrap" in dense.interval.source
+    (window,) = curves["window"]
+    assert window.sparsity == 0.9 and window.interval is None
+    (single,) = curves["effective, cross only, granularity 16, --scope head, one-shot"]
+    assert single.sparsity == 0.9
+    assert [point.score for point in curves["effective, one budget"]] == [6]
+    (tuned,) = curves["nothing pruned, one-shot"]
+    assert (tuned.sparsity, tuned.score) == (0, 31)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("", "holds no systems"),
+        ("[]", "holds no systems"),
+        ('{"system": "a"}\nx', "line 2 is neither JSON"),
+        ('[{"bleu": 1}]', "system 1 has no name in 'system'"),
+        ('[{"system": "a", "chrf": 1}]', r"system 1 \(a\): bleu is None, expected a number from 0 to 100"),
+        ('[{"system": "a", "bleu": NaN, "chrf": 1}]', "bleu is nan, expected a number"),
+        ('[{"system": "a", "bleu": 1, "chrf": 1, "effective_sparsity": 80}]', "is 80, expected a number from 0 to 1"),
+    ],
+)
+def test_broken_results_are_named(tmp_path, text, message):
+    path = tmp_path / "results.json"
+    path.write_text(text)
+    with pytest.raises(ArtifactError, match=message) as error:
+        results.read_results(path, PAIRS)
+    assert "results.json" in str(error.value)
+
+
+def test_benchmark_of_the_committed_run():
+    benchmark = results.read_benchmark(ROOT / "scripts/bench_attention.h200.json")
+    problems = {problem.title: problem.methods for problem in results.times(benchmark)}
+    methods = problems["square forward (batch 4, heads 16, size 4096)"]
+    assert methods["ours, 128-blocks"][-1] == (pytest.approx(0.8988, abs=1e-4), pytest.approx(0.1034, abs=1e-4))
+    assert methods["sdpa flash"][0][0] is None
+    assert results.memory({"rows": [dict(case="memory", method="ours", peak_bytes=2**20, block=64, sparsity=0.5)]}) == [
+        results.Measurements("memory ()", {"ours, 64-blocks": [(0.5, 1.0)]})
+    ]
+
+
+def test_broken_benchmarks_are_named(tmp_path):
+    path = tmp_path / "bench.json"
+    for text, message in [
+        ("x", "is no JSON"),
+        ("{}", "holds no 'rows'"),
+        ('{"rows": [{"case": "a", "median_ms": 1}]}', "row 1 lacks method"),
+        ('{"rows": [{"case": "a", "method": "b"}]}', "row 1 lacks median_ms or peak_bytes"),
+    ]:
+        path.write_text(text)
+        with pytest.raises(ArtifactError, match=message):
+            results.read_benchmark(path)
+
+
+# -- the folder, from a real recording --------------------------------------------------------------------------------
+
+
+def ap_report(*argv) -> None:
+    cli.main([str(argument) for argument in argv])
+
+
+@pytest.fixture(scope="module")
+def stats_file():
+    """Written by ap-record --max-positions 24 for the CPU quickstart's model after 300 updates of its training."""
+    return ROOT / "tests/plugin/quickstart_stats.safetensors"
+
+
+@pytest.fixture(scope="module")
+def masks_file(stats_file, tmp_path_factory):
+    path = tmp_path_factory.mktemp("masks") / "masks.safetensors"
+    build_masks(AttentionStats.load(stats_file), MaskSpec({kind: 0.5 for kind in AttentionKind}))[0].save(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def scores_file(tmp_path_factory):
+    """The committed scores of the CPU quickstart, with an interval and a hostile name."""
+    document = json.loads((ROOT / "examples/libreoffice_help/results/cpu.json").read_text(encoding="utf-8"))
+    document["significance"] = {"systems": {"dense": {"bleu": {"score": 19.52, "ci95": 1.25}}}}
+    document["systems"][1]["system"] = "</script><b>joint_&.untuned"
+    path = tmp_path_factory.mktemp("scores") / "results.json"
+    path.write_text(json.dumps(document))
+    return path
+
+
+@pytest.fixture(scope="module")
+def folder(stats_file, masks_file, scores_file, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("report") / "report"
+    bench = ROOT / "scripts/bench_attention.h200.json"
+    ap_report(
+        "--stats", stats_file, "--masks", masks_file, "--results", scores_file, "--benchmark", bench, "-o", folder
+    )
+    return folder
+
+
+class Page(HTMLParser):
+    """What a page refers to, its scripts by id, and the alternative texts of its figures."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.links, self.scripts, self.alternatives, self.ids, self.inside = [], {}, [], [], None
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        self.links += [value for name, value in attributes.items() if name in ("src", "href", "xlink:href", "action")]
+        self.ids += [attributes["id"]] if "id" in attributes else []
+        if attributes.get("role") == "img":
+            self.alternatives.append(attributes.get("aria-label"))
+        self.inside = attributes.get("id", "") if tag == "script" else None
+
+    def handle_data(self, text):
+        if self.inside is not None:
+            self.scripts[self.inside] = self.scripts.get(self.inside, "") + text
+
+
+def no_constant(name):
+    raise AssertionError(f"{name} in JSON")
+
+
+def test_every_figure_is_a_picture_and_a_vector_drawing(folder):
+    names = {path.stem for path in (folder / "figures").iterdir()}
+    expected = {"occupancy", "kept_mass", "nominal", "concentration", "patterns", "layer_sparsity", "quality", "speed"}
+    assert names == expected | {"memory"} | {f"attention_{kind.value}_masks" for kind in AttentionKind}
+    for name in names:
+        pixels = matplotlib.image.imread(folder / "figures" / f"{name}.png")
+        assert min(pixels.shape[:2]) > 200 and pixels.std() > 0.01
+        assert xml.etree.ElementTree.parse(folder / "figures" / f"{name}.svg").getroot().tag.endswith("svg")
+
+
+def test_the_summary_says_what_the_files_say(folder, stats_file, masks_file):
+    summary = json.loads((folder / "summary.json").read_text(), parse_constant=no_constant)
+    stats, masks = AttentionStats.load(stats_file), PruningMasks.load(masks_file)
+    assert summary["sentences"] == stats.metadata["sentences"] == 33025
+    rows = {(row["kind"], row["layer"]): row for row in summary["masks"]["masks"]["rows"]}
+    for row in summarize(masks, stats):
+        assert rows[row.kind, row.layer]["effective"] == row.effective
+    kept = summary["kinds"]["cross"]["kept_mass"]["kind"]
+    at = rows["cross", None]
+    assert np.interp(at["effective"], kept["sparsity"], kept["kept"]) == pytest.approx(at["kept_mass"], abs=1e-3)
+    assert summary["provenance"]["recording"]["checkpoint"] == stats.metadata["checkpoint"]
+    shares = summary["kinds"]["encoder_self"]["concentration"]["end"]
+    assert 0 < shares["mean"] < 1
+    assert set(summary["differences"]) >= {"What can be pruned", "Breadth", "Places", "Patterns", "Heads", "Layers"}
+
+
+def test_tables_for_papers(folder):
+    markdown, latex = (folder / "table.md").read_text(), (folder / "table.tex").read_text()
+    assert re.search(r"\| masks \| cross \| (49|50)\.\d% \|", markdown)
+    assert "| dense | dense | – | – | – | 19.52 ± 1.25 | 48.33 | – |" in markdown
+    assert r"</script><b>joint\_\&.untuned & effective, untuned & 50.0\% &" in latex
+    assert latex.count(r"\begin{table}") == latex.count(r"\end{table}") == latex.count(r"\toprule") == 3
+    assert tables.escape_tex("\\~^{}") == r"\textbackslash{}\textasciitilde{}\textasciicircum{}\{\}"
+
+
+def test_the_page_is_one_file(folder):
+    text = (folder / "report.html").read_text(encoding="utf-8")
+    parsed = Page(text)
+    assert {link for link in parsed.links if not link.startswith(("#", "data:"))} == set()
+    assert "@import" not in text and "fetch(" not in text and not re.search(r"url\((?!#)", text)
+    assert len(parsed.ids) == len(set(parsed.ids))
+    assert "</script><b>" not in text and "&lt;/script&gt;&lt;b&gt;joint_" in text
+    assert len(parsed.alternatives) >= 8
+    labelled = [text for text in parsed.alternatives if text is not None]
+    assert len(labelled) == len(parsed.alternatives) - 1  # the script labels the heat map, by the head in view
+    assert all(len(text) > 20 for text in labelled)
+    json.loads(parsed.scripts["data"], parse_constant=no_constant)
+
+
+def array(parsed: Page, name: str, dtype) -> np.ndarray:
+    return np.frombuffer(gzip.decompress(base64.b64decode(parsed.scripts[name])), dtype)
+
+
+def test_the_page_holds_the_recording_and_the_masks(folder, stats_file, masks_file):
+    parsed = Page((folder / "report.html").read_text(encoding="utf-8"))
+    data = json.loads(parsed.scripts["data"])
+    stats, masks = AttentionStats.load(stats_file), PruningMasks.load(masks_file)
+    low, high = data["low"], data["high"]
+    step = (high / low) ** (1 / 254)
+    for k in data["kinds"]:
+        kind = AttentionKind(k["name"])
+        occupancy = array(parsed, f"occupancy-{kind.value}", "<f4").reshape(k["rows"], k["columns"])
+        np.testing.assert_array_equal(occupancy, stats.occupancy[kind])
+        for layer in range(k["layers"]):
+            codes = array(parsed, f"mean-{kind.value}-{layer}", np.uint8).reshape(stats.mass[kind][layer].shape)
+            mean = stats.mean(kind)[layer]
+            np.testing.assert_array_equal(codes == 0, mean == 0)
+            read = low * step ** (codes.astype(float) - 1)
+            np.testing.assert_allclose(read[mean > low], mean[mean > low], rtol=step**0.5 - 1 + 1e-9)
+            kept = array(parsed, f"kept-0-{kind.value}-{layer}", np.uint8).reshape(codes.shape)
+            seen = np.broadcast_to(stats.occupancy[kind] > 0, codes.shape)
+            np.testing.assert_array_equal(kept[seen] == 255, masks.keep[kind][layer][seen])
+            assert set(np.unique(kept)) <= {0, 255}
+
+
+def test_figures_alone(tmp_path):
+    one_kind(CROSS, random_stats(layers=1)).save(tmp_path / "s.safetensors")
+    ap_report("figures", "--stats", tmp_path / "s.safetensors", "-o", tmp_path / "figures")
+    names = {path.name for path in (tmp_path / "figures").iterdir()}
+    assert {"attention_cross.png", "attention_cross.svg", "kept_mass.png"} <= names
+    assert not {"quality.png", "report.html"} & names
+
+
+# -- unusual recordings -----------------------------------------------------------------------------------------------
+
+
+UNUSUAL = {
+    "one token": random_stats(layers=1, heads=1, longest=(1, 1), sentences=0),
+    "cross alone": one_kind(CROSS, random_stats(layers=1)),
+    "a head without mass": random_stats(layers=1),
+}
+UNUSUAL["a head without mass"].mass[ENCODER][0, 1] = 0
+
+
+@pytest.mark.parametrize("name", UNUSUAL)
+@pytest.mark.filterwarnings("error")
+def test_unusual_recordings_give_a_whole_report(name, tmp_path):
+    stats = UNUSUAL[name]
+    stats.save(tmp_path / "s.safetensors")
+    build_masks(stats, MaskSpec({CROSS: 0.5}))[0].save(tmp_path / "m.safetensors")
+    ap_report("--stats", tmp_path / "s.safetensors", "--masks", tmp_path / "m.safetensors", "-o", tmp_path / "report")
+    json.loads((tmp_path / "report/summary.json").read_text(), parse_constant=no_constant)
+    text = (tmp_path / "report/report.html").read_text(encoding="utf-8")
+    assert not re.search(
+        r"\bnan\b|\bNone\b|\binf\b", re.sub(r"<(script|style|pre)\b.*?</\1>", "", text, flags=re.DOTALL)
+    )
+    json.loads(Page(text).scripts["data"], parse_constant=no_constant)
+
+
+def test_large_recordings_are_binned_with_a_note(monkeypatch):
+    stats = random_stats(layers=1, longest=(40, 40))
+    masks, _ = build_masks(stats, MaskSpec({CROSS: 0.5}))
+    monkeypatch.setattr(page, "MOST_CELLS", 3 * 2 * 20 * 20)
+    report = build.Report(stats, {"m": masks}, [])
+    parsed = Page(page.render(report, []))
+    data = json.loads(parsed.scripts["data"])
+    assert [k["factor"] for k in data["kinds"]] == [2, 2, 2]
+    assert "each cell here is the mean of up to 2 x 2 positions" in page.render(report, [])
+    kept = array(parsed, "kept-0-cross-0", np.uint8).reshape(2, 20, 20) / 255
+    pairs = analysis._binned(stats.occupancy[CROSS], 2)
+    assert (kept * pairs).sum() / (2 * pairs.sum()) == pytest.approx(
+        next(row.kept_mass and 1 - row.effective for row in summarize(masks, stats) if row.kind == "cross"), abs=2e-3
+    )
+
+
+def test_vanished_heads_are_named():
+    stats = random_stats(layers=1)
+    masks, _ = build_masks(stats, MaskSpec({}))
+    masks.keep[CROSS][0, 1, :, 1:] = False
+    report = build.Report(stats, {"m": masks}, [])
+    assert report.vanished == ["m leaves 1 heads of cross nothing but guaranteed cells (layer.head): 0.1."]
+
+
+# -- colours ----------------------------------------------------------------------------------------------------------
+
+# Matrices of severity 1 of Machado, Oliveira and Fernandes 2009 (doi 10.1109/TVCG.2009.113).
+DEFICIENCIES = {
+    "none": np.eye(3),
+    "protanopia": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+    "deuteranopia": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.01182, 0.04294, 0.968881]],
+    "tritanopia": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.3039]],
+}
+
+
+def lab(colour: str, deficiency) -> np.ndarray:
+    """CIELAB (D65) of a #rrggbb colour as somebody with a colour vision deficiency sees it."""
+    rgb = np.array([int(colour[k : k + 2], 16) / 255 for k in (1, 3, 5)])
+    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    seen = (np.array(deficiency) @ linear).clip(0, 1)
+    xyz = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]) @ seen
+    x, y, z = np.cbrt(np.maximum(xyz / [0.9505, 1, 1.089], 0.008856))
+    return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
+
+
+@pytest.mark.parametrize("name", DEFICIENCIES)
+def test_kinds_differ_for_the_colour_blind(name):
+    colours = [lab(colour, DEFICIENCIES[name]) for colour in plots.KIND_COLOURS.values()]
+    distances = [np.linalg.norm(a - b) for k, a in enumerate(colours) for b in colours[:k]]
+    assert min(distances) > 12
+
+
+# -- export -----------------------------------------------------------------------------------------------------------
+
+
+def test_exported_arrays_are_the_mean_attention(stats_file, tmp_path):
+    ap_report("export", "--stats", stats_file, "--format", "npz", "-o", tmp_path / "mean.npz")
+    stats = AttentionStats.load(stats_file)
+    with np.load(tmp_path / "mean.npz", allow_pickle=False) as archive:
+        for kind in AttentionKind:
+            np.testing.assert_array_equal(archive[f"{kind.value}.mean"], stats.mean(kind))
+            np.testing.assert_array_equal(archive[f"{kind.value}.occupancy"], stats.occupancy[kind])
+        assert json.loads(str(archive["metadata"]))["checkpoint"] == stats.metadata["checkpoint"]
+
+
+def test_exported_json_has_the_shape_of_bertviz_and_the_example_reads_both(stats_file, tmp_path):
+    ap_report("export", "--stats", stats_file, "--format", "bertviz-json", "--positions", 6, "-o", tmp_path / "m.json")
+    arguments = json.loads((tmp_path / "m.json").read_text(), parse_constant=no_constant)
+    for name in ("encoder_attention", "decoder_attention", "cross_attention"):
+        weights = np.array(arguments[name])
+        assert weights.shape == (2, 1, 4, 6, 6)
+        np.testing.assert_allclose(weights.sum(-1), 1, atol=1e-5)
+    assert arguments["encoder_tokens"] == arguments["decoder_tokens"] == list("012345")
+    ap_report("export", "--stats", stats_file, "-o", tmp_path / "m.npz")
+    for file in ("m.json", "m.npz"):
+        command = [sys.executable, str(ROOT / "examples/mean_attention.py"), str(tmp_path / file)]
+        printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        assert "2 layers, 4 heads" in printed and re.search(r"0\.1: most from query \d+ to key \d+, 0\.\d{3}", printed)
+
+
+def test_bad_exports_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="number of positions is 0, expected at least 1"):
+        export.export(random_stats(), tmp_path / "x", "npz", 0)
+    with pytest.raises(ValueError, match="format 'xml' is not one of npz, bertviz-json"):
+        export.export(random_stats(), tmp_path / "x", "xml", None)
+    assert os.listdir(tmp_path) == []
+
+
+# -- the command ------------------------------------------------------------------------------------------------------
+
+
+def test_bad_calls_end_with_one_clear_line(folder, stats_file, masks_file, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    shutil.copy(masks_file, tmp_path / "masks.safetensors")
+    other = random_stats()
+    other.save(tmp_path / "other.safetensors")
+    new = tmp_path / "new"
+    for argv, message in [
+        (["--stats", stats_file, "-o", folder], "already holds report.html, summary.json, .*pass --overwrite"),
+        (["--stats", stats_file, "-o", tmp_path / "file"], "is a file; name a folder"),
+        (["--stats", stats_file, "-o", tmp_path / "a" / "b"], "folder .*a does not exist; create it first"),
+        (["--stats", tmp_path / "no", "-o", new], "no does not exist; expected a file of format"),
+        (["--stats", masks_file, "-o", new], "has format 'ap-pruning-masks-1', expected 'ap-attention-stats-1'"),
+        (
+            ["--stats", tmp_path / "other.safetensors", "--masks", masks_file, "-o", new],
+            "masks masks are for .* 4 heads, the statistics for .* 2 heads",
+        ),
+        (
+            ["--stats", stats_file, "--masks", masks_file, tmp_path / "masks.safetensors", "-o", new],
+            "two mask files are called masks; rename",
+        ),
+        (["--stats", stats_file, "--results", tmp_path / "no.json", "-o", new], "no.json does not exist"),
+    ]:
+        with pytest.raises(SystemExit) as stop:
+            ap_report(*argv)
+        printed = capsys.readouterr().err
+        assert stop.value.code == 2 and re.search(f"error: .*{message}", printed), printed
+        assert "Traceback" not in printed
+    assert not new.exists()
+
+
+def test_a_missing_matplotlib_is_named(stats_file, tmp_path):
+    code = "import sys; sys.modules['matplotlib'] = None; from ap_fairseq.cli.report import main; main(sys.argv[1:])"
+    command = [sys.executable, "-c", code, "--stats", stats_file, "-o", tmp_path / "r"]
+    failed = subprocess.run([str(part) for part in command], capture_output=True, text=True, cwd=ROOT)
+    assert failed.returncode == 2
+    assert "the report needs matplotlib" in failed.stderr and "pip install matplotlib" in failed.stderr
+    assert "Traceback" not in failed.stderr
+
+
+# -- in a browser -----------------------------------------------------------------------------------------------------
+
+CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+
+
+@pytest.fixture(scope="module")
+def browser():
+    if not (CHROMIUM and DRIVER):
+        pytest.skip("no chromium and chromedriver here; Debian: apt-get install chromium chromium-driver")
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    for flag in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
+    yield driver
+    driver.quit()
+
+
+class Reader:
+    """A person in front of the page."""
+
+    def __init__(self, browser, path, width: int, theme: str):
+        from selenium.webdriver.support.wait import WebDriverWait
+
+        self.browser, self.wait = browser, WebDriverWait(browser, 20, 0.02)
+        features = [{"name": "prefers-color-scheme", "value": theme}]
+        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+        size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
+        browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+        browser.get(path.as_uri())
+        self.settle()
+
+    def settle(self):
+        """Wait until the latest choice is drawn."""
+        self.wait.until(lambda b: b.execute_script("return Number(document.body.dataset.ready) === generation"))
+
+    def run(self, script: str):
+        return self.browser.execute_script(script)
+
+    def find(self, selector: str):
+        return self.browser.find_element("css selector", selector)
+
+    def choose(self, selector: str):
+        self.find(selector).click()
+        self.settle()
+
+    def select(self, name: str, value):
+        self.run(f"$('{name}').value = '{value}'; $('{name}').dispatchEvent(new Event('change'))")
+        self.settle()
+
+    def click_cell(self, query: int, key: int) -> str:
+        """Click the middle of a cell of the large heat map and read the text below it."""
+        from selenium.webdriver import ActionChains
+
+        g = self.run("$('cells').scrollIntoView({block: 'center'}); return {...geometry(), ...MARGIN}")
+        x = g["left"] + (key + 0.5) * g["width"] / g["columns"]
+        y = g["top"] + (query + 0.5) * g["height"] / g["rows"]
+        canvas = self.find("#cells")
+        size = canvas.size
+        ActionChains(self.browser).move_to_element_with_offset(
+            canvas, round(x - size["width"] / 2), round(y - size["height"] / 2)
+        ).click().perform()
+        return self.text()
+
+    def text(self) -> str:
+        return self.find("#readout").text
+
+    def errors(self):
+        return [entry for entry in self.browser.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")]
+
+
+@pytest.mark.parametrize("width, theme", [(1280, "light"), (1280, "dark"), (390, "light"), (390, "dark")])
+def test_a_reader_finds_the_recorded_values(browser, folder, stats_file, masks_file, width, theme):
+    reader = Reader(browser, folder / "report.html", width, theme)
+    stats, masks = AttentionStats.load(stats_file), PruningMasks.load(masks_file)
+    for kind, layer, head, query, key in [(ENCODER, 1, 0, 4, 3), (CROSS, 0, 1, 5, 2), (DECODER, 1, 1, 6, 6)]:
+        reader.choose(f"input[value={kind.value}]")
+        reader.choose(f"#grid button[data-layer='{layer}'][data-head='{head}']")
+        said = reader.click_cell(query, key)
+        assert said.startswith(f"{kind.value}, layer {layer}, head {head} ("), said
+        found = re.search(
+            rf"query {query}, key {key}: mean attention ([\d.e-]+), in ([\d,]+) sentences, (\w+) by masks", said
+        )
+        assert found, said
+        mean = stats.mean(kind)[layer, head, query, key]
+        assert float(found[1]) == pytest.approx(mean, rel=0.08)  # stored in steps, shown with two digits
+        assert int(found[2].replace(",", "")) == stats.occupancy[kind][query, key]
+        assert (found[3] == "kept") == masks.keep[kind][layer, head, query, key]
+    assert "does not exist, the key is a later token" in reader.click_cell(2, 5)
+    assert reader.run("return document.documentElement.scrollWidth <= innerWidth")
+    assert reader.run("return performance.getEntriesByType('resource').length") == 0
+    assert reader.errors() == []
+
+
+def test_the_keyboard_suffices(browser, folder):
+    from selenium.webdriver.common.keys import Keys
+
+    reader = Reader(browser, folder / "report.html", 1280, "light")
+    cells = reader.find("#cells")
+    reader.run("$('cells').focus()")
+    cells.send_keys(Keys.ARROW_DOWN)
+    assert "query 0, key 0" in reader.text()
+    cells.send_keys(Keys.ARROW_DOWN, Keys.ARROW_DOWN, Keys.ARROW_RIGHT)
+    assert "query 2, key 1" in reader.text()
+    cells.send_keys(Keys.ESCAPE)
+    assert "query" not in reader.text()
+    button = reader.find("#grid button[data-layer='1'][data-head='1']")
+    button.send_keys(Keys.ENTER)
+    reader.settle()
+    assert button.get_attribute("aria-pressed") == "true" and "layer 1, head 1" in reader.text()
+    assert "layer 1, head 1" in cells.get_attribute("aria-label")
+
+
+def test_choices_of_map_masks_and_positions(browser, folder):
+    reader = Reader(browser, folder / "report.html", 1280, "light")
+    reader.select("mask", -1)
+    assert "by masks" not in reader.click_cell(3, 3)
+    pixels = "return [...new Uint8Array($('cells').getContext('2d').getImageData(60, 60, 200, 200).data)].join()"
+    before = reader.run(pixels)
+    reader.select("map", "occupancy")
+    assert reader.run(pixels) != before and reader.find("#legend-high").text == "33,025"
+    reader.run("$('positions').value = 5; $('positions').dispatchEvent(new Event('input'))")
+    reader.settle()
+    assert reader.find("#positions-text").text.startswith("5 of ")
+    assert reader.run("return [geometry().rows, geometry().columns].join()") == "5,5"

@@ -1,0 +1,240 @@
+"""Many systems in one process translate as single commands do; schedules and sweeps resume and say what differs."""
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from plugin.commands import ROOT, TINY, generate
+
+from ap_fairseq.artifacts import ArtifactError, AttentionStats, PruningMasks
+from ap_fairseq.cli import prune_schedule
+from ap_fairseq.cli.prune_schedule import share_of_round
+from ap_fairseq.stages import StageError, Stages
+from ap_fairseq.translation import Search, Translation, translate
+
+SWEEP = ROOT / "examples/libreoffice_help/sweep.py"
+spec = importlib.util.spec_from_file_location("sweep", SWEEP)
+sweep = importlib.util.module_from_spec(spec)
+sys.modules["sweep"] = sweep
+spec.loader.exec_module(sweep)
+
+TRAINING = (
+    f"{' '.join(TINY)} --optimizer adam --lr 1e-3 --lr-scheduler fixed --criterion cross_entropy --max-tokens 2000 "
+    "--cpu --num-workers 0 --no-epoch-checkpoints --log-format json --disable-validation"
+)
+
+
+def python(*command) -> str:
+    done = subprocess.run(
+        [sys.executable, *map(str, command)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == 0, f"{command}: {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    return done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def corpus(toy_text, data_bin, tmp_path_factory) -> Path:
+    """The toy corpus laid out as prepare.py lays out its own."""
+    folder = tmp_path_factory.mktemp("corpus")
+    (folder / "data-bin").mkdir()
+    (folder / "data-bin" / "sentences").symlink_to(data_bin)
+    (folder / "sentences").symlink_to(toy_text)
+    return folder
+
+
+def description(**changes):
+    return {
+        "pair": ["en", "de"],
+        "training": f"--task translation --arch transformer {TRAINING}",
+        "dense": "--dropout 0",
+        "dense_updates": 3,
+        "dense_seeds": [1],
+        "tune": "--dropout 0.1",
+        "tune_updates": 4,
+        "record": "--cpu --max-tokens 3000 --num-workers 0",
+        "search": {"beam": 2, "max_tokens": 1500, "cpu": True, "on_device": True},
+        "systems": [
+            {"procedure": "dense"},
+            {"procedure": "effective", "sparsity": 0.5, "schedule": ["untuned", "one-shot"], "seed": [1, 2]},
+            {"procedure": "effective", "sparsity": 0.6, "schedule": "gradual", "rounds": 2},
+            {"procedure": "top-k", "sparsity": 0.5},
+        ],
+        **changes,
+    }
+
+
+@pytest.fixture(scope="module")
+def swept(corpus, dense, tmp_path_factory):
+    """A finished sweep: (description file, output folder, what it printed)."""
+    folder = tmp_path_factory.mktemp("sweep")
+    (folder / "sweep.yaml").write_text(yaml.safe_dump(description()))
+    return folder, python(*command(folder, corpus, dense))
+
+
+def command(folder, corpus, dense, name="sweep.yaml"):
+    return [SWEEP, folder / name, "--data", corpus, "--out", folder / "out", "--jobs", 2, "--dense", f"1={dense}"]
+
+
+def results(folder) -> dict[str, dict]:
+    lines = (folder / "out" / "results.jsonl").read_text().splitlines()
+    return {result["system"]: result for result in map(json.loads, lines)}
+
+
+def test_every_system_of_a_sweep_has_a_line_with_its_signature(swept):
+    found = results(swept[0])
+    assert set(found) == {
+        "dense.untuned.s1",
+        *(f"effective.total.50.g1.{schedule}.s{seed}" for schedule in ("untuned", "one-shot") for seed in (1, 2)),
+        "effective.total.60.g1.gradual.r2.s1",
+        "top-k.total.50.untuned.s1",
+    }
+    for name, result in found.items():
+        target = 0.6 if "60" in name else 0.0 if "dense" in name else 0.5
+        assert result["total"]["effective"] == pytest.approx(target, abs=0.1 if "top-k" in name else 0.01)
+        assert "tok:13a" in result["bleu_signature"] and len(result["masks_sha256"]) == 64
+        assert len(result["checkpoint_sha256"]) == 64 and result["search"]["beam"] == 2 and result["sentences"] == 220
+        if name != "dense.untuned.s1":
+            assert result["against_dense"]["baseline"] == "dense.untuned.s1"
+            assert 0 < result["against_dense"]["bleu"]["p"] <= 1
+    tuned = {found[f"effective.total.50.g1.one-shot.s{seed}"]["checkpoint_sha256"] for seed in (1, 2)}
+    assert len(tuned) == 2  # the seed reaches training
+    assert found["effective.total.50.g1.untuned.s1"]["bleu"] == found["effective.total.50.g1.untuned.s2"]["bleu"]
+
+
+def test_the_table_shows_means_over_seeds(swept):
+    folder, printed = swept
+    found = results(folder)
+    rows = {line.split(" | ")[0].strip("| "): line.split(" | ") for line in printed.splitlines() if "|" in line}
+    bleu = [found[f"effective.total.50.g1.one-shot.s{seed}"]["bleu"] for seed in (1, 2)]
+    row = rows["effective.total.50.g1.one-shot"]
+    assert row[1] == "2" and row[2] == "4" and row[8].startswith(f"{sum(bleu) / 2:.2f} ± ")
+    assert sweep.format_table(list(found.values())) in printed
+
+
+def test_systems_of_one_process_translate_as_fairseq_generate_does(swept, data_bin):
+    """The model is reused, so nothing of an earlier system may stay; this one came after another in its process.
+
+    Joined words are not in the dictionary, to which fairseq's post_process_prediction adds them: the generator of the
+    next system then had a vocabulary of another size than its model.
+    """
+    out, name = swept[0] / "out", "effective.total.60.g1.gradual.r2.s1"
+    log = generate(
+        data_bin,
+        out / "systems" / name / "round-2" / "checkpoint_last.pt",
+        "--beam",
+        2,
+        "--remove-bpe",
+        "sentencepiece",
+    )
+    expected = dict(re.findall(r"^D-(\d+)\t\S+\t(.*)$", log, re.M))
+    found = (out / "translations" / f"{name}.txt").read_text().splitlines()
+    assert found == [expected[str(n)] for n in range(220)]
+
+
+def test_a_finished_sweep_repeats_nothing_and_refuses_other_settings(swept, corpus, dense, capfd):
+    folder, _ = swept
+    before = {path: path.stat().st_mtime_ns for path in (folder / "out").rglob("*") if path.is_file()}
+    sweep.main([str(word) for word in command(folder, corpus, dense)[1:]])
+    printed = capfd.readouterr().out
+    changed = [path for path, time in before.items() if path.stat().st_mtime_ns != time]
+    assert [path.name for path in changed] == ["results.jsonl"] and " s\n" not in printed.split("| system")[0]
+    (folder / "other.yaml").write_text(yaml.safe_dump(description(tune="--dropout 0.3", systems=[
+        {"procedure": "effective", "sparsity": 0.5, "schedule": "one-shot"},
+        {"procedure": "random", "sparsity": 0.5},
+    ])))  # fmt: skip
+    with pytest.raises(SystemExit) as stop:
+        sweep.main([str(word) for word in command(folder, corpus, dense, "other.yaml")[1:]])
+    message = capfd.readouterr().err
+    assert stop.value.code == 2
+    assert "one-shot.s1.train" in message and "with other settings" in message and "0.3" in message
+
+
+def test_rounds_record_the_current_model_and_prune_more_each_time(swept):
+    folder = swept[0] / "out" / "systems" / "effective.total.60.g1.gradual.r2.s1"
+    shares = []
+    for number in (1, 2):
+        masks = PruningMasks.load(folder / f"round-{number}" / "masks.safetensors")
+        shares.append(masks.metadata["total"]["effective"])
+        stats = AttentionStats.load(folder / f"round-{number}" / "stats.safetensors")
+    assert shares == pytest.approx([0.6 * 7 / 8, 0.6], abs=0.01)
+    first = PruningMasks.load(folder / "round-1" / "masks.safetensors")
+    for kind in stats.kinds:  # what round 1 pruned had no attention when round 2 recorded, and stays pruned
+        assert stats.mass[kind][~first.keep[kind]].sum() == 0
+        observed = stats.occupancy[kind] > 0
+        assert not (masks.keep[kind] & ~first.keep[kind])[..., observed].any()
+
+
+def test_the_schedule_as_a_command_names_what_is_wrong(dense, data_bin, tmp_path, capsys):
+    common = [data_bin, "--path", dense, "-o", tmp_path, "--updates", 4, "--masks", "--total 0.5"]
+    for arguments, message in (
+        ([*common, "--", "--arch", "pruned_transformer", "--save-dir", "x"], "--save-dir given"),
+        (common, "no --arch given"),
+        ([*common, "--rounds", 5, "--", "--arch", "x"], "each round needs an update"),
+        ([*common[:-1], "--sparsity 0.5", "--", "--arch", "x"], "unrecognized arguments: --sparsity"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            prune_schedule.main([str(argument) for argument in arguments])
+        assert stop.value.code == 2 and message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_shares_grow_to_one():
+    assert [share_of_round(n, 4) for n in (1, 2, 3, 4)] == pytest.approx([37 / 64, 56 / 64, 63 / 64, 1])
+    assert [share_of_round(n, 4, "linear") for n in (1, 2, 3, 4)] == [0.25, 0.5, 0.75, 1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(procedure="best"), "procedure 'best' of a system is not one of dense, effective"),
+        (dict(procedure="top-k", schedule="one-shot"), "top-k prunes at inference time"),
+        (dict(procedure="threshold"), "needs a threshold"),
+        (dict(procedure="effective", kinds="encoder"), "kinds 'encoder' is not total, joint, or some of"),
+        (dict(procedure="effective", sparsitty=0.5), "only the keys"),
+        (dict(procedure="effective", sparsity=[0.5, 0.5]), "named twice: effective.total.50.g1.untuned.s1"),
+    ],
+)
+def test_bad_systems_name_the_fault(changes, message):
+    with pytest.raises(ArtifactError, match=message):
+        sweep.expand([changes])
+
+
+def test_lists_stand_for_all_combinations():
+    systems = sweep.expand([{"procedure": "random", "sparsity": [0.5, 0.8], "granularity": [1, 16], "seed": [1, 2]}])
+    assert len(systems) == 8 and systems[0].mask_flags()[:2] == ["--total", "0.5"]
+
+
+def test_a_failed_stage_shows_its_log_and_runs_again(tmp_path):
+    stages = Stages(tmp_path)
+    with pytest.raises(StageError, match="stage x failed(.|\n)*No such file(.|\n)*missing"):
+        stages.run("x", read, str(tmp_path / "missing"))
+    (tmp_path / "missing").write_text("now")
+    stages.run("x", read, str(tmp_path / "missing"))
+    (tmp_path / "missing").unlink()
+    stages.run("x", read, str(tmp_path / "missing"))  # done before
+    with pytest.raises(ArtifactError, match="stage x in .* was done with other settings"):
+        stages.run("x", read, str(tmp_path / "other"))
+
+
+def read(path):
+    Path(path).read_text()
+
+
+def test_a_translation_of_other_files_is_not_taken_for_this_one(swept, data_bin, dense):
+    out = swept[0] / "out"
+    system = Translation(
+        str(out / "translations" / "dense.untuned.s1.txt"), str(dense), str(out / "masks" / "all-kept.d1.safetensors")
+    )
+    translate([system], str(data_bin), Search(beam=2, max_tokens=1500, cpu=True, on_device=True))
+    with pytest.raises(ArtifactError, match="from other files or by another search"):
+        translate([system], str(data_bin), Search(beam=3, max_tokens=1500, cpu=True))
