@@ -81,6 +81,25 @@ def test_all_kept_masks_translate_as_stock_fairseq_does(data_bin, dense, all_kep
         np.testing.assert_allclose(found[n], expected[n], atol=2e-6)
 
 
+def test_the_task_pruned_translation_translates_as_stock_fairseq_does(data_bin, dense, all_kept):
+    expected = hypotheses(generate(data_bin, dense))
+    log = generate(data_bin, all_kept, "--task", "pruned_translation")
+    found = hypotheses(log)
+    assert {n: tokens for n, (_, tokens) in found.items()} == {n: tokens for n, (_, tokens) in expected.items()}
+    for n, (score, _) in expected.items():
+        assert found[n][0] == pytest.approx(score, abs=1e-4)
+    assert "fairseq's own generator" not in log
+    log = generate(data_bin, all_kept, "--task", "pruned_translation", "--prefix-size", 1, subset="valid")
+    assert log.count("fairseq's own generator is used: prefix tokens (--prefix-size)") == 1
+
+
+def test_the_task_pruned_translation_trains_with_eval_bleu(data_bin, masks_file, tmp_path):
+    flags = ["--task", "pruned_translation", "--attention-masks", masks_file, "--eval-bleu", "--eval-bleu-remove-bpe"]
+    flags += ["sentencepiece", "--eval-bleu-args", '{"beam": 2, "max_len_b": 10}']
+    log = train(data_bin, tmp_path, *flags, arch="pruned_transformer", updates=3)
+    assert re.search(r"valid_bleu|\| bleu [0-9]", log)
+
+
 def test_all_kept_masks_train_as_stock_fairseq_does(data_bin, stats_file, tmp_path):
     """20 updates from scratch, same seed, no dropout: the same losses and the same parameters."""
     run("ap-masks", stats_file, "-o", tmp_path / "masks.safetensors")
