@@ -11,6 +11,7 @@ import json
 import os
 import pickle
 import platform
+import shutil
 import tempfile
 from collections.abc import Mapping
 from contextlib import contextmanager
@@ -127,7 +128,14 @@ def versions() -> dict[str, str]:
 def _write(path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, Any], overwrite: bool) -> None:
     with atomic_output(path, overwrite) as temporary:
         header = {"ap_fairseq": json.dumps(metadata, sort_keys=True)}
-        safetensors.numpy.save_file({k: np.ascontiguousarray(v) for k, v in tensors.items()}, temporary, header)
+        try:
+            safetensors.numpy.save_file({k: np.ascontiguousarray(v) for k, v in tensors.items()}, temporary, header)
+        except safetensors.SafetensorError as error:
+            size = sum(tensor.nbytes for tensor in tensors.values())
+            free = shutil.disk_usage(temporary.parent).free
+            raise ArtifactError(
+                f"{path} could not be written: {error}; it needs {size:,} bytes, {free:,} are free on its disk"
+            ) from error
 
 
 def _read(path, expected_format: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:

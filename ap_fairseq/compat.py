@@ -9,6 +9,8 @@ import re
 
 import torch
 
+GATHERED_BYTES = 1 << 20  # of each rank; ap-record passes it as --all-gather-list-size
+
 _BETTERTRANSFORMER_KEY = re.compile(r"(^|\.)encoder\.layers\.\d+\.(in_proj|out_proj|fc1|fc2)_(weight|bias)$")
 
 
@@ -62,3 +64,16 @@ def drop_bettertransformer_copies(state_dict: dict) -> None:
     """
     for key in [key for key in state_dict if _BETTERTRANSFORMER_KEY.search(key)]:
         del state_dict[key]
+
+
+def allow_gathering_on_cpu() -> None:
+    """Let ``fairseq-validate`` run on several ranks of a machine without a GPU (backend gloo).
+
+    fairseq gathers the logging outputs of all ranks in CUDA buffers, which it makes when there are none yet.
+    """
+    from fairseq.distributed.utils import all_gather_list
+
+    if torch.cuda.is_available() or not torch.distributed.is_initialized():
+        return
+    all_gather_list._buffer = torch.zeros(GATHERED_BYTES * torch.distributed.get_world_size(), dtype=torch.uint8)
+    all_gather_list._cpu_buffer = torch.zeros(GATHERED_BYTES, dtype=torch.uint8)

@@ -50,11 +50,14 @@ def read_hypotheses(path) -> list[str]:
     A file with lines as fairseq-generate writes them (``S-0``, ``T-0``, ``H-0``, ``D-0``, ``P-0``) is a log; any other
     file is plain text.
 
+    Args:
+        path: a file, or the logs of all ranks of a translation joined by colons.
+
     Raises:
-        ArtifactError: if the file is missing, or the sentences of a log are not numbered 0 ... n-1: a run that was cut
+        ArtifactError: if a file is missing, or the sentences of a log are not numbered 0 ... n-1: a run that was cut
             off.
     """
-    lines = read_lines(path)
+    lines = [line for file in str(path).split(os.pathsep) for line in read_lines(file)]
     entries = [match for match in map(_LOG_LINE.match, lines) if match]
     if not entries:
         return lines

@@ -481,6 +481,7 @@ for _name in (
     "transformer_wmt_en_de",
     "transformer_wmt_en_de_big",
     "transformer_vaswani_wmt_en_de_big",
+    "transformer_vaswani_wmt_en_fr_big",
     "transformer_tiny",
 ):
     _architecture = getattr(transformer_legacy, "tiny_architecture" if _name == "transformer_tiny" else _name)

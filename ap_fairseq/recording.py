@@ -157,6 +157,23 @@ def _ask_for_head_weights(module, args, kwargs):
     return args, {**kwargs, "need_weights": True, "need_head_weights": True}
 
 
+def sample_by_length(indices: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """Draw *count* sentences so that the lengths of all are represented as in the whole.
+
+    The indices are split into *count* runs of (nearly) equal size, and one sentence is drawn from each.
+
+    Args:
+        indices: int64 (n,) of sentences in the order of their length.
+
+    Returns:
+        int64 (min(count, n),) in the same order.
+    """
+    if count >= len(indices):
+        return indices
+    edges = np.linspace(0, len(indices), count + 1).astype(np.int64)
+    return indices[np.random.default_rng(seed).integers(edges[:-1], edges[1:])]
+
+
 def occupancy_of(kind: AttentionKind, lengths: dict[tuple[int, int], int]) -> np.ndarray:
     """Count the sentences in which each cell is attendable.
 

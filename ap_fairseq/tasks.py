@@ -1,10 +1,13 @@
 """fairseq tasks: ``attention_recording`` runs a trained translation model over a data set and writes its statistics."""
 
+import collections
 import logging
 import os
+import time
 from dataclasses import dataclass, field
 from typing import Optional  # fairseq's parser reads Optional[X], not X | None
 
+import numpy as np
 import torch.distributed as dist
 from fairseq import distributed_utils
 from fairseq.models.transformer import TransformerModelBase
@@ -12,9 +15,9 @@ from fairseq.tasks import register_task
 from fairseq.tasks.translation import TranslationConfig, TranslationTask
 
 from ap_fairseq.artifacts import ArtifactError, dictionary_hashes, file_sha256, refuse_existing, versions
-from ap_fairseq.compat import drop_bettertransformer_copies
+from ap_fairseq.compat import allow_gathering_on_cpu, drop_bettertransformer_copies
 from ap_fairseq.generation import PrunedSequenceGenerator
-from ap_fairseq.recording import AttentionRecorder
+from ap_fairseq.recording import AttentionRecorder, sample_by_length
 from ap_fairseq.sites import architecture
 
 logger = logging.getLogger(__name__)
@@ -27,6 +30,10 @@ class AttentionRecordingConfig(TranslationConfig):
         default=1024,
         metadata={"help": "record positions below this; cells beyond are counted and reported, not recorded"},
     )
+    stats_sample: Optional[int] = field(
+        default=None, metadata={"help": "record this many sentences, drawn evenly over all lengths, instead of all"}
+    )
+    stats_sample_seed: int = field(default=1, metadata={"help": "seed of the sample"})
     stats_overwrite: bool = field(default=False, metadata={"help": "replace an existing statistics file"})
     stats_checkpoint: Optional[str] = field(
         default=None, metadata={"help": "checkpoint whose SHA-256 is stored with the statistics"}
@@ -38,7 +45,10 @@ class AttentionRecordingTask(TranslationTask):
     """A ``translation`` task for ``fairseq_cli.validate`` that records attention while it validates.
 
     Statistics are written when the metrics of the subset are reduced, which validation does once, after its last batch
-    and on every rank.
+    and on every rank. Nothing is written before, so an interrupted recording leaves nothing behind.
+
+    Validation gathers the logging outputs of all batches of all ranks in a buffer of 16 KiB, which a large data set
+    overflows: the losses are summed here, and each batch returns the same empty output.
     """
 
     cfg: AttentionRecordingConfig
@@ -49,6 +59,8 @@ class AttentionRecordingTask(TranslationTask):
             raise ArtifactError("attention_recording needs --stats-output FILE (ap-record: --output FILE)")
         if cfg.stats_max_positions < 1:
             raise ArtifactError(f"--max-positions must be at least 1, got {cfg.stats_max_positions}")
+        if cfg.stats_sample is not None and cfg.stats_sample < 1:
+            raise ArtifactError(f"--sample must be at least 1 sentence, got {cfg.stats_sample}")
         refuse_existing(cfg.stats_output, cfg.stats_overwrite)
         # Statistics are indexed by token position, so every sentence must start in column 0.
         cfg.left_pad_source = cfg.left_pad_target = False
@@ -62,12 +74,23 @@ class AttentionRecordingTask(TranslationTask):
                 f"attention can be recorded from fairseq's transformer architectures (transformer*, "
                 f"pruned_transformer*), not from {type(model).__name__}"
             )
-        model.register_load_state_dict_pre_hook(
-            lambda module, state_dict, prefix, *rest: drop_bettertransformer_copies(state_dict)
-        )
+        model.register_load_state_dict_pre_hook(self._before_loading)
         self.recorder = None  # made with the first batch, when the model is on its device
         self.subset = None
+        self.totals: dict[str, float] = collections.defaultdict(float)
+        allow_gathering_on_cpu()
         return model
+
+    def _before_loading(self, module, state_dict, *rest):
+        drop_bettertransformer_copies(state_dict)
+        sides = {"encoder": self.source_dictionary, "decoder": self.target_dictionary}
+        for side, dictionary in sides.items():
+            trained = len(state_dict.get(f"{side}.embed_tokens.weight", dictionary.symbols))
+            if trained != len(dictionary):
+                raise ArtifactError(
+                    f"{self.cfg.stats_checkpoint} has {trained} symbols in its {side}, the dictionary of "
+                    f"{self.cfg.data} has {len(dictionary)}; record on the data-bin the checkpoint was trained with"
+                )
 
     def load_dataset(self, split, epoch=1, combine=False, **kwargs):
         try:
@@ -78,6 +101,13 @@ class AttentionRecordingTask(TranslationTask):
             ) from error
         self.subset = split
 
+    def filter_indices_by_size(self, indices, dataset, max_positions=None, ignore_invalid_inputs=False):
+        """Leave out what is too long for the model, as fairseq does, and draw the sample from the rest."""
+        indices = super().filter_indices_by_size(indices, dataset, max_positions, ignore_invalid_inputs)
+        if self.cfg.stats_sample is None:
+            return indices
+        return sample_by_length(np.asarray(indices), self.cfg.stats_sample, self.cfg.stats_sample_seed)
+
     def _start_recording(self, model) -> AttentionRecorder:
         dataset = self.datasets[self.subset]
         limit = self.cfg.stats_max_positions
@@ -87,29 +117,35 @@ class AttentionRecordingTask(TranslationTask):
     def valid_step(self, sample, model, criterion):
         if self.recorder is None:
             self.recorder = self._start_recording(model)
+            self.started = time.monotonic()
             self.architecture = architecture(model)
         if not sample:  # ranks with fewer batches than others are handed empty ones
-            return 0, 0, {}
+            return 0, 0, _NO_OUTPUT
         net_input = sample["net_input"]
         self.recorder.begin(net_input["src_tokens"], net_input["prev_output_tokens"], self.source_dictionary.pad())
-        return super().valid_step(sample, model, criterion)
+        loss, sample_size, logging_output = super().valid_step(sample, model, criterion)
+        for name, value in logging_output.items():
+            self.totals[name] += float(value)
+        return loss, sample_size, _NO_OUTPUT
 
     def reduce_metrics(self, logging_outputs, criterion):
-        super().reduce_metrics(logging_outputs, criterion)
         if self.recorder is None:
             raise ArtifactError(f"subset {self.subset!r} has no sentences to record")
+        totals = self._totals_of_all_ranks()
+        super().reduce_metrics([totals], criterion)
         self.recorder.remove()
-        distributed = dist.is_initialized() and dist.get_world_size() > 1
         stats = self.recorder.finish(
-            group=distributed_utils.get_data_parallel_group() if distributed else None,
+            group=_group(),
             data=[{"name": os.path.basename(os.path.abspath(self.cfg.data)), "subset": self.subset}],
             languages=[self.cfg.source_lang, self.cfg.target_lang],
             checkpoint=file_sha256(self.cfg.stats_checkpoint) if self.cfg.stats_checkpoint else None,
             dictionaries=dictionary_hashes(self),
             max_positions=self.cfg.stats_max_positions,
+            sample=self._sample(),
             versions=versions(),
         )
         self.recorder = None
+        seconds = time.monotonic() - self.started
         if distributed_utils.get_global_rank() != 0:
             return
         stats.save(self.cfg.stats_output, overwrite=self.cfg.stats_overwrite)
@@ -122,11 +158,37 @@ class AttentionRecordingTask(TranslationTask):
             )
         sentences, available = stats.metadata["sentences"], len(self.datasets[self.subset])
         logger.info(f"{sentences:,} of {available:,} sentences -> {self.cfg.stats_output}")
-        if sentences < available:
+        logger.info(
+            f"recorded in {seconds:.1f} s: {sentences / seconds:,.0f} sentences and {totals['ntokens'] / seconds:,.0f} "
+            "target tokens a second"
+        )
+        if sentences < min(self.cfg.stats_sample or available, available):
             logger.warning(
                 f"{available - sentences:,} sentences were not recorded: longer than the model's positions, or dropped "
                 "from the last batch by --required-batch-size-multiple"
             )
+
+    def _totals_of_all_ranks(self) -> dict[str, float]:
+        group = _group()
+        gathered = [dict(self.totals)]
+        if group is not None:
+            gathered = [None] * dist.get_world_size(group)
+            dist.all_gather_object(gathered, dict(self.totals), group=group)
+        return {name: sum(part.get(name, 0.0) for part in gathered) for part in gathered for name in part}
+
+    def _sample(self) -> dict[str, int] | None:
+        if self.cfg.stats_sample is None:
+            return None
+        return {"sentences": self.cfg.stats_sample, "seed": self.cfg.stats_sample_seed}
+
+
+_NO_OUTPUT: dict = {}  # one object, which pickle stores once, however many batches there are
+
+
+def _group() -> dist.ProcessGroup | None:
+    """Return the group of the ranks that share the data, None for a single process."""
+    distributed = dist.is_initialized() and dist.get_world_size() > 1
+    return distributed_utils.get_data_parallel_group() if distributed else None
 
 
 @register_task("pruned_translation", dataclass=TranslationConfig)

@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import logging
+import re
+from pathlib import Path
 
+from ap_fairseq.artifacts import ArtifactError
 from ap_fairseq.checkpoints import average_checkpoints
 from ap_fairseq.cli.common import add_output, command
+
+logger = logging.getLogger(__name__)
+
+_BY_UPDATES, _BY_EPOCHS = re.compile(r"checkpoint_\d+_(\d+)\.pt"), re.compile(r"checkpoint(\d+)\.pt")
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -13,12 +21,45 @@ def get_parser() -> argparse.ArgumentParser:
         description="Average the parameters of checkpoints, as fairseq's average_checkpoints.py does (which the "
         "fairseq package does not install); masks must be the same in all of them."
     )
-    parser.add_argument("checkpoints", nargs="+", help="checkpoints of one run")
+    parser.add_argument("checkpoints", nargs="+", help="checkpoints of one run, or with --last its folder")
+    parser.add_argument(
+        "--last",
+        type=int,
+        metavar="N",
+        help="average the last N checkpoints of the folder: those saved by number of updates "
+        "(--save-interval-updates) if there are any, or else those of epochs",
+    )
     add_output(parser, "the averaged checkpoint")
     return parser
+
+
+def last_checkpoints(folder: str, count: int) -> list[Path]:
+    """Return the last *count* numbered checkpoints of a training, oldest first.
+
+    Raises:
+        ArtifactError: if the folder does not have as many.
+    """
+    for pattern in (_BY_UPDATES, _BY_EPOCHS):
+        matches = ((pattern.fullmatch(path.name), path) for path in Path(folder).glob("checkpoint*.pt"))
+        numbered = sorted((int(match[1]), path) for match, path in matches if match)
+        if numbered:
+            break
+    if count < 1 or len(numbered) < count:
+        raise ArtifactError(
+            f"--last {count}: {folder} has {len(numbered)} numbered checkpoints (checkpoint_EPOCH_UPDATES.pt or "
+            "checkpointEPOCH.pt); keep more with --keep-interval-updates or --keep-last-epochs. fairseq saves none of "
+            "the former at the end of an epoch"
+        )
+    return [path for _, path in numbered[-count:]]
 
 
 @command
 def main(argv: list[str]) -> None:
     args = get_parser().parse_args(argv)
-    average_checkpoints(args.checkpoints, args.output, args.overwrite)
+    paths = args.checkpoints
+    if args.last is not None:
+        if len(paths) > 1:
+            raise ArtifactError(f"--last takes one folder, got {len(paths)} paths")
+        paths = last_checkpoints(paths[0], args.last)
+        logger.info(f"averaging {', '.join(path.name for path in paths)}")
+    average_checkpoints(paths, args.output, args.overwrite)

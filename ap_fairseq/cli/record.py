@@ -7,21 +7,29 @@ from __future__ import annotations
 
 import argparse
 import os
+from pathlib import Path
+from typing import Any
 
 from fairseq import distributed_utils, options
+from fairseq.data import Dictionary
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+from fairseq.models import ARCH_MODEL_REGISTRY, MODEL_REGISTRY
 from fairseq_cli import validate
+from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
-from ap_fairseq.artifacts import ArtifactError, load_checkpoint
+from ap_fairseq.artifacts import ArtifactError, dictionary_sha256, load_checkpoint
 from ap_fairseq.cli.common import add_output, command
+from ap_fairseq.compat import GATHERED_BYTES
 
 TASK = "attention_recording"
+MODELS = ("transformer", "transformer_align", "pruned_transformer")
 
 
 def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description="Record the attention statistics of a trained transformer. Further options are those of "
-        "fairseq-validate (--max-tokens, --batch-size, --fp16, --cpu, --num-workers, --log-format, ...)."
+        "fairseq-validate (--max-tokens, --batch-size, --fp16, --cpu, --num-workers, --log-format, ...). With "
+        "--distributed-world-size N, N GPUs share the work."
     )
     parser.add_argument("data", help="binarised data (fairseq-preprocess)")
     parser.add_argument("--path", required=True, metavar="CHECKPOINT", help="checkpoint of a transformer* architecture")
@@ -34,6 +42,12 @@ def get_parser() -> argparse.ArgumentParser:
         help="record at most N positions; cells beyond are counted and reported (default: the longest recorded "
         "sentence, at most %(default)s)",
     )
+    parser.add_argument(
+        "--sample",
+        type=int,
+        metavar="N",
+        help="record N sentences instead of all, one drawn from each of N runs of sentences of like length (--seed)",
+    )
     add_output(parser, "the statistics")
     return parser
 
@@ -45,6 +59,9 @@ def main(argv: list[str]) -> None:
         raise ArtifactError(f"checkpoint {args.path} does not exist")
     if not os.path.isdir(args.data):
         raise ArtifactError(f"data folder {args.data} does not exist; make it with fairseq-preprocess")
+    state = load_checkpoint(args.path)
+    _require_supported(state, args.path)
+    _require_dictionaries(state, args)
     if not any(flag in fairseq_argv for flag in ("--max-tokens", "--batch-size", "--max-sentences")):
         fairseq_argv += ["--max-tokens", "12000"]
     if "--required-batch-size-multiple" not in fairseq_argv:
@@ -53,27 +70,81 @@ def main(argv: list[str]) -> None:
 
     parser = options.get_validation_parser()
     fairseq_argv = [args.data, "--task", TASK, "--path", args.path, "--valid-subset", args.subset, *fairseq_argv]
+    fairseq_argv += ["--all-gather-list-size", str(GATHERED_BYTES)]
     fairseq_args = options.parse_args_and_arch(parser, fairseq_argv)
     recording = {
         "data": args.data,
         "stats_output": args.output,
         "stats_max_positions": args.max_positions,
+        "stats_sample": args.sample,
+        "stats_sample_seed": fairseq_args.seed,
         "stats_overwrite": args.overwrite,
         "stats_checkpoint": args.path,
     }
-    overrides = argparse.Namespace(**_task_overrides(args.path, recording))
+    overrides = argparse.Namespace(**_task_overrides(state, recording))
     if fairseq_args.model_overrides:
         overrides.model_overrides = fairseq_args.model_overrides
-    distributed_utils.call_main(convert_namespace_to_omegaconf(fairseq_args), validate.main, override_args=overrides)
+    try:
+        distributed_utils.call_main(
+            convert_namespace_to_omegaconf(fairseq_args), validate.main, override_args=overrides
+        )
+    except ProcessRaisedException as error:  # the other ranks are stopped by then
+        reported = str(error).strip().rsplit("\n", 1)[-1]
+        prefix = f"{ArtifactError.__module__}.{ArtifactError.__name__}: "
+        if not reported.startswith(prefix):
+            raise
+        raise ArtifactError(reported.removeprefix(prefix)) from error
+    except ProcessExitedException as error:
+        raise ArtifactError(
+            f"rank {error.error_index} of the recording died ({error}); the others were stopped, {args.output} was not "
+            "written. If it ran out of memory, lower --max-tokens or --max-positions; then run again"
+        ) from error
 
 
-def _task_overrides(path: str, recording: dict) -> dict:
+def _stored(state: dict[str, Any], group: str) -> dict[str, Any]:
+    """Return a group of a checkpoint's ``cfg``, or the flat ``args`` that fairseq stored before 0.10."""
+    settings = state["cfg"][group] if state.get("cfg") else state["args"]
+    return settings if isinstance(settings, dict) else vars(settings)
+
+
+def _require_supported(state: dict[str, Any], path: str) -> None:
+    settings = _stored(state, "model")
+    name = settings.get("arch") or settings.get("_name")
+    supported = {MODEL_REGISTRY[model] for model in MODELS}
+    architectures = [arch for arch, model in ARCH_MODEL_REGISTRY.items() if model in supported]
+    if name not in (*architectures, *MODELS):
+        raise ArtifactError(
+            f"{path} holds a model of architecture {name!r}; attention can be recorded from {', '.join(architectures)}"
+        )
+
+
+def _require_dictionaries(state: dict[str, Any], args: argparse.Namespace) -> None:
+    """Compare the dictionaries of the data with those of the training data, if that is still where it was.
+
+    Dictionaries of another size do not fit the model; others of the same size would be recorded without a trace.
+    """
+    if not any(Path(args.data).glob("dict.*.txt")):
+        raise ArtifactError(f"{args.data} has no dictionary dict.*.txt; it is no folder made by fairseq-preprocess")
+    trained_on = str(_stored(state, "task").get("data") or "").split(os.pathsep)[0]
+    for file in sorted(Path(args.data).glob("dict.*.txt")):
+        original = Path(trained_on) / file.name
+        if not original.is_file():
+            continue
+        ours, theirs = (dictionary_sha256(Dictionary.load(str(path))) for path in (file, original))
+        if ours != theirs:
+            raise ArtifactError(
+                f"{file} has the SHA-256 {ours[:12]}; {args.path} was trained with {original}, which has "
+                f"{theirs[:12]}; record on the data-bin that the checkpoint was trained with"
+            )
+
+
+def _task_overrides(state: dict[str, Any], recording: dict[str, Any]) -> dict[str, Any]:
     """Return the overrides that make a checkpoint's own task an ``attention_recording`` task.
 
     ``fairseq-validate --task X`` silently runs the task stored in the checkpoint, so the stored one is replaced: a
     nested config in checkpoints of fairseq >= 0.10, flat arguments in older ones.
     """
-    stored = load_checkpoint(path).get("cfg")
+    stored = state.get("cfg")
     if stored is not None and not isinstance(stored["task"], argparse.Namespace):
         return {"task": {"_name": TASK, **recording}}
     return {"task": TASK, **recording}

@@ -13,7 +13,7 @@ import gettext
 import hashlib
 import math
 import re
-import unicodedata
+import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from html.parser import HTMLParser
@@ -21,8 +21,9 @@ from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
-# A page-level document is its segments joined by this token: one SentencePiece piece, so it costs one position.
-SEPARATOR = "<sep>"
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "common"))  # beside this folder; see examples/common
+
+from segments import SEPARATOR, Page, Pair, clean
 
 BLOCK_TAGS = frozenset("p h1 h2 h3 h4 h5 h6 li td th".split())
 VOID_TAGS = frozenset("area base br col embed hr img input link meta source track wbr".split())
@@ -44,16 +45,7 @@ MAX_LENGTH_RATIO = 2.5
 # Added to both lengths, so that the ratio says little about very short texts.
 LENGTH_OFFSET = 5
 
-ZERO_WIDTH_JOINERS = "\u200c\u200d"
-
 FILTERS = ("no_letters", "untranslated", "markup", "separator", "length_ratio")
-
-
-class Pair(NamedTuple):
-    """One aligned segment."""
-
-    source: str
-    target: str
 
 
 class Block(NamedTuple):
@@ -64,28 +56,7 @@ class Block(NamedTuple):
     text: str
 
 
-class Page(NamedTuple):
-    """The segments of one page, in reading order."""
-
-    name: str
-    pairs: list[Pair]
-
-
 # ---------------------------------------------------------------- text
-
-
-def clean(text: str) -> str:
-    """NFC text on one line: single spaces, without control characters and invisible format characters.
-
-    The zero-width joiners stay: they are part of the spelling in Hindi and others.
-    """
-    kept = []
-    for character in unicodedata.normalize("NFC", text):
-        if character.isspace():
-            kept.append(" ")
-        elif unicodedata.category(character) not in ("Cc", "Cf") or character in ZERO_WIDTH_JOINERS:
-            kept.append(character)
-    return " ".join("".join(kept).split())
 
 
 def match_key(text: str) -> str:
@@ -410,35 +381,3 @@ def without_seen(pages: Iterable[Page], seen: Seen) -> list[Page]:
 
 
 # ---------------------------------------------------------------- documents
-
-
-class Document(NamedTuple):
-    """A run of segments of one page: ``page.pairs[first : first + len(pairs)]``."""
-
-    page: str
-    first: int
-    pairs: list[Pair]
-
-
-def cut_page(page: Page, lengths: Sequence[tuple[int, int]], limit: int) -> tuple[list[Document], int]:
-    """Cuts a page at segment boundaries into documents of at most ``limit`` tokens on both sides.
-
-    lengths: (source, target) tokens of every segment; a separator between two segments is one more token. A segment
-    that is longer than the limit by itself fits no document and is left out: the second result counts those.
-    """
-    documents: list[Document] = []
-    used, too_long = (0, 0), 0
-    extend = False
-    for index, (pair, (source, target)) in enumerate(zip(page.pairs, lengths, strict=True)):
-        if max(source, target) > limit:
-            too_long += 1
-            extend = False
-            continue
-        longer = (used[0] + 1 + source, used[1] + 1 + target)
-        if extend and max(longer) <= limit:
-            documents[-1].pairs.append(pair)
-            used = longer
-        else:
-            documents.append(Document(page.name, index, [pair]))
-            used, extend = (source, target), True
-    return documents, too_long

@@ -22,7 +22,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from prepare import SEPARATOR_PIECE, join_pieces, read_lines, write_lines
+from prepare import join_pieces, read_lines, write_lines
+from segments import SEPARATOR_PIECE
 
 Segment = tuple[list[str], list[str]]  # pieces of the source and of the target
 

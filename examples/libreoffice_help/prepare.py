@@ -1,34 +1,44 @@
 """Builds the LibreOffice-help corpus of one language pair: packages -> text -> SentencePiece -> documents -> data-bin.
 
-Run by ``prepare.sh``. Every step builds in a temporary folder, which is renamed when it is complete; ``counts.json`` is
-written last, so a folder that has it is finished. A second run repeats only the steps whose options, inputs or code
-changed, and those after them.
+Run by ``prepare.sh``. Steps are those of ``examples/common/building.py``.
 """
 
 import argparse
-import fcntl
-import hashlib
-import importlib.metadata
 import importlib.util
-import io
 import json
 import os
-import platform
-import shlex
 import shutil
-import statistics
 import subprocess
 import sys
-import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import corpus
-from corpus import Page, Pair
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "common"))
 
-SPLITS = ("train", "valid", "test")
+import building
+import corpus
+import segments
+from building import (
+    SPLITS,
+    PrepareError,
+    Step,
+    build,
+    encode,
+    file_hash,
+    known_pieces,
+    length_quantiles,
+    load_sentencepiece,
+    preprocess,
+    read_lines,
+    train_sentencepiece,
+    write_dictionary,
+    write_lines,
+)
+from corpus import Page, Pair
+from segments import cut_page, join_pieces, join_segments
+
 LEVELS = ("sentences", "pages")
 # Shares of the pages. With en-de they leave about 2,000 test and 1,500 valid pairs that training does not hold.
 TEST_FRACTION = 0.084
@@ -36,14 +46,6 @@ VALID_FRACTION = 0.062
 # With thousands of characters, the rarest few are not worth a piece each.
 COVERAGE_OF_LARGE_SCRIPTS = 0.9995
 LARGE_SCRIPTS = frozenset(("ja", "ko", "zh-cn", "zh-tw"))
-# SentencePiece writes spaces as "▁". A user-defined symbol that holds the space before it costs one piece, not two.
-SEPARATOR_PIECE = f"▁{corpus.SEPARATOR}"
-SENTENCEPIECE_SPECIALS = 3  # <unk> <s> </s>
-FAIRSEQ_SPECIALS = 4  # <s> <pad> </s> <unk>
-
-
-class PrepareError(Exception):
-    """Something that the user can put right; the message says how."""
 
 
 # ---------------------------------------------------------------- packages
@@ -164,13 +166,6 @@ def unpack_packages(files: dict[str, Path], folder: Path) -> None:
             )
 
 
-def _file_hash(*files: Path) -> str:
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(file.read_bytes())
-    return digest.hexdigest()[:16]
-
-
 def build_packages(work: Path, pair: Sequence[str], deb_dir: Path | None) -> dict[str, Any]:
     """Unpacked packages in ``packages/``. Returns the version of each, from its file name."""
     names = packages_of(pair)
@@ -201,16 +196,6 @@ def help_folder(packages: Path, language: str) -> Path:
 
 
 # ---------------------------------------------------------------- text
-
-
-def write_lines(file: Path, lines: Iterable[str]) -> None:
-    with file.open("w", encoding="utf-8", newline="\n") as stream:
-        stream.writelines(f"{line}\n" for line in lines)
-
-
-def read_lines(file: Path) -> list[str]:
-    with file.open(encoding="utf-8", newline="\n") as stream:
-        return [line.rstrip("\n") for line in stream]
 
 
 def write_jsonl(file: Path, records: Iterable[Any]) -> None:
@@ -354,62 +339,6 @@ def build_text(work: Path, out: Path, pair: Sequence[str], seed: int, max_words:
 # ---------------------------------------------------------------- SentencePiece
 
 
-def load_sentencepiece(model: Path):
-    import sentencepiece
-
-    return sentencepiece.SentencePieceProcessor(model_file=str(model))
-
-
-def encode(processor, texts: Sequence[str]) -> list[list[str]]:
-    return processor.encode(list(texts), out_type=str, num_threads=2)
-
-
-def train_sentencepiece(model: Path, texts: Iterable[str], bpe_size: int, coverage: float) -> None:
-    """A joint BPE model whose fairseq dictionary has exactly ``bpe_size`` entries, fairseq's specials included.
-
-    The text is not normalised (``corpus.clean`` did that), so that decoding gives back what was encoded.
-    """
-    import sentencepiece
-
-    written = io.BytesIO()
-    try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(texts),
-            model_writer=written,
-            model_type="bpe",
-            vocab_size=bpe_size - FAIRSEQ_SPECIALS + SENTENCEPIECE_SPECIALS,
-            character_coverage=coverage,
-            normalization_rule_name="identity",
-            user_defined_symbols=[SEPARATOR_PIECE],
-            max_sentence_length=1 << 20,
-            num_threads=1,
-            minloglevel=2,
-        )
-    except RuntimeError as error:
-        raise PrepareError(f"SentencePiece cannot train with --bpe-size {bpe_size} on this text: {error}") from error
-    model.write_bytes(written.getvalue())
-
-
-def write_dictionary(file: Path, processor, frequency: Counter[str]) -> int:
-    """fairseq's dict.txt: every piece and its frequency in training. Returns its size, fairseq's specials included."""
-    pieces = [processor.id_to_piece(index) for index in range(SENTENCEPIECE_SPECIALS, processor.get_piece_size())]
-    write_lines(file, (f"{piece} {frequency[piece]}" for piece in pieces))
-    return len(pieces) + FAIRSEQ_SPECIALS
-
-
-def length_quantiles(lengths: Sequence[int]) -> dict[str, float]:
-    """Of lengths in tokens, without the end-of-sentence token."""
-    ordered = sorted(lengths)
-    at = {f"p{percent}": ordered[round(percent / 100 * (len(ordered) - 1))] for percent in (10, 50, 90, 99)}
-    return {
-        "lines": len(ordered),
-        "tokens": sum(ordered),
-        "mean": round(statistics.fmean(ordered), 1),
-        **at,
-        "max": ordered[-1],
-    }
-
-
 def write_encoded(
     folder: Path, pair: Sequence[str], split: str, sides: Sequence[Sequence[Sequence[str]]], known: frozenset[str]
 ) -> dict[str, Any]:
@@ -421,10 +350,6 @@ def write_encoded(
         unknown = sum(piece not in known for pieces in encoded for piece in pieces)
         counts[language] = {**length_quantiles([len(pieces) for pieces in encoded]), "unknown": unknown}
     return counts
-
-
-def known_pieces(processor) -> frozenset[str]:
-    return frozenset(map(processor.id_to_piece, range(SENTENCEPIECE_SPECIALS, processor.get_piece_size())))
 
 
 def build_sentencepiece(work: Path, out: Path, pair: Sequence[str], bpe_size: int, coverage: float) -> dict[str, Any]:
@@ -450,20 +375,6 @@ def build_sentencepiece(work: Path, out: Path, pair: Sequence[str], bpe_size: in
 # ---------------------------------------------------------------- documents
 
 
-def join_segments(segments: Sequence[str]) -> str:
-    """Raw text of a document; splitting at the separator gives the segments back."""
-    return f" {corpus.SEPARATOR} ".join(segments)
-
-
-def join_pieces(segments: Sequence[Sequence[str]]) -> list[str]:
-    """The pieces of a document, the same as those of its joined raw text."""
-    joined = list(segments[0])
-    for pieces in segments[1:]:
-        joined.append(SEPARATOR_PIECE)
-        joined.extend(pieces)
-    return joined
-
-
 def build_pages(work: Path, out: Path, pair: Sequence[str], page_tokens: int) -> dict[str, Any]:
     """``pages/`` and ``bpe-pages/``: documents of at most ``page_tokens`` tokens on both sides."""
     processor = load_sentencepiece(out / "spm.model")
@@ -481,7 +392,7 @@ def build_pages(work: Path, out: Path, pair: Sequence[str], page_tokens: int) ->
         for page in pages:
             of_page = pieces[start : start + len(page.pairs)]
             start += len(page.pairs)
-            documents, left_out = corpus.cut_page(page, [(len(s), len(t)) for s, t in of_page], page_tokens)
+            documents, left_out = cut_page(page, [(len(s), len(t)) for s, t in of_page], page_tokens)
             too_long += left_out
             for document in documents:
                 span = slice(document.first, document.first + len(document.pairs))
@@ -505,99 +416,13 @@ def build_pages(work: Path, out: Path, pair: Sequence[str], page_tokens: int) ->
 
 def build_data_bin(work: Path, out: Path, pair: Sequence[str]) -> dict[str, Any]:
     """``data-bin/sentences`` and ``data-bin/pages``, by fairseq-preprocess with one dictionary for all sides."""
-    logs = out / "logs"
-    logs.mkdir(exist_ok=True)
-    running = {}
-    for level in LEVELS:
-        # fmt: off
-        command = [
-            sys.executable, "-m", "fairseq_cli.preprocess",
-            "--source-lang", fairseq_language(pair[0]), "--target-lang", fairseq_language(pair[1]),
-            *(word for split in SPLITS for word in (f"--{split}pref", str(out / f"bpe-{level}" / split))),
-            "--srcdict", str(out / "dict.txt"), "--joined-dictionary",
-            "--destdir", str(work / "data-bin" / level),
-        ]
-        # fmt: on
-        log = logs / f"preprocess-{level}.log"
-        log.write_text(f"{shlex.join(command)}\n")
-        with log.open("a") as stream:
-            # Both at once: most of their time is the import of fairseq.
-            running[log] = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT)
-    failed = {log: process.returncode for log, process in running.items() if process.wait()}
-    for log, status in failed.items():
-        tail = "\n".join(log.read_text(errors="replace").splitlines()[-5:])
-        raise PrepareError(f"fairseq-preprocess failed with exit status {status}; the end of {log}:\n{tail}")
+    folders = {level: out / f"bpe-{level}" for level in LEVELS}
+    languages = [fairseq_language(language) for language in pair]
+    preprocess(languages, folders, out / "dict.txt", work / "data-bin", out / "logs")
     return {}
 
 
 # ---------------------------------------------------------------- steps
-
-
-class Step(NamedTuple):
-    """One resumable step. ``build(folder)`` makes the products in an empty folder and returns its counts."""
-
-    name: str
-    products: tuple[str, ...]
-    options: dict[str, Any]
-    build: Callable[[Path], dict[str, Any]]
-
-
-def _write_json(file: Path, value: Any) -> None:
-    temporary = file.with_name(f"{file.name}.tmp")
-    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    temporary.rename(file)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def run_steps(out: Path, steps: Sequence[Step], report: Callable[[str], None] = print) -> dict[str, Any]:
-    """Runs the steps that are not done yet, in order, and returns the counts of all.
-
-    A step is done when its marker in ``out/.steps`` holds its options and its products exist. Before a step runs, the
-    markers and products of it and of all later steps go, ``counts.json`` first: whatever interrupts the run, no product
-    of old options is left beside new ones.
-    """
-    markers = out / ".steps"
-    work = out / ".work"
-    counts: dict[str, Any] = {}
-    for number, step in enumerate(steps):
-        marker = markers / f"{step.name}.json"
-        done = json.loads(marker.read_text("utf-8")) if marker.exists() else None
-        if done and done["options"] == step.options and all((out / product).exists() for product in step.products):
-            report(f"{step.name}: done before")
-            counts.update(done["counts"])
-            continue
-        if done:
-            changed = {
-                name
-                for name in done["options"].keys() | step.options.keys()
-                if done["options"].get(name) != step.options.get(name)
-            }
-            values = [f"{name}: {done['options'].get(name)} -> {step.options.get(name)}" for name in sorted(changed)]
-            report(f"{step.name}: again ({'; '.join(values) or 'its products are gone'})")
-        (out / "counts.json").unlink(missing_ok=True)
-        for later in steps[number:]:
-            (markers / f"{later.name}.json").unlink(missing_ok=True)
-            for product in later.products:
-                _remove(out / product)
-        _remove(work)
-        work.mkdir()
-        start = time.monotonic()
-        step_counts = step.build(work)
-        for product in step.products:
-            (work / product).rename(out / product)
-        shutil.rmtree(work)
-        seconds = round(time.monotonic() - start, 1)
-        step_counts = {**step_counts, f"seconds_{step.name}": seconds}
-        _write_json(marker, {"options": step.options, "counts": step_counts})
-        report(f"{step.name}: {seconds} s")
-        counts.update(step_counts)
-    return counts
 
 
 def steps_of(args: argparse.Namespace, pair: tuple[str, str]) -> list[Step]:
@@ -605,8 +430,8 @@ def steps_of(args: argparse.Namespace, pair: tuple[str, str]) -> list[Step]:
     packages = {"pair": list(pair)}
     if args.deb_dir is not None:
         files = find_packages(packages_of(pair), args.deb_dir)
-        packages |= {name: f"{file.name} {_file_hash(file)}" for name, file in files.items()}
-    code = _file_hash(Path(corpus.__file__), Path(__file__))
+        packages |= {name: f"{file.name} {file_hash(file)}" for name, file in files.items()}
+    code = file_hash(*(Path(module.__file__) for module in (corpus, segments, building)), Path(__file__))
     return [
         Step("packages", ("packages",), packages, lambda work: build_packages(work, pair, args.deb_dir)),
         Step(
@@ -629,12 +454,6 @@ def steps_of(args: argparse.Namespace, pair: tuple[str, str]) -> list[Step]:
         ),
         Step("data_bin", ("data-bin",), {}, lambda work: build_data_bin(work, out, pair)),
     ]
-
-
-def versions() -> dict[str, str]:
-    named = {name: importlib.metadata.version(name) for name in ("sentencepiece", "torch")}
-    fairseq = importlib.metadata.packages_distributions()["fairseq"][0]
-    return {"python": platform.python_version(), **named, fairseq: importlib.metadata.version(fairseq)}
 
 
 def summary(counts: dict[str, Any], pair: Sequence[str]) -> str:
@@ -667,33 +486,9 @@ def summary(counts: dict[str, Any], pair: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
-def open_folder(out: Path) -> None:
-    """Makes the output folder; refuses one with other contents, because steps delete what they are about to make."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        if any(out.iterdir()) and not (out / ".steps").is_dir():
-            raise PrepareError(f"{out} is not empty and was not made by prepare.sh: choose another --out")
-        (out / ".steps").mkdir(exist_ok=True)
-    except OSError as error:
-        raise PrepareError(f"cannot write to --out {out}: {error}") from error
-
-
 def prepare(args: argparse.Namespace) -> dict[str, Any]:
     """All steps for one language pair; returns what ``counts.json`` holds."""
-    pair = (args.source, args.target)
-    open_folder(args.out)
-    with (args.out / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise PrepareError(f"another run is working in {args.out}: wait for it, or choose another --out") from error
-        counts = run_steps(args.out, steps_of(args, pair))
-        finished = args.out / "counts.json"
-        if not finished.exists():
-            options = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-            record = {"command": shlex.join(["prepare.sh", *sys.argv[1:]]), "options": options, "versions": versions()}
-            _write_json(finished, {**record, **counts})
-        return json.loads(finished.read_text("utf-8"))
+    return build(args.out, steps_of(args, (args.source, args.target)), vars(args))
 
 
 def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:

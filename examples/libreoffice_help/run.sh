@@ -17,6 +17,7 @@
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 source "$here/../../scripts/stages.sh"
+source "$here/../common/systems.sh"
 
 pair="en de" size="" systems="joint" jobs=1 run="" data="" dense_updates="" tune_updates=""
 while [ $# -gt 0 ]; do
@@ -72,24 +73,6 @@ training=(--task translation --source-lang "$src" --target-lang "$tgt" --share-a
   --criterion label_smoothed_cross_entropy --label-smoothing 0.1 --seed 1
   --no-epoch-checkpoints --log-format json --log-interval 50 --skip-invalid-size-inputs-valid-test)
 
-# The ap-masks flags of each system, at half of the pairs.
-masks_of() {
-  local every=(--encoder-self 0.5 --decoder-self 0.5 --cross 0.5)
-  case $1 in
-    joint) echo "${every[@]}" ;;
-    encoder_self) echo --encoder-self 0.5 ;;
-    decoder_self) echo --decoder-self 0.5 ;;
-    cross) echo --cross 0.5 ;;
-    random) echo "${every[@]}" --procedure random ;;
-    window) echo "${every[@]}" --procedure window ;;
-    as-published) echo "${every[@]}" --procedure as-published ;;
-    all-kept) ;;
-    *)
-      echo "error: unknown system $1; known: joint encoder_self decoder_self cross random window as-published all-kept" >&2
-      return 2 ;;
-  esac
-}
-
 # A batch size multiple of 1, because with its default of 8 fairseq drops up to 7 test sentences without a word.
 translate() {  # NAME CHECKPOINT
   stage "$1.generate" fairseq-generate "$bin" "${plugin[@]}" --path "$2" --source-lang "$src" --target-lang "$tgt" \
@@ -98,7 +81,7 @@ translate() {  # NAME CHECKPOINT
 
 system() {  # NAME
   local name=$1 flags
-  flags=$(masks_of "$name")
+  flags=$(masks_of "$name" 0.5)
   # shellcheck disable=SC2086  (flags are words)
   stage "$name.masks" ap-masks "$run/stats.safetensors" $flags -o "$run/$name.safetensors" --overwrite
   stage "$name.apply" ap-apply "$run/dense/checkpoint_best.pt" --attention-masks "$run/$name.safetensors" --data "$bin" \
@@ -110,7 +93,7 @@ system() {  # NAME
   translate "$name.tuned" "$run/$name.tuned/checkpoint_best.pt"
 }
 
-for name in $systems; do masks_of "$name" > /dev/null; done
+for name in $systems; do masks_of "$name" 0.5 > /dev/null; done
 [ -e "$data/counts.json" ] || stage prepare bash "$here/prepare.sh" "$src" "$tgt" "${prepare[@]}"
 stage dense.train fairseq-train "$bin" "${training[@]}" "${sizes[@]}" "${dense_lr[@]}" --max-update $dense_updates \
   --save-dir "$run/dense"

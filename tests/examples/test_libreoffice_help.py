@@ -17,11 +17,13 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "libreoffice_help"
-sys.path.insert(0, str(EXAMPLE))  # the example's scripts import each other by name, as when prepare.sh runs them
+# The example's scripts import each other and the shared ones by name, as when prepare.sh runs them.
+sys.path[:0] = [str(EXAMPLE), str(EXAMPLE.parent / "common")]
 
 import corpus  # noqa: E402
 import page_mix  # noqa: E402
 import prepare  # noqa: E402
+import segments  # noqa: E402
 from corpus import Block, Page, Pair  # noqa: E402
 
 # ---------------------------------------------------------------- help pages
@@ -223,7 +225,7 @@ LONG_ENGLISH = "This text was never translated at all"
         ("untranslated", "An older English text, since changed", LONG_ENGLISH),
         ("markup", "Use the <br> tag", "Den Tag benutzen"),
         ("markup", "Fish &amp; chips", "Fisch und Chips"),
-        ("separator", f"a {corpus.SEPARATOR} b", f"a {corpus.SEPARATOR} b"),
+        ("separator", f"a {segments.SEPARATOR} b", f"a {segments.SEPARATOR} b"),
         ("length_ratio", "Back", "Rückseiten, linke Seiten und alle anderen"),
         (None, "LibreOffice Basic", "LibreOffice Basic"),
         (None, LONG_ENGLISH, "Dieser Text wurde nie übersetzt"),
@@ -286,7 +288,7 @@ def test_cut_page(lengths, limit):
     """Documents hold every segment that fits, once and in order; none is longer than the limit on either side,
     separators counted; no document could also have taken the segment after it."""
     page = Page("p", [Pair(f"s{index}", f"t{index}") for index in range(len(lengths))])
-    documents, too_long = corpus.cut_page(page, lengths, limit)
+    documents, too_long = segments.cut_page(page, lengths, limit)
 
     def tokens(first, count):
         return [sum(length[side] for length in lengths[first : first + count]) + count - 1 for side in (0, 1)]
@@ -449,8 +451,8 @@ def test_page_level(run, tmp_path):
             assert [processor.decode(pieces) for pieces in encoded] == raw
             assert max(map(len, encoded)) <= 60
             for text, (page, first, count) in zip(raw, spans, strict=True):
-                segments = [pair[side] for pair in pages[page][int(first) : int(first) + int(count)]]
-                assert text.split(f" {corpus.SEPARATOR} ") == segments
+                of_page = [pair[side] for pair in pages[page][int(first) : int(first) + int(count)]]
+                assert text.split(f" {segments.SEPARATOR} ") == of_page
                 documents += 1
         per_page = Counter()
         for page, _, count in spans:
@@ -467,7 +469,7 @@ def test_dictionary(run, tmp_path):
     entries = [line.split(" ") for line in prepare.read_lines(tmp_path / "out/dict.txt")]
     pieces = [piece for piece, _ in entries]
     assert len(pieces) == len(set(pieces)) == 150 - 4
-    assert prepare.SEPARATOR_PIECE in pieces
+    assert segments.SEPARATOR_PIECE in pieces
     assert not set(pieces) & {"<s>", "</s>", "<pad>", "<unk>"}
     used = Counter()
     for language in ("en", "de"):
@@ -770,8 +772,8 @@ def test_the_mix_holds_every_length_and_translates_the_same_text(run, tmp_path):
             (name, s) for name, segments in pages for s in segments
         ]
         for side in (0, 1):
-            for (_, segments), line in zip(chunks, page_mix.encoded(chunks, side), strict=True):
-                assert len(line.split(" ")) <= limit or len(segments) == 1
+            for (_, of_chunk), line in zip(chunks, page_mix.encoded(chunks, side), strict=True):
+                assert len(line.split(" ")) <= limit or len(of_chunk) == 1
     assert len(page_mix.cut(pages, 12)) > len(page_mix.cut(pages, 25)) > len(pages)
     assert page_mix.cut(pages, 60) == pages
     for side, language in enumerate(pair):

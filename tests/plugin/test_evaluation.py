@@ -157,7 +157,7 @@ def test_command_writes_json_markdown_and_latex(tmp_path, capsys):
     output = tmp_path / "results.json"
     systems = [f"{name}={tmp_path / name}" for name in ("plain", "log", "better_%")]
     options = ["--significance", "bootstrap", "--samples", "100", "--by-length", "7", "15", "--tokenized-bleu", "cased"]
-    options += ["--language", "de", "--documents", str(tmp_path / "ref")]
+    options += ["--metrics", "bleu", "chrf", "ter", "--language", "de", "--documents", str(tmp_path / "ref")]
     evaluate.main([*systems, "--reference", str(tmp_path / "ref"), *options, "-o", str(output)])
     printed = capsys.readouterr().out
     document = json.loads(output.read_text())

@@ -25,6 +25,8 @@ def tables():
     lines = (EXAMPLE / "results/h200-finetuned.jsonl").read_text(encoding="utf-8").splitlines()
     yield "h200-finetuned", lambda: script(EXAMPLE / "sweep.py").format_table([json.loads(line) for line in lines])
     report = json.loads((ROOT / "scripts/bench_fairseq.h200.json").read_text(encoding="utf-8"))
+    samples = json.loads((ROOT / "scripts/sample_error.cpu.json").read_text(encoding="utf-8"))
+    yield "sample", lambda: script(ROOT / "scripts/sample_error.py").format_markdown(samples)
     yield "bench_fairseq", lambda: script(ROOT / "scripts/bench_fairseq.py").table(report)
 
 

@@ -1,14 +1,23 @@
 """Recorded statistics are what one would compute by hand, sentence by sentence."""
 
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from plugin.builders import batch, dense_model, dictionary
+from plugin.commands import ROOT, run
 
-from ap_fairseq.artifacts import ArtifactError, AttentionStats
-from ap_fairseq.recording import AttentionRecorder, occupancy_of
+from ap_fairseq.artifacts import ArtifactError, AttentionStats, load_checkpoint
+from ap_fairseq.cli import record as record_command
+from ap_fairseq.recording import AttentionRecorder, occupancy_of, sample_by_length
 from ap_fairseq.sites import AttentionKind, attention_sites
 
 WORDS = dictionary()
@@ -173,3 +182,100 @@ def test_occupancy_counts_the_sentences_of_each_cell(pairs):
     for kind, (n_queries, n_keys, attendable) in exists.items():
         expected = [[sum(attendable(i, j, *pair) for pair in pairs) for j in range(n_keys)] for i in range(n_queries)]
         np.testing.assert_array_equal(occupancy_of(kind, lengths), expected)
+
+
+def test_a_sample_has_the_lengths_of_the_whole():
+    """One of each run of neighbours in length: seeded, without repetition, in order; too large a sample is all."""
+    lengths = np.sort(np.random.default_rng(0).lognormal(3, 0.6, 10_000).astype(int))
+    indices = np.arange(20_000, 30_000)
+    sample = sample_by_length(indices, 500, seed=1)
+    assert len(np.unique(sample)) == 500 and (np.diff(sample) > 0).all()
+    np.testing.assert_array_equal(sample, sample_by_length(indices, 500, seed=1))
+    assert (sample != sample_by_length(indices, 500, seed=2)).mean() > 0.9
+    whole, drawn = (np.quantile(x, [0.02, 0.25, 0.5, 0.75, 0.98]) for x in (lengths, lengths[sample - 20_000]))
+    np.testing.assert_allclose(drawn, whole, rtol=0.05)
+    np.testing.assert_array_equal(sample_by_length(indices, 10_000, seed=1), indices)
+    np.testing.assert_array_equal(sample_by_length(indices, 99_999, seed=1), indices)
+
+
+def test_a_full_disk_leaves_nothing_behind(tmp_path):
+    """A limit on the size of files stands for a full disk: one error with both sizes, and no half file."""
+    script = (
+        "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
+        "from plugin.builders import random_stats\n"
+        "from ap_fairseq.artifacts import ArtifactError\n"
+        "try:\n"
+        f"    random_stats(longest=(60, 60)).save({str(tmp_path / 'stats')!r})\n"
+        "except ArtifactError as error:\n"
+        "    print(error)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    assert re.search(r"stats could not be written: .*; it needs [\d,]+ bytes, [\d,]+ are free", done.stdout)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_interrupted_recording_leaves_nothing_and_runs_again(data_bin, dense, tmp_path):
+    """SIGTERM after the first batches, as a queue sends it: no file, whole or half; the next run is complete."""
+    command = ["ap-record", data_bin, "--path", dense, "-o", tmp_path / "stats", "--cpu", "--num-workers", 0]
+    slow = [str(Path(sys.executable).parent / command[0]), *map(str, command[1:]), "--batch-size", "1"]
+    slow += ["--log-format", "simple", "--log-interval", "1"]
+    with subprocess.Popen(slow, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as recording:
+        for line in recording.stdout:
+            if "valid on 'train' subset:" in line:
+                break
+        recording.terminate()
+    assert recording.returncode != 0 and not list(tmp_path.iterdir())
+    run(*command, "--max-tokens", 2000)
+    assert AttentionStats.load(tmp_path / "stats").metadata["sentences"] == 1000
+
+
+def changed_checkpoint(path, output, change) -> Path:
+    state = load_checkpoint(path)
+    change(state)
+    torch.save(state, output)
+    return output
+
+
+@pytest.fixture
+def other_data_bin(data_bin, tmp_path):
+    """The toy corpus under a dictionary of the same size in another order, which fits the model all the same."""
+    folder = tmp_path / "other-bin"
+    shutil.copytree(data_bin, folder)
+    for side in ("en", "de"):
+        lines = (folder / f"dict.{side}.txt").read_text("utf-8").splitlines(keepends=True)
+        (folder / f"dict.{side}.txt").write_text("".join(reversed(lines)), "utf-8")
+    return folder
+
+
+def test_what_cannot_be_recorded_is_refused_at_once(data_bin, other_data_bin, dense, tmp_path, capsys):
+    def forget_data(state):
+        state["cfg"]["task"]["data"] = "gone"
+
+    def other_architecture(state):
+        state["cfg"]["model"].arch = state["cfg"]["model"]._name = "lstm"
+
+    larger = tmp_path / "larger-bin"
+    shutil.copytree(data_bin, larger)
+    for side in ("en", "de"):
+        with (larger / f"dict.{side}.txt").open("a") as dictionary:
+            dictionary.write("newword 1\n")
+    moved = changed_checkpoint(dense, tmp_path / "moved.pt", forget_data)
+    lstm = changed_checkpoint(dense, tmp_path / "lstm.pt", other_architecture)
+    cases = [
+        (
+            [other_data_bin, "--path", dense],
+            r"dict.de.txt has the SHA-256 [0-9a-f]{12}; .* was trained with .*, which has",
+        ),
+        ([larger, "--path", moved], r"moved.pt has \d+ symbols in its encoder, the dictionary of .*larger-bin has \d+"),
+        ([data_bin, "--path", lstm], "architecture 'lstm'; attention can be recorded from .*transformer_iwslt_de_en"),
+        ([tmp_path, "--path", dense], "has no dictionary"),
+        ([data_bin, "--path", dense, "--subset", "dev"], "no subset 'dev' in"),
+        ([data_bin, "--path", dense, "--sample", 0], "--sample must be at least 1 sentence, got 0"),
+    ]
+    for arguments, message in cases:
+        with pytest.raises(SystemExit) as stop:
+            record_command.main([*map(str, arguments), "--cpu", "-o", str(tmp_path / "stats")])
+        printed = capsys.readouterr().err
+        assert stop.value.code == 2 and re.search(message, printed), f"{arguments}: {printed[-800:]}"
+        assert not (tmp_path / "stats").exists()

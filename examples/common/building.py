@@ -1,0 +1,262 @@
+"""What the examples share to build data: resumable steps, text files, SentencePiece, fairseq-preprocess.
+
+Every step builds in a temporary folder, which is renamed when it is complete; ``counts.json`` is written last, so a
+folder that has it is finished. A second run repeats only the steps whose options, inputs or code changed, and those
+after them.
+"""
+
+import fcntl
+import hashlib
+import importlib.metadata
+import io
+import json
+import platform
+import shlex
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from segments import SEPARATOR_PIECE
+
+SPLITS = ("train", "valid", "test")
+SENTENCEPIECE_SPECIALS = 3  # <unk> <s> </s>
+FAIRSEQ_SPECIALS = 4  # <s> <pad> </s> <unk>
+
+
+class PrepareError(Exception):
+    """Something that the user can put right; the message says how."""
+
+
+# ---------------------------------------------------------------- files
+
+
+def file_hash(*files: Path) -> str:
+    """The first 16 digits of the SHA-256 of the files together."""
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def write_lines(file: Path, lines: Iterable[str]) -> None:
+    with file.open("w", encoding="utf-8", newline="\n") as stream:
+        stream.writelines(f"{line}\n" for line in lines)
+
+
+def read_lines(file: Path) -> list[str]:
+    with file.open(encoding="utf-8", newline="\n") as stream:
+        return [line.rstrip("\n") for line in stream]
+
+
+def write_json(file: Path, value: Any) -> None:
+    temporary = file.with_name(f"{file.name}.tmp")
+    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary.rename(file)
+
+
+# ---------------------------------------------------------------- SentencePiece and fairseq
+
+
+def load_sentencepiece(model: Path):
+    import sentencepiece
+
+    return sentencepiece.SentencePieceProcessor(model_file=str(model))
+
+
+def encode(processor, texts: Sequence[str]) -> list[list[str]]:
+    return processor.encode(list(texts), out_type=str, num_threads=2)
+
+
+def train_sentencepiece(
+    model: Path, texts: Iterable[str], bpe_size: int, coverage: float, symbols: Sequence[str] = (SEPARATOR_PIECE,)
+) -> None:
+    """A joint BPE model whose fairseq dictionary has exactly ``bpe_size`` entries, fairseq's specials included.
+
+    The text is not normalised, so that decoding gives back what was encoded; ``symbols`` are one piece each.
+    """
+    import sentencepiece
+
+    written = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(texts),
+            model_writer=written,
+            model_type="bpe",
+            vocab_size=bpe_size - FAIRSEQ_SPECIALS + SENTENCEPIECE_SPECIALS,
+            character_coverage=coverage,
+            normalization_rule_name="identity",
+            user_defined_symbols=list(symbols),
+            max_sentence_length=1 << 20,
+            num_threads=1,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise PrepareError(f"SentencePiece cannot train with --bpe-size {bpe_size} on this text: {error}") from error
+    model.write_bytes(written.getvalue())
+
+
+def write_dictionary(file: Path, processor, frequency: Counter[str]) -> int:
+    """fairseq's dict.txt: every piece and its frequency in training. Returns its size, fairseq's specials included."""
+    pieces = [processor.id_to_piece(index) for index in range(SENTENCEPIECE_SPECIALS, processor.get_piece_size())]
+    write_lines(file, (f"{piece} {frequency[piece]}" for piece in pieces))
+    return len(pieces) + FAIRSEQ_SPECIALS
+
+
+def length_quantiles(lengths: Sequence[int]) -> dict[str, float]:
+    """Of lengths in tokens, without the end-of-sentence token."""
+    ordered = sorted(lengths)
+    at = {f"p{percent}": ordered[round(percent / 100 * (len(ordered) - 1))] for percent in (10, 50, 90, 99)}
+    return {
+        "lines": len(ordered),
+        "tokens": sum(ordered),
+        "mean": round(statistics.fmean(ordered), 1),
+        **at,
+        "max": ordered[-1],
+    }
+
+
+def known_pieces(processor) -> frozenset[str]:
+    return frozenset(map(processor.id_to_piece, range(SENTENCEPIECE_SPECIALS, processor.get_piece_size())))
+
+
+def preprocess(
+    pair: Sequence[str],
+    folders: Mapping[str, Path],
+    dictionary: Path,
+    destination: Path,
+    logs: Path,
+    workers: int = 1,
+) -> None:
+    """``fairseq-preprocess`` with one dictionary for all sides.
+
+    folders: name -> folder with ``{train,valid,test}.<language>`` of pieces; each becomes ``destination/<name>``.
+    workers: processes for each folder.
+    """
+    logs.mkdir(exist_ok=True)
+    running = {}
+    for name, folder in folders.items():
+        # fmt: off
+        command = [
+            sys.executable, "-m", "fairseq_cli.preprocess",
+            "--source-lang", pair[0], "--target-lang", pair[1],
+            *(word for split in SPLITS for word in (f"--{split}pref", str(folder / split))),
+            "--srcdict", str(dictionary), "--joined-dictionary",
+            "--destdir", str(destination / name), "--workers", str(workers),
+        ]
+        # fmt: on
+        log = logs / f"preprocess-{name}.log"
+        log.write_text(f"{shlex.join(command)}\n")
+        with log.open("a") as stream:
+            # All at once: most of their time is the import of fairseq.
+            running[log] = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT)
+    failed = {log: process.returncode for log, process in running.items() if process.wait()}
+    for log, status in failed.items():
+        tail = "\n".join(log.read_text(errors="replace").splitlines()[-5:])
+        raise PrepareError(f"fairseq-preprocess failed with exit status {status}; the end of {log}:\n{tail}")
+
+
+# ---------------------------------------------------------------- steps
+
+
+class Step(NamedTuple):
+    """One resumable step. ``build(folder)`` makes the products in an empty folder and returns its counts."""
+
+    name: str
+    products: tuple[str, ...]
+    options: dict[str, Any]
+    build: Callable[[Path], dict[str, Any]]
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def run_steps(out: Path, steps: Sequence[Step], report: Callable[[str], None] = print) -> dict[str, Any]:
+    """Runs the steps that are not done yet, in order, and returns the counts of all.
+
+    A step is done when its marker in ``out/.steps`` holds its options and its products exist. Before a step runs, the
+    markers and products of it and of all later steps go, ``counts.json`` first: whatever interrupts the run, no product
+    of old options is left beside new ones.
+    """
+    markers = out / ".steps"
+    work = out / ".work"
+    counts: dict[str, Any] = {}
+    for number, step in enumerate(steps):
+        marker = markers / f"{step.name}.json"
+        done = json.loads(marker.read_text("utf-8")) if marker.exists() else None
+        if done and done["options"] == step.options and all((out / product).exists() for product in step.products):
+            report(f"{step.name}: done before")
+            counts.update(done["counts"])
+            continue
+        if done:
+            changed = {
+                name
+                for name in done["options"].keys() | step.options.keys()
+                if done["options"].get(name) != step.options.get(name)
+            }
+            values = [f"{name}: {done['options'].get(name)} -> {step.options.get(name)}" for name in sorted(changed)]
+            report(f"{step.name}: again ({'; '.join(values) or 'its products are gone'})")
+        (out / "counts.json").unlink(missing_ok=True)
+        for later in steps[number:]:
+            (markers / f"{later.name}.json").unlink(missing_ok=True)
+            for product in later.products:
+                _remove(out / product)
+        _remove(work)
+        work.mkdir()
+        start = time.monotonic()
+        step_counts = step.build(work)
+        for product in step.products:
+            (work / product).rename(out / product)
+        shutil.rmtree(work)
+        seconds = round(time.monotonic() - start, 1)
+        step_counts = {**step_counts, f"seconds_{step.name}": seconds}
+        write_json(marker, {"options": step.options, "counts": step_counts})
+        report(f"{step.name}: {seconds} s")
+        counts.update(step_counts)
+    return counts
+
+
+def versions() -> dict[str, str]:
+    named = {name: importlib.metadata.version(name) for name in ("sentencepiece", "torch")}
+    fairseq = importlib.metadata.packages_distributions()["fairseq"][0]
+    return {"python": platform.python_version(), **named, fairseq: importlib.metadata.version(fairseq)}
+
+
+def open_folder(out: Path) -> None:
+    """Makes the output folder; refuses one with other contents, because steps delete what they are about to make."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if any(out.iterdir()) and not (out / ".steps").is_dir():
+            raise PrepareError(f"{out} is not empty and was not made by prepare.sh: choose another --out")
+        (out / ".steps").mkdir(exist_ok=True)
+    except OSError as error:
+        raise PrepareError(f"cannot write to --out {out}: {error}") from error
+
+
+def build(out: Path, steps: Sequence[Step], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Runs the steps in ``out`` unless another run is working there; returns what ``counts.json`` holds.
+
+    options: of the command line, for the record.
+    """
+    open_folder(out)
+    with (out / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise PrepareError(f"another run is working in {out}: wait for it, or choose another --out") from error
+        counts = run_steps(out, steps)
+        finished = out / "counts.json"
+        if not finished.exists():
+            plain = {name: str(value) if isinstance(value, Path) else value for name, value in options.items()}
+            record = {"command": shlex.join(["prepare.sh", *sys.argv[1:]]), "options": plain, "versions": versions()}
+            write_json(finished, {**record, **counts})
+        return json.loads(finished.read_text("utf-8"))

@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# The systems that the examples compare; sourced.
+
+# masks_of NAME SHARE: the ap-masks flags of a system that prunes SHARE of the pairs.
+masks_of() {
+  local every=(--encoder-self "$2" --decoder-self "$2" --cross "$2")
+  case $1 in
+    joint) echo "${every[@]}" ;;
+    encoder_self) echo --encoder-self "$2" ;;
+    decoder_self) echo --decoder-self "$2" ;;
+    cross) echo --cross "$2" ;;
+    random) echo "${every[@]}" --procedure random ;;
+    window) echo "${every[@]}" --procedure window ;;
+    as-published) echo "${every[@]}" --procedure as-published ;;
+    all-kept) ;;
+    *)
+      echo "error: unknown system $1; known: joint encoder_self decoder_self cross random window as-published all-kept" >&2
+      return 2 ;;
+  esac
+}

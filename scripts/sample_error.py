@@ -1,0 +1,120 @@
+#!/usr/bin/env python
+"""What recording a sample of the data costs: masks of samples against masks of the whole.
+
+    ap-record DATA-BIN --path dense.pt -o full.safetensors
+    for n in 1000 4000 16000; do ap-record DATA-BIN --path dense.pt --sample $n -o $n.safetensors; done
+    python scripts/sample_error.py full.safetensors 1000.safetensors 4000.safetensors 16000.safetensors --share 0.5
+
+For each sample and attention kind, measured on the pairs of the whole data set:
+    overlap     share of the pairs kept by the whole's mask that the sample's mask keeps too
+    effective   effective sparsity of the sample's mask (its budget was met on the sample)
+    kept mass   of the sample's mask, and of the whole's mask in brackets
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from ap_fairseq.artifacts import ArtifactError, AttentionStats, PruningMasks, refuse_existing, versions
+from ap_fairseq.evaluation import write_json
+from ap_fairseq.masks import GRANULARITIES, MaskSpec, build_masks
+from ap_fairseq.sites import AttentionKind
+
+
+def grown(masks: PruningMasks, kind: AttentionKind, shape: tuple[int, int]) -> np.ndarray:
+    """The keep mask of a kind up to *shape*: bool (layers, heads, Tq, Tk), True = kept.
+
+    Cells outside the recorded range follow the pattern beyond it, by their offset, as in the model; offsets that the
+    pattern does not have are kept.
+    """
+    keep, beyond = masks.keep[kind], masks.beyond[kind]
+    queries, keys = (min(a, b) for a, b in zip(keep.shape[2:], shape, strict=True))
+    offset = np.arange(shape[1])[None, :] - np.arange(shape[0])[:, None] + keep.shape[2] - 1
+    inside = (offset >= 0) & (offset < beyond.shape[-1])
+    result = np.where(inside, beyond[..., offset.clip(0, beyond.shape[-1] - 1)], True)
+    result[:, :, :queries, :keys] = keep[:, :, :queries, :keys]
+    return result
+
+
+def compare(full: AttentionStats, sample: AttentionStats, spec: MaskSpec) -> dict[str, dict[str, float]]:
+    """Compare the masks of both recordings on the pairs of the full one, by kind."""
+    whole, drawn = (build_masks(stats, spec)[0] for stats in (full, sample))
+    result = {}
+    for kind in full.kinds:
+        occupancy, mass = full.occupancy[kind], full.mass[kind]
+        expected, found = whole.keep[kind], grown(drawn, kind, occupancy.shape)
+        pairs = occupancy.sum() * np.prod(expected.shape[:2])
+        result[kind.value] = {
+            "overlap": float((occupancy * (expected & found)).sum() / (occupancy * expected).sum()),
+            "effective": float(1 - (occupancy * found).sum() / pairs),
+            "kept_mass": float(mass[found].sum() / mass.sum()),
+            "kept_mass_of_whole": float(mass[expected].sum() / mass.sum()),
+        }
+    return result
+
+
+def format_markdown(document: dict) -> str:
+    """Render the written JSON as a Markdown table, one row for each number of sentences."""
+    kinds = [kind.value for kind in AttentionKind if kind.value in document["samples"][0]["kinds"]]
+    lines = ["| sentences | " + " | ".join(f"{kind} overlap / sparsity / kept mass" for kind in kinds) + " |"]
+    lines.append("|---:|" + "---:|" * len(kinds))
+    cell = "{overlap:.1%} / {effective:.1%} / {kept_mass:.1%}"
+    for row in document["samples"]:
+        lines.append(f"| {row['sentences']:,} | " + " | ".join(cell.format(**row["kinds"][k]) for k in kinds) + " |")
+    last = document["samples"][-1]["kinds"]
+    whole = [f"100% / {document['share']:.1%} / {last[kind]['kept_mass_of_whole']:.1%}" for kind in kinds]
+    lines.append(f"| {document['whole']['sentences']:,} (all) | " + " | ".join(whole) + " |")
+    return "\n".join(lines)
+
+
+def get_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("full", nargs="?", help="statistics of the whole data set")
+    parser.add_argument("samples", nargs="*", help="statistics of samples (ap-record --sample)")
+    parser.add_argument("--markdown", metavar="JSON", help="print a written JSON file as a table, nothing else")
+    parser.add_argument("--share", type=float, default=0.5, help="of the pairs to prune (default: %(default)s)")
+    parser.add_argument("--granularity", default=1, type=lambda x: int(x) if x.isdigit() else x, choices=GRANULARITIES)
+    parser.add_argument("-o", "--output", metavar="JSON")
+    parser.add_argument("--overwrite", action="store_true")
+    return parser
+
+
+def main() -> None:
+    args = get_parser().parse_args()
+    if args.markdown:
+        print(format_markdown(json.loads(Path(args.markdown).read_text(encoding="utf-8"))))
+        return
+    if not args.samples:
+        raise ArtifactError("name the statistics of the whole data set and of at least one sample")
+    if args.output:
+        refuse_existing(args.output, args.overwrite)
+    full = AttentionStats.load(args.full)
+    spec = MaskSpec(budgets={kind: args.share for kind in full.kinds}, granularity=args.granularity)
+    rows = []
+    print(f"{'sentences':>10}  {'kind':<13}{'overlap':>9}{'effective':>11}{'kept mass':>18}")
+    for path in args.samples:
+        sample = AttentionStats.load(path)
+        if sample.metadata["checkpoint"] != full.metadata["checkpoint"]:
+            raise ArtifactError(f"{path} and {args.full} were recorded from different checkpoints")
+        kinds = compare(full, sample, spec)
+        rows.append({"sentences": sample.metadata["sentences"], "sample": sample.metadata["sample"], "kinds": kinds})
+        for kind, row in kinds.items():
+            masses = f"{row['kept_mass']:.2%} ({row['kept_mass_of_whole']:.2%})"
+            print(
+                f"{rows[-1]['sentences']:>10,}  {kind:<13}{row['overlap']:>9.2%}{row['effective']:>11.2%}{masses:>18}"
+            )
+    if args.output:
+        document = {"share": args.share, "granularity": args.granularity, "samples": rows, "versions": versions()}
+        write_json(args.output, {**document, "whole": full.metadata}, args.overwrite)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ArtifactError as error:
+        sys.exit(f"sample_error.py: error: {error}")

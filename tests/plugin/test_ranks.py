@@ -1,0 +1,166 @@
+"""Several ranks: two gloo processes on the CPU record, train and resume as one process does."""
+
+import functools
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from plugin.commands import TINY, generate, run
+
+from ap_fairseq.artifacts import ArtifactError, AttentionStats, PruningMasks, load_checkpoint, refuse_existing
+from ap_fairseq.cli import record
+from ap_fairseq.evaluation import read_hypotheses
+from ap_fairseq.sites import AttentionKind
+
+RANKS = 2
+
+
+def start(rank: int, port: int, command) -> subprocess.Popen:
+    executable = Path(sys.executable).parent / command[0]
+    flags = ["--distributed-world-size", RANKS, "--distributed-rank", rank, "--distributed-backend", "gloo"]
+    flags += ["--distributed-init-method", f"tcp://127.0.0.1:{port}", "--distributed-no-spawn"]
+    return subprocess.Popen(
+        [str(executable), *map(str, [*command[1:], *flags])],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def start_ranks(*command) -> list[subprocess.Popen]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return [start(rank, port, command) for rank in range(RANKS)]
+
+
+def run_ranks(*command) -> str:
+    """Run a command as two ranks, without a GPU and so without fairseq's own spawning; return the log of rank 0."""
+    ranks = start_ranks(*command)
+    logs = [rank.communicate(timeout=300)[0] for rank in ranks]
+    for rank, log in zip(ranks, logs, strict=True):
+        assert rank.returncode == 0, log[-4000:]
+    return logs[0]
+
+
+def record_command(data_bin, dense, output, *flags):
+    return ["ap-record", data_bin, "--path", dense, "-o", output, "--cpu", "--num-workers", 0, *flags]
+
+
+def test_two_ranks_record_what_one_records(data_bin, dense, tmp_path):
+    """To float64 rounding, as both see the same batches. 77 sentences by 32 make three: one rank gets an empty one."""
+    flags = ["--batch-size", 32, "--sample", 77]
+    run(*record_command(data_bin, dense, tmp_path / "one", *flags))
+    log = run_ranks(*record_command(data_bin, dense, tmp_path / "two", *flags))
+    one, two = (AttentionStats.load(tmp_path / name) for name in ("one", "two"))
+    assert two.metadata == one.metadata
+    assert two.metadata["sentences"] == 77 and two.metadata["sample"] == {"sentences": 77, "seed": 1}
+    for kind in AttentionKind:
+        np.testing.assert_array_equal(two.occupancy[kind], one.occupancy[kind])
+        np.testing.assert_allclose(two.mass[kind], one.mass[kind], rtol=1e-13)
+    assert re.search(r"valid on 'train' subset \| loss [\d.]+", log)
+
+
+def train_command(data_bin, folder, updates, *flags):
+    options = "--optimizer adam --lr 1e-3 --lr-scheduler fixed --criterion label_smoothed_cross_entropy --cpu --seed 7"
+    options += " --label-smoothing 0.1 --max-tokens 1000 --num-workers 0 --no-epoch-checkpoints --log-format json"
+    options += " --log-interval 1 --ddp-backend legacy_ddp"  # pytorch_ddp wants a GPU
+    return ["fairseq-train", data_bin, "--arch", "pruned_transformer", *TINY, "--save-dir", folder,
+            "--max-update", updates, *options.split(), *flags]  # fmt: skip
+
+
+def saving_plugin(folder: Path) -> Path:
+    """A --user-dir that also saves, after each update, what each rank holds: fairseq itself writes rank 0's alone."""
+    plugin = folder / "saving_plugin"
+    plugin.mkdir()
+    (plugin / "__init__.py").write_text(
+        "import torch\n"
+        "from fairseq.trainer import Trainer\n"
+        "import ap_fairseq\n"
+        "step = Trainer.train_step\n"
+        "def saving_step(self, *args, **kwargs):\n"
+        "    result = step(self, *args, **kwargs)\n"
+        f"    torch.save(self.model.state_dict(), {str(folder)!r} + f'/rank{{self.data_parallel_rank}}.pt')\n"
+        "    return result\n"
+        "Trainer.train_step = saving_step\n"
+    )
+    return plugin
+
+
+def test_two_ranks_train_and_resume_under_the_same_masks(data_bin, dense, masks_file, tmp_path):
+    """Six updates, validation, then a resume without the mask file: all ranks hold the same parameters and masks, those
+    of the file."""
+    plugin = ["--user-dir", saving_plugin(tmp_path)]
+    flags = ["--finetune-from-model", dense, "--attention-masks", masks_file]
+    log = run_ranks(*train_command(data_bin, tmp_path / "out", 6, *plugin, *flags))
+    assert "training on 2 devices" in log and "effective sparsity" in log and '"valid_loss"' in log
+    log = run_ranks(*train_command(data_bin, tmp_path / "out", 8, *plugin, "--disable-validation"))
+    assert "Loaded checkpoint" in log and "@ 6 updates" in log
+    first, second = (torch.load(tmp_path / f"rank{rank}.pt") for rank in range(RANKS))
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+    packed = PruningMasks.load(masks_file).packed()
+    for layer in range(2):
+        site = first[f"encoder.layers.{layer}.self_attn.keep_words"]
+        np.testing.assert_array_equal(site, packed["encoder_self.keep"][layer])
+    assert torch.equal(load_checkpoint(tmp_path / "out" / "checkpoint_last.pt")["model"][name], first[name])
+
+
+def test_a_rank_that_dies_ends_the_recording(data_bin, dense, tmp_path):
+    """The other rank ends with an error within seconds, not after gloo's half hour, and nothing is written."""
+    ranks = start_ranks(
+        *record_command(data_bin, dense, tmp_path / "stats", "--batch-size", 1, "--log-format", "simple")
+    )
+    for line in ranks[0].stdout:
+        if "data_utils" in line or "loaded" in line:
+            break
+    ranks[1].send_signal(signal.SIGKILL)
+    died = time.monotonic()
+    log, _ = ranks[0].communicate(timeout=120)
+    assert ranks[0].returncode not in (0, None) and time.monotonic() - died < 60
+    assert "onnection" in log or "closed" in log, log[-2000:]
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("fails", "message"),
+    [
+        (os._exit, "rank 1 of the recording died .*exit code 1.*was not written"),
+        (
+            functools.partial(refuse_existing, "missing/stats"),
+            "^cannot write missing/stats: folder missing does",
+        ),
+    ],
+)
+def test_errors_of_spawned_ranks_are_one_line(monkeypatch, data_bin, dense, tmp_path, capsys, fails, message):
+    """fairseq spawns one process for each GPU; what a process raises, or its death, reaches the user as an error."""
+
+    def spawn(cfg, main, **kwargs):
+        torch.multiprocessing.spawn(fails, nprocs=RANKS)
+
+    monkeypatch.setattr(record.distributed_utils, "call_main", spawn)
+    with pytest.raises(SystemExit) as stop:
+        record.main([str(data_bin), "--path", str(dense), "-o", str(tmp_path / "stats"), "--cpu"])
+    error = capsys.readouterr().err.strip().splitlines()[-1].partition("error: ")[2]
+    assert stop.value.code == 2 and re.search(message, error), error
+
+
+def test_shards_of_a_translation_are_scored_together(data_bin, dense, tmp_path):
+    """The logs of all shards are one system, one alone is an error. fairseq accepts --num-shards and ignores it."""
+    shards = [tmp_path / f"shard{k}" for k in range(2)]
+    for k, shard in enumerate(shards):
+        flags = ["--batch-size", 8, "--distributed-world-size", 2, "--distributed-rank", k]
+        shard.write_text(generate(data_bin, dense, *flags, subset="valid"))
+    assert len(read_hypotheses(os.pathsep.join(map(str, shards)))) == 60
+    with pytest.raises(ArtifactError, match="was cut off"):
+        read_hypotheses(shards[0])
