@@ -120,7 +120,7 @@ for name in $systems; do
   scored+=("$name.untuned=$run/logs/$name.untuned.generate.log,$run/$name.untuned.pt")
   scored+=("$name.tuned=$run/logs/$name.tuned.generate.log,$run/$name.tuned/checkpoint_best.pt")
 done
-ap-evaluate "${scored[@]}" --reference "$data/sentences/test.$tgt" --stages "$run/stages" -o "$run/results.json" --overwrite
+ap-evaluate "${scored[@]}" --reference "$data/sentences/test.$tgt" --stages "$run/stages" --significance bootstrap -o "$run/results.json" --overwrite
 echo "results: $run/results.json"
 
 masks=()
