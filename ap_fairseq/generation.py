@@ -44,7 +44,7 @@ class PrunedSequenceGenerator(SequenceGenerator):
         super().__init__(models, tgt_dict, **kwargs)
         self._decoder: _StaticDecoder | None = None
         self._told: set[str] = set()
-        # Penalties that do not depend on the hypothesis: (3, V), by `_phase`.
+        # Penalties of every word that hold for all hypotheses (3, V): usually, too early to end, and at the end.
         penalty = torch.zeros(3, self.vocab_size)
         penalty[:, self.pad] = -math.inf
         penalty[:, self.unk] -= self.unk_penalty
