@@ -352,6 +352,8 @@ class Sweep:
         if system.schedule not in ("one-shot", "scratch"):
             return {}
         losses = validation_losses(self.out / "logs" / f"{system.name}.train.log")
+        if not losses:  # trained with --disable-validation
+            return {}
         loss = min(losses) if system.schedule == "scratch" else losses[-1]  # of the checkpoint that is used
         return {"valid_nll": loss, "valid_ppl": round(2**loss, 3)}
 
