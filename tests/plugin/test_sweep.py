@@ -238,3 +238,23 @@ def test_a_translation_of_other_files_is_not_taken_for_this_one(swept, data_bin,
     translate([system], str(data_bin), Search(beam=2, max_tokens=1500, cpu=True, on_device=True))
     with pytest.raises(ArtifactError, match="from other files or by another search"):
         translate([system], str(data_bin), Search(beam=3, max_tokens=1500, cpu=True))
+
+
+def test_perplexity_is_that_of_the_checkpoint_that_translates(tmp_path):
+    """The last of a fine-tuning, the best of a training from scratch; nothing where training did not validate."""
+    runner = object.__new__(sweep.Sweep)
+    runner.out = tmp_path
+    (tmp_path / "logs").mkdir()
+    losses = [f'INFO | valid | {{"epoch": 1, "valid_loss": "9", "valid_nll_loss": "{x}"}}\n' for x in (3.0, 1.5, 2.0)]
+    for schedule, text, expected in (
+        ("one-shot", losses, {"valid_nll": 2.0, "valid_ppl": 4.0}),
+        ("scratch", losses, {"valid_nll": 1.5, "valid_ppl": 2.828}),
+        ("scratch", [], {}),
+        ("untuned", losses, {}),
+    ):
+        system = sweep.System("effective", sparsity=0.8, schedule=schedule)
+        (tmp_path / "logs" / f"{system.name}.train.log").write_text("".join(text))
+        assert runner.validation(system) == expected
+    rows = [{"group": "a", "updates": 4, "sparsity": {}, "total": {"effective": 0.0}, "valid_ppl": 4.0, "device": "CPU"}]
+    table = sweep.format_table([{**rows[0], "versions": {"torch": "2"}}])
+    assert "validation perplexity |" in table and "BLEU" not in table and "| 4.00 |" in table
