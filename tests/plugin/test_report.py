@@ -250,7 +250,7 @@ def test_broken_results_are_named(tmp_path, text, message):
 
 
 def test_benchmark_of_the_committed_run():
-    benchmark = results.read_benchmark(ROOT / "scripts/bench_attention.h200.json")
+    benchmark = results.read_benchmark(ROOT / "scripts/bench_attention.h200-tuning.json")
     problems = {problem.title: problem.methods for problem in results.times(benchmark)}
     methods = problems["square forward (batch 4, heads 16, size 4096)"]
     assert methods["ours, 128-blocks"][-1] == (pytest.approx(0.8988, abs=1e-4), pytest.approx(0.1034, abs=1e-4))
@@ -258,6 +258,16 @@ def test_benchmark_of_the_committed_run():
     assert results.memory({"rows": [dict(case="memory", method="ours", peak_bytes=2**20, block=64, sparsity=0.5)]}) == [
         results.Measurements("memory ()", {"ours, 64-blocks": [(0.5, 1.0)]})
     ]
+
+
+def test_rivals_that_could_not_run_and_host_times_are_left_out(tmp_path):
+    path = tmp_path / "bench.json"
+    ours = {"case": "square", "method": "ours", "block": 16, "sparsity": 0.5, "size": 64, "direction": "forward"}
+    rows = [{**ours, "median_ms": 2.0}, {**ours, "method": "flex", "error": "no"}]
+    rows.append({"case": "host", "method": "ours", "direction": "forward", "median_us": 50.0})
+    path.write_text(json.dumps({"rows": rows}))
+    (problem,) = results.times(results.read_benchmark(path))
+    assert problem.methods == {"ours, 16-blocks": [(0.5, 2.0)]}
 
 
 def test_broken_benchmarks_are_named(tmp_path):
