@@ -27,6 +27,7 @@ def tables():
     """Name of a table in the README -> text that its results give."""
     yield "cpu", lambda: format_markdown(json.loads((EXAMPLE / "results/cpu.json").read_text(encoding="utf-8")))
     yield "h200-finetuned", lambda: script(EXAMPLE / "sweep.py").format_table(lines("h200-finetuned"))
+    yield "cpu-sweep", lambda: script(EXAMPLE / "sweep.py").format_table(lines("cpu-sweep"))
     published = [line for line in lines("h200-masks") if line["procedure"] == "as-published"]
     yield "h200-masks", lambda: script(EXAMPLE / "sweep.py").format_table(published)
     report = json.loads((ROOT / "scripts/bench_fairseq.h200.json").read_text(encoding="utf-8"))
@@ -37,6 +38,8 @@ def tables():
 
 @pytest.mark.parametrize(("name", "make"), tables(), ids=lambda value: value if isinstance(value, str) else "")
 def test_result_tables_are_generated_from_the_committed_results(name, make):
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    readmes = [folder / "README.md" for folder in (ROOT, EXAMPLE)]
+    texts = [path.read_text(encoding="utf-8") for path in readmes]
+    (readme,) = (text for text in texts if f"<!-- results: {name} -->" in text)
     table = readme.split(f"<!-- results: {name} -->\n")[1].split("\n<!-- end -->")[0]
     assert table == make()
