@@ -114,7 +114,7 @@ def _named(measured: Mapping[AttentionKind, Concentration]) -> str:
         if found:
             parts.append(f"{kind.value} has {', '.join(found)} and {broad} broad of {c.patterns.size} heads")
         else:
-            parts.append(f"no head of {kind.value} follows a named pattern (of {c.patterns.size})")
+            parts.append(f"all {c.patterns.size} heads of {kind.value} are broad")
     text = "; ".join(parts) + "."
     return text if text.startswith(tuple(AttentionKind)) else text[0].upper() + text[1:]
 
