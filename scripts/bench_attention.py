@@ -10,7 +10,9 @@ Rivals: SDPA with the flash, cuDNN and memory-efficient back ends (dense), SDPA 
 tensor (what stock fairseq computes), FlexAttention with the same block mask, and the eager definition. A rival
 that cannot run a case is recorded with its error. Everything is timed as CUDA-graph replays: at 90% sparsity even
 4 x 16 x 4096 takes no longer than its launch from Python, which the section `host` measures by itself. `tflops`
-counts kept cells only: 4 D FLOP per kept cell forward, 10 D more backward.
+counts kept cells only: 4 D FLOP per kept cell forward, 10 D more backward. `gathered` is what forward reads of keys
+and values, each kept block once per query tile, over its time. The section `ceilings` measures what the chip gives:
+a matrix product of 8192³, and reads of the same gathered blocks without any arithmetic.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 import triton
+import triton.language as tl
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -198,6 +201,8 @@ def square_case(
             )  # fmt: skip
             if "median_ms" in timing:
                 row["tflops"] = flop / timing["median_ms"] / 1e9
+                if name == "ours" and direction == "forward":
+                    row["gathered"] = kept / block * dim * 2 * 2 / timing["median_ms"] / 1e9
             rows.append(row)
     rows[0]["layout_bytes"] = layout.memory()
     rows[0]["cells"] = keep.numel()
@@ -303,6 +308,43 @@ def memory_case(batch: int, heads: int, size: int) -> list[dict]:
     return rows
 
 
+@triton.jit
+def _gather_kernel(p_x, p_out, n_blocks, BLOCK: tl.constexpr, AREA: tl.constexpr, N: tl.constexpr):
+    """Sum N blocks of BLOCK elements at pseudo-random places of the AREA blocks that a program's head owns."""
+    i_program = tl.program_id(0)
+    p_x += (i_program // n_blocks).to(tl.int64) * AREA * BLOCK
+    b_sum = tl.zeros([BLOCK], dtype=tl.float32)
+    for i in tl.range(N, num_stages=4):
+        place = ((i_program * N + i) * 7919) % AREA
+        b_sum += tl.load(p_x + place * BLOCK + tl.arange(0, BLOCK)).to(tl.float32)
+    tl.store(p_out + i_program, tl.sum(b_sum, 0))
+
+
+def ceiling_case(repeats: int) -> list[dict]:
+    """What the chip gives: a large product, and gathered blocks as the forward pass at 4 x 16 x 4096 reads them."""
+    a, b = (torch.randn(8192, 8192, device=DEVICE, dtype=BFLOAT16) for _ in range(2))
+    timing = measure(lambda: a @ b, repeats)
+    rows = [dict(case="ceiling", method="product 8192³", **timing)]
+    if "median_ms" in timing:
+        rows[0]["tflops"] = 2 * 8192**3 / timing["median_ms"] / 1e9
+    for block, warps in [(16, 1), (32, 1), (64, 4), (128, 8)]:
+        heads, elements = 64, block * 64  # a block of keys, or of values, with D = 64
+        n_tiles, per_tile = 4096 // block, 2 * max(1, round(4096 // block * 0.1))
+        x = torch.randn(heads, 2 * 4096 * 64, device=DEVICE, dtype=BFLOAT16)  # 1 MiB: keys and values of a head
+        out = torch.empty(heads * n_tiles, device=DEVICE)
+
+        def gather(x=x, out=out, elements=elements, n_tiles=n_tiles, per_tile=per_tile, warps=warps):
+            area = x.size(1) // elements
+            _gather_kernel[(out.numel(),)](x, out, n_tiles, elements, area, per_tile, num_warps=warps)
+
+        timing = measure(gather, repeats)
+        row = dict(case="ceiling", method=f"gathered blocks of {block}", **timing)
+        if "median_ms" in timing:
+            row["gathered"] = out.numel() * per_tile * elements * 2 / timing["median_ms"] / 1e9
+        rows.append(row)
+    return rows
+
+
 def host_case(repeats: int) -> list[dict]:
     """What a call costs the host, in microseconds: sentences, dropout 0.1, no waiting for the device."""
     torch.manual_seed(0)
@@ -353,6 +395,7 @@ def sections(repeats: int) -> dict[str, list[Callable[[], list[dict]]]]:
         "decode": [lambda: decode_case(64, 5, 8, 1000, 0.9, repeats)],
         "memory": [lambda: memory_case(2, 16, 8192)],
         "host": [lambda: host_case(repeats)],
+        "ceilings": [lambda: ceiling_case(repeats)],
         "long": square(4096, 4, 16, long_cases),
     }
 
@@ -419,8 +462,8 @@ def table(report: dict) -> str:
         f"`{report['command']}`",
         *([report["note"]] if "note" in report else []),
         "",
-        "| case | B, H, T | sparsity | block | direction | ours, ms | useful TFLOP/s | rivals, ms (x ours) |",
-        "|---|---|---|---|---|---|---|---|",
+        "| case | B, H, T | sparsity | block | direction | ours, ms | TFLOP/s | gathered TB/s | rivals, ms (x ours) |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     groups: dict[tuple, list[dict]] = {}
     for row in report["rows"]:
@@ -441,9 +484,11 @@ def table(report: dict) -> str:
         )
         batch = f"{ours['batch']}x{ours['beam']}" if "beam" in ours else ours["batch"]
         rate = f"{ours['tflops']:.0f}" if "tflops" in ours else ""
+        gathered = f"{ours['gathered']:.1f}" if "gathered" in ours else ""
         lines.append(
             f"| {ours['case']} | {batch}, {ours['heads']}, {ours['size']} | {ours['sparsity']:.1%} "
-            f"| {ours.get('block', 1)} | {ours.get('direction', 'step')} | {ours['median_ms']:.4g} | {rate} | {shown} |"
+            f"| {ours.get('block', 1)} | {ours.get('direction', 'step')} | {ours['median_ms']:.4g} | {rate} "
+            f"| {gathered} | {shown} |"
         )
     for row in report["rows"]:
         if row.get("layout_bytes") and row.get("cells"):
@@ -454,6 +499,9 @@ def table(report: dict) -> str:
             )
         if row["case"] == "memory":
             lines.append(f"\nPeak memory above inputs, {row['method']}: {row['peak_bytes'] / 2**20:.0f} MiB.")
+        if row["case"] == "ceiling" and "median_ms" in row:
+            rate = f"{row['tflops']:.0f} TFLOP/s" if "tflops" in row else f"{row['gathered']:.1f} TB/s"
+            lines.append(f"\nCeiling, {row['method']}: {rate}.")
         if row["case"] == "host":
             lines.append(f"\nHost time of a call, {row['direction']}, {row['method']}: {row['median_us']:.0f} us.")
     return "\n".join(lines)

@@ -62,7 +62,7 @@ def forward_config(table: TileTable, dim: int, dtype: torch.dtype) -> Config:
     return {
         16: Config(16, 32, 1, 2, 128),
         32: Config(32, 32, 1, 2, 168),
-        64: Config(64, 64, 4, 3, 128),
+        64: Config(64, 64, 4, 3, 120),
         128: Config(128, 128, 8, 2, 128),
     }[table.outer]
 
@@ -78,7 +78,7 @@ def dq_config(table: TileTable, dim: int, dtype: torch.dtype) -> Config:
             128: Config(64, 64, 4, 2),
         }[table.outer]
     return {
-        16: Config(16, 32, 1, 2, 128),
+        16: Config(16, 32, 1, 2, 168),
         32: Config(32, 32, 1, 2),
         64: Config(64, 64, 4, 2, 128),
         128: Config(64, 64, 4, 2, 128),
@@ -117,7 +117,7 @@ def small_backward_config(tile: int, dim: int, dtype: torch.dtype) -> Config:
     return {
         32: Config(32, 32, 4 if wide else 1, 1),
         64: Config(64, 64, 8 if wide else 4, 1),
-        128: Config(64, 128, 8, 1),
+        128: Config(128, 128, 8, 1),
     }[tile]
 
 

@@ -1,5 +1,6 @@
 """The kernels against float64 (random shapes, masks, lengths, strides, types); what the public function promises."""
 
+import functools
 import math
 
 import pytest
@@ -126,6 +127,19 @@ def test_log_sum_exp_is_natural_and_minus_infinity_where_nothing_is_visible(size
     expected = torch.logsumexp(scores, -1)
     expected[:, :, 5], expected[1, :, size - 9 :] = -math.inf, -math.inf
     torch.testing.assert_close(lse.double(), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("lengths", [(64, 64), (64, 65), (65, 64), (30, 1), (0, 64)], ids=str)
+def test_short_sentences_between_long_ones(lengths, monkeypatch):
+    monkeypatch.setattr(torch, "empty_like", functools.partial(torch.full_like, fill_value=torch.nan))
+    keep = torch.rand(2, 120, 128, generator=torch.Generator().manual_seed(1)) < 0.6
+    q_lengths, k_lengths = torch.tensor([lengths[0], 120]), torch.tensor([lengths[1], 128])
+    assert_within_budget(
+        make_case(
+            batch=2, heads=2, q_size=120, k_size=128, dim=32, dtype=F16, keep=keep, scale=0.2, dropout_p=0.1,
+            q_lengths=q_lengths, k_lengths=k_lengths, device=DEVICE,
+        )
+    )  # fmt: skip
 
 
 @BOTH_SIZES

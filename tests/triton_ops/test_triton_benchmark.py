@@ -30,9 +30,16 @@ def test_every_section_runs_and_is_tabulated(bench):
     rows = bench.square_case(1, 1, 40, 0.5, 16, bench.BOTH, 1, rivals=True)
     rows += bench.sentence_case(2, 1, 16, 1)
     rows += bench.decode_case(1, 2, 1, 30, 0.9, 1)
+    rows += [dict(case="ceiling", method="product", median_ms=1.0, tflops=700.0)]
     report = dict(device="CPU", torch="2", triton="3", commit="0", command="none", rows=rows)
     printed = bench.table(json.loads(json.dumps(report)))
-    for text in ("| square | 1, 1, 40 |", "| sentence | 2, 1, 16 |", "| decode self | 1x2, 1, 30 |", "bytes per cell"):
+    for text in (
+        "| square | 1, 1, 40 |",
+        "| sentence | 2, 1, 16 |",
+        "| decode self | 1x2, 1, 30 |",
+        "bytes per cell",
+        "Ceiling, product: 700",
+    ):
         assert text in printed
 
 

@@ -109,4 +109,3 @@ def test_decode_reads_each_sentence_from_its_start():
     for b, (start, length) in enumerate(zip(starts, lengths, strict=True)):
         kk, vv = (x[start : start + length, 0] for x in (k, v))
         torch.testing.assert_close(got[b, :, 0], torch.softmax(q[b, :, 0] @ kk.T, -1) @ vv)
-
