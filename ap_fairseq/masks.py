@@ -49,8 +49,9 @@ class MaskSpec:
         beyond: cells that no recorded sentence reaches: ``diagonal`` continues each head's scores along the diagonal
             against the same threshold, ``keep`` keeps them.
         min_kept: the share of its attendable pairs that every head keeps, its best, in [0, 1].
-        min_heads: how many heads, over all layers of a kind, keep each unit at least: those in which its score is
-            highest. A pair that every head loses is lost to the model, however rare and far apart its tokens are.
+        min_heads: per kind how many heads, over all its layers, keep each unit at least: those in which its score is
+            highest. A pair of positions that every head loses is lost to the model. Kinds without an entry or a budget
+            have no minimum.
         keep_diagonal: also keep every cell at most this many key positions from the diagonal (in cross-attention from
             the mean source/target length slope); None for no such set.
         keep_first: also keep this many first columns.
@@ -66,7 +67,7 @@ class MaskSpec:
     granularity: Granularity = 1
     beyond: str = "diagonal"
     min_kept: float = 0.0
-    min_heads: int = 0
+    min_heads: Mapping[AttentionKind, int] = dataclasses.field(default_factory=dict)
     keep_diagonal: int | None = None
     keep_first: int = 0
     seed: int = 1
@@ -85,8 +86,9 @@ class MaskSpec:
                 raise ValueError(f"budget for {kind.value} is {budget}, expected 0 <= budget < 1")
         if not 0 <= self.min_kept <= 1:
             raise ValueError(f"min_kept is {self.min_kept}, expected a share of pairs in [0, 1]")
-        if self.min_heads < 0:
-            raise ValueError(f"min_heads is {self.min_heads}, expected a number of heads")
+        for kind, count in self.min_heads.items():
+            if count < 0 or count != int(count):
+                raise ValueError(f"min_heads for {kind.value} is {count:g}, expected a number of heads")
         if self.keep_first < 0 or (self.keep_diagonal or 0) < 0:
             raise ValueError(f"keep_diagonal {self.keep_diagonal} and keep_first {self.keep_first} cannot be negative")
         if self.procedure == "as-published":
@@ -148,6 +150,7 @@ def build_masks(stats: AttentionStats, spec: MaskSpec) -> tuple[PruningMasks, li
         "procedure": {
             **dataclasses.asdict(spec),
             "budgets": {kind.value: budget for kind, budget in spec.budgets.items()},
+            "min_heads": {kind.value: int(count) for kind, count in spec.min_heads.items()},
         },
         "sparsity": {
             row.kind: {"effective": row.effective, "nominal": row.nominal, "kept_mass": row.kept_mass} for row in kinds
@@ -305,8 +308,8 @@ class _Units:
             score = criteria.sum_by(of_cell, cells * prunable) / np.maximum(pairs, 1)
             if name in criteria.WITH_TIES:
                 score = score - np.random.default_rng(spec.seed).random(len(pairs))
-        if spec.min_heads:
-            score, offset_score = (_always_in_best_heads(s, heads, spec.min_heads, kind) for s in (score, offset_score))
+        if count := int(spec.min_heads.get(kind, 0)):
+            score, offset_score = (_always_in_best_heads(s, heads, count, kind) for s in (score, offset_score))
         offset_score[..., seen == 0] = np.inf
         for layer, head in np.ndindex(score.shape[:2]) if spec.min_kept else ():
             share = [(score[layer, head], pairs)]
@@ -330,7 +333,9 @@ def _always_in_best_heads(score: np.ndarray, heads: tuple[int, int], count: int,
         ValueError: if there are fewer heads.
     """
     if count > np.prod(heads):
-        raise ValueError(f"min_heads is {count}, but {kind.value} attention has {heads[0]} layers of {heads[1]} heads")
+        raise ValueError(
+            f"min_heads for {kind.value} is {count}, but it has {heads[0]} layers of {heads[1]} heads; lower it"
+        )
     of_head = np.broadcast_to(score, (*heads, score.shape[2])).reshape(-1, score.shape[2]).copy()
     best = np.argpartition(of_head, -count, axis=0)[-count:]
     np.put_along_axis(of_head, best, np.inf, axis=0)

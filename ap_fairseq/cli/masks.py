@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from ap_fairseq import masks
 from ap_fairseq.artifacts import ArtifactError, AttentionStats, PruningMasks, refuse_existing
 from ap_fairseq.cli.common import add_output, command
+from ap_fairseq.dynamic import per_kind
 from ap_fairseq.sites import AttentionKind
 
 logger = logging.getLogger(__name__)
@@ -98,10 +99,9 @@ def add_mask_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--min-heads",
-        type=int,
-        default=0,
         metavar="N",
-        help="heads, over all layers of a kind, that keep each pair of positions at least (default: %(default)s)",
+        help="heads, over all layers of a kind, that keep each pair of positions at least: a number for all kinds, or "
+        "e.g. decoder_self=1,cross=2 (default: none)",
     )
     parser.add_argument(
         "--keep-diagonal",
@@ -143,7 +143,7 @@ def spec_from(args: argparse.Namespace, stats: AttentionStats) -> masks.MaskSpec
         granularity=args.granularity,
         beyond=args.beyond,
         min_kept=args.min_kept,
-        min_heads=args.min_heads,
+        min_heads=per_kind("--min-heads", args.min_heads),
         keep_diagonal=args.keep_diagonal,
         keep_first=args.keep_first,
         seed=args.seed,

@@ -100,9 +100,8 @@ class System:
         if self.procedure == "threshold" and not self.threshold:
             raise ArtifactError("a system of procedure threshold needs a threshold, e.g. threshold: 0.01")
         self.budget_kinds()  # reports unknown kinds
-        if self.kinds == "own" and (
-            self.sparsity or self.procedure in ("top-k", "threshold") or not self.budget_kinds()
-        ):
+        masked = self.procedure not in ("dense", "top-k", "threshold")
+        if self.kinds == "own" and (self.sparsity or not masked or not self.budget_kinds()):
             raise ArtifactError(
                 "a system of kinds own names its budgets in options (--encoder-self 0.95 --cross 0.7), and no sparsity"
             )
@@ -171,9 +170,8 @@ class Sweep:
         self.source, self.target = description["pair"]
         self.bin = str(data / "data-bin" / self.level)
         systems = expand(description["systems"])
-        if any(s.procedure == "importance" for s in systems) and "--importance" not in shlex.split(
-            description["record"]
-        ):
+        loss_aware = any(system.procedure == "importance" for system in systems)
+        if loss_aware and "--importance" not in shlex.split(description["record"]):
             raise ArtifactError("systems of procedure importance need --importance among the flags of `record`")
         self.systems = [s for s in systems if s.procedure == "dense" or re.search(only, s.name)]
         self.search = Search(**description["search"])

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from plugin.builders import batch, dense_model, dictionary, pruned_model, random_masks, random_stats
 
+from ap_fairseq import criteria
 from ap_fairseq.artifacts import ArtifactError, AttentionStats, PruningMasks
 from ap_fairseq.cli import masks as cli_masks
 from ap_fairseq.masks import MaskSpec, build_masks
@@ -191,10 +192,13 @@ def test_the_command_ranks_by_importance_where_it_was_recorded(tmp_path, capsys)
     stats.save(tmp_path / "with")
     stats.importance = {}
     stats.save(tmp_path / "without")
-    flags = ["--total", "0.6", "--procedure", "importance", "--min-heads", "1"]
+    flags = ["--total", "0.6", "--procedure", "importance", "--min-heads", "decoder_self=1,cross=2"]
     cli_masks.main([str(tmp_path / "with"), *flags, "-o", str(tmp_path / "masks")])
     masks = PruningMasks.load(tmp_path / "masks")
-    assert masks.metadata["procedure"]["procedure"] == "importance" and masks.metadata["procedure"]["min_heads"] == 1
+    assert masks.metadata["procedure"]["procedure"] == "importance" and masks.metadata["procedure"]["min_heads"] == {
+        "decoder_self": 1,
+        "cross": 2,
+    }
     assert masks.metadata["total"]["effective"] == pytest.approx(0.6, abs=0.01)
     for name in ("without", "with"):  # merged, only one has it
         with pytest.raises(SystemExit):
@@ -211,14 +215,16 @@ def test_the_command_ranks_by_importance_where_it_was_recorded(tmp_path, capsys)
 def test_every_pair_stays_in_a_minimum_of_heads_within_the_budget(procedure, granularity):
     stats = random_stats(longest=(40, 40), sentences=300, layers=3, heads=4)
     spec = dict(procedure=procedure, scope="global", granularity=granularity)
-    masks, missed = build_masks(stats, MaskSpec(dict.fromkeys(ALL, 0.7), min_heads=2, **spec))
+    minimum = {AttentionKind.DECODER_SELF: 2, AttentionKind.CROSS: 3}
+    masks, missed = build_masks(stats, MaskSpec(dict.fromkeys(ALL, 0.7), min_heads=minimum, **spec))
     free, _ = build_masks(stats, MaskSpec(dict.fromkeys(ALL, 0.7), **spec))
     for kind in ALL:
         heads = masks.keep[kind].sum((0, 1))
         exists = np.tri(*heads.shape, dtype=bool) if kind.causal else np.ones(heads.shape, dtype=bool)
-        assert (heads[exists] >= 2).all()  # also where no recorded sentence reaches
-        assert (masks.beyond[kind].sum((0, 1)) >= 2).all()
-    assert any((free.keep[kind].sum((0, 1)) < 2)[stats.occupancy[kind] > 0].any() for kind in ALL if not kind.causal)
+        assert (heads[exists] >= minimum.get(kind, 0)).all()  # also where no recorded sentence reaches
+        assert (masks.beyond[kind].sum((0, 1)) >= minimum.get(kind, 0)).all()
+    cross = AttentionKind.CROSS
+    assert (free.keep[cross].sum((0, 1)) < 3)[stats.occupancy[cross] > 0].any()
     if granularity == 1:
         assert not missed and masks.metadata["total"]["effective"] == pytest.approx(0.7, abs=0.01)
 
@@ -226,15 +232,17 @@ def test_every_pair_stays_in_a_minimum_of_heads_within_the_budget(procedure, gra
 def test_the_minimum_of_heads_are_those_of_the_highest_score():
     """At a sparsity that leaves nothing else, exactly the best head of each cell and what is always kept remain."""
     stats = random_stats(longest=(12, 12), layers=2, heads=3)
-    masks, missed = build_masks(stats, MaskSpec({AttentionKind.CROSS: 0.99}, procedure="importance", min_heads=1))
-    observed = stats.occupancy[AttentionKind.CROSS] > 0
+    cross = AttentionKind.CROSS
+    masks, missed = build_masks(stats, MaskSpec({cross: 0.99}, procedure="importance", min_heads={cross: 1}))
+    observed = stats.occupancy[cross] > 0
     observed[:, 0] = False
-    score = stats.importance[AttentionKind.CROSS].reshape(6, 12, 12)
+    score = criteria.importance(stats, cross).reshape(6, 12, 12)
     best = np.arange(6)[:, None, None] == score.argmax(0)
-    keep = masks.keep[AttentionKind.CROSS].reshape(6, 12, 12)
+    keep = masks.keep[cross].reshape(6, 12, 12)
     np.testing.assert_array_equal(keep[:, observed], best[:, observed])
     assert len(missed) == 1 and "min_heads" in missed[0]
-    with pytest.raises(ValueError, match="min_heads is 7, but cross attention has 2 layers of 3 heads"):
-        build_masks(stats, MaskSpec({AttentionKind.CROSS: 0.5}, min_heads=7))
-    with pytest.raises(ValueError, match="min_heads is -1"):
-        MaskSpec({}, min_heads=-1)
+    with pytest.raises(ValueError, match="min_heads for cross is 7, but it has 2 layers of 3 heads"):
+        build_masks(stats, MaskSpec({cross: 0.5}, min_heads={cross: 7}))
+    for count in (-1, 0.5):
+        with pytest.raises(ValueError, match=f"min_heads for cross is {count}, expected a number of heads"):
+            MaskSpec({}, min_heads={cross: count})
