@@ -186,6 +186,7 @@ def test_the_schedule_as_a_command_names_what_is_wrong(dense, data_bin, tmp_path
         (common, "no --arch given"),
         ([*common, "--rounds", 5, "--", "--arch", "x"], "each round needs an update"),
         ([*common[:-1], "--sparsity 0.5", "--", "--arch", "x"], "unrecognized arguments: --sparsity"),
+        ([*common, "--masks", "--total 0.5 --procedure importance", "--", "--arch", "x"], "but --record '--max-tokens"),
     ):
         with pytest.raises(SystemExit) as stop:
             prune_schedule.main([str(argument) for argument in arguments])
@@ -204,7 +205,7 @@ def test_shares_grow_to_one():
         (dict(procedure="best"), "procedure 'best' of a system is not one of dense, effective"),
         (dict(procedure="top-k", schedule="one-shot"), "top-k prunes at inference time"),
         (dict(procedure="threshold"), "needs a threshold"),
-        (dict(procedure="effective", kinds="encoder"), "kinds 'encoder' is not total, joint, or some of"),
+        (dict(procedure="effective", kinds="encoder"), "kinds 'encoder' is not total, joint, own, or some of"),
         (dict(procedure="effective", kinds="own", options="--min-heads 1"), "names its budgets in options"),
         (dict(procedure="effective", kinds="own", options="--cross 0.5", sparsity=0.5), "and no sparsity"),
         (dict(procedure="effective", sparsitty=0.5), "only the keys"),
