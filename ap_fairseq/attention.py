@@ -133,6 +133,10 @@ class PrunedMultiheadAttention(MultiheadAttention):
             layout = self._layout = AttentionLayout.from_keep_mask(self._unpack(n_queries, n_keys))
         return layout
 
+    def derived(self) -> tuple[Tensor | None, AttentionLayout | None]:
+        """Return what passes read in place of the masks now: to be kept by whoever captured its address."""
+        return self._keep_cells, self._layout
+
     def _unpack(self, n_queries: int, n_keys: int) -> Tensor:
         recorded_queries, recorded_keys = self.mask_range.tolist()
         if recorded_queries == 0:

@@ -506,7 +506,7 @@ class _StaticDecoder:
 def _position_table(decoder, n: int, device: torch.device) -> Tensor | None:
     """Positional embeddings of target positions 0 ... n - 1, (n, C)."""
     if decoder.embed_positions is None:
-        return torch.zeros(n, 1, device=device)
+        return torch.zeros(n, 1, device=device)  # adds nothing
     tokens = torch.full((1, n), decoder.padding_idx + 1, device=device)
     return decoder.embed_positions(tokens)[0]
 
@@ -522,21 +522,8 @@ def decoder_step(decoder, tokens: Tensor, position: Tensor, incremental_state: d
     Returns:
         Logits (N, V).
     """
-    x = decoder.embed_scale * decoder.embed_tokens(tokens)
-    if decoder.quant_noise is not None:
-        x = decoder.quant_noise(x)
-    if decoder.project_in_dim is not None:
-        x = decoder.project_in_dim(x)
-    if decoder.embed_positions is not None:
-        x = x + position
-    if decoder.layernorm_embedding is not None:
-        x = decoder.layernorm_embedding(x)
-    x = x[None]  # (T = 1, N, C)
+    x = decoder.embed(tokens, position)[None]  # (T = 1, N, C)
     for index in range(len(decoder.layers)):
         # The caches hold the projected encoder output; its place in the call only says that there is one.
         x = decoder.layers[index](x, x, incremental_state=incremental_state)[0]
-    if decoder.layer_norm is not None:
-        x = decoder.layer_norm(x)
-    if decoder.project_out_dim is not None:
-        x = decoder.project_out_dim(x)
-    return decoder.output_layer(x[0])
+    return decoder.output_layer(decoder.finish(x[0]))

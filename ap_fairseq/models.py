@@ -34,6 +34,7 @@ from ap_fairseq.attention import MASK_BUFFERS, PrunedMultiheadAttention
 from ap_fairseq.compat import drop_bettertransformer_copies
 from ap_fairseq.dynamic import DynamicPruning
 from ap_fairseq.sites import AttentionKind, architecture, attention_sites
+from ap_fairseq.training_graphs import TrainingGraphs, not_captured
 from triton_ops.api import BACKENDS
 
 logger = logging.getLogger(__name__)
@@ -92,6 +93,17 @@ _PluginFields = [
         dataclasses.field(
             default="auto",
             metadata={"help": "what computes attention: triton kernels, eager torch, or whichever suits the device"},
+        ),
+    ),
+    (
+        "cuda_graphs",
+        ChoiceEnum(("auto", "off")),
+        dataclasses.field(
+            default="auto",
+            metadata={
+                "help": "on a GPU, replay training updates as CUDA graphs, one for each shape of batch; off runs every "
+                "update directly"
+            },
         ),
     ),
     (
@@ -219,6 +231,27 @@ class PrunedTransformerEncoder(TransformerEncoderBase):
         output = super().forward(src_tokens, src_lengths, return_all_hiddens, token_embeddings)
         return {**output, "source_shift": [shift]}
 
+    def forward_scriptable(self, src_tokens, src_lengths=None, return_all_hiddens=False, token_embeddings=None):
+        """What fairseq's computes, which asks the device in every layer whether there is padding."""
+        padding = src_tokens.eq(self.padding_idx)
+        x, embedding = self.forward_embedding(src_tokens, token_embeddings)
+        x = x.masked_fill(padding[..., None], 0).transpose(0, 1)
+        states, fc_results = [x], []
+        for layer in self.layers:
+            result = layer(x, encoder_padding_mask=without_waiting(padding))
+            x, fc_result = result if isinstance(result, tuple) else (result, None)
+            states.append(x)
+            fc_results.append(fc_result)
+        return {
+            "encoder_out": [x if self.layer_norm is None else self.layer_norm(x)],  # (S, B, C)
+            "encoder_padding_mask": [padding],
+            "encoder_embedding": [embedding],
+            "encoder_states": states if return_all_hiddens else [],
+            "fc_results": fc_results if return_all_hiddens else [],
+            "src_tokens": [],
+            "src_lengths": [(~padding).sum(1, dtype=torch.int32, keepdim=True)],
+        }
+
     def reorder_encoder_out(self, encoder_out, new_order):
         """fairseq's hook, called once to repeat each sentence for its beams, then after each step of the search.
 
@@ -268,6 +301,9 @@ class PrunedTransformerDecoder(TransformerDecoderBase):
     ):
         if alignment_layer is None and (self.training or not self.alignment_needed):
             alignment_layer = self.num_layers  # no layer: weights cost a slower path
+        ordinary = incremental_state is None and encoder_out is not None and not full_context_alignment
+        if ordinary and alignment_layer == self.num_layers and not self.cross_self_attention:
+            return self._features(prev_output_tokens, encoder_out)
         x, extra = super().extract_features(
             prev_output_tokens,
             encoder_out,
@@ -283,6 +319,53 @@ class PrunedTransformerDecoder(TransformerDecoderBase):
             shift = shift.repeat_interleave(weights.size(0) // shift.numel())  # beams share their sentence
             extra["attn"] = [rotate_left(columns, -shift).transpose(1, 2)]
         return x, extra
+
+    def _features(self, tokens: Tensor, encoder_out: dict[str, list[Tensor]]) -> tuple[Tensor, dict[str, Any]]:
+        """What fairseq's decoder computes for whole sentences, without waiting for the device.
+
+        Args:
+            tokens: (B, T), padded on the right.
+
+        Returns:
+            Features (B, T, C), and the states of all layers in a dictionary.
+        """
+        positions = None if self.embed_positions is None else self.embed_positions(tokens)
+        x = self.embed(tokens, positions).transpose(0, 1)
+        padding, causal = without_waiting(tokens.eq(self.padding_idx)), x.new_empty(0)  # only its presence is read
+        states = [x]
+        for layer in self.layers:
+            x = layer(
+                x,
+                encoder_out["encoder_out"][0],
+                encoder_out["encoder_padding_mask"][0],
+                self_attn_mask=causal,
+                self_attn_padding_mask=padding,
+            )[0]
+            states.append(x)
+        return self.finish(x).transpose(0, 1), {"attn": [None], "inner_states": states}
+
+    def embed(self, tokens: Tensor, positions: Tensor | None) -> Tensor:
+        """Embed tokens (..., ) and add their positional embeddings (..., C): the input of the first layer, (..., C)."""
+        x = self.embed_scale * self.embed_tokens(tokens)
+        if self.quant_noise is not None:
+            x = self.quant_noise(x)
+        if self.project_in_dim is not None:
+            x = self.project_in_dim(x)
+        if positions is not None:
+            x = x + positions
+        if self.layernorm_embedding is not None:
+            x = self.layernorm_embedding(x)
+        return self.dropout_module(x)
+
+    def finish(self, x: Tensor) -> Tensor:
+        """Turn the output of the last layer into features, (..., C) -> (..., C')."""
+        x = x if self.layer_norm is None else self.layer_norm(x)
+        return x if self.project_out_dim is None else self.project_out_dim(x)
+
+
+def without_waiting(padding: Tensor) -> Tensor | None:
+    """Return None in place of a mask without padding where that is known at once: not on a GPU."""
+    return padding if padding.is_cuda or padding.any() else None
 
 
 def left_padding(tokens: Tensor, pad: int) -> Tensor:
@@ -313,6 +396,8 @@ class PrunedTransformerModel(TransformerModelBase):
         self.register_buffer("mask_metadata", torch.zeros(0, dtype=torch.int64))
         self._masks_are_explicit = False
         self._logged_sparsity: dict[str, float] = {}  # effective sparsity of each kind, for the training logs
+        self._graphs: TrainingGraphs | None = None
+        self._use_graphs = cfg.cuda_graphs == "auto"
 
     @classmethod
     def add_args(cls, parser):
@@ -354,6 +439,46 @@ class PrunedTransformerModel(TransformerModelBase):
     @classmethod
     def build_decoder(cls, cfg, tgt_dict, embed_tokens):
         return PrunedTransformerDecoder(cfg, tgt_dict, embed_tokens, no_encoder_attn=cfg.no_cross_attention)
+
+    def forward(
+        self,
+        src_tokens,
+        src_lengths,
+        prev_output_tokens,
+        return_all_hiddens=True,
+        features_only=False,
+        alignment_layer=None,
+        alignment_heads=None,
+    ):
+        """As fairseq's model; updates are replayed as CUDA graphs where that is possible, without states of layers."""
+        graphs = self._training_graphs(src_tokens.device)
+        if graphs is not None and alignment_layer is None and alignment_heads is None:
+            features = graphs(src_tokens, prev_output_tokens)
+            if features is not None:
+                output = features if features_only else self.decoder.output_layer(features)
+                return output, {"attn": [None], "inner_states": []}
+        return super().forward(
+            src_tokens,
+            src_lengths,
+            prev_output_tokens,
+            return_all_hiddens,
+            features_only,
+            alignment_layer,
+            alignment_heads,
+        )
+
+    def _training_graphs(self, device: torch.device) -> TrainingGraphs | None:
+        if not (self.training and torch.is_grad_enabled()):
+            return None
+        if self._graphs is None and self._use_graphs and device.type == "cuda":
+            reason = not_captured(self)
+            if reason is None:
+                self._graphs = TrainingGraphs(self)
+                logger.info("training updates are replayed as CUDA graphs, one for each shape of batch (--cuda-graphs)")
+            else:
+                logger.info(f"training updates run directly: {reason} cannot be captured as a CUDA graph")
+                self._use_graphs = False
+        return self._graphs
 
     # -- masks --------------------------------------------------------------------------------------------------------
 

@@ -61,8 +61,8 @@ def forward_config(table: TileTable, dim: int, dtype: torch.dtype) -> Config:
         }[table.outer]
     return {
         16: Config(16, 32, 1, 2, 128),
-        32: Config(32, 32, 1, 2, 200),
-        64: Config(64, 64, 4, 2, 128),
+        32: Config(32, 32, 1, 2, 168),
+        64: Config(64, 64, 4, 3, 128),
         128: Config(128, 128, 8, 2, 128),
     }[table.outer]
 
@@ -79,7 +79,7 @@ def dq_config(table: TileTable, dim: int, dtype: torch.dtype) -> Config:
         }[table.outer]
     return {
         16: Config(16, 32, 1, 2, 128),
-        32: Config(32, 32, 2, 2, 128),
+        32: Config(32, 32, 1, 2),
         64: Config(64, 64, 4, 2, 128),
         128: Config(64, 64, 4, 2, 128),
     }[table.outer]
@@ -97,7 +97,7 @@ def dkdv_config(table: TileTable, dim: int, dtype: torch.dtype) -> Config:
         }[table.outer]
     return {
         16: Config(32, 16, 1, 2, 168),
-        32: Config(32, 32, 2, 2, 168),
+        32: Config(32, 32, 1, 2),
         64: Config(64, 64, 4, 2, 168),
         128: Config(64, 64, 4, 2, 168),
     }[table.outer]
@@ -108,7 +108,7 @@ def small_forward_config(tile: int, dim: int, dtype: torch.dtype) -> Config:
     return {
         32: Config(32, 32, 2 if wide else 1, 1),
         64: Config(64, 64, 4, 1),
-        128: Config(64, 128, 4, 1),
+        128: Config(128, 128, 4, 1),
     }[tile]
 
 
@@ -117,7 +117,7 @@ def small_backward_config(tile: int, dim: int, dtype: torch.dtype) -> Config:
     return {
         32: Config(32, 32, 4 if wide else 1, 1),
         64: Config(64, 64, 8 if wide else 4, 1),
-        128: Config(128, 128, 8, 1),
+        128: Config(64, 128, 8, 1),
     }[tile]
 
 

@@ -1,8 +1,8 @@
 """Sentences: one program computes whole rows of scores, and one program the whole backward pass of a head.
 
 At these sizes a call is bound by launches and dependent loads, not by arithmetic. Tile lists would only
-add latency: the keep bits are loaded together with Q, K and V, there is no loop, and the backward pass
-needs one launch, recomputing the probabilities from Q and K alone.
+add latency: the keep bits are loaded together with Q, K and V, the forward pass has no loop, and the backward
+pass needs one launch, recomputing the probabilities from Q and K alone.
 """
 
 from __future__ import annotations
@@ -13,21 +13,20 @@ import triton.language as tl
 from torch import Tensor
 
 from .config import SMALL_BYTES, SMALL_TILES, precision, small_backward_config, small_forward_config
-from .primitives import LN2, LOG2E, NO_KEY, dot, dropout_bits, keep_bits_by_key, sequence_length
+from .primitives import LN2, LOG2E, NO_KEY, dot, dot_add, dropout_bits, keep_bits_by_key, sequence_length
 
 
 @triton.jit
 def _row_scores(
-    p_q, p_k, p_words, o_m, o_n, m_md, m_nd, m_m, k_length, s_qt, s_kt, o_d, LQ, RS, scale_log2,
+    p_q, b_k, p_words, o_m, m_md, m_m, k_length, s_qt, o_d, LQ, RS, scale_log2,
     BN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """(Q, K, masked scores in base-2 units, pivot of each row)."""
+    """(Q, masked scores in base-2 units, pivot of each row)."""
     b_q = tl.load(p_q + o_m.to(tl.int64)[:, None] * s_qt + o_d[None, :], mask=m_md, other=0.0)
-    b_k = tl.load(p_k + o_n.to(tl.int64)[:, None] * s_kt + o_d[None, :], mask=m_nd, other=0.0)
     m_s = keep_bits_by_key(p_words, 0, o_m, m_m, k_length, LQ, RS, BN)
     b_s = dot(b_q, tl.trans(b_k), PRECISION) * scale_log2  # [BM, BN]
     b_s = tl.where(m_s, b_s, float("-inf"))
-    return b_q, b_k, b_s, tl.maximum(tl.max(b_s, 1), NO_KEY)
+    return b_q, b_s, tl.maximum(tl.max(b_s, 1), NO_KEY)
 
 
 @triton.jit(do_not_specialize=["H", "MH", "TQ", "TK", "LQ", "RS", "KW", "n_tiles", "threshold"])
@@ -48,13 +47,13 @@ def _small_forward_kernel(
     m_d = o_d < D
     m_m, m_n = o_m < q_length, o_n < k_length
     m_nd = m_n[:, None] & m_d[None, :]
+    o_n64 = o_n.to(tl.int64)[:, None]
 
-    p_v += i_b64 * s_vb + i_h64 * s_vh
-    b_v = tl.load(p_v + o_n.to(tl.int64)[:, None] * s_vt + o_d[None, :], mask=m_nd, other=0.0)
-    b_q, b_k, b_s, b_m = _row_scores(
-        p_q + i_b64 * s_qb + i_h64 * s_qh, p_k + i_b64 * s_kb + i_h64 * s_kh,
-        p_words + tl.where(MH > 1, i_h, 0).to(tl.int64) * KW * LQ,
-        o_m, o_n, m_m[:, None] & m_d[None, :], m_nd, m_m, k_length, s_qt, s_kt, o_d, LQ, RS, scale_log2, BN, PRECISION,
+    b_k = tl.load(p_k + i_b64 * s_kb + i_h64 * s_kh + o_n64 * s_kt + o_d[None, :], mask=m_nd, other=0.0)
+    b_v = tl.load(p_v + i_b64 * s_vb + i_h64 * s_vh + o_n64 * s_vt + o_d[None, :], mask=m_nd, other=0.0)
+    _, b_s, b_m = _row_scores(
+        p_q + i_b64 * s_qb + i_h64 * s_qh, b_k, p_words + tl.where(MH > 1, i_h, 0).to(tl.int64) * KW * LQ,
+        o_m, m_m[:, None] & m_d[None, :], m_m, k_length, s_qt, o_d, LQ, RS, scale_log2, BN, PRECISION,
     )  # fmt: skip
     b_p = tl.exp2(b_s - b_m[:, None])
     b_l = tl.sum(b_p, 1)
@@ -86,44 +85,65 @@ def _small_backward_kernel(
     i_b64, i_h64 = i_b.to(tl.int64), i_h.to(tl.int64)
     q_length = sequence_length(p_q_lengths, i_b, TQ)
     k_length = sequence_length(p_k_lengths, i_b, TK)
-    o_m, o_n, o_d = tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, BD)
-    o_m64, o_n64 = o_m.to(tl.int64)[:, None], o_n.to(tl.int64)[:, None]
+    o_n, o_d = tl.arange(0, BN), tl.arange(0, BD)
+    o_n64 = o_n.to(tl.int64)[:, None]
     m_d = o_d < D
-    m_m, m_n = o_m < q_length, o_n < k_length
-    m_md, m_nd = m_m[:, None] & m_d[None, :], m_n[:, None] & m_d[None, :]
-
+    m_n = o_n < k_length
+    m_nd = m_n[:, None] & m_d[None, :]
+    p_q += i_b64 * s_qb + i_h64 * s_qh
     p_do += i_b64 * s_gb + i_h64 * s_gh
-    b_do = tl.load(p_do + o_m64 * s_gt + o_d[None, :], mask=m_md, other=0.0)
-    p_v += i_b64 * s_vb + i_h64 * s_vh
-    b_v = tl.load(p_v + o_n64 * s_vt + o_d[None, :], mask=m_nd, other=0.0)
-    b_q, b_k, b_s, b_m = _row_scores(
-        p_q + i_b64 * s_qb + i_h64 * s_qh, p_k + i_b64 * s_kb + i_h64 * s_kh,
-        p_words + tl.where(MH > 1, i_h, 0).to(tl.int64) * KW * LQ,
-        o_m, o_n, m_md, m_nd, m_m, k_length, s_qt, s_kt, o_d, LQ, RS, scale_log2, BN, PRECISION,
-    )  # fmt: skip
-    b_p = tl.exp2(b_s - b_m[:, None])
-    b_l = tl.sum(b_p, 1)
-    b_p = b_p * (1.0 / tl.where(b_l > 0, b_l, 1.0))[:, None]
-    b_dp = dot(b_do, tl.trans(b_v), PRECISION)  # [BM, BN]
-    b_pz = b_p
+    p_dq += i_b64 * s_xb + i_h64 * s_xh
+    p_words += tl.where(MH > 1, i_h, 0).to(tl.int64) * KW * LQ
+    seed = 0
     if DROPOUT:
-        m_z = dropout_bits(tl.load(p_seed), i_bh, o_m[:, None], o_n[None, :], threshold)
-        b_pz = tl.where(m_z, b_p * inverse_keep, 0.0)
-        b_dp = tl.where(m_z, b_dp * inverse_keep, 0.0)
-    b_dv = dot(tl.trans(b_pz.to(b_do.dtype)), b_do, PRECISION)  # [BN, BD]
-    p_row = p_dv + i_b64 * s_zb + i_h64 * s_zh + o_n64 * s_zt + o_d[None, :]
-    tl.store(p_row, b_dv.to(p_dv.dtype.element_ty), mask=(o_n < TK)[:, None] & m_d[None, :])
+        seed = tl.load(p_seed)
 
-    b_delta = tl.sum(b_p * b_dp, 1)  # = dO · O: the whole row is here
-    if p_dlse is not None:
-        b_delta -= tl.load(p_dlse + i_bh.to(tl.int64) * TQ + o_m, mask=m_m, other=0.0)
-    b_ds = (b_p * (b_dp - b_delta[:, None]) * scale).to(b_q.dtype)
-    b_dq = dot(b_ds, b_k, PRECISION)
-    b_dk = dot(tl.trans(b_ds), b_q, PRECISION)
-    p_row = p_dq + i_b64 * s_xb + i_h64 * s_xh + o_m64 * s_xt + o_d[None, :]
-    tl.store(p_row, b_dq.to(p_dq.dtype.element_ty), mask=(o_m < TQ)[:, None] & m_d[None, :])
+    b_k = tl.load(p_k + i_b64 * s_kb + i_h64 * s_kh + o_n64 * s_kt + o_d[None, :], mask=m_nd, other=0.0)
+    b_v = tl.load(p_v + i_b64 * s_vb + i_h64 * s_vh + o_n64 * s_vt + o_d[None, :], mask=m_nd, other=0.0)
+    b_dk = tl.zeros([BN, BD], dtype=tl.float32)
+    b_dv = tl.zeros([BN, BD], dtype=tl.float32)
+
+    n_real = (q_length + BM - 1) // BM  # tiles of padded rows cost nothing but zeros
+    for i in tl.range(n_real, num_stages=1):
+        o_m = i * BM + tl.arange(0, BM)
+        o_m64 = o_m.to(tl.int64)[:, None]
+        m_m = o_m < q_length
+        m_md = m_m[:, None] & m_d[None, :]
+        b_do = tl.load(p_do + o_m64 * s_gt + o_d[None, :], mask=m_md, other=0.0)
+        b_q, b_s, b_m = _row_scores(
+            p_q, b_k, p_words, o_m, m_md, m_m, k_length, s_qt, o_d, LQ, RS, scale_log2, BN, PRECISION
+        )
+        b_p = tl.exp2(b_s - b_m[:, None])
+        b_l = tl.sum(b_p, 1)
+        b_p = b_p * (1.0 / tl.where(b_l > 0, b_l, 1.0))[:, None]
+        b_dp = dot(b_do, tl.trans(b_v), PRECISION)  # [BM, BN]
+        b_pz = b_p
+        if DROPOUT:
+            m_z = dropout_bits(seed, i_bh, o_m[:, None], o_n[None, :], threshold)
+            b_pz = tl.where(m_z, b_p * inverse_keep, 0.0)
+            b_dp = tl.where(m_z, b_dp * inverse_keep, 0.0)
+        b_dv = dot_add(tl.trans(b_pz.to(b_do.dtype)), b_do, b_dv, PRECISION)
+
+        b_delta = tl.sum(b_p * b_dp, 1)  # = dO · O: the whole row is here
+        if p_dlse is not None:
+            b_delta -= tl.load(p_dlse + i_bh.to(tl.int64) * TQ + o_m, mask=m_m, other=0.0)
+        b_ds = (b_p * (b_dp - b_delta[:, None]) * scale).to(b_q.dtype)
+        b_dk = dot_add(tl.trans(b_ds), b_q, b_dk, PRECISION)
+        b_dq = dot(b_ds, b_k, PRECISION)
+        tl.store(
+            p_dq + o_m64 * s_xt + o_d[None, :], b_dq.to(p_dq.dtype.element_ty), mask=(o_m < TQ)[:, None] & m_d[None, :]
+        )
+    for i in tl.range(n_real, (TQ + BM - 1) // BM, num_stages=1):
+        o_m = i * BM + tl.arange(0, BM)
+        b_zero = tl.zeros([BM, BD], dtype=p_dq.dtype.element_ty)
+        tl.store(
+            p_dq + o_m.to(tl.int64)[:, None] * s_xt + o_d[None, :], b_zero, mask=(o_m < TQ)[:, None] & m_d[None, :]
+        )
+    m_row = (o_n < TK)[:, None] & m_d[None, :]
     p_row = p_dk + i_b64 * s_yb + i_h64 * s_yh + o_n64 * s_yt + o_d[None, :]
-    tl.store(p_row, b_dk.to(p_dk.dtype.element_ty), mask=(o_n < TK)[:, None] & m_d[None, :])
+    tl.store(p_row, b_dk.to(p_dk.dtype.element_ty), mask=m_row)
+    p_row = p_dv + i_b64 * s_zb + i_h64 * s_zh + o_n64 * s_zt + o_d[None, :]
+    tl.store(p_row, b_dv.to(p_dv.dtype.element_ty), mask=m_row)
 
 
 def small_size(q_size: int, k_size: int, dim: int, dtype: torch.dtype) -> int | None:

@@ -318,12 +318,12 @@ def test_reading_weights_does_not_change_the_output_of_the_kernels():
 def test_kernels_asked_for_by_name_are_used_or_refused():
     with pytest.raises(ValueError, match=r"heads of 16 / 2 = 8 elements.*16, 32, 64, 96, 128"):
         pruned_model(None, WORDS, attention_backend="triton")
-    model = pruned_model(random_masks(0.6), WORDS, attention_backend="triton", **WIDE).double()
+    model = pruned_model(random_masks(0.6), WORDS, attention_backend="triton", **WIDE).double().to(DEVICE)
     with pytest.raises(ValueError, match=r"'triton' cannot run on dtype torch.float64"):
-        translate(model, batch([5], WORDS, left=True), targets([4]))
-    model = pruned_model(random_masks(0.6), WORDS, attention_backend="triton", attention_dropout=0.1, **WIDE)
+        translate(model, batch([5], WORDS, left=True).to(DEVICE), targets([4]).to(DEVICE))
+    model = pruned_model(random_masks(0.6), WORDS, attention_backend="triton", attention_dropout=0.1, **WIDE).to(DEVICE)
     for _, module in attention_sites(model):
         module.dropout_module.apply_during_inference = True
-    encoder_out = model.encoder(batch([5], WORDS, left=True))
+    encoder_out = model.encoder(batch([5], WORDS, left=True).to(DEVICE))
     with pytest.raises(ValueError, match="dropout 0.1 while decoding.*use auto or eager"):
-        model.decoder(targets([1]), encoder_out=encoder_out, incremental_state={})
+        model.decoder(targets([1]).to(DEVICE), encoder_out=encoder_out, incremental_state={})

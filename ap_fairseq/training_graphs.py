@@ -1,0 +1,226 @@
+"""Training updates without launch overhead: encoder and decoder, forward and backward, replayed as CUDA graphs.
+
+An update of a translation model launches some two thousand kernels, and at the usual batch sizes the host needs longer
+to launch them than the GPU to run them. Here the passes over one shape of batch are captured when the shape comes for
+the second time, and replayed from then on; in fairseq a shape comes about once an epoch. Batches are padded a little,
+so that there are few shapes. Output projection, criterion and optimizer stay outside: they launch little, and any
+criterion works.
+
+Captured passes read and write memory that stays where it is. All graphs share one pool, because only one of them is
+between its forward and its backward pass at any time; a forward pass that comes in between is run directly.
+"""
+
+from __future__ import annotations
+
+import logging
+import weakref
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from ap_fairseq.attention import MASK_BUFFERS
+from ap_fairseq.sites import attention_sites
+
+logger = logging.getLogger(__name__)
+
+MOST_GRAPHS = 256  # further shapes are run directly
+
+Shape = tuple[int, int, int]  # sentences, source length, target length
+
+
+def not_captured(model: nn.Module) -> str | None:
+    """Say what in a pruned transformer cannot be captured, or None."""
+    cfg = model.cfg
+    options = {
+        "--checkpoint-activations": cfg.checkpoint_activations,
+        "LayerDrop": cfg.encoder.layerdrop or cfg.decoder.layerdrop,
+        "quant-noise": cfg.quant_noise.pq or cfg.quant_noise.scalar,
+        "--cross-self-attention": cfg.cross_self_attention,
+        "--no-cross-attention": cfg.no_cross_attention,
+        "--attention-top-k or --attention-threshold": cfg.attention_top_k or cfg.attention_threshold,
+    }
+    return next((name for name, given in options.items() if given), None)
+
+
+def rounded(n: int, least: int) -> int:
+    """Round up to a multiple of *least*, or of the power of two at n / 16 or below: at most an eighth more."""
+    step = max(least, (1 << n.bit_length()) >> 5)
+    return -(-n // step) * step
+
+
+class TrainingGraphs:
+    """The graphs of one model.
+
+    Args:
+        model: a pruned transformer that is trained.
+        capture: False runs the passes over static memory directly; needs no GPU and serves tests.
+    """
+
+    def __init__(self, model: nn.Module, capture: bool = True):
+        self.model = weakref.proxy(model)
+        self.capture = capture
+        self._forget()
+
+    def _forget(self) -> None:
+        self.graphs: dict[Shape, _Graph] = {}
+        self.seen: set[Shape] = set()
+        self.memory = None  # the pool of all graphs
+        # Graphs hold addresses: these must be where they were, or all graphs are void.
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.addresses = [p.data_ptr() for p in self.parameters]
+        self.masks = self._masks()
+        # Shared by all graphs: decoder features, their gradient, and the gradients of the parameters.
+        first = self.parameters[0]
+        self.features, self.features_grad = first.new_empty(0), first.new_empty(0)
+        self.gradients = first.new_empty(sum(p.numel() for p in self.parameters))
+        self._pending: weakref.ref | None = None
+
+    def _masks(self) -> list[Tensor]:
+        return [getattr(module, name) for _, module in attention_sites(self.model) for name in MASK_BUFFERS]
+
+    def _valid(self) -> bool:
+        same_masks = all(a is b for a, b in zip(self.masks, self._masks(), strict=True))
+        return same_masks and self.addresses == [p.data_ptr() for p in self.parameters]
+
+    def __call__(self, src_tokens: Tensor, prev_output_tokens: Tensor) -> Tensor | None:
+        """Compute the features of the decoder, (B, T, C), differentiable; None if that has to be done directly.
+
+        Args:
+            src_tokens: int64 (B, S).
+            prev_output_tokens: int64 (B, T).
+        """
+        if self._is_pending() or torch.is_autocast_enabled(src_tokens.device.type):
+            return None
+        if not self._valid():
+            self._forget()
+        n_sentences, target_length = prev_output_tokens.shape
+        shape = (rounded(n_sentences, 1), rounded(src_tokens.size(1), 4), rounded(target_length, 4))
+        if shape not in self.graphs:
+            if shape not in self.seen or len(self.graphs) == MOST_GRAPHS:
+                self.seen.add(shape)
+                return None
+            self.graphs[shape] = _Graph(self, shape)
+        forward = _Forward()
+        self._pending = weakref.ref(forward)
+        return _Replay.apply(self.graphs[shape], forward, src_tokens, prev_output_tokens, *self.parameters)
+
+    def _is_pending(self) -> bool:
+        forward = self._pending and self._pending()
+        return forward is not None and not forward.done
+
+    def buffers(self, n: int) -> tuple[Tensor, Tensor]:
+        """Return memory for n features and their gradients; graphs keep what they were given before it grew."""
+        if self.features.numel() < n:
+            self.features, self.features_grad = self.features.new_empty(n), self.features.new_empty(n)
+        return self.features[:n], self.features_grad[:n]
+
+    def by_parameter(self, gradients: Tensor) -> list[Tensor]:
+        """Cut the gradients of all parameters, one after the other, into views."""
+        parts = gradients.split([p.numel() for p in self.parameters])
+        return [part.view_as(p) for part, p in zip(parts, self.parameters, strict=True)]
+
+    def __deepcopy__(self, memo):
+        return None  # a copy of the model makes its own
+
+
+class _Forward:
+    """A forward pass whose backward pass may come, unless it is done or nobody holds this any more."""
+
+    done = False
+
+
+class _Graph:
+    """Both passes over one shape of batch."""
+
+    def __init__(self, owner: TrainingGraphs, shape: Shape):
+        self.owner = weakref.proxy(owner)
+        model, device = owner.model, owner.parameters[0].device
+        n, source_length, target_length = shape
+        self.source = torch.full((n, source_length), model.encoder.padding_idx, device=device)
+        self.target = torch.full((n, target_length), model.decoder.padding_idx, device=device)
+        size = model.decoder.output_embed_dim
+        self.features, self.features_grad = (
+            part.view(n, target_length, size) for part in owner.buffers(n * target_length * size)
+        )
+        self.gradients = owner.by_parameter(owner.gradients)
+        self.passes: tuple[torch.cuda.CUDAGraph, torch.cuda.CUDAGraph] | None = None
+        if owner.capture:
+            self._capture(device)
+
+    def _capture(self, device: torch.device) -> None:
+        stream = torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream), torch.random.fork_rng([device]):
+            self.backward(self.forward())  # compiles kernels and makes masks, which a capture must not
+            self.passes = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+            self.owner.memory = self.owner.memory or torch.cuda.graph_pool_handle()
+            output = self._captured(0, self.forward)
+            self._captured(1, lambda: self.backward(output))
+        torch.cuda.current_stream(device).wait_stream(stream)
+        # What the kernels read of the masks, which modules replace when longer sentences come.
+        self.derived = [module.derived() for _, module in attention_sites(self.owner.model)]
+
+    def _captured(self, number: int, run):
+        # Not torch.cuda.graph, which collects garbage and frees all cached memory each time.
+        graph = self.passes[number]
+        graph.capture_begin(pool=self.owner.memory, capture_error_mode="thread_local")  # loaders go on in their threads
+        try:
+            return run()
+        finally:
+            graph.capture_end()
+
+    def forward(self) -> Tensor:
+        """Compute the features of `target` under `source`; they are left in `features` too."""
+        model = self.owner.model
+        encoder_out = model.encoder(self.source)
+        output, _ = model.decoder(self.target, encoder_out=encoder_out, features_only=True)
+        self.features.copy_(output.detach())
+        return output
+
+    def backward(self, output: Tensor) -> None:
+        """Leave the gradients of the parameters that are used in `gradients`."""
+        parameters = self.owner.parameters
+        found = torch.autograd.grad(output, parameters, self.features_grad, allow_unused=True)
+        self.used = [grad is not None for grad in found]
+        for kept, grad in zip(self.gradients, found, strict=True):
+            if grad is not None:
+                kept.copy_(grad)
+
+
+class _Replay(torch.autograd.Function):
+    """Features from a graph, with the gradients of all parameters."""
+
+    @staticmethod
+    def forward(ctx, graph: _Graph, pending: _Forward, source: Tensor, target: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.graph, ctx.pending, ctx.shape = graph, pending, target.shape
+        model = graph.owner.model
+        for static, tokens, padding in (
+            (graph.source, source, model.encoder.padding_idx),
+            (graph.target, target, model.decoder.padding_idx),
+        ):
+            static.fill_(padding)[: tokens.size(0), : tokens.size(1)] = tokens
+        if graph.passes is not None:
+            graph.passes[0].replay()
+        else:
+            with torch.enable_grad():
+                ctx.output = graph.forward()
+        return graph.features[: target.size(0), : target.size(1)]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        graph, (n, length) = ctx.graph, ctx.shape
+        if ctx.pending.done:
+            raise RuntimeError(
+                "a second backward pass through an update that was replayed as a CUDA graph: its activations are gone; "
+                "train with --cuda-graphs off"
+            )
+        graph.features_grad.zero_()[:n, :length] = grad
+        if graph.passes is not None:
+            graph.passes[1].replay()
+        else:
+            graph.backward(ctx.output)
+        ctx.pending.done = True
+        gradients = graph.owner.by_parameter(graph.owner.gradients.clone())  # the next replay overwrites them
+        return None, None, None, None, *(g if used else None for g, used in zip(gradients, graph.used, strict=True))

@@ -1,0 +1,187 @@
+"""Updates replayed as CUDA graphs are the updates of fairseq's loop; without a GPU the same passes run directly."""
+
+import copy
+import gc
+
+import pytest
+import torch
+from plugin import builders
+
+from ap_fairseq.training_graphs import MOST_GRAPHS, TrainingGraphs, rounded
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+WORDS = builders.dictionary()
+
+
+def sample(source=(9, 5, 3), target=(4, 8, 2), seed=0):
+    """Source tokens padded on the left, as fairseq's loader pads them, and right-padded decoder input."""
+    parts = (
+        builders.batch(source, WORDS, left=True, seed=seed),
+        builders.batch(target, WORDS, left=False, seed=seed + 1),
+    )
+    return tuple(part.to(DEVICE) for part in parts)
+
+
+def models(**options):
+    """A model whose updates are replayed, and the same model without."""
+    sizes = dict(encoder_attention_heads=1, decoder_attention_heads=1, share_decoder_input_output_embed=True)
+    model = builders.pruned_model(builders.random_masks(0.4, heads=1), words=WORDS, **sizes | options)
+    model = model.to(DEVICE).train()
+    plain = copy.deepcopy(model)
+    plain._use_graphs = False
+    model._graphs = TrainingGraphs(model, capture=DEVICE == "cuda")
+    return model, plain
+
+
+def update(model, source, target) -> float:
+    """One forward and backward pass; gradients are added to those that are there."""
+    logits, _ = model(source, None, target)
+    real = target.ne(WORDS.pad())
+    loss = torch.nn.functional.cross_entropy(logits[real].float(), target[real], reduction="sum")
+    loss.backward()
+    return float(loss.detach())
+
+
+def assert_same_gradients(model, plain):
+    for (name, ours), theirs in zip(model.named_parameters(), plain.parameters(), strict=True):
+        if theirs.grad is None:
+            assert ours.grad is None, name
+        else:
+            torch.testing.assert_close(ours.grad, theirs.grad, atol=2e-4, rtol=2e-4, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_losses_and_accumulated_gradients_are_those_of_direct_updates():
+    model, plain = models()
+    shapes = [
+        ((9, 5, 3), (4, 8, 2)),
+        ((6, 6, 6, 6, 6), (5, 1, 2, 3, 4)),
+        ((9, 5, 3), (4, 8, 2)),
+        ((10, 1, 2), (7, 3, 1)),
+    ]
+    for round_number in range(3):  # direct, captured, replayed
+        for seed, (source, target) in enumerate(shapes):
+            tokens = sample(source, target, seed + 10 * round_number)
+            assert update(model, *tokens) == pytest.approx(update(plain, *tokens), rel=1e-4)
+        assert_same_gradients(model, plain)
+    assert len(model._graphs.graphs) == 2
+
+
+def test_weights_may_change_in_place_and_move():
+    model, plain = models()
+    for step in range(5):
+        tokens = sample(seed=step)
+        update(model, *tokens)
+        update(plain, *tokens)
+        assert_same_gradients(model, plain)
+        for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+            p.data.sub_(0.1 * p.grad)
+            q.data.copy_(p.data)
+            p.grad = q.grad = None
+        if step == 2:
+            assert model._graphs.graphs
+            for p in model.parameters():
+                p.data = p.data.clone()
+    assert model._graphs.graphs
+
+
+def test_other_masks_make_other_graphs():
+    model, plain = models()
+    for seed in (0, 1):
+        for part in (model, plain):
+            part.set_masks(builders.random_masks(0.6, seed=seed, heads=1))
+            part.zero_grad()
+        for _ in range(3):
+            tokens = sample()
+            assert update(model, *tokens) == pytest.approx(update(plain, *tokens), rel=1e-4)
+        assert_same_gradients(model, plain)
+
+
+def test_a_forward_pass_before_the_backward_pass_of_another_runs_directly():
+    model, plain = models()
+    tokens = sample()
+    update(model, *tokens)
+    update(plain, *tokens)
+    for part in (model, plain):
+        first, second = part(*tokens[:1], None, tokens[1])[0], part(*tokens[:1], None, tokens[1])[0]
+        (first.square().sum() + 2 * second.sum()).backward()
+    assert len(model._graphs.graphs) == 1
+    assert_same_gradients(model, plain)
+
+
+def test_a_forward_pass_without_a_backward_pass_does_not_block_the_next():
+    model, _ = models()
+    tokens = sample()
+    update(model, *tokens)
+    abandoned = model(tokens[0], None, tokens[1])[0]
+    assert model._graphs._is_pending()
+    del abandoned
+    gc.collect()
+    assert not model._graphs._is_pending()
+
+
+def test_a_second_backward_pass_is_an_error_not_a_wrong_gradient():
+    model, _ = models()
+    tokens = sample()
+    update(model, *tokens)
+    loss = model(tokens[0], None, tokens[1])[0].sum()
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="second backward pass.*--cuda-graphs off"):
+        loss.backward()
+
+
+def test_evaluation_and_frozen_gradients_run_directly():
+    model, plain = models()
+    tokens = sample()
+    for part in (model, plain):
+        part.eval()
+    for _ in range(2):
+        torch.testing.assert_close(model(tokens[0], None, tokens[1])[0], plain(tokens[0], None, tokens[1])[0])
+    model.train()
+    with torch.no_grad():
+        model(tokens[0], None, tokens[1])
+    assert not model._graphs.seen
+
+
+@pytest.mark.parametrize(
+    "options", [{"encoder_layerdrop": 0.1}, {"checkpoint_activations": True}, {"cuda_graphs": "off"}], ids=str
+)
+def test_what_cannot_be_captured_runs_directly(options):
+    model = builders.pruned_model(builders.random_masks(0.4), words=WORDS, **options).to(DEVICE).train()
+    for _ in range(3):
+        update(model, *sample())
+    assert model._graphs is None
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="CUDA graphs need a GPU")
+def test_replayed_dropout_is_drawn_anew_and_seeded_by_fairseq():
+    model, _ = models(dropout=0.3, attention_dropout=0.3)
+    tokens = sample()
+    losses = []
+    for seed in (1, 1, 2, 3, 2):  # the first two are direct and captured
+        torch.manual_seed(seed)
+        losses.append(update(model, *tokens))
+    assert losses[2] == pytest.approx(losses[4], rel=1e-5)
+    assert abs(losses[2] - losses[3]) > 1e-3
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="CUDA graphs need a GPU")
+def test_memory_does_not_grow_with_the_number_of_shapes():
+    model, _ = models()
+
+    def used(n_shapes: int) -> int:
+        for length in range(4, 4 + 4 * n_shapes, 4):
+            for _ in range(3):
+                update(model, *sample((length,) * 64, (length,) * 64))
+        return torch.cuda.memory_allocated()
+
+    few = used(8)  # the longest comes last
+    assert used(8) - few < 2**20
+    assert len(model._graphs.graphs) == 8
+
+
+def test_sizes_are_rounded_up_by_at_most_an_eighth():
+    for n in range(1, 3000):
+        for least in (1, 4):
+            up = rounded(n, least)
+            assert n <= up < n + max(least, n / 8) and rounded(up, least) == up
+    assert len({rounded(n, 4) for n in range(1, 1025)}) < 100 < MOST_GRAPHS
