@@ -195,6 +195,9 @@ class AttentionStats:
         end_mass: per kind with source keys (``encoder_self``, ``cross``) float64 (layers, heads): the part of the mass
             on each sentence's last source token, whose position differs from sentence to sentence. Empty for files of
             versions that did not record it.
+        importance: per kind float64 (layers, heads, Tq, Tk): sum over those sentences of how much the training loss
+            depends on the cell (:func:`ap_fairseq.recording.squared_removal_effect`). Empty unless recorded with
+            ``ap-record --importance``.
     """
 
     FORMAT = "ap-attention-stats-1"
@@ -203,8 +206,15 @@ class AttentionStats:
     occupancy: dict[AttentionKind, np.ndarray]
     metadata: dict[str, Any] = field(default_factory=dict)
     end_mass: dict[AttentionKind, np.ndarray] = field(default_factory=dict)
+    importance: dict[AttentionKind, np.ndarray] = field(default_factory=dict)
 
     def __post_init__(self):
+        for kind, importance in self.importance.items():
+            if importance.shape != self.mass[kind].shape:
+                raise ArtifactError(
+                    f"{kind.value}: importance has shape {importance.shape}, mass {self.mass[kind].shape}; "
+                    "they must be equal"
+                )
         for kind, mass in self.mass.items():
             if mass.ndim != 4 or mass.shape[2:] != self.occupancy[kind].shape:
                 raise ArtifactError(
@@ -228,6 +238,8 @@ class AttentionStats:
     def merge(self, other: AttentionStats) -> AttentionStats:
         """Return the statistics of both recordings together, as if recorded in one run.
 
+        What only one of them has (the mass on the last source token, importance) is left out.
+
         Raises:
             ArtifactError: if the two belong to different models or dictionaries.
         """
@@ -249,13 +261,18 @@ class AttentionStats:
         metadata["pairs_beyond_range"] = {k.value: sum(b.get(k.value, 0) for b in beyond) for k in self.kinds}
         both = self.end_mass.keys() & other.end_mass.keys()
         end_mass = {kind: self.end_mass[kind] + other.end_mass[kind] for kind in both}
-        return AttentionStats(mass, occupancy, metadata, end_mass)
+        importance = {
+            kind: sum(_grown(part.importance[kind], occupancy[kind].shape) for part in (self, other))
+            for kind in self.importance.keys() & other.importance.keys()
+        }
+        return AttentionStats(mass, occupancy, metadata, end_mass, importance)
 
     def save(self, path, overwrite: bool = False) -> None:
         """Write the statistics; raises :class:`ArtifactError` if *path* exists and *overwrite* is not set."""
         tensors = {f"{kind.value}.mass": self.mass[kind] for kind in self.kinds}
         tensors |= {f"{kind.value}.occupancy": self.occupancy[kind] for kind in self.kinds}
         tensors |= {f"{kind.value}.end_mass": mass for kind, mass in self.end_mass.items()}
+        tensors |= {f"{kind.value}.importance": importance for kind, importance in self.importance.items()}
         _write(path, tensors, {**self.metadata, "format": self.FORMAT, "architecture": self.architecture}, overwrite)
 
     @classmethod
@@ -263,12 +280,13 @@ class AttentionStats:
         """Read statistics; raises :class:`ArtifactError` if the file is missing, damaged or of another format."""
         tensors, metadata = _read(path, cls.FORMAT)
         kinds = [AttentionKind(name) for name in metadata["architecture"]]
-        return cls(
-            {kind: tensors[f"{kind.value}.mass"] for kind in kinds},
-            {kind: tensors[f"{kind.value}.occupancy"] for kind in kinds},
-            metadata,
-            {kind: tensors[f"{kind.value}.end_mass"] for kind in kinds if f"{kind.value}.end_mass" in tensors},
-        )
+
+        def of_kinds(name: str) -> dict[AttentionKind, np.ndarray]:
+            return {kind: tensors[f"{kind.value}.{name}"] for kind in kinds if f"{kind.value}.{name}" in tensors}
+
+        mass = {kind: tensors[f"{kind.value}.mass"] for kind in kinds}
+        occupancy = {kind: tensors[f"{kind.value}.occupancy"] for kind in kinds}
+        return cls(mass, occupancy, metadata, of_kinds("end_mass"), of_kinds("importance"))
 
 
 def _grown(array: np.ndarray, shape) -> np.ndarray:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ap_fairseq.artifacts import AttentionStats
+from ap_fairseq.artifacts import ArtifactError, AttentionStats
 from ap_fairseq.sites import AttentionKind
 
 
@@ -39,6 +39,23 @@ def relative_attention(stats: AttentionStats, kind: AttentionKind) -> np.ndarray
     """
     of_cell = offset_of_cell(stats.occupancy[kind].shape)
     return mean_along_diagonals(stats.mass[kind], stats.occupancy[kind])[..., of_cell]
+
+
+def importance(stats: AttentionStats, kind: AttentionKind) -> np.ndarray:
+    """Mean squared effect of the cell's removal on the training loss, as ``ap-record --importance`` estimates it.
+
+    See :func:`ap_fairseq.recording.squared_removal_effect`. A loss means the same in every kind, so that a budget over
+    all kinds is spent where the model needs its attention, not where there is most attention mass.
+
+    Raises:
+        ArtifactError: for statistics without importance.
+    """
+    if kind not in stats.importance:
+        raise ArtifactError(
+            f"the procedure importance needs the importance of {kind.value} cells, which these statistics lack; "
+            "record with ap-record --importance (each file, where several are merged)"
+        )
+    return stats.importance[kind] / np.maximum(stats.occupancy[kind], 1)
 
 
 def window(stats: AttentionStats, kind: AttentionKind) -> np.ndarray:
@@ -79,6 +96,7 @@ SCORES = {
     "effective": mean_attention,
     "normalised": normalised_attention,
     "relative": relative_attention,
+    "importance": importance,
     "window": window,
     "gaussian": gaussian,
     "fixed": fixed_patterns,

@@ -37,11 +37,11 @@ class MaskSpec:
     Attributes:
         budgets: per kind the share of attendable pairs to prune, in [0, 1); for ``as-published`` the nominal
             percentile. Kinds without an entry are kept whole.
-        procedure: what ranks the units. ``effective`` (mean attention), ``normalised``, ``relative`` and the controls
-            ``window``, ``gaussian`` and ``fixed`` are the scores of :mod:`ap_fairseq.criteria`; ``random`` is a seeded
-            draw. ``as-published`` prunes, per layer over its heads, everything up to a percentile of the mean attention
-            in the square up to the longest sentence, non-existing cells counting as zeros (Rugina et al. 2020, arXiv
-            2012.02030, and its code).
+        procedure: what ranks the units. ``effective`` (mean attention), ``normalised``, ``relative``, ``importance``
+            (effect on the loss) and the controls ``window``, ``gaussian`` and ``fixed`` are the scores of
+            :mod:`ap_fairseq.criteria`; ``random`` is a seeded draw. ``as-published`` prunes, per layer over its heads,
+            everything up to a percentile of the mean attention in the square up to the longest sentence, non-existing
+            cells counting as zeros (Rugina et al. 2020, arXiv 2012.02030, and its code).
         scope: what shares one threshold: all sites of a ``kind``, each ``layer`` of a kind, each ``head``, or all kinds
             together (``global``; the budget is then the sum of the kinds' budgets in pairs, and kinds, layers and heads
             that are cheap to prune pay for the others). ``as-published`` has its own scope.
@@ -49,13 +49,16 @@ class MaskSpec:
         beyond: cells that no recorded sentence reaches: ``diagonal`` continues each head's scores along the diagonal
             against the same threshold, ``keep`` keeps them.
         min_kept: the share of its attendable pairs that every head keeps, its best, in [0, 1].
+        min_heads: per kind how many heads, over all its layers, keep each unit at least: those in which its score is
+            highest. A pair of positions that every head loses is lost to the model. Kinds without an entry or a budget
+            have no minimum.
         keep_diagonal: also keep every cell at most this many key positions from the diagonal (in cross-attention from
             the mean source/target length slope); None for no such set.
         keep_first: also keep this many first columns.
         seed: for ``random``, and for ties of the controls by distance.
 
-    The sets of *keep_diagonal* and *keep_first* count against the budget, and are cells also where the granularity is
-    coarser. They hold within the recorded range, and the diagonal of self-attention beyond it.
+    What these sets and minima keep counts against the budget. *keep_diagonal* and *keep_first* are cells also where the
+    granularity is coarser. They hold within the recorded range, and the diagonal of self-attention beyond it.
     """
 
     budgets: Mapping[AttentionKind, float]
@@ -64,6 +67,7 @@ class MaskSpec:
     granularity: Granularity = 1
     beyond: str = "diagonal"
     min_kept: float = 0.0
+    min_heads: Mapping[AttentionKind, int] = dataclasses.field(default_factory=dict)
     keep_diagonal: int | None = None
     keep_first: int = 0
     seed: int = 1
@@ -82,6 +86,9 @@ class MaskSpec:
                 raise ValueError(f"budget for {kind.value} is {budget}, expected 0 <= budget < 1")
         if not 0 <= self.min_kept <= 1:
             raise ValueError(f"min_kept is {self.min_kept}, expected a share of pairs in [0, 1]")
+        for kind, count in self.min_heads.items():
+            if count < 0 or count != int(count):
+                raise ValueError(f"min_heads for {kind.value} is {count:g}, expected a number of heads")
         if self.keep_first < 0 or (self.keep_diagonal or 0) < 0:
             raise ValueError(f"keep_diagonal {self.keep_diagonal} and keep_first {self.keep_first} cannot be negative")
         if self.procedure == "as-published":
@@ -143,6 +150,7 @@ def build_masks(stats: AttentionStats, spec: MaskSpec) -> tuple[PruningMasks, li
         "procedure": {
             **dataclasses.asdict(spec),
             "budgets": {kind.value: budget for kind, budget in spec.budgets.items()},
+            "min_heads": {kind.value: int(count) for kind, count in spec.min_heads.items()},
         },
         "sparsity": {
             row.kind: {"effective": row.effective, "nominal": row.nominal, "kept_mass": row.kept_mass} for row in kinds
@@ -300,6 +308,8 @@ class _Units:
             score = criteria.sum_by(of_cell, cells * prunable) / np.maximum(pairs, 1)
             if name in criteria.WITH_TIES:
                 score = score - np.random.default_rng(spec.seed).random(len(pairs))
+        if count := int(spec.min_heads.get(kind, 0)):
+            score, offset_score = (_always_in_best_heads(s, heads, count, kind) for s in (score, offset_score))
         offset_score[..., seen == 0] = np.inf
         for layer, head in np.ndindex(score.shape[:2]) if spec.min_kept else ():
             share = [(score[layer, head], pairs)]
@@ -307,6 +317,29 @@ class _Units:
             score[layer, head, ~free] = np.inf
         sharing = np.prod(heads) // np.prod(score.shape[:2])
         return cls(score, pairs * sharing, offset_score, of_cell)
+
+
+def _always_in_best_heads(score: np.ndarray, heads: tuple[int, int], count: int, kind: AttentionKind) -> np.ndarray:
+    """Give each unit an infinite score in the *count* heads of all layers that score it highest.
+
+    Args:
+        score: float64 (layers or 1, heads or 1, units).
+        heads: layers, heads.
+
+    Returns:
+        float64 (layers, heads, units).
+
+    Raises:
+        ValueError: if there are fewer heads.
+    """
+    if count > np.prod(heads):
+        raise ValueError(
+            f"min_heads for {kind.value} is {count}, but it has {heads[0]} layers of {heads[1]} heads; lower it"
+        )
+    of_head = np.broadcast_to(score, (*heads, score.shape[2])).reshape(-1, score.shape[2]).copy()
+    best = np.argpartition(of_head, -count, axis=0)[-count:]
+    np.put_along_axis(of_head, best, np.inf, axis=0)
+    return of_head.reshape(*heads, -1)
 
 
 def _as_published(stats: AttentionStats, spec: MaskSpec):
@@ -452,8 +485,8 @@ def _missed_budgets(summary: Iterable[LayerSummary], spec: MaskSpec) -> list[str
         checks = [("all kinds together", total_of(totals)["effective"], target)]
     if spec.granularity == 1:
         reason = "every row keeps one guaranteed cell, and rows of short sentences have few others"
-        if spec.min_kept or spec.keep_first or spec.keep_diagonal is not None:
-            reason = f"{reason}; what min_kept, keep_first and keep_diagonal keep is never pruned either"
+        if spec.min_kept or spec.min_heads or spec.keep_first or spec.keep_diagonal is not None:
+            reason = f"{reason}; what min_kept, min_heads, keep_first and keep_diagonal keep is never pruned either"
     else:
         unit = "diagonals" if spec.granularity == "diagonal" else f"{spec.granularity}x{spec.granularity} blocks"
         reason = f"the recorded pairs fall into few {unit}, and a unit is pruned whole; use a finer --granularity"

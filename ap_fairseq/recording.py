@@ -3,14 +3,29 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
+from fairseq.modules import MultiheadAttention
 from torch import Tensor, nn
 
 from ap_fairseq.artifacts import AttentionStats
-from ap_fairseq.sites import AttentionKind, attention_sites
+from ap_fairseq.sites import AttentionKind, AttentionSite, attention_sites
+
+INITIAL_LOSS_SCALE = 128.0  # as fairseq's training in half precision; halved when gradients overflow
+SMALLEST_LOSS_SCALE = 2.0**-14
+
+
+@dataclass
+class _Attended:
+    """One site in one forward pass."""
+
+    output: Tensor  # (Tq, B, C), what the output projection got
+    weights: Tensor | None = None  # (H, B, Tq, Tk)
+    values: Tensor | None = None  # (Tk, B, H, D)
 
 
 class AttentionRecorder:
@@ -28,12 +43,17 @@ class AttentionRecorder:
                 model(**sample["net_input"])
         stats = recorder.finish()
 
+    With *importance* the model must run with gradients enabled, and ``recorder.add_importance(loss)`` must follow with
+    its training loss. That adds, for each cell, how much the loss depends on the attention there: see
+    :func:`squared_removal_effect`. Parameters get no gradients.
+
     Args:
         model: a fairseq encoder-decoder transformer.
         max_positions: (source, target): cells at or beyond these positions are counted but not recorded.
+        importance: also record what the loss depends on.
     """
 
-    def __init__(self, model: nn.Module, max_positions: tuple[int, int]):
+    def __init__(self, model: nn.Module, max_positions: tuple[int, int], importance: bool = False):
         self.limit_source, self.limit_target = max_positions
         self.sites = list(attention_sites(model))
         self.lengths: dict[tuple[int, int], int] = defaultdict(int)  # (target, source) -> number of sentences
@@ -41,6 +61,9 @@ class AttentionRecorder:
         self._end_mass: dict[AttentionKind, Tensor] = {}
         self._query_padding: dict[AttentionKind, Tensor] = {}
         self._last_source: Tensor | None = None
+        self._importance: dict[AttentionKind, Tensor] = {}
+        self._attended: dict[AttentionSite, _Attended] = {}  # by the batch whose loss is awaited
+        self._loss_scale = INITIAL_LOSS_SCALE
         self._hooks = []
         layers = {kind: sum(site.kind is kind for site, _ in self.sites) for kind in AttentionKind}
         for site, module in self.sites:
@@ -51,10 +74,14 @@ class AttentionRecorder:
                 self._mass[site.kind] = torch.zeros(shape, dtype=torch.float64, device=module.out_proj.weight.device)
                 if site.kind is not AttentionKind.DECODER_SELF:
                     self._end_mass[site.kind] = self._mass[site.kind].new_zeros(shape[:2])
+                if importance:
+                    self._importance[site.kind] = torch.zeros_like(self._mass[site.kind])
             # Stock fairseq otherwise hands full-context attention to torch, which averages the heads away.
             module._set_skip_embed_dim_check()
             self._hooks.append(module.register_forward_pre_hook(_ask_for_head_weights, with_kwargs=True))
             self._hooks.append(module.register_forward_hook(self._hook(*site)))
+            if importance:
+                self._hooks += self._watch(site, module)
 
     def _limits(self, kind: AttentionKind) -> tuple[int, int]:
         queries = self.limit_source if kind is AttentionKind.ENCODER_SELF else self.limit_target
@@ -97,12 +124,8 @@ class AttentionRecorder:
 
     def _hook(self, kind: AttentionKind, layer: int):
         def accumulate(module, args, output):
-            weights = output[1]  # (H, B, Tq, Tk) float32, before dropout
-            padding = self._query_padding[kind]  # (B, Tq)
-            recorded = weights.masked_fill(padding[None, :, :, None], 0).sum(1, dtype=torch.float64)
-            total = self._mass[kind][layer]
-            n_queries, n_keys = (min(a, b) for a, b in zip(recorded.shape[1:], total.shape[1:], strict=True))
-            total[:, :n_queries, :n_keys] += recorded[:, :n_queries, :n_keys]
+            weights = output[1].detach()  # (H, B, Tq, Tk) float32, before dropout
+            n_queries, n_keys = self._add(self._mass[kind][layer], kind, weights)
             if kind in self._end_mass:
                 last = self._last_source.view(1, -1, 1, 1).expand(*weights.shape[:3], 1)
                 on_end = weights.gather(3, last).squeeze(3).masked_fill(self._query_padding[kind], 0)  # (H, B, Tq)
@@ -110,6 +133,68 @@ class AttentionRecorder:
                 self._end_mass[kind][layer] += on_end[:, :, :n_queries].sum((1, 2), dtype=torch.float64)
 
         return accumulate
+
+    def _add(self, total: Tensor, kind: AttentionKind, cells: Tensor) -> tuple[int, int]:
+        """Add *cells* (H, B, Tq, Tk) of real queries to *total* (H, Tq, Tk); return how far they were recorded."""
+        padding = self._query_padding[kind]  # (B, Tq)
+        recorded = cells.masked_fill(padding[None, :, :, None], 0).sum(1, dtype=torch.float64)
+        n_queries, n_keys = (min(a, b) for a, b in zip(recorded.shape[1:], total.shape[1:], strict=True))
+        total[:, :n_queries, :n_keys] += recorded[:, :n_queries, :n_keys]
+        return n_queries, n_keys
+
+    # -- importance ---------------------------------------------------------------------------------------------------
+
+    def _watch(self, site: AttentionSite, module: MultiheadAttention) -> list:
+        """Hook *module* so that a forward pass leaves what :meth:`add_importance` needs of *site*."""
+
+        def require_gradient(projection, args):
+            (output,) = args
+            if not output.requires_grad:  # the first attention of a model whose parameters are frozen
+                output = output.detach().requires_grad_()
+            self._attended[site] = _Attended(output)
+            return (output,)
+
+        def keep(module, args, kwargs, output):
+            # Not every path of every module calls v_proj, so the values are computed again.
+            values = F.linear(kwargs["value"], module.v_proj.weight, module.v_proj.bias).detach()
+            attended = self._attended[site]
+            attended.weights, attended.values = output[1].detach(), values.unflatten(2, (module.num_heads, -1))
+
+        return [
+            module.out_proj.register_forward_pre_hook(require_gradient),
+            module.register_forward_hook(keep, with_kwargs=True),
+        ]
+
+    def add_importance(self, loss: Tensor) -> None:
+        """Add what *loss* depends on, after the forward pass that gave it.
+
+        Args:
+            loss: scalar, summed over sentences (not averaged), so that a batch counts as its sentences would alone.
+
+        Raises:
+            ValueError: if the gradients are not finite at any scale of the loss.
+        """
+        attended, self._attended = self._attended, {}
+        gradients = self._gradients(loss, [site.output for site in attended.values()])
+        for ((kind, layer), site), gradient in zip(attended.items(), gradients, strict=True):
+            of_output = gradient.unflatten(2, site.values.shape[2:])
+            of_weights = torch.einsum("qbhd,kbhd->hbqk", of_output, site.values.to(gradient.dtype))
+            self._add(self._importance[kind][layer], kind, squared_removal_effect(site.weights, of_weights))
+
+    def _gradients(self, loss: Tensor, outputs: list[Tensor]) -> list[Tensor]:
+        """Return d loss / d output, at least float32: the loss is scaled so that half precision can hold them."""
+        while True:
+            # The graph is kept for another try, and goes with the loss.
+            gradients = torch.autograd.grad(loss * self._loss_scale, outputs, retain_graph=True)
+            if all(bool(gradient.isfinite().all()) for gradient in gradients):
+                break
+            self._loss_scale /= 2
+            if self._loss_scale < SMALLEST_LOSS_SCALE:
+                raise ValueError(
+                    f"the gradients of a loss of {loss.item()} are not finite, even of {SMALLEST_LOSS_SCALE} of it"
+                )
+        wide = [g if g.dtype is torch.float64 else g.float() for g in gradients]
+        return [gradient / self._loss_scale for gradient in wide]
 
     def finish(self, group: dist.ProcessGroup | None = None, **metadata) -> AttentionStats:
         """Return the statistics of all batches (of all ranks of *group*), cut to the longest recorded positions.
@@ -130,19 +215,21 @@ class AttentionRecorder:
             for part in gathered:
                 for pair, count in part.items():
                     lengths[pair] += count
-            for total in (*mass.values(), *self._end_mass.values()):
+            for total in (*mass.values(), *self._end_mass.values(), *self._importance.values()):
                 dist.all_reduce(total, group=group)
         if not lengths:
             raise ValueError("no sentence was recorded; the subset is empty or every sentence was skipped")
 
         occupancy = {kind: occupancy_of(kind, lengths) for kind in mass}
-        beyond, recorded = {}, {}
+        beyond, recorded, importance = {}, {}, {}
         for kind in mass:
             full = occupancy[kind]
             n_queries, n_keys = (min(a, b) for a, b in zip(full.shape, self._limits(kind), strict=True))
             occupancy[kind] = full[:n_queries, :n_keys]
             beyond[kind.value] = int(full.sum() - occupancy[kind].sum())
             recorded[kind] = mass[kind][:, :, :n_queries, :n_keys].cpu().numpy()
+            if kind in self._importance:
+                importance[kind] = self._importance[kind][:, :, :n_queries, :n_keys].cpu().numpy()
         metadata = {
             **metadata,
             "sentences": sum(lengths.values()),
@@ -150,7 +237,25 @@ class AttentionRecorder:
             "pairs_recorded": {kind.value: int(occupancy[kind].sum()) for kind in mass},
         }
         end_mass = {kind: total.cpu().numpy() for kind, total in self._end_mass.items()}
-        return AttentionStats(recorded, occupancy, metadata, end_mass)
+        return AttentionStats(recorded, occupancy, metadata, end_mass, importance)
+
+
+def squared_removal_effect(weights: Tensor, gradient: Tensor) -> Tensor:
+    """Estimate for each cell the squared change of the loss if the cell were pruned.
+
+    To first order, setting a_j to 0 changes the loss by -a_j dL/da_j (the Taylor criterion of Molchanov et al. 2017,
+    arXiv 1611.06440; Michel et al. 2019, arXiv 1905.10650, rank whole heads so). Summed with their signs, the changes
+    cancel in a converged model; their squares add up over sentences (Molchanov et al. 2019, arXiv 1906.10771), and a
+    few sentences that need the cell count more than many that hardly do.
+
+    Args:
+        weights: (..., Tk) attention probabilities a, 0 for what is masked.
+        gradient: (..., Tk) derivative of the loss by each of them.
+
+    Returns:
+        (..., Tk) in squared units of the loss.
+    """
+    return (weights * gradient).square()
 
 
 def _ask_for_head_weights(module, args, kwargs):

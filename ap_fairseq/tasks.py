@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Optional  # fairseq's parser reads Optional[X], not X | None
 
 import numpy as np
+import torch
 import torch.distributed as dist
 from fairseq import distributed_utils
 from fairseq.models.transformer import TransformerModelBase
@@ -34,6 +35,9 @@ class AttentionRecordingConfig(TranslationConfig):
         default=None, metadata={"help": "record this many sentences, drawn evenly over all lengths, instead of all"}
     )
     stats_sample_seed: int = field(default=1, metadata={"help": "seed of the sample"})
+    stats_importance: bool = field(
+        default=False, metadata={"help": "also record how much the training loss depends on each cell"}
+    )
     stats_overwrite: bool = field(default=False, metadata={"help": "replace an existing statistics file"})
     stats_checkpoint: Optional[str] = field(
         default=None, metadata={"help": "checkpoint whose SHA-256 is stored with the statistics"}
@@ -68,6 +72,8 @@ class AttentionRecordingTask(TranslationTask):
         return super().setup_task(cfg, **kwargs)
 
     def build_model(self, cfg, from_checkpoint=False):
+        if self.cfg.stats_importance:  # a checkpointed layer runs a second time during the backward pass
+            cfg.checkpoint_activations = cfg.offload_activations = False
         model = super().build_model(cfg, from_checkpoint)
         if not isinstance(model, TransformerModelBase):
             raise ArtifactError(
@@ -75,6 +81,7 @@ class AttentionRecordingTask(TranslationTask):
                 f"pruned_transformer*), not from {type(model).__name__}"
             )
         model.register_load_state_dict_pre_hook(self._before_loading)
+        model.requires_grad_(False)  # the backward pass of --importance goes no further than the attention
         self.recorder = None  # made with the first batch, when the model is on its device
         self.subset = None
         self.totals: dict[str, float] = collections.defaultdict(float)
@@ -112,7 +119,7 @@ class AttentionRecordingTask(TranslationTask):
         dataset = self.datasets[self.subset]
         limit = self.cfg.stats_max_positions
         longest = (int(dataset.src_sizes.max()), int(dataset.tgt_sizes.max()))
-        return AttentionRecorder(model, tuple(min(n, limit) for n in longest))
+        return AttentionRecorder(model, tuple(min(n, limit) for n in longest), self.cfg.stats_importance)
 
     def valid_step(self, sample, model, criterion):
         if self.recorder is None:
@@ -123,7 +130,12 @@ class AttentionRecordingTask(TranslationTask):
             return 0, 0, _NO_OUTPUT
         net_input = sample["net_input"]
         self.recorder.begin(net_input["src_tokens"], net_input["prev_output_tokens"], self.source_dictionary.pad())
-        loss, sample_size, logging_output = super().valid_step(sample, model, criterion)
+        if self.cfg.stats_importance:
+            with torch.enable_grad():
+                loss, sample_size, logging_output = criterion(model, sample)
+                self.recorder.add_importance(loss)
+        else:
+            loss, sample_size, logging_output = super().valid_step(sample, model, criterion)
         for name, value in logging_output.items():
             self.totals[name] += float(value)
         return loss, sample_size, _NO_OUTPUT
@@ -142,6 +154,7 @@ class AttentionRecordingTask(TranslationTask):
             dictionaries=dictionary_hashes(self),
             max_positions=self.cfg.stats_max_positions,
             sample=self._sample(),
+            loss=type(criterion).__name__ if self.cfg.stats_importance else None,  # what importance is of
             versions=versions(),
         )
         self.recorder = None

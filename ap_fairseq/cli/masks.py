@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from ap_fairseq import masks
 from ap_fairseq.artifacts import ArtifactError, AttentionStats, PruningMasks, refuse_existing
 from ap_fairseq.cli.common import add_output, command
+from ap_fairseq.dynamic import per_kind
 from ap_fairseq.sites import AttentionKind
 
 logger = logging.getLogger(__name__)
@@ -55,8 +56,8 @@ def add_mask_options(parser: argparse.ArgumentParser) -> None:
         "--total",
         type=_budget,
         metavar="SHARE",
-        help="share of the pairs of all kinds together to prune, distributed over kinds, layers and heads by kept mass "
-        "(one threshold; instead of budgets per kind)",
+        help="share of the pairs of all kinds together to prune, distributed over kinds, layers and heads by what the "
+        "procedure ranks by (one threshold; instead of budgets per kind)",
     )
     parser.add_argument(
         "--like", metavar="MASKS", help="budgets per kind as in this file: for controls at equal effective sparsity"
@@ -66,8 +67,9 @@ def add_mask_options(parser: argparse.ArgumentParser) -> None:
         choices=masks.PROCEDURES,
         default="effective",
         help="effective: by mean attention; normalised: relative to the head's own; relative: averaged along the "
-        "diagonal; as-published: the authors' percentile (budgets are nominal then); random, "
-        "window, gaussian, fixed: controls at equal effective sparsity (default: %(default)s)",
+        "diagonal; importance: by the effect on the loss, of statistics of ap-record --importance; as-published: the "
+        "authors' percentile (budgets are nominal then); random, window, gaussian, fixed: controls at equal effective "
+        "sparsity (default: %(default)s)",
     )
     parser.add_argument(
         "--scope",
@@ -94,6 +96,12 @@ def add_mask_options(parser: argparse.ArgumentParser) -> None:
         default=0.0,
         metavar="SHARE",
         help="share of its pairs that every head keeps at least (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--min-heads",
+        metavar="N",
+        help="heads, over all layers of a kind, that keep each pair of positions at least: a number for all kinds, or "
+        "e.g. decoder_self=1,cross=2 (default: none)",
     )
     parser.add_argument(
         "--keep-diagonal",
@@ -135,6 +143,7 @@ def spec_from(args: argparse.Namespace, stats: AttentionStats) -> masks.MaskSpec
         granularity=args.granularity,
         beyond=args.beyond,
         min_kept=args.min_kept,
+        min_heads=per_kind("--min-heads", args.min_heads),
         keep_diagonal=args.keep_diagonal,
         keep_first=args.keep_first,
         seed=args.seed,

@@ -123,9 +123,11 @@ def main(argv: list[str]) -> None:
     if taken or "--arch" not in train_flags:
         fault = f"{', '.join(sorted(taken))} given" if taken else "no --arch given"
         raise ArtifactError(f"fairseq-train flags after --: {fault}; the rounds set these themselves, all but --arch")
-    mask_flags = shlex.split(args.masks)
-    parse_mask_flags(mask_flags)
-    record_flags = shlex.split(args.record)
+    mask_flags, record_flags = shlex.split(args.masks), shlex.split(args.record)
+    if parse_mask_flags(mask_flags).procedure == "importance" and "--importance" not in record_flags:
+        raise ArtifactError(
+            f"--masks '{args.masks}' ranks by importance, but --record '{args.record}' lacks --importance"
+        )
     try:
         checkpoint, masks = prune_gradually(
             *(args.data, args.path, args.output, mask_flags, train_flags, record_flags),

@@ -48,6 +48,12 @@ def get_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="record N sentences instead of all, one drawn from each of N runs of sentences of like length (--seed)",
     )
+    parser.add_argument(
+        "--importance",
+        action="store_true",
+        help="also record how much the training loss depends on each cell, for ap-masks --procedure importance: a "
+        "backward pass for each batch, and twice the size of the file",
+    )
     add_output(parser, "the statistics")
     return parser
 
@@ -78,6 +84,7 @@ def main(argv: list[str]) -> None:
         "stats_max_positions": args.max_positions,
         "stats_sample": args.sample,
         "stats_sample_seed": fairseq_args.seed,
+        "stats_importance": args.importance,
         "stats_overwrite": args.overwrite,
         "stats_checkpoint": args.path,
     }

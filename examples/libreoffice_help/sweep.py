@@ -8,7 +8,8 @@ SWEEP.yaml says everything that a result depends on: flags of training and recor
 in a system stands for one system of each value (of several lists, one of each combination):
 
     procedure    dense (nothing pruned), any of ap-masks' --procedure, top-k, or threshold
-    kinds        total (one budget for all kinds by kept mass), joint (each kind at the sparsity), or kinds joined by +
+    kinds        total (one budget for all kinds, spent by the scores of the procedure), joint (each kind at the
+                 sparsity), kinds joined by +, or own (options name the budgets: --encoder-self 0.95 ...)
     sparsity     effective sparsity; nominal for as-published; of top-k the largest that does not exceed it
     granularity  as ap-masks takes it; default 1
     options      further flags of ap-masks; default none
@@ -99,21 +100,30 @@ class System:
         if self.procedure == "threshold" and not self.threshold:
             raise ArtifactError("a system of procedure threshold needs a threshold, e.g. threshold: 0.01")
         self.budget_kinds()  # reports unknown kinds
+        masked = self.procedure not in ("dense", "top-k", "threshold")
+        if self.kinds == "own" and (self.sparsity or not masked or not self.budget_kinds()):
+            raise ArtifactError(
+                "a system of kinds own names its budgets in options (--encoder-self 0.95 --cross 0.7), and no sparsity"
+            )
 
     def budget_kinds(self) -> list[AttentionKind]:
         """The kinds that the sparsity is for."""
         if self.kinds in ("total", "joint"):
             return list(AttentionKind)
+        if self.kinds == "own":
+            return [kind for kind in AttentionKind if f"--{kind.flag}" in shlex.split(self.options)]
         names = self.kinds.split("+")
         if not set(names) <= set(AttentionKind):
-            raise ArtifactError(f"kinds {self.kinds!r} is not total, joint, or some of {'+'.join(AttentionKind)}")
+            raise ArtifactError(f"kinds {self.kinds!r} is not total, joint, own, or some of {'+'.join(AttentionKind)}")
         return [AttentionKind(name) for name in names]
 
     def mask_flags(self) -> list[str]:
         """Flags of ap-masks; none prune anything for what is no mask."""
         if self.procedure in ("dense", "top-k", "threshold"):
             return []
-        if self.kinds == "total" and self.procedure != "as-published":
+        if self.kinds == "own":
+            budgets = []
+        elif self.kinds == "total" and self.procedure != "as-published":
             budgets = ["--total", str(self.sparsity)]
         else:
             budgets = [word for kind in self.budget_kinds() for word in (f"--{kind.flag}", str(self.sparsity))]
@@ -127,7 +137,7 @@ class System:
         if self.procedure == "threshold":
             parts.append(f"{self.threshold:g}" + (f".{self.log_bits}bit" if self.log_bits else ""))
         elif self.procedure != "dense":
-            parts += [self.kinds, f"{100 * self.sparsity:g}"]
+            parts += [self.kinds] if self.kinds == "own" else [self.kinds, f"{100 * self.sparsity:g}"]
             parts += [f"g{self.granularity}"] if self.procedure != "top-k" else []
         if self.options:
             parts.append(self.options.replace("--", "").replace(" ", "-"))
@@ -160,6 +170,9 @@ class Sweep:
         self.source, self.target = description["pair"]
         self.bin = str(data / "data-bin" / self.level)
         systems = expand(description["systems"])
+        loss_aware = any(system.procedure == "importance" for system in systems)
+        if loss_aware and "--importance" not in shlex.split(description["record"]):
+            raise ArtifactError("systems of procedure importance need --importance among the flags of `record`")
         self.systems = [s for s in systems if s.procedure == "dense" or re.search(only, s.name)]
         self.search = Search(**description["search"])
         self.stages = Stages(out)

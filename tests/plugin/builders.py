@@ -62,7 +62,7 @@ def dense_model(words: Dictionary | None = None):
 def random_stats(
     seed: int = 0, longest=(9, 11), sentences: int = 40, layers: int = 2, heads: int = 2
 ) -> AttentionStats:
-    """Statistics with random attention on random (target, source) lengths up to *longest*."""
+    """Statistics with random attention and importance on random (target, source) lengths up to *longest*."""
     draw = np.random.default_rng(seed)
     lengths: dict[tuple[int, int], int] = {longest: 1}
     for _ in range(sentences):
@@ -70,7 +70,8 @@ def random_stats(
         lengths[pair] = lengths.get(pair, 0) + 1
     occupancy = {kind: occupancy_of(kind, lengths) for kind in AttentionKind}
     mass = {kind: draw.random((layers, heads, *n.shape)) * n for kind, n in occupancy.items()}
-    return AttentionStats(mass, occupancy, {})
+    importance = {kind: draw.random((layers, heads, *n.shape)) * n for kind, n in occupancy.items()}
+    return AttentionStats(mass, occupancy, {}, importance=importance)
 
 
 def random_masks(sparsity: float, seed: int = 0, kinds=tuple(AttentionKind), **shape) -> PruningMasks:

@@ -58,7 +58,7 @@ def record_command(data_bin, dense, output, *flags):
 
 def test_two_ranks_record_what_one_records(data_bin, dense, tmp_path):
     """To float64 rounding, as both see the same batches. 77 sentences by 32 make three: one rank gets an empty one."""
-    flags = ["--batch-size", 32, "--sample", 77]
+    flags = ["--importance", "--batch-size", 32, "--sample", 77]
     run(*record_command(data_bin, dense, tmp_path / "one", *flags))
     log = run_ranks(*record_command(data_bin, dense, tmp_path / "two", *flags))
     one, two = (AttentionStats.load(tmp_path / name) for name in ("one", "two"))
@@ -67,6 +67,9 @@ def test_two_ranks_record_what_one_records(data_bin, dense, tmp_path):
     for kind in AttentionKind:
         np.testing.assert_array_equal(two.occupancy[kind], one.occupancy[kind])
         np.testing.assert_allclose(two.mass[kind], one.mass[kind], rtol=1e-13)
+        np.testing.assert_allclose(two.importance[kind], one.importance[kind], rtol=1e-13)
+        assert one.importance[kind].sum() > 0
+    assert one.metadata["loss"] == "LabelSmoothedCrossEntropyCriterion"
     assert re.search(r"valid on 'train' subset \| loss [\d.]+", log)
 
 

@@ -61,12 +61,13 @@ def description(**changes):
         "dense_seeds": [1],
         "tune": "--dropout 0.1",
         "tune_updates": 4,
-        "record": "--cpu --max-tokens 3000 --num-workers 0",
+        "record": "--cpu --max-tokens 3000 --num-workers 0 --importance",
         "search": {"beam": 2, "max_tokens": 1500, "cpu": True, "on_device": True},
         "systems": [
             {"procedure": "dense"},
             {"procedure": "effective", "sparsity": 0.5, "schedule": ["untuned", "one-shot"], "seed": [1, 2]},
             {"procedure": "effective", "sparsity": 0.6, "schedule": "gradual", "rounds": 2},
+            {"procedure": "importance", "kinds": "own", "options": "--encoder-self 0.7 --cross 0.4"},
             {"procedure": "top-k", "sparsity": 0.5},
         ],
         **changes,
@@ -96,8 +97,12 @@ def test_every_system_of_a_sweep_has_a_line_with_its_signature(swept):
         "dense.untuned.s1",
         *(f"effective.total.50.g1.{schedule}.s{seed}" for schedule in ("untuned", "one-shot") for seed in (1, 2)),
         "effective.total.60.g1.gradual.r2.s1",
+        "importance.own.g1.encoder-self-0.7-cross-0.4.untuned.s1",
         "top-k.total.50.untuned.s1",
     }
+    shares = found.pop("importance.own.g1.encoder-self-0.7-cross-0.4.untuned.s1")["sparsity"]
+    for kind, share in {"encoder_self": 0.7, "decoder_self": 0.0, "cross": 0.4}.items():
+        assert shares[kind]["effective"] == pytest.approx(share, abs=0.01)
     for name, result in found.items():
         target = 0.6 if "60" in name else 0.0 if "dense" in name else 0.5
         assert result["total"]["effective"] == pytest.approx(target, abs=0.1 if "top-k" in name else 0.01)
@@ -181,6 +186,7 @@ def test_the_schedule_as_a_command_names_what_is_wrong(dense, data_bin, tmp_path
         (common, "no --arch given"),
         ([*common, "--rounds", 5, "--", "--arch", "x"], "each round needs an update"),
         ([*common[:-1], "--sparsity 0.5", "--", "--arch", "x"], "unrecognized arguments: --sparsity"),
+        ([*common, "--masks", "--total 0.5 --procedure importance", "--", "--arch", "x"], "but --record '--max-tokens"),
     ):
         with pytest.raises(SystemExit) as stop:
             prune_schedule.main([str(argument) for argument in arguments])
@@ -199,7 +205,9 @@ def test_shares_grow_to_one():
         (dict(procedure="best"), "procedure 'best' of a system is not one of dense, effective"),
         (dict(procedure="top-k", schedule="one-shot"), "top-k prunes at inference time"),
         (dict(procedure="threshold"), "needs a threshold"),
-        (dict(procedure="effective", kinds="encoder"), "kinds 'encoder' is not total, joint, or some of"),
+        (dict(procedure="effective", kinds="encoder"), "kinds 'encoder' is not total, joint, own, or some of"),
+        (dict(procedure="effective", kinds="own", options="--min-heads 1"), "names its budgets in options"),
+        (dict(procedure="effective", kinds="own", options="--cross 0.5", sparsity=0.5), "and no sparsity"),
         (dict(procedure="effective", sparsitty=0.5), "only the keys"),
         (dict(procedure="effective", sparsity=[0.5, 0.5]), "named twice: effective.total.50.g1.untuned.s1"),
     ],
@@ -207,6 +215,12 @@ def test_shares_grow_to_one():
 def test_bad_systems_name_the_fault(changes, message):
     with pytest.raises(ArtifactError, match=message):
         sweep.expand([changes])
+
+
+def test_a_sweep_by_importance_records_it(corpus, tmp_path):
+    """The fault shows before the dense model is trained."""
+    with pytest.raises(ArtifactError, match="need --importance among the flags of `record`"):
+        sweep.Sweep(description(record="--cpu"), corpus, tmp_path, 1, {})
 
 
 def test_lists_stand_for_all_combinations():
