@@ -1,10 +1,10 @@
 """Training updates without launch overhead: encoder and decoder, forward and backward, replayed as CUDA graphs.
 
 An update of a translation model launches some two thousand kernels, and at the usual batch sizes the host needs longer
-to launch them than the GPU to run them. Here the passes over one shape of batch are captured when the shape comes for
-the second time, and replayed from then on; in fairseq a shape comes about once an epoch. Batches are padded a little,
-so that there are few shapes. Output projection, criterion and optimizer stay outside: they launch little, and any
-criterion works.
+to launch them than the GPU to run them. Here the passes over one shape of batch run directly the first time, are
+captured the second time, and replayed from then on; in fairseq a shape comes about once an epoch. Batches are padded a
+little, so that there are few shapes. Output projection, criterion and optimizer stay outside: they launch little, and
+any criterion works.
 
 Captured passes read and write memory that stays where it is. All graphs share one pool, because only one of them is
 between its forward and its backward pass at any time; a forward pass that comes in between is run directly.
@@ -64,7 +64,6 @@ class TrainingGraphs:
 
     def _forget(self) -> None:
         self.graphs: dict[Shape, _Graph] = {}
-        self.seen: set[Shape] = set()
         self.memory = None  # the pool of all graphs
         # Graphs hold addresses: these must be where they were, or all graphs are void.
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
@@ -97,13 +96,15 @@ class TrainingGraphs:
         n_sentences, target_length = prev_output_tokens.shape
         shape = (rounded(n_sentences, 1), rounded(src_tokens.size(1), 4), rounded(target_length, 4))
         if shape not in self.graphs:
-            if shape not in self.seen or len(self.graphs) == MOST_GRAPHS:
-                self.seen.add(shape)
+            if len(self.graphs) == MOST_GRAPHS:
                 return None
             self.graphs[shape] = _Graph(self, shape)
+        graph = self.graphs[shape]
+        if self.capture and graph.ran and graph.passes is None:
+            graph.capture()
         forward = _Forward()
         self._pending = weakref.ref(forward)
-        return _Replay.apply(self.graphs[shape], forward, src_tokens, prev_output_tokens, *self.parameters)
+        return _Replay.apply(graph, forward, src_tokens, prev_output_tokens, *self.parameters)
 
     def _is_pending(self) -> bool:
         forward = self._pending and self._pending()
@@ -144,26 +145,26 @@ class _Graph:
             part.view(n, target_length, size) for part in owner.buffers(n * target_length * size)
         )
         self.gradients = owner.by_parameter(owner.gradients)
+        self.ran = False  # directly: kernels are compiled and what they read of the masks is made
         self.passes: tuple[torch.cuda.CUDAGraph, torch.cuda.CUDAGraph] | None = None
-        if owner.capture:
-            self._capture(device)
 
-    def _capture(self, device: torch.device) -> None:
+    def capture(self) -> None:
+        """Capture both passes."""
+        device, owner = self.source.device, self.owner
+        owner.memory = owner.memory or torch.cuda.graph_pool_handle()
+        passes = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         stream = torch.cuda.Stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(stream), torch.random.fork_rng([device]):
-            self.backward(self.forward())  # compiles kernels and makes masks, which a capture must not
-            self.passes = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-            self.owner.memory = self.owner.memory or torch.cuda.graph_pool_handle()
-            output = self._captured(0, self.forward)
-            self._captured(1, lambda: self.backward(output))
+        with torch.cuda.stream(stream):
+            output = self._captured(passes[0], self.forward)
+            self._captured(passes[1], lambda: self.backward(output))
         torch.cuda.current_stream(device).wait_stream(stream)
         # What the kernels read of the masks, which modules replace when longer sentences come.
-        self.derived = [module.derived() for _, module in attention_sites(self.owner.model)]
+        self.derived = [module.derived() for _, module in attention_sites(owner.model)]
+        self.passes = passes
 
-    def _captured(self, number: int, run):
+    def _captured(self, graph: torch.cuda.CUDAGraph, run):
         # Not torch.cuda.graph, which collects garbage and frees all cached memory each time.
-        graph = self.passes[number]
         graph.capture_begin(pool=self.owner.memory, capture_error_mode="thread_local")  # loaders go on in their threads
         try:
             return run()
@@ -221,6 +222,7 @@ class _Replay(torch.autograd.Function):
             graph.passes[1].replay()
         else:
             graph.backward(ctx.output)
+            graph.ran = True
         ctx.pending.done = True
         gradients = graph.owner.by_parameter(graph.owner.gradients.clone())  # the next replay overwrites them
         return None, None, None, None, *(g if used else None for g, used in zip(gradients, graph.used, strict=True))

@@ -99,8 +99,6 @@ def test_other_masks_make_other_graphs():
 def test_a_forward_pass_before_the_backward_pass_of_another_runs_directly():
     model, plain = models()
     tokens = sample()
-    update(model, *tokens)
-    update(plain, *tokens)
     for part in (model, plain):
         first, second = part(*tokens[:1], None, tokens[1])[0], part(*tokens[:1], None, tokens[1])[0]
         (first.square().sum() + 2 * second.sum()).backward()
@@ -111,7 +109,6 @@ def test_a_forward_pass_before_the_backward_pass_of_another_runs_directly():
 def test_a_forward_pass_without_a_backward_pass_does_not_block_the_next():
     model, _ = models()
     tokens = sample()
-    update(model, *tokens)
     abandoned = model(tokens[0], None, tokens[1])[0]
     assert model._graphs._is_pending()
     del abandoned
@@ -122,7 +119,6 @@ def test_a_forward_pass_without_a_backward_pass_does_not_block_the_next():
 def test_a_second_backward_pass_is_an_error_not_a_wrong_gradient():
     model, _ = models()
     tokens = sample()
-    update(model, *tokens)
     loss = model(tokens[0], None, tokens[1])[0].sum()
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="second backward pass.*--cuda-graphs off"):
@@ -139,7 +135,7 @@ def test_evaluation_and_frozen_gradients_run_directly():
     model.train()
     with torch.no_grad():
         model(tokens[0], None, tokens[1])
-    assert not model._graphs.seen
+    assert not model._graphs.graphs
 
 
 @pytest.mark.parametrize(
@@ -157,10 +153,10 @@ def test_replayed_dropout_is_drawn_anew_and_seeded_by_fairseq():
     model, _ = models(dropout=0.3, attention_dropout=0.3)
     tokens = sample()
     losses = []
-    for seed in (1, 1, 2, 3, 2):  # the first two are direct and captured
+    for seed in (2, 1, 2, 3, 2):  # direct, captured, replayed
         torch.manual_seed(seed)
         losses.append(update(model, *tokens))
-    assert losses[2] == pytest.approx(losses[4], rel=1e-5)
+    assert losses[2] == losses[4] == pytest.approx(losses[0], rel=1e-5)
     assert abs(losses[2] - losses[3]) > 1e-3
 
 
