@@ -225,7 +225,8 @@ class _StaticDecoder:
             # Zeros: the eager path multiplies rows that no sentence has by a weight of 0.
             self.pools[module] = torch.zeros(n_rows, 2, module.num_heads, module.head_dim, dtype=dtype, device=device)
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
-        self.memory = None  # the graphs' own, shared: they run one after the other
+        # The graphs' own, shared: they run one after the other. Its free memory is only found by the stream it is of.
+        self.memory, self.stream = None, None
         self.layouts: list[AttentionLayout] = []
         # Graphs hold addresses: of the parameters, and of the layouts, which must not be dropped before them.
         self.addresses = self._addresses()
@@ -373,14 +374,15 @@ class _StaticDecoder:
 
     def _captured(self, n: int, states: list[dict]) -> torch.cuda.CUDAGraph:
         # Not torch.cuda.graph, which collects garbage and frees all cached memory each time.
-        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-        self.memory = self.memory or torch.cuda.graph_pool_handle()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        graph = torch.cuda.CUDAGraph()
+        if self.memory is None:
+            self.memory, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
             graph.capture_begin(pool=self.memory, capture_error_mode="thread_local")  # loaders go on in their threads
             self._step(n, states)
             graph.capture_end()
-        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.current_stream().wait_stream(self.stream)
         return graph
 
     def _incremental_state(self, model: PrunedTransformerModel, n: int) -> dict:

@@ -60,11 +60,13 @@ class TrainingGraphs:
     def __init__(self, model: nn.Module, capture: bool = True):
         self.model = weakref.proxy(model)
         self.capture = capture
-        self._forget()
+        self.forget()
 
-    def _forget(self) -> None:
+    def forget(self) -> None:
+        """Drop all graphs and their memory."""
         self.graphs: dict[Shape, _Graph] = {}
-        self.memory = None  # the pool of all graphs
+        # One pool and one stream for all graphs: free memory of a pool is only found by the stream that it is of.
+        self.memory, self.stream = None, None
         # Graphs hold addresses: these must be where they were, or all graphs are void.
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.addresses = [p.data_ptr() for p in self.parameters]
@@ -92,7 +94,7 @@ class TrainingGraphs:
         if self._is_pending() or torch.is_autocast_enabled(src_tokens.device.type):
             return None
         if not self._valid():
-            self._forget()
+            self.forget()
         n_sentences, target_length = prev_output_tokens.shape
         shape = (rounded(n_sentences, 1), rounded(src_tokens.size(1), 4), rounded(target_length, 4))
         if shape not in self.graphs:
@@ -150,15 +152,19 @@ class _Graph:
 
     def capture(self) -> None:
         """Capture both passes."""
-        device, owner = self.source.device, self.owner
-        owner.memory = owner.memory or torch.cuda.graph_pool_handle()
+        owner, device = self.owner, self.source.device
+        if owner.memory is None:
+            owner.memory, owner.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
+        owner.stream.wait_stream(torch.cuda.current_stream(device))
         passes = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        stream = torch.cuda.Stream(device)
-        stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(stream):
-            output = self._captured(passes[0], self.forward)
-            self._captured(passes[1], lambda: self.backward(output))
-        torch.cuda.current_stream(device).wait_stream(stream)
+        try:
+            with torch.cuda.stream(owner.stream):
+                output = self._captured(passes[0], self.forward)
+                self._captured(passes[1], lambda: self.backward(output))
+        except BaseException:
+            owner.forget()  # what a failed capture leaves in the pool cannot be used
+            raise
+        torch.cuda.current_stream(device).wait_stream(owner.stream)
         # What the kernels read of the masks, which modules replace when longer sentences come.
         self.derived = [module.derived() for _, module in attention_sites(owner.model)]
         self.passes = passes
