@@ -492,13 +492,13 @@ def describe_caches(model: PrunedTransformerModel) -> str:
     stored = sum(int((last >= 0).sum()) for last in ends[AttentionKind.CROSS])
     columns = sum(last.numel() for last in ends[AttentionKind.CROSS])
 
-    def saving(part: int, whole: int) -> str:
-        return f"{part:,} of {whole:,} ({1 - part / max(whole, 1):.1%} less)"
+    def saving(part: int, whole: int, what: str) -> str:
+        return f"{part:,} of {whole:,} {what} ({1 - part / max(whole, 1):.1%} less)"
 
     return (
         "caches hold what a coming mask row of the head keeps: decoder self-attention at most "
-        f"{saving(alive, positions)} positions, cross-attention {saving(stored, columns)} source columns, over all "
-        "heads and layers, for texts as long as the recorded range"
+        f"{saving(alive, positions, 'positions')}, cross-attention {saving(stored, columns, 'source columns')}, over "
+        "all heads and layers, for texts as long as the recorded range"
     )
 
 

@@ -280,7 +280,7 @@ class AttentionLayout:
         # Bit by bit: all cells at once would be 32 times the size of the words.
         last = torch.stack([((words >> bit & 1) * group).amax(2) for bit in range(WORD)], 2)
         last = last.flatten(1)[:, : self.k_size].long()
-        return (last * self.row_group).clamp_max(n_rows) - 1
+        return (last * self.row_group).clamp_max(min(n_rows, self.q_size)) - 1
 
     def memory(self) -> dict[str, int]:
         """Bytes on the device: packed cells, tile lists and decode lists that exist so far."""
