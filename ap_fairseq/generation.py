@@ -71,6 +71,8 @@ class PrunedSequenceGenerator(SequenceGenerator):
             return "an ensemble with models other than pruned_transformer"
         if any(model.decoder.adaptive_softmax is not None for model in self.model.models):
             return "adaptive softmax"
+        if not all(layer.self_attn.self_attention for model in self.model.models for layer in model.decoder.layers):
+            return "attention to source and target at once (--cross-self-attention)"
         if any(module.dropout_module.apply_during_inference for _, module in self._sites()):
             return "dropout during inference (--retain-dropout)"
         if any(module.dynamic is not None for _, module in self._sites()):

@@ -493,7 +493,7 @@ def describe_caches(model: PrunedTransformerModel) -> str:
     columns = sum(last.numel() for last in ends[AttentionKind.CROSS])
 
     def saving(part: int, whole: int, what: str) -> str:
-        return f"{part:,} of {whole:,} {what} ({1 - part / max(whole, 1):.1%} less)"
+        return f"{part:,} of {whole:,} {what}" + (f" ({1 - part / whole:.1%} less)" if whole else "")
 
     return (
         "caches hold what a coming mask row of the head keeps: decoder self-attention at most "
