@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ap_fairseq.artifacts import CELLS_PER_WORD, ArtifactError
-from ap_fairseq.decoding import CrossAttentionCache, SelfAttentionCache
+from ap_fairseq.decoding import CrossAttentionCache, SelfAttentionCache, stored_columns
 from ap_fairseq.dynamic import DynamicPruning
 from ap_fairseq.sites import AttentionKind
 from triton_ops import AttentionLayout, block_sparse_attention, use_kernels
@@ -37,6 +38,8 @@ class PrunedMultiheadAttention(MultiheadAttention):
         backend: ``eager`` (torch, any device), ``triton`` (block-sparse kernels) or ``auto``, which takes the kernels
             for half and single precision on a GPU. ``triton`` raises ValueError where they cannot run.
         dynamic: what is discarded anew for every sentence, on top of the mask; eager only.
+        max_rows: decoding takes at most so many steps. The caches drop what no mask row below keeps; None: unknown, so
+            they keep all. A generator that knows better lowers it (see :func:`decoding_at_most`).
 
     Raises:
         ValueError: for options that have no meaning under a mask (quant-noise, xFormers, bias_kv, zero_attn), or a
@@ -51,6 +54,7 @@ class PrunedMultiheadAttention(MultiheadAttention):
         kind: AttentionKind,
         backend: str = "auto",
         dynamic: DynamicPruning | None = None,
+        max_rows: int | None = None,
         **kwargs,
     ):
         unsupported = {
@@ -82,6 +86,7 @@ class PrunedMultiheadAttention(MultiheadAttention):
         self.kind = kind
         self.backend = backend
         self.dynamic = dynamic
+        self.max_rows = max_rows
         # The name that --retain-dropout-modules knows.
         self.dropout_module.module_name = MultiheadAttention.__name__
         self.register_buffer("keep_words", torch.zeros(num_heads, 0, 0, dtype=torch.int64))
@@ -104,6 +109,7 @@ class PrunedMultiheadAttention(MultiheadAttention):
     def _forget_derived(self) -> None:
         self._keep_cells: Tensor | None = None
         self._layout: AttentionLayout | None = None
+        self._last_rows: tuple[AttentionLayout, int, Tensor] | None = None
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         for name in MASK_BUFFERS:
@@ -136,6 +142,14 @@ class PrunedMultiheadAttention(MultiheadAttention):
     def derived(self) -> tuple[Tensor | None, AttentionLayout | None]:
         """Return what passes read in place of the masks now: to be kept by whoever captured its address."""
         return self._keep_cells, self._layout
+
+    @torch.inference_mode(False)
+    def last_rows(self, n_rows: int, n_keys: int) -> Tensor:
+        """Return the last of the first *n_rows* mask rows that keeps each column, int64 (heads, n_keys); or -1."""
+        layout = self.layout(n_rows, n_keys)
+        if self._last_rows is None or self._last_rows[0] is not layout or self._last_rows[1] != n_rows:
+            self._last_rows = (layout, n_rows, layout.last_rows(n_rows))
+        return self._last_rows[2][:, :n_keys]
 
     def _unpack(self, n_queries: int, n_keys: int) -> Tensor:
         recorded_queries, recorded_keys = self.mask_range.tolist()
@@ -269,11 +283,16 @@ class PrunedMultiheadAttention(MultiheadAttention):
         cache = self._cache(incremental_state)
         q, kv = self._project_step(query)
         if self.self_attention:
-            cache = cache or SelfAttentionCache.empty_like(kv)
+            cache = cache or SelfAttentionCache.empty_like(kv, self._column_ends())
             cache.append(kv)
         else:
-            cache = cache or CrossAttentionCache.of_encoder_output(self.project_source, key, key_padding, q.size(0))
+            cache = cache or self._cross_cache(key, key_padding, q.size(0))
             cache.advance()
+        if self.max_rows is not None and not torch.is_tensor(cache.row) and cache.row >= self.max_rows:
+            raise ValueError(
+                f"decoding step {cache.row} of a search of at most {self.max_rows} steps (--max-target-positions, or "
+                "the maximum length of the batch): the caches hold nothing for it"
+            )
         self.set_incremental_state(incremental_state, "attn_state", {"cache": cache})
 
         dropout_p = self._dropout_p()
@@ -287,16 +306,26 @@ class PrunedMultiheadAttention(MultiheadAttention):
         output = weights = None
         if want_weights or not kernels:
             row = int(cache.row)
-            k, v, padding = cache.dense()
+            keep = self.keep_mask(row + 1, cache.size)[:, row]
+            k, v, padding = cache.dense(keep)
             by_sentence = q.unflatten(0, (k.size(0), -1)).transpose(1, 2)  # (B, H, beam, D): a step's beams are queries
-            keep = self.keep_mask(row + 1, k.size(2))[:, row : row + 1]
             attend = self._eager(want_weights)
-            output, weights = attend(by_sentence, k, v, keep, padding, None, self.scaling, dropout_p)
+            output, weights = attend(by_sentence, k, v, keep[:, None], padding, None, self.scaling, dropout_p)
             output = output.transpose(1, 2).flatten(0, 1)
             weights = None if weights is None else weights.transpose(1, 2).flatten(0, 1).unsqueeze(2)
         if kernels:
             output = cache.attend(q, self.layout(*cache.extent), self.scaling)
         return output.unsqueeze(2), weights
+
+    def _column_ends(self) -> Callable[[], Tensor] | None:
+        """Return what tells, when asked, the last row that keeps each column of self-attention."""
+        n_rows = self.max_rows
+        return None if n_rows is None else lambda: self.last_rows(n_rows, n_rows)
+
+    def _cross_cache(self, key: Tensor, key_padding: Tensor | None, n_hypotheses: int) -> CrossAttentionCache:
+        last_rows = None if self.max_rows is None else self.last_rows(self.max_rows, key.size(0))
+        stored = stored_columns(last_rows, key.size(0), self.num_heads, key.device)
+        return CrossAttentionCache.of_encoder_output(self.project_source, stored, key, key_padding, n_hypotheses)
 
     def _project_step(self, query: Tensor) -> tuple[Tensor, Tensor | None]:
         """(N, C) -> q (N, H, D), and in self-attention keys and values (N, 2, H, D)."""
@@ -325,6 +354,19 @@ class PrunedMultiheadAttention(MultiheadAttention):
         if cache is not None:
             cache.reorder(new_order)
         return incremental_state
+
+
+@contextlib.contextmanager
+def decoding_at_most(n_rows: int, modules: Iterable[PrunedMultiheadAttention]) -> Iterator[None]:
+    """Decode at most *n_rows* steps with *modules* meanwhile: the less, the more their caches can drop."""
+    before = {module: module.max_rows for module in modules}
+    for module in before:
+        module.max_rows = n_rows
+    try:
+        yield
+    finally:
+        for module, max_rows in before.items():
+            module.max_rows = max_rows
 
 
 def real_lengths(padding: Tensor) -> Tensor:

@@ -1,12 +1,16 @@
 """Incremental state of pruned attention: what decoding caches, and which mask row a step reads.
 
-Both caches are pools of rows, one row for one position of one hypothesis or sentence, that never move:
+Both caches are pools of rows, one row for one position of one head of one hypothesis or sentence, that never move:
 
-- decoder self-attention writes every step's keys and values to fresh rows; a table says which rows a hypothesis
-  consists of. Reordering beams permutes the table, and beams with a common prefix share its rows. When the pool is
-  full, rows that no hypothesis refers to any more are dropped, and it grows if that frees less than half of it.
-- cross-attention projects the encoder output once per sentence; all beams of a sentence share its rows, and padding
-  is not stored.
+- decoder self-attention writes every step's keys and values to fresh rows; a table says which of a position's rows a
+  hypothesis consists of, and offsets where the rows of a position and head begin. Reordering beams permutes the table,
+  and beams with a common prefix share its rows. When the pool is full, rows are dropped that no hypothesis refers to
+  any more, or whose position no later mask row of their head keeps; it grows if that frees less than half of it.
+- cross-attention projects the encoder output once per sentence, but for source columns that no mask row keeps; all
+  beams of a sentence share its rows, and neither padding is stored nor what the mask of a head never reads.
+
+The mask does not depend on the sentence, so what dies is known ahead. Rows belong to single heads because heads differ:
+in masks made from attention a local head needs the last few positions, and the union over a layer's heads most of them.
 
 Stock fairseq copies every cache in every step to append to it and again to reorder it, and stores the cross-attention
 cache once per beam.
@@ -14,7 +18,7 @@ cache once per beam.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +26,10 @@ from torch import Tensor
 
 from triton_ops import AttentionLayout, decode_attention
 
-FIRST_CAPACITY = 32  # positions per hypothesis before a pool is compacted or grows for the first time
+FIRST_POSITIONS = 24  # positions per hypothesis that a new pool has rows for
+
+
+# -- decoder self-attention -------------------------------------------------------------------------------------------
 
 
 @dataclass(eq=False)
@@ -30,36 +37,48 @@ class SelfAttentionCache:
     """Keys and values of one decoder self-attention site.
 
     Attributes:
-        pool: (R, 2, H, D), keys and values.
-        rows: int32 (N, S), the pool row of position s of hypothesis n, for s < length.
+        pool: (R, 2, D), keys and values.
+        rows: int32 (N, S): hypothesis n consists of row number rows[n, s] of each position s < length.
+        offsets: int32 (H, S): row number 0 of position s and head h is this row of the pool.
+        last_rows: returns int64 (H, S'), the last mask row that keeps each column; None if all may be kept for ever.
         length: cached positions, so the mask row of the next step.
         used: rows taken so far, from the start of the pool.
     """
 
     pool: Tensor
     rows: Tensor
+    offsets: Tensor
+    last_rows: Callable[[], Tensor] | None = None
     length: int = 0
     used: int = 0
 
     @classmethod
-    def empty_like(cls, kv: Tensor) -> SelfAttentionCache:
+    def empty_like(cls, kv: Tensor, last_rows: Callable[[], Tensor] | None) -> SelfAttentionCache:
         """Make a cache for hypotheses with keys and values like *kv* (N, 2, H, D)."""
-        pool = kv.new_empty(kv.size(0) * FIRST_CAPACITY, *kv.shape[1:])
-        return cls(pool, torch.zeros(kv.size(0), FIRST_CAPACITY, dtype=torch.int32, device=kv.device))
+        n, _, heads, dim = kv.shape
+        rows, offsets = (torch.zeros(size, FIRST_POSITIONS, dtype=torch.int32, device=kv.device) for size in (n, heads))
+        return cls(kv.new_empty(n * heads * FIRST_POSITIONS, 2, dim), rows, offsets, last_rows)
 
     def append(self, kv: Tensor) -> None:
         """Cache this step's keys and values (N, 2, H, D)."""
-        n = kv.size(0)
+        n, _, heads, _ = kv.shape
         if self.length == self.rows.size(1):
-            self.rows = torch.cat([self.rows, torch.zeros_like(self.rows)], 1)
-        if self.used + n > self.pool.size(0):
-            live = drop_dead_rows(self.rows[:, : self.length])
-            capacity = max(self.pool.size(0), 2 * live.numel() + n)
-            self.pool, self.used = keep_rows(self.pool, live, capacity), live.numel()
-        self.pool[self.used : self.used + n] = kv
-        self.rows[:, self.length] = torch.arange(self.used, self.used + n, dtype=torch.int32, device=kv.device)
+            self.rows, self.offsets = (torch.cat([x, torch.zeros_like(x)], 1) for x in (self.rows, self.offsets))
+        if self.used + n * heads > self.pool.size(0):
+            self._make_room(n * heads)
+        self.pool[self.used : self.used + n * heads].unflatten(0, (heads, n)).copy_(kv.permute(2, 0, 1, 3))
+        self.rows[:, self.length] = torch.arange(n, dtype=torch.int32, device=kv.device)
+        begins = torch.arange(self.used, self.used + n * heads, n, dtype=torch.int32, device=kv.device)
+        self.offsets[:, self.length] = begins
         self.length += 1
-        self.used += n
+        self.used += n * heads
+
+    def _make_room(self, n_new: int) -> None:
+        readable = torch.ones_like(self.offsets[:, : self.length], dtype=torch.bool)
+        if self.last_rows is not None:
+            readable = self.last_rows()[:, : self.length] >= self.length
+        live = renumber_live(self.rows[:, : self.length])
+        self.pool, self.used = compact(self.pool, self.offsets[:, : self.length], live, readable, n_new)
 
     def reorder(self, new_order: Tensor) -> None:
         """Make hypothesis i continue hypothesis new_order[i]; hypotheses that are not named leave the batch."""
@@ -71,6 +90,11 @@ class SelfAttentionCache:
         return self.length - 1
 
     @property
+    def size(self) -> int:
+        """Columns of the mask that this step sees."""
+        return int(self.row) + 1
+
+    @property
     def extent(self) -> tuple[int, int]:
         """Rows and columns of the mask that steps ask for before the table grows."""
         return self.rows.size(1), self.rows.size(1)
@@ -78,32 +102,120 @@ class SelfAttentionCache:
     def attend(self, q: Tensor, layout: AttentionLayout, scale: float) -> Tensor:
         """Attend with the queries q (N, H, D) of this step, by the kernel; (N, H, D)."""
         k, v = self.pool.unbind(1)
-        return decode_attention(q[None], k, v, layout, self.row, cache_rows=self.rows[None], scale=scale)[0]
+        tables = dict(cache_rows=self.rows[None], cache_offsets=self.offsets)
+        return decode_attention(q[None], k, v, layout, self.row, scale=scale, **tables)[0]
 
-    def dense(self) -> tuple[Tensor, Tensor, None]:
-        """Gather keys and values (N, H, length, D); there is no padding."""
-        k, v = self.pool[self.rows[:, : self.length].long()].permute(2, 0, 3, 1, 4)
+    def dense(self, keep: Tensor) -> tuple[Tensor, Tensor, None]:
+        """Gather keys and values (N, H, size, D); there is no padding.
+
+        Args:
+            keep: bool (H, size), the mask row of this step. Other cells may have no row: they get one that exists.
+        """
+        rows = self.rows[:, None, : keep.size(1)] + self.offsets[:, : keep.size(1)]
+        rows = torch.where(keep, rows, rows[..., -1:]).long()  # (N, H, size)
+        k, v = self.pool[rows].unbind(3)
         return k, v, None
 
 
-def drop_dead_rows(rows: Tensor) -> Tensor:
-    """Renumber the table *rows* in place so that it uses the first pool rows only.
+@dataclass(frozen=True)
+class LiveRows:
+    """The rows that hypotheses refer to, by position and by number within it.
+
+    Attributes:
+        position, number: int64 (E,), of each row as it was numbered before.
+        counts: int64 (S,), rows of each position.
+    """
+
+    position: Tensor
+    number: Tensor
+    counts: Tensor
+
+
+def renumber_live(rows: Tensor) -> LiveRows:
+    """Renumber the table *rows* (N, S) in place, so that it uses the numbers 0, 1, ... of each position.
+
+    One synchronisation of the host.
+    """
+    n, size = rows.shape
+    position = torch.arange(size, device=rows.device)
+    base = rows.max().long() + 1 if rows.numel() else 1
+    keys, renumbered = (position * base + rows).unique(return_inverse=True)
+    counts = torch.zeros(size, dtype=torch.int64, device=rows.device)
+    counts.index_add_(0, keys // base, torch.ones_like(keys))
+    rows.copy_(renumbered - (counts.cumsum(0) - counts))
+    return LiveRows(keys // base, keys % base, counts)
+
+
+def compact(pool: Tensor, offsets: Tensor, live: LiveRows, readable: Tensor, n_new: int) -> tuple[Tensor, int]:
+    """Move the rows that are live and readable to the start of *pool*, or of a larger one if they fill half of it.
+
+    Args:
+        offsets: int32 (H, S), changed in place; 0 for positions that lose their rows.
+        readable: bool (H, S), whether a coming mask row of the head keeps the position.
+        n_new: rows that are needed next.
 
     Returns:
-        int64, the old numbers of the new rows 0, 1, ...
+        The pool, *pool* itself unless it grew, and the number of rows in use.
     """
-    live, renumbered = rows.unique(return_inverse=True)
-    rows.copy_(renumbered)
-    return live.long()
+    kept = (offsets[:, live.position] + live.number)[readable[:, live.position]]
+    sizes = (readable * live.counts).flatten()
+    offsets.copy_(((sizes.cumsum(0) - sizes).view_as(readable)) * readable)
+    if 2 * kept.numel() <= pool.size(0):
+        pool[: kept.numel()] = pool[kept]
+        return pool, kept.numel()
+    larger = pool.new_empty(2 * kept.numel() + n_new, *pool.shape[1:])
+    torch.index_select(pool, 0, kept, out=larger[: kept.numel()])
+    return larger, kept.numel()
 
 
-def keep_rows(pool: Tensor, live: Tensor, capacity: int) -> Tensor:
-    """Move the rows *live* of *pool* to its start, or to that of a larger one if it has less than *capacity* rows."""
-    kept = pool[live]
-    if capacity > pool.size(0):
-        pool = pool.new_empty(capacity, *pool.shape[1:])
-    pool[: live.numel()] = kept
-    return pool
+# -- cross-attention --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SourceRows:
+    """Which source columns a cross-attention site stores, and where.
+
+    Attributes:
+        projected: bool (B, S): some head stores this column.
+        row, head: int64 (R,): row r of the pool is head[r] of the projected column number row[r].
+        starts: int64 (B, H), the first row of each sentence and head.
+        offsets: int32 (H, S): where a column comes after it.
+    """
+
+    projected: Tensor
+    row: Tensor
+    head: Tensor
+    starts: Tensor
+    offsets: Tensor
+
+    @classmethod
+    def of_mask(cls, stored: Tensor, real: Tensor) -> SourceRows:
+        """Lay out the columns *stored* (H, S) of sentences with tokens *real* (B, S); both bool. Synchronises."""
+        cells = real[:, None] & stored  # (B, H, S)
+        sentence, head, column = cells.nonzero(as_tuple=True)
+        counts = cells.sum(2)
+        projected = cells.any(1)
+        number = projected.flatten().cumsum(0).view_as(projected) - 1
+        return cls(
+            projected,
+            number[sentence, column],
+            head,
+            (counts.flatten().cumsum(0) - counts.flatten()).view_as(counts),
+            (stored.cumsum(1) - 1).clamp_min(0).to(torch.int32),
+        )
+
+    def pool(self, project: Callable[[Tensor], Tensor], source: Tensor) -> Tensor:
+        """Project the encoder output *source* (B, S, C) with *project*, (r, C) -> (r, 2, H, D); (R, 2, D)."""
+        return project(source[self.projected])[self.row, :, self.head]
+
+
+def stored_columns(last_rows: Tensor | None, size: int, heads: int, device: torch.device) -> Tensor:
+    """Return the source columns that some mask row of a head keeps, bool (H, size). Column 0 always counts."""
+    if last_rows is None:
+        return torch.ones(heads, size, dtype=torch.bool, device=device)
+    stored = last_rows[:, :size] >= 0
+    stored[:, 0] = True
+    return stored
 
 
 @dataclass(eq=False)
@@ -111,9 +223,10 @@ class CrossAttentionCache:
     """Keys and values of one cross-attention site.
 
     Attributes:
-        pool: (R, 2, H, D), keys and values of all sentences, one after the other, without padding.
-        starts: int64 (B,), the first row of each sentence.
-        lengths: int64 (B,), its number of rows.
+        pool: (R, 2, D), keys and values of the stored columns: sentence by sentence, head by head.
+        starts: int64 (B, H), the first row of each sentence and head.
+        offsets: int32 (H, S), where a column comes after it.
+        lengths: int64 (B,), tokens of each sentence.
         size: at least the longest length.
         row: mask row of the step: its number, counted from 0. (The authors' code used the source length here, one
             wrong row for every step.)
@@ -121,6 +234,7 @@ class CrossAttentionCache:
 
     pool: Tensor
     starts: Tensor
+    offsets: Tensor
     lengths: Tensor
     size: int
     row: int = -1
@@ -128,23 +242,27 @@ class CrossAttentionCache:
 
     @classmethod
     def of_encoder_output(
-        cls, project: Callable[[Tensor], Tensor], key: Tensor, padding: Tensor | None, n_hypotheses: int
+        cls,
+        project: Callable[[Tensor], Tensor],
+        stored: Tensor,
+        key: Tensor,
+        padding: Tensor | None,
+        n_hypotheses: int,
     ) -> CrossAttentionCache:
         """Project the encoder output.
 
         Args:
             project: (R, C) -> (R, 2, H, D), keys and values.
+            stored: bool (H, S), the columns that a mask row of each head keeps.
             key: encoder output (S, B, C).
             padding: bool (B, S), True = padded, on the right only; or None.
             n_hypotheses: N, a multiple of B: hypotheses b * N / B and on belong to sentence b.
         """
         size, batch, _ = key.shape
-        if padding is None:
-            real, lengths = key.transpose(0, 1).flatten(0, 1), torch.full((batch,), size, device=key.device)
-        else:
-            padding = padding.bool()
-            real, lengths = key.transpose(0, 1)[~padding], size - padding.sum(1)
-        return cls(project(real), lengths.cumsum(0) - lengths, lengths, size, beam=n_hypotheses // batch)
+        real = torch.ones(batch, size, dtype=torch.bool, device=key.device) if padding is None else ~padding.bool()
+        rows = SourceRows.of_mask(stored, real)
+        pool = rows.pool(project, key.transpose(0, 1))
+        return cls(pool, rows.starts, rows.offsets, real.sum(1), size, beam=n_hypotheses // batch)
 
     def advance(self) -> None:
         """Begin a step."""
@@ -157,21 +275,50 @@ class CrossAttentionCache:
 
     def reorder(self, new_order: Tensor) -> None:
         """Keep the sentences of the hypotheses *new_order*; the *beam* hypotheses of a sentence stay together."""
-        if self.beam == 1 or new_order.numel() != self.starts.numel() * self.beam:
+        if self.beam == 1 or new_order.numel() != self.lengths.numel() * self.beam:
             sentences = new_order[:: self.beam] // self.beam
             self.starts, self.lengths = self.starts[sentences], self.lengths[sentences]
 
     def attend(self, q: Tensor, layout: AttentionLayout, scale: float) -> Tensor:
         """Attend with the queries q (N, H, D) of this step, by the kernel; (N, H, D)."""
-        by_sentence = q.unflatten(0, (self.starts.numel(), -1))
+        by_sentence = q.unflatten(0, (self.lengths.numel(), -1))
         k, v = self.pool.unbind(1)
-        tables = dict(k_lengths=self.lengths, cache_starts=self.starts)
+        tables = dict(k_lengths=self.lengths, cache_starts=self.starts, cache_offsets=self.offsets)
         return decode_attention(by_sentence, k, v, layout, self.row, scale=scale, **tables).flatten(0, 1)
 
-    def dense(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Gather keys and values (B, H, S, D), and their padding (B, S), True = padded."""
-        position = torch.arange(self.size, device=self.pool.device)
-        padding = position >= self.lengths[:, None]
-        index = (self.starts[:, None] + position).clamp_max(self.pool.size(0) - 1)
-        k, v = self.pool[index].permute(2, 0, 3, 1, 4)
+    def dense(self, keep: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Gather keys and values (B, H, size, D), and their padding (B, size), True = padded.
+
+        Args:
+            keep: bool (H, size), the mask row of this step. Other cells may have no row: they get one that exists.
+        """
+        padding = torch.arange(self.size, device=self.pool.device) >= self.lengths[:, None]
+        starts = self.starts[..., None]
+        rows = torch.where(keep & ~padding[:, None], starts + self.offsets[:, : self.size], starts)
+        k, v = self.pool[rows].unbind(3)
         return k, v, padding
+
+
+# -- what the mask saves ----------------------------------------------------------------------------------------------
+
+
+def peak_share(last_rows: Iterable[Tensor]) -> tuple[int, int]:
+    """How much of its decoder self-attention caches a hypothesis needs at most at a time, over all sites.
+
+    Args:
+        last_rows: int64 (H, T) of each site, the last mask row that keeps each column.
+
+    Returns:
+        The largest number of (site, head, position) that a step or a later one reads, and the number of all.
+    """
+    alive, total = torch.zeros(0), 0
+    for last in last_rows:
+        heads, size = last.shape
+        last = last.clamp_min(torch.arange(size, device=last.device)).flatten()
+        changes = torch.zeros(size + 1, dtype=torch.int64, device=last.device)
+        changes[:size] = heads
+        changes.index_add_(0, last + 1, -torch.ones_like(last))
+        now = changes[:size].cumsum(0).cpu()
+        alive = alive + now if total else now
+        total += heads * size
+    return int(alive.max()) if total else 0, total

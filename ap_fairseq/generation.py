@@ -11,6 +11,7 @@ The rules of the search are those of ``fairseq.sequence_generator``: same hypoth
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import weakref
@@ -22,8 +23,16 @@ from fairseq.search import BeamSearch
 from fairseq.sequence_generator import SequenceGenerator
 from torch import Tensor
 
-from ap_fairseq.attention import PrunedMultiheadAttention
-from ap_fairseq.decoding import CrossAttentionCache, SelfAttentionCache, drop_dead_rows, keep_rows
+from ap_fairseq.attention import PrunedMultiheadAttention, decoding_at_most
+from ap_fairseq.decoding import (
+    FIRST_POSITIONS,
+    CrossAttentionCache,
+    SelfAttentionCache,
+    SourceRows,
+    compact,
+    renumber_live,
+    stored_columns,
+)
 from ap_fairseq.models import PrunedTransformerModel
 from ap_fairseq.sites import AttentionKind, attention_sites
 from triton_ops import AttentionLayout, use_kernels
@@ -31,7 +40,6 @@ from triton_ops import AttentionLayout, use_kernels
 logger = logging.getLogger(__name__)
 
 LAG = 3  # steps that the host may run ahead of the device
-POSITIONS_PER_HYPOTHESIS = 24  # pool rows at first; grows with what hypotheses do not share
 
 
 class PrunedSequenceGenerator(SequenceGenerator):
@@ -63,6 +71,8 @@ class PrunedSequenceGenerator(SequenceGenerator):
             return "an ensemble with models other than pruned_transformer"
         if any(model.decoder.adaptive_softmax is not None for model in self.model.models):
             return "adaptive softmax"
+        if not all(layer.self_attn.self_attention for model in self.model.models for layer in model.decoder.layers):
+            return "attention to source and target at once (--cross-self-attention)"
         if any(module.dropout_module.apply_during_inference for _, module in self._sites()):
             return "dropout during inference (--retain-dropout)"
         if any(module.dynamic is not None for _, module in self._sites()):
@@ -81,24 +91,29 @@ class PrunedSequenceGenerator(SequenceGenerator):
     def _sites(self):
         return [site for model in self.model.models for site in attention_sites(model)]
 
+    def _decoder_modules(self) -> list[PrunedMultiheadAttention]:
+        pruned = [model for model in self.model.models if isinstance(model, PrunedTransformerModel)]
+        sites = [site for model in pruned for site in attention_sites(model)]
+        return [module for (kind, _), module in sites if kind is not AttentionKind.ENCODER_SELF]
+
     @torch.no_grad()
     def _generate(self, sample, prefix_tokens=None, constraints=None, bos_token=None):
+        net_input = sample["net_input"]
+        source = net_input["src_tokens"]
+        max_len = min(int(self.max_len_a * source.size(1) + self.max_len_b), self.max_len - 1)
         reason = self._not_covered(prefix_tokens, constraints)
         if reason is not None:
             if reason not in self._told:
                 logger.info(f"fairseq's own generator is used: {reason} is not covered by pruned_translation's")
                 self._told.add(reason)
-            return super()._generate(sample, prefix_tokens, constraints, bos_token)
+            with decoding_at_most(max_len + 1, self._decoder_modules()):
+                return super()._generate(sample, prefix_tokens, constraints, bos_token)
 
-        net_input = sample["net_input"]
-        source = net_input["src_tokens"]
-        max_len = min(int(self.max_len_a * source.size(1) + self.max_len_b), self.max_len - 1)
         if self.min_len > max_len:
             raise ValueError(f"--min-len {self.min_len} is above the maximum length {max_len} of this batch")
         encoder_outs = self.model.forward_encoder(net_input)
         needed = _Capacity(
             sentences=_bucket(source.size(0)),
-            source_rows=_bucket(source.numel()),
             source_length=max(256, _bucket(source.size(1))),
             positions=min(max(256, _bucket(max_len + 1)), self.max_len),
         )
@@ -121,10 +136,9 @@ def _bucket(n: int) -> int:
 
 @dataclass(frozen=True)
 class _Capacity:
-    """What buffers are made for: sentences in a batch, source tokens of a batch and of a sentence, target length."""
+    """What buffers are made for: sentences in a batch, source tokens of a sentence, target length."""
 
     sentences: int
-    source_rows: int
     source_length: int
     positions: int
 
@@ -138,27 +152,24 @@ class _Capacity:
 class _StaticSelfAttentionCache(SelfAttentionCache):
     """The first hypotheses of a shared table; the step is a number on the device."""
 
-    def __init__(self, pool: Tensor, beams: _Beams, n: int):
-        super().__init__(pool, beams.rows[:n])
-        self.beams, self.new_rows = beams, beams.new_rows[:n]
+    def __init__(self, pool: Tensor, beams: _Beams, n: int, heads: slice):
+        super().__init__(pool, beams.rows[:n], beams.offsets[heads])
+        self.step, self.new_rows = beams.step, beams.new_rows[heads, :n]
 
     def append(self, kv: Tensor) -> None:
-        self.pool.index_copy_(0, self.new_rows, kv)
+        self.pool.index_put_((self.new_rows,), kv.permute(2, 0, 1, 3))
 
     @property
     def row(self) -> Tensor:
-        return self.beams.step
-
-    def dense(self):
-        self.length = int(self.beams.step) + 1
-        return super().dense()
+        return self.step
 
 
 class _StaticCrossAttentionCache(CrossAttentionCache):
     """The first sentences of a shared pool; the step is a number on the device."""
 
-    def __init__(self, pool: Tensor, beams: _Beams, n: int, size: int):
-        super().__init__(pool, beams.starts[:n], beams.lengths[:n], size)
+    def __init__(self, pool: Tensor, beams: _Beams, n: int, heads: slice):
+        offsets = beams.source_offsets[heads]
+        super().__init__(pool, beams.starts[:n, heads], offsets, beams.lengths[:n], offsets.size(1))
         self.row, self.positions = beams.step, beams.rows.size(1)
 
     def advance(self) -> None:
@@ -172,24 +183,35 @@ class _StaticCrossAttentionCache(CrossAttentionCache):
 class _Beams:
     """State of the search on the device, for up to B sentences of `beam` hypotheses; T target positions.
 
-    Sentence number B is a bin: what is written for it is never read.
+    Sentence number B is a bin: what is written for it is never read. The tables of caches have a row for every head of
+    every decoder self-attention site (`self_heads`: the heads of each), and of every cross-attention site.
     """
 
-    def __init__(self, capacity: _Capacity, beam: int, device: torch.device):
+    def __init__(
+        self, capacity: _Capacity, beam: int, self_heads: list[int], cross_heads: list[int], device: torch.device
+    ):
         b, t = capacity.sentences, capacity.positions
 
         def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
 
-        self.step, self.max_len, self.used, self.unfinished = (zeros(1) for _ in range(4))
+        self.step, self.max_len, self.unfinished = (zeros(1) for _ in range(3))
         # Of the hypotheses that are continued.
-        self.tokens, self.new_rows = zeros(b * beam), zeros(b * beam)
+        self.tokens = zeros(b * beam)
         self.rows = zeros(b * beam, t, dtype=torch.int32)
         self.scores = zeros(b, beam, dtype=torch.float32)
         self.ignored = zeros(b, beam, dtype=torch.bool)
         # Of the sentences in the batch.
-        self.sentence, self.n_final, self.starts, self.lengths = (zeros(b) for _ in range(4))
+        self.sentence, self.n_final, self.lengths = (zeros(b) for _ in range(3))
+        self.starts = zeros(b, sum(cross_heads))
         self.done = zeros(b, dtype=torch.bool)
+        # Of the heads: where the rows of a position begin, and those of the step; of its site, the rows in use.
+        self.offsets = zeros(sum(self_heads), t, dtype=torch.int32)
+        self.source_offsets = zeros(sum(cross_heads), capacity.source_length, dtype=torch.int32)
+        self.new_rows = zeros(sum(self_heads), b * beam)
+        self.used = zeros(sum(self_heads))
+        self.head = torch.cat([torch.arange(n, device=device) for n in self_heads])
+        self.n_heads = torch.cat([torch.full((n,), n, device=device) for n in self_heads])
         # What is read at the end: what every step chose, and which hypotheses ended.
         self.chosen_beam, self.chosen_token = (zeros(t, b + 1, beam, dtype=torch.int32) for _ in range(2))
         self.chosen_score = zeros(t, b + 1, beam, dtype=torch.float32)
@@ -205,32 +227,37 @@ class _StaticDecoder:
         self.capacity = capacity
         self.models = list(generator.model.models)
         self.beam = generator.beam_size
-        self.beams = _Beams(capacity, self.beam, device)
         self.penalty = generator.penalty.to(device)
         self.positions = [_position_table(model.decoder, capacity.positions, device) for model in self.models]
-        self.pools: dict[PrunedMultiheadAttention, Tensor] = {}
-        self.projections: dict[PrunedMultiheadAttention, tuple[Tensor, Tensor]] = {}
+        modules = generator._decoder_modules()
+        self.self_sites, self.cross_sites = (
+            [module for module in modules if module.self_attention is own] for own in (True, False)
+        )
+        self_heads, cross_heads = ([m.num_heads for m in sites] for sites in (self.self_sites, self.cross_sites))
+        self.beams = _Beams(capacity, self.beam, self_heads, cross_heads, device)
+        self.heads = {
+            module: slice(end - n, end)
+            for sites, sizes in ((self.self_sites, self_heads), (self.cross_sites, cross_heads))
+            for module, n, end in zip(sites, sizes, itertools.accumulate(sizes), strict=True)
+        }
         dtype = next(self.models[0].parameters()).dtype
-        per_hypothesis = min(POSITIONS_PER_HYPOTHESIS, capacity.positions)
-        for (kind, _), module in generator._sites():
-            if kind is AttentionKind.ENCODER_SELF:
-                continue
-            n_rows = capacity.source_rows
-            if kind is AttentionKind.DECODER_SELF:
-                n_rows = capacity.sentences * self.beam * per_hypothesis
-                size = module.embed_dim
-                self.projections[module] = tuple(
-                    torch.empty(shape, dtype=dtype, device=device) for shape in ((3 * size, size), (3 * size,))
-                )
-            # Zeros: the eager path multiplies rows that no sentence has by a weight of 0.
-            self.pools[module] = torch.zeros(n_rows, 2, module.num_heads, module.head_dim, dtype=dtype, device=device)
+
+        def empty(*shape: int) -> Tensor:
+            return torch.empty(shape, dtype=dtype, device=device)
+
+        n_rows = capacity.sentences * self.beam * min(FIRST_POSITIONS, capacity.positions)
+        self.pools = {module: empty(n_rows * module.num_heads, 2, module.head_dim) for module in self.self_sites}
+        self.pools |= {module: empty(0, 2, module.head_dim) for module in self.cross_sites}  # of the first batch's size
+        sizes = {module: module.embed_dim for module in self.self_sites}
+        self.projections = {module: (empty(3 * size, size), empty(3 * size)) for module, size in sizes.items()}
+        self.used: dict[PrunedMultiheadAttention, int] = {}  # rows of each pool, as the host counts them
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
         # The graphs' own, shared: they run one after the other. Its free memory is only found by the stream it is of.
         self.memory, self.stream = None, None
         self.layouts: list[AttentionLayout] = []
         # Graphs hold addresses: of the parameters, and of the layouts, which must not be dropped before them.
         self.addresses = self._addresses()
-        module = next(iter(self.pools))
+        module = self.self_sites[0]
         self.capture = device.type == "cuda" and use_kernels(module.backend, self.pools[module])
 
     def _addresses(self) -> list[int]:
@@ -266,12 +293,15 @@ class _StaticDecoder:
         return self._read_out(n_sentences)
 
     def _search(self, n: int, max_len: int) -> None:
-        used, counts = 0, deque()
+        counts = deque()
+        self.used = dict.fromkeys(self.self_sites, 0)
         for step in range(max_len + 1):
-            if used + n * self.beam > self._pool_rows():
-                used = self._make_room(n, step)
+            rows = {module: n * self.beam * module.num_heads for module in self.self_sites}
+            if any(self.used[module] + rows[module] > self.pools[module].size(0) for module in rows):
+                self._make_room(n, step, max_len + 1)
             self._run(n)
-            used += n * self.beam
+            for module, number in rows.items():
+                self.used[module] += number
             counts.append(self._count_unfinished())
             if len(counts) > LAG:
                 unfinished = counts.popleft()()
@@ -287,7 +317,7 @@ class _StaticDecoder:
         size, batch, _ = encoder_outs[0]["encoder_out"][0].shape
         real = ~padding[0] if padding else torch.ones(batch, size, dtype=torch.bool, device=beams.starts.device)
         lengths = real.sum(1)
-        for value, fill in ((beams.step, 0), (beams.max_len, max_len), (beams.used, 0)):
+        for value, fill in ((beams.step, 0), (beams.max_len, max_len), (beams.used, 0), (beams.offsets, 0)):
             value.fill_(fill)
         beams.tokens.fill_(first_token)
         beams.scores.fill_(-math.inf)[:, 0] = 0  # at first all hypotheses are alike: only one is continued
@@ -298,33 +328,51 @@ class _StaticDecoder:
         # Empty places of the bucket: done, written to the bin, attending to one row that exists.
         beams.done.fill_(True)[:n_sentences] = False
         torch.arange(n_sentences, out=beams.sentence.fill_(self.capacity.sentences)[:n_sentences])
-        beams.starts.zero_()[:n_sentences] = lengths.cumsum(0) - lengths
         beams.lengths.fill_(1)[:n_sentences] = lengths
+        beams.starts.zero_()
+        layouts: dict[bytes, SourceRows] = {}  # sites often store the same columns
         for model, encoder_out in zip(self.models, encoder_outs, strict=True):
-            source = encoder_out["encoder_out"][0].transpose(0, 1)[real]
+            source = encoder_out["encoder_out"][0].transpose(0, 1)
             for (kind, _), module in attention_sites(model):
                 if kind is AttentionKind.CROSS:
-                    self.pools[module][: source.size(0)] = module.project_source(source)
+                    last_rows = module.last_rows(max_len + 1, self.capacity.source_length)
+                    stored = stored_columns(last_rows, size, module.num_heads, source.device)
+                    key = stored.cpu().numpy().tobytes()
+                    layouts[key] = layouts.get(key) or SourceRows.of_mask(stored, real)
+                    self._store_source(module, layouts[key], source)
                 elif kind is AttentionKind.DECODER_SELF:
                     for kept, fresh in zip(self.projections[module], module.stacked_projection(), strict=True):
                         kept.copy_(fresh)
         return n
 
-    def _pool_rows(self) -> int:
-        return next(pool.size(0) for module, pool in self.pools.items() if module.self_attention)
+    def _store_source(self, module: PrunedMultiheadAttention, rows: SourceRows, source: Tensor) -> None:
+        n_sentences, size = rows.projected.shape
+        if self.pools[module].size(0) < rows.row.numel():
+            self._forget_graphs()
+            with torch.inference_mode(False):
+                nothing = self.pools[module] = self.pools[module].new_empty(0)  # frees what the next one may take
+                self.pools[module] = nothing.new_empty(_bucket(rows.row.numel()), 2, module.head_dim)
+        self.pools[module][: rows.row.numel()] = rows.pool(module.project_source, source)
+        self.beams.starts[:n_sentences, self.heads[module]] = rows.starts
+        self.beams.source_offsets[self.heads[module], :size] = rows.offsets
 
     @torch.inference_mode(False)
-    def _make_room(self, n: int, length: int) -> int:
-        """Drop pool rows that no hypothesis refers to; enlarge the pools if that frees less than half."""
-        live = drop_dead_rows(self.beams.rows[: n * self.beam, :length])
-        capacity = self._pool_rows()
-        if 2 * live.numel() > capacity:
-            capacity = 2 * live.numel() + n * self.beam
-            self._forget_graphs()
-        for module in [module for module in self.pools if module.self_attention]:
-            self.pools[module] = keep_rows(self.pools[module], live, capacity)
-        self.beams.used.fill_(live.numel())
-        return live.numel()
+    def _make_room(self, n: int, length: int, n_rows: int) -> None:
+        """Drop pool rows that no hypothesis refers to or none of the first *n_rows* mask rows keeps any more.
+
+        Pools are enlarged if that frees less than half of them.
+        """
+        live = renumber_live(self.beams.rows[: n * self.beam, :length])
+        positions = self.capacity.positions
+        for module in self.self_sites:
+            readable = module.last_rows(n_rows, positions)[:, :length] >= length
+            offsets = self.beams.offsets[self.heads[module], :length]
+            n_new = n * self.beam * module.num_heads
+            pool, used = compact(self.pools[module], offsets, live, readable, n_new)
+            if pool is not self.pools[module]:
+                self._forget_graphs()
+            self.pools[module], self.used[module] = pool, used
+            self.beams.used[self.heads[module]] = used
 
     def _count_unfinished(self):
         """Start reading the number of unfinished sentences; the result waits for it."""
@@ -391,20 +439,22 @@ class _StaticDecoder:
             if kind is AttentionKind.ENCODER_SELF:
                 continue
             if kind is AttentionKind.CROSS:
-                cache = _StaticCrossAttentionCache(self.pools[module], self.beams, n, self.capacity.source_length)
+                cache = _StaticCrossAttentionCache(self.pools[module], self.beams, n, self.heads[module])
             else:
-                cache = _StaticSelfAttentionCache(self.pools[module], self.beams, n * self.beam)
+                cache = _StaticSelfAttentionCache(self.pools[module], self.beams, n * self.beam, self.heads[module])
             module.set_incremental_state(state, "attn_state", {"cache": cache})
         return state
 
     def _step(self, n: int, states: list[dict]) -> None:
         """Decode one token of every hypothesis and choose how to go on. No shape and no branch depends on a value."""
         beams, beam, n_hypotheses = self.beams, self.beam, n * self.beam
-        new_rows = beams.new_rows[:n_hypotheses]
-        new_rows.copy_(torch.arange(n_hypotheses, device=new_rows.device)).add_(beams.used)
+        number = torch.arange(n_hypotheses, device=beams.step.device)
         rows = beams.rows[:n_hypotheses]
-        rows.index_copy_(1, beams.step, new_rows.to(torch.int32)[:, None])
-        beams.used.add_(n_hypotheses)
+        rows.index_copy_(1, beams.step, number.to(torch.int32)[:, None])
+        begins = beams.used + beams.head * n_hypotheses
+        beams.offsets.index_copy_(1, beams.step, begins.to(torch.int32)[:, None])
+        torch.add(begins[:, None], number, out=beams.new_rows[:, :n_hypotheses])
+        beams.used.add_(beams.n_heads, alpha=n_hypotheses)
 
         log_probs = self._log_probs(n_hypotheses, states)
         phase = torch.where(beams.step < self.generator.min_len, _BEFORE_MIN_LEN, _NORMAL)

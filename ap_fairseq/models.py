@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from ap_fairseq.artifacts import ArtifactError, PruningMasks, dictionary_hashes, file_sha256
 from ap_fairseq.attention import MASK_BUFFERS, PrunedMultiheadAttention
 from ap_fairseq.compat import drop_bettertransformer_copies
+from ap_fairseq.decoding import peak_share
 from ap_fairseq.dynamic import DynamicPruning
 from ap_fairseq.sites import AttentionKind, architecture, attention_sites
 from ap_fairseq.training_graphs import TrainingGraphs, not_captured
@@ -164,6 +165,7 @@ def _attention(embed_dim: int, cfg: TransformerConfig, kind: AttentionKind, **kw
         kind=kind,
         backend=cfg.attention_backend,
         dynamic=DynamicPruning.from_options(kind, cfg.attention_top_k, cfg.attention_threshold, cfg.attention_log_bits),
+        max_rows=None if kind is AttentionKind.ENCODER_SELF else cfg.max_target_positions,
         dropout=cfg.attention_dropout,
         q_noise=cfg.quant_noise.pq,
         qn_block_size=cfg.quant_noise.pq_block_size,
@@ -496,6 +498,11 @@ class PrunedTransformerModel(TransformerModelBase):
         self._masks_are_explicit = True
         self._logged_sparsity = effective_sparsity(provenance)
 
+    def prepare_for_inference_(self, cfg):
+        """fairseq's hook before generation: logs what the masks save in the caches."""
+        super().prepare_for_inference_(cfg)
+        logger.info(describe_caches(self))
+
     def masks_sha256(self) -> str:
         """Hash the masks themselves, from the buffers."""
         digest = hashlib.sha256()
@@ -598,6 +605,26 @@ def describe_sparsity(provenance: dict[str, Any]) -> str:
     procedure = provenance.get("procedure", {})
     shares = ", ".join(f"{kind} {share:.1%}" for kind, share in effective_sparsity(provenance).items())
     return f"effective sparsity {shares} ({procedure.get('procedure')}, granularity {procedure.get('granularity')})"
+
+
+def describe_caches(model: PrunedTransformerModel) -> str:
+    """Return what the caches of decoding hold of a target and a source as long as the recorded range of the masks."""
+    ends: dict[AttentionKind, list[Tensor]] = {AttentionKind.DECODER_SELF: [], AttentionKind.CROSS: []}
+    for (kind, _), module in attention_sites(model):
+        if kind in ends:
+            ends[kind].append(module.last_rows(*module.mask_range.tolist()))
+    alive, positions = peak_share(ends[AttentionKind.DECODER_SELF])
+    stored = sum(int((last >= 0).sum()) for last in ends[AttentionKind.CROSS])
+    columns = sum(last.numel() for last in ends[AttentionKind.CROSS])
+
+    def saving(part: int, whole: int, what: str) -> str:
+        return f"{part:,} of {whole:,} {what}" + (f" ({1 - part / whole:.1%} less)" if whole else "")
+
+    return (
+        "caches hold what a coming mask row of the head keeps: decoder self-attention at most "
+        f"{saving(alive, positions, 'positions')}, cross-attention {saving(stored, columns, 'source columns')}, over "
+        "all heads and layers, for texts as long as the recorded range"
+    )
 
 
 # The same sizes, and so the same functions, as fairseq's.

@@ -1,22 +1,34 @@
 #!/usr/bin/env python
 """Benchmark training and translation: stock fairseq against the plugin, one process per system, in turns.
 
-    python scripts/bench_fairseq.py DATA_BIN --out scripts/bench_fairseq.h200.json   # every system and case
-    python scripts/bench_fairseq.py DATA_BIN --systems stock kept --cases sentences  # some
-    python scripts/bench_fairseq.py --table scripts/bench_fairseq.h200.json          # Markdown, no GPU needed
+    python scripts/bench_fairseq.py DATA_BIN --out scripts/bench_fairseq.h200.json    # every system, default cases
+    python scripts/bench_fairseq.py DATA_BIN --systems stock kept --cases sentences --profile
+    python scripts/bench_fairseq.py DATA_BIN --device cpu --limit 20 --systems stock kept --cases sentences
+    python scripts/bench_fairseq.py --table scripts/bench_fairseq.h200.json           # Markdown, no GPU needed
 
 DATA_BIN is a folder of fairseq-preprocess with real text; its test sentences are translated, and pages are consecutive
 training sentences, joined up to the length of the case. Systems:
 
-    stock       fairseq's transformer and generator
-    eager       the plugin with torch's fused attention under all-kept masks (--attention-backend eager)
+    stock       fairseq's transformer and generator. Its self-attention runs on torch's scaled_dot_product_attention
+                (SDPA) wherever it sees whole sentences, with a float mask; cross-attention and every step of decoding
+                multiply, take the softmax in float32, and multiply
+    stock-sdpa  the same with SDPA also in cross-attention; training only, since a step of decoding has one query
+    eager       the plugin with SDPA under all-kept masks (--attention-backend eager); training only
     kept        the plugin's kernels under all-kept masks, with --task pruned_translation
     50, 80, 90  the same under random masks of that sparsity (per cent): cells at sentence length, 64-blocks on pages
 
 Parameters are those of a checkpoint (--path, a dense transformer) or random, the same in all systems. With random
 parameters nothing ends early: every batch is translated to the length of its longest source, so that all systems take
 the same number of steps. Translation is timed once from a cold start (graph capture and the first compilation of
-kernels included) and then warm; the median of the warm passes counts. Training steps are those of fairseq's Trainer.
+kernels included; stock, which builds nothing, only takes a few steps) and then warm; the median of the warm passes
+counts. Training steps are those of fairseq's Trainer.
+
+Peak memory is what torch allocated at most in the measured passes, parameters and optimizer included; the JSON also
+has what it reserved. --profile adds where the time of a GPU goes: of a few more updates, or the first steps of a batch,
+without the profiler for the wall time and with it for the kernels.
+
+On a CPU (--device cpu) precision is fp32, all systems use fairseq's own search, as the plugin does there without
+Triton, and memory is not measured.
 """
 
 from __future__ import annotations
@@ -26,13 +38,17 @@ import gc
 import itertools
 import json
 import platform
+import re
+import shlex
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
+from importlib import metadata
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -40,17 +56,36 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-SYSTEMS = ("stock", "eager", "kept", "50", "80", "90")
-PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16}
+SYSTEMS = ("stock", "stock-sdpa", "eager", "kept", "50", "80", "90")
+TRAIN_ONLY = ("stock-sdpa", "eager")
+PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+TRAIN_TOKENS = 16384
 
-# kind, tokens per page (0: sentences as they are), max-tokens (0: one sentence at a time), at most so many examples
+# kind, tokens per page (0: sentences as they are), max-tokens (0: one sentence at a time), at most so many examples.
+# A step of stock fairseq takes about 9 ms on an H200 whatever the batch, so long pages take long: 4096 tokens 40 s.
 CASES = {
     "sentences": ("translate", 0, 12000, 2000),
     "sentences, one by one": ("translate", 0, 0, 20),
+    "pages of 512": ("translate", 512, 32000, 62),
     "pages of 1000": ("translate", 1000, 32000, 32),
-    "train sentences": ("train", 0, 16384, 8000),
-    "train pages of 1024": ("train", 1024, 16384, 160),
-    "train pages of 4096": ("train", 4096, 16384, 40),
+    "pages of 2048": ("translate", 2048, 32000, 15),
+    "pages of 4096": ("translate", 4096, 32000, 7),
+    "train sentences": ("train", 0, TRAIN_TOKENS, 8000),
+    "train pages of 512": ("train", 512, TRAIN_TOKENS, 320),
+    "train pages of 1024": ("train", 1024, TRAIN_TOKENS, 160),
+    "train pages of 2048": ("train", 2048, TRAIN_TOKENS, 80),
+    "train pages of 4096": ("train", 4096, TRAIN_TOKENS, 40),
+}
+NOT_BY_DEFAULT = ("pages of 2048", "pages of 4096")
+
+PROFILED_STEPS = 64
+PROFILED_UPDATES = 3
+# The first pattern that is found in a kernel's name decides.
+KERNEL_GROUPS = {
+    "attention": r"_decode_kernel|_forward_kernel|_dq_kernel|_dkdv_kernel|_small_\w+_kernel|flash|fmha|cudnn.*sdpa",
+    "matrix products": r"gemm|gemv|cutlass|cublas|nvjet|xmma|splitK",
+    "copies": r"memcpy|memset|copy|CatArray|index|gather|scatter",
+    "elementwise, normalisation": "",
 }
 
 
@@ -64,8 +99,9 @@ class Workload:
         import ap_fairseq  # noqa: F401  (registers the plugin)
 
         self.options = options
-        self.stock = options.system == "stock"
+        self.stock = options.system.startswith("stock")
         self.dtype = PRECISIONS[options.precision]
+        self.device = torch.device(options.device)
 
     def task_and_model(self, page: int, train: bool):
         from fairseq import options as fairseq_options
@@ -75,12 +111,14 @@ class Workload:
         arch = self.options.arch if self.stock else f"pruned_{self.options.arch}"
         positions = str(max(1024, page + 2))
         flags = [
-            self.options.data, "--arch", arch, "--share-all-embeddings", f"--{self.options.precision}",
-            "--task", "translation" if self.stock or train else "pruned_translation",
+            self.options.data, "--arch", arch, "--share-all-embeddings",
+            "--task", "translation" if self.stock or train or self.device.type == "cpu" else "pruned_translation",
             "--max-source-positions", positions, "--max-target-positions", positions, "--dropout", "0.3",
             "--optimizer", "adam", "--lr", "5e-4", "--criterion", "label_smoothed_cross_entropy",
             "--label-smoothing", "0.1", "--max-tokens", "16384", "--seed", "1",
         ]  # fmt: skip
+        flags += ["--cpu"] if self.device.type == "cpu" else []
+        flags += [f"--{self.options.precision}"] if self.options.precision != "fp32" else []
         if not self.stock:
             flags += ["--attention-backend", "eager" if self.options.system == "eager" else "auto"]
         args = fairseq_options.parse_args_and_arch(fairseq_options.get_training_parser(), flags)
@@ -95,6 +133,8 @@ class Workload:
             model.load_state_dict(load_checkpoint(self.options.path)["model"])
         if not self.stock:
             model.set_masks(self.masks(model, page))
+        if self.options.system == "stock-sdpa":
+            use_sdpa(model)
         return cfg, task, model
 
     def masks(self, model, page: int):
@@ -149,30 +189,35 @@ class Workload:
         from fairseq import utils
 
         cfg, task, model = self.task_and_model(page, train=False)
-        model = model.to("cuda", self.dtype).eval()
+        model = model.to(self.device, self.dtype).eval()
         model.prepare_for_inference_(cfg)
         forced = dict(max_len_a=1, max_len_b=0) if not self.options.path else {}
-        search = argparse.Namespace(beam=5, lenpen=1, **forced)
-        generator = task.build_generator([model], search)
+        generator = task.build_generator([model], argparse.Namespace(beam=5, lenpen=1, **forced))
+        few = dict(max_len_a=0, max_len_b=PROFILED_STEPS)
+        short = task.build_generator([model], argparse.Namespace(beam=5, lenpen=1, **few))
         batches = self.batches(self.dataset(task, "train" if page else "test", page, limit), max_tokens)
-        passes, tokens, memory = [], 0, 0
-        for number in range(2 if self.stock else 1 + self.options.repeats):
-            chosen = batches[:1] if number == 0 and self.stock else batches  # stock has nothing to build up
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-            start, tokens = time.perf_counter(), 0
-            for batch in chosen:
-                for hypotheses in task.inference_step(generator, [model], utils.move_to_cuda(batch)):
+
+        def run(generator, batches) -> int:
+            tokens = 0
+            for batch in batches:
+                batch = utils.move_to_cuda(batch) if self.device.type == "cuda" else batch
+                for hypotheses in task.inference_step(generator, [model], batch):
                     tokens += len(hypotheses[0]["tokens"])
-            torch.cuda.synchronize()
-            passes.append(time.perf_counter() - start)
-            memory = torch.cuda.max_memory_allocated()
-        seconds = statistics.median(passes[1:])
+            return tokens
+
+        cold, _ = self.timed(run, *((short, batches[:1]) if self.stock else (generator, batches)))
+        self.reset_peak()
+        repeats = 1 if self.stock and self.device.type == "cuda" else self.options.repeats  # stock takes long
+        passes = [self.timed(run, generator, batches) for _ in range(repeats)]
+        memory, seconds, tokens = self.peak(), statistics.median(time for time, _ in passes), passes[-1][1]
         n_sentences = sum(len(batch["id"]) for batch in batches)
-        return dict(
-            seconds=seconds, cold_seconds=passes[0] if not self.stock else None, tokens=tokens, sentences=n_sentences,
-            tokens_per_s=tokens / seconds, sentences_per_s=n_sentences / seconds, peak_bytes=memory,
+        result = dict(
+            seconds=seconds, cold_seconds=cold if not self.stock else None, tokens=tokens, sentences=n_sentences,
+            tokens_per_s=tokens / seconds, sentences_per_s=n_sentences / seconds, **memory,
         )  # fmt: skip
+        if self.options.profile:
+            result["profile"] = self.profiled("step", PROFILED_STEPS + 1, run, short, batches[:1])
+        return result
 
     def train(self, page: int, max_tokens: int, limit: int) -> dict:
         from fairseq.trainer import Trainer
@@ -181,22 +226,96 @@ class Workload:
         trainer = Trainer(cfg, task, model, task.build_criterion(cfg.criterion))
         batches = self.batches(self.dataset(task, "train", page, limit), max_tokens)
         batches = batches[:: max(1, len(batches) // 10)][:10]
-        for batch in batches * 2:  # compiles, fills the allocator, settles the loss scale
-            trainer.train_step([batch])
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        times = []
-        for _ in range(self.options.repeats):
-            start = time.perf_counter()
+
+        def run(batches) -> None:
             for batch in batches:
                 trainer.train_step([batch])
-            torch.cuda.synchronize()
-            times.append(time.perf_counter() - start)
+
+        run(batches * 2)  # compiles, fills the allocator, settles the loss scale
+        self.reset_peak()
+        # Trainer.train_step ends with a reset of the peak, to log the memory of one update; here all count.
+        with mock.patch.object(torch.cuda, "reset_peak_memory_stats"):
+            times = [self.timed(run, batches)[0] for _ in range(self.options.repeats)]
+        memory = self.peak()
         seconds, tokens = statistics.median(times), sum(batch["ntokens"] for batch in batches)
-        return dict(
+        result = dict(
             seconds=seconds, updates=len(batches), tokens=tokens, tokens_per_s=tokens / seconds,
-            updates_per_s=len(batches) / seconds, peak_bytes=torch.cuda.max_memory_allocated(),
+            updates_per_s=len(batches) / seconds, **memory,
         )  # fmt: skip
+        if self.options.profile:
+            chosen = batches[:PROFILED_UPDATES]
+            result["profile"] = self.profiled("update", len(chosen), run, chosen)
+        return result
+
+    # -- what differs between devices ---------------------------------------------------------------------------------
+
+    def timed(self, work: Callable, *arguments) -> tuple[float, object]:
+        """Return the seconds that a call takes on the device, and its result."""
+        self.synchronize()
+        start = time.perf_counter()
+        result = work(*arguments)
+        self.synchronize()
+        return time.perf_counter() - start, result
+
+    def synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def reset_peak(self) -> None:
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+
+    def peak(self) -> dict:
+        if self.device.type == "cpu":
+            return dict(peak_bytes=None, reserved_bytes=None)
+        return dict(peak_bytes=torch.cuda.max_memory_allocated(), reserved_bytes=torch.cuda.max_memory_reserved())
+
+    def profiled(self, unit: str, n: int, work: Callable, *arguments) -> dict:
+        """Where the GPU's time goes in a call that does *n* updates or steps."""
+        from torch.profiler import ProfilerActivity, profile
+
+        work(*arguments)  # builds what it needs
+        wall, _ = self.timed(work, *arguments)
+        with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+            self.timed(work, *arguments)
+        events = [(e.key, e.self_device_time_total / 1e6, e.count) for e in profiler.key_averages()]
+        return dict(unit=unit) | summary(events, wall, n)
+
+
+def use_sdpa(model) -> None:
+    """Let the cross-attention of a stock transformer take the path that its self-attention takes."""
+    for layer in model.decoder.layers:
+        attention = layer.encoder_attn
+
+        def forward(*args, stock=attention.forward, **options):
+            return stock(*args, **options | dict(static_kv=False, need_weights=False, need_head_weights=False))
+
+        attention.forward = forward
+
+
+def summary(events: list[tuple[str, float, int]], wall: float, n: int) -> dict:
+    """Summarise the events of a profile.
+
+    Args:
+        events: name, seconds on the GPU and number, of kernels and of the host's calls (0 seconds).
+        wall: seconds that the same work takes without the profiler.
+        n: updates or steps in it.
+    """
+    groups = dict.fromkeys(KERNEL_GROUPS, 0.0)
+    kernels = [event for event in events if event[1] > 0]
+    for name, seconds, _ in kernels:
+        group = next(group for group, pattern in KERNEL_GROUPS.items() if re.search(pattern, name, re.IGNORECASE))
+        groups[group] += seconds
+    top = sorted(kernels, key=lambda event: -event[1])[:8]
+    return dict(
+        wall_seconds=wall / n,
+        gpu_busy=sum(groups.values()) / wall,
+        kernels=sum(count for *_, count in kernels) / n,
+        launches=sum(count for name, seconds, count in events if not seconds and "Launch" in name) / n,
+        groups={group: seconds / n for group, seconds in groups.items()},
+        top=[dict(name=name[:160], seconds=seconds / n, number=count / n) for name, seconds, count in top],
+    )
 
 
 def joined(sentences, page: int):
@@ -215,13 +334,15 @@ def work(options: argparse.Namespace) -> None:
     workload = Workload(options)
     for case in options.cases:
         kind, page, max_tokens, limit = CASES[case]
-        if options.system == "eager" and kind == "translate":
+        if options.system in TRAIN_ONLY and kind == "translate":
             continue
-        result = getattr(workload, kind)(page, max_tokens, limit)
-        row = dict(case=case, system=options.system, kind=kind, page=page, max_tokens=max_tokens) | result
-        print(json.dumps(row), flush=True)
+        if options.max_tokens and kind == "train":
+            max_tokens, limit = options.max_tokens, limit * options.max_tokens // max_tokens
         gc.collect()  # the memory of a case is not that of the one before
-        torch.cuda.empty_cache()
+        if options.device == "cuda":
+            torch.cuda.empty_cache()
+        row = dict(case=case, system=options.system, kind=kind, page=page, max_tokens=max_tokens, commit=options.commit)
+        print(json.dumps(row | getattr(workload, kind)(page, max_tokens, options.limit or limit)), flush=True)
 
 
 # --- all systems ------------------------------------------------------------------------------------------------------
@@ -229,18 +350,24 @@ def work(options: argparse.Namespace) -> None:
 
 def measure(options: argparse.Namespace) -> Iterator[dict]:
     """Yield the results of every system as its process prints them."""
+    passed = ("arch", "precision", "repeats", "device", "limit", "max_tokens", "path", "commit")
+    given = [(name, getattr(options, name)) for name in passed if getattr(options, name)]
+    flags = [text for name, value in given for text in (f"--{name.replace('_', '-')}", str(value))]
+    flags += ["--profile"] if options.profile else []
     for system in options.systems:
-        command = [sys.executable, __file__, options.data, "--worker", system, "--arch", options.arch]
-        command += ["--precision", options.precision, "--repeats", str(options.repeats), "--cases", *options.cases]
-        command += ["--path", options.path] if options.path else []
+        command = [sys.executable, __file__, options.data, "--worker", system, *flags, "--cases", *options.cases]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
             yield from (json.loads(line) for line in process.stdout if line.startswith("{"))
         if process.returncode:
             yield dict(case="-", system=system, error=f"the process ended with status {process.returncode}")
 
 
+def cells(values) -> str:
+    return f"| {' | '.join(values)} |"
+
+
 def table(report: dict) -> str:
-    """One Markdown row per case and system, with ratios to the stock system."""
+    """One Markdown row per case and system, with ratios to the stock system; and where time goes, if profiled."""
     lines = [
         f"{report['device']}, torch {report['torch']}, triton {report['triton']}, {report['arch']}, "
         f"{report['precision']}, commit {report['commit']}: `{report['command']}`",
@@ -249,20 +376,42 @@ def table(report: dict) -> str:
         "| case | system | target tokens/s | ratio | peak memory | ratio | cold start |",
         "|---|---|---|---|---|---|---|",
     ]
-    stock = {row["case"]: row for row in report["rows"] if row["system"] == "stock"}
-    for case in CASES:
-        for row in report["rows"]:
-            if row["case"] != case:
-                continue
-            base = stock.get(case)
-            ratios = [f"{row[key] / base[key]:.2f}" if base else "" for key in ("tokens_per_s", "peak_bytes")]
-            cold = f"{row['cold_seconds']:.1f} s, warm {row['seconds']:.1f} s" if row.get("cold_seconds") else ""
-            lines.append(
-                f"| {case} | {row['system']} | {row['tokens_per_s']:,.0f} | {ratios[0]} "
-                f"| {row['peak_bytes'] / 2**30:.2f} GiB | {ratios[1]} | {cold} |"
-            )
+    rows = [row for case in CASES for row in report["rows"] if row["case"] == case]
+    stock = {row["case"]: row for row in rows if row["system"] == "stock"}
+    for row in rows:
+        base = stock.get(row["case"], {})
+        speed, memory = (
+            f"{row[key] / base[key]:.2f}" if row[key] and base.get(key) else ""
+            for key in ("tokens_per_s", "peak_bytes")
+        )
+        cold = f"{row['cold_seconds']:.1f} s, warm {row['seconds']:.1f} s" if row.get("cold_seconds") else ""
+        peak = f"{row['peak_bytes'] / 2**30:.2f} GiB" if row["peak_bytes"] else ""
+        lines.append(cells([row["case"], row["system"], f"{row['tokens_per_s']:,.0f}", speed, peak, memory, cold]))
+    lines += profile_table([row for row in rows if "profile" in row])
     lines += [f"\n{row['system']}: {row['error']}" for row in report["rows"] if "error" in row]
     return "\n".join(lines)
+
+
+def profile_table(rows: list[dict]) -> list[str]:
+    """Markdown lines: milliseconds of an update or step, and of the kernels in it."""
+    if not rows:
+        return []
+    header = ["case", "system", "ms per", "wall", "GPU busy", "kernels", "launches", *KERNEL_GROUPS]
+    lines = ["", cells(header), cells(["---"] * len(header)).replace(" ", "")]
+    for row in rows:
+        profile = row["profile"]
+        numbers = [f"{1000 * profile['wall_seconds']:.2f}", f"{profile['gpu_busy']:.0%}"]
+        numbers += [f"{profile[key]:,.0f}" for key in ("kernels", "launches")]
+        numbers += [f"{1000 * profile['groups'][group]:.2f}" for group in KERNEL_GROUPS]
+        lines.append(cells([row["case"], row["system"], profile["unit"], *numbers]))
+    return lines
+
+
+def git_commit() -> str:
+    """Return the commit of this file's repository, marked if files differ from it; "unknown" without one."""
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=7", "--match="]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    return result.stdout.strip() or "unknown"
 
 
 def main() -> None:
@@ -271,10 +420,19 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="JSON file to write")
     parser.add_argument("--arch", default="transformer_iwslt_de_en", help="fairseq's architecture")
     parser.add_argument("--path", help="checkpoint of a dense transformer of this architecture; default: random")
-    parser.add_argument("--precision", choices=PRECISIONS, default="fp16")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--precision", choices=PRECISIONS, help="default: fp16, on a CPU fp32")
     parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=SYSTEMS)
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), metavar="CASE", help=", ".join(CASES))
+    default = [case for case in CASES if case not in NOT_BY_DEFAULT]
+    parser.add_argument(
+        "--cases", nargs="+", choices=CASES, default=default, metavar="CASE",
+        help=f"{', '.join(CASES)}; default: all but {', '.join(NOT_BY_DEFAULT)}",
+    )  # fmt: skip
     parser.add_argument("--repeats", type=int, default=3, help="timed passes; their median counts (default: 3)")
+    parser.add_argument("--limit", type=int, help="at most so many sentences or pages in every case")
+    parser.add_argument("--max-tokens", type=int, help=f"of the cases that train (default: {TRAIN_TOKENS})")
+    parser.add_argument("--profile", action="store_true", help="add where the time of the GPU goes")
+    parser.add_argument("--commit", default=git_commit(), help="to name in the results; default: that of git")
     parser.add_argument("--worker", dest="system", choices=SYSTEMS, help=argparse.SUPPRESS)
     parser.add_argument("--table", type=Path, metavar="JSON", help="print a Markdown table of a result file and stop")
     options = parser.parse_args()
@@ -283,19 +441,19 @@ def main() -> None:
         return
     if options.data is None:
         parser.error("name a data-bin folder, or a result file with --table")
-    if not torch.cuda.is_available():
-        sys.exit("bench_fairseq.py: no CUDA device; only --table works without one")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("no CUDA device; use --device cpu, or --table with a result file")
+    if options.device == "cpu" and (options.precision == "fp16" or options.profile):
+        parser.error("--device cpu takes neither --precision fp16 nor --profile")
+    options.precision = options.precision or ("fp16" if options.device == "cuda" else "fp32")
     if options.system:
         work(options)
         return
-    import triton
-
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False, cwd=ROOT)
     report = dict(
-        device=torch.cuda.get_device_name(), torch=torch.__version__, triton=triton.__version__,
-        python=platform.python_version(), arch=options.arch, precision=options.precision,
-        parameters=options.path or "random", command=" ".join(["python", *sys.argv]),
-        time=datetime.now(UTC).isoformat(timespec="seconds"), commit=commit.stdout.strip(), rows=[],
+        device=torch.cuda.get_device_name() if options.device == "cuda" else cpu_name(), torch=torch.__version__,
+        triton=metadata.version("triton"), python=platform.python_version(), arch=options.arch,
+        precision=options.precision, parameters=options.path or "random", command=shlex.join(["python", *sys.argv]),
+        time=datetime.now(UTC).isoformat(timespec="seconds"), commit=options.commit, rows=[],
     )  # fmt: skip
     for row in measure(options):
         report["rows"].append(row)
@@ -303,6 +461,12 @@ def main() -> None:
         if options.out:  # after every row: a run that is cut short keeps what it measured
             options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     print(table(report))
+
+
+def cpu_name() -> str:
+    """Return e.g. ``CPU (x86_64), 1 thread``."""
+    n = torch.get_num_threads()
+    return f"CPU ({platform.machine()}), {n} thread{'s' if n > 1 else ''}"
 
 
 if __name__ == "__main__":

@@ -202,6 +202,7 @@ def decode_attention(
     k_lengths: Tensor | None = None,
     cache_rows: Tensor | None = None,
     cache_starts: Tensor | None = None,
+    cache_offsets: Tensor | None = None,
     scale: float | None = None,
     backend: str = "auto",
 ) -> Tensor:
@@ -209,8 +210,9 @@ def decode_attention(
 
     q: (B, beam, H, D).
     k, v: caches, any strides with adjacent D, of which only kept positions are read:
-        (B, beam, H, S, D), one per hypothesis; (B, H, S, D), one per sentence for all its beams; or (R, H, D),
-        a pool in which `cache_rows` or `cache_starts` finds a position. S may exceed what is filled.
+        (B, beam, H, S, D), one per hypothesis; (B, H, S, D), one per sentence for all its beams; or a pool in
+        which `cache_rows` or `cache_starts` finds a position: (R, H, D), or (R, D) with `cache_offsets`, where
+        every head has rows of its own. S may exceed what is filled.
     step: decode step = cached length before the step, an int or a one-element integer tensor on the device
         (read when the kernel runs, so that a captured CUDA graph can be replayed for every step).
     k_lengths: (B,) valid cache positions of each sentence. Without it (decoder self-attention), positions up to
@@ -218,41 +220,54 @@ def decode_attention(
     cache_rows: (B, beam, S) int32 or int64, pool row of position s of each hypothesis. Beams that share a prefix
         share its rows, and reordering beams permutes this table, not the caches.
     cache_starts: (B,) int32 or int64, pool row of each sentence's position 0, for caches that all beams of a
-        sentence share (cross-attention); its positions follow one another, and k_lengths says how many.
+        sentence share (cross-attention); its positions follow one another, and k_lengths says how many. With
+        `cache_offsets` (B, H).
+    cache_offsets: (H, S) int32 or int64: position s of head h is in pool row cache_offsets[h, s] + what
+        `cache_rows` or `cache_starts` says. So a pool needs no rows for positions that a head never keeps.
 
     Returns (B, beam, H, D); rows without a visible key are 0. No gradient. Raises as
     `block_sparse_attention`; also for a step (given as int) outside the layout. Values of the tables are not
     checked.
     """
-    if q.dim() != 4 or k.dim() not in (3, 4, 5) or v.shape != k.shape:
+    if q.dim() != 4 or k.dim() not in (2, 3, 4, 5) or v.shape != k.shape:
         raise ValueError(
-            "q must be (B, beam, H, D) and k, v alike (B, H, S, D), (B, beam, H, S, D) or (R, H, D), "
+            "q must be (B, beam, H, D) and k, v alike (B, H, S, D), (B, beam, H, S, D), (R, H, D) or (R, D), "
             f"got {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}"
         )
     batch, beam, heads, dim = q.shape
     n_tables = (cache_rows is not None) + (cache_starts is not None)
-    if n_tables != (k.dim() == 3):
+    if n_tables != (k.dim() <= 3) or (cache_offsets is not None) != (k.dim() == 2):
         raise ValueError(
-            "a pool (R, H, D) needs one of cache_rows and cache_starts, and other caches none: "
-            f"got k {tuple(k.shape)} with {n_tables} of them"
+            "a pool (R, H, D) or (R, D) needs one of cache_rows and cache_starts, (R, D) also cache_offsets, and other "
+            f"caches none: got k {tuple(k.shape)} with {n_tables} of them, "
+            f"{'without' if cache_offsets is None else 'with'} cache_offsets"
         )
+    pool = (k.size(0), dim) if k.dim() == 2 else (k.size(0), heads, dim)
     if cache_rows is not None:
-        size, expected = cache_rows.size(-1), (k.size(0), heads, dim)
+        size, expected = cache_rows.size(-1), pool
         if cache_rows.shape != (batch, beam, size) or cache_rows.is_floating_point():
             raise ValueError(
                 f"cache_rows must be ({batch}, {beam}, S) integers, got {tuple(cache_rows.shape)} {cache_rows.dtype}"
             )
         cache_rows = _rows(cache_rows)
     elif cache_starts is not None:
-        size, expected = layout.k_size, (k.size(0), heads, dim)
-        if cache_starts.shape != (batch,) or cache_starts.is_floating_point() or k_lengths is None:
+        size, expected = layout.k_size if cache_offsets is None else cache_offsets.size(-1), pool
+        starts = (batch,) if cache_offsets is None else (batch, heads)
+        if cache_starts.shape != starts or cache_starts.is_floating_point() or k_lengths is None:
             raise ValueError(
-                f"cache_starts must be ({batch},) integers, given with k_lengths, got {tuple(cache_starts.shape)} "
+                f"cache_starts must be {starts} integers, given with k_lengths, got {tuple(cache_starts.shape)} "
                 f"{cache_starts.dtype} {'without' if k_lengths is None else 'with'} k_lengths"
             )
     else:
         size = k.size(-2)
         expected = (batch, heads, size, dim) if k.dim() == 4 else (batch, beam, heads, size, dim)
+    if cache_offsets is not None:
+        if cache_offsets.shape != (heads, size) or cache_offsets.is_floating_point():
+            raise ValueError(
+                f"cache_offsets must be ({heads}, {size}) integers, got {tuple(cache_offsets.shape)} "
+                f"{cache_offsets.dtype}"
+            )
+        cache_offsets = _rows(cache_offsets)
     if k.shape != expected:
         raise ValueError(f"k and v must be {expected} to fit q {tuple(q.shape)}, got {tuple(k.shape)}")
     if not q.dtype == k.dtype == v.dtype:
@@ -274,11 +289,12 @@ def decode_attention(
     if not use_kernels(backend, q):
         row = layout.keep_row(step)[:, :k_size]
         return decode_reference(
-            q, k, v, row, scale=scale, k_lengths=k_lengths, cache_rows=cache_rows, cache_starts=cache_starts
-        )
+            q, k, v, row, scale=scale, k_lengths=k_lengths, cache_rows=cache_rows, cache_starts=cache_starts,
+            cache_offsets=cache_offsets,
+        )  # fmt: skip
 
     from .ops import decode_step
 
     lists = layout.row_lists()
-    tables = (k_lengths, cache_rows, cache_starts)
+    tables = (k_lengths, cache_rows, cache_starts, cache_offsets)
     return decode_step(_rows(q), _rows(k), _rows(v), *lists, step, k_size, *tables, scale)

@@ -20,15 +20,16 @@ from .primitives import LOG2E, NO_KEY, dot, dot_add, sequence_length
 
 @triton.jit(do_not_specialize=["BEAM", "H", "MH", "TK", "LQ", "N_GROUPS"])
 def _decode_kernel(
-    p_q, p_k, p_v, p_o, p_columns, p_pointers, p_step, p_k_lengths, p_rows, p_starts, scale_log2,
-    s_qb, s_qw, s_qh, s_kb, s_kw, s_kh, s_kt, s_vb, s_vw, s_vh, s_vt, s_ob, s_ow, s_oh, s_rb, s_rw,
+    p_q, p_k, p_v, p_o, p_columns, p_pointers, p_step, p_k_lengths, p_rows, p_starts, p_offsets, scale_log2,
+    s_qb, s_qw, s_qh, s_kb, s_kw, s_kh, s_kt, s_vb, s_vw, s_vh, s_vt, s_ob, s_ow, s_oh, s_rb, s_rw, s_sb, s_sh, s_fh,
     BEAM, H, MH, TK, LQ, N_GROUPS,
     D: tl.constexpr, BD: tl.constexpr, BW: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """BW = 1: one hypothesis per program, its own cache. BW > 1: all BEAM <= BW hypotheses, a shared cache.
 
-    In a pool (p_rows or p_starts) s_kt is the stride of pool rows, and s_kb and s_kw are 0.
+    In a pool (p_rows or p_starts) s_kt is the stride of pool rows, and s_kb and s_kw are 0; so is s_kh where every
+    head has rows of its own (p_offsets).
     """
     pid = tl.program_id(0)
     i_h = pid % H
@@ -51,7 +52,7 @@ def _decode_kernel(
     p_v += i_b64 * s_vb + i_h64 * s_vh
     p_o += i_b64 * s_ob + i_h64 * s_oh
     if p_starts is not None:
-        first_row = tl.load(p_starts + i_b).to(tl.int64)
+        first_row = tl.load(p_starts + i_b64 * s_sb + i_h64 * s_sh).to(tl.int64)
         p_k += first_row * s_kt
         p_v += first_row * s_vt
     if BW == 1:
@@ -76,6 +77,9 @@ def _decode_kernel(
         o_row = o_n.to(tl.int64)
         if p_rows is not None:
             o_row = tl.load(p_rows + i_b64 * s_rb + i_w64 * s_rw + o_n, mask=m_n, other=0).to(tl.int64)
+        if p_offsets is not None:
+            o_offset = tl.load(p_offsets + i_h64 * s_fh + o_n, mask=m_n, other=0).to(tl.int64)
+            o_row = o_offset if p_rows is None else o_row + o_offset
         o_k, o_v = o_row * s_kt + i_w64 * s_kw, o_row * s_vt + i_w64 * s_vw
         b_k = tl.load(p_k + o_k[:, None] + o_d[None, :], mask=m_nd, other=0.0)  # [BN, BD]
         b_v = tl.load(p_v + o_v[:, None] + o_d[None, :], mask=m_nd, other=0.0)  # [BN, BD]
@@ -117,6 +121,7 @@ def decode(
     k_lengths: Tensor | None,
     cache_rows: Tensor | None,
     cache_starts: Tensor | None,
+    cache_offsets: Tensor | None,
     scale: float,
 ) -> Tensor:
     """Launch the decode kernel. q (B, beam, H, D); caches as in `api.decode_attention`."""
@@ -127,15 +132,17 @@ def decode(
     config = decode_config(shared, dim, q.dtype)
     cache_strides: list[int] = []
     for x in (k, v):
-        if x.dim() == 3:  # pool (R, H, D)
-            cache_strides += [0, 0, x.stride(1), x.stride(0)]
+        if x.dim() <= 3:  # pool (R, H, D) or (R, D)
+            cache_strides += [0, 0, x.stride(1) if x.dim() == 3 else 0, x.stride(0)]
         else:
             cache_strides += [x.stride(0), x.stride(1) if x.dim() == 5 else 0, x.stride(-3), x.stride(-2)]
+    table_strides = [*(cache_rows.stride()[:2] if cache_rows is not None else (0, 0))]
+    table_strides += [0, 0] if cache_starts is None else [*cache_starts.stride(), 0][:2]
+    table_strides += [0 if cache_offsets is None else cache_offsets.stride(0)]
     n_rows, n_pointers = lists.pointers.shape[1:]
     _decode_kernel[(batch * heads * (1 if shared else beam),)](
-        q, k, v, out, lists.columns, lists.pointers, step, k_lengths, cache_rows, cache_starts, scale * LOG2E.value,
-        *q.stride()[:3], *cache_strides, *out.stride()[:3],
-        *(cache_rows.stride()[:2] if cache_rows is not None else (0, 0)),
+        q, k, v, out, lists.columns, lists.pointers, step, k_lengths, cache_rows, cache_starts, cache_offsets,
+        scale * LOG2E.value, *q.stride()[:3], *cache_strides, *out.stride()[:3], *table_strides,
         beam, heads, lists.pointers.size(0), k_size, n_rows, n_pointers - 1,
         D=dim, BD=triton.next_power_of_2(dim), BW=rows, BN=config.block_k, GROUP=COLUMN_GROUP,
         PRECISION=precision(q.dtype), **config.launch(),

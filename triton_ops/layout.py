@@ -273,6 +273,15 @@ class AttentionLayout:
         words = self.words.index_select(2, step.reshape(1) // self.row_group)
         return _unpack(words, 1, self.k_size).squeeze(1)
 
+    def last_rows(self, n_rows: int) -> Tensor:
+        """The last of the first `n_rows` rows that keeps each column, int64 (M, k_size); -1 where none does."""
+        words = self.words[..., : -(-n_rows // self.row_group)]
+        group = torch.arange(1, words.size(2) + 1, dtype=torch.int32, device=self.device)
+        # Bit by bit: all cells at once would be 32 times the size of the words.
+        last = torch.stack([((words >> bit & 1) * group).amax(2) for bit in range(WORD)], 2)
+        last = last.flatten(1)[:, : self.k_size].long()
+        return (last * self.row_group).clamp_max(min(n_rows, self.q_size)) - 1
+
     def memory(self) -> dict[str, int]:
         """Bytes on the device: packed cells, tile lists and decode lists that exist so far."""
 

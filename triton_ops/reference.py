@@ -132,6 +132,7 @@ def decode_reference(
     k_lengths: Tensor | None = None,
     cache_rows: Tensor | None = None,
     cache_starts: Tensor | None = None,
+    cache_offsets: Tensor | None = None,
 ) -> Tensor:
     """One query row per (sentence, beam, head).
 
@@ -140,7 +141,11 @@ def decode_reference(
     """
     batch, beam, heads, _ = q.shape
     size = keep_row.size(-1)
-    if cache_rows is not None:  # (R, H, D) -> (B, beam, H, S, D)
+    if cache_offsets is not None:  # (R, D) -> (B, beam, H, S, D), or (B, H, S, D) with starts
+        index = cache_starts[..., None] if cache_rows is None else cache_rows[:, :, None, :size]
+        index = (index.long() + cache_offsets[:, :size]).clamp(0, k.size(0) - 1)
+        k, v = (x[index].masked_fill(~keep_row[..., None], 0) for x in (k, v))  # other cells need not have rows
+    elif cache_rows is not None:  # (R, H, D) -> (B, beam, H, S, D)
         index = cache_rows[..., :size].long()
         k, v = (x[index].transpose(2, 3) for x in (k, v))
     elif cache_starts is not None:  # (R, H, D) -> (B, H, S, D)

@@ -104,10 +104,10 @@ def test_inference_mode_leaves_nothing_behind_that_training_or_other_batches_can
 
 
 def test_full_pools_drop_dead_rows_and_grow(monkeypatch):
-    monkeypatch.setattr(generation, "POSITIONS_PER_HYPOTHESIS", 2)
+    monkeypatch.setattr(generation, "FIRST_POSITIONS", 2)
     dropped = []
-    real = generation.drop_dead_rows
-    monkeypatch.setattr(generation, "drop_dead_rows", lambda rows: dropped.append(rows.numel()) or real(rows))
+    real = generation.renumber_live
+    monkeypatch.setattr(generation, "renumber_live", lambda rows: dropped.append(rows.numel()) or real(rows))
     systems = models()
     options = dict(beam_size=4, max_len_b=20, min_len=15)
     expected = SequenceGenerator(systems, WORDS, **options).generate([], sample(LENGTHS))

@@ -62,7 +62,7 @@ def decode_step(dtype, dim, shared, size, batch, beam=3):
     q = torch.empty(batch, beam, 2, dim, dtype=dtype)
     k = torch.empty(*((batch, 2, size, dim) if shared else (batch, beam, 2, size, dim)), dtype=dtype)
     lengths = torch.ones(batch, dtype=torch.int64)
-    ops.decode_op(q, k, k, *lists, torch.tensor([3]), size, lengths, None, None, 0.1)
+    ops.decode_op(q, k, k, *lists, torch.tensor([3]), size, lengths, None, None, None, 0.1)
 
 
 def main():

@@ -12,19 +12,20 @@ from triton_ops.testing import ROUNDING_BAND
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FIXED = settings(derandomize=True, deadline=None)
 VARIANTS = [(torch.float16, 64), (torch.bfloat16, 32), (torch.float32, 16), (torch.bfloat16, 96), (torch.float32, 128)]
+POOLS = ("none", "rows of all heads", "rows of each head")
 
 
 @st.composite
 def problems(draw):
     batch, beam, heads = draw(st.integers(1, 3)), draw(st.integers(1, 6)), draw(st.integers(1, 3))
     size, rows = draw(st.integers(1, 150)), draw(st.integers(1, 20))
-    seed = draw(st.integers(0, 10**6))
-    return batch, beam, heads, size, rows, draw(st.sampled_from([0.0, 0.1, 0.6, 1.0])), draw(st.booleans()), seed
+    density, pool = draw(st.sampled_from([0.0, 0.1, 0.6, 1.0])), draw(st.sampled_from(POOLS))
+    return batch, beam, heads, size, rows, density, pool, draw(st.integers(0, 10**6))
 
 
 def check(dtype, dim, shared, problem):
     """Within the eager error plus the rounding band of the kernels."""
-    batch, beam, heads, size, rows, density, pooled, seed = problem
+    batch, beam, heads, size, rows, density, pool, seed = problem
     generator = torch.Generator().manual_seed(seed)
     keep = torch.rand(heads if seed % 2 else 1, rows, size + seed % 3, generator=generator) < density
     layout = AttentionLayout.from_keep_mask(keep.to(DEVICE), tile=64)
@@ -37,10 +38,12 @@ def check(dtype, dim, shared, problem):
         x.masked_fill_(stale, torch.nan)
     step = seed % rows
     options = dict(k_lengths=lengths)
-    if pooled and shared:
+    if pool == "rows of each head":
+        k, v = pool_of_kept_cells(k, v, keep, generator, options)
+    elif pool != "none" and shared:
         k, v = (x.transpose(1, 2).flatten(0, 1) for x in (k, v))  # (B, S) positions as rows
         options["cache_starts"] = torch.arange(batch, device=DEVICE) * size
-    elif pooled:  # rows in any order, some shared by the beams of a sentence
+    elif pool != "none":  # rows in any order, some shared by the beams of a sentence
         order = torch.randperm(batch * beam * size, generator=generator).to(DEVICE)
         place = torch.argsort(order).view(batch, beam, size)
         shared_beam = torch.randint(0, beam, (batch, beam, size), generator=generator).to(DEVICE)
@@ -53,6 +56,25 @@ def check(dtype, dim, shared, problem):
     eager = decode_reference(q, k, v, row, scale=dim**-0.5, **options)
     band = ROUNDING_BAND[dtype] * torch.finfo(dtype).eps * exact.norm()
     assert (got.double() - exact).norm() <= (eager.double() - exact).norm() + band
+
+
+def pool_of_kept_cells(k, v, keep, generator, options):
+    """Pools (R, D) without rows for the columns that a head never keeps, and their tables."""
+    kept = keep.any(1)[:, : k.size(-2)].expand(k.size(-3), k.size(-2)).clone()
+    kept[:, 0] = True
+    if k.dim() == 4:  # sentence by sentence, head by head
+        stored = kept[None].expand(k.shape[:3])
+        counts = stored.sum(2).flatten()
+        options["cache_starts"] = (counts.cumsum(0) - counts).view(stored.shape[:2]).to(DEVICE)
+        options["cache_offsets"] = (kept.cumsum(1) - 1).to(DEVICE, torch.int32)
+        return k[stored.to(DEVICE)], v[stored.to(DEVICE)]
+    # Head by head, position by position: a row of each hypothesis, in an order that differs between positions.
+    batch, beam, heads, size, dim = k.shape
+    order = torch.rand(batch * beam, size, generator=generator).argsort(0)
+    options["cache_rows"] = order.argsort(0).view(batch, beam, size).to(DEVICE, torch.int32)
+    options["cache_offsets"] = ((kept.flatten().cumsum(0) - 1).view_as(kept) * batch * beam).to(DEVICE, torch.int32)
+    by_cell = (x.flatten(0, 1).gather(0, order.to(DEVICE)[:, None, :, None].expand(-1, heads, -1, dim)) for x in (k, v))
+    return (x.permute(1, 2, 0, 3)[kept.to(DEVICE)].flatten(0, 1) for x in by_cell)
 
 
 @pytest.mark.parametrize("shared", [False, True], ids=["per hypothesis", "per sentence"])
@@ -118,6 +140,12 @@ POOL = torch.zeros(99, 2, 16)
         (dict(k=POOL, cache_rows=torch.zeros(2, 3, 7).long()), ValueError, r"\(2, 4, S\).*\(2, 3, 7\)"),
         (dict(k=POOL[:, :1], cache_rows=torch.zeros(2, 4, 7).long()), ValueError, r"\(99, 2, 16\).*\(99, 1, 16\)"),
         (dict(k=POOL, cache_starts=torch.zeros(2).long()), ValueError, "without k_lengths"),
+        (dict(k=POOL[:, 0], cache_rows=torch.zeros(2, 4, 7).long()), ValueError, r"\(99, 16\) with 1 .* without"),
+        (
+            dict(k=POOL[:, 0], cache_rows=torch.zeros(2, 4, 7).long(), cache_offsets=torch.zeros(2, 8).long()),
+            ValueError,
+            r"\(2, 7\) integers, got \(2, 8\)",
+        ),
         (dict(k_lengths=torch.tensor([1, 31])), ValueError, r"\[0, 30\].*31"),
     ],
 )

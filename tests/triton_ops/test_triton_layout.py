@@ -116,6 +116,15 @@ def test_memory_is_one_bit_per_cell_and_short_lists(block):
     assert report["row_lists"] == 2 * int(keep.sum()) + row_pointers
 
 
+@settings(FIXED, max_examples=60)
+@given(keep_masks(), st.integers(1, 200))
+def test_last_rows_are_those_of_the_mask(keep, n_rows):
+    layout = AttentionLayout.from_keep_mask(keep)
+    rows = torch.arange(1, keep.size(1) + 1, device=keep.device)[None, :, None]
+    expected = (keep * rows)[:, :n_rows].amax(1) - 1
+    assert torch.equal(layout.last_rows(n_rows), expected)
+
+
 def test_moving_to_the_same_device_keeps_the_layout():
     layout = AttentionLayout.from_keep_mask(torch.ones(1, WORD, WORD, dtype=torch.bool))
     assert layout.to("cpu") is layout

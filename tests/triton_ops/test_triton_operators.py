@@ -38,7 +38,7 @@ def test_opcheck_decode():
     layout, _ = problem(24)
     q, k = torch.randn(2, 3, 2, 16, device=DEVICE), torch.randn(2, 3, 2, 24, 16, device=DEVICE)
     step = torch.tensor([7], device=DEVICE)
-    torch.library.opcheck(decode_op, (q, k, k, *layout.row_lists(), step, 24, None, None, None, 0.25))
+    torch.library.opcheck(decode_op, (q, k, k, *layout.row_lists(), step, 24, None, None, None, None, 0.25))
 
 
 @BOTH_SIZES

@@ -1,0 +1,175 @@
+"""Caches hold what a coming mask row keeps, and nothing that is dropped is ever read."""
+
+import logging
+
+import numpy as np
+import pytest
+import torch
+from fairseq.sequence_generator import SequenceGenerator
+from plugin.builders import batch, dictionary, pruned_model, random_masks
+from plugin.test_generation import assert_same, plain
+
+from ap_fairseq import decoding, generation
+from ap_fairseq.artifacts import PruningMasks
+from ap_fairseq.decoding import CrossAttentionCache, SelfAttentionCache, peak_share
+from ap_fairseq.generation import PrunedSequenceGenerator
+from ap_fairseq.sites import AttentionKind, attention_sites
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+WORDS = dictionary(30)
+STEPS, SOURCE = 48, 12
+SIZES = dict(
+    encoder_embed_dim=32, decoder_embed_dim=32, decoder_input_dim=32, decoder_output_dim=32, max_target_positions=STEPS
+)
+
+
+def masks(window: int | None) -> PruningMasks:
+    """Self-attention to the last *window* tokens, except that head 1 of layer 1 also keeps column 3 for ever.
+
+    Cross-attention of head 0 keeps column 0 only, that of head 1 the first five columns; without a window all is kept.
+    """
+    row, column = np.arange(STEPS)[:, None], np.arange(STEPS)
+    causal = column <= row
+    keep = {
+        AttentionKind.ENCODER_SELF: np.ones((2, 2, SOURCE, SOURCE), dtype=bool),
+        AttentionKind.DECODER_SELF: np.broadcast_to(causal, (2, 2, STEPS, STEPS)).copy(),
+        AttentionKind.CROSS: np.ones((2, 2, STEPS, SOURCE), dtype=bool),
+    }
+    if window is not None:
+        keep[AttentionKind.DECODER_SELF] &= column > row - window
+        keep[AttentionKind.DECODER_SELF][1, 1, 3:, 3] = True
+        keep[AttentionKind.CROSS][:, 0, :, 1:] = False
+        keep[AttentionKind.CROSS][:, 1, :, 5:] = False
+    beyond = {kind: np.ones((2, 2, sum(cells.shape[2:]) - 1), dtype=bool) for kind, cells in keep.items()}
+    return PruningMasks(keep, beyond)
+
+
+def model(pruning_masks: PruningMasks, **options):
+    made = pruned_model(pruning_masks, WORDS, **SIZES, **options)
+    made.decoder.output_projection.weight.data.mul_(3)
+    return made.to(DEVICE)
+
+
+def sample(lengths):
+    source = batch(lengths, WORDS, left=True).to(DEVICE)
+    return {"net_input": {"src_tokens": source, "src_lengths": torch.tensor(lengths, device=DEVICE)}}
+
+
+@pytest.fixture
+def caches(monkeypatch):
+    """Caches that are full after two positions, whose dropped rows hold NaN. Collects the size of every pool."""
+    sizes = []
+    real = decoding.compact
+
+    def poisoned(pool, offsets, live, readable, n_new):
+        pool, used = real(pool, offsets, live, readable, n_new)
+        pool[used:] = torch.nan
+        offsets.masked_fill_(~readable, used)
+        sizes.append(pool.size(0))
+        return pool, used
+
+    for module in (decoding, generation):
+        monkeypatch.setattr(module, "compact", poisoned)
+        monkeypatch.setattr(module, "FIRST_POSITIONS", 2)
+    return sizes
+
+
+OPTIONS = dict(beam_size=3, max_len_b=40, min_len=38)
+
+
+@pytest.mark.parametrize("backend", ["eager", "triton"])
+@pytest.mark.parametrize("generator", [SequenceGenerator, PrunedSequenceGenerator])
+@pytest.mark.parametrize("make", [lambda: masks(4), lambda: random_masks(0.7, longest=(STEPS, SOURCE))])
+def test_pruned_caches_give_the_results_of_caches_that_keep_all(generator, backend, make, caches):
+    system = model(make(), attention_backend=backend)
+    lengths = [5, 12, 1, 9, 3] if backend == "eager" or DEVICE == "cuda" else [5, 2]  # the interpreter is slow
+    options = OPTIONS if len(lengths) > 2 else dict(beam_size=2, max_len_b=12, min_len=10)
+    ours = generator([system], WORDS, **options).generate([], sample(lengths))
+    assert caches
+    for _, module in attention_sites(system):
+        module.max_rows = None
+    assert_same(ours, SequenceGenerator([system], WORDS, **options).generate([], sample(lengths)))
+    assert all(torch.isfinite(scores).all() for hypotheses in plain(ours) for _, _, scores in hypotheses)
+
+
+@pytest.mark.parametrize("generator", [SequenceGenerator, PrunedSequenceGenerator])
+def test_memory_is_bounded_under_a_window_and_grows_when_all_is_kept(generator, caches):
+    def largest(pruning_masks):
+        caches.clear()
+        generator([model(pruning_masks)], WORDS, **OPTIONS).generate([], sample([5, 12, 3, 9]))
+        return max(caches)
+
+    heads, hypotheses, window = 2, 4 * 3, 4
+    assert largest(masks(window)) <= 3 * (window + 1) * heads * hypotheses  # twice what is alive, and one step
+    assert largest(masks(None)) >= OPTIONS["max_len_b"] * heads * 4  # a row for each position, unless beams share it
+
+
+def test_columns_that_no_row_keeps_are_neither_projected_nor_stored():
+    module = next(m for (kind, _), m in attention_sites(model(masks(4))) if kind is AttentionKind.CROSS)
+    stored = module.last_rows(STEPS, SOURCE) >= 0
+    assert stored.sum(1).tolist() == [1, 5]
+    lengths = torch.tensor([12, 3, 5], device=DEVICE)
+    padding = torch.arange(SOURCE, device=DEVICE) >= lengths[:, None]
+    source = torch.randn(SOURCE, 3, 32, device=DEVICE)
+    poisoned = source.clone()
+    poisoned[5:] = torch.nan
+    poisoned.transpose(0, 1)[padding] = torch.nan
+    projected = []
+
+    def project(rows):
+        projected.append(rows.size(0))
+        return module.project_source(rows)
+
+    cache = CrossAttentionCache.of_encoder_output(project, stored, poisoned, padding, 3)
+    assert projected == [5 + 3 + 5] and cache.pool.size(0) == 3 * 1 + 5 + 3 + 5
+    keep = module.keep_mask(1, SOURCE)[:, 0]
+    k, v, _ = cache.dense(keep)
+    assert torch.isfinite(k).all() and torch.isfinite(v).all()
+    expected = module.project_source(source.flatten(0, 1)).unflatten(0, (SOURCE, 3)).permute(2, 1, 3, 0, 4)
+    read = keep & ~padding[:, None]
+    torch.testing.assert_close(k[read], expected[0][read])
+    torch.testing.assert_close(v[read], expected[1][read])
+
+
+def test_a_step_beyond_what_the_caches_were_made_for_is_refused():
+    module = next(m for (kind, _), m in attention_sites(model(masks(4))) if kind is AttentionKind.DECODER_SELF)
+    state = {}
+    module.max_rows = 2
+    query = torch.randn(1, 3, 32, device=DEVICE)
+    for _ in range(2):
+        module(query, incremental_state=state, need_weights=False)
+    with pytest.raises(ValueError, match="step 2 of a search of at most 2 steps"):
+        module(query, incremental_state=state, need_weights=False)
+
+
+def test_beams_that_share_a_prefix_share_its_rows():
+    """Of three hypotheses that all continue the first, one row per head and position is live."""
+    cache = SelfAttentionCache.empty_like(torch.zeros(3, 2, 2, 4), None)
+    for step in range(decoding.FIRST_POSITIONS):
+        cache.append(torch.full((3, 2, 2, 4), float(step)) + torch.arange(3)[:, None, None, None] / 10)
+        cache.reorder(torch.tensor([1, 1, 1]))
+    cache.append(torch.zeros(3, 2, 2, 4))
+    assert cache.used == 2 * (decoding.FIRST_POSITIONS + 3)
+    k, _, _ = cache.dense(torch.ones(2, cache.size, dtype=torch.bool))
+    expected = torch.tensor([step + 0.1 for step in range(decoding.FIRST_POSITIONS)] + [0.0])
+    torch.testing.assert_close(k, expected[:, None].expand(3, 2, -1, 4))
+
+
+def test_the_share_that_is_alive_is_counted_step_by_step():
+    keep = torch.rand(2, 3, 20, 20, generator=torch.Generator().manual_seed(1)) < 0.06
+    keep = keep.tril() | torch.eye(20, dtype=torch.bool)
+    steps = [int(keep[:, :, t:, : t + 1].any(2).sum()) for t in range(20)]
+    last = [20 - 1 - site.flip(1).int().argmax(1) for site in keep]
+    assert peak_share(last) == (max(steps), 2 * 3 * 20)
+
+
+def test_the_rule_and_its_saving_are_logged_at_the_start(caplog):
+    from omegaconf import OmegaConf
+
+    system = model(masks(4))
+    with caplog.at_level(logging.INFO, "ap_fairseq.models"):
+        system.prepare_for_inference_(OmegaConf.create({"generation": {}}))
+    (line,) = [record.message for record in caplog.records if "caches hold" in record.message]
+    # A window of 4 in 4 heads, and column 3 of one head; of two heads in two layers 1 and 5 of 12 columns.
+    assert f"at most 17 of {4 * STEPS} positions" in line and f"12 of {4 * SOURCE} source columns" in line
+    assert "(91.1% less)" in line and "(75.0% less)" in line
