@@ -102,11 +102,25 @@ class TrainingGraphs:
                 return None
             self.graphs[shape] = _Graph(self, shape)
         graph = self.graphs[shape]
-        if self.capture and graph.ran and graph.passes is None:
-            graph.capture()
+        if self.capture and graph.ran and graph.passes is None and not self._captured(graph):
+            return None
         forward = _Forward()
         self._pending = weakref.ref(forward)
         return _Replay.apply(graph, forward, src_tokens, prev_output_tokens, *self.parameters)
+
+    def _captured(self, graph: _Graph) -> bool:
+        """Capture a graph, or give up all of them where there is no memory for that."""
+        try:
+            graph.capture()
+        except torch.cuda.OutOfMemoryError as error:
+            self.forget()
+            torch.cuda.empty_cache()
+            self.capture = False
+            logger.warning(
+                f"training updates run directly from now on: {len(graph.source)} sentences of {graph.source.size(1)} "
+                f"and {graph.target.size(1)} tokens could not be captured as a CUDA graph; lower --max-tokens ({error})"
+            )
+        return self.capture
 
     def _is_pending(self) -> bool:
         forward = self._pending and self._pending()
@@ -159,17 +173,17 @@ class _Graph:
         passes = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         try:
             with torch.cuda.stream(owner.stream):
-                output = self._captured(passes[0], self.forward)
-                self._captured(passes[1], lambda: self.backward(output))
+                output = self._record(passes[0], self.forward)
+                self._record(passes[1], lambda: self.backward(output))
         except BaseException:
-            owner.forget()  # what a failed capture leaves in the pool cannot be used
+            owner.forget()  # a pool whose only capture failed cannot be used again
             raise
         torch.cuda.current_stream(device).wait_stream(owner.stream)
         # What the kernels read of the masks, which modules replace when longer sentences come.
         self.derived = [module.derived() for _, module in attention_sites(owner.model)]
         self.passes = passes
 
-    def _captured(self, graph: torch.cuda.CUDAGraph, run):
+    def _record(self, graph: torch.cuda.CUDAGraph, run):
         # Not torch.cuda.graph, which collects garbage and frees all cached memory each time.
         graph.capture_begin(pool=self.owner.memory, capture_error_mode="thread_local")  # loaders go on in their threads
         try:

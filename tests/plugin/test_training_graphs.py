@@ -7,7 +7,7 @@ import pytest
 import torch
 from plugin import builders
 
-from ap_fairseq.training_graphs import MOST_GRAPHS, TrainingGraphs, rounded
+from ap_fairseq.training_graphs import MOST_GRAPHS, TrainingGraphs, _Graph, rounded
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WORDS = builders.dictionary()
@@ -146,6 +146,21 @@ def test_what_cannot_be_captured_runs_directly(options):
     for _ in range(3):
         update(model, *sample())
     assert model._graphs is None
+
+
+def test_without_memory_for_a_graph_updates_go_on_directly(monkeypatch, caplog):
+    def capture(graph):
+        raise torch.cuda.OutOfMemoryError("out of memory")
+
+    model, plain = models()
+    model._graphs.capture = True
+    monkeypatch.setattr(_Graph, "capture", capture)
+    for step in range(4):
+        tokens = sample(seed=step)
+        assert update(model, *tokens) == pytest.approx(update(plain, *tokens), rel=1e-4)
+    assert_same_gradients(model, plain)
+    (message,) = caplog.messages
+    assert "3 sentences of 12 and 8 tokens could not be captured" in message and "lower --max-tokens" in message
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="CUDA graphs need a GPU")
