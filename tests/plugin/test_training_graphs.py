@@ -1,5 +1,6 @@
 """Updates replayed as CUDA graphs are the updates of fairseq's loop; without a GPU the same passes run directly."""
 
+import contextlib
 import copy
 import gc
 
@@ -123,6 +124,22 @@ def test_a_second_backward_pass_is_an_error_not_a_wrong_gradient():
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="second backward pass.*--cuda-graphs off"):
         loss.backward()
+
+
+def test_gradients_reach_data_parallel_training(tmp_path):
+    model, plain = models()
+    backend = "nccl" if DEVICE == "cuda" else "gloo"
+    torch.distributed.init_process_group(backend, f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        parallel = torch.nn.parallel.DistributedDataParallel(model)
+        for step in range(4):
+            tokens = sample(seed=step)
+            with parallel.no_sync() if step == 2 else contextlib.nullcontext():  # --update-freq
+                update(parallel, *tokens)
+            update(plain, *tokens)
+        assert_same_gradients(model, plain)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_evaluation_and_frozen_gradients_run_directly():
