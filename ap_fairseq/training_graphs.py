@@ -44,7 +44,7 @@ def not_captured(model: nn.Module) -> str | None:
 
 
 def rounded(n: int, least: int) -> int:
-    """Round up to a multiple of *least*, or of the power of two at n / 16 or below: at most an eighth more."""
+    """Round up to a multiple of *least*, or of the power of two at n / 16 or below: at most a sixteenth more."""
     step = max(least, (1 << n.bit_length()) >> 5)
     return -(-n // step) * step
 

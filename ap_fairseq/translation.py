@@ -1,11 +1,12 @@
-"""Translate a test set with many masks and checkpoints in one process, by fairseq's own generator."""
+"""Translate a test set with many masks and checkpoints in one process, by fairseq's generators, and measure losses."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ class Translation:
 
     Attributes:
         output: file to write the detokenised hypotheses to, one line each; beside it, with the suffix ``.json``, what
-            made them.
+            made them and the loss on the validation data.
         checkpoint: dense or pruned; all systems of a call have the same architecture and dictionaries.
         masks: file written by ap-masks; it wins over masks in the checkpoint.
         dynamic: ``top_k``, ``threshold`` and ``log_bits`` as for :meth:`DynamicPruning.from_options`.
@@ -46,7 +47,7 @@ class Search:
     """How to search.
 
     Attributes:
-        beam: beam size.
+        beam: beam size; 0 translates nothing, for the loss alone.
         max_tokens: source tokens of a batch, padding included.
         max_len_a, max_len_b: a translation has at most max_len_a * source length + max_len_b tokens.
         fp16: half precision.
@@ -65,10 +66,13 @@ class Search:
     remove_bpe: str = "sentencepiece"
 
 
-def translate(systems: Iterable[Translation], data: str, search: Search, subset: str = "test") -> None:
+def translate(
+    systems: Iterable[Translation], data: str, search: Search, subset: str = "test", validation: str = "valid"
+) -> None:
     """Translate *subset* of the data-bin folder *data* with each system in turn; existing outputs are not repeated.
 
-    The model is built once. Texts are those of ``fairseq-generate`` with the same beam and batches.
+    The model is built once. Texts are those of ``fairseq-generate`` with the same beam and batches. ``valid_nll`` is
+    the negative log-likelihood (base 2, per target token) of the subset *validation*, as fairseq-validate gives it.
 
     Raises:
         ArtifactError: for files that are missing or do not belong together.
@@ -81,13 +85,7 @@ def translate(systems: Iterable[Translation], data: str, search: Search, subset:
     device = torch.device("cpu" if search.cpu or not torch.cuda.is_available() else "cuda")
     model = model.to(device, torch.float16 if search.fp16 else torch.float32).eval()
     model.make_generation_fast_(beamable_mm_beam_size=None, need_attn=False)
-    task.load_dataset(subset)
-    batches = task.get_batch_iterator(
-        dataset=task.dataset(subset),
-        max_tokens=search.max_tokens,
-        max_positions=utils.resolve_max_positions(task.max_positions(), model.max_positions()),
-        required_batch_size_multiple=1,
-    )
+    batches, validation_batches = (_batches(model, task, name, search.max_tokens) for name in (subset, validation))
     limits = GenerationConfig(beam=search.beam, max_len_a=search.max_len_a, max_len_b=search.max_len_b)
     for system in systems:
         started = time.monotonic()
@@ -99,13 +97,15 @@ def translate(systems: Iterable[Translation], data: str, search: Search, subset:
         for site, module in sites:
             options = {"top_k": None, "threshold": None, "log_bits": 0, **system.dynamic}
             module.dynamic = DynamicPruning.from_options(site.kind, **options)
-        # Anew for each system: captured graphs hold the masks that they were captured with.
-        generator = task.build_generator([model], limits, PrunedSequenceGenerator if search.on_device else None)
-        texts = dict(_hypotheses(model, task, batches, generator, device, search.remove_bpe))
-        with atomic_output(system.output, overwrite=True) as temporary:
-            lines = "".join(f"{texts[index]}\n" for index in range(len(task.dataset(subset))))
-            Path(temporary).write_text(lines, encoding="utf-8")
+        if search.beam:
+            # Anew for each system: captured graphs hold the masks that they were captured with.
+            generator = task.build_generator([model], limits, PrunedSequenceGenerator if search.on_device else None)
+            texts = dict(_hypotheses(model, task, batches, generator, device, search.remove_bpe))
+            with atomic_output(system.output, overwrite=True) as temporary:
+                lines = "".join(f"{texts[index]}\n" for index in range(len(task.dataset(subset))))
+                Path(temporary).write_text(lines, encoding="utf-8")
         document = {
+            "valid_nll": _nll(model, task, validation_batches, device),
             "checkpoint_sha256": file_sha256(system.checkpoint),
             "masks": model.masks_provenance(),
             "search": dataclasses.asdict(search),
@@ -115,6 +115,32 @@ def translate(systems: Iterable[Translation], data: str, search: Search, subset:
         if system.dynamic:
             document["dynamic"] = {**system.dynamic, "sparsity": _measured(sites)}
         write_json(Path(system.output).with_suffix(".json"), document, overwrite=True)
+
+
+def _batches(model, task, subset: str, max_tokens: int):
+    task.load_dataset(subset)
+    return task.get_batch_iterator(
+        dataset=task.dataset(subset),
+        max_tokens=max_tokens,
+        max_positions=utils.resolve_max_positions(task.max_positions(), model.max_positions()),
+        required_batch_size_multiple=1,
+    )
+
+
+def _samples(batches, device: torch.device) -> Iterator[dict[str, Any]]:
+    for sample in batches.next_epoch_itr(shuffle=False):
+        yield utils.move_to_cuda(sample, device) if device.type == "cuda" else sample
+
+
+@torch.inference_mode()
+def _nll(model, task, batches, device: torch.device) -> float:
+    loss = n_tokens = 0.0
+    for sample in _samples(batches, device):
+        log_probs = model.get_normalized_probs(model(**sample["net_input"]), log_probs=True)
+        real = sample["target"].ne(task.target_dictionary.pad())
+        loss -= float(log_probs.gather(2, sample["target"][..., None])[..., 0][real].double().sum())
+        n_tokens += int(real.sum())
+    return loss / n_tokens / math.log(2)
 
 
 def _is_done(system: Translation, search: Search) -> bool:
@@ -136,9 +162,7 @@ def _is_done(system: Translation, search: Search) -> bool:
 @torch.inference_mode()
 def _hypotheses(model, task, batches, generator, device, remove_bpe):
     """Yield (index in the data set, text of the best hypothesis)."""
-    for sample in batches.next_epoch_itr(shuffle=False):
-        if device.type == "cuda":
-            sample = utils.move_to_cuda(sample, device)
+    for sample in _samples(batches, device):
         for index, hypotheses in zip(
             sample["id"].tolist(), task.inference_step(generator, [model], sample), strict=True
         ):

@@ -23,7 +23,8 @@ in a system stands for one system of each value (of several lists, one of each c
 is a page or a part of one; scores and tests are then of whole pages (d-BLEU), with s-BLEU of the segments beside them.
 
 Everything runs in folders of --out and is skipped when it is there; other settings under a finished name are an error.
-Fine-tuning runs side by side, --jobs at a time; translations are spread over --jobs processes that load the model once.
+Fine-tuning runs side by side, --jobs at a time; translations are spread over --jobs processes that load the model once,
+and measure the loss on the validation data too. A search with beam: 0 measures that alone.
 --until translate stops before the scores, which need no GPU: copy --out elsewhere and run the same command there.
 """
 
@@ -320,7 +321,8 @@ class Sweep:
     def evaluate(self, system: System) -> None:
         """Write ``scores/NAME.json``, unless it is there: the system, what made its translations, and their scores."""
         output, baselines = self.out / "scores" / f"{system.name}.json", self.baselines(system)
-        inputs = {s.name: file_sha256(self.translation(s)) for s in (system, *baselines.values())}
+        suffix = ".txt" if self.search.beam else ".json"
+        inputs = {s.name: file_sha256(self.translation(s).with_suffix(suffix)) for s in (system, *baselines.values())}
         inputs["reference"] = file_sha256(self.reference)
         if output.exists() and json.loads(output.read_text(encoding="utf-8"))["inputs"] == inputs:
             return
@@ -339,8 +341,8 @@ class Sweep:
             "total": provenance["total"],
             "vanished_heads": provenance["vanished_heads"],
             **made,
+            "valid_ppl": 2 ** made["valid_nll"],
             **self.scores(system),
-            **self.validation(system),
             "inputs": inputs,
             "versions": versions(),
         }
@@ -353,6 +355,9 @@ class Sweep:
         write_json(output, result, overwrite=True)
 
     def scores(self, system: System) -> dict[str, Any]:
+        """What is scored of its translations, if the sweep translates."""
+        if not self.search.beam:
+            return {}
         result = score(self.read_texts(self.translation(system)), self.read_texts(self.reference))
         if self.level != "sentences":
             lines = [read_lines(path) for path in (self.translation(system), self.reference)]
@@ -360,18 +365,10 @@ class Sweep:
             result |= {key: documents[key] for key in ("s_bleu", "segments", "lines_with_equal_segments")}
         return result
 
-    def validation(self, system: System) -> dict[str, float]:
-        """Loss and perplexity of the trained model on the validation data, as its training logged them."""
-        if system.schedule not in ("one-shot", "scratch"):
-            return {}
-        losses = validation_losses(self.out / "logs" / f"{system.name}.train.log")
-        if not losses:  # trained with --disable-validation
-            return {}
-        loss = min(losses) if system.schedule == "scratch" else losses[-1]  # of the checkpoint that is used
-        return {"valid_nll": loss, "valid_ppl": round(2**loss, 3)}
-
     def baselines(self, system: System) -> dict[str, System]:
         """The dense system of the same seed, and the one with the same schedule: the same number of updates."""
+        if not self.search.beam:
+            return {}
         dense = [s for s in self.systems if s.procedure == "dense" and self.dense_seed(s) == self.dense_seed(system)]
         found = {
             "against_dense": next((s for s in dense if s.schedule == "untuned"), None),
@@ -398,11 +395,6 @@ class Sweep:
             Path(temporary).write_text(lines, encoding="utf-8")
         print(format_table(results))
         print(f"results: {self.out / 'results.jsonl'}")
-
-
-def validation_losses(log: Path) -> list[float]:
-    """Negative log-likelihoods (base 2, per token) of all validations in a log of fairseq-train --log-format json."""
-    return [float(value) for value in re.findall(r'"valid_nll_loss": "([0-9.]+)"', log.read_text(encoding="utf-8"))]
 
 
 def expand(entries: Iterable[dict[str, Any]]) -> list[System]:

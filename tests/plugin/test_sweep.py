@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from plugin.commands import ROOT, TINY, generate
+from plugin.commands import PLUGIN, ROOT, TINY, generate, run
 
 from ap_fairseq.artifacts import ArtifactError, AttentionStats, PruningMasks
 from ap_fairseq.cli import prune_schedule
@@ -254,21 +254,21 @@ def test_a_translation_of_other_files_is_not_taken_for_this_one(swept, data_bin,
         translate([system], str(data_bin), Search(beam=3, max_tokens=1500, cpu=True))
 
 
-def test_perplexity_is_that_of_the_checkpoint_that_translates(tmp_path):
-    """The last of a fine-tuning, the best of a training from scratch; nothing where training did not validate."""
-    runner = object.__new__(sweep.Sweep)
-    runner.out = tmp_path
-    (tmp_path / "logs").mkdir()
-    losses = [f'INFO | valid | {{"epoch": 1, "valid_loss": "9", "valid_nll_loss": "{x}"}}\n' for x in (3.0, 1.5, 2.0)]
-    for schedule, text, expected in (
-        ("one-shot", losses, {"valid_nll": 2.0, "valid_ppl": 4.0}),
-        ("scratch", losses, {"valid_nll": 1.5, "valid_ppl": 2.828}),
-        ("scratch", [], {}),
-        ("untuned", losses, {}),
-    ):
-        system = sweep.System("effective", sparsity=0.8, schedule=schedule)
-        (tmp_path / "logs" / f"{system.name}.train.log").write_text("".join(text))
-        assert runner.validation(system) == expected
-    made = {"group": "a", "updates": 4, "device": "CPU", "versions": {"torch": "2"}}
-    table = sweep.format_table([{**made, "sparsity": {}, "total": {"effective": 0.0}, "valid_ppl": 4.0}])
-    assert "validation perplexity |" in table and "BLEU" not in table and "| 4.00 |" in table
+def test_the_loss_is_that_of_fairseq_and_can_be_all(corpus, dense, tmp_path):
+    """Of the dense model and of a pruned one, without translating."""
+    systems = [{"procedure": "dense"}, {"procedure": "effective", "sparsity": 0.6}]
+    (tmp_path / "sweep.yaml").write_text(
+        yaml.safe_dump(description(systems=systems, search={"beam": 0, "max_tokens": 900, "cpu": True}))
+    )
+    sweep.main([str(word) for word in command(tmp_path, corpus, dense)[1:]])
+    found = results(tmp_path)
+    flags = ["--task", "translation", "--path", dense, "--valid-subset", "valid", "--cpu", "--max-tokens", 900]
+    log = run("fairseq-validate", corpus / "data-bin" / "sentences", *PLUGIN, *flags)
+    expected = float(re.findall(r"\bnll_loss ([0-9.]+)", log)[-1])
+    assert found["dense.untuned.s1"]["valid_nll"] == pytest.approx(expected, abs=2e-3)
+    pruned = found["effective.total.60.g1.untuned.s1"]
+    assert pruned["valid_ppl"] == pytest.approx(2 ** pruned["valid_nll"]) and "bleu" not in pruned
+    assert pruned["valid_nll"] != found["dense.untuned.s1"]["valid_nll"]
+    assert not list((tmp_path / "out" / "translations").glob("*.txt"))
+    table = sweep.format_table(list(found.values()))
+    assert "validation perplexity |" in table and "BLEU" not in table

@@ -208,9 +208,9 @@ def test_all_shapes_share_the_memory_of_the_largest():
     assert reserved(range(4, 68, 4)) < 2 * reserved([64])
 
 
-def test_sizes_are_rounded_up_by_at_most_an_eighth():
+def test_sizes_are_rounded_up_by_at_most_a_sixteenth():
     for n in range(1, 3000):
         for least in (1, 4):
             up = rounded(n, least)
-            assert n <= up < n + max(least, n / 8) and rounded(up, least) == up
+            assert n <= up < n + max(least, n / 16) and rounded(up, least) == up
     assert len({rounded(n, 4) for n in range(1, 1025)}) < 100 < MOST_GRAPHS
