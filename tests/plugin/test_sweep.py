@@ -262,7 +262,17 @@ def test_the_loss_is_that_of_fairseq_and_can_be_all(corpus, dense, tmp_path):
     )
     sweep.main([str(word) for word in command(tmp_path, corpus, dense)[1:]])
     found = results(tmp_path)
-    flags = ["--task", "translation", "--path", dense, "--valid-subset", "valid", "--cpu", "--max-tokens", 900]
+    flags = [
+        "--task",
+        "translation",
+        "--path",
+        dense,
+        "--cpu",
+        "--max-tokens",
+        900,
+        "--required-batch-size-multiple",
+        1,
+    ]
     log = run("fairseq-validate", corpus / "data-bin" / "sentences", *PLUGIN, *flags)
     expected = float(re.findall(r"\bnll_loss ([0-9.]+)", log)[-1])
     assert found["dense.untuned.s1"]["valid_nll"] == pytest.approx(expected, abs=2e-3)
