@@ -24,6 +24,7 @@ from fairseq.sequence_generator import SequenceGenerator
 from torch import Tensor
 
 from ap_fairseq.attention import PrunedMultiheadAttention, decoding_at_most
+from ap_fairseq.cuda_graphs import GraphPool
 from ap_fairseq.decoding import (
     FIRST_POSITIONS,
     CrossAttentionCache,
@@ -252,8 +253,7 @@ class _StaticDecoder:
         self.projections = {module: (empty(3 * size, size), empty(3 * size)) for module, size in sizes.items()}
         self.used: dict[PrunedMultiheadAttention, int] = {}  # rows of each pool, as the host counts them
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
-        # The graphs' own, shared: they run one after the other. Its free memory is only found by the stream it is of.
-        self.memory, self.stream = None, None
+        self.pool = GraphPool()
         self.layouts: list[AttentionLayout] = []
         # Graphs hold addresses: of the parameters, and of the layouts, which must not be dropped before them.
         self.addresses = self._addresses()
@@ -273,7 +273,7 @@ class _StaticDecoder:
 
     def _forget_graphs(self) -> None:
         self.graphs.clear()
-        self.memory = None  # goes with the last graph that used it
+        self.pool = GraphPool()
 
     # -- a batch ------------------------------------------------------------------------------------------------------
 
@@ -418,20 +418,7 @@ class _StaticDecoder:
         states = [self._incremental_state(model, n) for model in self.models]
         self._step(n, states)
         if self.capture:
-            self.graphs[n] = self._captured(n, states)
-
-    def _captured(self, n: int, states: list[dict]) -> torch.cuda.CUDAGraph:
-        # Not torch.cuda.graph, which collects garbage and frees all cached memory each time.
-        graph = torch.cuda.CUDAGraph()
-        if self.memory is None:
-            self.memory, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
-        self.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.stream):
-            graph.capture_begin(pool=self.memory, capture_error_mode="thread_local")  # loaders go on in their threads
-            self._step(n, states)
-            graph.capture_end()
-        torch.cuda.current_stream().wait_stream(self.stream)
-        return graph
+            self.graphs[n], _ = self.pool.capture(lambda: self._step(n, states))
 
     def _incremental_state(self, model: PrunedTransformerModel, n: int) -> dict:
         state: dict = {}

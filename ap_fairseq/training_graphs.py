@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ap_fairseq.attention import MASK_BUFFERS
+from ap_fairseq.cuda_graphs import GraphPool
 from ap_fairseq.sites import attention_sites
 
 logger = logging.getLogger(__name__)
@@ -65,8 +66,7 @@ class TrainingGraphs:
     def forget(self) -> None:
         """Drop all graphs and their memory."""
         self.graphs: dict[Shape, _Graph] = {}
-        # One pool and one stream for all graphs: free memory of a pool is only found by the stream that it is of.
-        self.memory, self.stream = None, None
+        self.pool = GraphPool()
         # Graphs hold addresses: these must be where they were, or all graphs are void.
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.addresses = [p.data_ptr() for p in self.parameters]
@@ -166,30 +166,16 @@ class _Graph:
 
     def capture(self) -> None:
         """Capture both passes."""
-        owner, device = self.owner, self.source.device
-        if owner.memory is None:
-            owner.memory, owner.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
-        owner.stream.wait_stream(torch.cuda.current_stream(device))
-        passes = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        owner = self.owner
         try:
-            with torch.cuda.stream(owner.stream):
-                output = self._record(passes[0], self.forward)
-                self._record(passes[1], lambda: self.backward(output))
+            forward, output = owner.pool.capture(self.forward)
+            backward, _ = owner.pool.capture(lambda: self.backward(output))
         except BaseException:
             owner.forget()  # a pool whose only capture failed cannot be used again
             raise
-        torch.cuda.current_stream(device).wait_stream(owner.stream)
         # What the kernels read of the masks, which modules replace when longer sentences come.
         self.derived = [module.derived() for _, module in attention_sites(owner.model)]
-        self.passes = passes
-
-    def _record(self, graph: torch.cuda.CUDAGraph, run):
-        # Not torch.cuda.graph, which collects garbage and frees all cached memory each time.
-        graph.capture_begin(pool=self.owner.memory, capture_error_mode="thread_local")  # loaders go on in their threads
-        try:
-            return run()
-        finally:
-            graph.capture_end()
+        self.passes = forward, backward
 
     def forward(self) -> Tensor:
         """Compute the features of `target` under `source`; they are left in `features` too."""
