@@ -29,6 +29,7 @@ def tables():
     yield "h200-finetuned", lambda: script(EXAMPLE / "sweep.py").format_table(lines("h200-finetuned"))
     yield "h200-untuned", lambda: script(EXAMPLE / "sweep.py").format_table(lines("h200-untuned"))
     yield "cpu-tuned", lambda: script(EXAMPLE / "sweep.py").format_table(lines("cpu-tuned"))
+    yield "cpu-kinds", lambda: script(EXAMPLE / "sweep.py").format_table(lines("cpu-kinds"))
     yield "cpu-sweep", lambda: script(EXAMPLE / "sweep.py").format_table(lines("cpu-sweep"))
     published = [line for line in lines("h200-masks") if line["procedure"] == "as-published"]
     yield "h200-masks", lambda: script(EXAMPLE / "sweep.py").format_table(published)
