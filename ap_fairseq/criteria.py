@@ -6,6 +6,8 @@ an axis of 1 means that all layers or heads share the score. Cells that no recor
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 
 from ap_fairseq.artifacts import ArtifactError, AttentionStats
@@ -101,6 +103,8 @@ SCORES = {
     "gaussian": gaussian,
     "fixed": fixed_patterns,
 }
+# Those that rest on what was recorded of the single cell, so that its neighbours can add to it.
+OF_CELLS = ("effective", "normalised", "importance")
 # Controls by distance have many equal scores, whose order a seed decides.
 WITH_TIES = ("window", "gaussian", "fixed")
 
@@ -128,6 +132,30 @@ def mean_along_diagonals(mass: np.ndarray, occupancy: np.ndarray) -> np.ndarray:
     """Sum of *mass* over sum of *occupancy* on each diagonal: (..., Tq, Tk) -> (..., Tq + Tk - 1); 0 where unseen."""
     diagonal = offset_of_cell(occupancy.shape)
     return sum_by(diagonal, mass) / np.maximum(sum_by(diagonal, occupancy), 1)
+
+
+def pooled(stats: AttentionStats, kind: AttentionKind, distance: int) -> AttentionStats:
+    """Statistics in which a cell (i, j) of *kind* holds the sums over the cells (i + t, j + t), |t| <= *distance*.
+
+    Few sentences reach late positions, and a mean over a few says more about them than about the model. Attention
+    changes slowly along a diagonal, so the neighbours there are further observations of the same; as they come with their
+    own occupancy, cells that many sentences have count for more. 0 leaves the statistics as they are, and a distance
+    beyond the longest sentence gives the score of whole diagonals.
+    """
+    if not distance:
+        return stats
+
+    def pool(cells: np.ndarray) -> np.ndarray:
+        total = cells.copy()
+        for step in range(1, min(distance, *(n - 1 for n in cells.shape[-2:])) + 1):
+            total[..., step:, step:] += cells[..., :-step, :-step]
+            total[..., :-step, :-step] += cells[..., step:, step:]
+        return total
+
+    fields = {name: getattr(stats, name) for name in ("mass", "occupancy", "importance")}
+    return dataclasses.replace(
+        stats, **{name: {kind: pool(cells[kind])} if kind in cells else {} for name, cells in fields.items()}
+    )
 
 
 def slope(stats: AttentionStats, kind: AttentionKind) -> float:

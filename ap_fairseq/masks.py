@@ -55,6 +55,8 @@ class MaskSpec:
         keep_diagonal: also keep every cell at most this many key positions from the diagonal (in cross-attention from
             the mean source/target length slope); None for no such set.
         keep_first: also keep this many first columns.
+        pool: score each cell by the statistics of the cells up to this many positions away along its diagonal
+            (:func:`ap_fairseq.criteria.pooled`): late positions, which few sentences reach, are else ranked by chance.
         seed: for ``random``, and for ties of the controls by distance.
 
     What these sets and minima keep counts against the budget. *keep_diagonal* and *keep_first* are cells also where the
@@ -70,6 +72,7 @@ class MaskSpec:
     min_heads: Mapping[AttentionKind, int] = dataclasses.field(default_factory=dict)
     keep_diagonal: int | None = None
     keep_first: int = 0
+    pool: int = 0
     seed: int = 1
 
     def __post_init__(self):
@@ -91,6 +94,11 @@ class MaskSpec:
                 raise ValueError(f"min_heads for {kind.value} is {count:g}, expected a number of heads")
         if self.keep_first < 0 or (self.keep_diagonal or 0) < 0:
             raise ValueError(f"keep_diagonal {self.keep_diagonal} and keep_first {self.keep_first} cannot be negative")
+        if self.pool and (self.pool < 0 or self.procedure not in criteria.OF_CELLS):
+            raise ValueError(
+                f"pool is {self.pool} for the procedure {self.procedure}; expected a number of positions, and one of "
+                f"{', '.join(criteria.OF_CELLS)}"
+            )
         if self.procedure == "as-published":
             own = MaskSpec(self.budgets, beyond=self.beyond, seed=self.seed)
             changed = [
@@ -303,7 +311,7 @@ class _Units:
             score, offset_score = draw.random((*heads, len(pairs))), draw.random((*heads, len(seen)))
         else:
             name = "effective" if spec.procedure == "as-published" else spec.procedure
-            cells = criteria.SCORES[name](stats, kind)
+            cells = criteria.SCORES[name](criteria.pooled(stats, kind, spec.pool), kind)
             offset_score = criteria.mean_along_diagonals(cells * occupancy, occupancy)
             score = criteria.sum_by(of_cell, cells * prunable) / np.maximum(pairs, 1)
             if name in criteria.WITH_TIES:

@@ -112,6 +112,14 @@ def add_mask_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--keep-first", type=_count, default=0, metavar="N", help="always keep the first N columns (default: none)"
     )
+    parser.add_argument(
+        "--pool",
+        type=_count,
+        default=0,
+        metavar="N",
+        help="score a cell by the statistics of all cells up to N positions away along its diagonal, so that late "
+        "positions, which few sentences reach, are not ranked by chance (default: the cell's own)",
+    )
     parser.add_argument("--seed", type=int, default=1, help="for random masks and ties (default: %(default)s)")
 
 
@@ -146,6 +154,7 @@ def spec_from(args: argparse.Namespace, stats: AttentionStats) -> masks.MaskSpec
         min_heads=per_kind("--min-heads", args.min_heads),
         keep_diagonal=args.keep_diagonal,
         keep_first=args.keep_first,
+        pool=args.pool,
         seed=args.seed,
     )
 
