@@ -18,6 +18,7 @@ import weakref
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.func import functional_call
 
 from ap_fairseq.attention import MASK_BUFFERS
 from ap_fairseq.cuda_graphs import GraphPool
@@ -70,6 +71,14 @@ class TrainingGraphs:
         # Graphs hold addresses: these must be where they were, or all graphs are void.
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.addresses = [p.data_ptr() for p in self.parameters]
+        # Passes differentiate by aliases. What accumulates into the parameters themselves belongs to the stream on which
+        # data-parallel training first touched it, and a capture must not wait for another stream.
+        aliases = {p: p.detach().requires_grad_() for p in self.parameters}
+        self.leaves = list(aliases.values())
+        self.of_encoder, self.of_decoder = (
+            {name: aliases[p] for name, p in part.named_parameters(remove_duplicate=False) if p in aliases}
+            for part in (self.model.encoder, self.model.decoder)
+        )
         self.masks = self._masks()
         # Shared by all graphs: decoder features, their gradient, and the gradients of the parameters.
         first = self.parameters[0]
@@ -179,16 +188,16 @@ class _Graph:
 
     def forward(self) -> Tensor:
         """Compute the features of `target` under `source`; they are left in `features` too."""
-        model = self.owner.model
-        encoder_out = model.encoder(self.source)
-        output, _ = model.decoder(self.target, encoder_out=encoder_out, features_only=True)
+        owner, model = self.owner, self.owner.model
+        encoder_out = functional_call(model.encoder, owner.of_encoder, (self.source,))
+        options = dict(encoder_out=encoder_out, features_only=True)
+        output, _ = functional_call(model.decoder, owner.of_decoder, (self.target,), options)
         self.features.copy_(output.detach())
         return output
 
     def backward(self, output: Tensor) -> None:
         """Leave the gradients of the parameters that are used in `gradients`."""
-        parameters = self.owner.parameters
-        found = torch.autograd.grad(output, parameters, self.features_grad, allow_unused=True)
+        found = torch.autograd.grad(output, self.owner.leaves, self.features_grad, allow_unused=True)
         self.used = [grad is not None for grad in found]
         for kept, grad in zip(self.gradients, found, strict=True):
             if grad is not None:
