@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -10,29 +11,40 @@ import torch
 Result = TypeVar("Result")
 
 
+@functools.cache
+def capture_stream(device: int) -> torch.cuda.Stream:
+    """Return the stream of all captures on a device.
+
+    One for all, because cuBLAS keeps a workspace for every stream that ever multiplied matrices (32 MiB on Hopper), and
+    because what is free in a pool is found by the stream that it was freed on alone.
+    """
+    return torch.cuda.Stream(device)
+
+
 class GraphPool:
-    """Captures graphs into one pool of memory, on one stream: another stream would not find what is free in the pool.
+    """Captures graphs into one pool of memory.
 
     The pool goes with the last of its graphs; capture into a new one after that.
     """
 
     def __init__(self):
-        self._memory = self._stream = None  # made for the device of the first capture
+        self._memory = None  # made for the device of the first capture
 
     def capture(self, run: Callable[[], Result]) -> tuple[torch.cuda.CUDAGraph, Result]:
         """Capture what *run* launches on the current device, and return it with the result of *run*.
 
         Not by ``torch.cuda.graph``, which collects garbage and frees all cached memory each time.
         """
-        if self._stream is None:
-            self._memory, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+        if self._memory is None:
+            self._memory = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
-        self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
+        stream = capture_stream(torch.cuda.current_device())
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
             graph.capture_begin(pool=self._memory, capture_error_mode="thread_local")  # loaders go on in their threads
             try:
                 result = run()
             finally:
                 graph.capture_end()
-        torch.cuda.current_stream().wait_stream(self._stream)
+        torch.cuda.current_stream().wait_stream(stream)
         return graph, result

@@ -18,6 +18,7 @@ cache once per beam.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -146,13 +147,16 @@ def renumber_live(rows: Tensor) -> LiveRows:
     return LiveRows(keys // base, keys % base, counts)
 
 
-def compact(pool: Tensor, offsets: Tensor, live: LiveRows, readable: Tensor, n_new: int) -> tuple[Tensor, int]:
+def compact(
+    pool: Tensor, offsets: Tensor, live: LiveRows, readable: Tensor, n_new: int, n_steps: int | None = None
+) -> tuple[Tensor, int]:
     """Move the rows that are live and readable to the start of *pool*, or of a larger one if they fill half of it.
 
     Args:
         offsets: int32 (H, S), changed in place; 0 for positions that lose their rows.
         readable: bool (H, S), whether a coming mask row of the head keeps the position.
-        n_new: rows that are needed next.
+        n_new: rows that the next step needs.
+        n_steps: how many steps may come, each with at most as many rows; a pool never has more than they can fill.
 
     Returns:
         The pool, *pool* itself unless it grew, and the number of rows in use.
@@ -160,10 +164,11 @@ def compact(pool: Tensor, offsets: Tensor, live: LiveRows, readable: Tensor, n_n
     kept = (offsets[:, live.position] + live.number)[readable[:, live.position]]
     sizes = (readable * live.counts).flatten()
     offsets.copy_(((sizes.cumsum(0) - sizes).view_as(readable)) * readable)
-    if 2 * kept.numel() <= pool.size(0):
+    most = math.inf if n_steps is None else kept.numel() + n_steps * n_new
+    if min(2 * kept.numel(), most) <= pool.size(0):
         pool[: kept.numel()] = pool[kept]
         return pool, kept.numel()
-    larger = pool.new_empty(2 * kept.numel() + n_new, *pool.shape[1:])
+    larger = pool.new_empty(min(2 * kept.numel() + n_new, most), *pool.shape[1:])
     torch.index_select(pool, 0, kept, out=larger[: kept.numel()])
     return larger, kept.numel()
 

@@ -368,7 +368,7 @@ class _StaticDecoder:
             readable = module.last_rows(n_rows, positions)[:, :length] >= length
             offsets = self.beams.offsets[self.heads[module], :length]
             n_new = n * self.beam * module.num_heads
-            pool, used = compact(self.pools[module], offsets, live, readable, n_new)
+            pool, used = compact(self.pools[module], offsets, live, readable, n_new, n_rows - length)
             if pool is not self.pools[module]:
                 self._forget_graphs()
             self.pools[module], self.used[module] = pool, used
