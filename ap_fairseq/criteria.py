@@ -138,9 +138,9 @@ def pooled(stats: AttentionStats, kind: AttentionKind, distance: int) -> Attenti
     """Statistics in which a cell (i, j) of *kind* holds the sums over the cells (i + t, j + t), |t| <= *distance*.
 
     Few sentences reach late positions, and a mean over a few says more about them than about the model. Attention
-    changes slowly along a diagonal, so the neighbours there are further observations of the same; as they come with their
-    own occupancy, cells that many sentences have count for more. 0 leaves the statistics as they are, and a distance
-    beyond the longest sentence gives the score of whole diagonals.
+    changes slowly along a diagonal, so the neighbours there are further observations of the same; as they come with
+    their own occupancy, cells that many sentences have count for more. 0 leaves the statistics as they are, and a
+    distance beyond the longest sentence gives the score of whole diagonals.
     """
     if not distance:
         return stats

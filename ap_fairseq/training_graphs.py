@@ -71,8 +71,8 @@ class TrainingGraphs:
         # Graphs hold addresses: these must be where they were, or all graphs are void.
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.addresses = [p.data_ptr() for p in self.parameters]
-        # Passes differentiate by aliases. What accumulates into the parameters themselves belongs to the stream on which
-        # data-parallel training first touched it, and a capture must not wait for another stream.
+        # Passes differentiate by aliases. What accumulates into the parameters themselves belongs to the stream on
+        # which data-parallel training first touched it, and a capture must not wait for another stream.
         aliases = {p: p.detach().requires_grad_() for p in self.parameters}
         self.leaves = list(aliases.values())
         self.of_encoder, self.of_decoder = (

@@ -81,6 +81,43 @@ def test_frequent_cells_count_for_what_they_cost():
     np.testing.assert_array_equal(masks.keep[AttentionKind.CROSS][0, 0], [[True, False, True], [True, True, False]])
 
 
+def test_pooled_statistics_are_sums_along_the_diagonal():
+    stats = random_stats(longest=(9, 12), sentences=40)
+    kind, distance = AttentionKind.CROSS, 2
+    pooled = criteria.pooled(stats, kind, distance)
+    n_queries, n_keys = stats.occupancy[kind].shape
+    for i, j in itertools.product(range(n_queries), range(n_keys)):
+        steps = range(-min(distance, i, j), min(distance, n_queries - 1 - i, n_keys - 1 - j) + 1)
+        neighbours = [i + t for t in steps], [j + t for t in steps]
+        assert pooled.occupancy[kind][i, j] == stats.occupancy[kind][neighbours].sum()
+        np.testing.assert_allclose(
+            pooled.mass[kind][..., i, j], stats.mass[kind][:, :, *neighbours].sum(-1), rtol=1e-12
+        )
+    assert criteria.pooled(stats, kind, 0) is stats
+
+
+@pytest.mark.parametrize("kind", SELF)
+def test_pooling_over_all_positions_ranks_whole_diagonals(kind):
+    """One far position more than there are makes every score that of its diagonal, as the procedure relative does."""
+    stats = random_stats(longest=(20, 20), sentences=200)
+    whole, _ = build(stats, 0.6, kinds=[kind], pool=100)
+    relative, _ = build(stats, 0.6, kinds=[kind], procedure="relative")
+    observed = stats.occupancy[kind] > 0
+    assert (whole.keep[kind] == relative.keep[kind])[..., observed].mean() > 0.99  # sums differ in their last bits
+
+
+def test_a_late_position_is_ranked_by_its_neighbours():
+    """One long sentence looked at key 1 from row 5 by chance; all others, from earlier rows, at the previous token."""
+    lengths = {(1, 6): 1, (1, 5): 99}
+    kind = AttentionKind.ENCODER_SELF
+    occupancy = {kind: occupancy_of(kind, lengths)}
+    mean = np.eye(6, k=-1) * 0.9 + 0.02
+    mean[4, 0], mean[5] = 0, [0.02, 0.9, 0.02, 0.02, 0.01, 0.04]
+    stats = AttentionStats({kind: (mean * occupancy[kind])[None, None]}, occupancy)
+    kept = [build(stats, 0.6, kinds=[kind], pool=pool)[0].keep[kind][0, 0, 5] for pool in (0, 2)]
+    assert [keep[1] for keep in kept] == [True, False] and [keep[4] for keep in kept] == [False, True]
+
+
 @pytest.mark.parametrize("procedure", PROCEDURES)
 @pytest.mark.parametrize("beyond", ["diagonal", "keep"])
 def test_the_guarantee_holds_at_any_sparsity(procedure, beyond):
@@ -238,6 +275,9 @@ def test_the_summary_counts_rows_that_only_the_guarantee_keeps():
         (dict(budgets={}, keep_first=-1), "keep_first -1 cannot be negative"),
         (dict(budgets={}, procedure="as-published", min_kept=0.1), "leave min_kept 0.1 at the default"),
         (dict(budgets={}, procedure="as-published", granularity=16), "leave granularity 16 at the default"),
+        (dict(budgets={}, procedure="as-published", pool=2), "pool is 2 for the procedure as-published"),
+        (dict(budgets={}, procedure="window", pool=2), "expected a number of positions, and one of effective"),
+        (dict(budgets={}, pool=-1), "pool is -1"),
     ],
 )
 def test_bad_specs_name_the_fault(spec, message):
