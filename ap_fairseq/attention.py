@@ -332,7 +332,11 @@ class PrunedMultiheadAttention(MultiheadAttention):
         sizes = (self.num_heads, self.head_dim)
         if not self.self_attention:
             return self.q_proj(query).unflatten(-1, sizes), None
-        qkv = F.linear(query, *(self.step_projection or self.stacked_projection())).unflatten(-1, (3, *sizes))
+        if self.step_projection is not None:
+            qkv = F.linear(query, *self.step_projection).unflatten(-1, (3, *sizes))
+        else:  # to stack the weights for the few rows of a step takes longer than two more products
+            parts = (self.q_proj, self.k_proj, self.v_proj)
+            qkv = torch.stack([part(query) for part in parts], 1).unflatten(-1, sizes)
         return qkv[:, 0], qkv[:, 1:]
 
     def stacked_projection(self) -> tuple[Tensor, Tensor]:

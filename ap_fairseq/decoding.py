@@ -235,6 +235,7 @@ class CrossAttentionCache:
         size: at least the longest length.
         row: mask row of the step: its number, counted from 0. (The authors' code used the source length here, one
             wrong row for every step.)
+        stored: bool (H, S), the columns that have a row; None if that is not known, as where the pool is shared.
     """
 
     pool: Tensor
@@ -244,6 +245,8 @@ class CrossAttentionCache:
     size: int
     row: int = -1
     beam: int = 1
+    stored: Tensor | None = None
+    _dense: tuple[Tensor, Tensor, Tensor] | None = None  # what `dense` returns, until sentences leave
 
     @classmethod
     def of_encoder_output(
@@ -267,7 +270,7 @@ class CrossAttentionCache:
         real = torch.ones(batch, size, dtype=torch.bool, device=key.device) if padding is None else ~padding.bool()
         rows = SourceRows.of_mask(stored, real)
         pool = rows.pool(project, key.transpose(0, 1))
-        return cls(pool, rows.starts, rows.offsets, real.sum(1), size, beam=n_hypotheses // batch)
+        return cls(pool, rows.starts, rows.offsets, real.sum(1), size, beam=n_hypotheses // batch, stored=stored)
 
     def advance(self) -> None:
         """Begin a step."""
@@ -282,7 +285,7 @@ class CrossAttentionCache:
         """Keep the sentences of the hypotheses *new_order*; the *beam* hypotheses of a sentence stay together."""
         if self.beam == 1 or new_order.numel() != self.lengths.numel() * self.beam:
             sentences = new_order[:: self.beam] // self.beam
-            self.starts, self.lengths = self.starts[sentences], self.lengths[sentences]
+            self.starts, self.lengths, self._dense = self.starts[sentences], self.lengths[sentences], None
 
     def attend(self, q: Tensor, layout: AttentionLayout, scale: float) -> Tensor:
         """Attend with the queries q (N, H, D) of this step, by the kernel; (N, H, D)."""
@@ -297,10 +300,14 @@ class CrossAttentionCache:
         Args:
             keep: bool (H, size), the mask row of this step. Other cells may have no row: they get one that exists.
         """
+        if self._dense is not None:
+            return self._dense
         padding = torch.arange(self.size, device=self.pool.device) >= self.lengths[:, None]
-        starts = self.starts[..., None]
-        rows = torch.where(keep & ~padding[:, None], starts + self.offsets[:, : self.size], starts)
+        starts, exists = self.starts[..., None], keep if self.stored is None else self.stored
+        rows = torch.where(exists & ~padding[:, None], starts + self.offsets[:, : self.size], starts)
         k, v = self.pool[rows].unbind(3)
+        if self.stored is not None:  # then they serve all steps
+            self._dense = k, v, padding
         return k, v, padding
 
 
