@@ -16,7 +16,7 @@ from fairseq import utils
 from fairseq.dataclass.configs import GenerationConfig
 from fairseq_cli.generate import get_symbols_to_strip_from_output
 
-from ap_fairseq.artifacts import ArtifactError, PruningMasks, atomic_output, file_sha256, load_checkpoint
+from ap_fairseq.artifacts import ArtifactError, PruningMasks, atomic_output, file_sha256, load_checkpoint, versions
 from ap_fairseq.checkpoints import open_with_masks
 from ap_fairseq.dynamic import DynamicPruning
 from ap_fairseq.evaluation import write_json
@@ -110,6 +110,7 @@ def translate(
             "masks": model.masks_provenance(),
             "search": dataclasses.asdict(search),
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+            "versions": versions(),
             "seconds": round(time.monotonic() - started, 1),
         }
         if system.dynamic:

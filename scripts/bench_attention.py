@@ -1,18 +1,18 @@
 #!/usr/bin/env python
 """Benchmark the block-sparse kernels against every rival in one process, behind a float64 correctness gate.
 
-    python scripts/bench_attention.py --out scripts/bench_attention.h200.json           # everything
+    python scripts/bench_attention.py --out scripts/bench_attention.h100.json           # everything
     python scripts/bench_attention.py --only sentence --only decode --out some.json     # some sections
     python scripts/bench_attention.py --tune --out tune.json                            # launch configurations
-    python scripts/bench_attention.py --table scripts/bench_attention.h200.json         # Markdown, no GPU needed
+    python scripts/bench_attention.py --table scripts/bench_attention.h100.json         # Markdown, no GPU needed
 
 Rivals: SDPA with the flash, cuDNN and memory-efficient back ends (dense), SDPA with the mask as a dense float
 tensor (what stock fairseq computes), FlexAttention with the same block mask, and the eager definition. A rival
 that cannot run a case is recorded with its error. Everything is timed as CUDA-graph replays: at 90% sparsity even
 4 x 16 x 4096 takes no longer than its launch from Python, which the section `host` measures by itself. `tflops`
-counts kept cells only: 4 D FLOP per kept cell forward, 10 D more backward. `gathered` is what forward reads of keys
-and values, each kept block once per query tile, over its time. The section `ceilings` measures what the chip gives:
-a matrix product of 8192³, and reads of the same gathered blocks without any arithmetic.
+counts kept cells only (all of a dense rival): 4 D FLOP per kept cell forward, 10 D more backward. `gathered` is what
+forward reads of keys and values, each kept block once per query tile, over its time. The section `ceilings` measures
+what the chip gives: a matrix product of 8192³, and reads of the same gathered blocks without any arithmetic.
 """
 
 from __future__ import annotations
@@ -189,17 +189,19 @@ def square_case(
     if block == 64 and rivals and size > DENSE_MASK_LIMIT:  # minutes of compilation: once
         methods["flex 64 autotuned"] = flex(keep, 64, autotune=True)
     rows = []
+    masked = dict(block=block, nominal_sparsity=sparsity, sparsity=1 - float(keep.float().mean()))
     for direction in directions:
-        flop = kept * dim * (4 if direction == "forward" else 14)
         for name, method in methods.items():
             run = functools.partial(method, q, k, v) if direction == "forward" else training_step(method, q, k, v, grad)
             timing = measure(run, repeats)
             row = dict(
-                case="square", batch=batch, heads=heads, size=size, dim=dim, dtype="bfloat16", block=block,
-                nominal_sparsity=sparsity, sparsity=1 - float(keep.float().mean()), direction=direction, method=name,
-                tile=layout.tile if name == "ours" else None, **timing,
+                case="square", batch=batch, heads=heads, size=size, dim=dim, dtype="bfloat16", direction=direction,
+                method=name, tile=layout.tile if name == "ours" else None, **(masked if name not in DENSE else {}),
+                **timing,
             )  # fmt: skip
             if "median_ms" in timing:
+                computed = kept if name not in DENSE else batch * keep.numel()
+                flop = computed * dim * (4 if direction == "forward" else 14)
                 row["tflops"] = flop / timing["median_ms"] / 1e9
                 if name == "ours" and direction == "forward":
                     row["gathered"] = kept / block * dim * 2 * 2 / timing["median_ms"] / 1e9
@@ -455,15 +457,26 @@ def shape_of(row: dict) -> tuple:
     return tuple(row.get(name) for name in ("case", "batch", "heads", "size", "direction"))
 
 
+RIVALS = {  # column of the table: what is in it
+    "cuDNN": ("sdpa cudnn",),
+    "FlashAttention-2": ("sdpa flash",),
+    "efficient": ("sdpa efficient",),
+    "FlexAttention": ("flex 128", "flex 64 autotuned"),
+    "dense mask": ("sdpa dense mask",),
+    "bmm, softmax, bmm": ("bmm softmax bmm",),
+    "eager": ("eager",),
+}
+
+
 def table(report: dict) -> str:
-    """One Markdown row per case: our time, then each rival's time and how many times ours it takes."""
+    """One Markdown row per case: our time, and how many times as long each rival takes."""
     lines = [
         f"{report['device']}, torch {report['torch']}, triton {report['triton']}, commit {report['commit']}: "
         f"`{report['command']}`",
         *([report["note"]] if "note" in report else []),
         "",
-        "| case | B, H, T | sparsity | block | direction | ours, ms | TFLOP/s | gathered TB/s | rivals, ms (x ours) |",
-        "|---|---|---|---|---|---|---|---|---|",
+        f"| case | B, H, T | sparsity | block | direction | ours, ms | TFLOP/s | {' | '.join(RIVALS)} |",
+        "|---|---|---:|---:|---|" + "---:|" * (2 + len(RIVALS)),
     ]
     groups: dict[tuple, list[dict]] = {}
     for row in report["rows"]:
@@ -474,36 +487,47 @@ def table(report: dict) -> str:
         if ours is None or "median_ms" not in ours:
             continue
         # Dense rivals do not depend on the mask: they are timed once per shape.
-        borrowed = [row for row in dense_rows if shape_of(row) == shape_of(ours)]
-        rivals = [row for row in rows if row is not ours and row["method"] not in DENSE] + borrowed
-        shown = "; ".join(
-            f"{row['method']} {row['median_ms']:.4g} ({row['median_ms'] / ours['median_ms']:.2f})"
-            if "median_ms" in row
-            else f"{row['method']}: {row['error']}"
-            for row in rivals
-        )
+        rivals = rows + [row for row in dense_rows if shape_of(row) == shape_of(ours)]
         batch = f"{ours['batch']}x{ours['beam']}" if "beam" in ours else ours["batch"]
         rate = f"{ours['tflops']:.0f}" if "tflops" in ours else ""
-        gathered = f"{ours['gathered']:.1f}" if "gathered" in ours else ""
-        lines.append(
-            f"| {ours['case']} | {batch}, {ours['heads']}, {ours['size']} | {ours['sparsity']:.1%} "
-            f"| {ours.get('block', 1)} | {ours.get('direction', 'step')} | {ours['median_ms']:.4g} | {rate} "
-            f"| {gathered} | {shown} |"
-        )
+        cells = [ours["case"], f"{batch}, {ours['heads']}, {ours['size']}", f"{ours['sparsity']:.1%}"]
+        cells += [ours.get("block", 1), ours.get("direction", "step"), f"{ours['median_ms']:.3g}", rate]
+        cells += [_times_longer(rivals, methods, ours["median_ms"]) for methods in RIVALS.values()]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
+
+
+def _times_longer(rows: list[dict], methods: tuple[str, ...], ours: float) -> str:
+    row = next((row for row in rows if row["method"] in methods), None)
+    if row is None:
+        return ""
+    return f"{row['median_ms'] / ours:.2f}" if "median_ms" in row else "error"
+
+
+def details(report: dict) -> str:
+    """What is not a time: errors of rivals, sizes of layouts, peak memory, ceilings of the chip, time of the host."""
+    lines = []
     for row in report["rows"]:
+        if "error" in row:
+            lines.append(f"{row['method']}, {group_key(row)}: {row['error']}")
         if row.get("layout_bytes") and row.get("cells"):
             total = sum(row["layout_bytes"].values())
             lines.append(
-                f"\nLayout of {row['heads']} x {row['size']}², block {row['block']}: {total / 2**20:.2f} MiB, "
+                f"Layout of {row['heads']} x {row['size']}², block {row['block']}: {total / 2**20:.2f} MiB, "
                 f"{total / row['cells']:.4f} bytes per cell ({row['layout_bytes']})."
             )
+        if "gathered" in row and row["case"] == "square":
+            lines.append(
+                f"Forward, {row['size']} positions, blocks of {row['block']}, {row['sparsity']:.1%}: "
+                f"gathers {row['gathered']:.1f} TB/s."
+            )
         if row["case"] == "memory":
-            lines.append(f"\nPeak memory above inputs, {row['method']}: {row['peak_bytes'] / 2**20:.0f} MiB.")
+            lines.append(f"Peak memory above inputs, {row['method']}: {row['peak_bytes'] / 2**20:.0f} MiB.")
         if row["case"] == "ceiling" and "median_ms" in row:
             rate = f"{row['tflops']:.0f} TFLOP/s" if "tflops" in row else f"{row['gathered']:.1f} TB/s"
-            lines.append(f"\nCeiling, {row['method']}: {rate}.")
+            lines.append(f"Ceiling, {row['method']}: {rate}.")
         if row["case"] == "host":
-            lines.append(f"\nHost time of a call, {row['direction']}, {row['method']}: {row['median_us']:.0f} us.")
+            lines.append(f"Host time of a call, {row['direction']}, {row['method']}: {row['median_us']:.0f} us.")
     return "\n".join(lines)
 
 
@@ -516,7 +540,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--table", type=Path, metavar="JSON", help="print a Markdown table of a result file and stop")
     options = parser.parse_args(arguments)
     if options.table:
-        print(table(json.loads(options.table.read_text(encoding="utf-8"))))
+        report = json.loads(options.table.read_text(encoding="utf-8"))
+        print(table(report), details(report), sep="\n\n")
         return
     if not torch.cuda.is_available():
         sys.exit("bench_attention.py: no CUDA device; only --table works without one")
@@ -537,7 +562,7 @@ def main(arguments: list[str] | None = None) -> None:
         for row in best[:40]:
             print(row)
     else:
-        print(table(report))
+        print(table(report), details(report), sep="\n\n")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 #!/usr/bin/env python
 """Benchmark training and translation: stock fairseq against the plugin, one process per system, in turns.
 
-    python scripts/bench_fairseq.py DATA_BIN --out scripts/bench_fairseq.h200.json    # every system, default cases
+    python scripts/bench_fairseq.py DATA_BIN --out scripts/bench_fairseq.h100.json    # every system, default cases
     python scripts/bench_fairseq.py DATA_BIN --systems stock kept --cases sentences --profile
     python scripts/bench_fairseq.py DATA_BIN --device cpu --limit 20 --systems stock kept --cases sentences
-    python scripts/bench_fairseq.py --table scripts/bench_fairseq.h200.json           # Markdown, no GPU needed
+    python scripts/bench_fairseq.py --table scripts/bench_fairseq.h100.json           # Markdown, no GPU needed
 
 DATA_BIN is a folder of fairseq-preprocess with real text; its test sentences are translated, and pages are consecutive
 training sentences, joined up to the length of the case. Systems:
@@ -23,8 +23,9 @@ the same number of steps. Translation is timed once from a cold start (graph cap
 kernels included; stock, which builds nothing, only takes a few steps) and then warm; the median of the warm passes
 counts. Training steps are those of fairseq's Trainer.
 
-Peak memory is what torch allocated at most in the measured passes, parameters and optimizer included; the JSON also
-has what it reserved. --profile adds where the time of a GPU goes: of a few more updates, or the first steps of a batch,
+Peak memory is what torch allocated at most in the measured passes, parameters and optimizer included, and what captured
+graphs hold for their replays, which torch does not count as allocated; beside it what torch reserved, with what it did
+not give back. --profile adds where the time of a GPU goes: of a few more updates, or the first steps of a batch,
 without the profiler for the wall time and with it for the kernels.
 
 On a CPU (--device cpu) precision is fp32, all systems use fairseq's own search, as the plugin does there without
@@ -269,7 +270,10 @@ class Workload:
     def peak(self) -> dict:
         if self.device.type == "cpu":
             return dict(peak_bytes=None, reserved_bytes=None)
-        return dict(peak_bytes=torch.cuda.max_memory_allocated(), reserved_bytes=torch.cuda.max_memory_reserved())
+        segments = [s for s in torch.cuda.memory_snapshot() if tuple(s["segment_pool_id"]) != (0, 0)]
+        held = sum(segment["total_size"] - segment["allocated_size"] for segment in segments)  # by graphs
+        peak = torch.cuda.max_memory_allocated() + held
+        return dict(peak_bytes=peak, reserved_bytes=torch.cuda.max_memory_reserved())
 
     def profiled(self, unit: str, n: int, work: Callable, *arguments) -> dict:
         """Where the GPU's time goes in a call that does *n* updates or steps."""
@@ -373,20 +377,21 @@ def table(report: dict) -> str:
         f"{report['precision']}, commit {report['commit']}: `{report['command']}`",
         *([report["note"]] if "note" in report else []),
         "",
-        "| case | system | target tokens/s | ratio | peak memory | ratio | cold start |",
-        "|---|---|---|---|---|---|---|",
+        "| case | system | target tokens/s | ratio | peak memory | ratio | reserved | ratio | cold start |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     rows = [row for case in CASES for row in report["rows"] if row["case"] == case]
     stock = {row["case"]: row for row in rows if row["system"] == "stock"}
     for row in rows:
         base = stock.get(row["case"], {})
-        speed, memory = (
-            f"{row[key] / base[key]:.2f}" if row[key] and base.get(key) else ""
-            for key in ("tokens_per_s", "peak_bytes")
+        speed, memory, reserved = (
+            f"{row[key] / base[key]:.2f}" if row.get(key) and base.get(key) else ""
+            for key in ("tokens_per_s", "peak_bytes", "reserved_bytes")
         )
         cold = f"{row['cold_seconds']:.1f} s, warm {row['seconds']:.1f} s" if row.get("cold_seconds") else ""
-        peak = f"{row['peak_bytes'] / 2**30:.2f} GiB" if row["peak_bytes"] else ""
-        lines.append(cells([row["case"], row["system"], f"{row['tokens_per_s']:,.0f}", speed, peak, memory, cold]))
+        sizes = [f"{row[key] / 2**30:.2f} GiB" if row.get(key) else "" for key in ("peak_bytes", "reserved_bytes")]
+        columns = [row["case"], row["system"], f"{row['tokens_per_s']:,.0f}", speed]
+        lines.append(cells([*columns, sizes[0], memory, sizes[1], reserved, cold]))
     lines += profile_table([row for row in rows if "profile" in row])
     lines += [f"\n{row['system']}: {row['error']}" for row in report["rows"] if "error" in row]
     return "\n".join(lines)

@@ -47,7 +47,7 @@ from typing import Any
 
 import yaml
 
-from ap_fairseq.artifacts import ArtifactError, AttentionStats, atomic_output, file_sha256, versions
+from ap_fairseq.artifacts import ArtifactError, AttentionStats, atomic_output, file_sha256
 from ap_fairseq.cli import masks as ap_masks
 from ap_fairseq.cli import record as ap_record
 from ap_fairseq.cli.prune_schedule import prune_gradually
@@ -344,7 +344,6 @@ class Sweep:
             "valid_ppl": 2 ** made["valid_nll"],
             **self.scores(system),
             "inputs": inputs,
-            "versions": versions(),
         }
         if "dynamic" in made:
             measured = made["dynamic"]["sparsity"]

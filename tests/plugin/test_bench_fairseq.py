@@ -77,7 +77,8 @@ def test_a_profile_is_grouped_and_shared_out():
 
 def test_the_tables_hold_ratios_and_profiles():
     def row(system, speed, memory, **more):
-        return dict(case="sentences", system=system, tokens_per_s=speed, peak_bytes=memory, seconds=1.0) | more
+        sizes = dict(peak_bytes=memory, reserved_bytes=2 * memory)
+        return dict(case="sentences", system=system, tokens_per_s=speed, seconds=1.0) | sizes | more
 
     profile = bench.summary(EVENTS, wall=1.0, n=2) | dict(unit="step")
     rows = [row("stock", 100.0, 2**30), row("kept", 450.0, 2**29, cold_seconds=3.0, profile=profile)]
@@ -85,7 +86,7 @@ def test_the_tables_hold_ratios_and_profiles():
         device="a GPU", torch="2", triton="3", arch="tiny", precision="fp16", commit="c", command="x", rows=rows
     )
     lines = bench.table(report).splitlines()
-    assert "| sentences | kept | 450 | 4.50 | 0.50 GiB | 0.50 | 3.0 s, warm 1.0 s |" in lines
+    assert "| sentences | kept | 450 | 4.50 | 0.50 GiB | 0.50 | 1.00 GiB | 0.50 | 3.0 s, warm 1.0 s |" in lines
     assert "| sentences | kept | step | 500.00 | 80% | 15 | 16 | 100.00 | 200.00 | 50.00 | 50.00 |" in lines
 
 

@@ -26,17 +26,16 @@ def lines(name):
 def tables():
     """Name of a table in the README -> text that its results give."""
     yield "cpu", lambda: format_markdown(json.loads((EXAMPLE / "results/cpu.json").read_text(encoding="utf-8")))
-    yield "h200-finetuned", lambda: script(EXAMPLE / "sweep.py").format_table(lines("h200-finetuned"))
-    yield "h200-untuned", lambda: script(EXAMPLE / "sweep.py").format_table(lines("h200-untuned"))
-    yield "cpu-tuned", lambda: script(EXAMPLE / "sweep.py").format_table(lines("cpu-tuned"))
-    yield "cpu-kinds", lambda: script(EXAMPLE / "sweep.py").format_table(lines("cpu-kinds"))
-    yield "cpu-sweep", lambda: script(EXAMPLE / "sweep.py").format_table(lines("cpu-sweep"))
+    swept = ("h100-tuned", "h100-pool", "h200-untuned", "h200-finetuned", "cpu-tuned", "cpu-kinds", "cpu-sweep")
+    for name in swept:
+        yield name, lambda name=name: script(EXAMPLE / "sweep.py").format_table(lines(name))
     published = [line for line in lines("h200-masks") if line["procedure"] == "as-published"]
     yield "h200-masks", lambda: script(EXAMPLE / "sweep.py").format_table(published)
-    report = json.loads((ROOT / "scripts/bench_fairseq.h200.json").read_text(encoding="utf-8"))
     samples = json.loads((ROOT / "scripts/sample_error.cpu.json").read_text(encoding="utf-8"))
     yield "sample", lambda: script(ROOT / "scripts/sample_error.py").format_markdown(samples)
-    yield "bench_fairseq", lambda: script(ROOT / "scripts/bench_fairseq.py").table(report)
+    for name, file in (("bench_fairseq", "h100"), ("bench_fairseq", "cpu"), ("bench_attention", "h100")):
+        report = json.loads((ROOT / f"scripts/{name}.{file}.json").read_text(encoding="utf-8"))
+        yield f"{name}.{file}", lambda name=name, report=report: script(ROOT / f"scripts/{name}.py").table(report)
 
 
 @pytest.mark.parametrize(("name", "make"), tables(), ids=lambda value: value if isinstance(value, str) else "")
