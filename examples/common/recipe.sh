@@ -12,7 +12,8 @@
 # Options:
 #   --size NAME       model and training length, see settings.sh of the data set; `tiny` tries the scripts on a CPU
 #   --variant NAME    training data, where data.toml has several
-#   --systems NAMES   masks: joint encoder_self decoder_self cross random window as-published all-kept; default: joint
+#   --systems NAMES   masks: importance joint encoder_self decoder_self cross random window as-published all-kept;
+#                     default: joint
 #   --share X         share of the pairs that masks prune (effective sparsity); default: 0.5
 #   --sample N        record N training sentences instead of all
 #   --seed N          of training; default: 1
@@ -129,9 +130,10 @@ train_dense() {
 
 record() {
   needs "$run/dense/average.pt" train_dense
+  # shellcheck disable=SC2046,SC2086  (names and flags are words)
   stage dense.record ap-record "$bin" --path "$run/dense/average.pt" --subset train ${sample:+--sample "$sample"} \
     -o "$run/stats.safetensors" --overwrite --max-tokens "$batch_tokens" --num-workers "$workers" \
-    --distributed-world-size "$ranks" "${device[@]}" --log-format simple
+    --distributed-world-size "$ranks" "${device[@]}" --log-format simple $(recorded_for $systems)
 }
 
 prune() {

@@ -5,6 +5,7 @@
 masks_of() {
   local every=(--encoder-self "$2" --decoder-self "$2" --cross "$2")
   case $1 in
+    importance) echo --total "$2" --procedure importance --pool 32 ;;
     joint) echo "${every[@]}" ;;
     encoder_self) echo --encoder-self "$2" ;;
     decoder_self) echo --decoder-self "$2" ;;
@@ -14,7 +15,15 @@ masks_of() {
     as-published) echo "${every[@]}" --procedure as-published ;;
     all-kept) ;;
     *)
-      echo "error: unknown system $1; known: joint encoder_self decoder_self cross random window as-published all-kept" >&2
+      echo "error: unknown system $1; known: importance joint encoder_self decoder_self cross random window as-published" \
+        "all-kept" >&2
       return 2 ;;
+  esac
+}
+
+# recorded_for SYSTEM...: the ap-record flags without which the masks of these systems cannot be made.
+recorded_for() {
+  case " $* " in
+    *" importance "*) echo --importance ;;
   esac
 }

@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
 # Attention Pruning on LibreOffice's help: dense training -> attention statistics -> masks -> fine-tuning -> BLEU.
 #
-#   run.sh [--pair "en de"] [--size full|small] [--systems "joint ..."] [--jobs N] [--out DIR] [--data DIR]
+#   run.sh [--pair "en de"] [--size full|small] [--systems "joint ..."] [--share X] [--jobs N] [--out DIR] [--data DIR]
 #          [--dense-updates N] [--tune-updates N]
 #
 # --size     full: 4 + 4 layers of 256 in half precision, for a GPU; small: a small model on the short segments,
 #            for two CPU cores.
 #            Default: full where torch sees a GPU.
 # --systems  which masks to make (see `masks_of`); each is scored without and with fine-tuning. Default: joint.
+# --share    share of the pairs that masks prune (effective sparsity). Default: 0.5.
 # --jobs     how many systems run at the same time (they share the GPU). Default: 1.
 # --out      folder of the run; a second run with the same settings skips finished stages.
 # --data     folder of prepare.sh; made if it does not exist.
@@ -19,14 +20,15 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 source "$here/../../scripts/stages.sh"
 source "$here/../common/systems.sh"
 
-pair="en de" size="" systems="joint" jobs=1 run="" data="" dense_updates="" tune_updates=""
+pair="en de" size="" systems="joint" share=0.5 jobs=1 run="" data="" dense_updates="" tune_updates=""
 while [ $# -gt 0 ]; do
   case $1 in
-    --pair | --size | --systems | --jobs | --out | --data | --dense-updates | --tune-updates)
+    --pair | --size | --systems | --share | --jobs | --out | --data | --dense-updates | --tune-updates)
       [ $# -ge 2 ] || { echo "error: $1 needs a value" >&2; exit 2; } ;;&
     --pair) pair=$2 ;;
     --size) size=$2 ;;
     --systems) systems=$2 ;;
+    --share) share=$2 ;;
     --jobs) jobs=$2 ;;
     --out) run=$2 ;;
     --data) data=$2 ;;
@@ -81,7 +83,7 @@ translate() {  # NAME CHECKPOINT
 
 system() {  # NAME
   local name=$1 flags
-  flags=$(masks_of "$name" 0.5)
+  flags=$(masks_of "$name" "$share")
   # shellcheck disable=SC2086  (flags are words)
   stage "$name.masks" ap-masks "$run/stats.safetensors" $flags -o "$run/$name.safetensors" --overwrite
   stage "$name.apply" ap-apply "$run/dense/checkpoint_best.pt" --attention-masks "$run/$name.safetensors" --data "$bin" \
@@ -93,12 +95,14 @@ system() {  # NAME
   translate "$name.tuned" "$run/$name.tuned/checkpoint_best.pt"
 }
 
-for name in $systems; do masks_of "$name" 0.5 > /dev/null; done
+for name in $systems; do masks_of "$name" "$share" > /dev/null; done
 [ -e "$data/counts.json" ] || stage prepare bash "$here/prepare.sh" "$src" "$tgt" "${prepare[@]}"
 stage dense.train fairseq-train "$bin" "${training[@]}" "${sizes[@]}" "${dense_lr[@]}" --max-update $dense_updates \
   --save-dir "$run/dense"
+# shellcheck disable=SC2046,SC2086  (names and flags are words)
 stage dense.record ap-record "$bin" --path "$run/dense/checkpoint_best.pt" --subset train \
-  -o "$run/stats.safetensors" --overwrite "${record_batch[@]}" "${device[@]}" --log-format simple
+  -o "$run/stats.safetensors" --overwrite "${record_batch[@]}" "${device[@]}" --log-format simple \
+  $(recorded_for $systems)
 translate dense "$run/dense/checkpoint_best.pt"
 
 running=0
