@@ -476,6 +476,15 @@ def test_controls_take_the_budgets_of_other_masks(tmp_path, capsys):
     assert total_mass(control, stats)[1] < total_mass(ours, stats)[1]
 
 
+def test_masks_say_how_far_their_statistics_were_pooled(tmp_path):
+    random_stats(longest=(20, 20)).save(tmp_path / "stats.st")
+    for pool in (0, 8):
+        ap_masks(tmp_path / "stats.st", "--total", 0.5, "--pool", pool, "-o", tmp_path / f"{pool}.st")
+    masks = [PruningMasks.load(tmp_path / f"{pool}.st") for pool in (0, 8)]
+    assert [m.metadata["procedure"]["pool"] for m in masks] == [0, 8]
+    assert not np.array_equal(*(m.keep[AttentionKind.CROSS] for m in masks))
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -483,6 +492,7 @@ def test_controls_take_the_budgets_of_other_masks(tmp_path, capsys):
         (["--total", 0.5, "--scope", "layer"], "--scope layer would split it"),
         (["--keep-first", "-1"], "expected one argument|-1 is no number of positions"),
         (["--total", 0.5, "--procedure", "as-published"], "leave scope 'global' at the default"),
+        (["--total", 0.5, "--procedure", "window", "--pool", 8], "pool is 8 for the procedure window"),
     ],
 )
 def test_flags_that_contradict_each_other_are_refused(flags, message, tmp_path, capsys):
