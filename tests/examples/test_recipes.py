@@ -78,7 +78,8 @@ def script(data_mirror, commands, tmp_path):
 def test_all_stages(script, tmp_path, data_set):
     """Stage by stage, then run.sh, which finds everything done; the results have all systems and signatures."""
     name = "importance" if data_set == "iwslt14_de_en" else "joint"
-    options = ["--systems", name, "--bpe-size", 600] + ([] if data_set == "iwslt17_documents" else ["--valid-every", 20])
+    options = ["--systems", name, "--bpe-size", 600]
+    options += [] if data_set == "iwslt17_documents" else ["--valid-every", 20]
     if data_set == "wmt14_en_de":
         options += ["--tokenized-bleu", "--sample", 100]
     for stage in STAGES:
