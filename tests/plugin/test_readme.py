@@ -26,8 +26,8 @@ def lines(name):
 def tables():
     """Name of a table in the README -> text that its results give."""
     yield "cpu", lambda: format_markdown(json.loads((EXAMPLE / "results/cpu.json").read_text(encoding="utf-8")))
-    swept = ("h100-tuned", "h100-pool", "h200-untuned", "h200-finetuned", "cpu-tuned", "cpu-kinds", "cpu-sweep")
-    for name in swept:
+    swept = "h100-tuned h100-pool h200-untuned h200-finetuned cpu-short cpu-tuned cpu-kinds cpu-sweep"
+    for name in swept.split():
         yield name, lambda name=name: script(EXAMPLE / "sweep.py").format_table(lines(name))
     published = [line for line in lines("h200-masks") if line["procedure"] == "as-published"]
     yield "h200-masks", lambda: script(EXAMPLE / "sweep.py").format_table(published)
