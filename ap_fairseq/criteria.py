@@ -6,8 +6,6 @@ an axis of 1 means that all layers or heads share the score. Cells that no recor
 
 from __future__ import annotations
 
-import dataclasses
-
 import numpy as np
 
 from ap_fairseq.artifacts import ArtifactError, AttentionStats
@@ -134,28 +132,28 @@ def mean_along_diagonals(mass: np.ndarray, occupancy: np.ndarray) -> np.ndarray:
     return sum_by(diagonal, mass) / np.maximum(sum_by(diagonal, occupancy), 1)
 
 
-def pooled(stats: AttentionStats, kind: AttentionKind, distance: int) -> AttentionStats:
-    """Statistics in which a cell (i, j) of *kind* holds the sums over the cells (i + t, j + t), |t| <= *distance*.
+def sum_of_neighbours(cells: np.ndarray, distance: int) -> np.ndarray:
+    """Sum the cells (i + t, j + t), |t| <= *distance*, for each cell (i, j): (..., Tq, Tk) -> the same shape."""
+    total = cells.copy()
+    for step in range(1, min(distance, *(n - 1 for n in cells.shape[-2:])) + 1):
+        total[..., step:, step:] += cells[..., :-step, :-step]
+        total[..., :-step, :-step] += cells[..., step:, step:]
+    return total
+
+
+def pooled(score: np.ndarray, occupancy: np.ndarray, distance: int) -> np.ndarray:
+    """Mean score of the cells up to *distance* positions away along the diagonal, weighted by occupancy.
 
     Few sentences reach late positions, and a mean over a few says more about them than about the model. Attention
-    changes slowly along a diagonal, so the neighbours there are further observations of the same; as they come with
-    their own occupancy, cells that many sentences have count for more. 0 leaves the statistics as they are, and a
-    distance beyond the longest sentence gives the score of whole diagonals.
+    changes slowly along a diagonal, so the neighbours there are further observations of the same. A distance beyond the
+    longest sentence gives the mean of whole diagonals.
+
+    Args:
+        score: float64 (..., Tq, Tk).
+        occupancy: int64 (Tq, Tk).
     """
-    if not distance:
-        return stats
-
-    def pool(cells: np.ndarray) -> np.ndarray:
-        total = cells.copy()
-        for step in range(1, min(distance, *(n - 1 for n in cells.shape[-2:])) + 1):
-            total[..., step:, step:] += cells[..., :-step, :-step]
-            total[..., :-step, :-step] += cells[..., step:, step:]
-        return total
-
-    fields = {name: getattr(stats, name) for name in ("mass", "occupancy", "importance")}
-    return dataclasses.replace(
-        stats, **{name: {kind: pool(cells[kind])} if kind in cells else {} for name, cells in fields.items()}
-    )
+    pairs = sum_of_neighbours(occupancy, distance)
+    return sum_of_neighbours(score * occupancy, distance) / np.maximum(pairs, 1)
 
 
 def slope(stats: AttentionStats, kind: AttentionKind) -> float:

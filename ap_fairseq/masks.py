@@ -55,7 +55,7 @@ class MaskSpec:
         keep_diagonal: also keep every cell at most this many key positions from the diagonal (in cross-attention from
             the mean source/target length slope); None for no such set.
         keep_first: also keep this many first columns.
-        pool: score each cell by the statistics of the cells up to this many positions away along its diagonal
+        pool: score each cell by the mean over the cells up to this many positions away along its diagonal
             (:func:`ap_fairseq.criteria.pooled`): late positions, which few sentences reach, are else ranked by chance.
         seed: for ``random``, and for ties of the controls by distance.
 
@@ -311,7 +311,9 @@ class _Units:
             score, offset_score = draw.random((*heads, len(pairs))), draw.random((*heads, len(seen)))
         else:
             name = "effective" if spec.procedure == "as-published" else spec.procedure
-            cells = criteria.SCORES[name](criteria.pooled(stats, kind, spec.pool), kind)
+            cells = criteria.SCORES[name](stats, kind)
+            if spec.pool:
+                cells = criteria.pooled(cells, occupancy, spec.pool)
             offset_score = criteria.mean_along_diagonals(cells * occupancy, occupancy)
             score = criteria.sum_by(of_cell, cells * prunable) / np.maximum(pairs, 1)
             if name in criteria.WITH_TIES:

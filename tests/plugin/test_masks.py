@@ -81,19 +81,18 @@ def test_frequent_cells_count_for_what_they_cost():
     np.testing.assert_array_equal(masks.keep[AttentionKind.CROSS][0, 0], [[True, False, True], [True, True, False]])
 
 
-def test_pooled_statistics_are_sums_along_the_diagonal():
+def test_pooled_scores_are_means_along_the_diagonal():
     stats = random_stats(longest=(9, 12), sentences=40)
     kind, distance = AttentionKind.CROSS, 2
-    pooled = criteria.pooled(stats, kind, distance)
+    pairs, mass = (criteria.sum_of_neighbours(part[kind], distance) for part in (stats.occupancy, stats.mass))
+    np.testing.assert_allclose(criteria.pooled(stats.mean(kind), stats.occupancy[kind], distance) * pairs, mass)
     n_queries, n_keys = stats.occupancy[kind].shape
     for i, j in itertools.product(range(n_queries), range(n_keys)):
         steps = range(-min(distance, i, j), min(distance, n_queries - 1 - i, n_keys - 1 - j) + 1)
         neighbours = [i + t for t in steps], [j + t for t in steps]
-        assert pooled.occupancy[kind][i, j] == stats.occupancy[kind][neighbours].sum()
-        np.testing.assert_allclose(
-            pooled.mass[kind][..., i, j], stats.mass[kind][:, :, *neighbours].sum(-1), rtol=1e-12
-        )
-    assert criteria.pooled(stats, kind, 0) is stats
+        assert pairs[i, j] == stats.occupancy[kind][neighbours].sum()
+        np.testing.assert_allclose(mass[..., i, j], stats.mass[kind][:, :, *neighbours].sum(-1), rtol=1e-12)
+    np.testing.assert_array_equal(criteria.sum_of_neighbours(stats.mass[kind], 0), stats.mass[kind])
 
 
 @pytest.mark.parametrize("kind", SELF)
