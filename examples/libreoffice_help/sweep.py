@@ -238,16 +238,18 @@ class Sweep:
 
     def train_dense(self, seed: int) -> None:
         if seed not in self.given_dense:
-            settings = [*self.training("dense", seed), "--max-update", self.description["dense_updates"]]
+            updates = self.description["dense_updates"]
+            settings = [*self.training("dense", seed, updates), "--max-update", updates]
             save = ["--save-dir", str(self.out / f"dense.s{seed}")]
             self.stages.run(f"dense.s{seed}.train", fairseq_train, [self.bin, *settings, *save])
         flags = ["--path", self.checkpoint(seed), "--subset", "train", "-o", self.stats(seed), "--overwrite"]
         recording = [self.bin, *flags, *shlex.split(self.description["record"])]
         self.stages.run(f"dense.s{seed}.record", ap_record.main, recording)
 
-    def training(self, recipe: str, seed: int) -> list[str]:
-        """Flags of fairseq-train: the common ones and those of *recipe*, dense or tune."""
+    def training(self, recipe: str, seed: int, updates: int) -> list[str]:
+        """Flags of fairseq-train: the common ones and those of *recipe*, dense or tune; a decay takes all *updates*."""
         flags = shlex.split(self.description["training"]) + shlex.split(self.description[recipe])
+        flags += ["--total-num-update", str(updates)] if "polynomial_decay" in flags else []
         return ["--source-lang", self.source, "--target-lang", self.target, *flags, "--seed", str(seed)]
 
     def build_masks(self, system: System) -> None:
@@ -264,9 +266,8 @@ class Sweep:
     def tune(self, system: System) -> None:
         recipe = "dense" if system.schedule == "scratch" else "tune"
         updates = self.updates(system)
-        flags = [
-            f"pruned_{word}" if word.startswith("transformer") else word for word in self.training(recipe, system.seed)
-        ]
+        flags = self.training(recipe, system.seed, updates // (system.rounds if system.schedule == "gradual" else 1))
+        flags = [f"pruned_{word}" if word.startswith("transformer") else word for word in flags]
         folder = self.out / "systems" / system.name
         start = self.checkpoint(self.dense_seed(system))
         if system.schedule == "gradual":
@@ -365,13 +366,18 @@ class Sweep:
         return result
 
     def baselines(self, system: System) -> dict[str, System]:
-        """The dense system of the same seed, and the one with the same schedule: the same number of updates."""
+        """The dense system of the same seed, and the one that was fine-tuned with the same seed and updates."""
         if not self.search.beam:
             return {}
+
+        def alike(dense: System) -> bool:
+            # What is untuned, or trained from scratch, is compared with the usual fine-tuning.
+            return dense.seed == system.seed and dense.updates == system.updates
+
         dense = [s for s in self.systems if s.procedure == "dense" and self.dense_seed(s) == self.dense_seed(system)]
         found = {
             "against_dense": next((s for s in dense if s.schedule == "untuned"), None),
-            "against_dense_tuned": next((s for s in dense if s.schedule == "one-shot" and s.seed == system.seed), None),
+            "against_dense_tuned": next((s for s in dense if s.schedule == "one-shot" and alike(s)), None),
         }
         return {name: s for name, s in found.items() if s is not None and s != system}
 

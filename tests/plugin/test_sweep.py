@@ -116,6 +116,32 @@ def test_every_system_of_a_sweep_has_a_line_with_its_signature(swept):
     assert found["effective.total.50.g1.untuned.s1"]["bleu"] == found["effective.total.50.g1.untuned.s2"]["bleu"]
 
 
+def test_a_decay_of_the_learning_rate_ends_with_the_training(corpus, tmp_path):
+    decaying = description(training="--arch transformer --lr-scheduler polynomial_decay")
+    made = sweep.Sweep(decaying, corpus, tmp_path, 1, {})
+    flags = made.training("tune", 1, 7)
+    assert flags[flags.index("--total-num-update") + 1] == "7"
+    assert "--total-num-update" not in sweep.Sweep(description(), corpus, tmp_path, 1, {}).training("tune", 1, 7)
+
+
+def test_the_tuned_baseline_has_as_many_updates(corpus, tmp_path):
+    systems = [
+        {"procedure": "dense", "schedule": ["one-shot", "untuned"]},
+        {"procedure": "dense", "schedule": "one-shot", "updates": 9},
+        {"procedure": "window", "sparsity": 0.5, "schedule": "one-shot"},
+        {"procedure": "window", "sparsity": 0.5, "schedule": "one-shot", "updates": 9},
+        {"procedure": "window", "sparsity": 0.5, "schedule": "one-shot", "updates": 8},
+    ]
+    made = sweep.Sweep(description(systems=systems), corpus, tmp_path, 1, {})
+    names = [{name: found.name for name, found in made.baselines(system).items()} for system in made.systems[3:]]
+    dense = {"against_dense": "dense.untuned.s1"}
+    assert names == [
+        dense | {"against_dense_tuned": "dense.one-shot.s1"},
+        dense | {"against_dense_tuned": "dense.one-shot.u9.s1"},
+        dense,
+    ]
+
+
 def test_the_table_shows_means_over_seeds(swept):
     folder, printed = swept
     found = results(folder)
