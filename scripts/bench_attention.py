@@ -3,7 +3,6 @@
 
     python scripts/bench_attention.py --out scripts/bench_attention.h100.json           # everything
     python scripts/bench_attention.py --only sentence --only decode --out some.json     # some sections
-    python scripts/bench_attention.py --tune --out tune.json                            # launch configurations
     python scripts/bench_attention.py --table scripts/bench_attention.h100.json         # Markdown, no GPU needed
 
 Rivals: SDPA with the flash, cuDNN and memory-efficient back ends (dense), SDPA with the mask as a dense float
@@ -19,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import itertools
 import json
 import statistics
 import subprocess
@@ -402,40 +400,6 @@ def sections(repeats: int) -> dict[str, list[Callable[[], list[dict]]]]:
     }
 
 
-# --- tuning -----------------------------------------------------------------------------------------------------------
-
-
-def tune(repeats: int) -> list[dict]:
-    """Forward + backward under many launch configurations of one kernel at a time, the others as chosen.
-
-    About 25 minutes, nearly all of it compilation.
-    """
-    from triton_ops import backward, forward
-    from triton_ops.config import Config
-    from triton_ops.layout import TILE_SIZES
-
-    rows = []
-    q, k, v, grad = (torch.randn(4, 16, 4096, 64, device=DEVICE, dtype=BFLOAT16) for _ in range(4))
-    for tile in (128, 64, 32, 16):
-        layout = AttentionLayout.from_keep_mask(block_mask(16, 4096, 4096, tile, 0.9, 1, DEVICE), tile=tile).prepare()
-        run = training_step(lambda q, k, v, lay=layout: block_sparse_attention(q, k, v, lay), q, k, v, grad)
-        for module, name in [(forward, "forward_config"), (backward, "dq_config"), (backward, "dkdv_config")]:
-            chosen = getattr(module, name)
-            chosen_time = measure(run, repeats)
-            for outer, inner, stages, registers in itertools.product(
-                sorted({tile, min(tile, 64)}), TILE_SIZES, (1, 2, 3), (None, 128, 168)
-            ):
-                for warps in sorted({max(1, outer // 32), outer // 16}):
-                    shape = (inner, outer) if name == "dkdv_config" else (outer, inner)
-                    config = Config(*shape, warps, stages, registers)
-                    setattr(module, name, lambda *_, config=config: config)
-                    rows.append(
-                        dict(method=name, tile=tile, config=config, chosen=chosen_time, **measure(run, repeats))
-                    )
-            setattr(module, name, chosen)
-    return rows
-
-
 # --- output -----------------------------------------------------------------------------------------------------------
 
 
@@ -536,7 +500,6 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="JSON file to write")
     parser.add_argument("--only", action="append", choices=list(sections(1)), help="sections to run (default: all)")
     parser.add_argument("--repeats", type=int, default=30, help="timed calls or graph replays (default: 30)")
-    parser.add_argument("--tune", action="store_true", help="sweep launch configurations instead")
     parser.add_argument("--table", type=Path, metavar="JSON", help="print a Markdown table of a result file and stop")
     options = parser.parse_args(arguments)
     if options.table:
@@ -549,20 +512,14 @@ def main(arguments: list[str] | None = None) -> None:
     report: dict[str, object] = provenance()
     rows: list[dict] = []
     report["rows"] = rows
-    work = {"tune": [lambda: tune(options.repeats)]} if options.tune else sections(options.repeats)
-    for name, cases in work.items():
-        if options.tune or not options.only or name in options.only:
+    for name, cases in sections(options.repeats).items():
+        if not options.only or name in options.only:
             for case in cases:
                 rows += case()
                 if options.out:  # after every case: a run that is cut short keeps what it measured
                     options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
             print(f"{name}: {len(rows)} rows", flush=True)
-    if options.tune:
-        best = sorted((row for row in rows if "median_ms" in row), key=lambda row: row["median_ms"])
-        for row in best[:40]:
-            print(row)
-    else:
-        print(table(report), details(report), sep="\n\n")
+    print(table(report), details(report), sep="\n\n")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """Tile shapes, warps, pipeline stages and register limits of every kernel.
 
-For half precision and head sizes up to 64 the choices are the fastest of a sweep on an H200 (torch 2.11,
-triton 3.6, D = 64; `scripts/bench_attention.py --tune` repeats it). Those for larger heads, float32 and decode
-were chosen by registers and shared memory alone. A choice depends on tile sizes, head size and type only,
-never on a sequence length inside a size class, so a new length does not compile anything.
+For half precision and head sizes up to 64 the choices are the fastest of sweeps on an H200 and an H100 (torch 2.11,
+triton 3.6, D = 64, forward + backward; `scripts/tune_attention.py` repeats them). Those for larger heads, float32
+and decode were chosen by registers and shared memory alone. A choice depends on tile sizes, head size and type
+only, never on a sequence length inside a size class, so a new length does not compile anything.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def small_forward_config(tile: int, dim: int, dtype: torch.dtype) -> Config:
     return {
         32: Config(32, 32, 2 if wide else 1, 1),
         64: Config(64, 64, 4, 1),
-        128: Config(128, 128, 4, 1),
+        128: Config(128, 128, 4, 1) if wide else Config(128, 128, 8, 1, 128),
     }[tile]
 
 

@@ -40,7 +40,8 @@ def run(*command, expect: int = 0, **kwargs) -> str:
         stderr=subprocess.STDOUT,
         text=True,
         timeout=600,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},  # tiny models: more threads only wait for each other
+        # Tiny models: more threads only wait for each other. Fairseq's --cpu clips gradients on a GPU that it sees.
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         **kwargs,
     )
     assert completed.returncode == expect, f"{command} exited with {completed.returncode}:\n{completed.stdout[-4000:]}"

@@ -1,19 +1,25 @@
 """The benchmark's cases run and its table prints; times need a GPU and are replaced here."""
 
+import functools
 import importlib.util
 import json
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from triton_ops import small
+from triton_ops.config import Config
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.fixture
-def bench(monkeypatch):
-    spec = importlib.util.spec_from_file_location("bench_attention", ROOT / "scripts" / "bench_attention.py")
-    module = importlib.util.module_from_spec(spec)
+def script(name, monkeypatch):
+    """A module of scripts/ in which things run once, anywhere, and seem to take 2 ms."""
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)  # dataclasses look their module up
     spec.loader.exec_module(module)
 
     def run_once(run, repeats):
@@ -21,8 +27,14 @@ def bench(monkeypatch):
         return dict(median_ms=2.0, p20_ms=1.0, p80_ms=3.0)
 
     monkeypatch.setattr(module, "DEVICE", "cuda" if torch.cuda.is_available() else "cpu")
-    monkeypatch.setattr(module, "DENSE", {})  # these back ends exist on a GPU only
     monkeypatch.setattr(module, "measure", run_once)
+    return module
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    module = script("bench_attention", monkeypatch)
+    monkeypatch.setattr(module, "DENSE", {})  # these back ends exist on a GPU only
     return module
 
 
@@ -43,6 +55,40 @@ def test_every_section_runs_and_is_tabulated(bench):
         "Ceiling, product: 700",
     ):
         assert text in printed
+
+
+def test_tuning_launches_the_candidate_and_puts_the_choice_back(monkeypatch):
+    tuning = script("tune_attention", monkeypatch)
+    monkeypatch.setattr(sys.modules["bench_attention"], "DEVICE", tuning.DEVICE)
+    chosen, launched = small.small_forward_config, []
+
+    def seen(self):
+        launched.append(self)
+        return dict(num_warps=self.warps, num_stages=self.stages)
+
+    monkeypatch.setattr(Config, "launch", seen)
+    candidate = Config(16, 32, 2, 1)
+    case = functools.partial(tuning.sentences, 2, 32)
+    search = tuning.Search(("small", "small_forward_config"), (case,), (candidate,))
+    assert search.times([case()], candidate, 1) == [2.0]
+    assert candidate in launched
+    launched.clear()
+    assert search.times([case()], None, 1) == [2.0]
+    assert candidate not in launched and small.small_forward_config is chosen
+
+
+def test_tuning_covers_every_kernel_with_candidates_that_can_launch(monkeypatch):
+    tuning = script("tune_attention", monkeypatch)
+    for name, search in tuning.searches().items():
+        module, function = search.name
+        assert callable(getattr(importlib.import_module(f"triton_ops.{module}"), function)), name
+        assert all(c.warps * 32 * (c.registers or 0) <= tuning.REGISTERS for c in search.candidates)
+
+
+def test_committed_tuning_can_be_printed(monkeypatch):
+    tuning = script("tune_attention", monkeypatch)
+    for path in (ROOT / "scripts").glob("tune_attention.*.json"):
+        assert "| forward 16 |" in tuning.table(json.loads(path.read_text(encoding="utf-8")))
 
 
 def test_committed_results_can_be_printed(bench):
