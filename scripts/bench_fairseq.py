@@ -6,6 +6,8 @@
     python scripts/bench_fairseq.py DATA_BIN --device cpu --limit 20 --systems stock kept --cases sentences
     python scripts/bench_fairseq.py --table scripts/bench_fairseq.h100.json           # Markdown, no GPU needed
 
+Nothing else should run on the host: stock fairseq waits for it, and its rate doubles where the host is idle.
+
 DATA_BIN is a folder of fairseq-preprocess with real text; its test sentences are translated, and pages are consecutive
 training sentences, joined up to the length of the case. Systems:
 
@@ -45,7 +47,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -370,7 +372,7 @@ def cells(values) -> str:
     return f"| {' | '.join(values)} |"
 
 
-def table(report: dict) -> str:
+def table(report: dict, systems: Sequence[str] = SYSTEMS) -> str:
     """One Markdown row per case and system, with ratios to the stock system; and where time goes, if profiled."""
     lines = [
         f"{report['device']}, torch {report['torch']}, triton {report['triton']}, {report['arch']}, "
@@ -380,7 +382,7 @@ def table(report: dict) -> str:
         "| case | system | target tokens/s | ratio | peak memory | ratio | reserved | ratio | cold start |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    rows = [row for case in CASES for row in report["rows"] if row["case"] == case]
+    rows = [row for case in CASES for row in report["rows"] if row["case"] == case and row["system"] in systems]
     stock = {row["case"]: row for row in rows if row["system"] == "stock"}
     for row in rows:
         base = stock.get(row["case"], {})
@@ -442,7 +444,7 @@ def main() -> None:
     parser.add_argument("--table", type=Path, metavar="JSON", help="print a Markdown table of a result file and stop")
     options = parser.parse_args()
     if options.table:
-        print(table(json.loads(options.table.read_text(encoding="utf-8"))))
+        print(table(json.loads(options.table.read_text(encoding="utf-8")), options.systems))
         return
     if options.data is None:
         parser.error("name a data-bin folder, or a result file with --table")

@@ -2,7 +2,7 @@
 """Run a list of pruned systems: masks, training, translation, scores; one JSON line each and a table.
 
     sweep.py SWEEP.yaml --data DIR --out DIR [--jobs N] [--dense SEED=CHECKPOINT ...] [--only REGEX] [--until STEP]
-    sweep.py --table results.jsonl
+    sweep.py --table results.jsonl [--only REGEX]
 
 SWEEP.yaml says everything that a result depends on: flags of training and recording, the search, and `systems`. A list
 in a system stands for one system of each value (of several lists, one of each combination):
@@ -478,7 +478,7 @@ def get_parser() -> argparse.ArgumentParser:
         "--dense", nargs="+", default=[], metavar="SEED=CHECKPOINT", help="dense models that need no training"
     )
     parser.add_argument(
-        "--only", default="", metavar="REGEX", help="only systems whose name it matches, and the dense ones"
+        "--only", default="", metavar="REGEX", help="only systems whose name it matches; in a sweep, the dense ones too"
     )
     parser.add_argument("--until", choices=STEPS, default="score", help="last step to do (default: %(default)s)")
     parser.add_argument("--table", type=Path, metavar="JSONL", help="print the table of a results file, nothing else")
@@ -491,7 +491,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     logging.getLogger("sacrebleu").setLevel(logging.WARNING)
     try:
         if args.table:
-            print(format_table([json.loads(line) for line in read_lines(args.table)]))
+            results = [json.loads(line) for line in read_lines(args.table)]
+            chosen = [result for result in results if re.search(args.only, result["system"])]
+            if not chosen:
+                parser.error(f"none of the {len(results)} systems of {args.table} has a name with --only {args.only}")
+            print(format_table(chosen))
             return
         if not (args.sweep and args.data and args.out):
             parser.error("name the sweep, its --data and its --out")

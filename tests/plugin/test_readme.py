@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import sys
 
 import pytest
@@ -10,9 +11,12 @@ from plugin.commands import ROOT
 from ap_fairseq.cli.evaluate import format_markdown
 
 EXAMPLE = ROOT / "examples" / "libreoffice_help"
+SYSTEMS = r"dense|\.(80|90)\.(?!.*untuned)|top-k.*\.(80|90)"  # of the main README's table
+PLUGIN = ("stock", "kept", "90")
 
 
 def script(path):
+    sys.path.insert(0, str(path.parent))  # scripts import each other
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)  # dataclasses look their module up
     spec.loader.exec_module(module)
@@ -26,21 +30,26 @@ def lines(name):
 def tables():
     """Name of a table in the README -> text that its results give."""
     yield "cpu", lambda: format_markdown(json.loads((EXAMPLE / "results/cpu.json").read_text(encoding="utf-8")))
-    swept = "h100-tuned h100-pool h200-untuned h200-finetuned cpu-short cpu-tuned cpu-kinds cpu-sweep"
-    for name in swept.split():
+    swept = "h100-converged h100-scratch h100-tuned h100-pool h200-untuned h200-finetuned"
+    for name in f"{swept} cpu-short cpu-tuned cpu-kinds cpu-sweep".split():
         yield name, lambda name=name: script(EXAMPLE / "sweep.py").format_table(lines(name))
+    digest = [line for line in lines("h100-converged") if re.search(SYSTEMS, line["system"])]
+    yield "h100-converged-digest", lambda: script(EXAMPLE / "sweep.py").format_table(digest)
     published = [line for line in lines("h200-masks") if line["procedure"] == "as-published"]
     yield "h200-masks", lambda: script(EXAMPLE / "sweep.py").format_table(published)
     samples = json.loads((ROOT / "scripts/sample_error.cpu.json").read_text(encoding="utf-8"))
     yield "sample", lambda: script(ROOT / "scripts/sample_error.py").format_markdown(samples)
-    for name, file in (("bench_fairseq", "h100"), ("bench_fairseq", "cpu"), ("bench_attention", "h100")):
-        report = json.loads((ROOT / f"scripts/{name}.{file}.json").read_text(encoding="utf-8"))
-        yield f"{name}.{file}", lambda name=name, report=report: script(ROOT / f"scripts/{name}.py").table(report)
+    for path in sorted((ROOT / "scripts").glob("*_*.*.json")):
+        name, report = path.name.split(".")[0], json.loads(path.read_text(encoding="utf-8"))
+        if name != "sample_error":
+            yield path.stem, lambda name=name, report=report: script(ROOT / f"scripts/{name}.py").table(report)
+    report = json.loads((ROOT / "scripts/bench_fairseq.h100.json").read_text(encoding="utf-8"))
+    yield "bench_fairseq.h100-digest", lambda: script(ROOT / "scripts/bench_fairseq.py").table(report, PLUGIN)
 
 
 @pytest.mark.parametrize(("name", "make"), tables(), ids=lambda value: value if isinstance(value, str) else "")
 def test_result_tables_are_generated_from_the_committed_results(name, make):
-    readmes = [folder / "README.md" for folder in (ROOT, EXAMPLE)]
+    readmes = [folder / "README.md" for folder in (ROOT, EXAMPLE, ROOT / "scripts")]
     texts = [path.read_text(encoding="utf-8") for path in readmes]
     (readme,) = (text for text in texts if f"<!-- results: {name} -->" in text)
     table = readme.split(f"<!-- results: {name} -->\n")[1].split("\n<!-- end -->")[0]
