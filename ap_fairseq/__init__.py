@@ -1,7 +1,7 @@
 """Attention Pruning for fairseq machine translation.
 
-Importing this package, or naming its folder with fairseq's ``--user-dir``, registers the task ``attention_recording``
-and the model ``pruned_transformer`` with its architectures.
+Importing this package, or naming its folder with fairseq's ``--user-dir``, registers the tasks ``attention_recording``
+and ``pruned_translation`` and the model ``pruned_transformer`` with its architectures.
 """
 
 from ap_fairseq.compat import allow_fairseq_checkpoints, require_fairseq

@@ -238,16 +238,20 @@ class AttentionStats:
     def merge(self, other: AttentionStats) -> AttentionStats:
         """Return the statistics of both recordings together, as if recorded in one run.
 
-        What only one of them has (the mass on the last source token, importance) is left out.
+        What only one of them has (the mass on the last source token, importance) is left out. Numbers of sentences and
+        pairs add up; ``data``, ``sample`` and ``versions`` become lists, one entry for each recording.
 
         Raises:
-            ArtifactError: if the two belong to different models or dictionaries.
+            ArtifactError: if the two belong to different models or dictionaries, or were cut at different positions.
         """
         if self.architecture != other.architecture:
             raise ArtifactError(
                 f"cannot merge statistics of different architectures: {self.architecture} and {other.architecture}"
             )
-        for key in ("checkpoint", "dictionaries"):
+        both = self.metadata, other.metadata
+        beyond = {k.value: sum(m.get("pairs_beyond_range", {}).get(k.value, 0) for m in both) for k in self.kinds}
+        # What is beyond the smaller limit would be counted in one recording and not in the other.
+        for key in ("checkpoint", "dictionaries", *(["max_positions"] if any(beyond.values()) else [])):
             ours, theirs = self.metadata.get(key), other.metadata.get(key)
             if ours != theirs:
                 raise ArtifactError(f"cannot merge statistics with different {key}: {ours} and {theirs}")
@@ -256,11 +260,12 @@ class AttentionStats:
             shape = np.maximum(self.occupancy[kind].shape, other.occupancy[kind].shape)
             mass[kind] = _grown(self.mass[kind], shape) + _grown(other.mass[kind], shape)
             occupancy[kind] = _grown(self.occupancy[kind], shape) + _grown(other.occupancy[kind], shape)
-        metadata = {**self.metadata, "data": _as_list(self.metadata) + _as_list(other.metadata)}
-        beyond = [m.get("pairs_beyond_range", {}) for m in (self.metadata, other.metadata)]
-        metadata["pairs_beyond_range"] = {k.value: sum(b.get(k.value, 0) for b in beyond) for k in self.kinds}
-        both = self.end_mass.keys() & other.end_mass.keys()
-        end_mass = {kind: self.end_mass[kind] + other.end_mass[kind] for kind in both}
+        metadata = {**self.metadata, "pairs_beyond_range": beyond}
+        metadata |= {key: _as_list(self.metadata, key) + _as_list(other.metadata, key) for key in LISTED}
+        metadata["sentences"] = sum(m.get("sentences", 0) for m in both)
+        metadata["pairs_recorded"] = {kind.value: int(occupancy[kind].sum()) for kind in self.kinds}
+        ends = self.end_mass.keys() & other.end_mass.keys()
+        end_mass = {kind: self.end_mass[kind] + other.end_mass[kind] for kind in ends}
         importance = {
             kind: sum(_grown(part.importance[kind], occupancy[kind].shape) for part in (self, other))
             for kind in self.importance.keys() & other.importance.keys()
@@ -295,9 +300,12 @@ def _grown(array: np.ndarray, shape) -> np.ndarray:
     return np.pad(array, grow)
 
 
-def _as_list(metadata: Mapping[str, Any]) -> list:
-    data = metadata.get("data", [])
-    return data if isinstance(data, list) else [data]
+LISTED = ("data", "sample", "versions")  # one entry for each recording that was merged
+
+
+def _as_list(metadata: Mapping[str, Any], key: str) -> list:
+    value = metadata.get(key, [])
+    return value if isinstance(value, list) else [value]
 
 
 # -- pruning masks ----------------------------------------------------------------------------------------------------

@@ -126,8 +126,10 @@ class PrunedMultiheadAttention(MultiheadAttention):
         """Return the keep mask, bool (heads, n_queries, n_keys), True = kept; the diagonal pattern beyond its range."""
         cells = self._keep_cells
         device = self.keep_words.device
-        if cells is None or cells.device != device or cells.size(1) < n_queries or cells.size(2) < n_keys:
+        if cells is None or cells.device != device:
             cells = self._keep_cells = self._unpack(n_queries, n_keys)
+        elif cells.size(1) < n_queries or cells.size(2) < n_keys:  # either side only grows
+            cells = self._keep_cells = self._unpack(max(cells.size(1), n_queries), max(cells.size(2), n_keys))
         return cells[:, :n_queries, :n_keys]
 
     @torch.inference_mode(False)  # what is kept may be needed for training later
@@ -135,8 +137,11 @@ class PrunedMultiheadAttention(MultiheadAttention):
         """Return what the kernels read for the keep mask: at least (n_queries, n_keys), built once and kept."""
         layout = self._layout
         device = self.keep_words.device
-        if layout is None or layout.device != device or layout.q_size < n_queries or layout.k_size < n_keys:
+        if layout is None or layout.device != device:
             layout = self._layout = AttentionLayout.from_keep_mask(self._unpack(n_queries, n_keys))
+        elif layout.q_size < n_queries or layout.k_size < n_keys:  # either side only grows
+            size = max(layout.q_size, n_queries), max(layout.k_size, n_keys)
+            layout = self._layout = AttentionLayout.from_keep_mask(self._unpack(*size))
         return layout
 
     def derived(self) -> tuple[Tensor | None, AttentionLayout | None]:

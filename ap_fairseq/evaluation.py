@@ -54,17 +54,21 @@ def read_hypotheses(path) -> list[str]:
         path: a file, or the logs of all ranks of a translation joined by colons.
 
     Raises:
-        ArtifactError: if a file is missing, or the sentences of a log are not numbered 0 ... n-1: a run that was cut
-            off.
+        ArtifactError: if a file is missing, or a log was cut off: its last line does not end, or its sentences are not
+            numbered 0 ... n-1.
     """
-    lines = [line for file in str(path).split(os.pathsep) for line in read_lines(file)]
-    entries = [match for match in map(_LOG_LINE.match, lines) if match]
+    lines, entries = [], []
+    for file in str(path).split(os.pathsep):
+        lines += (own := read_lines(file))
+        entries += (found_here := [match for match in map(_LOG_LINE.match, own) if match])
+        if found_here and not _ends(file):
+            raise ArtifactError(f"{file} was cut off in its last line, {own[-1][:60]!r}; run fairseq-generate again")
     if not entries:
         return lines
     found: dict[int, str] = {}
     for entry in entries:
         if entry[1] == "D":
-            found.setdefault(int(entry[2]), entry[3].split("\t", 1)[1])  # with --nbest, the best comes first
+            found.setdefault(int(entry[2]), entry[3].partition("\t")[2])  # with --nbest, the best comes first
     if sorted(found) != list(range(len(found))) or not found:
         last = max(found, default=-1)
         raise ArtifactError(
@@ -72,6 +76,13 @@ def read_hypotheses(path) -> list[str]:
             "or dropped a last batch that was no multiple of 8; translate with --required-batch-size-multiple 1"
         )
     return [found[index] for index in range(len(found))]
+
+
+def _ends(file) -> bool:
+    """Whether the last line of a text file is complete."""
+    with open(file, "rb") as stream:
+        stream.seek(-1, os.SEEK_END)
+        return stream.read() == b"\n"
 
 
 def write_json(path, document: Any, overwrite: bool = False) -> None:
@@ -118,7 +129,7 @@ def score(
         result[name] = value.score
         result[f"{name}_signature"] = str(metric.get_signature())
         if name == "bleu":
-            result["length_ratio"] = value.sys_len / value.ref_len
+            result["length_ratio"] = value.sys_len / max(value.ref_len, 1)  # references may be empty lines
     return result
 
 

@@ -23,6 +23,7 @@ PROCEDURES = (*criteria.SCORES, "random", "as-published")
 SCOPES = ("kind", "layer", "head", "global")
 GRANULARITIES = (1, 16, 32, 64, 128, "diagonal")
 BEYOND = ("diagonal", "keep")
+TIES = 1e-6  # weight of the draw among equal scores, in key positions: distances from a sloped diagonal differ by more
 
 _SORTED_AT_ONCE = 1 << 20
 _BINS = 1 << 16
@@ -317,7 +318,7 @@ class _Units:
             offset_score = criteria.mean_along_diagonals(cells * occupancy, occupancy)
             score = criteria.sum_by(of_cell, cells * prunable) / np.maximum(pairs, 1)
             if name in criteria.WITH_TIES:
-                score = score - np.random.default_rng(spec.seed).random(len(pairs))
+                score = score - TIES * np.random.default_rng(spec.seed).random(len(pairs))
         if count := int(spec.min_heads.get(kind, 0)):
             score, offset_score = (_always_in_best_heads(s, heads, count, kind) for s in (score, offset_score))
         offset_score[..., seen == 0] = np.inf

@@ -269,7 +269,8 @@ class PrunedTransformerEncoder(TransformerEncoderBase):
         else:
             beam, remainder = divmod(new_order.numel(), n_sentences)
             sentences = torch.arange(n_sentences, device=new_order.device)
-            if remainder == 0 and beam > 1 and torch.equal(new_order, sentences.repeat_interleave(beam)):
+            repeated = remainder == 0 and beam > 1 and torch.equal(new_order, sentences.repeat_interleave(beam))
+            if repeated and not self.cfg.cross_self_attention:  # there the decoder joins it to every hypothesis
                 return {**encoder_out, "beam": [beam]}
             beam = 1
         shift = [part.index_select(0, new_order) for part in encoder_out["source_shift"]]

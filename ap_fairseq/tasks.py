@@ -1,4 +1,6 @@
-"""fairseq tasks: ``attention_recording`` runs a trained translation model over a data set and writes its statistics."""
+"""fairseq tasks: ``attention_recording`` runs a trained translation model over a data set and writes its statistics;
+``pruned_translation`` searches on the device.
+"""
 
 import collections
 import logging
@@ -109,8 +111,8 @@ class AttentionRecordingTask(TranslationTask):
         self.subset = split
 
     def filter_indices_by_size(self, indices, dataset, max_positions=None, ignore_invalid_inputs=False):
-        """Leave out what is too long for the model, as fairseq does, and draw the sample from the rest."""
-        indices = super().filter_indices_by_size(indices, dataset, max_positions, ignore_invalid_inputs)
+        """Leave out what is too long for the model, as training does, and draw the sample from the rest."""
+        indices = super().filter_indices_by_size(indices, dataset, max_positions, ignore_invalid_inputs=True)
         if self.cfg.stats_sample is None:
             return indices
         return sample_by_length(np.asarray(indices), self.cfg.stats_sample, self.cfg.stats_sample_seed)

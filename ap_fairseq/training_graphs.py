@@ -62,15 +62,15 @@ class TrainingGraphs:
     def __init__(self, model: nn.Module, capture: bool = True):
         self.model = weakref.proxy(model)
         self.capture = capture
+        self.given_up = False  # for lack of memory: everything is left to the model
         self.forget()
 
     def forget(self) -> None:
         """Drop all graphs and their memory."""
         self.graphs: dict[Shape, _Graph] = {}
         self.pool = GraphPool()
-        # Graphs hold addresses: these must be where they were, or all graphs are void.
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
-        self.addresses = [p.data_ptr() for p in self.parameters]
+        self.addresses = self._addresses()
         # Passes differentiate by aliases. What accumulates into the parameters themselves belongs to the stream on
         # which data-parallel training first touched it, and a capture must not wait for another stream.
         aliases = {p: p.detach().requires_grad_() for p in self.parameters}
@@ -89,9 +89,16 @@ class TrainingGraphs:
     def _masks(self) -> list[Tensor]:
         return [getattr(module, name) for _, module in attention_sites(self.model) for name in MASK_BUFFERS]
 
+    def _addresses(self) -> list[int]:
+        """What graphs read must be where it was, or all graphs are void: parameters, and fairseq's position tables.
+
+        A table moves when a longer sentence comes, in translating for --eval-bleu for instance, or by rounding.
+        """
+        return [tensor.data_ptr() for tensor in (*self.parameters, *self.model.buffers())]
+
     def _valid(self) -> bool:
         same_masks = all(a is b for a, b in zip(self.masks, self._masks(), strict=True))
-        return same_masks and self.addresses == [p.data_ptr() for p in self.parameters]
+        return same_masks and self.addresses == self._addresses()
 
     def __call__(self, src_tokens: Tensor, prev_output_tokens: Tensor) -> Tensor | None:
         """Compute the features of the decoder, (B, T, C), differentiable; None if that has to be done directly.
@@ -100,7 +107,7 @@ class TrainingGraphs:
             src_tokens: int64 (B, S).
             prev_output_tokens: int64 (B, T).
         """
-        if self._is_pending() or torch.is_autocast_enabled(src_tokens.device.type):
+        if self.given_up or self._is_pending() or torch.is_autocast_enabled(src_tokens.device.type):
             return None
         if not self._valid():
             self.forget()
@@ -123,13 +130,14 @@ class TrainingGraphs:
             graph.capture()
         except torch.cuda.OutOfMemoryError as error:
             self.forget()
+            self.gradients = self.features = self.features_grad = None
             torch.cuda.empty_cache()
-            self.capture = False
+            self.given_up = True
             logger.warning(
                 f"training updates run directly from now on: {len(graph.source)} sentences of {graph.source.size(1)} "
                 f"and {graph.target.size(1)} tokens could not be captured as a CUDA graph; lower --max-tokens ({error})"
             )
-        return self.capture
+        return not self.given_up
 
     def _is_pending(self) -> bool:
         forward = self._pending and self._pending()

@@ -77,7 +77,8 @@ def translate(
     Raises:
         ArtifactError: for files that are missing or do not belong together.
     """
-    systems = [system for system in systems if not _is_done(system, search)]
+    request = {"search": dataclasses.asdict(search), "subset": subset, "validation": validation}
+    systems = [system for system in systems if not _is_done(system, request)]
     if not systems:
         return
     loaded = systems[0].checkpoint
@@ -104,17 +105,18 @@ def translate(
             with atomic_output(system.output, overwrite=True) as temporary:
                 lines = "".join(f"{texts[index]}\n" for index in range(len(task.dataset(subset))))
                 Path(temporary).write_text(lines, encoding="utf-8")
+        decoded = _measured(sites)
         document = {
             "valid_nll": _nll(model, task, validation_batches, device),
             "checkpoint_sha256": file_sha256(system.checkpoint),
             "masks": model.masks_provenance(),
-            "search": dataclasses.asdict(search),
+            **request,
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
             "versions": versions(),
             "seconds": round(time.monotonic() - started, 1),
         }
         if system.dynamic:
-            document["dynamic"] = {**system.dynamic, "sparsity": _measured(sites)}
+            document["dynamic"] = {**system.dynamic, "sparsity": decoded if search.beam else _measured(sites)}
         write_json(Path(system.output).with_suffix(".json"), document, overwrite=True)
 
 
@@ -144,14 +146,15 @@ def _nll(model, task, batches, device: torch.device) -> float:
     return loss / n_tokens / math.log(2)
 
 
-def _is_done(system: Translation, search: Search) -> bool:
-    """Whether the output is there; raises :class:`ArtifactError` if something else made it."""
+def _is_done(system: Translation, request: dict[str, Any]) -> bool:
+    """Whether the output is there; raises :class:`ArtifactError` if something else made it, but for the data folder."""
     path = Path(system.output).with_suffix(".json")
     if not path.exists():
         return False
     made = json.loads(path.read_text(encoding="utf-8"))
-    then = (made["checkpoint_sha256"], made["masks"]["file_sha256"], made["search"])
-    now = (file_sha256(system.checkpoint), file_sha256(system.masks), dataclasses.asdict(search))
+    dynamic = {name: value for name, value in made.get("dynamic", {}).items() if name != "sparsity"}
+    then = (made["checkpoint_sha256"], made["masks"]["file_sha256"], dynamic, {key: made.get(key) for key in request})
+    now = (file_sha256(system.checkpoint), file_sha256(system.masks), system.dynamic, request)
     if then != now:
         raise ArtifactError(
             f"{system.output} was made from other files or by another search:\n  then {then}\n  now  {now}\nremove "
@@ -177,7 +180,7 @@ def _hypotheses(model, task, batches, generator, device, remove_bpe):
 
 
 def _measured(sites) -> dict[str, dict[str, float]]:
-    """Effective sparsity of dynamic pruning per kind and in all, over the pairs that decoding computed."""
+    """Effective sparsity of dynamic pruning per kind and in all, over the pairs that were computed so far."""
     pairs: dict[str, list[int]] = {}
     for site, module in sites:
         if module.dynamic is not None:

@@ -46,9 +46,10 @@ def use_kernels(backend: str, q: Tensor) -> bool:
     return False
 
 
-def _check_lengths(name: str, lengths: Tensor | None, batch: int, size: int, device: torch.device) -> None:
+def _checked_lengths(name: str, lengths: Tensor | None, batch: int, size: int, device: torch.device) -> Tensor | None:
+    """The lengths without gaps in memory, as kernels read them."""
     if lengths is None:
-        return
+        return None
     if lengths.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{name} must be int32 or int64, got {lengths.dtype}")
     if lengths.shape != (batch,):
@@ -57,6 +58,7 @@ def _check_lengths(name: str, lengths: Tensor | None, batch: int, size: int, dev
         raise ValueError(f"{name} is on {lengths.device} but q is on {device}; move it with .to(q.device)")
     if not lengths.is_cuda and not torch.compiler.is_compiling():
         check_length_values(name, lengths, size)
+    return lengths.contiguous()
 
 
 def check_length_values(name: str, lengths: Tensor, size: int) -> None:
@@ -154,8 +156,8 @@ def block_sparse_attention(
         )
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p must lie in [0, 1), got {dropout_p}")
-    _check_lengths("q_lengths", q_lengths, batch, q_size, q.device)
-    _check_lengths("k_lengths", k_lengths, batch, k_size, q.device)
+    q_lengths = _checked_lengths("q_lengths", q_lengths, batch, q_size, q.device)
+    k_lengths = _checked_lengths("k_lengths", k_lengths, batch, k_size, q.device)
     scale = _check_scale(scale, dim)
     if dropout_p == 0.0:
         seed = None
@@ -278,7 +280,7 @@ def decode_attention(
         )
     if layout.mask_heads not in (1, heads):
         raise ValueError(f"layout has {layout.mask_heads} heads but q has {heads}; it must have {heads} or 1")
-    _check_lengths("k_lengths", k_lengths, batch, size, q.device)
+    k_lengths = _checked_lengths("k_lengths", k_lengths, batch, size, q.device)
     scale = _check_scale(scale, dim)
     if isinstance(step, int):
         if not 0 <= step < layout.q_size:

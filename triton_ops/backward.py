@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .config import dkdv_config, dq_config, precision
+from .config import ceil_div, dkdv_config, dq_config, power_of_two, precision
 from .layout import TileTable
 from .primitives import (
     LOG2E,
@@ -251,10 +251,10 @@ def backward(
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     delta = torch.empty_like(lse)
     shared = (words.size(2), row_shift, words.size(1))
-    constants = dict(D=dim, BD=triton.next_power_of_2(dim), DROPOUT=seed is not None, PRECISION=precision(q.dtype))
+    constants = dict(D=dim, BD=power_of_two(dim), DROPOUT=seed is not None, PRECISION=precision(q.dtype))
 
     config = dq_config(query_table, dim, q.dtype)
-    n_tiles = triton.cdiv(q_size, config.block_q)
+    n_tiles = ceil_div(q_size, config.block_q)
     _dq_kernel[(n_tiles * batch * heads,)](
         q, k, v, out, grad_out, lse, grad_lse, dq, delta, words, query_table.entries, query_table.counts,
         q_lengths, k_lengths, seed, scale, scale_log2, threshold, inverse_keep,
@@ -266,7 +266,7 @@ def backward(
     )  # fmt: skip
 
     config = dkdv_config(key_table, dim, q.dtype)
-    n_tiles = triton.cdiv(k_size, config.block_k)
+    n_tiles = ceil_div(k_size, config.block_k)
     _dkdv_kernel[(n_tiles * batch * heads,)](
         q, k, v, grad_out, lse, delta, dk, dv, words, key_table.entries, key_table.counts,
         q_lengths, k_lengths, seed, scale, scale_log2, threshold, inverse_keep,

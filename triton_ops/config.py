@@ -37,6 +37,16 @@ class Config(NamedTuple):
         return options
 
 
+def ceil_div(a: int, b: int) -> int:
+    """a / b rounded up; without the microseconds that triton.cdiv takes on the host."""
+    return -(-a // b)
+
+
+def power_of_two(n: int) -> int:
+    """The least power of two from n on, n >= 1."""
+    return 1 << (n - 1).bit_length()
+
+
 def precision(dtype: torch.dtype) -> str:
     """How products are taken.
 

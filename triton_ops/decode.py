@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .config import decode_config, precision
+from .config import decode_config, power_of_two, precision
 from .layout import COLUMN_GROUP, RowLists
 from .primitives import LOG2E, NO_KEY, dot, dot_add, sequence_length
 
@@ -128,7 +128,7 @@ def decode(
     batch, beam, heads, dim = q.shape
     out = torch.empty_like(q)
     shared = k.dim() == 4 or cache_starts is not None
-    rows = max(16, triton.next_power_of_2(beam)) if shared else 1
+    rows = max(16, power_of_two(beam)) if shared else 1
     config = decode_config(shared, dim, q.dtype)
     cache_strides: list[int] = []
     for x in (k, v):
@@ -144,7 +144,7 @@ def decode(
         q, k, v, out, lists.columns, lists.pointers, step, k_lengths, cache_rows, cache_starts, cache_offsets,
         scale * LOG2E.value, *q.stride()[:3], *cache_strides, *out.stride()[:3], *table_strides,
         beam, heads, lists.pointers.size(0), k_size, n_rows, n_pointers - 1,
-        D=dim, BD=triton.next_power_of_2(dim), BW=rows, BN=config.block_k, GROUP=COLUMN_GROUP,
+        D=dim, BD=power_of_two(dim), BW=rows, BN=config.block_k, GROUP=COLUMN_GROUP,
         PRECISION=precision(q.dtype), **config.launch(),
     )  # fmt: skip
     return out

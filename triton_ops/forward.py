@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .config import forward_config, precision
+from .config import ceil_div, forward_config, power_of_two, precision
 from .layout import TileTable
 from .primitives import (
     LN2,
@@ -123,14 +123,14 @@ def forward(
     out = torch.empty_like(q)
     lse = torch.empty(batch, heads, q_size, dtype=torch.float32, device=q.device)
     config = forward_config(table, dim, q.dtype)
-    n_tiles = triton.cdiv(q_size, config.block_q)
+    n_tiles = ceil_div(q_size, config.block_q)
     _forward_kernel[(n_tiles * batch * heads,)](
         q, k, v, out, lse, words, table.entries, table.counts, q_lengths, k_lengths, seed,
         scale_log2, threshold, inverse_keep,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
         heads, words.size(0), q_size, k.size(2), words.size(2), row_shift, words.size(1),
         *table.entries.shape[1:], n_tiles,
-        D=dim, BD=triton.next_power_of_2(dim), BM=config.block_q, BN=config.block_k,
+        D=dim, BD=power_of_two(dim), BM=config.block_q, BN=config.block_k,
         OUTER=table.outer, G=table.inner, DROPOUT=seed is not None, PRECISION=precision(q.dtype),
         **config.launch(),
     )  # fmt: skip

@@ -18,6 +18,8 @@ WORD = 32  # cells per packed word
 TILE_SIZES = (16, 32, 64, 128)
 COLUMN_GROUP = 64  # keys per step of the row pointers
 
+MOST_BLOCKS = (1 << 15) - 1  # numbers of full and of partial blocks share an int32
+
 # Forward time per cell of a full tile relative to 128 x 128 tiles: small tiles load keys and values for fewer
 # rows. From the sweep behind `config.py` (H200, bfloat16, D = 64, T = 4096, 0% and 50% sparsity).
 TILE_COST = {16: 2.5, 32: 1.9, 64: 1.12, 128: 1.0}
@@ -28,8 +30,7 @@ class TileTable(NamedTuple):
 
     entries: (M, n_outer, n_inner) int32. Row (h, o) holds the indices of the full blocks in ascending
         order from the left, and those of the partial blocks in ascending order from the right end
-        inwards. The start of a row is arithmetic, so a kernel loads its first block index without
-        waiting for a pointer.
+        inwards. A row starts where arithmetic says, not where a pointer would.
     counts: (M, n_outer, n_inner + 1) int32. counts[h, o, x] holds the number of full (low 16 bits) and
         partial (high 16 bits) blocks whose index is below x. A sequence length becomes a list length
         with one load, so lengths are run-time values and padding is skipped as blocks.
@@ -106,6 +107,10 @@ def _table(some: Tensor, every: Tensor, outer: int, inner: int) -> TileTable:
     """Compact the tile status (M, n_outer, n_inner) into lists, without a host synchronisation."""
     full, partial = every, some & ~every
     n_inner = full.size(2)
+    if n_inner > MOST_BLOCKS:
+        raise ValueError(
+            f"{n_inner} blocks of {inner} positions, at most {MOST_BLOCKS} can be counted; use a larger tile"
+        )
     n_full, n_partial = full.cumsum(2, dtype=torch.int32), partial.cumsum(2, dtype=torch.int32)
     slot = torch.where(full, n_full - 1, torch.where(partial, n_inner - n_partial, n_inner))
     entries = torch.zeros(*full.shape[:2], n_inner + 1, dtype=torch.int32, device=full.device)
@@ -266,7 +271,8 @@ class AttentionLayout:
     def keep_mask(self, q_size: int | None = None, k_size: int | None = None) -> Tensor:
         """The keep mask (M, q_size, k_size) as bool; sizes default to the whole mask."""
         words = _spread(self.words, self.row_group, self.q_size)
-        return _unpack(words, q_size or self.q_size, k_size or self.k_size)
+        sizes = self.q_size if q_size is None else q_size, self.k_size if k_size is None else k_size
+        return _unpack(words, *sizes)
 
     def keep_row(self, step: Tensor) -> Tensor:
         """Row `step` (one-element tensor) of the keep mask: (M, k_size) bool."""

@@ -24,8 +24,8 @@ DROPOUT_RESOLUTION = 2**31
 
 
 def dropout_threshold(dropout_p: float) -> int:
-    """A cell is dropped when its 31-bit random number is below this."""
-    return round(dropout_p * DROPOUT_RESOLUTION)
+    """A cell is dropped when its 31-bit random number is below this; whatever the rate, one number is not."""
+    return min(round(dropout_p * DROPOUT_RESOLUTION), DROPOUT_RESOLUTION - 1)
 
 
 def dropout_keep(seed: int | Tensor, heads: int, q_size: int, k_size: int, dropout_p: float, device=None) -> Tensor:
@@ -107,8 +107,9 @@ def attention_reference(
         q = q.masked_fill(padding, 0)
     accumulate = torch.promote_types(q.dtype, torch.float32)
     scores = (torch.matmul(q, k.transpose(-1, -2)).to(accumulate) * scale).masked_fill(~cells, -torch.inf)
-    # A finite pivot keeps exp() and its gradient free of NaN in rows without a visible key.
-    pivot = scores.detach().amax(-1, keepdim=True).clamp_min(torch.finfo(accumulate).min)
+    # A finite pivot keeps exp() and its gradient free of NaN in rows without a visible key, or without any.
+    lowest = scores.new_full((*scores.shape[:3], 1), torch.finfo(accumulate).min)
+    pivot = torch.maximum(scores.detach().amax(-1, keepdim=True), lowest) if k_size else lowest
     weights = torch.exp(scores - pivot)
     total = weights.sum(-1, keepdim=True)
     visible = total > 0
@@ -144,16 +145,20 @@ def decode_reference(
     if cache_offsets is not None:  # (R, D) -> (B, beam, H, S, D), or (B, H, S, D) with starts
         index = cache_starts[..., None] if cache_rows is None else cache_rows[:, :, None, :size]
         index = (index.long() + cache_offsets[:, :size]).clamp(0, k.size(0) - 1)
-        k, v = (x[index].masked_fill(~keep_row[..., None], 0) for x in (k, v))  # other cells need not have rows
+        k, v = (x[index] for x in (k, v))
     elif cache_rows is not None:  # (R, H, D) -> (B, beam, H, S, D)
-        index = cache_rows[..., :size].long()
+        index = cache_rows[..., :size].long().clamp(0, k.size(0) - 1)
         k, v = (x[index].transpose(2, 3) for x in (k, v))
     elif cache_starts is not None:  # (R, H, D) -> (B, H, S, D)
         index = cache_starts[:, None].long() + torch.arange(size, device=k.device)
-        k, v = (x[index.clamp_max(x.size(0) - 1)].transpose(1, 2) for x in (k, v))
+        k, v = (x[index.clamp(0, x.size(0) - 1)].transpose(1, 2) for x in (k, v))
     if k.dim() == 4:
         k, v = (x.unsqueeze(1).expand(-1, beam, -1, -1, -1) for x in (k, v))
-    k, v = k[:, :, :, :size], v[:, :, :, :size]
+    # What is not read need not have a row, nor hold numbers.
+    unread = ~keep_row.expand(batch, 1, -1, size)
+    if k_lengths is not None:
+        unread = unread | (torch.arange(size, device=k.device) >= k_lengths[:, None, None, None])
+    k, v = (x[:, :, :, :size].masked_fill(unread[..., None], 0) for x in (k, v))
     out, _ = attention_reference(
         q.reshape(batch, beam * heads, 1, -1),
         k.reshape(batch, beam * heads, size, -1),

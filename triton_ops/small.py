@@ -13,7 +13,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .config import SMALL_BYTES, SMALL_TILES, precision, small_backward_config, small_forward_config
+from .config import (
+    SMALL_BYTES,
+    SMALL_TILES,
+    ceil_div,
+    power_of_two,
+    precision,
+    small_backward_config,
+    small_forward_config,
+)
 from .primitives import LN2, LOG2E, NO_KEY, dot, dropout_bits, keep_bits_by_key, sequence_length
 
 
@@ -174,7 +182,7 @@ def small_size(q_size: int, k_size: int, dim: int, dtype: torch.dtype) -> int | 
     """
     for tile in SMALL_TILES:
         if max(q_size, k_size) <= tile:
-            fits = tile * triton.next_power_of_2(dim) * dtype.itemsize <= SMALL_BYTES
+            fits = tile * power_of_two(dim) * dtype.itemsize <= SMALL_BYTES
             return tile if fits else None
     return None
 
@@ -198,12 +206,12 @@ def small_forward(
     out = torch.empty_like(q)
     lse = torch.empty(batch, heads, q_size, dtype=torch.float32, device=q.device)
     config = small_forward_config(tile, dim, q.dtype)
-    n_tiles = triton.cdiv(q_size, config.block_q)
+    n_tiles = ceil_div(q_size, config.block_q)
     _small_forward_kernel[(n_tiles * batch * heads,)](
         q, k, v, out, lse, words, q_lengths, k_lengths, seed, scale * LOG2E.value, threshold, inverse_keep,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
         heads, words.size(0), q_size, k.size(2), words.size(2), row_shift, words.size(1), n_tiles,
-        D=dim, BD=triton.next_power_of_2(dim), BM=config.block_q, BN=config.block_k,
+        D=dim, BD=power_of_two(dim), BM=config.block_q, BN=config.block_k,
         DROPOUT=seed is not None, PRECISION=precision(q.dtype), **config.launch(),
     )  # fmt: skip
     return out, lse
@@ -235,7 +243,7 @@ def small_backward(
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad_out.stride()[:3],
         *dq.stride()[:3], *dk.stride()[:3], *dv.stride()[:3],
         heads, words.size(0), q_size, k.size(2), words.size(2), row_shift, words.size(1),
-        D=dim, BD=triton.next_power_of_2(dim), BM=config.block_q, BN=config.block_k,
+        D=dim, BD=power_of_two(dim), BM=config.block_q, BN=config.block_k,
         DROPOUT=seed is not None, PRECISION=precision(q.dtype), **config.launch(),
     )  # fmt: skip
     return dq, dk, dv

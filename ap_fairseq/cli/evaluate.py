@@ -148,9 +148,24 @@ def environment() -> dict:
 
 
 def read_seconds(folder: str) -> dict[str, float]:
-    """Read the stage marks of ``scripts/stages.sh``: the first line of each file is its duration in seconds."""
+    """Read the stage marks of ``scripts/stages.sh``: the first line of each file is its duration in seconds.
+
+    Raises:
+        ArtifactError: if there are none, or files of another kind.
+    """
     marks = sorted(Path(folder).glob("*"), key=lambda mark: mark.stat().st_mtime)
-    return {mark.name: float(mark.read_text(encoding="utf-8").split("\n", 1)[0]) for mark in marks}
+    if not marks:
+        raise ArtifactError(f"--stages {folder} holds no stage marks; they are in the folder `stages` of a run")
+    seconds = {}
+    for mark in marks:
+        first = mark.read_text(encoding="utf-8").partition("\n")[0]
+        try:
+            seconds[mark.name] = float(first)
+        except ValueError as error:
+            raise ArtifactError(
+                f"{mark} is no stage mark of scripts/stages.sh: it starts with {first[:40]!r}, not with seconds"
+            ) from error
+    return seconds
 
 
 # -- tables -----------------------------------------------------------------------------------------------------------
@@ -276,6 +291,11 @@ def _check(args: argparse.Namespace, systems: Sequence[str]) -> None:
             raise ArtifactError(f"--{flag.replace('_', '-')} needs --{needs}")
     if args.samples is not None and (args.significance is None or args.samples < 1):
         raise ArtifactError(f"--samples {args.samples} takes at least 1 and goes with --significance")
+    if args.significance and len(systems) < 2:
+        raise ArtifactError(f"--significance compares two systems or more, got {len(systems)}")
+    for _, _, checkpoint in map(_parse_system, systems):
+        if checkpoint and not Path(checkpoint).is_file():
+            raise ArtifactError(f"checkpoint {checkpoint} does not exist")
 
 
 @command
@@ -290,10 +310,11 @@ def main(argv: list[str]) -> None:
     _check(args, args.systems)
     if args.output:
         refuse_existing(args.output, args.overwrite)
+    seconds = read_seconds(args.stages) if args.stages else {}  # what is wrong with it is said before the scoring
     document = {"command": shlex.join(["ap-evaluate", *argv]), **evaluate(args), **environment()}
     print(format_results(document))
-    if args.stages:
-        document["seconds"] = read_seconds(args.stages)
-        print("seconds: " + ", ".join(f"{name} {seconds:.0f}" for name, seconds in document["seconds"].items()))
+    if seconds:
+        document["seconds"] = seconds
+        print("seconds: " + ", ".join(f"{name} {value:.0f}" for name, value in seconds.items()))
     if args.output:
         evaluation.write_json(args.output, document, args.overwrite)

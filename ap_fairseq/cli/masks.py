@@ -137,6 +137,11 @@ def _budgets(args: argparse.Namespace, stats: AttentionStats) -> Mapping[Attenti
             )
         return dict.fromkeys(stats.kinds, args.total)
     if args.like is not None:
+        if args.procedure == "as-published":
+            raise ArtifactError(
+                f"--like {args.like} gives effective sparsity, --procedure as-published takes nominal percentiles; "
+                "name those with --encoder-self, --decoder-self and --cross"
+            )
         shares = PruningMasks.load(args.like).metadata.get("sparsity", {})
         return {AttentionKind(name): share["effective"] for name, share in shares.items() if share["effective"] > 0}
     return own

@@ -119,8 +119,9 @@ def main(argv: list[str]) -> None:
         raise ArtifactError(f"checkpoint {args.path} does not exist")
     if not 1 <= args.rounds <= args.updates:
         raise ArtifactError(f"--rounds {args.rounds} and --updates {args.updates}: each round needs an update")
-    taken = {"--save-dir", "--max-update", "--attention-masks", "--finetune-from-model"} & {*train_flags}
-    if taken or "--arch" not in train_flags:
+    given = {flag.split("=")[0] for flag in train_flags}
+    taken = {"--save-dir", "--max-update", "--attention-masks", "--finetune-from-model"} & given
+    if taken or not {"--arch", "-a"} & given:
         fault = f"{', '.join(sorted(taken))} given" if taken else "no --arch given"
         raise ArtifactError(f"fairseq-train flags after --: {fault}; the rounds set these themselves, all but --arch")
     mask_flags, record_flags = shlex.split(args.masks), shlex.split(args.record)

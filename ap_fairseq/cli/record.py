@@ -64,15 +64,22 @@ def main(argv: list[str]) -> None:
     if not os.path.isfile(args.path):
         raise ArtifactError(f"checkpoint {args.path} does not exist")
     if not os.path.isdir(args.data):
-        raise ArtifactError(f"data folder {args.data} does not exist; make it with fairseq-preprocess")
+        raise ArtifactError(
+            f"data folder {args.data} does not exist; fairseq-preprocess makes it, and it goes before fairseq's flags"
+        )
     state = load_checkpoint(args.path)
     _require_supported(state, args.path)
     _require_dictionaries(state, args)
-    if not any(flag in fairseq_argv for flag in ("--max-tokens", "--batch-size", "--max-sentences")):
+    if "," in args.subset:
+        raise ArtifactError(
+            f"--subset {args.subset} names several subsets; record each into a file of its own, ap-masks merges them"
+        )
+    flags = {word.split("=")[0] for word in fairseq_argv}
+    if not flags & {"--max-tokens", "--batch-size", "--max-sentences"}:
         fairseq_argv += ["--max-tokens", "12000"]
-    if "--required-batch-size-multiple" not in fairseq_argv:
-        # With its default of 8, fairseq main silently drops a last batch that is no multiple of it.
-        fairseq_argv += ["--required-batch-size-multiple", "1"]
+    # Before the caller's flags, which win. With its default of 8, fairseq main silently drops a last batch that is no
+    # multiple of it.
+    fairseq_argv = ["--required-batch-size-multiple", "1", *fairseq_argv]
 
     parser = options.get_validation_parser()
     fairseq_argv = [args.data, "--task", TASK, "--path", args.path, "--valid-subset", args.subset, *fairseq_argv]

@@ -195,6 +195,17 @@ def test_positions_beyond_the_range_follow_the_stored_pattern(n):
             assert keep[h, i, j] == expected, (kind, h, i, j)
 
 
+def test_masks_beyond_the_range_are_built_once_for_either_side(monkeypatch):
+    site = next(m for s, m in attention_sites(pruned_model(random_masks(0.5))) if s.kind is AttentionKind.CROSS)
+    built = []
+    unpack = site._unpack
+    monkeypatch.setattr(site, "_unpack", lambda *size: built.append(size) or unpack(*size))
+    for size in [(60, 20), (20, 60)] * 3:
+        assert site.keep_mask(*size).shape[1:] == size
+        assert site.layout(*size).q_size >= size[0] and site.layout(*size).k_size >= size[1]
+    assert built == [(60, 20)] * 2 + [(64, 60)] * 2
+
+
 def test_a_model_without_masks_refuses_to_run():
     """A missing mask must never be a silent dense run (the authors' code trained dense when the file was missing)."""
     model = pruned_model(None, WORDS)

@@ -47,6 +47,19 @@ def test_a_log_with_gaps_is_refused(tmp_path, log, found):
         read_hypotheses(path)
 
 
+@pytest.mark.parametrize("end", ["D-1", "D-1\t-0.4", "D-1\t-0.4\tonly ha", "P-1\t-0.1 -0."])
+def test_a_log_cut_in_a_line_is_refused(tmp_path, end):
+    path = tmp_path / "log"
+    path.write_text(f"D-0\t-0.1\twhole\n{end}")
+    with pytest.raises(ArtifactError, match="was cut off in its last line, '[DP]-1"):
+        read_hypotheses(path)
+
+
+def test_empty_references_can_be_scored():
+    assert score(["", ""], ["", ""])["length_ratio"] == 0
+    assert score(["a word", ""], ["", ""])["length_ratio"] == 2
+
+
 def test_plain_text_is_read_line_by_line(tmp_path):
     path = tmp_path / "text"
     path.write_text("a D-0\n\nD-1 no log\n")
@@ -186,6 +199,9 @@ def test_command_writes_json_markdown_and_latex(tmp_path, capsys):
         (["x=ref", "--tokenized-bleu", "cased"], "--tokenized-bleu needs --language"),
         (["x=ref", "--samples", "5"], "--samples 5 takes at least 1 and goes with --significance"),
         (["x=ref", "--documents", "short"], "1 document names for 120 references"),
+        (["x=ref,gone.pt"], "checkpoint gone.pt does not exist"),
+        (["x=ref", "--stages", "gone"], "--stages gone holds no stage marks"),
+        (["x=ref", "--stages", "."], "is no stage mark of scripts/stages.sh"),
         (["--markdown", "ref"], "no JSON file"),
     ],
 )

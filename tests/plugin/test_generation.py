@@ -154,3 +154,17 @@ def test_what_is_not_covered_is_left_to_fairseq_and_said_once(reason, systems, o
         generator.generate([], sample(LENGTHS), **inputs)
     told = [record.message for record in caplog.records if "fairseq's own generator" in record.message]
     assert len(told) == 1 and reason in told[0]
+
+
+@pytest.mark.parametrize("no_cross_attention", [False, True])
+def test_cross_self_attention_translates_with_beams_as_in_fairseq(no_cross_attention):
+    """The decoder joins the encoder's output to its own positions, for every hypothesis of a sentence."""
+    options = dict(cross_self_attention=True, no_cross_attention=no_cross_attention)
+    stock = dense_model(WORDS, **options).to(DEVICE)
+    stock.decoder.output_projection.weight.data.mul_(3)
+    model = pruned_model(random_masks(0.0, longest=(30, 30)), WORDS, **options).to(DEVICE)
+    model.load_state_dict(stock.state_dict())
+    ours, expected = (
+        SequenceGenerator([m], WORDS, beam_size=3, max_len_b=12).generate([], sample(LENGTHS)) for m in (model, stock)
+    )
+    assert_same(ours, expected)

@@ -115,8 +115,20 @@ def test_every_observed_row_sums_to_its_number_of_sentences():
 
 def test_a_merge_of_two_recordings_equals_one_recording():
     model = dense_model(WORDS)
-    merged = record(model, [[0, 2]]).merge(record(model, [[1], [3]]))
-    assert_same(merged, record(model, [[0, 1, 2, 3]]))
+    merged, whole = record(model, [[0, 2]]).merge(record(model, [[1], [3]])), record(model, [[0, 1, 2, 3]])
+    assert_same(merged, whole)
+    for key in ("sentences", "pairs_recorded", "pairs_beyond_range"):
+        assert merged.metadata[key] == whole.metadata[key]
+
+
+def test_recordings_cut_at_different_positions_do_not_merge():
+    """A cell between the two limits would be counted in one of them only."""
+    one, other = record(dense_model(WORDS), [[0]]), record(dense_model(WORDS), [[1]])
+    one.metadata["max_positions"], other.metadata["max_positions"] = 1024, 512
+    assert one.merge(other).metadata["sentences"] == 2  # nothing is beyond either
+    other.metadata["pairs_beyond_range"]["cross"] = 7
+    with pytest.raises(ArtifactError, match="different max_positions: 1024 and 512"):
+        one.merge(other)
 
 
 def test_recordings_of_different_checkpoints_do_not_merge():
@@ -272,6 +284,11 @@ def test_what_cannot_be_recorded_is_refused_at_once(data_bin, other_data_bin, de
         ([data_bin, "--path", lstm], "architecture 'lstm'; attention can be recorded from .*transformer_iwslt_de_en"),
         ([tmp_path, "--path", dense], "has no dictionary"),
         ([data_bin, "--path", dense, "--subset", "dev"], "no subset 'dev' in"),
+        ([data_bin, "--path", dense, "--subset", "valid,test"], "names several subsets; record each into a file"),
+        (
+            ["--max-tokens", "500", data_bin, "--path", dense],
+            "data folder 500 does not exist;.* before fairseq's flags",
+        ),
         ([data_bin, "--path", dense, "--sample", 0], "--sample must be at least 1 sentence, got 0"),
     ]
     for arguments, message in cases:
@@ -280,3 +297,25 @@ def test_what_cannot_be_recorded_is_refused_at_once(data_bin, other_data_bin, de
         printed = capsys.readouterr().err
         assert stop.value.code == 2 and re.search(message, printed), f"{arguments}: {printed[-800:]}"
         assert not (tmp_path / "stats").exists()
+
+
+def test_flags_of_fairseq_win_in_either_spelling(data_bin, dense, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(record_command.distributed_utils, "call_main", lambda cfg, *_, **__: seen.append(cfg.dataset))
+    for flags in ([], ["--max-tokens=500"], ["--batch-size=4", "--required-batch-size-multiple=2"]):
+        record_command.main([str(data_bin), "--path", str(dense), "-o", str(tmp_path / "stats"), "--cpu", *flags])
+    assert [(cfg.max_tokens, cfg.batch_size, cfg.required_batch_size_multiple) for cfg in seen] == [
+        (12000, None, 1),
+        (500, None, 1),
+        (None, 4, 2),
+    ]
+
+
+def test_sentences_longer_than_the_model_takes_are_left_out(data_bin, dense, tmp_path, capfd):
+    flags = ["--model-overrides", "{'max_source_positions': 12}", "--subset", "valid", "--cpu", "--num-workers", 0]
+    run("ap-record", data_bin, "--path", dense, "-o", tmp_path / "all", *flags[2:])
+    printed = run("ap-record", data_bin, "--path", dense, "-o", tmp_path / "short", *flags)
+    every, short = (AttentionStats.load(tmp_path / name) for name in ("all", "short"))
+    left_out = every.metadata["sentences"] - short.metadata["sentences"]
+    assert left_out > 0 and short.occupancy[AttentionKind.ENCODER_SELF].shape[-1] <= 12
+    assert f"{left_out} sentences were not recorded: longer than the model's positions" in printed

@@ -1,5 +1,6 @@
 """Many systems in one process translate as single commands do; schedules and sweeps resume and say what differs."""
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -209,6 +210,7 @@ def test_the_schedule_as_a_command_names_what_is_wrong(dense, data_bin, tmp_path
     common = [data_bin, "--path", dense, "-o", tmp_path, "--updates", 4, "--masks", "--total 0.5"]
     for arguments, message in (
         ([*common, "--", "--arch", "pruned_transformer", "--save-dir", "x"], "--save-dir given"),
+        ([*common, "--", "-a", "pruned_transformer", "--max-update=5"], "--max-update given"),
         (common, "no --arch given"),
         ([*common, "--rounds", 5, "--", "--arch", "x"], "each round needs an update"),
         ([*common[:-1], "--sparsity 0.5", "--", "--arch", "x"], "unrecognized arguments: --sparsity"),
@@ -276,8 +278,15 @@ def test_a_translation_of_other_files_is_not_taken_for_this_one(swept, data_bin,
         str(out / "translations" / "dense.untuned.s1.txt"), str(dense), str(out / "masks" / "all-kept.d1.safetensors")
     )
     translate([system], str(data_bin), Search(beam=2, max_tokens=1500, cpu=True, on_device=True))
-    with pytest.raises(ArtifactError, match="from other files or by another search"):
-        translate([system], str(data_bin), Search(beam=3, max_tokens=1500, cpu=True))
+    others = dataclasses.replace(system, dynamic={"top_k": "cross=2"})
+    search = Search(beam=2, max_tokens=1500, cpu=True, on_device=True)
+    for changed in (
+        lambda: translate([system], str(data_bin), Search(beam=3, max_tokens=1500, cpu=True)),
+        lambda: translate([system], str(data_bin), search, subset="valid"),
+        lambda: translate([others], str(data_bin), search),
+    ):
+        with pytest.raises(ArtifactError, match="from other files or by another search"):
+            changed()
 
 
 def test_the_loss_is_that_of_fairseq_and_can_be_all(corpus, dense, tmp_path):

@@ -272,15 +272,38 @@ def test_a_slice_of_a_layout_is_the_layout_of_the_slice():
         assert torch.equal(*results)
 
 
+@pytest.mark.parametrize("size", [30, 150])
+def test_lengths_may_have_any_stride(size):
+    """A column of a table, and one length for all sentences."""
+    q = torch.randn(3, 2, size, 32, device=DEVICE)
+    layout = AttentionLayout.from_keep_mask(torch.ones(2, size, size, dtype=torch.bool, device=DEVICE))
+    table = torch.tensor([[size, 1], [7, 2], [11, 3]], device=DEVICE)
+    for lengths in (table[:, 0], torch.tensor([9], device=DEVICE).expand(3)):
+        ours, expected = (
+            block_sparse_attention(q, q, q, layout, q_lengths=given, k_lengths=given, backend="triton")
+            for given in (lengths, lengths.clone())
+        )
+        torch.testing.assert_close(ours, expected, rtol=0, atol=0)
+
+
+def test_a_dropout_rate_of_nearly_one_drops_all_but_next_to_nothing():
+    q = torch.randn(1, 1, 8, 16, device=DEVICE)
+    layout = AttentionLayout.from_keep_mask(torch.ones(1, 8, 8, dtype=torch.bool, device=DEVICE))
+    for backend in ("triton", "eager"):
+        out = block_sparse_attention(q, q, q, layout, dropout_p=1 - 1e-12, seed=1, backend=backend)
+        torch.testing.assert_close(out, torch.zeros_like(out))
+
+
 def test_no_heads_no_rows_no_keys():
     layout = AttentionLayout.from_keep_mask(torch.ones(1, 200, 200, dtype=torch.bool, device=DEVICE))
     for batch, q_size, k_size in [(0, 4, 4), (2, 0, 4), (2, 4, 0), (1, 150, 0)]:
         q = torch.randn(batch, 2, q_size, 16, device=DEVICE, requires_grad=True)
         k = torch.randn(batch, 2, k_size, 16, device=DEVICE, requires_grad=True)
-        out = block_sparse_attention(q, k, k, layout, backend="triton")
-        assert out.shape == q.shape and (out == 0).all()
-        grads = torch.autograd.grad(out.sum(), (q, k))
-        assert all((g == 0).all() for g in grads) and grads[1].shape == k.shape
+        for backend in ("triton", "eager"):
+            out = block_sparse_attention(q, k, k, layout, backend=backend)
+            assert out.shape == q.shape and (out == 0).all()
+            grads = torch.autograd.grad(out.sum(), (q, k))
+            assert all((g == 0).all() for g in grads) and grads[1].shape == k.shape
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs 9 GB")

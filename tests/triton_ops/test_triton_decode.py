@@ -34,9 +34,9 @@ def check(dtype, dim, shared, problem):
     k, v = (torch.randn(shape, generator=generator).to(DEVICE, dtype) for _ in range(2))
     lengths = torch.randint(0, size + 1, (batch,), generator=generator).to(DEVICE)
     stale = (torch.arange(size, device=DEVICE) >= lengths.view(-1, *[1] * (k.dim() - 2)))[..., None]
-    for x in (k, v):  # past the lengths caches hold whatever was there
-        x.masked_fill_(stale, torch.nan)
     step = seed % rows
+    for x in (k, v):  # past the lengths, and where nothing is kept, caches hold whatever was there
+        x.masked_fill_(stale, torch.nan).masked_fill_(~keep[:, step, :size, None].to(DEVICE), torch.nan)
     options = dict(k_lengths=lengths)
     if pool == "rows of each head":
         k, v = pool_of_kept_cells(k, v, keep, generator, options)

@@ -150,3 +150,9 @@ def test_building_tables_does_not_wait_for_the_device():
 def test_bad_masks_are_refused_with_their_values(keep, tile, error, message):
     with pytest.raises(error, match=message):
         AttentionLayout.from_keep_mask(keep, tile=tile)
+
+
+def test_more_blocks_than_can_be_counted_are_refused():
+    layout = AttentionLayout.from_keep_mask(torch.ones(1, 1, 16 * 32768, dtype=torch.bool, device=DEVICE), tile=16)
+    with pytest.raises(ValueError, match="32768 blocks of 16 positions, at most 32767"):
+        layout.query_table()
