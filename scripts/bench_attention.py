@@ -20,7 +20,6 @@ import argparse
 import functools
 import json
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -36,8 +35,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from provenance import git_commit
+
 from triton_ops import AttentionLayout, block_sparse_attention, decode_attention
-from triton_ops.testing import assert_within_budget, block_mask, make_case
+from triton_ops.reference import decode_reference
+from triton_ops.testing import ROUNDING_BAND, assert_within_budget, block_mask, make_case
 
 DEVICE = "cuda"
 DENSE_MASK_LIMIT = 2048  # longest sequences for which a dense mask and eager scores are built
@@ -139,7 +141,7 @@ def flex(keep: Tensor, block: int, autotune: bool) -> Callable[..., Tensor]:
 
 
 def gate() -> None:
-    """Refuse to time kernels that are not right: tile lists, sentence kernels and dropout against float64."""
+    """Refuse to time kernels that are not right: tile lists, sentence kernels, dropout, decode against float64."""
     for tile in (16, 32, 64, 128):
         for block in (16, 1):
             keep = block_mask(2, 300, 260, 16, 0.5, seed=tile)
@@ -161,6 +163,19 @@ def gate() -> None:
                 dropout_p=0.1, q_lengths=lengths, k_lengths=lengths, causal=True, device=DEVICE,
             )
         )  # fmt: skip
+
+    keep = torch.rand(2, 90, 100, device=DEVICE) < 0.3
+    layout, step = AttentionLayout.from_keep_mask(keep), torch.tensor([60], device=DEVICE)
+    q = torch.randn(3, 5, 2, 64, device=DEVICE, dtype=BFLOAT16)
+    for shape in [(3, 5, 2, 100, 64), (3, 2, 100, 64)]:
+        tensors = [q, *(torch.randn(shape, device=DEVICE, dtype=BFLOAT16) for _ in range(2))]
+        ours = decode_attention(*tensors, layout, step, backend="triton").double()
+        eager, exact = (
+            decode_reference(*(x.to(dtype) for x in tensors), keep[:, 60], scale=0.125).double()
+            for dtype in (BFLOAT16, torch.float64)
+        )
+        band = ROUNDING_BAND[BFLOAT16] * torch.finfo(BFLOAT16).eps * exact.norm()
+        assert (ours - exact).norm() <= (eager - exact).norm() + band, "decode is not within the float64 budget"
 
 
 def square_case(
@@ -246,7 +261,10 @@ def sentence_case(batch: int, heads: int, size: int, repeats: int) -> list[dict]
 
 
 def decode_case(batch: int, beam: int, heads: int, size: int, sparsity: float, repeats: int) -> list[dict]:
-    """One decode step; the rival multiplies the dense cache: bmm, softmax in float32, bmm (stock fairseq)."""
+    """One decode step over the dense cache: bmm, softmax in float32, bmm (stock fairseq), or torch's attention.
+
+    In cross-attention stock fairseq has a cache for each hypothesis; for torch's the beams are queries of one.
+    """
     dim = 64
     torch.manual_seed(0)
     keep = torch.rand(heads, 1024, 1024, device=DEVICE) >= sparsity
@@ -263,9 +281,12 @@ def decode_case(batch: int, beam: int, heads: int, size: int, sparsity: float, r
             scores = torch.matmul(q.unsqueeze(3) * dim**-0.5, k.transpose(-1, -2))
             return torch.matmul(torch.softmax(scores, -1, dtype=torch.float32).to(BFLOAT16), v)
 
+        queries = q.flatten(0, 1).unsqueeze(2) if kind == "self" else q.transpose(1, 2)
+        caches = [x.flatten(0, 1) if kind == "self" else x for x in (k, v)]
         methods = {
             "ours": functools.partial(decode_attention, q, k, v, layout, step, backend="triton"),
             "bmm softmax bmm": stock,
+            "sdpa of a step": functools.partial(F.scaled_dot_product_attention, queries, *caches),
         }
         if kind == "self":
             pool = [x.transpose(2, 3).reshape(-1, heads, dim) for x in (k, v)]
@@ -315,7 +336,7 @@ def _gather_kernel(p_x, p_out, n_blocks, BLOCK: tl.constexpr, AREA: tl.constexpr
     p_x += (i_program // n_blocks).to(tl.int64) * AREA * BLOCK
     b_sum = tl.zeros([BLOCK], dtype=tl.float32)
     for i in tl.range(N, num_stages=4):
-        place = ((i_program * N + i) * 7919) % AREA
+        place = ((i_program.to(tl.int64) * N + i) * 7919) % AREA
         b_sum += tl.load(p_x + place * BLOCK + tl.arange(0, BLOCK)).to(tl.float32)
     tl.store(p_out + i_program, tl.sum(b_sum, 0))
 
@@ -404,10 +425,9 @@ def sections(repeats: int) -> dict[str, list[Callable[[], list[dict]]]]:
 
 
 def provenance() -> dict[str, object]:
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     return dict(
         device=torch.cuda.get_device_name(), torch=torch.__version__, triton=triton.__version__,
-        cuda=torch.version.cuda, commit=commit, command=" ".join(["python", *sys.argv]),
+        cuda=torch.version.cuda, commit=git_commit(), command=" ".join(["python", *sys.argv]),
         time=datetime.now(UTC).isoformat(timespec="seconds"),
     )  # fmt: skip
 
@@ -428,6 +448,7 @@ RIVALS = {  # column of the table: what is in it
     "FlexAttention": ("flex 128", "flex 64 autotuned"),
     "dense mask": ("sdpa dense mask",),
     "bmm, softmax, bmm": ("bmm softmax bmm",),
+    "SDPA of a step": ("sdpa of a step",),
     "eager": ("eager",),
 }
 
@@ -506,6 +527,8 @@ def main(arguments: list[str] | None = None) -> None:
         report = json.loads(options.table.read_text(encoding="utf-8"))
         print(table(report), details(report), sep="\n\n")
         return
+    if options.repeats < 2:
+        parser.error(f"--repeats {options.repeats}: percentiles take at least 2")
     if not torch.cuda.is_available():
         sys.exit("bench_attention.py: no CUDA device; only --table works without one")
     gate()

@@ -21,9 +21,9 @@ training sentences, joined up to the length of the case. Systems:
 
 Parameters are those of a checkpoint (--path, a dense transformer) or random, the same in all systems. With random
 parameters nothing ends early: every batch is translated to the length of its longest source, so that all systems take
-the same number of steps. Translation is timed once from a cold start (graph capture and the first compilation of
-kernels included; stock, which builds nothing, only takes a few steps) and then warm; the median of the warm passes
-counts. Training steps are those of fairseq's Trainer.
+the same number of steps. Pages are cut to exactly the tokens of the case, so that training on them sees one shape of
+batch. Translation is timed once from a cold start (graph capture and the first compilation of kernels included) and
+then warm; the median of the warm passes counts. Training steps are those of fairseq's Trainer.
 
 Peak memory is what torch allocated at most in the measured passes, parameters and optimizer included, and what captured
 graphs hold for their replays, which torch does not count as allocated; beside it what torch reserved, with what it did
@@ -55,6 +55,7 @@ from unittest import mock
 
 import numpy as np
 import torch
+from provenance import git_commit
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -208,14 +209,13 @@ class Workload:
                     tokens += len(hypotheses[0]["tokens"])
             return tokens
 
-        cold, _ = self.timed(run, *((short, batches[:1]) if self.stock else (generator, batches)))
+        cold, _ = self.timed(run, generator, batches)
         self.reset_peak()
-        repeats = 1 if self.stock and self.device.type == "cuda" else self.options.repeats  # stock takes long
-        passes = [self.timed(run, generator, batches) for _ in range(repeats)]
+        passes = [self.timed(run, generator, batches) for _ in range(self.options.repeats)]
         memory, seconds, tokens = self.peak(), statistics.median(time for time, _ in passes), passes[-1][1]
         n_sentences = sum(len(batch["id"]) for batch in batches)
         result = dict(
-            seconds=seconds, cold_seconds=cold if not self.stock else None, tokens=tokens, sentences=n_sentences,
+            seconds=seconds, cold_seconds=cold, tokens=tokens, sentences=n_sentences,
             tokens_per_s=tokens / seconds, sentences_per_s=n_sentences / seconds, **memory,
         )  # fmt: skip
         if self.options.profile:
@@ -271,11 +271,12 @@ class Workload:
 
     def peak(self) -> dict:
         if self.device.type == "cpu":
-            return dict(peak_bytes=None, reserved_bytes=None)
+            return dict(peak_bytes=None, reserved_bytes=None, alloc_retries=None)
         segments = [s for s in torch.cuda.memory_snapshot() if tuple(s["segment_pool_id"]) != (0, 0)]
         held = sum(segment["total_size"] - segment["allocated_size"] for segment in segments)  # by graphs
         peak = torch.cuda.max_memory_allocated() + held
-        return dict(peak_bytes=peak, reserved_bytes=torch.cuda.max_memory_reserved())
+        retries = torch.cuda.memory_stats()["num_alloc_retries"]  # each waits for the device and frees what is cached
+        return dict(peak_bytes=peak, reserved_bytes=torch.cuda.max_memory_reserved(), alloc_retries=retries)
 
     def profiled(self, unit: str, n: int, work: Callable, *arguments) -> dict:
         """Where the GPU's time goes in a call that does *n* updates or steps."""
@@ -414,13 +415,6 @@ def profile_table(rows: list[dict]) -> list[str]:
     return lines
 
 
-def git_commit() -> str:
-    """Return the commit of this file's repository, marked if files differ from it; "unknown" without one."""
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=7", "--match="]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    return result.stdout.strip() or "unknown"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", nargs="?", help="data-bin folder")
@@ -468,6 +462,8 @@ def main() -> None:
         if options.out:  # after every row: a run that is cut short keeps what it measured
             options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     print(table(report))
+    if any("error" in row for row in report["rows"]):
+        sys.exit(1)
 
 
 def cpu_name() -> str:

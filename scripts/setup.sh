@@ -12,9 +12,9 @@ if not (3, 11) <= sys.version_info[:2] <= (3, 12):
              f"{sys.version.split()[0]}. Set AP_PYTHON=/path/to/python3.11.")
 PY
 
-if [ ! -x "$root/.venv/bin/python" ]; then
+if [ ! -e "$root/.venv/bin/activate" ]; then  # the last thing that venv writes: without ensurepip it stops before
   echo "setup: creating $root/.venv"
-  "$python" -m venv "$root/.venv"
+  "$python" -m venv --clear "$root/.venv"
 fi
 # shellcheck disable=SC1091
 source "$root/.venv/bin/activate"

@@ -22,14 +22,13 @@ import multiprocessing
 import os
 import statistics
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench_attention import BFLOAT16, DEVICE, measure, provenance, training_step
@@ -133,12 +132,11 @@ def compile_one(job: tuple[str, Config]) -> None:
     search.times([case() for case in search.cases], config, repeats=2)
 
 
-def tune(names: Sequence[str], repeats: int) -> list[dict]:
+def tune(names: Sequence[str], repeats: int) -> Iterator[dict]:
     """Time all candidates of the named searches."""
     jobs = [(name, config) for name in names for config in searches()[name].candidates]
     with multiprocessing.get_context("spawn").Pool(min(16, os.cpu_count() or 1)) as pool:
         pool.map(compile_one, jobs, chunksize=4)
-    rows = []
     for name in names:
         search = searches()[name]
         runs = [case() for case in search.cases]
@@ -153,9 +151,7 @@ def tune(names: Sequence[str], repeats: int) -> list[dict]:
         chosen = medians.pop(None)
         found = [dict(config=config, ms=ms, ratio=ratio(ms, chosen)) for config, ms in medians.items()]
         failed = sum(times is None for times in first.values())
-        rows.append(dict(search=name, candidates=len(first), failed=failed, chosen_ms=chosen, best=found))
-        print(f"{name}: {len(first)} candidates", flush=True)
-    return rows
+        yield dict(search=name, candidates=len(first), failed=failed, chosen_ms=chosen, best=found)
 
 
 def ratio(times: Sequence[float], base: Sequence[float]) -> float:
@@ -173,7 +169,9 @@ def table(report: dict) -> str:
         "|---|---:|---:|---|---:|---:|",
     ]
     for row in report["rows"]:
-        best = min(row["best"], key=lambda found: found["ratio"])
+        best = min(row["best"], key=lambda found: found["ratio"], default=None)
+        if best is None:  # none could run
+            best = dict(ms=row["chosen_ms"], config=["none"], ratio=1.0)
         times = [" / ".join(f"{x:.4f}" for x in ms) for ms in (row["chosen_ms"], best["ms"])]
         config = ", ".join("none" if value is None else str(value) for value in best["config"])
         cells = [row["search"], row["candidates"], times[0], config, times[1], f"{best['ratio']:.3f}"]
@@ -193,9 +191,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     if not torch.cuda.is_available():
         sys.exit("tune_attention.py: no CUDA device; only --table works without one")
-    report = provenance() | dict(rows=tune(options.only or list(searches()), options.repeats))
-    if options.out:
-        options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    report = provenance() | dict(rows=[])
+    for row in tune(options.only or list(searches()), options.repeats):
+        report["rows"].append(row)
+        print(f"{row['search']}: {row['candidates']} candidates", file=sys.stderr, flush=True)
+        if options.out:  # after every search: a run that is cut short keeps what it found
+            options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     print(table(report))
 
 

@@ -175,7 +175,8 @@ translate() {  # NAME CHECKPOINT: adds the system to `scored`; fairseq-generate 
     shards+=($!)
     logs+=${logs:+:}$run/logs/$1.generate.$shard.log
   done
-  for shard in "${shards[@]}"; do wait "$shard"; done
+  for shard in "${!shards[@]}"; do wait "${shards[$shard]}" && unset "shards[$shard]"; done
+  [ "${#shards[@]}" = 0 ] || { echo "error: ${#shards[@]} shards of $1 failed" >&2; return 1; }
   scored+=("$1=$logs,$2")
 }
 

@@ -105,19 +105,21 @@ stage dense.record ap-record "$bin" --path "$run/dense/checkpoint_best.pt" --sub
   $(recorded_for $systems)
 translate dense "$run/dense/checkpoint_best.pt"
 
-running=0
+# One that fails does not end the others, which write to the same folder as the next run would.
+running=0 failed=0
 for name in $systems; do
   system "$name" &
   running=$((running + 1))
   if [ "$running" -ge "$jobs" ]; then
-    wait -n
+    wait -n || failed=$((failed + 1))
     running=$((running - 1))
   fi
 done
 while [ "$running" -gt 0 ]; do
-  wait -n
+  wait -n || failed=$((failed + 1))
   running=$((running - 1))
 done
+[ "$failed" = 0 ] || { echo "error: $failed systems failed; the same command does what is missing" >&2; exit 1; }
 
 scored=("dense=$run/logs/dense.generate.log,$run/dense/checkpoint_best.pt")
 for name in $systems; do

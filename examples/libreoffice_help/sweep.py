@@ -22,7 +22,8 @@ in a system stands for one system of each value (of several lists, one of each c
 `level` is the data-bin folder and `subset` its part to translate, by default sentences and test. At other levels a line
 is a page or a part of one; scores and tests are then of whole pages (d-BLEU), with s-BLEU of the segments beside them.
 
-Everything runs in folders of --out and is skipped when it is there; other settings under a finished name are an error.
+Everything runs in folders of --out and is skipped when it is there; other settings under a finished name are an error,
+but for a folder that holds all translations: it is only scored.
 Fine-tuning runs side by side, --jobs at a time; translations are spread over --jobs processes that load the model once,
 and measure the loss on the validation data too. A search with beam: 0 measures that alone.
 --until translate stops before the scores, which need no GPU: copy --out elsewhere and run the same command there.
@@ -174,6 +175,7 @@ class Sweep:
         loss_aware = any(system.procedure == "importance" for system in systems)
         if loss_aware and "--importance" not in shlex.split(description["record"]):
             raise ArtifactError("systems of procedure importance need --importance among the flags of `record`")
+        self.listed = systems
         self.systems = [s for s in systems if s.procedure == "dense" or re.search(only, s.name)]
         self.search = Search(**description["search"])
         self.stages = Stages(out)
@@ -370,9 +372,12 @@ class Sweep:
         if not self.search.beam:
             return {}
 
+        # What is untuned, or trained from scratch, is compared with the usual fine-tuning.
+        tuned = system.schedule in ("one-shot", "gradual")
+        updates = self.updates(system) if tuned else self.description["tune_updates"]
+
         def alike(dense: System) -> bool:
-            # What is untuned, or trained from scratch, is compared with the usual fine-tuning.
-            return dense.seed == system.seed and dense.updates == system.updates
+            return dense.seed == system.seed and self.updates(dense) == updates
 
         dense = [s for s in self.systems if s.procedure == "dense" and self.dense_seed(s) == self.dense_seed(system)]
         found = {
@@ -392,9 +397,9 @@ class Sweep:
         return result
 
     def report(self) -> None:
-        results = [
-            json.loads((self.out / "scores" / f"{s.name}.json").read_text(encoding="utf-8")) for s in self.systems
-        ]
+        """Write and print what is scored: of all systems that the description lists, whichever ran now."""
+        files = [self.out / "scores" / f"{system.name}.json" for system in self.listed]
+        results = [json.loads(file.read_text(encoding="utf-8")) for file in files if file.exists()]
         with atomic_output(self.out / "results.jsonl", overwrite=True) as temporary:
             lines = "".join(json.dumps(result, sort_keys=True) + "\n" for result in results)
             Path(temporary).write_text(lines, encoding="utf-8")

@@ -38,6 +38,13 @@ def bench(monkeypatch):
     return module
 
 
+def test_the_gate_lets_right_kernels_through_and_no_others(bench, monkeypatch):
+    bench.gate()
+    monkeypatch.setattr(bench, "decode_attention", lambda *args, **options: torch.zeros_like(args[0]))
+    with pytest.raises(AssertionError, match="decode is not within"):
+        bench.gate()
+
+
 def test_every_section_runs_and_is_tabulated(bench):
     rows = bench.square_case(1, 1, 40, 0.5, 16, bench.BOTH, 1, rivals=True)
     rows += bench.sentence_case(2, 1, 16, 1)
@@ -50,7 +57,8 @@ def test_every_section_runs_and_is_tabulated(bench):
         "| square | 1, 1, 40 |",
         "| sentence | 2, 1, 16 |",
         "| decode self | 1x2, 1, 30 |",
-        "| forward | 2 | 0 |  |  |  |  | 1.00 |  | 1.00 |",  # ours in ms; a dense mask and eager take as long here
+        "| forward | 2 | 0 |  |  |  |  | 1.00 |  |  | 1.00 |",  # ours in ms; a dense mask and eager take as long here
+        "| step | 2 |  |  |  |  |  |  | 1.00 | 1.00 |  |",
         "bytes per cell",
         "Ceiling, product: 700",
     ):

@@ -1,0 +1,18 @@
+"""Where the numbers of a benchmark come from."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def git_commit() -> str:
+    """Return the commit of this file's repository, marked if files differ from it; "unknown" without one or git."""
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=7", "--match="]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:  # no git here
+        return "unknown"
+    return result.stdout.strip() or "unknown"
