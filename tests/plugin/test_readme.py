@@ -31,7 +31,7 @@ def tables():
     """Name of a table in the README -> text that its results give."""
     yield "cpu", lambda: format_markdown(json.loads((EXAMPLE / "results/cpu.json").read_text(encoding="utf-8")))
     swept = "h100-converged h100-scratch h100-tuned h100-pool h200-untuned h200-finetuned"
-    for name in f"{swept} cpu-short cpu-tuned cpu-kinds cpu-sweep".split():
+    for name in f"{swept} cpu-short cpu-scratch cpu-tuned cpu-kinds cpu-sweep".split():
         yield name, lambda name=name: script(EXAMPLE / "sweep.py").format_table(lines(name))
     digest = [line for line in lines("h100-converged") if re.search(SYSTEMS, line["system"])]
     yield "h100-converged-digest", lambda: script(EXAMPLE / "sweep.py").format_table(digest)
