@@ -94,7 +94,9 @@ class TrainingGraphs:
 
         A table moves when a longer sentence comes, in translating for --eval-bleu for instance, or by rounding.
         """
-        return [tensor.data_ptr() for tensor in (*self.parameters, *self.model.buffers())]
+        embeddings = self.model.encoder.embed_positions, self.model.decoder.embed_positions
+        tables = [table for module in embeddings if module is not None for table in module.buffers()]
+        return [tensor.data_ptr() for tensor in (*self.parameters, *tables)]
 
     def _valid(self) -> bool:
         same_masks = all(a is b for a, b in zip(self.masks, self._masks(), strict=True))

@@ -2,7 +2,7 @@
 # Attention Pruning on LibreOffice's help: dense training -> attention statistics -> masks -> fine-tuning -> BLEU.
 #
 #   run.sh [--pair "en de"] [--size full|small] [--systems "joint ..."] [--share X] [--jobs N] [--out DIR] [--data DIR]
-#          [--dense-updates N] [--tune-updates N]
+#          [--dense-updates N] [--tune-updates N] [--scratch]
 #
 # --size     full: 4 + 4 layers of 256 in half precision, for a GPU; small: a small model on the short segments,
 #            for two CPU cores.
@@ -13,6 +13,7 @@
 # --out      folder of the run; a second run with the same settings skips finished stages.
 # --data     folder of prepare.sh; made if it does not exist.
 # --dense-updates, --tune-updates   length of training and fine-tuning, instead of the size's own.
+# --scratch  also train a new model under each system's masks, as long as the dense one, as the paper does.
 #
 # Needs the package installed (scripts/setup.sh). Writes results.json and prints its table, then a report in report/.
 set -euo pipefail
@@ -20,7 +21,7 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 source "$here/../../scripts/stages.sh"
 source "$here/../common/systems.sh"
 
-pair="en de" size="" systems="joint" share=0.5 jobs=1 run="" data="" dense_updates="" tune_updates=""
+pair="en de" size="" systems="joint" share=0.5 jobs=1 run="" data="" dense_updates="" tune_updates="" scratch=""
 while [ $# -gt 0 ]; do
   case $1 in
     --pair | --size | --systems | --share | --jobs | --out | --data | --dense-updates | --tune-updates)
@@ -34,6 +35,7 @@ while [ $# -gt 0 ]; do
     --data) data=$2 ;;
     --dense-updates) dense_updates=$2 ;;
     --tune-updates) tune_updates=$2 ;;
+    --scratch) scratch=1; shift; continue ;;
     *) echo "error: unknown option $1; see the head of $0" >&2; exit 2 ;;
   esac
   shift 2
@@ -81,6 +83,12 @@ translate() {  # NAME CHECKPOINT
     --beam 5 --remove-bpe sentencepiece --required-batch-size-multiple 1 "${generate_batch[@]}" "${device[@]}"
 }
 
+train_under_masks() {  # NAME.WAY FLAGS...
+  local stage_name=$1
+  shift
+  stage "$stage_name" fairseq-train "$bin" "${plugin[@]}" "${training[@]}" "${sizes[@]/#transformer/pruned_transformer}" "$@"
+}
+
 system() {  # NAME
   local name=$1 flags
   flags=$(masks_of "$name" "$share")
@@ -89,10 +97,13 @@ system() {  # NAME
   stage "$name.apply" ap-apply "$run/dense/checkpoint_best.pt" --attention-masks "$run/$name.safetensors" --data "$bin" \
     -o "$run/$name.untuned.pt" --overwrite
   translate "$name.untuned" "$run/$name.untuned.pt"
-  stage "$name.tune" fairseq-train "$bin" "${plugin[@]}" "${training[@]}" "${sizes[@]/#transformer/pruned_transformer}" \
-    "${tune_lr[@]}" --max-update $tune_updates --finetune-from-model "$run/dense/checkpoint_best.pt" \
-    --attention-masks "$run/$name.safetensors" --save-dir "$run/$name.tuned"
+  train_under_masks "$name.tune" "${tune_lr[@]}" --max-update $tune_updates \
+    --finetune-from-model "$run/dense/checkpoint_best.pt" --attention-masks "$run/$name.safetensors" --save-dir "$run/$name.tuned"
   translate "$name.tuned" "$run/$name.tuned/checkpoint_best.pt"
+  [ -n "$scratch" ] || return 0
+  train_under_masks "$name.train" "${dense_lr[@]}" --max-update $dense_updates --attention-masks "$run/$name.safetensors" \
+    --save-dir "$run/$name.scratch"
+  translate "$name.scratch" "$run/$name.scratch/checkpoint_best.pt"
 }
 
 for name in $systems; do masks_of "$name" "$share" > /dev/null; done
@@ -125,6 +136,7 @@ scored=("dense=$run/logs/dense.generate.log,$run/dense/checkpoint_best.pt")
 for name in $systems; do
   scored+=("$name.untuned=$run/logs/$name.untuned.generate.log,$run/$name.untuned.pt")
   scored+=("$name.tuned=$run/logs/$name.tuned.generate.log,$run/$name.tuned/checkpoint_best.pt")
+  [ -z "$scratch" ] || scored+=("$name.scratch=$run/logs/$name.scratch.generate.log,$run/$name.scratch/checkpoint_best.pt")
 done
 ap-evaluate "${scored[@]}" --reference "$data/sentences/test.$tgt" --stages "$run/stages" --significance bootstrap -o "$run/results.json" --overwrite
 echo "results: $run/results.json"
