@@ -214,7 +214,8 @@ def load(
         masks[name] = PruningMasks.load(path)
     pairs = {kind.value: int(stats.occupancy[kind].sum()) * stats.mass[kind][..., 0, 0].size for kind in stats.kinds}
     systems = [system for path in result_files for system in results.read_results(path, pairs)]
-    hashes = {Path(path).name: file_sha256(path) for path in [*files, *mask_files]}
+    read = [*files, *mask_files, *result_files, *([benchmark] if benchmark else [])]
+    hashes = {str(path): file_sha256(path) for path in read}
     return Report(stats, masks, systems, results.read_benchmark(benchmark) if benchmark else None, hashes)
 
 

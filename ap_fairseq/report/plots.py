@@ -411,9 +411,11 @@ def quality(systems: list[System]) -> Figure:
     sources, texts = set(), []
     for axis, metric in zip(axes[0], metrics, strict=True):
         series = curves(systems, metric)
-        for point in series.pop(None, []):
-            axis.axhline(point.score, color=INK, lw=1, ls=":", label="dense")
-            texts.append(f"dense {metric} {point.score:.1f}")
+        dense = series.pop(None, [])
+        for point in dense:
+            name = "dense" if len(dense) == 1 else f"without masks, {point.name}"
+            axis.axhline(point.score, color=INK, lw=1, ls=":", label=name)
+            texts.append(f"{name} {metric} {point.score:.1f}")
             if point.interval:
                 axis.axhspan(point.interval.low, point.interval.high, color=INK, alpha=0.08, lw=0)
                 sources.add(point.interval.source)

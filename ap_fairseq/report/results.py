@@ -45,6 +45,7 @@ class System:
             --significance bootstrap``).
         signatures: sacreBLEU signatures.
         seed: of the training run, if known.
+        settings: what else it was made with, e.g. ``pool 32``, but for budgets and seed.
     """
 
     name: str
@@ -57,16 +58,18 @@ class System:
     half_widths: dict[str, float] = field(default_factory=dict)
     signatures: dict[str, str] = field(default_factory=dict)
     seed: int | None = None
+    settings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Point:
-    """A series' mean score at one effective sparsity."""
+    """A series' mean score at one effective sparsity, named after the first run."""
 
     sparsity: float
     score: float
     interval: Interval | None
     runs: int
+    name: str
 
 
 def read_results(path, pairs: Mapping[str, int]) -> list[System]:
@@ -95,7 +98,7 @@ def _records(path) -> list[Any]:
     except ValueError:
         document = [_line(path, number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     if isinstance(document, dict):
-        tested = document.get("significance", {}).get("systems", {})
+        tested = (document.get("significance") or {}).get("systems", {})
         document = document.get("systems", [document])
         for record in document:
             for key, values in tested.get(record.get("system"), {}).items():
@@ -142,8 +145,8 @@ def _system(record: Any, where: str, pairs: Mapping[str, int]) -> System:
         total = given_total
     variant = str(record.get("schedule") or (name.rpartition(".")[2] if "." in name else ""))
     series = _series(record, sparsity, pruned, variant)
-    seed = record.get("seed")
-    return System(name, series, variant, pruned, sparsity, total, scores, half_widths, signatures, seed)
+    seed, settings = record.get("seed"), _settings(record)
+    return System(name, series, variant, pruned, sparsity, total, scores, half_widths, signatures, seed, settings)
 
 
 def _number(value: Any, where: str, low: float, high: float) -> float:
@@ -158,7 +161,7 @@ def _sparsity(record: dict, where: str) -> tuple[dict[str, float], float]:
     """Return the effective sparsity of each kind, where given, and the total, 0 if it is not given."""
     given = record.get("effective_sparsity")
     if given is None:
-        parts = {**record.get("sparsity", {}), "total": record.get("total", 0.0)}
+        parts = {**(record.get("sparsity") or {}), "total": record.get("total") or 0.0}
         given = {name: part.get("effective") if isinstance(part, dict) else part for name, part in parts.items()}
     if not isinstance(given, dict):
         return {}, _number(given, f"{where}: effective_sparsity", 0, 1)
@@ -193,18 +196,51 @@ def _series(record: dict, sparsity: Mapping[str, float], pruned: list[str], vari
     return ", ".join(parts + ([variant] if variant else []))
 
 
+def _settings(record: dict) -> tuple[str, ...]:
+    """Return the settings of a system that neither its series nor its budgets and seed say."""
+    procedure = record.get("procedure")
+    given = {key: record.get(key) for key in ("log_bits", "updates")}
+    given["rounds"] = record.get("rounds") if record.get("schedule") == "gradual" else None
+    if isinstance(procedure, dict):
+        given |= {key: procedure[key] for key in procedure.keys() - {"procedure", "granularity", "budgets", "seed"}}
+    return tuple(f"{key.replace('_', ' ')} {value}" for key, value in sorted(given.items()) if value)
+
+
 def curves(systems: Iterable[System], metric: str) -> dict[str | None, list[Point]]:
-    """Return each series' points in order of effective sparsity; runs within half a percentage point are one point.
+    """Return each series' points in order of effective sparsity; systems that differ in their seed alone are one point.
+
+    A series whose systems differ in other settings becomes several, named by what differs. Effective sparsity is
+    measured, so one budget gives slightly different ones: runs of a point lie within half a percentage point.
 
     The interval of several runs is Student's t interval of their mean; of a single run, the bootstrap interval over
     test sentences if the results file holds it.
     """
-    groups: dict[str | None, dict[float, list[System]]] = defaultdict(lambda: defaultdict(list))
+    groups: dict[str | None, dict[tuple[str, ...], list[System]]] = defaultdict(lambda: defaultdict(list))
     for system in systems:
-        groups[system.series][round(system.total, 2)].append(system)
-    return {
-        series: [_point(members, metric) for _, members in sorted(points.items())] for series, points in groups.items()
-    }
+        groups[system.series][system.settings if system.series else ()].append(system)
+    result: dict[str | None, list[Point]] = {}
+    for series, by_settings in groups.items():
+        shared = set.intersection(*map(set, by_settings))
+        for settings, members in by_settings.items():
+            own = [text for text in settings if text not in shared]
+            name = ", ".join([series, *own]) if series else None
+            result[name] = [_point(runs, metric) for runs in _points(members)]
+    return result
+
+
+def _points(systems: Iterable[System]) -> list[list[System]]:
+    """Put systems of different seeds and nearly the same sparsity together, in ascending order of sparsity."""
+    points: list[list[System]] = []
+    for system in sorted(systems, key=lambda system: system.total):
+        near = [runs for runs in points if system.total - runs[0].total <= 0.005]
+        fitting = [
+            runs for runs in near if None not in (seeds := [run.seed for run in runs]) and system.seed not in seeds
+        ]
+        if fitting and system.seed is not None:
+            fitting[-1].append(system)
+        else:
+            points.append([system])
+    return points
 
 
 def _point(runs: list[System], metric: str) -> Point:
@@ -217,7 +253,7 @@ def _point(runs: list[System], metric: str) -> Point:
     elif metric in runs[0].half_widths:
         half = runs[0].half_widths[metric]
         interval = Interval(mean - half, mean + half, "bootstrap over test sentences")
-    return Point(float(np.mean([run.total for run in runs])), mean, interval, len(runs))
+    return Point(float(np.mean([run.total for run in runs])), mean, interval, len(runs), runs[0].name)
 
 
 # -- benchmarks -------------------------------------------------------------------------------------------------------

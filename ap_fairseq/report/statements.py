@@ -120,7 +120,7 @@ def _named(measured: Mapping[AttentionKind, Concentration]) -> str:
 
 
 def _heads(kept: Mapping[AttentionKind, KeptMass]) -> str:
-    """How much heads of one kind differ, at the sparsity that each kind's curve reaches, at most 50%."""
+    """How much heads of one kind differ at 50%, those that reach it."""
     parts = []
     for kind, curve in kept.items():
         flat = [(layer, head, one.at(0.5)) for layer, row in enumerate(curve.heads) for head, one in enumerate(row)]
@@ -158,12 +158,12 @@ def _nominal(nominal_half: Mapping[AttentionKind, float]) -> str:
 
 
 def _scores(systems: list[System]) -> str:
-    """What pruning one kind alone costs: against the same training without pruning where it was run, else dense."""
-    unpruned = {system.variant: system for system in systems if system.series is not None and not system.pruned}
-    dense = next((system for system in systems if system.series is None), None)
+    """What pruning one kind alone costs: against the same training and seed without masks if there is, else dense."""
+    unpruned = {(s.variant, s.seed): s for s in systems if s.series is not None and not s.pruned}
+    dense = {system.seed: system for system in systems if system.series is None}
     parts = []
     for system in systems:
-        reference = unpruned.get(system.variant, dense)
+        reference = unpruned.get((system.variant, system.seed), dense.get(system.seed, dense.get(None)))
         if len(system.pruned) == 1 and reference is not None:
             (kind,) = system.pruned
             change = system.scores["BLEU"] - reference.scores["BLEU"]

@@ -35,8 +35,6 @@ def tables():
         yield name, lambda name=name: script(EXAMPLE / "sweep.py").format_table(lines(name))
     digest = [line for line in lines("h100-converged") if re.search(SYSTEMS, line["system"])]
     yield "h100-converged-digest", lambda: script(EXAMPLE / "sweep.py").format_table(digest)
-    published = [line for line in lines("h200-masks") if line["procedure"] == "as-published"]
-    yield "h200-masks", lambda: script(EXAMPLE / "sweep.py").format_table(published)
     samples = json.loads((ROOT / "scripts/sample_error.cpu.json").read_text(encoding="utf-8"))
     yield "sample", lambda: script(ROOT / "scripts/sample_error.py").format_markdown(samples)
     for path in sorted((ROOT / "scripts").glob("*_*.*.json")):

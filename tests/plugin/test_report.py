@@ -229,6 +229,44 @@ def test_lines_of_a_sweep_and_their_intervals(tmp_path):
     assert (tuned.sparsity, tuned.score) == (0, 31)
 
 
+def test_only_systems_that_differ_in_their_seed_are_runs_of_one_point(tmp_path):
+    def line(name, bleu, **settings):
+        share = settings.pop("share", 0.8)
+        return {"system": name, "bleu": bleu, "chrf": 50, "effective_sparsity": share, **settings}
+
+    gradual = dict(procedure="importance", schedule="gradual")
+    lines = [
+        line("a1", 20, **gradual, rounds=2, seed=1, share=0.8049),
+        line("a2", 22, **gradual, rounds=2, seed=2, share=0.8051),
+        line("b1", 30, **gradual, rounds=4, seed=1),
+        line("pool", 40, procedure={"procedure": "importance", "pool": 32, "seed": 1}),
+        line("none", 42, procedure={"procedure": "importance", "pool": 0, "seed": 1}),
+        {"system": "text", "bleu": 5, "chrf": 9},
+        {"system": "other", "bleu": 7, "chrf": 9},
+    ]
+    path = tmp_path / "lines.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)))
+    curves = results.curves(results.read_results(path, PAIRS), "BLEU")
+    found = {name: [(point.score, point.runs) for point in points] for name, points in curves.items()}
+    assert found == {
+        "importance, gradual, rounds 2": [(21, 2)],
+        "importance, gradual, rounds 4": [(30, 1)],
+        "importance, pool 32": [(40, 1)],
+        "importance": [(42, 1)],
+        None: [(5, 1), (7, 1)],
+    }
+
+
+def test_a_kind_alone_is_compared_with_the_dense_model_of_its_seed():
+    lines = ROOT / "examples/libreoffice_help/results/h100-tuned.jsonl"
+    expected = {r["system"]: r for r in map(json.loads, lines.read_text().splitlines())}
+    text = statements._scores(results.read_results(lines, PAIRS))
+    for kind in ("encoder_self", "decoder_self", "cross"):
+        name = f"importance.{kind}.90.g1.pool-32.one-shot.s1"
+        change = expected[name]["against_dense_tuned"]["bleu"]["difference"]
+        assert f"{kind} at 90% {change:+.2f} ({name} against dense.one-shot.s1)" in text
+
+
 @pytest.mark.parametrize(
     "text, message",
     [
