@@ -27,7 +27,8 @@ def get_parser() -> argparse.ArgumentParser:
         "growing share of the budgets, and train on under them. Finished stages are skipped when the same command runs "
         "again.",
         epilog="Everything after -- goes to fairseq-train: sizes (--arch pruned_transformer...), optimizer, "
-        "--max-tokens, but no --save-dir, --max-update, --attention-masks or --finetune-from-model.",
+        "--max-tokens, but no --save-dir, --max-update, --attention-masks or --finetune-from-model. Learning rates "
+        "start anew in each round: a decay (--total-num-update) is that of one round, --updates / --rounds.",
     )
     parser.add_argument("data", help="binarised data (fairseq-preprocess)")
     parser.add_argument("--path", required=True, metavar="CHECKPOINT", help="dense checkpoint to start from")
