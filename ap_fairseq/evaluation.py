@@ -59,10 +59,14 @@ def read_hypotheses(path) -> list[str]:
     """
     lines, entries = [], []
     for file in str(path).split(os.pathsep):
-        lines += (own := read_lines(file))
-        entries += (found_here := [match for match in map(_LOG_LINE.match, own) if match])
-        if found_here and not _ends(file):
-            raise ArtifactError(f"{file} was cut off in its last line, {own[-1][:60]!r}; run fairseq-generate again")
+        of_file = read_lines(file)
+        logged = [match for match in map(_LOG_LINE.match, of_file) if match]
+        if logged and not _ends(file):
+            raise ArtifactError(
+                f"{file} was cut off in its last line, {of_file[-1][:60]!r}; run fairseq-generate again"
+            )
+        lines += of_file
+        entries += logged
     if not entries:
         return lines
     found: dict[int, str] = {}

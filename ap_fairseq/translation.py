@@ -105,7 +105,7 @@ def translate(
             with atomic_output(system.output, overwrite=True) as temporary:
                 lines = "".join(f"{texts[index]}\n" for index in range(len(task.dataset(subset))))
                 Path(temporary).write_text(lines, encoding="utf-8")
-        decoded = _measured(sites)
+        decoded = _measured(sites) if search.beam else {}  # without the validation data, which come now
         document = {
             "valid_nll": _nll(model, task, validation_batches, device),
             "checkpoint_sha256": file_sha256(system.checkpoint),
@@ -116,7 +116,7 @@ def translate(
             "seconds": round(time.monotonic() - started, 1),
         }
         if system.dynamic:
-            document["dynamic"] = {**system.dynamic, "sparsity": decoded if search.beam else _measured(sites)}
+            document["dynamic"] = {**system.dynamic, "sparsity": decoded or _measured(sites)}
         write_json(Path(system.output).with_suffix(".json"), document, overwrite=True)
 
 

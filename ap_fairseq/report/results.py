@@ -232,12 +232,13 @@ def _points(systems: Iterable[System]) -> list[list[System]]:
     """Put systems of different seeds and nearly the same sparsity together, in ascending order of sparsity."""
     points: list[list[System]] = []
     for system in sorted(systems, key=lambda system: system.total):
-        near = [runs for runs in points if system.total - runs[0].total <= 0.005]
-        fitting = [
-            runs for runs in near if None not in (seeds := [run.seed for run in runs]) and system.seed not in seeds
+        others = [
+            runs
+            for runs in points
+            if system.total - runs[0].total <= 0.005 and all(run.seed not in (None, system.seed) for run in runs)
         ]
-        if fitting and system.seed is not None:
-            fitting[-1].append(system)
+        if others and system.seed is not None:
+            others[-1].append(system)
         else:
             points.append([system])
     return points

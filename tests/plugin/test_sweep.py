@@ -290,8 +290,12 @@ def test_a_translation_of_other_files_is_not_taken_for_this_one(swept, data_bin,
 
 
 def test_the_loss_is_that_of_fairseq_and_can_be_all(corpus, dense, tmp_path):
-    """Of the dense model and of a pruned one, without translating."""
-    systems = [{"procedure": "dense"}, {"procedure": "effective", "sparsity": 0.6}]
+    """Of the dense model, of a pruned one and of one that prunes anew for every sentence, without translating."""
+    systems = [
+        {"procedure": "dense"},
+        {"procedure": "effective", "sparsity": 0.6},
+        {"procedure": "top-k", "sparsity": 0.5},
+    ]
     (tmp_path / "sweep.yaml").write_text(
         yaml.safe_dump(description(systems=systems, search={"beam": 0, "max_tokens": 900, "cpu": True}))
     )
@@ -314,6 +318,7 @@ def test_the_loss_is_that_of_fairseq_and_can_be_all(corpus, dense, tmp_path):
     pruned = found["effective.total.60.g1.untuned.s1"]
     assert pruned["valid_ppl"] == pytest.approx(2 ** pruned["valid_nll"]) and "bleu" not in pruned
     assert pruned["valid_nll"] != found["dense.untuned.s1"]["valid_nll"]
+    assert 0.3 < found["top-k.total.50.untuned.s1"]["total"]["effective"] < 0.7  # of the validation data
     assert not list((tmp_path / "out" / "translations").glob("*.txt"))
     table = sweep.format_table(list(found.values()))
     assert "validation perplexity |" in table and "BLEU" not in table
