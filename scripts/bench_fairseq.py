@@ -197,8 +197,6 @@ class Workload:
         model.prepare_for_inference_(cfg)
         forced = dict(max_len_a=1, max_len_b=0) if not self.options.path else {}
         generator = task.build_generator([model], argparse.Namespace(beam=5, lenpen=1, **forced))
-        few = dict(max_len_a=0, max_len_b=PROFILED_STEPS)
-        short = task.build_generator([model], argparse.Namespace(beam=5, lenpen=1, **few))
         batches = self.batches(self.dataset(task, "train" if page else "test", page, limit), max_tokens)
 
         def run(generator, batches) -> int:
@@ -219,6 +217,8 @@ class Workload:
             tokens_per_s=tokens / seconds, sentences_per_s=n_sentences / seconds, **memory,
         )  # fmt: skip
         if self.options.profile:
+            few = dict(max_len_a=0, max_len_b=PROFILED_STEPS)
+            short = task.build_generator([model], argparse.Namespace(beam=5, lenpen=1, **few))
             result["profile"] = self.profiled("step", PROFILED_STEPS + 1, run, short, batches[:1])
         return result
 

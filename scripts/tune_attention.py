@@ -31,7 +31,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bench_attention import BFLOAT16, DEVICE, measure, provenance, training_step
+from bench_attention import BFLOAT16, DEVICE, measure, provenance, sentence_problem, training_step
 
 from triton_ops import AttentionLayout, block_sparse_attention
 from triton_ops.config import Config
@@ -79,11 +79,7 @@ def square(batch: int, heads: int, size: int, block: int, both: bool = False) ->
 
 def sentences(batch: int, size: int) -> Callable[[], object]:
     """Forward + backward of sentences of random lengths under element masks, with dropout."""
-    torch.manual_seed(0)
-    shape = size, batch, 8, 64
-    q, k, v, grad = (torch.randn(shape, device=DEVICE, dtype=BFLOAT16).permute(1, 2, 0, 3) for _ in range(4))
-    lengths = torch.randint(size // 4, size + 1, (batch,), device=DEVICE)
-    keep = (torch.rand(8, size, size, device=DEVICE) < 0.5) | torch.eye(size, dtype=torch.bool, device=DEVICE)
+    (q, k, v, grad), lengths, keep = sentence_problem(batch, 8, size)
     layout = AttentionLayout.from_keep_mask(keep)
     seed = torch.ones(1, dtype=torch.int64, device=DEVICE)
     options = dict(layout=layout, backend="triton", q_lengths=lengths, k_lengths=lengths, dropout_p=0.1, seed=seed)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .api import block_sparse_attention
 from .layout import AttentionLayout
-from .reference import attention_reference, dropout_keep, visible_cells
+from .reference import attention_reference, decode_reference, dropout_keep, visible_cells
 
 # Roundings, in units of machine epsilon, that the kernels may add to the error of the eager result. Half precision: P
 # (or dS) and the output, half an epsilon each. float32: products of three tf32 terms keep 22 bits of each factor
@@ -204,3 +204,17 @@ def assert_within_budget(case: Case) -> None:
     wrong = {name: row for name, row in report.items() if not row["error"] <= row["allowed"]}
     if wrong:
         raise AssertionError(f"outside the float64 error budget: {wrong}")
+
+
+def assert_decode_within_budget(got: Tensor, q: Tensor, k: Tensor, v: Tensor, keep_row: Tensor, **options) -> None:
+    """Raise AssertionError unless *got* is as near to float64 as the eager step in the same type, plus the band.
+
+    Args:
+        got: what the kernel gave for the other arguments, which are those of `reference.decode_reference`.
+    """
+    exact = decode_reference(*(x.double() for x in (q, k, v)), keep_row, **options)
+    eager = decode_reference(q, k, v, keep_row, **options)
+    error, eager_error = (float((x.double() - exact).norm()) for x in (got, eager))
+    band = ROUNDING_BAND[q.dtype] * torch.finfo(q.dtype).eps * float(exact.norm())
+    if not error <= eager_error + band:
+        raise AssertionError(f"decode is not within the float64 budget: {error} > {eager_error} + {band}")

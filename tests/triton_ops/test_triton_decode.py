@@ -6,8 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from triton_ops import AttentionLayout, block_sparse_attention, decode_attention
-from triton_ops.reference import decode_reference
-from triton_ops.testing import ROUNDING_BAND
+from triton_ops.testing import assert_decode_within_budget
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FIXED = settings(derandomize=True, deadline=None)
@@ -51,11 +50,7 @@ def check(dtype, dim, shared, problem):
         k, v = (x.transpose(2, 3).flatten(0, 2)[order] for x in (k, v))
     got = decode_attention(q, k, v, layout, step, backend="triton", **options)
     assert not got.isnan().any()
-    row = keep[:, step, :size].to(DEVICE)
-    exact = decode_reference(*(x.double() for x in (q, k, v)), row, scale=dim**-0.5, **options)
-    eager = decode_reference(q, k, v, row, scale=dim**-0.5, **options)
-    band = ROUNDING_BAND[dtype] * torch.finfo(dtype).eps * exact.norm()
-    assert (got.double() - exact).norm() <= (eager.double() - exact).norm() + band
+    assert_decode_within_budget(got, q, k, v, keep[:, step, :size].to(DEVICE), scale=dim**-0.5, **options)
 
 
 def pool_of_kept_cells(k, v, keep, generator, options):
