@@ -16,6 +16,8 @@ in a system stands for one system of each value (of several lists, one of each c
     threshold, log_bits   of the procedure threshold
     schedule     untuned; one-shot and gradual (fine-tuned from the dense model); scratch (trained under the mask)
     rounds       of gradual; default 3
+    start        of gradual: the sparsity of a system that is otherwise the same and trained from scratch; the first
+                 round records and continues that one, instead of the dense model
     seed         of the dense model (the first one if there is none of this seed), of training and of random masks
     updates      of training; default: the sweep's tune_updates, or dense_updates from scratch
 
@@ -85,6 +87,7 @@ class System:
     log_bits: int = 0
     schedule: str = "untuned"
     rounds: int = 3
+    start: float = 0.0
     seed: int = 1
     updates: int | None = None
 
@@ -101,6 +104,8 @@ class System:
             )
         if self.procedure == "threshold" and not self.threshold:
             raise ArtifactError("a system of procedure threshold needs a threshold, e.g. threshold: 0.01")
+        if self.start and self.schedule != "gradual":
+            raise ArtifactError(f"start {self.start} is for systems of schedule gradual, not {self.schedule}")
         self.budget_kinds()  # reports unknown kinds
         masked = self.procedure not in ("dense", "top-k", "threshold")
         if self.kinds == "own" and (self.sparsity or not masked or not self.budget_kinds()):
@@ -143,12 +148,18 @@ class System:
             parts += [f"g{self.granularity}"] if self.procedure != "top-k" else []
         if self.options:
             parts.append(self.options.replace("--", "").replace(" ", "-"))
+        parts += [f"from-{100 * self.start:g}"] if self.start else []
         parts += [self.schedule] + ([f"r{self.rounds}"] if self.schedule == "gradual" else [])
         return ".".join(parts + ([f"u{self.updates}"] if self.updates else []))
 
     @property
     def name(self) -> str:
         return f"{self.group}.s{self.seed}"
+
+    @property
+    def started_from(self) -> System:
+        """The system from scratch that `start` names."""
+        return dataclasses.replace(self, sparsity=self.start, start=0.0, schedule="scratch", updates=None)
 
     @property
     def masks_name(self) -> str:
@@ -177,6 +188,10 @@ class Sweep:
             raise ArtifactError("systems of procedure importance need --importance among the flags of `record`")
         self.listed = systems
         self.systems = [s for s in systems if s.procedure == "dense" or re.search(only, s.name)]
+        starts = {system.started_from.name for system in systems if system.start}
+        missing_starts = sorted(starts - {system.name for system in systems})
+        if missing_starts:
+            raise ArtifactError(f"systems with a start need these in the list too: {', '.join(missing_starts)}")
         self.search = Search(**description["search"])
         self.stages = Stages(out)
         if not Path(self.bin).is_dir():
@@ -229,8 +244,9 @@ class Sweep:
             tuned = [system for system in self.systems if system.schedule != "untuned"]
             untuned = [system for system in self.systems if system.schedule == "untuned"]
             # Translations that need no training fill the time in which trainings wait for each other.
-            tasks = [(self.tune, [system]) for system in tuned]
+            tasks = [(self.tune, [system]) for system in tuned if not system.start]
             run_together(self.jobs, tasks + self.translations(untuned))
+            run_together(self.jobs, [(self.tune, [system]) for system in tuned if system.start])
             if until == "train":
                 return
             run_together(self.jobs, self.translations(tuned))
@@ -271,7 +287,7 @@ class Sweep:
         flags = self.training(recipe, system.seed, updates // (system.rounds if system.schedule == "gradual" else 1))
         flags = [f"pruned_{word}" if word.startswith("transformer") else word for word in flags]
         folder = self.out / "systems" / system.name
-        start = self.checkpoint(self.dense_seed(system))
+        start = self.trained(system.started_from) if system.start else self.checkpoint(self.dense_seed(system))
         if system.schedule == "gradual":
             recording = shlex.split(self.description["record"])
             # Its rounds are stages of their own folder.

@@ -206,6 +206,27 @@ def test_rounds_record_the_current_model_and_prune_more_each_time(swept):
         assert not (masks.keep[kind] & ~first.keep[kind])[..., observed].any()
 
 
+def test_rounds_can_start_from_a_model_that_was_trained_under_masks(corpus, dense, tmp_path):
+    scratch = {"procedure": "effective", "sparsity": 0.4, "schedule": "scratch"}
+    further = {"procedure": "effective", "sparsity": 0.6, "schedule": "gradual", "rounds": 1, "start": 0.4}
+    training = description()["training"].replace(" --disable-validation", "")
+    with pytest.raises(ArtifactError, match=r"need these in the list too: effective\.total\.40\.g1\.scratch\.s1"):
+        sweep.Sweep(description(systems=[further]), corpus, tmp_path, 1, {})
+    made = description(
+        training=training, systems=[further, scratch], search={"beam": 0, "max_tokens": 900, "cpu": True}
+    )
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(made))
+    python(*command(tmp_path, corpus, dense))
+    folder = tmp_path / "out" / "systems" / "effective.total.60.g1.from-40.gradual.r1.s1" / "round-1"
+    stats = AttentionStats.load(folder / "stats.safetensors")
+    first = PruningMasks.load(tmp_path / "out" / "masks" / "effective.total.40.g1.untuned.s1.d1.safetensors")
+    masks = PruningMasks.load(folder / "masks.safetensors")
+    assert masks.metadata["total"]["effective"] == pytest.approx(0.6, abs=0.01)
+    for kind in stats.kinds:  # the pruned model was recorded, not the dense one
+        assert stats.mass[kind][~first.keep[kind]].sum() == 0
+        assert not (masks.keep[kind] & ~first.keep[kind])[..., stats.occupancy[kind] > 0].any()
+
+
 def test_the_schedule_as_a_command_names_what_is_wrong(dense, data_bin, tmp_path, capsys):
     common = [data_bin, "--path", dense, "-o", tmp_path, "--updates", 4, "--masks", "--total 0.5"]
     for arguments, message in (
@@ -233,6 +254,7 @@ def test_shares_grow_to_one():
         (dict(procedure="best"), "procedure 'best' of a system is not one of dense, effective"),
         (dict(procedure="top-k", schedule="one-shot"), "top-k prunes at inference time"),
         (dict(procedure="threshold"), "needs a threshold"),
+        (dict(procedure="effective", schedule="one-shot", start=0.5), "start 0.5 is for systems of schedule gradual"),
         (dict(procedure="effective", kinds="encoder"), "kinds 'encoder' is not total, joint, own, or some of"),
         (dict(procedure="effective", kinds="own", options="--min-heads 1"), "names its budgets in options"),
         (dict(procedure="effective", kinds="own", options="--cross 0.5", sparsity=0.5), "and no sparsity"),
