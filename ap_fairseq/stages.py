@@ -8,6 +8,8 @@ AP_START_METHOD=spawn: each stage then imports everything anew.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import multiprocessing
 import multiprocessing.connection
@@ -15,7 +17,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,23 +45,30 @@ class Stages:
     def run(self, name: str, function: Callable, *args: Any) -> None:
         """Call ``function(*args)`` in a child process, unless it was done before with the same arguments.
 
+        If another program is at this stage, wait for it.
+
         Raises:
             ArtifactError: if the stage was done with other arguments: its results would mix with the old ones.
             StageError: if it fails.
         """
-        mark = self.folder / "stages" / f"{name}.json"
+        mark, log = self.folder / "stages" / f"{name}.json", self.log(name)
         settings = [function.__qualname__, *json.loads(json.dumps(args, default=str))]
-        if mark.exists():
-            done = json.loads(mark.read_text(encoding="utf-8"))["settings"]
-            if done != settings:
-                raise ArtifactError(
-                    f"stage {name} in {self.folder} was done with other settings:\n  then {json.dumps(done)}\n  now  "
-                    f"{json.dumps(settings)}\nname another output folder, or remove {mark} and what it made"
-                )
-            return
-        mark.parent.mkdir(parents=True, exist_ok=True)
-        seconds = self.run_always(name, function, *args)
-        write_json(mark, {"settings": settings, "seconds": seconds})
+        for file in (mark, log):
+            file.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(log.with_name(f".{name}.lock")):
+            if not mark.exists():
+                seconds = self.run_always(name, function, *args)
+                write_json(mark, {"settings": settings, "seconds": seconds})
+                return
+        done = json.loads(mark.read_text(encoding="utf-8"))["settings"]
+        if done != settings:
+            raise ArtifactError(
+                f"stage {name} in {self.folder} was done with other settings:\n  then {json.dumps(done)}\n  now  "
+                f"{json.dumps(settings)}\nname another output folder, or remove {mark} and what it made"
+            )
+
+    def log(self, name: str) -> Path:
+        return self.folder / "logs" / f"{name}.log"
 
     def run_always(self, name: str, function: Callable, *args: Any) -> float:
         """Call ``function(*args)``, which knows itself what was done before, in a child process; return the seconds.
@@ -67,7 +76,7 @@ class Stages:
         Raises:
             StageError: if it fails.
         """
-        log = self.folder / "logs" / f"{name}.log"
+        log = self.log(name)
         log.parent.mkdir(parents=True, exist_ok=True)
         started = time.monotonic()
         child = _processes.Process(target=_call, args=(log, function, args))
@@ -79,6 +88,14 @@ class Stages:
         seconds = round(time.monotonic() - started, 1)
         print(f"{name}: {seconds} s", flush=True)
         return seconds
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold a lock meanwhile. Children inherit it: it is free when the last of them has ended, however that came."""
+    with open(path, "w") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        yield
 
 
 def _call(log: Path, function: Callable, args: Sequence[Any]) -> None:

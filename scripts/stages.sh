@@ -3,12 +3,18 @@
 #
 #   stage NAME COMMAND...   runs the command once, with its output in $run/logs/NAME.log and its seconds in
 #                           $run/stages/NAME; a later call with the same command is skipped, one with another command
-#                           is an error, because its results would mix with the old ones.
+#                           is an error, because its results would mix with the old ones. If another script is at this
+#                           stage, it waits for it.
 
 stage() {
+  mkdir -p "$run/logs" "$run/stages"
+  # The command inherits the lock, which is free when it has ended, however that came.
+  (flock 9 && run_stage "$@") 9> "$run/logs/.$1.lock"
+}
+
+run_stage() {
   local name=$1 started seconds mark
   shift
-  mkdir -p "$run/logs" "$run/stages"
   mark=$run/stages/$name
   if [ -e "$mark" ]; then
     if [ "$(tail -n +2 "$mark")" != "$*" ]; then

@@ -34,3 +34,10 @@ def test_a_stage_with_other_settings_is_refused(tmp_path):
     refused = bash(tmp_path, "stage one echo --lr 2")
     assert refused.returncode == 1
     assert "then: echo --lr 1" in refused.stderr and "now:  echo --lr 2" in refused.stderr
+
+
+def test_a_stage_runs_once_for_scripts_that_want_it_at_the_same_time(tmp_path):
+    script = f"stage one bash -c 'sleep 1; echo x >> {tmp_path}/count'"
+    both = bash(tmp_path, f"({script}) & first=$!; ({script}) & wait $first; wait $!")
+    assert both.returncode == 0 and "done before" in both.stdout
+    assert (tmp_path / "count").read_text() == "x\n"

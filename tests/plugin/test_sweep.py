@@ -290,6 +290,21 @@ def test_a_failed_stage_shows_its_log_and_runs_again(tmp_path):
         stages.run("x", read, str(tmp_path / "other"))
 
 
+def test_a_stage_runs_once_for_programs_that_want_it_at_the_same_time(tmp_path):
+    code = f"""
+import sys; sys.path.insert(0, {str(ROOT)!r})
+from ap_fairseq.stages import Stages
+def slow(path):
+    import time
+    time.sleep(1)
+    open(path, "a").write("done\\n")
+Stages({str(tmp_path)!r}).run("x", slow, {str(tmp_path / "made")!r})
+"""
+    programs = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(2)]
+    assert [program.wait(timeout=100) for program in programs] == [0, 0]
+    assert (tmp_path / "made").read_text() == "done\n"
+
+
 def read(path):
     Path(path).read_text()
 
