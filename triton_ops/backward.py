@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .config import ceil_div, dkdv_config, dq_config, power_of_two, precision
+from .config import ceil_div, dkdv_config, dq_config, grids, near, power_of_two, precision
 from .layout import TileTable
 from .primitives import (
     LOG2E,
@@ -35,13 +35,13 @@ from .primitives import (
 
 @triton.jit
 def _dq_step(
-    b_dq, b_q, b_do, b_lse, b_delta, b_k, b_v, m_s, m_z, scale_log2, inverse_keep,
+    b_dq, b_q, b_do, b_pivot, b_delta, b_k, b_v, m_s, m_z, scale_log2, inverse_keep,
     MASKED: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     b_s = dot(b_q, tl.trans(b_k), PRECISION)  # [BM, BN]
     if MASKED:
         b_s = tl.where(m_s, b_s, float("-inf"))
-    b_p = tl.exp2(b_s * scale_log2 - b_lse[:, None])
+    b_p = tl.exp2(b_s * scale_log2 - b_pivot)
     b_dp = dot(b_do, tl.trans(b_v), PRECISION)  # [BM, BN]
     if DROPOUT:
         b_dp = tl.where(m_z, b_dp * inverse_keep, 0.0)
@@ -49,18 +49,18 @@ def _dq_step(
     return dot_add(b_ds.to(b_k.dtype), b_k, b_dq, PRECISION)
 
 
-@triton.jit(do_not_specialize=["H", "MH", "TQ", "TK", "LQ", "RS", "KW", "NO", "NI", "n_tiles", "threshold"])
+@triton.jit(do_not_specialize=["H", "MH", "TQ", "TK", "LQ", "RS", "KW", "NO", "NI", "first_h", "first_b", "threshold"])
 def _dq_kernel(
     p_q, p_k, p_v, p_o, p_do, p_lse, p_dlse, p_dq, p_delta, p_words, p_entries, p_counts,
     p_q_lengths, p_k_lengths, p_seed, scale, scale_log2, threshold, inverse_keep,
     s_qb, s_qh, s_qt, s_kb, s_kh, s_kt, s_vb, s_vh, s_vt, s_ob, s_oh, s_ot, s_gb, s_gh, s_gt, s_db, s_dh, s_dt,
-    H, MH, TQ, TK, LQ, RS, KW, NO, NI, n_tiles,
+    H, MH, TQ, TK, LQ, RS, KW, NO, NI, first_h, first_b,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, OUTER: tl.constexpr, G: tl.constexpr,
-    DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    NEAR: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    i_m = (n_tiles - 1 - tl.program_id(0) % n_tiles) * BM
-    i_bh = tl.program_id(0) // n_tiles
-    i_b, i_h = i_bh // H, i_bh % H
+    i_m = (tl.num_programs(0) - 1 - tl.program_id(0)) * BM
+    i_h, i_b = first_h + tl.program_id(1), first_b + tl.program_id(2)
+    i_bh = i_b * H + i_h
     q_length = sequence_length(p_q_lengths, i_b, TQ)
     k_length = tl.where(i_m < q_length, sequence_length(p_k_lengths, i_b, TK), 0)
 
@@ -78,6 +78,8 @@ def _dq_kernel(
     p_entries += i_list * NI
     p_counts += i_list * (NI + 1)
     p_words += i_mh.to(tl.int64) * KW * LQ
+    if NEAR:
+        s_vt = s_kt  # equal, and told so the compiler shares the offsets
     n_inside, n_full, n_total = list_lengths(p_counts, k_length, G)
     seed = 0
     if DROPOUT:
@@ -96,28 +98,31 @@ def _dq_kernel(
     tl.store(p_delta + o_row, b_delta, mask=o_m < TQ)
 
     b_dq = tl.zeros([BM, BD], dtype=tl.float32)
-    n_plain = n_inside * G // BN
-    for i in range(n_plain):
-        start, o_x = full_positions(p_entries, i, BN, G)
-        b_k = load_rows(p_k, s_kt, start, o_x, m_m, False, G, D, BD)  # [BN, BD]
-        b_v = load_rows(p_v, s_vt, start, o_x, m_m, False, G, D, BD)  # [BN, BD]
+    for i in range((n_inside * G + BN - 1) // BN):
+        start, o_x, m_n = full_positions(p_entries, i, n_inside, BN, G)
+        b_k = load_rows(p_k, s_kt, start, o_x, m_m, False, NEAR, G, D, BD)  # [BN, BD]
+        b_v = load_rows(p_v, s_vt, start, o_x, m_m, False, NEAR, G, D, BD)  # [BN, BD]
+        m_z = m_m
+        if DROPOUT:
+            m_z = dropout_bits(seed, i_bh, o_m[:, None], (start + o_x)[None, :], threshold)
+        b_pivot = b_lse[:, None]
+        if BN > G:
+            b_pivot = tl.where(m_n[None, :], b_pivot, float("inf"))
+        b_dq = _dq_step(
+            b_dq, b_q, b_do, b_pivot, b_delta, b_k, b_v, m_m, m_z, scale_log2, inverse_keep, False, DROPOUT, PRECISION
+        )
+    for first in tl.range(n_inside * G, n_total * G, BN, num_stages=1):
+        start, o_x, m_n = listed_positions(p_entries, first, n_full, n_total, k_length, NI, BN, G)
+        m_s = keep_bits(p_words, o_m, m_m, p_entries, first, n_full, n_total, k_length, NI, LQ, RS, BN, G)
+        b_k = load_rows(p_k, s_kt, start, o_x, m_n, True, NEAR, G, D, BD)
+        b_v = load_rows(p_v, s_vt, start, o_x, m_n, True, NEAR, G, D, BD)
         m_z = m_m
         if DROPOUT:
             m_z = dropout_bits(seed, i_bh, o_m[:, None], (start + o_x)[None, :], threshold)
         b_dq = _dq_step(
-            b_dq, b_q, b_do, b_lse, b_delta, b_k, b_v, m_m, m_z, scale_log2, inverse_keep, False, DROPOUT, PRECISION
-        )
-    for i in tl.range(n_plain, (n_total * G + BN - 1) // BN, num_stages=1):
-        start, o_x, m_n = listed_positions(p_entries, i, n_full, n_total, k_length, NI, BN, G)
-        m_s = keep_bits(p_words, o_m, m_m, p_entries, i, n_full, n_total, k_length, NI, LQ, RS, BN, G)
-        b_k = load_rows(p_k, s_kt, start, o_x, m_n, True, G, D, BD)
-        b_v = load_rows(p_v, s_vt, start, o_x, m_n, True, G, D, BD)
-        m_z = m_m
-        if DROPOUT:
-            m_z = dropout_bits(seed, i_bh, o_m[:, None], (start + o_x)[None, :], threshold)
-        b_dq = _dq_step(
-            b_dq, b_q, b_do, b_lse, b_delta, b_k, b_v, m_s, m_z, scale_log2, inverse_keep, True, DROPOUT, PRECISION
-        )
+            b_dq, b_q, b_do, b_lse[:, None], b_delta, b_k, b_v, m_s, m_z, scale_log2, inverse_keep,
+            True, DROPOUT, PRECISION,
+        )  # fmt: skip
     p_dq += i_b64 * s_db + i_h64 * s_dh
     p_row = p_dq + o_m64 * s_dt + o_d[None, :]
     tl.store(p_row, (b_dq * scale).to(p_dq.dtype.element_ty), mask=(o_m < TQ)[:, None] & m_d[None, :])
@@ -145,18 +150,18 @@ def _dkdv_step(
     return b_dk, b_dv
 
 
-@triton.jit(do_not_specialize=["H", "MH", "TQ", "TK", "LQ", "RS", "KW", "NO", "NI", "n_tiles", "threshold"])
+@triton.jit(do_not_specialize=["H", "MH", "TQ", "TK", "LQ", "RS", "KW", "NO", "NI", "first_h", "first_b", "threshold"])
 def _dkdv_kernel(
     p_q, p_k, p_v, p_do, p_lse, p_delta, p_dk, p_dv, p_words, p_entries, p_counts,
     p_q_lengths, p_k_lengths, p_seed, scale, scale_log2, threshold, inverse_keep,
     s_qb, s_qh, s_qt, s_kb, s_kh, s_kt, s_vb, s_vh, s_vt, s_gb, s_gh, s_gt, s_db, s_dh, s_dt, s_eb, s_eh, s_et,
-    H, MH, TQ, TK, LQ, RS, KW, NO, NI, n_tiles,
+    H, MH, TQ, TK, LQ, RS, KW, NO, NI, first_h, first_b,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, OUTER: tl.constexpr, G: tl.constexpr,
-    DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    NEAR: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    i_n = (tl.program_id(0) % n_tiles) * BN
-    i_bh = tl.program_id(0) // n_tiles
-    i_b, i_h = i_bh // H, i_bh % H
+    i_n = tl.program_id(0) * BN
+    i_h, i_b = first_h + tl.program_id(1), first_b + tl.program_id(2)
+    i_bh = i_b * H + i_h
     k_length = sequence_length(p_k_lengths, i_b, TK)
     # A tile of padded keys visits no query and writes zeros.
     q_length = tl.where(i_n < k_length, sequence_length(p_q_lengths, i_b, TQ), 0)
@@ -177,6 +182,8 @@ def _dkdv_kernel(
     p_entries += i_list * NI
     p_counts += i_list * (NI + 1)
     p_words += i_mh.to(tl.int64) * KW * LQ
+    if NEAR:
+        s_gt = s_qt  # equal, and told so the compiler shares the offsets
     n_inside, n_full, n_total = list_lengths(p_counts, q_length, G)
     seed = 0
     if DROPOUT:
@@ -187,12 +194,13 @@ def _dkdv_kernel(
     b_dk = tl.zeros([BN, BD], dtype=tl.float32)
     b_dv = tl.zeros([BN, BD], dtype=tl.float32)
 
-    n_plain = n_inside * G // BM
-    for i in range(n_plain):
-        start, o_x = full_positions(p_entries, i, BM, G)
-        b_q = load_rows(p_q, s_qt, start, o_x, m_n, False, G, D, BD)  # [BM, BD]
-        b_do = load_rows(p_do, s_gt, start, o_x, m_n, False, G, D, BD)  # [BM, BD]
+    for i in range((n_inside * G + BM - 1) // BM):
+        start, o_x, m_m = full_positions(p_entries, i, n_inside, BM, G)
+        b_q = load_rows(p_q, s_qt, start, o_x, m_n, False, NEAR, G, D, BD)  # [BM, BD]
+        b_do = load_rows(p_do, s_gt, start, o_x, m_n, False, NEAR, G, D, BD)  # [BM, BD]
         b_lse, b_delta = tl.load(p_lse + start + o_x), tl.load(p_delta + start + o_x)
+        if BM > G:
+            b_lse = tl.where(m_m, b_lse, float("-inf"))
         m_z = m_n
         if DROPOUT:
             m_z = dropout_bits(seed, i_bh, (start + o_x)[:, None], o_n[None, :], threshold)
@@ -200,12 +208,12 @@ def _dkdv_kernel(
             b_dk, b_dv, b_k, b_v, b_q, b_do, b_lse, b_delta, m_n, m_z, scale_log2, inverse_keep,
             False, DROPOUT, PRECISION,
         )  # fmt: skip
-    for i in tl.range(n_plain, (n_total * G + BM - 1) // BM, num_stages=1):
-        start, o_x, m_m = listed_positions(p_entries, i, n_full, n_total, q_length, NI, BM, G)
+    for first in tl.range(n_inside * G, n_total * G, BM, num_stages=1):
+        start, o_x, m_m = listed_positions(p_entries, first, n_full, n_total, q_length, NI, BM, G)
         o_m = start + o_x
         m_s = keep_bits_by_key(p_words, i_n, o_m, m_m, k_length, LQ, RS, BN)
-        b_q = load_rows(p_q, s_qt, start, o_x, m_m, True, G, D, BD)
-        b_do = load_rows(p_do, s_gt, start, o_x, m_m, True, G, D, BD)
+        b_q = load_rows(p_q, s_qt, start, o_x, m_m, True, NEAR, G, D, BD)
+        b_do = load_rows(p_do, s_gt, start, o_x, m_m, True, NEAR, G, D, BD)
         b_lse = tl.load(p_lse + o_m, mask=m_m, other=float("-inf"))
         b_delta = tl.load(p_delta + o_m, mask=m_m, other=0.0)
         m_z = m_n
@@ -254,26 +262,26 @@ def backward(
     constants = dict(D=dim, BD=power_of_two(dim), DROPOUT=seed is not None, PRECISION=precision(q.dtype))
 
     config = dq_config(query_table, dim, q.dtype)
-    n_tiles = ceil_div(q_size, config.block_q)
-    _dq_kernel[(n_tiles * batch * heads,)](
-        q, k, v, out, grad_out, lse, grad_lse, dq, delta, words, query_table.entries, query_table.counts,
-        q_lengths, k_lengths, seed, scale, scale_log2, threshold, inverse_keep,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3], *grad_out.stride()[:3],
-        *dq.stride()[:3],
-        heads, words.size(0), q_size, k_size, *shared, *query_table.entries.shape[1:], n_tiles,
-        BM=config.block_q, BN=config.block_k, OUTER=query_table.outer, G=query_table.inner, **constants,
-        **config.launch(),
-    )  # fmt: skip
+    for grid, first_h, first_b in grids(ceil_div(q_size, config.block_q), heads, batch):
+        _dq_kernel[grid](
+            q, k, v, out, grad_out, lse, grad_lse, dq, delta, words, query_table.entries, query_table.counts,
+            q_lengths, k_lengths, seed, scale, scale_log2, threshold, inverse_keep,
+            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3], *grad_out.stride()[:3],
+            *dq.stride()[:3],
+            heads, words.size(0), q_size, k_size, *shared, *query_table.entries.shape[1:], first_h, first_b,
+            BM=config.block_q, BN=config.block_k, OUTER=query_table.outer, G=query_table.inner, NEAR=near(k, v),
+            **constants, **config.launch(),
+        )  # fmt: skip
 
     config = dkdv_config(key_table, dim, q.dtype)
-    n_tiles = ceil_div(k_size, config.block_k)
-    _dkdv_kernel[(n_tiles * batch * heads,)](
-        q, k, v, grad_out, lse, delta, dk, dv, words, key_table.entries, key_table.counts,
-        q_lengths, k_lengths, seed, scale, scale_log2, threshold, inverse_keep,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad_out.stride()[:3], *dk.stride()[:3],
-        *dv.stride()[:3],
-        heads, words.size(0), q_size, k_size, *shared, *key_table.entries.shape[1:], n_tiles,
-        BM=config.block_q, BN=config.block_k, OUTER=key_table.outer, G=key_table.inner, **constants,
-        **config.launch(),
-    )  # fmt: skip
+    for grid, first_h, first_b in grids(ceil_div(k_size, config.block_k), heads, batch):
+        _dkdv_kernel[grid](
+            q, k, v, grad_out, lse, delta, dk, dv, words, key_table.entries, key_table.counts,
+            q_lengths, k_lengths, seed, scale, scale_log2, threshold, inverse_keep,
+            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad_out.stride()[:3], *dk.stride()[:3],
+            *dv.stride()[:3],
+            heads, words.size(0), q_size, k_size, *shared, *key_table.entries.shape[1:], first_h, first_b,
+            BM=config.block_q, BN=config.block_k, OUTER=key_table.outer, G=key_table.inner, NEAR=near(q, grad_out),
+            **constants, **config.launch(),
+        )  # fmt: skip
     return dq, dk, dv

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .config import ceil_div, forward_config, power_of_two, precision
+from .config import ceil_div, forward_config, grids, near, power_of_two, precision
 from .layout import TileTable
 from .primitives import (
     LN2,
@@ -24,19 +24,19 @@ from .primitives import (
 )
 
 
-@triton.jit(do_not_specialize=["H", "MH", "TQ", "TK", "LQ", "RS", "KW", "NO", "NI", "n_tiles", "threshold"])
+@triton.jit(do_not_specialize=["H", "MH", "TQ", "TK", "LQ", "RS", "KW", "NO", "NI", "first_h", "first_b", "threshold"])
 def _forward_kernel(
     p_q, p_k, p_v, p_o, p_lse, p_words, p_entries, p_counts, p_q_lengths, p_k_lengths, p_seed,
     scale_log2, threshold, inverse_keep,
     s_qb, s_qh, s_qt, s_kb, s_kh, s_kt, s_vb, s_vh, s_vt, s_ob, s_oh, s_ot,
-    H, MH, TQ, TK, LQ, RS, KW, NO, NI, n_tiles,
+    H, MH, TQ, TK, LQ, RS, KW, NO, NI, first_h, first_b,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, OUTER: tl.constexpr, G: tl.constexpr,
-    DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    NEAR: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     # The last tiles first: under a causal mask they are the longest, and long programs should not start last.
-    i_m = (n_tiles - 1 - tl.program_id(0) % n_tiles) * BM
-    i_bh = tl.program_id(0) // n_tiles
-    i_b, i_h = i_bh // H, i_bh % H
+    i_m = (tl.num_programs(0) - 1 - tl.program_id(0)) * BM
+    i_h, i_b = first_h + tl.program_id(1), first_b + tl.program_id(2)
+    i_bh = i_b * H + i_h
     q_length = sequence_length(p_q_lengths, i_b, TQ)
     # A tile of padded rows visits no key and writes zeros.
     k_length = tl.where(i_m < q_length, sequence_length(p_k_lengths, i_b, TK), 0)
@@ -53,6 +53,8 @@ def _forward_kernel(
     p_entries += i_list * NI
     p_counts += i_list * (NI + 1)
     p_words += i_mh.to(tl.int64) * KW * LQ
+    if NEAR:
+        s_vt = s_kt  # equal, and told so the compiler shares the offsets
     n_inside, n_full, n_total = list_lengths(p_counts, k_length, G)
     if DROPOUT:
         seed = tl.load(p_seed)
@@ -62,26 +64,28 @@ def _forward_kernel(
     b_l = tl.zeros([BM], dtype=tl.float32)
     b_m = tl.full([BM], NO_KEY, dtype=tl.float32)
 
-    n_plain = n_inside * G // BN
-    for i in range(n_plain):
-        start, o_x = full_positions(p_entries, i, BN, G)
-        b_k = load_rows(p_k, s_kt, start, o_x, m_m, False, G, D, BD)  # [BN, BD]
+    for i in range((n_inside * G + BN - 1) // BN):
+        start, o_x, m_n = full_positions(p_entries, i, n_inside, BN, G)
+        b_k = load_rows(p_k, s_kt, start, o_x, m_m, False, NEAR, G, D, BD)  # [BN, BD]
         b_s = dot(b_q, tl.trans(b_k), PRECISION)  # [BM, BN]
         b_new = tl.maximum(b_m, tl.max(b_s, 1) * scale_log2)
-        b_p = tl.exp2(b_s * scale_log2 - b_new[:, None])
+        b_pivot = b_new[:, None]
+        if BN > G:  # a block that is there twice does not change the maximum; the second time it must not count
+            b_pivot = tl.where(m_n[None, :], b_pivot, float("inf"))
+        b_p = tl.exp2(b_s * scale_log2 - b_pivot)
         b_a = tl.exp2(b_m - b_new)
         b_l = b_l * b_a + tl.sum(b_p, 1)
         b_m = b_new
         if DROPOUT:
             b_p = tl.where(dropout_bits(seed, i_bh, o_m[:, None], (start + o_x)[None, :], threshold), b_p, 0.0)
-        b_v = load_rows(p_v, s_vt, start, o_x, m_m, False, G, D, BD)  # [BN, BD]
+        b_v = load_rows(p_v, s_vt, start, o_x, m_m, False, NEAR, G, D, BD)  # [BN, BD]
         b_o = dot_add(b_p.to(b_v.dtype), b_v, b_o * b_a[:, None], PRECISION)
 
-    # What is left: full blocks that do not fill a step or reach past the last key, and partial blocks.
-    for i in tl.range(n_plain, (n_total * G + BN - 1) // BN, num_stages=1):
-        start, o_x, m_n = listed_positions(p_entries, i, n_full, n_total, k_length, NI, BN, G)
-        m_s = keep_bits(p_words, o_m, m_m, p_entries, i, n_full, n_total, k_length, NI, LQ, RS, BN, G)
-        b_k = load_rows(p_k, s_kt, start, o_x, m_n, True, G, D, BD)
+    # What is left: full blocks that reach past the last key, and partial blocks.
+    for first in tl.range(n_inside * G, n_total * G, BN, num_stages=1):
+        start, o_x, m_n = listed_positions(p_entries, first, n_full, n_total, k_length, NI, BN, G)
+        m_s = keep_bits(p_words, o_m, m_m, p_entries, first, n_full, n_total, k_length, NI, LQ, RS, BN, G)
+        b_k = load_rows(p_k, s_kt, start, o_x, m_n, True, NEAR, G, D, BD)
         b_s = dot(b_q, tl.trans(b_k), PRECISION)
         b_s = tl.where(m_s, b_s, float("-inf"))
         b_new = tl.maximum(b_m, tl.max(b_s, 1) * scale_log2)
@@ -91,16 +95,19 @@ def _forward_kernel(
         b_m = b_new
         if DROPOUT:
             b_p = tl.where(dropout_bits(seed, i_bh, o_m[:, None], (start + o_x)[None, :], threshold), b_p, 0.0)
-        b_v = load_rows(p_v, s_vt, start, o_x, m_n, True, G, D, BD)
+        b_v = load_rows(p_v, s_vt, start, o_x, m_n, True, NEAR, G, D, BD)
         b_o = dot_add(b_p.to(b_v.dtype), b_v, b_o * b_a[:, None], PRECISION)
 
     m_seen = b_l > 0
     b_scale = inverse_keep / tl.where(m_seen, b_l, 1.0)
     b_lse = tl.where(m_seen & m_m, (b_m + tl.log2(tl.where(m_seen, b_l, 1.0))) * LN2, float("-inf"))
-    b_o = tl.where(m_m[:, None], b_o * b_scale[:, None], 0.0)
+    b_o = b_o * b_scale[:, None]
     p_o += i_b.to(tl.int64) * s_ob + i_h.to(tl.int64) * s_oh
     p_row = p_o + o_m.to(tl.int64)[:, None] * s_ot + o_d[None, :]
-    tl.store(p_row, b_o.to(p_o.dtype.element_ty), mask=(o_m < TQ)[:, None] & m_d[None, :])
+    tl.store(p_row, b_o.to(p_o.dtype.element_ty), mask=m_m[:, None] & m_d[None, :])
+    if q_length < i_m + BM:  # padded rows: not 0 · b_o, which is NaN beside keys or values that are not finite
+        b_zero = tl.zeros([BM, BD], dtype=p_o.dtype.element_ty)
+        tl.store(p_row, b_zero, mask=((o_m >= q_length) & (o_m < TQ))[:, None] & m_d[None, :])
     tl.store(p_lse + i_bh.to(tl.int64) * TQ + o_m, b_lse, mask=o_m < TQ)
 
 
@@ -123,15 +130,15 @@ def forward(
     out = torch.empty_like(q)
     lse = torch.empty(batch, heads, q_size, dtype=torch.float32, device=q.device)
     config = forward_config(table, dim, q.dtype)
-    n_tiles = ceil_div(q_size, config.block_q)
-    _forward_kernel[(n_tiles * batch * heads,)](
-        q, k, v, out, lse, words, table.entries, table.counts, q_lengths, k_lengths, seed,
-        scale_log2, threshold, inverse_keep,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
-        heads, words.size(0), q_size, k.size(2), words.size(2), row_shift, words.size(1),
-        *table.entries.shape[1:], n_tiles,
-        D=dim, BD=power_of_two(dim), BM=config.block_q, BN=config.block_k,
-        OUTER=table.outer, G=table.inner, DROPOUT=seed is not None, PRECISION=precision(q.dtype),
-        **config.launch(),
-    )  # fmt: skip
+    for grid, first_h, first_b in grids(ceil_div(q_size, config.block_q), heads, batch):
+        _forward_kernel[grid](
+            q, k, v, out, lse, words, table.entries, table.counts, q_lengths, k_lengths, seed,
+            scale_log2, threshold, inverse_keep,
+            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
+            heads, words.size(0), q_size, k.size(2), words.size(2), row_shift, words.size(1),
+            *table.entries.shape[1:], first_h, first_b,
+            D=dim, BD=power_of_two(dim), BM=config.block_q, BN=config.block_k,
+            OUTER=table.outer, G=table.inner, NEAR=near(k, v), DROPOUT=seed is not None, PRECISION=precision(q.dtype),
+            **config.launch(),
+        )  # fmt: skip
     return out, lse

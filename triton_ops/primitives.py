@@ -51,21 +51,27 @@ def list_lengths(p_counts, length, G: tl.constexpr):
 
 
 @triton.jit
-def full_positions(p_entries, i_step, STEP: tl.constexpr, G: tl.constexpr):
-    """The i_step-th STEP of full blocks: several gathered blocks, or part of one.
+def full_positions(p_entries, i_step, n_blocks, STEP: tl.constexpr, G: tl.constexpr):
+    """The i_step-th STEP of the first n_blocks full blocks: several gathered blocks, or part of one.
 
-    Returns (start, offset) with positions start + offset, [STEP]. Only start changes from step to step. It is
-    put together from scalar loads: the elements of a thread that lie in one block share their address arithmetic.
+    Returns (start, offset, which positions exist) with positions start + offset, [STEP]. Past the end they are those of
+    the last block again, which can be read and must not count; that happens only if STEP > G. Only start changes from
+    step to step. It is put together from scalar loads: the elements of a thread that lie in one block share their
+    address arithmetic.
     """
     o_x = tl.arange(0, STEP)
+    m_x = tl.full([STEP], True, dtype=tl.int1)
     if STEP > G:
-        start = tl.zeros([STEP], dtype=tl.int32)
-        for j in tl.static_range(STEP // G):
-            start = tl.where(o_x // G == j, tl.load(p_entries + i_step * (STEP // G) + j) * G, start)
+        slot = i_step * (STEP // G)
+        start = tl.zeros([STEP], dtype=tl.int32) + tl.load(p_entries + slot) * G
+        for j in tl.static_range(1, STEP // G):
+            i_start = tl.load(p_entries + tl.minimum(slot + j, n_blocks - 1)) * G
+            start = tl.where(o_x // G == j, i_start, start)
+            m_x &= (o_x // G != j) | (slot + j < n_blocks)
     else:
         first = i_step * STEP
         start = tl.load(p_entries + first // G) * G + first % G
-    return start, o_x % G
+    return start, o_x % G, m_x
 
 
 @triton.jit
@@ -78,29 +84,41 @@ def listed_start(p_entries, first, n_full, n_total, N_INNER, G: tl.constexpr):
 
 
 @triton.jit
-def listed_positions(p_entries, i_step, n_full, n_total, length, N_INNER, STEP: tl.constexpr, G: tl.constexpr):
-    """As `full_positions` for the i_step-th STEP of all listed blocks, and which positions exist, [STEP]."""
+def listed_positions(p_entries, first, n_full, n_total, length, N_INNER, STEP: tl.constexpr, G: tl.constexpr):
+    """As `full_positions` for the STEP cells from the first-th on along the list of all blocks."""
     o_x = tl.arange(0, STEP)
     if STEP > G:
         start = tl.zeros([STEP], dtype=tl.int32)
         for j in tl.static_range(STEP // G):
-            i_start = listed_start(p_entries, i_step * STEP + j * G, n_full, n_total, N_INNER, G)
+            i_start = listed_start(p_entries, first + j * G, n_full, n_total, N_INNER, G)
             start = tl.where(o_x // G == j, i_start, start)
     else:
-        start = listed_start(p_entries, i_step * STEP, n_full, n_total, N_INNER, G)
-    m_x = (i_step * STEP + o_x < n_total * G) & (start + o_x % G < length)
+        start = listed_start(p_entries, first, n_full, n_total, N_INNER, G)
+    m_x = (first + o_x < n_total * G) & (start + o_x % G < length)
     return start, o_x % G, m_x
 
 
 @triton.jit
-def load_rows(p_x, stride, start, o_x, m_x, MASKED: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BD: tl.constexpr):
-    """Rows start + o_x of p_x, [STEP, BD], 0 where m_x is not set; the pointers of o_x leave the loop."""
+def load_rows(
+    p_x, stride, start, o_x, m_x,
+    MASKED: tl.constexpr, NEAR: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """Rows start + o_x of p_x, [STEP, BD], 0 where m_x is not set.
+
+    What depends on o_x alone leaves the loop: pointers, or if NEAR (`config.near`) 32-bit offsets, which two tensors
+    share.
+    """
+    if not NEAR:
+        start, o_x = start.to(tl.int64), o_x.to(tl.int64)
     o_d = tl.arange(0, BD)
-    p_tile = p_x + o_x.to(tl.int64)[:, None] * stride + o_d[None, :]
+    o_tile = o_x[:, None] * stride + o_d[None, :]
+    o_start = start * stride
     if o_x.shape[0] > G:
-        p_tile += (start.to(tl.int64) * stride)[:, None]
+        o_start = o_start[:, None]
+    if NEAR:
+        p_tile = p_x + (o_start + o_tile)
     else:
-        p_tile += start.to(tl.int64) * stride
+        p_tile = p_x + o_tile + o_start
     if MASKED:
         b_x = tl.load(p_tile, mask=m_x[:, None] & (o_d < D)[None, :], other=0.0)
     elif BD > D:
@@ -125,7 +143,7 @@ def _test_bits(b_bits, o_n, W: tl.constexpr):
 
 @triton.jit
 def keep_bits(
-    p_words, o_m, m_m, p_entries, i_step, n_full, n_total, length, N_INNER, LQ, RS, STEP: tl.constexpr, G: tl.constexpr
+    p_words, o_m, m_m, p_entries, first, n_full, n_total, length, N_INNER, LQ, RS, STEP: tl.constexpr, G: tl.constexpr
 ):  # fmt: skip
     """Keep bits of query rows o_m and the keys of `listed_positions`, False where one does not exist, [BM, STEP].
 
@@ -136,10 +154,10 @@ def keep_bits(
     o_n = tl.arange(0, STEP)
     b_bits = tl.zeros([o_m.shape[0], STEP], dtype=tl.int32)
     for j in tl.static_range(STEP // W):
-        first = i_step * STEP + j * W
-        i_key = listed_start(p_entries, first, n_full, n_total, N_INNER, G)
+        i_cell = first + j * W
+        i_key = listed_start(p_entries, i_cell, n_full, n_total, N_INNER, G)
         b_w = tl.load(p_words + (i_key // 32).to(tl.int64) * LQ + (o_m >> RS), mask=m_m, other=0)  # [BM]
-        b_w = _existing(b_w, i_key, tl.where(first < n_total * G, length, 0), W)
+        b_w = _existing(b_w, i_key, tl.where(i_cell < n_total * G, length, 0), W)
         b_bits = tl.where((o_n // W == j)[None, :], b_w[:, None], b_bits)
     return _test_bits(b_bits, o_n, W)
 
