@@ -513,33 +513,37 @@ class _StaticDecoder:
         chosen_beam, chosen_token, chosen_score = (
             x[:length, :n_sentences].cpu() for x in (beams.chosen_beam, beams.chosen_token, beams.chosen_score)
         )
-        tokens = torch.full((n_sentences, self.beam, length), self.generator.eos)
-        totals = final_score[..., None].repeat(1, 1, length)  # of each hypothesis up to each position
-        beam = final_beam.long()
-        for step in range(length - 2, -1, -1):
-            inside = step < final_step
-            tokens[:, :, step] = torch.where(inside, chosen_token[step].gather(1, beam).long(), tokens[:, :, step])
-            totals[:, :, step] = torch.where(inside, chosen_score[step].gather(1, beam), totals[:, :, step])
-            beam = torch.where(inside, chosen_beam[step].gather(1, beam).long(), beam)
-        per_position = totals.diff(dim=2, prepend=torch.zeros(n_sentences, self.beam, 1))
+        inside = torch.arange(length)[:, None, None] < final_step  # (T, B, beam): before the token that ends it
+        beam, path = final_beam.long(), []  # place of each hypothesis in each step, from the last one back
+        for parents, is_inside in zip(reversed(chosen_beam.long().unbind()), reversed(inside.unbind()), strict=True):
+            path.append(beam)
+            beam = torch.where(is_inside, parents.gather(1, beam), beam)
+        path = torch.stack(path[::-1])
+        tokens = torch.where(inside, chosen_token.long().gather(2, path), self.generator.eos)
+        totals = torch.where(inside, chosen_score.gather(2, path), final_score)  # up to each position
+        per_position = totals.diff(dim=0, prepend=torch.zeros(1, n_sentences, self.beam))
         scores = final_score
         if self.generator.normalize_scores:
             scores = final_score / (final_step + 1) ** self.generator.len_penalty
 
-        def hypothesis(b: int, w: int) -> dict[str, Tensor]:
-            end = int(final_step[b, w]) + 1
-            nothing = torch.empty(0)
-            return {
-                "tokens": tokens[b, w, :end],
-                "score": scores[b, w],
-                "attention": nothing,
-                "alignment": nothing,
-                "positional_scores": per_position[b, w, :end],
-            }
-
-        ended = [[w for w in range(self.beam) if final_step[b, w] >= 0] for b in range(n_sentences)]
-        best_first = [sorted(places, key=lambda w: -float(scores[b, w])) for b, places in enumerate(ended)]
-        return [[hypothesis(b, w) for w in places] for b, places in enumerate(best_first)]
+        # Tensors of all hypotheses at once: to index them one by one would take as long as the search.
+        steps, values = final_step.tolist(), scores.tolist()
+        best_first = [
+            sorted((w for w in range(self.beam) if ends[w] >= 0), key=lambda w: -ranked[w])
+            for ends, ranked in zip(steps, values, strict=True)
+        ]
+        sizes = [steps[b][w] + 1 for b, places in enumerate(best_first) for w in places]
+        order = torch.tensor([b * self.beam + w for b, places in enumerate(best_first) for w in places])
+        real = torch.arange(length) < torch.tensor(sizes)[:, None]
+        tokens, per_position = (
+            x.flatten(1).t()[order][real].split(sizes) for x in (tokens, per_position)
+        )  # fmt: skip
+        nothing = torch.empty(0)
+        hypotheses = (
+            {"tokens": x, "score": score, "attention": nothing, "alignment": nothing, "positional_scores": positional}
+            for x, score, positional in zip(tokens, scores.flatten()[order].unbind(), per_position, strict=True)
+        )
+        return [list(itertools.islice(hypotheses, len(places))) for places in best_first]
 
 
 def _position_table(decoder, n: int, device: torch.device) -> Tensor | None:
