@@ -4,12 +4,13 @@ Importing this package, or naming its folder with fairseq's ``--user-dir``, regi
 and ``pruned_translation`` and the model ``pruned_transformer`` with its architectures.
 """
 
-from ap_fairseq.compat import allow_fairseq_checkpoints, require_fairseq
+from ap_fairseq.compat import allow_fairseq_checkpoints, keep_integers_out_of_averages, require_fairseq
 
 __version__ = "0.1.0"
 
 require_fairseq()
 allow_fairseq_checkpoints()
+keep_integers_out_of_averages()
 
 from ap_fairseq import models, tasks  # noqa: E402  (registration needs a checked fairseq)
 

@@ -9,11 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import pickle
 import platform
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,12 +35,18 @@ class ArtifactError(ValueError):
 # -- files ------------------------------------------------------------------------------------------------------------
 
 
-def refuse_existing(path: str | os.PathLike, overwrite: bool) -> None:
+def refuse_existing(path: str | os.PathLike, overwrite: bool, inputs: Iterable[str | os.PathLike] = ()) -> None:
     """Raise :class:`ArtifactError` if *path* exists and *overwrite* is not set, or if it can never be written.
 
     Called before hours of work as well as by the writers, so that a bad output path costs nothing.
+
+    Args:
+        inputs: files that are read, none of which may be *path* even with *overwrite*.
     """
     path = Path(path)
+    for file in inputs:
+        if path.exists() and os.path.exists(file) and os.path.samefile(path, file):
+            raise ArtifactError(f"output {path} is the input {file}; choose another name")
     if path.is_dir():
         raise ArtifactError(f"output {path} is a directory; name a file")
     if path.exists() and not overwrite:
@@ -91,8 +96,9 @@ def load_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
         raise ArtifactError(f"checkpoint {path} does not exist")
     try:
         state = torch.load(path, map_location="cpu")
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        raise ArtifactError(f"{path} cannot be read as a checkpoint: {error}") from error
+    except Exception as error:  # the unpickler raises whatever the bytes lead it to
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise ArtifactError(f"{path} cannot be read as a checkpoint: {reason}") from error
     if not isinstance(state, dict) or "model" not in state or not (state.get("cfg") or state.get("args")):
         raise ArtifactError(f"{path} is no fairseq checkpoint: expected the entries 'model' and 'cfg' or 'args'")
     return state

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import collections
 import dataclasses
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,19 @@ MODEL = "pruned_transformer"
 
 
 def save_checkpoint(state: dict[str, Any], path, overwrite: bool) -> None:
-    """Write *state* to a temporary name and rename it."""
+    """Write *state* to a temporary name and rename it.
+
+    Raises:
+        ArtifactError: if it cannot be written, for instance because the disk is full.
+    """
     with atomic_output(path, overwrite) as temporary:
-        torch.save(state, temporary)
+        try:
+            torch.save(state, temporary)
+        except (RuntimeError, OSError) as error:  # torch's writer reports a full disk as a RuntimeError
+            free = shutil.disk_usage(temporary.parent).free
+            raise ArtifactError(
+                f"{path} could not be written ({error}); {free:,} bytes are free on its disk"
+            ) from error
 
 
 def apply_masks(checkpoint, masks_file, output, data: str | None = None, overwrite: bool = False) -> dict[str, Any]:
@@ -43,7 +54,7 @@ def apply_masks(checkpoint, masks_file, output, data: str | None = None, overwri
         ArtifactError: if a file is missing or damaged, the architecture is no transformer, or masks and model do not
             belong together.
     """
-    refuse_existing(output, overwrite)
+    refuse_existing(output, overwrite, (checkpoint, masks_file))
     model, _, state = open_with_masks(checkpoint, masks_file, data)
     result = {
         "args": None,

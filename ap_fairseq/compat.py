@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
 import importlib.metadata
 import re
@@ -54,6 +55,23 @@ def allow_fairseq_checkpoints() -> None:
         + [DictConfig, ListConfig, ContainerMetadata, Metadata, AnyNode]
         + [typing.Any, dict, list, int, collections.defaultdict, _TensorPlaceholder]
     )
+
+
+def keep_integers_out_of_averages() -> None:
+    """Let ``--store-ema`` copy integer buffers, such as masks: their average has no meaning and no type.
+
+    fairseq's EMA takes the keys to copy as an argument, which its trainer does not pass.
+    """
+    from fairseq.models.ema.ema import EMA
+
+    stock = EMA.__init__
+
+    @functools.wraps(stock)
+    def init(self, model, config, device=None, skip_keys=None):
+        integers = {key for key, value in model.state_dict().items() if not torch.is_floating_point(value)}
+        stock(self, model, config, device, integers | set(skip_keys or ()))
+
+    EMA.__init__ = init
 
 
 def drop_bettertransformer_copies(state_dict: dict) -> None:

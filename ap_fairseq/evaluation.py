@@ -36,12 +36,15 @@ def read_lines(path) -> list[str]:
     """Return the lines of a text file; only a line feed ends one, as for fairseq, not every Unicode separator.
 
     Raises:
-        ArtifactError: if the file does not exist.
+        ArtifactError: if the file does not exist or is not UTF-8.
     """
     if not Path(path).is_file():
         raise ArtifactError(f"{path} does not exist; expected a text file with one sentence or log entry a line")
-    with open(path, encoding="utf-8", newline="\n") as lines:
-        return [line.rstrip("\n") for line in lines]
+    try:
+        with open(path, encoding="utf-8", newline="\n") as lines:
+            return [line.rstrip("\n") for line in lines]
+    except UnicodeDecodeError as error:
+        raise ArtifactError(f"{path} is not UTF-8: {error}") from error
 
 
 def read_hypotheses(path) -> list[str]:

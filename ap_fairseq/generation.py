@@ -101,7 +101,8 @@ class PrunedSequenceGenerator(SequenceGenerator):
     def _generate(self, sample, prefix_tokens=None, constraints=None, bos_token=None):
         net_input = sample["net_input"]
         source = net_input["src_tokens"]
-        max_len = min(int(self.max_len_a * source.size(1) + self.max_len_b), self.max_len - 1)
+        wanted = source.size(1) if self.match_source_len else int(self.max_len_a * source.size(1) + self.max_len_b)
+        max_len = min(wanted, self.max_len - 1)
         reason = self._not_covered(prefix_tokens, constraints)
         if reason is not None:
             if reason not in self._told:

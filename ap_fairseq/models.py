@@ -541,14 +541,43 @@ class PrunedTransformerModel(TransformerModelBase):
         super().upgrade_state_dict_named(state_dict, name)
 
     def load_state_dict(self, state_dict, strict=True, model_cfg=None, args=None):
+        """As fairseq's, and check that masks and provenance belong together.
+
+        Raises:
+            ArtifactError: if they do not. With LayerDrop at inference time (``encoder_layers_to_keep`` in
+                ``--model-overrides``) only the masks of the kept layers are loaded, and nothing is checked.
+        """
+        known = self._holds_masks_of(state_dict)
+        kept = {name: getattr(model_cfg, name, None) for name in LAYERS_TO_KEEP}  # fairseq erases them
         result = super().load_state_dict(state_dict, strict, model_cfg, args)
+        if any(kept.values()) and not self._masks_are_explicit:
+            self._leave_out_layers(kept)
+        if not known:
+            self._announce_masks()
+        return result
+
+    def _holds_masks_of(self, state_dict) -> bool:
+        """Whether loading changes no mask: ``--store-ema`` loads after every update."""
+        own = {k: v for k, v in self.state_dict().items() if k.endswith((*MASK_BUFFERS, "mask_metadata"))}
+        return self.mask_metadata.numel() > 0 and all(
+            key in state_dict and torch.equal(state_dict[key].to(value.device), value) for key, value in own.items()
+        )
+
+    def _leave_out_layers(self, kept: dict[str, str | None]) -> None:
+        """Make the provenance that of the masks that are left."""
+        provenance = decode_provenance(self.mask_metadata)
+        if provenance is not None:
+            logger.info(f"the masks are those of some layers ({kept}), the effective sparsity is that of all")
+            provenance |= {"masks_sha256": self.masks_sha256(), **kept}
+            self.mask_metadata = encode_provenance(provenance).to(self.mask_metadata.device)
+
+    def _announce_masks(self) -> None:
         provenance = self.masks_provenance()
         if provenance is None:
             logger.warning("the checkpoint holds no attention masks and --attention-masks names none")
         else:
             logger.info(f"attention masks {provenance['masks_sha256'][:12]}: {describe_sparsity(provenance)}")
         self._logged_sparsity = effective_sparsity(provenance)
-        return result
 
     # -- logs ---------------------------------------------------------------------------------------------------------
 
@@ -563,6 +592,7 @@ class PrunedTransformerModel(TransformerModelBase):
             metrics.log_scalar(f"pruned_{kind}", share, weight=0, priority=850, round=4)
 
 
+LAYERS_TO_KEEP = ("encoder_layers_to_keep", "decoder_layers_to_keep")
 DAMAGED_MASKS = (
     "the masks in this checkpoint do not match the SHA-256 stored with them; it is damaged, or an average of "
     "checkpoints with different masks"

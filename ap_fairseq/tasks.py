@@ -98,7 +98,8 @@ class AttentionRecordingTask(TranslationTask):
             if trained != len(dictionary):
                 raise ArtifactError(
                     f"{self.cfg.stats_checkpoint} has {trained} symbols in its {side}, the dictionary of "
-                    f"{self.cfg.data} has {len(dictionary)}; record on the data-bin the checkpoint was trained with"
+                    f"{self.cfg.data} has {len(dictionary)}; record on the data-bin the checkpoint was trained with "
+                    "(models of tasks that add symbols, as translation_multi_simple_epoch does, cannot be recorded)"
                 )
 
     def load_dataset(self, split, epoch=1, combine=False, **kwargs):

@@ -37,7 +37,7 @@ def not_captured(model: nn.Module) -> str | None:
     options = {
         "--checkpoint-activations": cfg.checkpoint_activations,
         "LayerDrop": cfg.encoder.layerdrop or cfg.decoder.layerdrop,
-        "quant-noise": cfg.quant_noise.pq or cfg.quant_noise.scalar,
+        "--quant-noise-scalar": cfg.quant_noise.scalar,
         "--cross-self-attention": cfg.cross_self_attention,
         "--no-cross-attention": cfg.no_cross_attention,
         "--attention-top-k or --attention-threshold": cfg.attention_top_k or cfg.attention_threshold,

@@ -7,6 +7,7 @@ import functools
 import logging
 import os
 import shlex
+import signal
 import sys
 from collections.abc import Callable
 
@@ -29,6 +30,8 @@ def command(main: Callable[[list[str]], None]) -> Callable[[], None]:
             stream=sys.stderr,
             force=True,  # importing fairseq sets up logging in its own format
         )
+        # A scheduler ends jobs with SIGTERM: as an exception it takes unfinished files with it.
+        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
         logger.info(f"ap_fairseq {ap_fairseq.__version__}: {shlex.join([program, *argv])}")
         try:
             main(argv)

@@ -17,7 +17,7 @@ from fairseq.models import ARCH_MODEL_REGISTRY, MODEL_REGISTRY
 from fairseq_cli import validate
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
-from ap_fairseq.artifacts import ArtifactError, dictionary_sha256, load_checkpoint
+from ap_fairseq.artifacts import ArtifactError, dictionary_sha256, load_checkpoint, refuse_existing
 from ap_fairseq.cli.common import add_output, command
 from ap_fairseq.compat import GATHERED_BYTES
 
@@ -63,6 +63,7 @@ def main(argv: list[str]) -> None:
     args, fairseq_argv = get_parser().parse_known_args(argv)
     if not os.path.isfile(args.path):
         raise ArtifactError(f"checkpoint {args.path} does not exist")
+    refuse_existing(args.output, args.overwrite, [args.path])
     if not os.path.isdir(args.data):
         raise ArtifactError(
             f"data folder {args.data} does not exist; fairseq-preprocess makes it, and it goes before fairseq's flags"

@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from plugin.builders import random_masks, random_stats
 
 from ap_fairseq import attention
 from ap_fairseq.artifacts import ArtifactError, AttentionStats, PruningMasks, atomic_output, pack_cells, unpack_cells
+from ap_fairseq.checkpoints import save_checkpoint
 from ap_fairseq.sites import AttentionKind
 
 
@@ -66,6 +69,39 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
         temporary.write_text("half")
         raise RuntimeError("disk full")
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["out.json"]
+
+
+def test_a_terminated_command_leaves_no_file(tmp_path):
+    """Job schedulers send SIGTERM."""
+    code = """
+import sys, time
+from ap_fairseq.artifacts import atomic_output
+from ap_fairseq.cli.common import command
+
+@command
+def main(argv):
+    with atomic_output(argv[0]) as temporary:
+        temporary.write_text("half")
+        print("writing", flush=True)
+        time.sleep(60)
+
+main()
+"""
+    with subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "out")], stdout=subprocess.PIPE) as program:
+        assert program.stdout.readline() == b"writing\n" and len(os.listdir(tmp_path)) == 1
+        program.terminate()
+        assert program.wait(timeout=60) == 143
+    assert not os.listdir(tmp_path)
+
+
+def test_a_full_disk_is_named_when_a_checkpoint_is_written(tmp_path, monkeypatch):
+    def full(*_):
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 28608 vs 28502")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(ArtifactError, match=r"model.pt could not be written \(.*\); [\d,]+ bytes are free on its disk"):
+        save_checkpoint({}, tmp_path / "model.pt", overwrite=False)
+    assert not os.listdir(tmp_path)
 
 
 def test_a_folder_that_does_not_exist_is_named(tmp_path):

@@ -203,12 +203,15 @@ def test_command_writes_json_markdown_and_latex(tmp_path, capsys):
         (["x=ref", "--stages", "gone"], "--stages gone holds no stage marks"),
         (["x=ref", "--stages", "."], "is no stage mark of scripts/stages.sh"),
         (["--markdown", "ref"], "no JSON file"),
+        (["x=latin"], "latin is not UTF-8"),
+        (["x=ref,latin"], "latin cannot be read as a checkpoint"),
     ],
 )
 def test_command_refuses_what_it_cannot_score(tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "ref").write_text("\n".join(REFERENCES) + "\n")
     (tmp_path / "short").write_text("one\n")
+    (tmp_path / "latin").write_bytes("Öffnen\n".encode("latin-1") * len(REFERENCES))
     with pytest.raises(SystemExit) as stop:
         evaluate.main([*arguments, "--reference", "ref"])
     assert stop.value.code == 2 and message in capsys.readouterr().err

@@ -137,10 +137,11 @@ def test_half_precision_translates_as_fairseq_does():
         ("Sampling", models, dict(search_strategy=Sampling(WORDS, sampling_topk=2)), {}),
         ("models other than", lambda: [dense_model(WORDS).to(DEVICE)], {}, {}),
         ("--prefix-size", models, {}, dict(prefix_tokens=torch.full((13, 1), WORDS.index("w5"), device=DEVICE))),
+        ("--match-source-len", models, dict(match_source_len=True, max_len_b=3), {}),
         ("--no-repeat-ngram-size", models, dict(no_repeat_ngram_size=2), {}),
         ("a beam of 20 with 34 words", models, dict(beam_size=20), {}),
     ],
-    ids=["sampling", "stock model", "prefix", "n-gram block", "large beam"],
+    ids=["sampling", "stock model", "prefix", "length of the source", "n-gram block", "large beam"],
 )
 def test_what_is_not_covered_is_left_to_fairseq_and_said_once(reason, systems, options, inputs, caplog):
     made, options = systems(), {"beam_size": 3, "max_len_b": 10, **options}

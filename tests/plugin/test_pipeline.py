@@ -8,6 +8,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from fairseq import checkpoint_utils
 from plugin.commands import PLUGIN, ROOT, TINY, generate, run, train
 
 from ap_fairseq.artifacts import AttentionStats, PruningMasks, load_checkpoint
@@ -155,6 +156,34 @@ def test_training_improves_after_the_warm_start_and_the_resume(data_bin, tuned, 
     assert bleu["tuned"]["bleu"] > 20 and bleu["tuned"]["bleu"] > bleu["dense"]["bleu"] - 15
     assert bleu["tuned"]["sparsity"]["cross"]["effective"] == pytest.approx(0.5, abs=0.01)
     assert "tok:13a" in bleu["tuned"]["bleu_signature"] and "sparsity" not in bleu["dense"]
+
+
+def test_an_average_of_parameters_over_the_training_copies_the_masks(data_bin, masks_file, tmp_path):
+    flags = ["--attention-masks", masks_file, "--disable-validation", "--store-ema", "--ema-decay", 0.5]
+    log = train(data_bin, tmp_path, *flags, arch="pruned_transformer", updates=3)
+    assert log.count("attention masks") == 1  # each update loads the average
+    state = load_checkpoint(tmp_path / "checkpoint_last.pt")
+    average = state["extra_state"]["ema"]
+    name = "decoder.layers.1.self_attn.keep_words"
+    assert torch.equal(average[name], state["model"][name])
+    assert not torch.equal(average["decoder.layers.1.fc1.weight"], state["model"]["decoder.layers.1.fc1.weight"])
+
+
+def test_layers_can_be_left_out_at_inference(data_bin, tuned):
+    """LayerDrop: the model of one layer a side translates with the masks of these layers."""
+    path = str(tuned / "checkpoint_last.pt")
+    overrides = {"encoder_layers_to_keep": "1", "decoder_layers_to_keep": "0"}
+    (model,), _, _ = checkpoint_utils.load_model_ensemble_and_task([path], {"data": str(data_bin), **overrides})
+    whole = load_checkpoint(path)["model"]
+    provenance = model.masks_provenance()
+    assert provenance["encoder_layers_to_keep"] == "1" and provenance["masks_sha256"] == model.masks_sha256()
+    assert len(model.encoder.layers) == len(model.decoder.layers) == 1
+    for kept, stored in (
+        ("encoder.layers.0.self_attn", "encoder.layers.1.self_attn"),
+        *[("decoder.layers.0.encoder_attn",) * 2],
+    ):
+        assert torch.equal(model.get_submodule(kept).keep_words, whole[f"{stored}.keep_words"])
+    assert len(hypotheses(generate(data_bin, path, "--model-overrides", str(overrides)))) == 220
 
 
 def test_averaged_checkpoints_keep_their_masks(data_bin, tuned, tmp_path):
@@ -306,6 +335,13 @@ def test_errors_name_the_fault_and_write_nothing(data_bin, dense, stats_file, ma
         (record.main, [data_bin, "--path", dense, "-o", out, "--subset", "dev", "--cpu"], "no subset 'dev' in"),
         (record.main, [data_bin, "--path", dense, "-o", stats_file, "--cpu"], "exists; pass --overwrite"),
         (record.main, [data_bin, "--path", dense, "-o", out, "--frobnicate"], "unrecognized arguments: --frobnicate"),
+        (
+            record.main,
+            [data_bin, "--path", dense, "-o", dense, "--overwrite", "--cpu"],
+            "is the input .*; choose another",
+        ),
+        (cli_masks.main, [stats_file, "-o", stats_file, "--overwrite"], "is the input .*; choose another name"),
+        (apply.main, [dense, "--attention-masks", masks_file, "-o", masks_file, "--overwrite"], "is the input"),
         (cli_masks.main, [tmp_path / "no.st", "-o", out], "no.st does not exist"),
         (cli_masks.main, [masks_file, "-o", out], "has format 'ap-pruning-masks-1', expected 'ap-attention-stats-1'"),
         (cli_masks.main, [stats_file, "--cross", 1.0, "-o", out], r"1.0 is outside \[0, 1\)"),
