@@ -93,6 +93,27 @@ def require_equal(one: Path, several: Path, ranks: int) -> float:
     return worst
 
 
+def table(report: dict) -> str:
+    """One Markdown row per number of ranks, with ratios to the first."""
+    header = [
+        "ranks",
+        "recording, target tokens/s",
+        "ratio",
+        "training, target tokens/s",
+        "ratio",
+        "statistics differ by",
+    ]
+    lines = [f"{report['device']}, torch {report['versions']['torch']}", ""]
+    lines += [f"| {' | '.join(header)} |", "|---:" * len(header) + "|"]
+    for row in report["rows"]:
+        cells = [str(row["ranks"])]
+        for stage in ("record", "train"):
+            rate, base = (r[stage]["target_tokens_per_s"] for r in (row, report["rows"][0]))
+            cells += [f"{rate:,.0f}", f"{rate / base:.2f}"]
+        lines.append(f"| {' | '.join([*cells, format(row['difference_of_statistics'], '.1g')])} |")
+    return "\n".join(lines)
+
+
 def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", help="data-bin of the checkpoint")
@@ -127,6 +148,7 @@ def main() -> None:
     device = f"CPU ({torch.get_num_threads()} threads a rank)" if args.cpu else torch.cuda.get_device_name()
     document = {"rows": rows, "device": device, "versions": versions(), "arguments": vars(args)}
     write_json(args.output, document, args.overwrite)
+    print(table(document))
 
 
 if __name__ == "__main__":

@@ -452,8 +452,10 @@ def format_table(results: Sequence[dict[str, Any]]) -> str:
     columns += [f"{name.replace('_', ' ')} (p)" for name in tests]
     lines = [f"| system | {' | '.join(columns)} |", "|---|" + "---:|" * len(columns)]
     groups: dict[str, list[dict[str, Any]]] = {}
+    several = len({result.get("subset") for result in results}) > 1
     for result in results:
-        groups.setdefault(result["group"], []).append(result)
+        name = f"{result['group']} ({result['subset']})" if several else result["group"]
+        groups.setdefault(name, []).append(result)
     for group, runs in groups.items():
         shares = [[r["sparsity"].get(kind, {"effective": 0.0})["effective"] for r in runs] for kind in kinds]
         shares.append([r["total"]["effective"] for r in runs])

@@ -11,7 +11,10 @@ from plugin.commands import ROOT
 from ap_fairseq.cli.evaluate import format_markdown
 
 EXAMPLE = ROOT / "examples" / "libreoffice_help"
-SYSTEMS = r"dense|\.(80|90)\.(?!.*untuned)|top-k.*\.(80|90)"  # of the main README's table
+SYSTEMS = (  # of the main README's table
+    r"^dense|^importance\.total\.(80|90)\.g1\.pool-32\.(?!untuned)|^importance\.total\.(80|90)\.g16.*one-shot"
+    r"|^(effective|window|gaussian|random|as-published)\.(total|joint)\.(80|90)\.g1\.(one-shot|scratch)|^top-k.*\.(80|90)"
+)
 PLUGIN = ("stock", "kept", "90")
 
 
@@ -30,8 +33,7 @@ def lines(name):
 def tables():
     """Name of a table in the README -> text that its results give."""
     yield "cpu", lambda: format_markdown(json.loads((EXAMPLE / "results/cpu.json").read_text(encoding="utf-8")))
-    swept = "h100-converged h100-scratch h100-tuned h100-pool h200-untuned h200-finetuned"
-    for name in f"{swept} cpu-short cpu-scratch cpu-tuned cpu-kinds cpu-sweep".split():
+    for name in "h100-converged h100-pages h100-scratch h100-pool cpu-short cpu-scratch cpu-sweep".split():
         yield name, lambda name=name: script(EXAMPLE / "sweep.py").format_table(lines(name))
     digest = [line for line in lines("h100-converged") if re.search(SYSTEMS, line["system"])]
     yield "h100-converged-digest", lambda: script(EXAMPLE / "sweep.py").format_table(digest)

@@ -258,7 +258,7 @@ def test_only_systems_that_differ_in_their_seed_are_runs_of_one_point(tmp_path):
 
 
 def test_a_kind_alone_is_compared_with_the_dense_model_of_its_seed():
-    lines = ROOT / "examples/libreoffice_help/results/h100-tuned.jsonl"
+    lines = ROOT / "examples/libreoffice_help/results/h100-converged.jsonl"
     expected = {r["system"]: r for r in map(json.loads, lines.read_text().splitlines())}
     text = statements._scores(results.read_results(lines, PAIRS))
     for kind in ("encoder_self", "decoder_self", "cross"):
