@@ -31,7 +31,7 @@ def get_parser() -> argparse.ArgumentParser:
         "start anew in each round: a decay (--total-num-update) is that of one round, --updates / --rounds.",
     )
     parser.add_argument("data", help="binarised data (fairseq-preprocess)")
-    parser.add_argument("--path", required=True, metavar="CHECKPOINT", help="dense checkpoint to start from")
+    parser.add_argument("--path", required=True, metavar="CHECKPOINT", help="dense or pruned checkpoint to start from")
     parser.add_argument("--rounds", type=int, default=3, metavar="N", help="number of rounds (default: %(default)s)")
     parser.add_argument("--updates", type=int, required=True, metavar="N", help="updates of all rounds together")
     parser.add_argument(
