@@ -60,7 +60,11 @@ def refuse_existing(path: str | os.PathLike, overwrite: bool, inputs: Iterable[s
 
 @contextmanager
 def atomic_output(path: str | os.PathLike, overwrite: bool = False):
-    """Yield a temporary path beside *path* that becomes *path* when the block ends without an exception."""
+    """Yield a temporary path beside *path* that becomes *path* when the block ends without an exception.
+
+    Raises:
+        ArtifactError: also if writing fails, for instance because the disk is full.
+    """
     refuse_existing(path, overwrite)
     path = Path(path)
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
@@ -69,9 +73,17 @@ def atomic_output(path: str | os.PathLike, overwrite: bool = False):
         yield Path(temporary)
         os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes private files; users expect their umask
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         Path(temporary).unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:  # of an open file, which does not know its name
+            raise not_written(path, error) from error
         raise
+
+
+def not_written(path: str | os.PathLike, reason: object) -> ArtifactError:
+    """Return the error for a file whose writing failed, with the space on its disk."""
+    free = shutil.disk_usage(Path(path).parent).free
+    return ArtifactError(f"{path} could not be written: {reason}; {free:,} bytes are free on its disk")
 
 
 def _umask() -> int:
@@ -138,10 +150,7 @@ def _write(path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, Any],
             safetensors.numpy.save_file({k: np.ascontiguousarray(v) for k, v in tensors.items()}, temporary, header)
         except safetensors.SafetensorError as error:
             size = sum(tensor.nbytes for tensor in tensors.values())
-            free = shutil.disk_usage(temporary.parent).free
-            raise ArtifactError(
-                f"{path} could not be written: {error}; it needs {size:,} bytes, {free:,} are free on its disk"
-            ) from error
+            raise not_written(path, f"{error}; it needs {size:,} bytes") from error
 
 
 def _read(path, expected_format: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:

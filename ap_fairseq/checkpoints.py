@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import collections
 import dataclasses
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq.models.transformer import transformer_legacy
 from omegaconf import OmegaConf
 
-from ap_fairseq.artifacts import ArtifactError, atomic_output, load_checkpoint, refuse_existing
+from ap_fairseq.artifacts import ArtifactError, atomic_output, load_checkpoint, not_written, refuse_existing
 from ap_fairseq.models import PrunedTransformerConfig
 
 MODEL = "pruned_transformer"
@@ -31,11 +30,8 @@ def save_checkpoint(state: dict[str, Any], path, overwrite: bool) -> None:
     with atomic_output(path, overwrite) as temporary:
         try:
             torch.save(state, temporary)
-        except (RuntimeError, OSError) as error:  # torch's writer reports a full disk as a RuntimeError
-            free = shutil.disk_usage(temporary.parent).free
-            raise ArtifactError(
-                f"{path} could not be written ({error}); {free:,} bytes are free on its disk"
-            ) from error
+        except RuntimeError as error:  # how torch's writer reports a full disk
+            raise not_written(path, error) from error
 
 
 def apply_masks(checkpoint, masks_file, output, data: str | None = None, overwrite: bool = False) -> dict[str, Any]:

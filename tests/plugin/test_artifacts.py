@@ -1,5 +1,6 @@
 """Statistics and mask files: whole or absent, and never used with what they do not belong to."""
 
+import errno
 import json
 import os
 import subprocess
@@ -94,13 +95,16 @@ main()
     assert not os.listdir(tmp_path)
 
 
-def test_a_full_disk_is_named_when_a_checkpoint_is_written(tmp_path, monkeypatch):
+def test_a_full_disk_is_named(tmp_path, monkeypatch):
     def full(*_):
         raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 28608 vs 28502")
 
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(ArtifactError, match=r"model.pt could not be written \(.*\); [\d,]+ bytes are free on its disk"):
+    with pytest.raises(ArtifactError, match=r"model.pt could not be written: .*; [\d,]+ bytes are free on its disk"):
         save_checkpoint({}, tmp_path / "model.pt", overwrite=False)
+    with pytest.raises(ArtifactError, match=r"page.html could not be written: .*No space left.* bytes are free"):
+        with atomic_output(tmp_path / "page.html"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     assert not os.listdir(tmp_path)
 
 

@@ -224,7 +224,7 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path):
     folders = [str(ROOT), str(ROOT / "tests"), *sys.path]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, folders))}
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
-    assert re.search(r"stats could not be written: .*; it needs [\d,]+ bytes, [\d,]+ are free", done.stdout)
+    assert re.search(r"stats could not be written: .*; it needs [\d,]+ bytes; [\d,]+ bytes are free", done.stdout)
     assert not list(tmp_path.iterdir())
 
 
