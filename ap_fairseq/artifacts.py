@@ -6,6 +6,7 @@ in the target folder and renamed, so that a file of the final name is always who
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -63,7 +64,7 @@ def atomic_output(path: str | os.PathLike, overwrite: bool = False):
     """Yield a temporary path beside *path* that becomes *path* when the block ends without an exception.
 
     Raises:
-        ArtifactError: also if writing fails, for instance because the disk is full.
+        ArtifactError: also if the disk is full.
     """
     refuse_existing(path, overwrite)
     path = Path(path)
@@ -74,9 +75,11 @@ def atomic_output(path: str | os.PathLike, overwrite: bool = False):
         os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes private files; users expect their umask
         os.replace(temporary, path)
     except BaseException as error:
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        reported = not_written(path, error) if full else None  # before the file makes room
         Path(temporary).unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename is None:  # of an open file, which does not know its name
-            raise not_written(path, error) from error
+        if reported:
+            raise reported from error
         raise
 
 
@@ -109,7 +112,9 @@ def load_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
     try:
         state = torch.load(path, map_location="cpu")
     except Exception as error:  # the unpickler raises whatever the bytes lead it to
-        reason = str(error).partition("\n")[0] or type(error).__name__
+        # torch's safe loader wraps its reason in instructions to turn it off.
+        reasons = [line.strip() for line in str(error).splitlines()] or [type(error).__name__]
+        reason = next((line for line in reasons if line.startswith("WeightsUnpickler error")), reasons[0])
         raise ArtifactError(f"{path} cannot be read as a checkpoint: {reason}") from error
     if not isinstance(state, dict) or "model" not in state or not (state.get("cfg") or state.get("args")):
         raise ArtifactError(f"{path} is no fairseq checkpoint: expected the entries 'model' and 'cfg' or 'args'")

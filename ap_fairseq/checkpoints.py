@@ -127,7 +127,7 @@ def average_checkpoints(paths: Sequence, output, overwrite: bool = False) -> Non
     Raises:
         ArtifactError: if a file is missing or damaged, or parameters or masks differ between the files.
     """
-    refuse_existing(output, overwrite)
+    refuse_existing(output, overwrite, paths)
     totals: dict[str, torch.Tensor] = collections.OrderedDict()
     state: dict[str, Any] = {}
     for path in paths:

@@ -68,7 +68,8 @@ def keep_integers_out_of_averages() -> None:
 
     @functools.wraps(stock)
     def init(self, model, config, device=None, skip_keys=None):
-        integers = {key for key, value in model.state_dict().items() if not torch.is_floating_point(value)}
+        tensors = {key: value for key, value in model.state_dict().items() if isinstance(value, torch.Tensor)}
+        integers = {key for key, value in tensors.items() if not value.is_floating_point()}
         stock(self, model, config, device, integers | set(skip_keys or ()))
 
     EMA.__init__ = init

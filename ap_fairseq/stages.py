@@ -55,11 +55,12 @@ class Stages:
         settings = [function.__qualname__, *json.loads(json.dumps(args, default=str))]
         for file in (mark, log):
             file.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(log.with_name(f".{name}.lock")):
-            if not mark.exists():
-                seconds = self.run_always(name, function, *args)
-                write_json(mark, {"settings": settings, "seconds": seconds})
-                return
+        if not mark.exists():
+            with _locked(log.with_name(f".{name}.lock")):
+                if not mark.exists():  # nor was it done meanwhile
+                    seconds = self.run_always(name, function, *args)
+                    write_json(mark, {"settings": settings, "seconds": seconds})
+                    return
         done = json.loads(mark.read_text(encoding="utf-8"))["settings"]
         if done != settings:
             raise ArtifactError(

@@ -2,6 +2,7 @@
 """Recording and training on one rank and on several: same statistics, and how much faster.
 
     python scripts/bench_ranks.py DATA-BIN --path dense.pt --masks masks.safetensors --ranks 1 2 -o ranks.json
+    python scripts/bench_ranks.py --table scripts/bench_ranks.h100.json       # Markdown, no GPU needed
 
 Each rank is a process with a GPU of its own (NCCL), or shares the CPU (--cpu, gloo). Recording takes the whole subset;
 training is fine-tuning under the masks for --updates updates of --train-tokens tokens a rank, so that more ranks make
@@ -116,22 +117,29 @@ def table(report: dict) -> str:
 
 def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", help="data-bin of the checkpoint")
-    parser.add_argument("--path", required=True, help="dense checkpoint")
-    parser.add_argument("--masks", required=True, help="masks for it (ap-masks)")
+    parser.add_argument("data", nargs="?", help="data-bin of the checkpoint")
+    parser.add_argument("--path", help="dense checkpoint")
+    parser.add_argument("--masks", help="masks for it (ap-masks)")
     parser.add_argument("--subset", default="train")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--updates", type=int, default=60)
     parser.add_argument("--train-tokens", type=int, default=16384, help="of a batch of one rank (default: %(default)s)")
     parser.add_argument("--record-tokens", type=int, default=16384, help="likewise (default: %(default)s)")
     parser.add_argument("--cpu", action="store_true")
-    parser.add_argument("-o", "--output", required=True, metavar="JSON")
+    parser.add_argument("-o", "--output", metavar="JSON")
     parser.add_argument("--overwrite", action="store_true")
+    parser.add_argument("--table", type=Path, metavar="JSON", help="print a Markdown table of a result file and stop")
     return parser
 
 
 def main() -> None:
-    args = get_parser().parse_args()
+    parser = get_parser()
+    args = parser.parse_args()
+    if args.table:
+        print(table(json.loads(args.table.read_text(encoding="utf-8"))))
+        return
+    if not (args.data and args.path and args.masks and args.output):
+        parser.error("name DATA-BIN, --path, --masks and --output, or a result file with --table")
     refuse_existing(args.output, args.overwrite)
     if not args.cpu and torch.cuda.device_count() < max(args.ranks):
         sys.exit(f"bench_ranks.py: {max(args.ranks)} ranks need as many GPUs, {torch.cuda.device_count()} are here")
@@ -146,7 +154,12 @@ def main() -> None:
             rows.append(row)
             print(json.dumps(row), flush=True)
     device = f"CPU ({torch.get_num_threads()} threads a rank)" if args.cpu else torch.cuda.get_device_name()
-    document = {"rows": rows, "device": device, "versions": versions(), "arguments": vars(args)}
+    document = {
+        "rows": rows,
+        "device": device,
+        "versions": versions(),
+        "arguments": {k: v for k, v in vars(args).items() if k != "table"},
+    }
     write_json(args.output, document, args.overwrite)
     print(table(document))
 

@@ -5,15 +5,29 @@ from __future__ import annotations
 import argparse
 import functools
 import logging
+import multiprocessing
 import os
 import shlex
 import signal
 import sys
+import threading
 from collections.abc import Callable
 
 import ap_fairseq
 
 logger = logging.getLogger(__name__)
+
+
+def exit_on_sigterm() -> None:
+    """Let SIGTERM, with which schedulers end jobs, end the program's child processes and leave no unfinished file."""
+
+    def end(number: int, _) -> None:
+        for child in multiprocessing.active_children():
+            child.terminate()
+        sys.exit(128 + number)
+
+    if threading.current_thread() is threading.main_thread():  # no other thread may set it
+        signal.signal(signal.SIGTERM, end)
 
 
 def command(main: Callable[[list[str]], None]) -> Callable[[], None]:
@@ -30,8 +44,7 @@ def command(main: Callable[[list[str]], None]) -> Callable[[], None]:
             stream=sys.stderr,
             force=True,  # importing fairseq sets up logging in its own format
         )
-        # A scheduler ends jobs with SIGTERM: as an exception it takes unfinished files with it.
-        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+        exit_on_sigterm()
         logger.info(f"ap_fairseq {ap_fairseq.__version__}: {shlex.join([program, *argv])}")
         try:
             main(argv)

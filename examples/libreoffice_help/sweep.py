@@ -53,6 +53,7 @@ import yaml
 from ap_fairseq.artifacts import ArtifactError, AttentionStats, atomic_output, file_sha256
 from ap_fairseq.cli import masks as ap_masks
 from ap_fairseq.cli import record as ap_record
+from ap_fairseq.cli.common import exit_on_sigterm
 from ap_fairseq.cli.prune_schedule import prune_gradually
 from ap_fairseq.dynamic import top_k_for
 from ap_fairseq.evaluation import compare_systems, read_lines, score, score_documents, write_json
@@ -188,12 +189,13 @@ class Sweep:
             raise ArtifactError("systems of procedure importance need --importance among the flags of `record`")
         self.listed = systems
         self.systems = [s for s in systems if s.procedure == "dense" or re.search(only, s.name)]
-        starts = {system.started_from.name for system in systems if system.start}
-        missing_starts = sorted(starts - {system.name for system in systems})
-        if missing_starts:
-            raise ArtifactError(f"systems with a start need these in the list too: {', '.join(missing_starts)}")
         self.search = Search(**description["search"])
         self.stages = Stages(out)
+        running = {system.name for system in self.systems}
+        starts = [system.started_from for system in self.systems if system.start]
+        missing_starts = [s.name for s in starts if s.name not in running and not Path(self.trained(s)).exists()]
+        if missing_starts:
+            raise ArtifactError(f"systems with a start need these in the list, too: {', '.join(missing_starts)}")
         if not Path(self.bin).is_dir():
             raise ArtifactError(f"{self.bin} does not exist; make the data with prepare.sh")
 
@@ -511,6 +513,7 @@ def get_parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = get_parser()
     args = parser.parse_args(arguments)
+    exit_on_sigterm()
     logging.getLogger("sacrebleu").setLevel(logging.WARNING)
     try:
         if args.table:

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -210,7 +211,7 @@ def test_rounds_can_start_from_a_model_that_was_trained_under_masks(corpus, dens
     scratch = {"procedure": "effective", "sparsity": 0.4, "schedule": "scratch"}
     further = {"procedure": "effective", "sparsity": 0.6, "schedule": "gradual", "rounds": 1, "start": 0.4}
     training = description()["training"].replace(" --disable-validation", "")
-    with pytest.raises(ArtifactError, match=r"need these in the list too: effective\.total\.40\.g1\.scratch\.s1"):
+    with pytest.raises(ArtifactError, match=r"need these in the list, too: effective\.total\.40\.g1\.scratch\.s1"):
         sweep.Sweep(description(systems=[further]), corpus, tmp_path, 1, {})
     made = description(
         training=training, systems=[further, scratch], search={"beam": 0, "max_tokens": 900, "cpu": True}
@@ -303,6 +304,31 @@ Stages({str(tmp_path)!r}).run("x", slow, {str(tmp_path / "made")!r})
     programs = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(2)]
     assert [program.wait(timeout=100) for program in programs] == [0, 0]
     assert (tmp_path / "made").read_text() == "done\n"
+
+
+def test_a_terminated_program_takes_its_stages_with_it(tmp_path):
+    code = f"""
+import sys; sys.path.insert(0, {str(ROOT)!r})
+from ap_fairseq.artifacts import atomic_output
+from ap_fairseq.cli.common import exit_on_sigterm
+from ap_fairseq.stages import Stages, run_together
+def slow(path):
+    import time
+    with atomic_output(path) as temporary:
+        temporary.write_text("half")
+        time.sleep(60)
+exit_on_sigterm()
+run_together(1, [(Stages({str(tmp_path)!r}).run, ["x", slow, {str(tmp_path / "made")!r}])])
+"""
+    with subprocess.Popen([sys.executable, "-c", code]) as program:
+        while not list(tmp_path.glob(".made.*.tmp")) and program.poll() is None:
+            time.sleep(0.1)
+        started = time.monotonic()
+        program.terminate()
+        assert program.wait(timeout=60) == 143 and time.monotonic() - started < 20
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["logs", "stages"] and not os.listdir(
+        tmp_path / "stages"
+    )
 
 
 def read(path):
