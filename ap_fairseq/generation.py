@@ -510,6 +510,12 @@ class _StaticDecoder:
         beams = self.beams
         final_step = beams.final_step[:n_sentences, : self.beam].cpu()
         final_beam, final_score = (x[:n_sentences, : self.beam].cpu() for x in (beams.final_beam, beams.final_score))
+        endless = (final_step < 0).all(1)
+        if endless.any():
+            raise ValueError(
+                f"sentence {int(endless.nonzero()[0])} of the batch has no hypothesis: all scores are NaN or -inf; the "
+                "parameters are damaged, or too large for this precision"
+            )
         length = int(final_step.max()) + 1
         chosen_beam, chosen_token, chosen_score = (
             x[:length, :n_sentences].cpu() for x in (beams.chosen_beam, beams.chosen_token, beams.chosen_score)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fairseq import distributed_utils, options
-from fairseq.data import Dictionary
+from fairseq.data import Dictionary, data_utils
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq.models import ARCH_MODEL_REGISTRY, MODEL_REGISTRY
 from fairseq_cli import validate
@@ -22,6 +22,13 @@ from ap_fairseq.cli.common import add_output, command
 from ap_fairseq.compat import GATHERED_BYTES
 
 TASK = "attention_recording"
+TASK_SETTINGS = {  # of fairseq's TranslationTask, which change what is recorded; with their short flags
+    "source_lang": "-s",
+    "target_lang": "-t",
+    "max_source_positions": None,
+    "max_target_positions": None,
+    "truncate_source": None,
+}
 MODELS = ("transformer", "transformer_align", "pruned_transformer")
 
 
@@ -86,6 +93,7 @@ def main(argv: list[str]) -> None:
     fairseq_argv = [args.data, "--task", TASK, "--path", args.path, "--valid-subset", args.subset, *fairseq_argv]
     fairseq_argv += ["--all-gather-list-size", str(GATHERED_BYTES)]
     fairseq_args = options.parse_args_and_arch(parser, fairseq_argv)
+    _require_task(state, args.path, flags, fairseq_args)
     recording = {
         "data": args.data,
         "stats_output": args.output,
@@ -131,6 +139,20 @@ def _require_supported(state: dict[str, Any], path: str) -> None:
         raise ArtifactError(
             f"{path} holds a model of architecture {name!r}; attention can be recorded from {', '.join(architectures)}"
         )
+
+
+def _require_task(state: dict[str, Any], path: str, given: set[str], args: argparse.Namespace) -> None:
+    """Refuse settings of the task that are not those of the checkpoint's, which decide."""
+    stored = dict(_stored(state, "task"))
+    if not stored.get("source_lang"):  # the pair was taken from the names of the data then, as it is now
+        stored["source_lang"], stored["target_lang"] = data_utils.infer_language_pair(args.data)
+    for name, short in TASK_SETTINGS.items():
+        flag = f"--{name.replace('_', '-')}"
+        if given & {flag, short} and name in stored and getattr(args, name) != stored[name]:
+            raise ArtifactError(
+                f"{flag} {getattr(args, name)}: {path} was trained with {stored[name]}, and is recorded with the "
+                "settings of its task; leave the flag out"
+            )
 
 
 def _require_dictionaries(state: dict[str, Any], args: argparse.Namespace) -> None:

@@ -185,6 +185,13 @@ def test_what_is_not_covered_is_left_to_fairseq_and_said_once(reason, systems, o
     assert len(told) == 1 and reason in told[0]
 
 
+def test_scores_that_are_no_numbers_are_an_error():
+    (model,) = made = models()
+    model.decoder.layers[0].fc1.weight.data[0, 0] = math.nan
+    with pytest.raises(ValueError, match=r"sentence 0 of the batch has no hypothesis: all scores are NaN or -inf"):
+        PrunedSequenceGenerator(made, WORDS, beam_size=3, max_len_b=5).generate([], sample(LENGTHS))
+
+
 @pytest.mark.parametrize("no_cross_attention", [False, True])
 def test_cross_self_attention_translates_with_beams_as_in_fairseq(no_cross_attention):
     """The decoder joins the encoder's output to its own positions, for every hypothesis of a sentence."""

@@ -334,6 +334,11 @@ def test_errors_name_the_fault_and_write_nothing(data_bin, dense, stats_file, ma
         (record.main, [data_bin, "--path", cut, "-o", out, "--cpu"], "cut.pt cannot be read as a checkpoint"),
         (record.main, [data_bin, "--path", dense, "-o", out, "--subset", "dev", "--cpu"], "no subset 'dev' in"),
         (record.main, [data_bin, "--path", dense, "-o", stats_file, "--cpu"], "exists; pass --overwrite"),
+        (
+            record.main,
+            [data_bin, "--path", dense, "-o", out, "--cpu", "-s", "de"],
+            "--source-lang de: .* trained with en",
+        ),
         (record.main, [data_bin, "--path", dense, "-o", out, "--frobnicate"], "unrecognized arguments: --frobnicate"),
         (
             record.main,
