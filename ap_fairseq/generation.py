@@ -520,37 +520,59 @@ class _StaticDecoder:
         chosen_beam, chosen_token, chosen_score = (
             x[:length, :n_sentences].cpu() for x in (beams.chosen_beam, beams.chosen_token, beams.chosen_score)
         )
-        inside = torch.arange(length)[:, None, None] < final_step  # (T, B, beam): before the token that ends it
-        beam, path = final_beam.long(), []  # place of each hypothesis in each step, from the last one back
-        for parents, is_inside in zip(reversed(chosen_beam.long().unbind()), reversed(inside.unbind()), strict=True):
-            path.append(beam)
-            beam = torch.where(is_inside, parents.gather(1, beam), beam)
-        path = torch.stack(path[::-1])
+        path = trace_back(chosen_beam, final_beam, final_step)
+        inside = torch.arange(length)[:, None, None] < final_step  # before the token that ends it
         tokens = torch.where(inside, chosen_token.long().gather(2, path), self.generator.eos)
         totals = torch.where(inside, chosen_score.gather(2, path), final_score)  # up to each position
         per_position = totals.diff(dim=0, prepend=torch.zeros(1, n_sentences, self.beam))
         scores = final_score
         if self.generator.normalize_scores:
             scores = final_score / (final_step + 1) ** self.generator.len_penalty
+        return best_first(tokens, per_position, scores, final_step + 1)
 
-        # Tensors of all hypotheses at once: to index them one by one would take as long as the search.
-        steps, values = final_step.tolist(), scores.tolist()
-        best_first = [
-            sorted((w for w in range(self.beam) if ends[w] >= 0), key=lambda w: -ranked[w])
-            for ends, ranked in zip(steps, values, strict=True)
-        ]
-        sizes = [steps[b][w] + 1 for b, places in enumerate(best_first) for w in places]
-        order = torch.tensor([b * self.beam + w for b, places in enumerate(best_first) for w in places])
-        real = torch.arange(length) < torch.tensor(sizes)[:, None]
-        tokens, per_position = (
-            x.flatten(1).t()[order][real].split(sizes) for x in (tokens, per_position)
-        )  # fmt: skip
-        nothing = torch.empty(0)
-        hypotheses = (
-            {"tokens": x, "score": score, "attention": nothing, "alignment": nothing, "positional_scores": positional}
-            for x, score, positional in zip(tokens, scores.flatten()[order].unbind(), per_position, strict=True)
-        )
-        return [list(itertools.islice(hypotheses, len(places))) for places in best_first]
+
+def trace_back(parents: Tensor, last: Tensor, last_step: Tensor) -> Tensor:
+    """Follow the back-pointers of hypotheses.
+
+    Args:
+        parents: int32 (T, B, beam), which hypothesis each one continued in each step.
+        last: int32 (B, beam), the one that each hypothesis ended from.
+        last_step: int32 (B, beam), when.
+
+    Returns:
+        int64 (T, B, beam), the place of each hypothesis in each step before its last; arbitrary afterwards.
+    """
+    place, path = last.long(), []
+    for step, pointers in reversed(list(enumerate(parents.long().unbind()))):
+        path.append(place)
+        place = torch.where(step < last_step, pointers.gather(1, place), place)
+    return torch.stack(path[::-1])
+
+
+def best_first(tokens: Tensor, per_position: Tensor, scores: Tensor, lengths: Tensor) -> list[list[dict[str, Tensor]]]:
+    """Return the hypotheses of each sentence as fairseq does, by falling scores.
+
+    Args:
+        tokens: int64 (T, B, beam), per_position: float32 (T, B, beam), padded on the right.
+        scores: float32 (B, beam).
+        lengths: int32 (B, beam), 0 where there is no hypothesis.
+    """
+    beam, sizes, values = scores.size(1), lengths.tolist(), scores.tolist()
+    ranked = [
+        sorted((place for place in range(beam) if sizes[b][place]), key=lambda place: -values[b][place])
+        for b in range(len(sizes))
+    ]
+    real = [sizes[b][place] for b, places in enumerate(ranked) for place in places]
+    order = torch.tensor([b * beam + place for b, places in enumerate(ranked) for place in places])
+    # Tensors of all hypotheses at once: to index them one by one would take as long as the search.
+    inside = torch.arange(tokens.size(0)) < torch.tensor(real)[:, None]
+    tokens, per_position = (x.flatten(1).t()[order][inside].split(real) for x in (tokens, per_position))
+    nothing = torch.empty(0)
+    hypotheses = (
+        {"tokens": x, "score": score, "attention": nothing, "alignment": nothing, "positional_scores": positional}
+        for x, score, positional in zip(tokens, scores.flatten()[order].unbind(), per_position, strict=True)
+    )
+    return [list(itertools.islice(hypotheses, len(places))) for places in ranked]
 
 
 def best_continuations(log_probs: Tensor, scores: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
