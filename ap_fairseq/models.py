@@ -558,7 +558,7 @@ class PrunedTransformerModel(TransformerModelBase):
 
     def _holds_masks_of(self, state_dict) -> bool:
         """Whether loading changes no mask: ``--store-ema`` loads after every update."""
-        own = {k: v for k, v in self.state_dict().items() if k.endswith((*MASK_BUFFERS, "mask_metadata"))}
+        own = {k: v for k, v in self.named_buffers() if k.endswith((*MASK_BUFFERS, "mask_metadata"))}
         return self.mask_metadata.numel() > 0 and all(
             key in state_dict and torch.equal(state_dict[key].to(value.device), value) for key, value in own.items()
         )

@@ -53,9 +53,9 @@ class Stages:
         """
         mark, log = self.folder / "stages" / f"{name}.json", self.log(name)
         settings = [function.__qualname__, *json.loads(json.dumps(args, default=str))]
-        for file in (mark, log):
-            file.parent.mkdir(parents=True, exist_ok=True)
         if not mark.exists():
+            for file in (mark, log):
+                file.parent.mkdir(parents=True, exist_ok=True)
             with _locked(log.with_name(f".{name}.lock")):
                 if not mark.exists():  # nor was it done meanwhile
                     seconds = self.run_always(name, function, *args)

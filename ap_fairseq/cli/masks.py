@@ -181,6 +181,6 @@ def write_masks(stats: AttentionStats, spec: masks.MaskSpec, output, overwrite: 
 @command
 def main(argv: list[str]) -> None:
     args = get_parser().parse_args(argv)
-    refuse_existing(args.output, args.overwrite, [*args.stats, *([args.like] if args.like else [])])
+    refuse_existing(args.output, args.overwrite, filter(None, [*args.stats, args.like]))
     stats = functools.reduce(AttentionStats.merge, map(AttentionStats.load, args.stats))
     write_masks(stats, spec_from(args, stats), args.output, args.overwrite)

@@ -192,7 +192,7 @@ class Sweep:
         self.search = Search(**description["search"])
         self.stages = Stages(out)
         running = {system.name for system in self.systems}
-        starts = [system.started_from for system in self.systems if system.start]
+        starts = [system.started_from for system in self.systems if system.start and not self.translated(system)]
         missing_starts = [s.name for s in starts if s.name not in running and not Path(self.trained(s)).exists()]
         if missing_starts:
             raise ArtifactError(f"systems with a start need these in the list, too: {', '.join(missing_starts)}")
@@ -227,6 +227,9 @@ class Sweep:
     def translation(self, system: System) -> Path:
         return self.out / "translations" / f"{system.name}.txt"
 
+    def translated(self, system: System) -> bool:
+        return self.translation(system).with_suffix(".json").exists()
+
     # -- steps --------------------------------------------------------------------------------------------------------
 
     def run(self, until: str) -> None:
@@ -235,7 +238,7 @@ class Sweep:
             (self.out / folder).mkdir(parents=True, exist_ok=True)
         seeds = {self.dense_seed(system) for system in self.systems}
         # A folder that was copied from elsewhere needs neither its checkpoints nor a GPU.
-        if not all(self.translation(system).with_suffix(".json").exists() for system in self.systems):
+        if not all(map(self.translated, self.systems)):
             run_together(self.jobs, [(self.train_dense, [seed]) for seed in sorted(seeds)])
             if until == "dense":
                 return
