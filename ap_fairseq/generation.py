@@ -11,7 +11,6 @@ The rules of the search are those of ``fairseq.sequence_generator``: same hypoth
 
 from __future__ import annotations
 
-import functools
 import itertools
 import logging
 import math
@@ -25,6 +24,7 @@ from fairseq.sequence_generator import SequenceGenerator
 from torch import Tensor
 
 from ap_fairseq.attention import PrunedMultiheadAttention, decoding_at_most
+from ap_fairseq.beams import Beams
 from ap_fairseq.cuda_graphs import GraphPool
 from ap_fairseq.decoding import (
     FIRST_POSITIONS,
@@ -37,7 +37,7 @@ from ap_fairseq.decoding import (
 )
 from ap_fairseq.models import PrunedTransformerModel
 from ap_fairseq.sites import AttentionKind, attention_sites
-from triton_ops import AttentionLayout, use_kernels
+from triton_ops import AttentionLayout, append_to_pool, use_kernels
 
 logger = logging.getLogger(__name__)
 
@@ -155,12 +155,16 @@ class _Capacity:
 class _StaticSelfAttentionCache(SelfAttentionCache):
     """The first hypotheses of a shared table; the step is a number on the device."""
 
-    def __init__(self, pool: Tensor, beams: _Beams, n: int, heads: slice):
+    def __init__(self, pool: Tensor, beams: Beams, n: int, heads: slice):
         super().__init__(pool, beams.rows[:n], beams.offsets[heads])
-        self.step, self.new_rows = beams.step, beams.new_rows[heads, :n]
+        self.step, self.kernels = beams.step, beams.kernels
 
     def append(self, kv: Tensor) -> None:
-        self.pool.index_put_((self.new_rows,), kv.permute(2, 0, 1, 3))
+        if self.kernels:
+            append_to_pool(kv, self.pool, self.offsets, self.step)
+        else:
+            number = torch.arange(kv.size(0), device=kv.device)
+            self.pool.index_put_((self.offsets.index_select(1, self.step) + number,), kv.permute(2, 0, 1, 3))
 
     @property
     def row(self) -> Tensor:
@@ -170,7 +174,7 @@ class _StaticSelfAttentionCache(SelfAttentionCache):
 class _StaticCrossAttentionCache(CrossAttentionCache):
     """The first sentences of a shared pool; the step is a number on the device."""
 
-    def __init__(self, pool: Tensor, beams: _Beams, n: int, heads: slice):
+    def __init__(self, pool: Tensor, beams: Beams, n: int, heads: slice):
         offsets = beams.source_offsets[heads]
         super().__init__(pool, beams.starts[:n, heads], offsets, beams.lengths[:n], offsets.size(1))
         self.row, self.positions = beams.step, beams.rows.size(1)
@@ -181,45 +185,6 @@ class _StaticCrossAttentionCache(CrossAttentionCache):
     @property
     def extent(self) -> tuple[int, int]:
         return self.positions, self.size
-
-
-class _Beams:
-    """State of the search on the device, for up to B sentences of `beam` hypotheses; T target positions.
-
-    Sentence number B is a bin: what is written for it is never read. The tables of caches have a row for every head of
-    every decoder self-attention site (`self_heads`: the heads of each), and of every cross-attention site.
-    """
-
-    def __init__(
-        self, capacity: _Capacity, beam: int, self_heads: list[int], cross_heads: list[int], device: torch.device
-    ):
-        b, t = capacity.sentences, capacity.positions
-
-        def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
-            return torch.zeros(shape, dtype=dtype, device=device)
-
-        self.step, self.max_len, self.unfinished = (zeros(1) for _ in range(3))
-        # Of the hypotheses that are continued.
-        self.tokens = zeros(b * beam)
-        self.rows = zeros(b * beam, t, dtype=torch.int32)
-        self.scores = zeros(b, beam, dtype=torch.float32)
-        self.ignored = zeros(b, beam, dtype=torch.bool)
-        # Of the sentences in the batch.
-        self.sentence, self.n_final, self.lengths = (zeros(b) for _ in range(3))
-        self.starts = zeros(b, sum(cross_heads))
-        self.done = zeros(b, dtype=torch.bool)
-        # Of the heads: where the rows of a position begin, and those of the step; of its site, the rows in use.
-        self.offsets = zeros(sum(self_heads), t, dtype=torch.int32)
-        self.source_offsets = zeros(sum(cross_heads), capacity.source_length, dtype=torch.int32)
-        self.new_rows = zeros(sum(self_heads), b * beam)
-        self.used = zeros(sum(self_heads))
-        self.head = torch.cat([torch.arange(n, device=device) for n in self_heads])
-        self.n_heads = torch.cat([torch.full((n,), n, device=device) for n in self_heads])
-        # What is read at the end: what every step chose, and which hypotheses ended.
-        self.chosen_beam, self.chosen_token = (zeros(t, b + 1, beam, dtype=torch.int32) for _ in range(2))
-        self.chosen_score = zeros(t, b + 1, beam, dtype=torch.float32)
-        self.final_step, self.final_beam = (zeros(b + 1, beam + 1, dtype=torch.int32) for _ in range(2))
-        self.final_score = zeros(b + 1, beam + 1, dtype=torch.float32)
 
 
 class _StaticDecoder:
@@ -237,7 +202,6 @@ class _StaticDecoder:
             [module for module in modules if module.self_attention is own] for own in (True, False)
         )
         self_heads, cross_heads = ([m.num_heads for m in sites] for sites in (self.self_sites, self.cross_sites))
-        self.beams = _Beams(capacity, self.beam, self_heads, cross_heads, device)
         self.heads = {
             module: slice(end - n, end)
             for sites, sizes in ((self.self_sites, self_heads), (self.cross_sites, cross_heads))
@@ -251,8 +215,10 @@ class _StaticDecoder:
         n_rows = capacity.sentences * self.beam * min(FIRST_POSITIONS, capacity.positions)
         self.pools = {module: empty(n_rows * module.num_heads, 2, module.head_dim) for module in self.self_sites}
         self.pools |= {module: empty(0, 2, module.head_dim) for module in self.cross_sites}  # of the first batch's size
-        sizes = {module: module.embed_dim for module in self.self_sites}
-        self.projections = {module: (empty(3 * size, size), empty(3 * size)) for module, size in sizes.items()}
+        self.projections = {
+            module: (empty(3 * module.embed_dim, module.embed_dim), empty(3 * module.embed_dim))
+            for module in self.self_sites
+        }
         self.used: dict[PrunedMultiheadAttention, int] = {}  # rows of each pool, as the host counts them
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self.pool = GraphPool()
@@ -260,7 +226,11 @@ class _StaticDecoder:
         # Graphs hold addresses: of the parameters, and of the layouts, which must not be dropped before them.
         self.addresses = self._addresses()
         module = self.self_sites[0]
-        self.capture = device.type == "cuda" and use_kernels(module.backend, self.pools[module])
+        kernels = use_kernels(module.backend, self.pools[module])
+        self.capture = kernels and device.type == "cuda"
+        sizes = (capacity.sentences, capacity.positions, capacity.source_length)
+        self.beams = Beams(sizes, self.beam, self_heads, cross_heads, device, kernels)
+        self.phases = torch.empty(capacity.positions, dtype=torch.int64, device=device)
 
     def _addresses(self) -> list[int]:
         return [p.data_ptr() for model in self.models for p in model.parameters()]
@@ -292,7 +262,8 @@ class _StaticDecoder:
         finally:
             for module in self.projections:
                 module.step_projection = None
-        return self._read_out(n_sentences)
+        len_penalty = self.generator.len_penalty if self.generator.normalize_scores else 0
+        return self.beams.hypotheses(n_sentences, self.generator.eos, len_penalty)
 
     def _search(self, n: int, max_len: int) -> None:
         counts = deque()
@@ -309,8 +280,9 @@ class _StaticDecoder:
                 unfinished = counts.popleft()()
                 if unfinished == 0:
                     break
-                if _bucket(unfinished) < n:
-                    n = self._shrink(n, _bucket(unfinished))
+                if (smaller := _bucket(unfinished)) < n:
+                    self.beams.shrink(n, smaller)
+                    n = smaller
                     counts.clear()  # of the larger batch
 
     def _begin(self, encoder_outs: list[dict], n_sentences: int, max_len: int, first_token: int) -> int:
@@ -318,20 +290,9 @@ class _StaticDecoder:
         padding = encoder_outs[0]["encoder_padding_mask"]
         size, batch, _ = encoder_outs[0]["encoder_out"][0].shape
         real = ~padding[0] if padding else torch.ones(batch, size, dtype=torch.bool, device=beams.starts.device)
-        lengths = real.sum(1)
-        for value, fill in ((beams.step, 0), (beams.max_len, max_len), (beams.used, 0), (beams.offsets, 0)):
-            value.fill_(fill)
-        beams.tokens.fill_(first_token)
-        beams.scores.fill_(-math.inf)[:, 0] = 0  # at first all hypotheses are alike: only one is continued
-        beams.ignored.zero_()
-        beams.n_final.zero_()
-        beams.rows.zero_()
-        beams.final_step.fill_(-1)
-        # Empty places of the bucket: done, written to the bin, attending to one row that exists.
-        beams.done.fill_(True)[:n_sentences] = False
-        torch.arange(n_sentences, out=beams.sentence.fill_(self.capacity.sentences)[:n_sentences])
-        beams.lengths.fill_(1)[:n_sentences] = lengths
-        beams.starts.zero_()
+        beams.begin(real.sum(1), max_len, first_token)
+        self.phases.fill_(_NORMAL)[: self.generator.min_len] = _BEFORE_MIN_LEN
+        self.phases[max_len:] = _AT_MAX_LEN
         layouts: dict[bytes, SourceRows] = {}  # sites often store the same columns
         for model, encoder_out in zip(self.models, encoder_outs, strict=True):
             source = encoder_out["encoder_out"][0].transpose(0, 1)
@@ -391,25 +352,6 @@ class _StaticDecoder:
 
         return wait
 
-    def _shrink(self, n: int, smaller: int) -> int:
-        """Move the unfinished sentences to the first places."""
-        beams = self.beams
-        order = beams.done[:n].argsort(stable=True)[:smaller]
-        hypotheses = (order[:, None] * self.beam + torch.arange(self.beam, device=order.device)).flatten()
-        for state in (
-            beams.scores,
-            beams.ignored,
-            beams.sentence,
-            beams.n_final,
-            beams.starts,
-            beams.lengths,
-            beams.done,
-        ):
-            state[:smaller] = state[order]
-        for state in (beams.tokens, beams.rows):
-            state[: smaller * self.beam] = state[hypotheses]
-        return smaller
-
     # -- a step -------------------------------------------------------------------------------------------------------
 
     def _run(self, n: int) -> None:
@@ -436,25 +378,9 @@ class _StaticDecoder:
 
     def _step(self, n: int, states: list[dict]) -> None:
         """Decode one token of every hypothesis and choose how to go on. No shape and no branch depends on a value."""
-        beams, beam, n_hypotheses = self.beams, self.beam, n * self.beam
-        number = torch.arange(n_hypotheses, device=beams.step.device)
-        rows = beams.rows[:n_hypotheses]
-        rows.index_copy_(1, beams.step, number.to(torch.int32)[:, None])
-        begins = beams.used + beams.head * n_hypotheses
-        beams.offsets.index_copy_(1, beams.step, begins.to(torch.int32)[:, None])
-        torch.add(begins[:, None], number, out=beams.new_rows[:, :n_hypotheses])
-        beams.used.add_(beams.n_heads, alpha=n_hypotheses)
-
-        log_probs = self._log_probs(n_hypotheses, states)
-        phase = torch.where(beams.step < self.generator.min_len, _BEFORE_MIN_LEN, _NORMAL)
-        phase = torch.where(beams.step >= beams.max_len, _AT_MAX_LEN, phase)
-        log_probs = log_probs.add_(self.penalty[phase]).view(n, beam, -1)
-        self._choose(n, *best_continuations(log_probs, beams.scores[:n], 2 * beam))
-
-        parents = beams.chosen_beam[beams.step, beams.sentence[:n]]
-        parents = parents + beam * torch.arange(n, device=parents.device)[:, None]
-        rows.copy_(rows.index_select(0, parents.flatten()))
-        beams.step.add_(1)
+        self.beams.number_rows(n)
+        log_probs = self._log_probs(n * self.beam, states).add_(self.penalty[self.phases[self.beams.step]])
+        self.beams.advance(n, log_probs.view(n, self.beam, -1), self.generator.eos)
 
     def _log_probs(self, n: int, states: list[dict]) -> Tensor:
         """Log-probabilities of the next token, averaged over the ensemble: float32 (n, V)."""
@@ -467,147 +393,6 @@ class _StaticDecoder:
         if len(results) == 1:
             return results[0]
         return torch.logsumexp(torch.stack(results), 0) - math.log(len(results))
-
-    def _choose(self, n: int, scores: Tensor, parent: Tensor, token: Tensor) -> None:
-        """Record the continuations that end, and go on with the others.
-
-        Args:
-            scores: float32 (n, 2 * beam), sums of log-probabilities, best first.
-            parent, token: int64 (n, 2 * beam), the hypothesis that is continued, and with which word.
-        """
-        beams, beam = self.beams, self.beam
-        sentence, done, ignored, n_final = (x[:n] for x in (beams.sentence, beams.done, beams.ignored, beams.n_final))
-
-        ends = token.eq(self.generator.eos) & scores.ne(-math.inf)
-        ends[:, :beam] &= ~ignored
-        counted = ends[:, :beam] & ~done[:, None]  # only among the first `beam` candidates
-        place = n_final[:, None] + counted.cumsum(1) - 1
-        place = torch.where(counted & (place < beam), place, beam)  # the last place is a bin
-        where = (sentence[:, None].expand_as(place), place)
-        beams.final_step.index_put_(where, beams.step.to(torch.int32).expand_as(place))
-        beams.final_beam.index_put_(where, parent[:, :beam].to(torch.int32))
-        beams.final_score.index_put_(where, scores[:, :beam].contiguous())
-        n_final.copy_((n_final + counted.sum(1)).clamp_max(beam))
-        done |= (n_final == beam) | (beams.step >= beams.max_len)
-        beams.unfinished.copy_(n - done.sum())
-
-        ends[:, :beam] |= ignored
-        order = ends * (2 * beam) + torch.arange(2 * beam, device=ends.device)
-        order, active = order.topk(beam, largest=False)
-        ignored.copy_(order >= 2 * beam)
-        parent, token, scores = (x.gather(1, active) for x in (parent, token, scores))
-        at = (beams.step.expand_as(sentence), sentence)
-        beams.chosen_beam.index_put_(at, parent.to(torch.int32))
-        beams.chosen_token.index_put_(at, token.to(torch.int32))
-        beams.chosen_score.index_put_(at, scores)
-        beams.scores[:n] = scores
-        beams.tokens[: n * beam] = token.flatten()
-
-    # -- the result ---------------------------------------------------------------------------------------------------
-
-    def _read_out(self, n_sentences: int) -> list[list[dict[str, Tensor]]]:
-        """Follow the back-pointers of all ended hypotheses; best first, as fairseq returns them."""
-        beams = self.beams
-        final_step = beams.final_step[:n_sentences, : self.beam].cpu()
-        final_beam, final_score = (x[:n_sentences, : self.beam].cpu() for x in (beams.final_beam, beams.final_score))
-        endless = (final_step < 0).all(1)
-        if endless.any():
-            raise ValueError(
-                f"sentence {int(endless.nonzero()[0])} of the batch has no hypothesis: all scores are NaN or -inf; the "
-                "parameters are damaged, or too large for this precision"
-            )
-        length = int(final_step.max()) + 1
-        chosen_beam, chosen_token, chosen_score = (
-            x[:length, :n_sentences].cpu() for x in (beams.chosen_beam, beams.chosen_token, beams.chosen_score)
-        )
-        path = trace_back(chosen_beam, final_beam, final_step)
-        inside = torch.arange(length)[:, None, None] < final_step  # before the token that ends it
-        tokens = torch.where(inside, chosen_token.long().gather(2, path), self.generator.eos)
-        totals = torch.where(inside, chosen_score.gather(2, path), final_score)  # up to each position
-        per_position = totals.diff(dim=0, prepend=torch.zeros(1, n_sentences, self.beam))
-        scores = final_score
-        if self.generator.normalize_scores:
-            scores = final_score / (final_step + 1) ** self.generator.len_penalty
-        return best_first(tokens, per_position, scores, final_step + 1)
-
-
-def trace_back(parents: Tensor, last: Tensor, last_step: Tensor) -> Tensor:
-    """Follow the back-pointers of hypotheses.
-
-    Args:
-        parents: int32 (T, B, beam), which hypothesis each one continued in each step.
-        last: int32 (B, beam), the one that each hypothesis ended from.
-        last_step: int32 (B, beam), when.
-
-    Returns:
-        int64 (T, B, beam), the place of each hypothesis in each step before its last; arbitrary afterwards.
-    """
-    place, path = last.long(), []
-    for step, pointers in reversed(list(enumerate(parents.long().unbind()))):
-        path.append(place)
-        place = torch.where(step < last_step, pointers.gather(1, place), place)
-    return torch.stack(path[::-1])
-
-
-def best_first(tokens: Tensor, per_position: Tensor, scores: Tensor, lengths: Tensor) -> list[list[dict[str, Tensor]]]:
-    """Return the hypotheses of each sentence as fairseq does, by falling scores.
-
-    Args:
-        tokens: int64 (T, B, beam), per_position: float32 (T, B, beam), padded on the right.
-        scores: float32 (B, beam).
-        lengths: int32 (B, beam), 0 where there is no hypothesis.
-    """
-    beam, sizes, values = scores.size(1), lengths.tolist(), scores.tolist()
-    ranked = [
-        sorted((place for place in range(beam) if sizes[b][place]), key=lambda place: -values[b][place])
-        for b in range(len(sizes))
-    ]
-    real = [sizes[b][place] for b, places in enumerate(ranked) for place in places]
-    order = torch.tensor([b * beam + place for b, places in enumerate(ranked) for place in places])
-    # Tensors of all hypotheses at once: to index them one by one would take as long as the search.
-    inside = torch.arange(tokens.size(0)) < torch.tensor(real)[:, None]
-    tokens, per_position = (x.flatten(1).t()[order][inside].split(real) for x in (tokens, per_position))
-    nothing = torch.empty(0)
-    hypotheses = (
-        {"tokens": x, "score": score, "attention": nothing, "alignment": nothing, "positional_scores": positional}
-        for x, score, positional in zip(tokens, scores.flatten()[order].unbind(), per_position, strict=True)
-    )
-    return [list(itertools.islice(hypotheses, len(places))) for places in ranked]
-
-
-def best_continuations(log_probs: Tensor, scores: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Find the k best sums of a hypothesis and one more word, of each sentence.
-
-    The words are looked at in groups: the k best lie in the k groups with the best maxima. So the large tensor is read
-    once, where ``topk`` of all sums reads it once for every eight bits, and the sums need not be formed.
-
-    Args:
-        log_probs: float32 (n, beam, V), of the next word. NaN counts as -inf, as in fairseq: what comes out of a
-            log-softmax has it in rows that are -inf elsewhere, or in all of a row.
-        scores: float32 (n, beam), of the hypotheses so far.
-
-    Returns:
-        Sums float32, hypotheses int64 and words int64, (n, k) each, best first.
-    """
-    n, beam, n_words = log_probs.shape
-    size = _group_size(n_words, k // beam)
-    groups = log_probs.view(n, beam, -1, size)
-
-    def best(sums: Tensor, number: int) -> tuple[Tensor, Tensor]:
-        return sums.nan_to_num_(-math.inf, posinf=math.inf, neginf=-math.inf).flatten(1).topk(number)
-
-    _, group = best(groups.amax(-1) + scores[..., None], k)
-    index = (group[..., None] * size + torch.arange(size, device=group.device)).flatten(1)  # into beam * V
-    parent, word = index // n_words, index % n_words
-    sums, place = best(log_probs.flatten(1).gather(1, index) + scores.gather(1, parent), k)
-    return sums, parent.gather(1, place), word.gather(1, place)
-
-
-@functools.cache
-def _group_size(n_words: int, least: int) -> int:
-    """The divisor of *n_words* nearest to 64 that leaves *least* groups or more."""
-    divisors = (size for size in range(1, n_words // least + 1) if n_words % size == 0)
-    return min(divisors, key=lambda size: abs(math.log2(size / 64)))
 
 
 def _position_table(decoder, n: int, device: torch.device) -> Tensor | None:

@@ -7,11 +7,12 @@
 Depends on torch; triton is imported when a kernel first runs.
 """
 
-from .api import block_sparse_attention, check_length_values, decode_attention, interpreted, use_kernels
+from .api import append_to_pool, block_sparse_attention, check_length_values, decode_attention, interpreted, use_kernels
 from .layout import AttentionLayout
 
 __all__ = [
     "AttentionLayout",
+    "append_to_pool",
     "block_sparse_attention",
     "check_length_values",
     "decode_attention",

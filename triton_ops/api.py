@@ -300,3 +300,22 @@ def decode_attention(
     lists = layout.row_lists()
     tables = (k_lengths, cache_rows, cache_starts, cache_offsets)
     return decode_step(_rows(q), _rows(k), _rows(v), *lists, step, k_size, *tables, scale)
+
+
+def append_to_pool(kv: Tensor, pool: Tensor, offsets: Tensor, step: Tensor) -> None:
+    """Write the keys and values of one decode step into a pool as `decode_attention` reads it, by the kernel.
+
+    kv: (N, 2, H, D), of N hypotheses; D contiguous.
+    pool: (R, 2, D), changed in place.
+    offsets: (H, S) int32: hypothesis n and head h are written to row offsets[h, step] + n.
+    step: one-element integer tensor on the device. Values of the tables are not checked.
+    """
+    n, two, heads, dim = kv.shape
+    if two != 2 or pool.shape[1:] != (2, dim) or offsets.size(0) != heads or kv.dtype != pool.dtype:
+        raise ValueError(
+            f"kv must be (N, 2, H, D), pool (R, 2, D) and offsets (H, S), got {tuple(kv.shape)} {kv.dtype}, "
+            f"{tuple(pool.shape)} {pool.dtype} and {tuple(offsets.shape)}"
+        )
+    from .decode import append
+
+    append(_rows(kv), pool, offsets, step)

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .config import decode_config, power_of_two, precision
+from .config import ceil_div, decode_config, power_of_two, precision
 from .layout import COLUMN_GROUP, RowLists
 from .primitives import LOG2E, NO_KEY, dot, dot_add, sequence_length
 
@@ -148,3 +148,28 @@ def decode(
         PRECISION=precision(q.dtype), **config.launch(),
     )  # fmt: skip
     return out
+
+
+@triton.jit(do_not_specialize=["s_fh", "N"])
+def _append_kernel(
+    p_kv, p_pool, p_offsets, p_step, s_kvn, s_kvx, s_kvh, s_pr, s_px, s_fh, N,
+    D: tl.constexpr, BD: tl.constexpr, BW: tl.constexpr,
+):  # fmt: skip
+    """BW hypotheses of one head."""
+    i_h = tl.program_id(1)
+    o_w, o_d = tl.program_id(0) * BW + tl.arange(0, BW), tl.arange(0, BD)
+    m_wd = (o_w < N)[:, None] & (o_d < D)[None, :]
+    o_row = (tl.load(p_offsets + i_h.to(tl.int64) * s_fh + tl.load(p_step)) + o_w).to(tl.int64)
+    for x in tl.static_range(2):
+        p_x = p_kv + o_w.to(tl.int64)[:, None] * s_kvn + x * s_kvx + i_h.to(tl.int64) * s_kvh + o_d[None, :]
+        tl.store(p_pool + o_row[:, None] * s_pr + x * s_px + o_d[None, :], tl.load(p_x, mask=m_wd), mask=m_wd)
+
+
+def append(kv: Tensor, pool: Tensor, offsets: Tensor, step: Tensor) -> None:
+    """Launch the kernel; arguments as in `api.append_to_pool`."""
+    n, _, heads, dim = kv.shape
+    block = 16
+    _append_kernel[(ceil_div(n, block), heads)](
+        kv, pool, offsets, step, *kv.stride()[:3], *pool.stride()[:2], offsets.stride(0), n,
+        D=dim, BD=power_of_two(dim), BW=block, num_warps=2,
+    )  # fmt: skip

@@ -12,7 +12,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from triton_ops import AttentionLayout, backward, decode, forward, ops, small
+from ap_fairseq.beams import Beams
+from triton_ops import AttentionLayout, append_to_pool, backward, beam_search, decode, forward, ops, small
 
 KERNELS = [
     forward._forward_kernel,
@@ -21,6 +22,8 @@ KERNELS = [
     small._small_forward_kernel,
     small._small_backward_kernel,
     decode._decode_kernel,
+    decode._append_kernel,
+    beam_search._choose_kernel,
 ]
 compiled = {}
 
@@ -65,6 +68,13 @@ def decode_step(dtype, dim, shared, size, batch, beam=3):
     ops.decode_op(q, k, k, *lists, torch.tensor([3]), size, lengths, None, None, None, 0.1)
 
 
+def search_step(size, batch, beam=3):
+    beams = Beams((batch, size, size), beam, [2], [2], torch.device("cpu"), kernels=True)
+    beams.advance(batch, torch.zeros(batch, beam, 96), eos=2)
+    kv, pool = torch.empty(batch * beam, 2, 2, 32), torch.empty(size, 2, 32)
+    append_to_pool(kv, pool, beams.offsets, beams.step)
+
+
 def main():
     triton.runtime.driver.set_active(Driver())
     JITFunction.__getitem__ = compile_only
@@ -76,6 +86,7 @@ def main():
         attend(torch.bfloat16, 32, 64, 0.1, size, batch)
         for shared in (False, True):
             decode_step(torch.bfloat16, 32, shared, size, batch)
+        search_step(size, batch)
 
     for size in (20, 50, 100, 300):
         lengths_seen(size, 3)

@@ -1,0 +1,119 @@
+"""A step of beam search after the scores of all words are known: one program per sentence.
+
+The reference is `ap_fairseq.beams.Beams.choose`, the same rules in some sixty operations of torch, each a launch.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .config import power_of_two
+
+LOWEST = tl.constexpr(-3.0e38)  # stands for -inf, so that what is taken already, or does not exist, is below it
+TABLE_TILE = 1024  # cells of the table of rows that are moved at a time
+WARPS = 4
+
+
+@triton.jit(do_not_specialize=["N_WORDS", "EOS", "s_rows", "s_record", "s_final"])
+def _choose_kernel(
+    p_log_probs, p_groups, p_step, p_max_len, p_sentence, p_unfinished,
+    p_scores, p_tokens, p_ignored, p_done, p_n_final, p_rows,
+    p_chosen_beam, p_chosen_token, p_chosen_score, p_final_step, p_final_beam, p_final_score,
+    N_WORDS, EOS, s_rows, s_record, s_final,
+    BEAM: tl.constexpr, SIZE: tl.constexpr, BK: tl.constexpr, BS: tl.constexpr, BB: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """BK >= 2 BEAM candidates, BS >= SIZE words of a group, BB >= BEAM; BC columns of the table at a time."""
+    i_b = tl.program_id(0).to(tl.int64)
+    step = tl.load(p_step)
+    last_step = step >= tl.load(p_max_len)
+    K: tl.constexpr = 2 * BEAM
+
+    # The K best sums of a hypothesis and a word, among the words of the K best groups.
+    o_x = tl.arange(0, BK * BS)
+    m_x = (o_x // BS < K) & (o_x % BS < SIZE)
+    i_x = tl.load(p_groups + i_b * K + o_x // BS, mask=m_x, other=0) * SIZE + o_x % BS  # into BEAM * N_WORDS
+    b_x = tl.load(p_log_probs + i_b * BEAM * N_WORDS + i_x, mask=m_x, other=0.0)
+    b_x += tl.load(p_scores + i_b * BEAM + i_x // N_WORDS, mask=m_x, other=0.0)
+    b_x = tl.where(b_x >= LOWEST, b_x, LOWEST)  # NaN is not
+    b_x = tl.where(m_x, b_x, float("-inf"))
+    o_k = tl.arange(0, BK)
+    b_place = tl.zeros([BK], dtype=tl.int32)
+    for j in range(K):
+        i_best = tl.argmax(b_x, 0)
+        b_place = tl.where(o_k == j, i_best, b_place)
+        b_x = tl.where(o_x == i_best, float("-inf"), b_x)
+    m_k = o_k < K
+    i_k = tl.load(p_groups + i_b * K + b_place // BS, mask=m_k, other=0) * SIZE + b_place % BS
+    b_parent, b_token = i_k // N_WORDS, i_k % N_WORDS
+    b_sum = tl.load(p_log_probs + i_b * BEAM * N_WORDS + i_k, mask=m_k, other=0.0)
+    b_sum += tl.load(p_scores + i_b * BEAM + b_parent, mask=m_k, other=0.0)
+    b_sum = tl.where(b_sum >= LOWEST, b_sum, float("-inf"))
+
+    # Those that end: recorded if they are among the first BEAM, while the sentence lacks hypotheses.
+    i_sentence = tl.load(p_sentence + i_b)
+    done, n_final = tl.load(p_done + i_b), tl.load(p_n_final + i_b)
+    b_ignored = tl.load(p_ignored + i_b * BEAM + o_k, mask=o_k < BEAM, other=0)
+    m_ends = m_k & (b_token == EOS) & (b_sum > float("-inf")) & (b_ignored == 0)
+    m_counted = m_ends & (o_k < tl.where(done == 0, BEAM, 0))
+    b_final = n_final + tl.cumsum(m_counted.to(tl.int64), 0) - 1
+    m_final = m_counted & (b_final < BEAM)
+    o_final = i_sentence * s_final + b_final
+    tl.store(p_final_step + o_final, (step + o_k * 0).to(tl.int32), mask=m_final)
+    tl.store(p_final_beam + o_final, b_parent.to(tl.int32), mask=m_final)
+    tl.store(p_final_score + o_final, b_sum, mask=m_final)
+    n_final = tl.minimum(n_final + tl.sum(m_counted.to(tl.int64), 0), BEAM)
+    ended = (n_final == BEAM) | last_step
+    tl.atomic_add(p_unfinished, -(ended & (done == 0)).to(tl.int64))
+
+    # The first BEAM of those that do not end go on; where these are fewer, ended ones fill the places.
+    m_over = m_ends | (b_ignored != 0)
+    b_over = m_over.to(tl.int32)
+    b_open = tl.where(m_k, 1 - b_over, 0)
+    b_rank = tl.where(m_over, tl.sum(b_open, 0) + tl.cumsum(b_over, 0), tl.cumsum(b_open, 0)) - 1
+    m_on = m_k & (b_rank < BEAM)
+    tl.debug_barrier()  # all of the old state is read
+    o_record = step * s_record + i_sentence * BEAM + b_rank
+    tl.store(p_chosen_beam + o_record, b_parent.to(tl.int32), mask=m_on)
+    tl.store(p_chosen_token + o_record, b_token.to(tl.int32), mask=m_on)
+    tl.store(p_chosen_score + o_record, b_sum, mask=m_on)
+    tl.store(p_scores + i_b * BEAM + b_rank, b_sum, mask=m_on)
+    tl.store(p_tokens + i_b * BEAM + b_rank, b_token, mask=m_on)
+    tl.store(p_ignored + i_b * BEAM + b_rank, m_over.to(tl.int8), mask=m_on)
+    tl.store(p_n_final + i_b, n_final)
+    tl.store(p_done + i_b, ((done != 0) | ended).to(tl.int8))
+
+    # A hypothesis that goes on consists of the rows of its parent.
+    o_b = tl.arange(0, BB)
+    b_from = tl.sum(tl.where((b_rank[None, :] == o_b[:, None]) & m_on[None, :], b_parent[None, :], 0), 1)
+    p_rows += i_b * BEAM * s_rows
+    for start in range(0, step + 1, BC):
+        o_c = start + tl.arange(0, BC)
+        m_bc = (o_b < BEAM)[:, None] & (o_c <= step)[None, :]
+        b_rows = tl.load(p_rows + b_from[:, None] * s_rows + o_c[None, :], mask=m_bc)
+        tl.debug_barrier()
+        tl.store(p_rows + o_b[:, None] * s_rows + o_c[None, :], b_rows, mask=m_bc)
+
+
+def choose(beams, n: int, log_probs: Tensor, groups: Tensor, size: int, eos: int) -> None:
+    """Launch the kernel, which changes *beams* as `ap_fairseq.beams.Beams.choose` does.
+
+    Args:
+        beams: the state (`ap_fairseq.beams.Beams`), of which the first *n* sentences go on.
+        log_probs: float32 (n, beam, V), of the next word; NaN counts as -inf.
+        groups: int64 (n, 2 * beam), the groups of *size* words with the best sums, counted through (beam, V / size).
+    """
+    beam = log_probs.size(1)
+    width = power_of_two(beam)
+    _choose_kernel[(n,)](
+        log_probs, groups, beams.step, beams.max_len, beams.sentence, beams.unfinished,
+        beams.scores, beams.tokens, beams.ignored.view(torch.int8), beams.done.view(torch.int8), beams.n_final,
+        beams.rows,
+        beams.chosen_beam, beams.chosen_token, beams.chosen_score,
+        beams.final_step, beams.final_beam, beams.final_score,
+        log_probs.size(2), eos, beams.rows.stride(0), beams.chosen_beam.stride(0), beams.final_step.stride(0),
+        BEAM=beam, SIZE=size, BK=2 * width, BS=power_of_two(size), BB=width, BC=max(TABLE_TILE // width, 16),
+        num_warps=WARPS,
+    )  # fmt: skip
