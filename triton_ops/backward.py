@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .config import ceil_div, dkdv_config, dq_config, grids, near, power_of_two, precision
+from .descriptors import tiles
 from .layout import TileTable
 from .primitives import (
     LOG2E,
@@ -29,6 +30,7 @@ from .primitives import (
     list_lengths,
     listed_positions,
     load_rows,
+    load_tile,
     sequence_length,
 )
 
@@ -52,7 +54,7 @@ def _dq_step(
 @triton.jit(do_not_specialize=["H", "MH", "TQ", "TK", "LQ", "RS", "KW", "NO", "NI", "first_h", "first_b", "threshold"])
 def _dq_kernel(
     p_q, p_k, p_v, p_o, p_do, p_lse, p_dlse, p_dq, p_delta, p_words, p_entries, p_counts,
-    p_q_lengths, p_k_lengths, p_seed, scale, scale_log2, threshold, inverse_keep,
+    p_q_lengths, p_k_lengths, p_seed, d_k, d_v, scale, scale_log2, threshold, inverse_keep,
     s_qb, s_qh, s_qt, s_kb, s_kh, s_kt, s_vb, s_vh, s_vt, s_ob, s_oh, s_ot, s_gb, s_gh, s_gt, s_db, s_dh, s_dt,
     H, MH, TQ, TK, LQ, RS, KW, NO, NI, first_h, first_b,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, OUTER: tl.constexpr, G: tl.constexpr,
@@ -100,8 +102,8 @@ def _dq_kernel(
     b_dq = tl.zeros([BM, BD], dtype=tl.float32)
     for i in range((n_inside * G + BN - 1) // BN):
         start, o_x, m_n = full_positions(p_entries, i, n_inside, BN, G)
-        b_k = load_rows(p_k, s_kt, start, o_x, m_m, False, NEAR, G, D, BD)  # [BN, BD]
-        b_v = load_rows(p_v, s_vt, start, o_x, m_m, False, NEAR, G, D, BD)  # [BN, BD]
+        b_k = load_tile(d_k, i_b, i_h, p_k, s_kt, start, o_x, m_m, NEAR, BN, G, D, BD)  # [BN, BD]
+        b_v = load_tile(d_v, i_b, i_h, p_v, s_vt, start, o_x, m_m, NEAR, BN, G, D, BD)  # [BN, BD]
         m_z = m_m
         if DROPOUT:
             m_z = dropout_bits(seed, i_bh, o_m[:, None], (start + o_x)[None, :], threshold)
@@ -153,7 +155,7 @@ def _dkdv_step(
 @triton.jit(do_not_specialize=["H", "MH", "TQ", "TK", "LQ", "RS", "KW", "NO", "NI", "first_h", "first_b", "threshold"])
 def _dkdv_kernel(
     p_q, p_k, p_v, p_do, p_lse, p_delta, p_dk, p_dv, p_words, p_entries, p_counts,
-    p_q_lengths, p_k_lengths, p_seed, scale, scale_log2, threshold, inverse_keep,
+    p_q_lengths, p_k_lengths, p_seed, d_q, d_do, scale, scale_log2, threshold, inverse_keep,
     s_qb, s_qh, s_qt, s_kb, s_kh, s_kt, s_vb, s_vh, s_vt, s_gb, s_gh, s_gt, s_db, s_dh, s_dt, s_eb, s_eh, s_et,
     H, MH, TQ, TK, LQ, RS, KW, NO, NI, first_h, first_b,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, OUTER: tl.constexpr, G: tl.constexpr,
@@ -196,8 +198,8 @@ def _dkdv_kernel(
 
     for i in range((n_inside * G + BM - 1) // BM):
         start, o_x, m_m = full_positions(p_entries, i, n_inside, BM, G)
-        b_q = load_rows(p_q, s_qt, start, o_x, m_n, False, NEAR, G, D, BD)  # [BM, BD]
-        b_do = load_rows(p_do, s_gt, start, o_x, m_n, False, NEAR, G, D, BD)  # [BM, BD]
+        b_q = load_tile(d_q, i_b, i_h, p_q, s_qt, start, o_x, m_n, NEAR, BM, G, D, BD)  # [BM, BD]
+        b_do = load_tile(d_do, i_b, i_h, p_do, s_gt, start, o_x, m_n, NEAR, BM, G, D, BD)  # [BM, BD]
         b_lse, b_delta = tl.load(p_lse + start + o_x), tl.load(p_delta + start + o_x)
         if BM > G:
             b_lse = tl.where(m_m, b_lse, float("-inf"))
@@ -233,6 +235,11 @@ def _dkdv_kernel(
     tl.store(p_dv + o_n64 * s_et + o_d[None, :], b_dv.to(p_dv.dtype.element_ty), mask=m_row)
 
 
+def _tiles(a: Tensor, b: Tensor, step: int, inner: int):
+    """As `descriptors.tiles`, but for blocks of 32 rows: pointers are faster there by 3% (on an H100)."""
+    return tiles(a, b, step, inner) if inner >= 64 else (None, None)
+
+
 def backward(
     grad_out: Tensor,
     grad_lse: Tensor | None,
@@ -262,10 +269,11 @@ def backward(
     constants = dict(D=dim, BD=power_of_two(dim), DROPOUT=seed is not None, PRECISION=precision(q.dtype))
 
     config = dq_config(query_table, dim, q.dtype)
+    descriptors = _tiles(k, v, config.block_k, query_table.inner)
     for grid, first_h, first_b in grids(ceil_div(q_size, config.block_q), heads, batch):
         _dq_kernel[grid](
             q, k, v, out, grad_out, lse, grad_lse, dq, delta, words, query_table.entries, query_table.counts,
-            q_lengths, k_lengths, seed, scale, scale_log2, threshold, inverse_keep,
+            q_lengths, k_lengths, seed, *descriptors, scale, scale_log2, threshold, inverse_keep,
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3], *grad_out.stride()[:3],
             *dq.stride()[:3],
             heads, words.size(0), q_size, k_size, *shared, *query_table.entries.shape[1:], first_h, first_b,
@@ -274,10 +282,11 @@ def backward(
         )  # fmt: skip
 
     config = dkdv_config(key_table, dim, q.dtype)
+    descriptors = _tiles(q, grad_out, config.block_q, key_table.inner)
     for grid, first_h, first_b in grids(ceil_div(k_size, config.block_k), heads, batch):
         _dkdv_kernel[grid](
             q, k, v, grad_out, lse, delta, dk, dv, words, key_table.entries, key_table.counts,
-            q_lengths, k_lengths, seed, scale, scale_log2, threshold, inverse_keep,
+            q_lengths, k_lengths, seed, *descriptors, scale, scale_log2, threshold, inverse_keep,
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad_out.stride()[:3], *dk.stride()[:3],
             *dv.stride()[:3],
             heads, words.size(0), q_size, k_size, *shared, *key_table.entries.shape[1:], first_h, first_b,

@@ -92,10 +92,10 @@ def forward_config(table: TileTable, dim: int, dtype: torch.dtype) -> Config:
             128: Config(128, 64, 8, 2),
         }[table.outer]
     return {
-        16: Config(16, 32, 1, 2, 128),
-        32: Config(32, 32, 1, 2, 168),
-        64: Config(64, 64, 4, 3, 120),
-        128: Config(128, 128, 8, 2, 128),
+        16: Config(16, 32, 1, 3, 128),
+        32: Config(32, 32, 1, 3, 168),
+        64: Config(64, 64, 4, 2, 112),
+        128: Config(64, 128, 4, 2, 168),
     }[table.outer]
 
 
@@ -131,7 +131,7 @@ def dkdv_config(table: TileTable, dim: int, dtype: torch.dtype) -> Config:
         16: Config(32, 16, 1, 2, 168),
         32: Config(32, 32, 1, 2),
         64: Config(64, 64, 4, 2, 168),
-        128: Config(64, 64, 4, 2, 168),
+        128: Config(64, 64, 4, 3, 168),
     }[table.outer]
 
 

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .config import ceil_div, forward_config, grids, near, power_of_two, precision
+from .descriptors import tiles
 from .layout import TileTable
 from .primitives import (
     LN2,
@@ -20,13 +21,14 @@ from .primitives import (
     list_lengths,
     listed_positions,
     load_rows,
+    load_tile,
     sequence_length,
 )
 
 
 @triton.jit(do_not_specialize=["H", "MH", "TQ", "TK", "LQ", "RS", "KW", "NO", "NI", "first_h", "first_b", "threshold"])
 def _forward_kernel(
-    p_q, p_k, p_v, p_o, p_lse, p_words, p_entries, p_counts, p_q_lengths, p_k_lengths, p_seed,
+    p_q, p_k, p_v, p_o, p_lse, p_words, p_entries, p_counts, p_q_lengths, p_k_lengths, p_seed, d_k, d_v,
     scale_log2, threshold, inverse_keep,
     s_qb, s_qh, s_qt, s_kb, s_kh, s_kt, s_vb, s_vh, s_vt, s_ob, s_oh, s_ot,
     H, MH, TQ, TK, LQ, RS, KW, NO, NI, first_h, first_b,
@@ -61,12 +63,15 @@ def _forward_kernel(
 
     b_q = tl.load(p_q + o_m.to(tl.int64)[:, None] * s_qt + o_d[None, :], mask=m_m[:, None] & m_d[None, :], other=0.0)
     b_o = tl.zeros([BM, BD], dtype=tl.float32)
-    b_l = tl.zeros([BM], dtype=tl.float32)
+    b_l = tl.zeros([BM, 8], dtype=tl.float32)  # sums of every eighth key: a thread adds up those that it holds
     b_m = tl.full([BM], NO_KEY, dtype=tl.float32)
 
+    # Where a step begins is read a step ahead, so that its keys and values are asked for without waiting for that.
+    next_start, o_x, next_m = full_positions(p_entries, 0, n_inside, BN, G)
     for i in range((n_inside * G + BN - 1) // BN):
-        start, o_x, m_n = full_positions(p_entries, i, n_inside, BN, G)
-        b_k = load_rows(p_k, s_kt, start, o_x, m_m, False, NEAR, G, D, BD)  # [BN, BD]
+        start, m_n = next_start, next_m
+        next_start, o_x, next_m = full_positions(p_entries, i + 1, n_inside, BN, G)
+        b_k = load_tile(d_k, i_b, i_h, p_k, s_kt, start, o_x, m_m, NEAR, BN, G, D, BD)  # [BN, BD]
         b_s = dot(b_q, tl.trans(b_k), PRECISION)  # [BM, BN]
         b_new = tl.maximum(b_m, tl.max(b_s, 1) * scale_log2)
         b_pivot = b_new[:, None]
@@ -74,11 +79,11 @@ def _forward_kernel(
             b_pivot = tl.where(m_n[None, :], b_pivot, float("inf"))
         b_p = tl.exp2(b_s * scale_log2 - b_pivot)
         b_a = tl.exp2(b_m - b_new)
-        b_l = b_l * b_a + tl.sum(b_p, 1)
+        b_l = b_l * b_a[:, None] + tl.sum(b_p.reshape([BM, BN // 8, 8]), 1)
         b_m = b_new
         if DROPOUT:
             b_p = tl.where(dropout_bits(seed, i_bh, o_m[:, None], (start + o_x)[None, :], threshold), b_p, 0.0)
-        b_v = load_rows(p_v, s_vt, start, o_x, m_m, False, NEAR, G, D, BD)  # [BN, BD]
+        b_v = load_tile(d_v, i_b, i_h, p_v, s_vt, start, o_x, m_m, NEAR, BN, G, D, BD)  # [BN, BD]
         b_o = dot_add(b_p.to(b_v.dtype), b_v, b_o * b_a[:, None], PRECISION)
 
     # What is left: full blocks that reach past the last key, and partial blocks.
@@ -91,13 +96,14 @@ def _forward_kernel(
         b_new = tl.maximum(b_m, tl.max(b_s, 1) * scale_log2)
         b_p = tl.exp2(b_s * scale_log2 - b_new[:, None])
         b_a = tl.exp2(b_m - b_new)
-        b_l = b_l * b_a + tl.sum(b_p, 1)
+        b_l = b_l * b_a[:, None] + tl.sum(b_p.reshape([BM, BN // 8, 8]), 1)
         b_m = b_new
         if DROPOUT:
             b_p = tl.where(dropout_bits(seed, i_bh, o_m[:, None], (start + o_x)[None, :], threshold), b_p, 0.0)
         b_v = load_rows(p_v, s_vt, start, o_x, m_n, True, NEAR, G, D, BD)
         b_o = dot_add(b_p.to(b_v.dtype), b_v, b_o * b_a[:, None], PRECISION)
 
+    b_l = tl.sum(b_l, 1)
     m_seen = b_l > 0
     b_scale = inverse_keep / tl.where(m_seen, b_l, 1.0)
     b_lse = tl.where(m_seen & m_m, (b_m + tl.log2(tl.where(m_seen, b_l, 1.0))) * LN2, float("-inf"))
@@ -130,10 +136,11 @@ def forward(
     out = torch.empty_like(q)
     lse = torch.empty(batch, heads, q_size, dtype=torch.float32, device=q.device)
     config = forward_config(table, dim, q.dtype)
+    descriptors = tiles(k, v, config.block_k, table.inner)
     for grid, first_h, first_b in grids(ceil_div(q_size, config.block_q), heads, batch):
         _forward_kernel[grid](
             q, k, v, out, lse, words, table.entries, table.counts, q_lengths, k_lengths, seed,
-            scale_log2, threshold, inverse_keep,
+            *descriptors, scale_log2, threshold, inverse_keep,
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
             heads, words.size(0), q_size, k.size(2), words.size(2), row_shift, words.size(1),
             *table.entries.shape[1:], first_h, first_b,

@@ -55,23 +55,30 @@ def full_positions(p_entries, i_step, n_blocks, STEP: tl.constexpr, G: tl.conste
     """The i_step-th STEP of the first n_blocks full blocks: several gathered blocks, or part of one.
 
     Returns (start, offset, which positions exist) with positions start + offset, [STEP]. Past the end they are those of
-    the last block again, which can be read and must not count; that happens only if STEP > G. Only start changes from
-    step to step. It is put together from scalar loads: the elements of a thread that lie in one block share their
-    address arithmetic.
+    the last block again, which can be read and must not count; inside a loop that happens only if STEP > G. Only start
+    changes from step to step. It is put together from scalar loads: the elements of a thread that lie in one block
+    share their address arithmetic.
+
+    A load that the loads of rows wait for takes one of their pipeline stages: where that matters, read it a step ahead.
     """
     o_x = tl.arange(0, STEP)
     m_x = tl.full([STEP], True, dtype=tl.int1)
     if STEP > G:
         slot = i_step * (STEP // G)
-        start = tl.zeros([STEP], dtype=tl.int32) + tl.load(p_entries + slot) * G
+        start = tl.zeros([STEP], dtype=tl.int32) + _block_start(p_entries, slot, n_blocks, G)
         for j in tl.static_range(1, STEP // G):
-            i_start = tl.load(p_entries + tl.minimum(slot + j, n_blocks - 1)) * G
-            start = tl.where(o_x // G == j, i_start, start)
+            start = tl.where(o_x // G == j, _block_start(p_entries, slot + j, n_blocks, G), start)
             m_x &= (o_x // G != j) | (slot + j < n_blocks)
     else:
         first = i_step * STEP
-        start = tl.load(p_entries + first // G) * G + first % G
+        start = _block_start(p_entries, first // G, n_blocks, G) + first % G
     return start, o_x % G, m_x
+
+
+@triton.jit
+def _block_start(p_entries, slot, n_blocks, G: tl.constexpr):
+    """Position of a full block, or of the last one; 0 where there is none."""
+    return tl.load(p_entries + tl.minimum(slot, n_blocks - 1), mask=n_blocks > 0, other=0) * G
 
 
 @triton.jit
@@ -125,6 +132,19 @@ def load_rows(
         b_x = tl.load(p_tile, mask=(o_d < D)[None, :], other=0.0)
     else:
         b_x = tl.load(p_tile)
+    return b_x
+
+
+@triton.jit
+def load_tile(
+    d_x, i_b, i_h, p_x, stride, start, o_x, m_x,
+    NEAR: tl.constexpr, STEP: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """Rows start + o_x of a head, which exist, [STEP, BD]: by its descriptor (`descriptors.tiles`) if it has one."""
+    if d_x is not None:
+        b_x = d_x.load([i_b, i_h, start, 0]).reshape([STEP, BD])
+    else:
+        b_x = load_rows(p_x, stride, start, o_x, m_x, False, NEAR, G, D, BD)
     return b_x
 
 

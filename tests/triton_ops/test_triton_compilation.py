@@ -14,7 +14,8 @@ SHARED_MEMORY = 227 * 1024  # bytes a block may use on an H100 or H200
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
-    environment = dict(os.environ, TRITON_INTERPRET="0", PYTHONPATH=str(ROOT))
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    environment = dict(os.environ, TRITON_INTERPRET="0", PYTHONPATH=path)
     environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
     script = Path(__file__).with_name("compile_offline.py")
     run = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, check=False)
