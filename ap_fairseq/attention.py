@@ -20,6 +20,7 @@ from triton_ops import AttentionLayout, block_sparse_attention, use_kernels
 from triton_ops.api import HEAD_SIZES
 
 MASK_BUFFERS = ("keep_words", "beyond_words", "mask_range")
+LAST_ROWS = 16  # answers of `last_rows` that a module remembers: searches ask for a few lengths again and again
 
 
 class PrunedMultiheadAttention(MultiheadAttention):
@@ -109,7 +110,7 @@ class PrunedMultiheadAttention(MultiheadAttention):
     def _forget_derived(self) -> None:
         self._keep_cells: Tensor | None = None
         self._layout: AttentionLayout | None = None
-        self._last_rows: tuple[AttentionLayout, int, Tensor] | None = None
+        self._last_rows: tuple[AttentionLayout | None, dict[int, Tensor]] = None, {}
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         for name in MASK_BUFFERS:
@@ -152,9 +153,12 @@ class PrunedMultiheadAttention(MultiheadAttention):
     def last_rows(self, n_rows: int, n_keys: int) -> Tensor:
         """Return the last of the first *n_rows* mask rows that keeps each column, int64 (heads, n_keys); or -1."""
         layout = self.layout(n_rows, n_keys)
-        if self._last_rows is None or self._last_rows[0] is not layout or self._last_rows[1] != n_rows:
-            self._last_rows = (layout, n_rows, layout.last_rows(n_rows))
-        return self._last_rows[2][:, :n_keys]
+        if self._last_rows[0] is not layout or len(self._last_rows[1]) >= LAST_ROWS:
+            self._last_rows = (layout, {})
+        found = self._last_rows[1]
+        if n_rows not in found:
+            found[n_rows] = layout.last_rows(n_rows)
+        return found[n_rows][:, :n_keys]
 
     def _unpack(self, n_queries: int, n_keys: int) -> Tensor:
         recorded_queries, recorded_keys = self.mask_range.tolist()

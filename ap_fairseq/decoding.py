@@ -181,13 +181,13 @@ class SourceRows:
     """Which source columns a cross-attention site stores, and where.
 
     Attributes:
-        projected: bool (B, S): some head stores this column.
+        projected: int64 (P,) twice, sentence and column of those that some head stores.
         row, head: int64 (R,): row r of the pool is head[r] of the projected column number row[r].
         starts: int64 (B, H), the first row of each sentence and head.
         offsets: int32 (H, S): where a column comes after it.
     """
 
-    projected: Tensor
+    projected: tuple[Tensor, Tensor]
     row: Tensor
     head: Tensor
     starts: Tensor
@@ -202,16 +202,16 @@ class SourceRows:
         projected = cells.any(1)
         number = projected.flatten().cumsum(0).view_as(projected) - 1
         return cls(
-            projected,
+            projected.nonzero(as_tuple=True),
             number[sentence, column],
             head,
             (counts.flatten().cumsum(0) - counts.flatten()).view_as(counts),
             (stored.cumsum(1) - 1).clamp_min(0).to(torch.int32),
         )
 
-    def pool(self, project: Callable[[Tensor], Tensor], source: Tensor) -> Tensor:
-        """Project the encoder output *source* (B, S, C) with *project*, (r, C) -> (r, 2, H, D); (R, 2, D)."""
-        return project(source[self.projected])[self.row, :, self.head]
+    def pool(self, projected: Tensor) -> Tensor:
+        """Lay out keys and values (P, 2, H, D) of the projected columns as a pool (R, 2, D)."""
+        return projected[self.row, :, self.head]
 
 
 def stored_columns(last_rows: Tensor | None, size: int, heads: int, device: torch.device) -> Tensor:
@@ -269,7 +269,7 @@ class CrossAttentionCache:
         size, batch, _ = key.shape
         real = torch.ones(batch, size, dtype=torch.bool, device=key.device) if padding is None else ~padding.bool()
         rows = SourceRows.of_mask(stored, real)
-        pool = rows.pool(project, key.transpose(0, 1))
+        pool = rows.pool(project(key.transpose(0, 1)[rows.projected]))
         return cls(pool, rows.starts, rows.offsets, real.sum(1), size, beam=n_hypotheses // batch, stored=stored)
 
     def advance(self) -> None:

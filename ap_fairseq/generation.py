@@ -271,7 +271,7 @@ class _StaticDecoder:
         for step in range(max_len + 1):
             rows = {module: n * self.beam * module.num_heads for module in self.self_sites}
             if any(self.used[module] + rows[module] > self.pools[module].size(0) for module in rows):
-                self._make_room(n, step, max_len + 1)
+                self._make_room(n, step, max_len)
             self._run(n)
             for module, number in rows.items():
                 self.used[module] += number
@@ -293,45 +293,60 @@ class _StaticDecoder:
         beams.begin(real.sum(1), max_len, first_token)
         self.phases.fill_(_NORMAL)[: self.generator.min_len] = _BEFORE_MIN_LEN
         self.phases[max_len:] = _AT_MAX_LEN
-        layouts: dict[bytes, SourceRows] = {}  # sites often store the same columns
-        for model, encoder_out in zip(self.models, encoder_outs, strict=True):
-            source = encoder_out["encoder_out"][0].transpose(0, 1)
-            for (kind, _), module in attention_sites(model):
-                if kind is AttentionKind.CROSS:
-                    last_rows = module.last_rows(max_len + 1, self.capacity.source_length)
-                    stored = stored_columns(last_rows, size, module.num_heads, source.device)
-                    key = stored.cpu().numpy().tobytes()
-                    layouts[key] = layouts.get(key) or SourceRows.of_mask(stored, real)
-                    self._store_source(module, layouts[key], source)
-                elif kind is AttentionKind.DECODER_SELF:
-                    for kept, fresh in zip(self.projections[module], module.stacked_projection(), strict=True):
-                        kept.copy_(fresh)
+        self._store_sources(encoder_outs, real, max_len)
+        for module, stacked in self.projections.items():
+            for kept, fresh in zip(stacked, module.stacked_projection(), strict=True):
+                kept.copy_(fresh)
         return n
 
+    def _store_sources(self, encoder_outs: list[dict], real: Tensor, max_len: int) -> None:
+        """Fill the pools of cross-attention; bool *real* (B, S) says which source tokens there are."""
+        sites, n_keys = self.cross_sites, self.capacity.source_length
+        if not sites:
+            return
+        heads = [module.num_heads for module in sites]
+        last_rows = [self._last_rows(module, max_len, n_keys) for module in sites]
+        stored = [stored_columns(rows, real.size(1), n, real.device) for rows, n in zip(last_rows, heads, strict=True)]
+        on_host = torch.cat(stored).cpu().split(heads)  # one wait for all
+        keys = {module: columns.numpy().tobytes() for module, columns in zip(sites, on_host, strict=True)}
+        layouts: dict[bytes, SourceRows] = {}  # sites often store the same columns
+        for module, columns in zip(sites, stored, strict=True):
+            layouts[keys[module]] = layouts.get(keys[module]) or SourceRows.of_mask(columns, real)
+        for model, encoder_out in zip(self.models, encoder_outs, strict=True):
+            source = encoder_out["encoder_out"][0].transpose(0, 1)
+            chosen = {key: source[rows.projected] for key, rows in layouts.items()}
+            for (kind, _), module in attention_sites(model):
+                if kind is AttentionKind.CROSS:
+                    self._store_source(module, layouts[keys[module]], chosen[keys[module]])
+
+    def _last_rows(self, module: PrunedMultiheadAttention, max_len: int, n_keys: int) -> Tensor:
+        """As the module's, of some steps more, so that most batches find what one before them made."""
+        return module.last_rows(min(_bucket(max_len + 1), self.capacity.positions), n_keys)
+
     def _store_source(self, module: PrunedMultiheadAttention, rows: SourceRows, source: Tensor) -> None:
-        n_sentences, size = rows.projected.shape
+        (n_sentences, _), size = rows.starts.shape, rows.offsets.size(1)
         if self.pools[module].size(0) < rows.row.numel():
             self._forget_graphs()
             with torch.inference_mode(False):
                 nothing = self.pools[module] = self.pools[module].new_empty(0)  # frees what the next one may take
                 self.pools[module] = nothing.new_empty(_bucket(rows.row.numel()), 2, module.head_dim)
-        self.pools[module][: rows.row.numel()] = rows.pool(module.project_source, source)
+        self.pools[module][: rows.row.numel()] = rows.pool(module.project_source(source))
         self.beams.starts[:n_sentences, self.heads[module]] = rows.starts
         self.beams.source_offsets[self.heads[module], :size] = rows.offsets
 
     @torch.inference_mode(False)
-    def _make_room(self, n: int, length: int, n_rows: int) -> None:
-        """Drop pool rows that no hypothesis refers to or none of the first *n_rows* mask rows keeps any more.
+    def _make_room(self, n: int, length: int, max_len: int) -> None:
+        """Drop pool rows that no hypothesis refers to or no coming mask row keeps any more.
 
         Pools are enlarged if that frees less than half of them.
         """
         live = renumber_live(self.beams.rows[: n * self.beam, :length])
         positions = self.capacity.positions
         for module in self.self_sites:
-            readable = module.last_rows(n_rows, positions)[:, :length] >= length
+            readable = self._last_rows(module, max_len, positions)[:, :length] >= length
             offsets = self.beams.offsets[self.heads[module], :length]
             n_new = n * self.beam * module.num_heads
-            pool, used = compact(self.pools[module], offsets, live, readable, n_new, n_rows - length)
+            pool, used = compact(self.pools[module], offsets, live, readable, n_new, max_len + 1 - length)
             if pool is not self.pools[module]:
                 self._forget_graphs()
             self.pools[module], self.used[module] = pool, used

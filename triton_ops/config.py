@@ -153,5 +153,7 @@ def small_backward_config(tile: int, dim: int, dtype: torch.dtype) -> Config:
     }[tile]
 
 
-def decode_config(shared: bool, dim: int, dtype: torch.dtype) -> Config:
-    return Config(1, 32, 2, 1) if shared else Config(1, 64, 2, 1)
+def decode_config(shared: bool, k_size: int, dim: int, dtype: torch.dtype) -> Config:
+    if k_size <= 256:  # sentences: programs are many, and end after a step or two
+        return Config(1, 32, 2, 2) if shared else Config(1, 32, 1, 2)
+    return Config(1, 64, 4, 3) if shared else Config(1, 64, 2, 1)

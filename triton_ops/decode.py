@@ -129,7 +129,7 @@ def decode(
     out = torch.empty_like(q)
     shared = k.dim() == 4 or cache_starts is not None
     rows = max(16, power_of_two(beam)) if shared else 1
-    config = decode_config(shared, dim, q.dtype)
+    config = decode_config(shared, k_size, dim, q.dtype)
     cache_strides: list[int] = []
     for x in (k, v):
         if x.dim() <= 3:  # pool (R, H, D) or (R, D)
