@@ -87,21 +87,26 @@ class Beams:
         self.offsets.index_copy_(1, self.step, begins.to(torch.int32)[:, None])
         self.used.add_(self.n_heads, alpha=n_hypotheses)
 
-    def advance(self, n: int, log_probs: Tensor, eos: int) -> None:
+    def advance(self, n: int, logits: Tensor, penalty: Tensor, eos: int) -> None:
         """Choose how the first *n* sentences go on, and record it.
 
         Args:
-            log_probs: float32 (n, beam, V), of the next word. NaN counts as -inf, as in fairseq: what comes out of a
-                log-softmax has it in rows that are -inf elsewhere, or in all of a row.
+            logits: (n * beam, V), of the next word; contiguous.
+            penalty: float32 (V,), added to log-probabilities. These count as -inf where they are NaN, as in fairseq:
+                a log-softmax has it in rows that are -inf elsewhere, or in all of a row.
             eos: the word that ends a hypothesis.
         """
-        groups, size = best_groups(log_probs, self.scores[:n], 2 * self.beam)
+        scores, k = self.scores[:n], 2 * self.beam
+        size = group_size(logits.size(1), 2)
         if self.kernels:
-            from triton_ops.beam_search import choose  # imports triton
+            from triton_ops.beam_search import choose, largest_of_groups  # imports triton
 
-            choose(self, n, log_probs, groups, size, eos)
+            maxima, lse = largest_of_groups(logits, penalty, size)
+            choose(self, n, logits, penalty, lse, best_groups(maxima.view(n, self.beam, -1), scores, k), size, eos)
         else:
-            self.choose(n, *best_continuations(log_probs, self.scores[:n], groups, size), eos)
+            log_probs = logits.log_softmax(-1, dtype=torch.float32).add_(penalty).view(n, self.beam, -1)
+            groups = best_groups(log_probs.unflatten(2, (-1, size)).amax(-1), scores, k)
+            self.choose(n, *best_continuations(log_probs, scores, groups, size), eos)
         self.step.add_(1)
 
     def choose(self, n: int, sums: Tensor, parent: Tensor, token: Tensor, eos: int) -> None:
@@ -226,27 +231,28 @@ def best_first(tokens: Tensor, per_position: Tensor, scores: Tensor, lengths: Te
     return [list(itertools.islice(hypotheses, len(places))) for places in ranked]
 
 
-def best_groups(log_probs: Tensor, scores: Tensor, k: int) -> tuple[Tensor, int]:
+def best_groups(maxima: Tensor, scores: Tensor, k: int) -> Tensor:
     """Find the groups of words that hold the k best sums of a hypothesis and one more word, of each sentence.
 
     They lie in the k groups with the best maxima. So the large tensor is read once, where ``topk`` of all sums reads it
     once for every eight bits, and the sums need not be formed.
 
     Args:
-        log_probs: float32 (n, beam, V), as in `Beams.advance`.
+        maxima: float32 (n, beam, groups), of the log-probabilities of a group's words.
         scores: float32 (n, beam), of the hypotheses so far.
 
     Returns:
-        int64 (n, k), counted through (beam, V / size), and the size of a group.
+        int64 (n, k), counted through (beam, groups).
     """
-    n, beam, n_words = log_probs.shape
-    size = _group_size(n_words, k // beam)
-    maxima = log_probs.view(n, beam, -1, size).amax(-1) + scores[..., None]
-    return _best(maxima, k)[1], size
+    return _best(maxima + scores[..., None], k)[1]
 
 
 def best_continuations(log_probs: Tensor, scores: Tensor, groups: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
     """Find the k best sums of a hypothesis and one more word among the k *groups* of each sentence, int64 (n, k).
+
+    Args:
+        log_probs: float32 (n, beam, V), of the next word.
+        size: of a group.
 
     Returns:
         Sums float32, hypotheses int64 and words int64, (n, k) each, best first.
@@ -264,7 +270,7 @@ def _best(sums: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 @functools.cache
-def _group_size(n_words: int, least: int) -> int:
+def group_size(n_words: int, least: int) -> int:
     """The divisor of *n_words* nearest to 64 that leaves *least* groups or more."""
     divisors = (size for size in range(1, n_words // least + 1) if n_words % size == 0)
     return min(divisors, key=lambda size: abs(math.log2(size / 64)))

@@ -394,20 +394,21 @@ class _StaticDecoder:
     def _step(self, n: int, states: list[dict]) -> None:
         """Decode one token of every hypothesis and choose how to go on. No shape and no branch depends on a value."""
         self.beams.number_rows(n)
-        log_probs = self._log_probs(n * self.beam, states).add_(self.penalty[self.phases[self.beams.step]])
-        self.beams.advance(n, log_probs.view(n, self.beam, -1), self.generator.eos)
+        logits = self._logits(n * self.beam, states)
+        self.beams.advance(n, logits, self.penalty[self.phases[self.beams.step]][0], self.generator.eos)
 
-    def _log_probs(self, n: int, states: list[dict]) -> Tensor:
-        """Log-probabilities of the next token, averaged over the ensemble: float32 (n, V)."""
+    def _logits(self, n: int, states: list[dict]) -> Tensor:
+        """Logits (n, V) of the next token; of an ensemble, logarithms of the average probabilities."""
         results = []
         for model, positions, state in zip(self.models, self.positions, states, strict=True):
             logits = decoder_step(model.decoder, self.beams.tokens[:n], positions[self.beams.step], state)
             if self.generator.temperature != 1:
                 logits = logits.div_(self.generator.temperature)
-            results.append(model.get_normalized_probs((logits[:, None], None), log_probs=True)[:, 0])
+            results.append(logits)
         if len(results) == 1:
             return results[0]
-        return torch.logsumexp(torch.stack(results), 0) - math.log(len(results))
+        log_probs = [model.get_normalized_probs((x, None), True) for model, x in zip(self.models, results, strict=True)]
+        return torch.logsumexp(torch.stack(log_probs), 0) - math.log(len(results))
 
 
 def _position_table(decoder, n: int, device: torch.device) -> Tensor | None:

@@ -1,6 +1,7 @@
-"""A step of beam search after the scores of all words are known: one program per sentence.
+"""A step of beam search after the decoder: from logits to the hypotheses that go on.
 
-The reference is `ap_fairseq.beams.Beams.choose`, the same rules in some sixty operations of torch, each a launch.
+The reference is the same in some eighty operations of torch, each a launch: `ap_fairseq.beams.Beams.advance` without
+kernels. Here one kernel reads the logits once, and log-probabilities exist only for the few words that may be chosen.
 """
 
 from __future__ import annotations
@@ -13,13 +14,49 @@ from torch import Tensor
 from .config import power_of_two
 
 LOWEST = tl.constexpr(-3.0e38)  # stands for -inf, so that what is taken already, or does not exist, is below it
+WORD_TILE = 4096  # words at a time
 TABLE_TILE = 1024  # cells of the table of rows that are moved at a time
-WARPS = 4
+
+
+@triton.jit(do_not_specialize=["N_WORDS"])
+def _group_kernel(
+    p_logits, p_penalty, p_maxima, p_lse, N_WORDS, SIZE: tl.constexpr, BS: tl.constexpr, BG: tl.constexpr
+):
+    """One hypothesis: log-sum-exp of its logits, and the largest of every group of SIZE <= BS penalized ones."""
+    i_row = tl.program_id(0).to(tl.int64)
+    n_groups = N_WORDS // SIZE
+    p_logits += i_row * N_WORDS
+    b_m = tl.full([BG], float("-inf"), dtype=tl.float32)
+    b_l = tl.zeros([BG], dtype=tl.float32)
+    o_s = tl.arange(0, BS)
+    for start in range(0, n_groups, BG):
+        o_g = start + tl.arange(0, BG)
+        o_x = o_g[:, None] * SIZE + o_s[None, :]
+        m_x = (o_g < n_groups)[:, None] & (o_s < SIZE)[None, :]
+        b_x = tl.load(p_logits + o_x, mask=m_x, other=float("-inf")).to(tl.float32)
+        b_penalized = b_x + tl.load(p_penalty + o_x, mask=m_x, other=0.0)
+        tl.store(p_maxima + i_row * n_groups + o_g, tl.max(b_penalized, 1), mask=o_g < n_groups)
+        b_new = tl.maximum(b_m, tl.max(b_x, 1))
+        b_pivot = tl.where(b_new > float("-inf"), b_new, 0.0)
+        b_l = b_l * tl.exp(b_m - b_pivot) + tl.sum(tl.exp(b_x - b_pivot[:, None]), 1)
+        b_m = b_new
+    # NaN and inf among the logits make it NaN, as a log-softmax does.
+    m_max = tl.max(b_m, 0)
+    tl.store(p_lse + i_row, m_max + tl.log(tl.sum(b_l * tl.exp(b_m - m_max), 0)))
+
+
+@triton.jit
+def _sum(p_logits, p_penalty, p_lse, p_scores, i_b, i_x, m_x, N_WORDS, BEAM: tl.constexpr):
+    """Scores of hypotheses with one more word; i_x counts through (BEAM, N_WORDS)."""
+    i_row, i_word = i_b * BEAM + i_x // N_WORDS, i_x % N_WORDS
+    b_x = tl.load(p_logits + i_row * N_WORDS + i_word, mask=m_x, other=0.0).to(tl.float32)
+    b_x = b_x - tl.load(p_lse + i_row, mask=m_x, other=0.0) + tl.load(p_penalty + i_word, mask=m_x, other=0.0)
+    return b_x + tl.load(p_scores + i_row, mask=m_x, other=0.0)
 
 
 @triton.jit(do_not_specialize=["N_WORDS", "EOS", "s_rows", "s_record", "s_final"])
 def _choose_kernel(
-    p_log_probs, p_groups, p_step, p_max_len, p_sentence, p_unfinished,
+    p_logits, p_penalty, p_lse, p_groups, p_step, p_max_len, p_sentence, p_unfinished,
     p_scores, p_tokens, p_ignored, p_done, p_n_final, p_rows,
     p_chosen_beam, p_chosen_token, p_chosen_score, p_final_step, p_final_beam, p_final_score,
     N_WORDS, EOS, s_rows, s_record, s_final,
@@ -35,8 +72,7 @@ def _choose_kernel(
     o_x = tl.arange(0, BK * BS)
     m_x = (o_x // BS < K) & (o_x % BS < SIZE)
     i_x = tl.load(p_groups + i_b * K + o_x // BS, mask=m_x, other=0) * SIZE + o_x % BS  # into BEAM * N_WORDS
-    b_x = tl.load(p_log_probs + i_b * BEAM * N_WORDS + i_x, mask=m_x, other=0.0)
-    b_x += tl.load(p_scores + i_b * BEAM + i_x // N_WORDS, mask=m_x, other=0.0)
+    b_x = _sum(p_logits, p_penalty, p_lse, p_scores, i_b, i_x, m_x, N_WORDS, BEAM)
     b_x = tl.where(b_x >= LOWEST, b_x, LOWEST)  # NaN is not
     b_x = tl.where(m_x, b_x, float("-inf"))
     o_k = tl.arange(0, BK)
@@ -48,8 +84,7 @@ def _choose_kernel(
     m_k = o_k < K
     i_k = tl.load(p_groups + i_b * K + b_place // BS, mask=m_k, other=0) * SIZE + b_place % BS
     b_parent, b_token = i_k // N_WORDS, i_k % N_WORDS
-    b_sum = tl.load(p_log_probs + i_b * BEAM * N_WORDS + i_k, mask=m_k, other=0.0)
-    b_sum += tl.load(p_scores + i_b * BEAM + b_parent, mask=m_k, other=0.0)
+    b_sum = _sum(p_logits, p_penalty, p_lse, p_scores, i_b, i_k, m_k, N_WORDS, BEAM)
     b_sum = tl.where(b_sum >= LOWEST, b_sum, float("-inf"))
 
     # Those that end: recorded if they are among the first BEAM, while the sentence lacks hypotheses.
@@ -97,23 +132,45 @@ def _choose_kernel(
         tl.store(p_rows + o_b[:, None] * s_rows + o_c[None, :], b_rows, mask=m_bc)
 
 
-def choose(beams, n: int, log_probs: Tensor, groups: Tensor, size: int, eos: int) -> None:
-    """Launch the kernel, which changes *beams* as `ap_fairseq.beams.Beams.choose` does.
+def largest_of_groups(logits: Tensor, penalty: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Launch `_group_kernel`.
+
+    Args:
+        logits: (N, V), contiguous.
+        penalty: float32 (V,), added to log-probabilities.
+        size: a divisor of V.
+
+    Returns:
+        float32 (N, V / size), the largest log-probability, penalized, of every group; float32 (N,), log-sum-exps.
+    """
+    n, n_words = logits.shape
+    maxima = torch.empty(n, n_words // size, dtype=torch.float32, device=logits.device)
+    lse = torch.empty(n, dtype=torch.float32, device=logits.device)
+    width = power_of_two(size)
+    _group_kernel[(n,)](
+        logits, penalty, maxima, lse, n_words, SIZE=size, BS=width, BG=max(WORD_TILE // width, 1), num_warps=8
+    )
+    return maxima.sub_(lse[:, None]), lse
+
+
+def choose(beams, n: int, logits: Tensor, penalty: Tensor, lse: Tensor, groups: Tensor, size: int, eos: int) -> None:
+    """Launch `_choose_kernel`, which changes *beams* as `ap_fairseq.beams.Beams.choose` does.
 
     Args:
         beams: the state (`ap_fairseq.beams.Beams`), of which the first *n* sentences go on.
-        log_probs: float32 (n, beam, V), of the next word; NaN counts as -inf.
+        logits, penalty: of the next word, as in `largest_of_groups`; NaN counts as a log-probability of -inf.
+        lse: float32 (N,), from there.
         groups: int64 (n, 2 * beam), the groups of *size* words with the best sums, counted through (beam, V / size).
     """
-    beam = log_probs.size(1)
+    beam, n_words = beams.beam, logits.size(1)
     width = power_of_two(beam)
     _choose_kernel[(n,)](
-        log_probs, groups, beams.step, beams.max_len, beams.sentence, beams.unfinished,
+        logits, penalty, lse, groups, beams.step, beams.max_len, beams.sentence, beams.unfinished,
         beams.scores, beams.tokens, beams.ignored.view(torch.int8), beams.done.view(torch.int8), beams.n_final,
         beams.rows,
         beams.chosen_beam, beams.chosen_token, beams.chosen_score,
         beams.final_step, beams.final_beam, beams.final_score,
-        log_probs.size(2), eos, beams.rows.stride(0), beams.chosen_beam.stride(0), beams.final_step.stride(0),
+        n_words, eos, beams.rows.stride(0), beams.chosen_beam.stride(0), beams.final_step.stride(0),
         BEAM=beam, SIZE=size, BK=2 * width, BS=power_of_two(size), BB=width, BC=max(TABLE_TILE // width, 16),
-        num_warps=WARPS,
+        num_warps=4,
     )  # fmt: skip

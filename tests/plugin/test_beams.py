@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ap_fairseq.beams import Beams, best_continuations, best_groups
+from ap_fairseq.beams import Beams, best_continuations, best_groups, group_size
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EOS = 2
@@ -31,15 +31,15 @@ def test_the_best_continuations_are_the_best_of_all_sums(n, beam, n_words, case,
         log_probs[-1, -1, 3] = math.nan
     totals = (log_probs + scores[..., None]).nan_to_num(-math.inf, neginf=-math.inf)
     expected, _ = totals.flatten(1).topk(2 * beam)
-    groups = best_groups(log_probs, scores, 2 * beam)
-    sums, parent, word = best_continuations(log_probs, scores, *groups)
+    size = group_size(n_words, 2)
+    groups = best_groups(log_probs.unflatten(2, (-1, size)).amax(-1), scores, 2 * beam)
+    sums, parent, word = best_continuations(log_probs, scores, groups, size)
     torch.testing.assert_close(sums, expected, rtol=0, atol=0)
     chosen = parent * n_words + word
     torch.testing.assert_close(totals.flatten(1).gather(1, chosen), sums, rtol=0, atol=0)
     assert all(len(set(row)) == 2 * beam for row in chosen.tolist())
 
 
-STATE = "unfinished tokens rows scores ignored n_final done step".split()
 RECORD = "chosen_beam chosen_token chosen_score final_step final_beam final_score".split()
 
 
@@ -63,49 +63,54 @@ def random_beams(n: int, beam: int, step: int, n_positions: int, kernels: bool, 
     return beams
 
 
+def assert_alike(ours: Beams, expected: Beams, n: int) -> None:
+    """Compare the states after a step of *n* sentences; among sums of -inf any may be chosen."""
+    step, beam = int(expected.step) - 1, expected.beam
+    real = expected.scores[:n] > -math.inf
+    hypotheses = real.flatten()
+    for name in ("step", "unfinished", "done", "n_final", "scores", "ignored", "tokens", "rows", *RECORD):
+        mine, theirs = getattr(ours, name), getattr(expected, name)
+        if name == "ignored":
+            mine, theirs = mine[:n][real], theirs[:n][real]
+        elif name in ("tokens", "rows"):
+            mine, theirs = (x[: n * beam][hypotheses] for x in (mine, theirs))
+            if name == "rows":
+                mine, theirs = mine[:, : step + 1], theirs[:, : step + 1]
+        elif name.startswith("chosen"):
+            mine, theirs = mine[step, : n - 1][real[:-1]], theirs[step, : n - 1][real[:-1]]
+        elif name.startswith("final"):
+            mine, theirs = mine[: n - 1, :beam], theirs[: n - 1, :beam]
+        torch.testing.assert_close(mine, theirs, msg=lambda text, name=name: f"{name}: {text}")
+
+
 @settings(deadline=None, derandomize=True, max_examples=40)
 @given(
     *(st.integers(1, 4), st.integers(1, 6), st.sampled_from([0, 1, 5, 8]), st.sampled_from([24, 34, 11 * 13, 509])),
     *(st.sampled_from(["words", "ends", "last step", "nan"]), st.integers(0, 2**32 - 1)),
 )
-def test_the_kernel_changes_the_state_as_torch_does(n, beam, step, n_words, case, seed):
-    log_probs = torch.randn(n + 1, beam, n_words, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+def test_the_kernels_change_the_state_as_torch_does(n, beam, step, n_words, case, seed):
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn((n + 1) * beam, n_words, generator=generator).mul(3).to(DEVICE)
+    penalty = torch.zeros(n_words, device=DEVICE)
+    penalty[3], penalty[4] = -math.inf, -1.5
     if case == "ends":
-        log_probs[..., EOS] += 3
+        logits[:, EOS] += 5
     elif case == "last step":
         step = 8
-        log_probs[..., torch.arange(n_words) != EOS] = -math.inf
+        penalty[torch.arange(n_words) != EOS] = -math.inf
     elif case == "nan":
-        log_probs[0, 0] = math.nan
-        log_probs[-1] = -math.inf
+        logits[0, 5] = math.nan
+        logits[-1] = -math.inf
     ours, expected = (random_beams(n, beam, step, 9, kernels, seed) for kernels in (True, False))
     for beams in (ours, expected):
-        beams.advance(n + 1, log_probs, EOS)
-    scores = expected.scores > -math.inf  # among sums of -inf any may be chosen
-    for name in STATE:
-        mine, theirs = getattr(ours, name), getattr(expected, name)
-        if name in ("tokens", "rows"):
-            mine, theirs = mine[scores.flatten()], theirs[scores.flatten()]
-            if name == "rows":
-                mine, theirs = mine[:, : step + 1], theirs[:, : step + 1]
-        elif name == "ignored":
-            mine, theirs = mine[scores], theirs[scores]
-        torch.testing.assert_close(mine, theirs, rtol=0, atol=0, msg=lambda text, name=name: f"{name}: {text}")
-    for name in RECORD:
-        mine, theirs = getattr(ours, name), getattr(expected, name)
-        if name.startswith("chosen"):
-            mine, theirs = mine[step, :n][scores[:n]], theirs[step, :n][scores[:n]]
-        else:
-            mine, theirs = mine[:n, :beam], theirs[:n, :beam]
-        torch.testing.assert_close(mine, theirs, rtol=0, atol=0, msg=lambda text, name=name: f"{name}: {text}")
+        beams.advance(n + 1, logits, penalty, EOS)
+    assert_alike(ours, expected, n + 1)
 
 
-@pytest.mark.parametrize("beam", [12, 40])
-def test_the_kernel_takes_wide_beams_and_long_texts(beam):
+@pytest.mark.parametrize(("beam", "n_words"), [(12, 1000), (40, 1000), (5, 32768)])
+def test_the_kernels_take_wide_beams_long_texts_and_large_vocabularies(beam, n_words):
     ours, expected = (random_beams(2, beam, 300, 500, kernels, seed=1) for kernels in (True, False))
-    log_probs = torch.randn(3, beam, 1000, generator=torch.Generator().manual_seed(2)).to(DEVICE)
+    logits = torch.randn(3 * beam, n_words, generator=torch.Generator().manual_seed(2)).mul(3).to(DEVICE)
     for beams in (ours, expected):
-        beams.advance(3, log_probs, EOS)
-    for name in ("tokens", "scores", "unfinished", "n_final"):
-        torch.testing.assert_close(getattr(ours, name), getattr(expected, name), rtol=0, atol=0)
-    torch.testing.assert_close(ours.rows[:, :301], expected.rows[:, :301], rtol=0, atol=0)
+        beams.advance(3, logits, torch.zeros(n_words, device=DEVICE), EOS)
+    assert_alike(ours, expected, 3)

@@ -23,6 +23,7 @@ KERNELS = [
     small._small_backward_kernel,
     decode._decode_kernel,
     decode._append_kernel,
+    beam_search._group_kernel,
     beam_search._choose_kernel,
 ]
 compiled = {}
@@ -70,7 +71,7 @@ def decode_step(dtype, dim, shared, size, batch, beam=3):
 
 def search_step(size, batch, beam=3):
     beams = Beams((batch, size, size), beam, [2], [2], torch.device("cpu"), kernels=True)
-    beams.advance(batch, torch.zeros(batch, beam, 96), eos=2)
+    beams.advance(batch, torch.zeros(batch * beam, 96), torch.zeros(96), eos=2)
     kv, pool = torch.empty(batch * beam, 2, 2, 32), torch.empty(size, 2, 32)
     append_to_pool(kv, pool, beams.offsets, beams.step)
 
