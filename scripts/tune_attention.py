@@ -88,7 +88,7 @@ def sentences(batch: int, size: int) -> Callable[[], object]:
 
 def candidates(outer: Iterable[int], inner: Iterable[int], warps: Iterable[int], stages: Iterable[int]):
     """All combinations with several limits on registers, but those that no program can have."""
-    limits = (None, 96, 128, 168, 200, 255)
+    limits = (None, 112, 128, 168, 200, 255)
     found = (Config(*values) for values in itertools.product(outer, inner, warps, stages, limits))
     return tuple(c for c in found if c.warps * 32 * (c.registers or 1) <= REGISTERS)
 
@@ -99,7 +99,8 @@ def searches() -> dict[str, Search]:
     for tile in (16, 32, 64, 128):
         long = functools.partial(square, 4, 16, 4096, tile)
         medium = functools.partial(square, 8, 8, 1024, tile)
-        warps, inner = sorted({max(1, tile // 32), max(1, tile // 16)}), (16, 32, 64, 128)
+        warps = {16: (1,), 32: (1,), 64: (4,), 128: (4, 8)}[tile]
+        inner = sorted({max(16, tile // 2), tile, min(2 * tile, 128)})
         rows = sorted({tile, min(tile, 64)})
         for name, cases, shape in (
             ("forward", (long, medium), (rows, inner)),
@@ -107,7 +108,7 @@ def searches() -> dict[str, Search]:
             ("dkdv", (functools.partial(long, both=True),), (inner, rows)),
         ):
             module = "forward" if name == "forward" else "backward"
-            found = candidates(*shape, warps, (1, 2, 3))
+            found = candidates(*shape, warps, (2, 3, 4))
             result[f"{name} {tile}"] = Search((module, f"{name}_config"), cases, found)
     for batch, tile in ((256, 32), (128, 64), (64, 128)):
         case = (functools.partial(sentences, batch, tile),)
