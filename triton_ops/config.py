@@ -91,8 +91,9 @@ def forward_config(table: TileTable, dim: int, dtype: torch.dtype) -> Config:
             64: Config(64, 64, 4, 2),
             128: Config(128, 64, 8, 2),
         }[table.outer]
+    few = table.entries.size(2) <= 64  # blocks of 16 in a row: most lists end before a third stage is filled
     return {
-        16: Config(16, 32, 1, 3, 128),
+        16: Config(16, 32, 1, 2 if few else 3, 128),
         32: Config(32, 32, 1, 3, 168),
         64: Config(64, 64, 4, 2, 112),
         128: Config(64, 128, 4, 2, 168),
