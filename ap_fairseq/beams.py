@@ -271,6 +271,6 @@ def _best(sums: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 @functools.cache
 def group_size(n_words: int, least: int) -> int:
-    """The divisor of *n_words* nearest to 64 that leaves *least* groups or more."""
-    divisors = (size for size in range(1, n_words // least + 1) if n_words % size == 0)
+    """The divisor of *n_words* nearest to 64, up to 128, that leaves *least* groups or more."""
+    divisors = (size for size in range(1, min(n_words // least, 128) + 1) if n_words % size == 0)
     return min(divisors, key=lambda size: abs(math.log2(size / 64)))

@@ -82,6 +82,13 @@ def test_an_ensemble_is_averaged_as_in_fairseq():
     )
 
 
+def test_a_decoder_without_cross_attention_is_searched_as_in_fairseq():
+    systems = models(no_cross_attention=True)
+    expected = SequenceGenerator(systems, WORDS, beam_size=3, max_len_b=8).generate([], sample(LENGTHS))
+    generator = PrunedSequenceGenerator(systems, WORDS, beam_size=3, max_len_b=8)
+    assert_same(generator.generate([], sample(LENGTHS)), expected)
+
+
 def test_batches_of_other_shapes_and_changed_weights_reuse_or_replace_the_buffers():
     systems = models()
     generator = PrunedSequenceGenerator(systems, WORDS, beam_size=3, max_len_a=1, max_len_b=5)

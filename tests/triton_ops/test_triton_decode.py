@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from triton_ops import AttentionLayout, block_sparse_attention, decode_attention
+from triton_ops import AttentionLayout, append_to_pool, block_sparse_attention, decode_attention
 from triton_ops.testing import assert_decode_within_budget
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -152,4 +152,24 @@ def test_bad_decode_arguments_are_refused_with_their_values(change, error, messa
     with pytest.raises(error, match=message):
         decode_attention(
             options.pop("q"), k := options.pop("k"), k, options.pop("layout"), options.pop("step"), **options
+        )
+
+
+@pytest.mark.parametrize("kv_last", [(32, 2, 3, 64), (5, 2, 1, 16)])
+def test_a_step_is_appended_where_the_table_says(kv_last):
+    n, _, heads, dim = kv_last
+    kv = torch.randn(heads, n, 2, dim, device=DEVICE).permute(1, 2, 0, 3)  # not contiguous
+    pool = torch.zeros(heads * n + 40, 2, dim, device=DEVICE)
+    offsets = torch.randint(7, (heads, 9), device=DEVICE, dtype=torch.int32)
+    offsets[:, 4] = torch.arange(heads, device=DEVICE) * n + 3
+    append_to_pool(kv, pool, offsets, torch.tensor([4], device=DEVICE))
+    expected = torch.zeros_like(pool)
+    expected[3 : 3 + heads * n] = kv.transpose(1, 2).transpose(0, 1).flatten(0, 1)
+    assert torch.equal(pool, expected)
+
+
+def test_a_step_that_does_not_fit_its_pool_is_refused_with_both_shapes():
+    with pytest.raises(ValueError, match=r"\(4, 2, 3, 16\) torch.float32, \(9, 2, 8\)"):
+        append_to_pool(
+            torch.zeros(4, 2, 3, 16), torch.zeros(9, 2, 8), torch.zeros(3, 5, dtype=torch.int32), torch.zeros(1).long()
         )
