@@ -19,8 +19,8 @@ setup(
     package_data={"ap_fairseq.report": ["template/*"]},
     install_requires=[
         "ve-fairseq>=0.12.3",  # fairseq main with the Python 3.11 fixes; it imports as `fairseq`
-        "torch>=2.6",
-        "triton",
+        "torch>=2.8",  # the first with triton 3.4
+        "triton>=3.4",  # tensor descriptors
         "sacrebleu>=2.3",
         "sentencepiece",
         "safetensors",

@@ -153,10 +153,12 @@ class PrunedMultiheadAttention(MultiheadAttention):
     def last_rows(self, n_rows: int, n_keys: int) -> Tensor:
         """Return the last of the first *n_rows* mask rows that keeps each column, int64 (heads, n_keys); or -1."""
         layout = self.layout(n_rows, n_keys)
-        if self._last_rows[0] is not layout or len(self._last_rows[1]) >= LAST_ROWS:
+        if self._last_rows[0] is not layout:
             self._last_rows = (layout, {})
         found = self._last_rows[1]
         if n_rows not in found:
+            if len(found) == LAST_ROWS:
+                found.clear()
             found[n_rows] = layout.last_rows(n_rows)
         return found[n_rows][:, :n_keys]
 

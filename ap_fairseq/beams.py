@@ -13,6 +13,8 @@ import math
 import torch
 from torch import Tensor
 
+WIDEST = 64  # beams that the kernels take: all candidates of a sentence are in the registers of one program
+
 
 class Beams:
     """Up to B sentences of *beam* hypotheses; T target positions.
@@ -23,7 +25,7 @@ class Beams:
     Args:
         sizes: B, T, and the source tokens of the longest sentence.
         self_heads, cross_heads: the heads of each decoder self-attention and cross-attention site.
-        kernels: whether Triton's kernels do what a step does after the scores of all words are known.
+        kernels: whether Triton's kernels do what a step does beside the decoder.
     """
 
     def __init__(
@@ -92,13 +94,12 @@ class Beams:
 
         Args:
             logits: (n * beam, V), of the next word; contiguous.
-            penalty: float32 (V,), added to log-probabilities. These count as -inf where they are NaN, as in fairseq:
-                a log-softmax has it in rows that are -inf elsewhere, or in all of a row.
+            penalty: float32 (V,), added to log-probabilities. These count as -inf where they are NaN, as in fairseq.
             eos: the word that ends a hypothesis.
         """
         scores, k = self.scores[:n], 2 * self.beam
         size = group_size(logits.size(1), 2)
-        if self.kernels:
+        if self.kernels and self.beam <= WIDEST:
             from triton_ops.beam_search import choose, largest_of_groups  # imports triton
 
             maxima, lse = largest_of_groups(logits, penalty, size)

@@ -291,7 +291,7 @@ class _StaticDecoder:
         size, batch, _ = encoder_outs[0]["encoder_out"][0].shape
         real = ~padding[0] if padding else torch.ones(batch, size, dtype=torch.bool, device=beams.starts.device)
         beams.begin(real.sum(1), max_len, first_token)
-        self.phases.fill_(_NORMAL)[: self.generator.min_len] = _BEFORE_MIN_LEN
+        self.phases.fill_(_NORMAL)[: max(0, self.generator.min_len)] = _BEFORE_MIN_LEN
         self.phases[max_len:] = _AT_MAX_LEN
         self._store_sources(encoder_outs, real, max_len)
         for module, stacked in self.projections.items():
@@ -314,10 +314,13 @@ class _StaticDecoder:
             layouts[keys[module]] = layouts.get(keys[module]) or SourceRows.of_mask(columns, real)
         for model, encoder_out in zip(self.models, encoder_outs, strict=True):
             source = encoder_out["encoder_out"][0].transpose(0, 1)
-            chosen = {key: source[rows.projected] for key, rows in layouts.items()}
+            chosen: dict[bytes, Tensor] = {}
             for (kind, _), module in attention_sites(model):
                 if kind is AttentionKind.CROSS:
-                    self._store_source(module, layouts[keys[module]], chosen[keys[module]])
+                    key = keys[module]
+                    if key not in chosen:
+                        chosen[key] = source[layouts[key].projected]
+                    self._store_source(module, layouts[key], chosen[key])
 
     def _last_rows(self, module: PrunedMultiheadAttention, max_len: int, n_keys: int) -> Tensor:
         """As the module's, of some steps more, so that most batches find what one before them made."""

@@ -316,6 +316,11 @@ def append_to_pool(kv: Tensor, pool: Tensor, offsets: Tensor, step: Tensor) -> N
             f"kv must be (N, 2, H, D), pool (R, 2, D) and offsets (H, S), got {tuple(kv.shape)} {kv.dtype}, "
             f"{tuple(pool.shape)} {pool.dtype} and {tuple(offsets.shape)}"
         )
-    from .decode import append
+    if pool.stride(2) != 1 or offsets.stride(1) != 1 or not kv.device == pool.device == offsets.device == step.device:
+        raise ValueError(
+            f"rows of pool and offsets must be contiguous, got strides {pool.stride()} and {offsets.stride()}, and all "
+            f"tensors on one device, got {kv.device}, {pool.device}, {offsets.device} and {step.device}"
+        )
+    from .ops import append_step
 
-    append(_rows(kv), pool, offsets, step)
+    append_step(_rows(kv), pool, offsets, step)

@@ -102,8 +102,8 @@ def _dq_kernel(
     b_dq = tl.zeros([BM, BD], dtype=tl.float32)
     for i in range((n_inside * G + BN - 1) // BN):
         start, o_x, m_n = full_positions(p_entries, i, n_inside, BN, G)
-        b_k = load_tile(d_k, i_b, i_h, p_k, s_kt, start, o_x, m_m, NEAR, BN, G, D, BD)  # [BN, BD]
-        b_v = load_tile(d_v, i_b, i_h, p_v, s_vt, start, o_x, m_m, NEAR, BN, G, D, BD)  # [BN, BD]
+        b_k = load_tile(d_k, i_b, i_h, p_k, s_kt, start, o_x, NEAR, BN, G, D, BD)  # [BN, BD]
+        b_v = load_tile(d_v, i_b, i_h, p_v, s_vt, start, o_x, NEAR, BN, G, D, BD)  # [BN, BD]
         m_z = m_m
         if DROPOUT:
             m_z = dropout_bits(seed, i_bh, o_m[:, None], (start + o_x)[None, :], threshold)
@@ -198,8 +198,8 @@ def _dkdv_kernel(
 
     for i in range((n_inside * G + BM - 1) // BM):
         start, o_x, m_m = full_positions(p_entries, i, n_inside, BM, G)
-        b_q = load_tile(d_q, i_b, i_h, p_q, s_qt, start, o_x, m_n, NEAR, BM, G, D, BD)  # [BM, BD]
-        b_do = load_tile(d_do, i_b, i_h, p_do, s_gt, start, o_x, m_n, NEAR, BM, G, D, BD)  # [BM, BD]
+        b_q = load_tile(d_q, i_b, i_h, p_q, s_qt, start, o_x, NEAR, BM, G, D, BD)  # [BM, BD]
+        b_do = load_tile(d_do, i_b, i_h, p_do, s_gt, start, o_x, NEAR, BM, G, D, BD)  # [BM, BD]
         b_lse, b_delta = tl.load(p_lse + start + o_x), tl.load(p_delta + start + o_x)
         if BM > G:
             b_lse = tl.where(m_m, b_lse, float("-inf"))

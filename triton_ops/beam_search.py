@@ -18,7 +18,7 @@ WORD_TILE = 4096  # words at a time
 TABLE_TILE = 1024  # cells of the table of rows that are moved at a time
 
 
-@triton.jit(do_not_specialize=["N_WORDS"])
+@triton.jit  # N_WORDS is a constant of a model; where it is a multiple of 16 the loads are wide
 def _group_kernel(
     p_logits, p_penalty, p_maxima, p_lse, N_WORDS, SIZE: tl.constexpr, BS: tl.constexpr, BG: tl.constexpr
 ):

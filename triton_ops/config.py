@@ -1,9 +1,9 @@
 """Tile shapes, warps, pipeline stages and register limits of every kernel.
 
 For half precision and head sizes up to 64 the choices are the fastest of sweeps on an H200 and an H100 (torch 2.11,
-triton 3.6, D = 64, forward + backward; `scripts/tune_attention.py` repeats them). Those for larger heads, float32
-and decode were chosen by registers and shared memory alone. A choice depends on tile sizes, head size and type
-only, never on a sequence length inside a size class, so a new length does not compile anything.
+triton 3.6, D = 64; `scripts/tune_attention.py` repeats them), those of decode on an H100 with float16. Those for larger
+heads and float32 were chosen by registers and shared memory alone. A choice depends on tile sizes, head size, type and
+size classes only, never on a sequence length inside a size class, so a new length does not compile anything.
 """
 
 from __future__ import annotations

@@ -7,13 +7,9 @@ import functools
 import torch
 import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .config import INTERPRETED
-
-try:
-    from triton.tools.tensor_descriptor import TensorDescriptor
-except ImportError:  # before triton 3.4
-    TensorDescriptor = None
 
 
 def tiles(a: Tensor, b: Tensor, step: int, inner: int) -> tuple[TensorDescriptor | None, TensorDescriptor | None]:
@@ -23,7 +19,7 @@ def tiles(a: Tensor, b: Tensor, step: int, inner: int) -> tuple[TensorDescriptor
     gathers several blocks, and where the accelerator is missing or cannot read the rows: they must have a power of two
     of elements and begin at multiples of 16 bytes.
     """
-    if TensorDescriptor is None or step > inner or not (_describable(a) and _describable(b)):
+    if step > inner or not (_describable(a) and _describable(b)):
         return None, None
     return tuple(TensorDescriptor(x, x.shape, x.stride(), [1, 1, step, x.size(3)]) for x in (a, b))
 

@@ -71,7 +71,7 @@ def _forward_kernel(
     for i in range((n_inside * G + BN - 1) // BN):
         start, m_n = next_start, next_m
         next_start, o_x, next_m = full_positions(p_entries, i + 1, n_inside, BN, G)
-        b_k = load_tile(d_k, i_b, i_h, p_k, s_kt, start, o_x, m_m, NEAR, BN, G, D, BD)  # [BN, BD]
+        b_k = load_tile(d_k, i_b, i_h, p_k, s_kt, start, o_x, NEAR, BN, G, D, BD)  # [BN, BD]
         b_s = dot(b_q, tl.trans(b_k), PRECISION)  # [BM, BN]
         b_new = tl.maximum(b_m, tl.max(b_s, 1) * scale_log2)
         b_pivot = b_new[:, None]
@@ -83,7 +83,7 @@ def _forward_kernel(
         b_m = b_new
         if DROPOUT:
             b_p = tl.where(dropout_bits(seed, i_bh, o_m[:, None], (start + o_x)[None, :], threshold), b_p, 0.0)
-        b_v = load_tile(d_v, i_b, i_h, p_v, s_vt, start, o_x, m_m, NEAR, BN, G, D, BD)  # [BN, BD]
+        b_v = load_tile(d_v, i_b, i_h, p_v, s_vt, start, o_x, NEAR, BN, G, D, BD)  # [BN, BD]
         b_o = dot_add(b_p.to(b_v.dtype), b_v, b_o * b_a[:, None], PRECISION)
 
     # What is left: full blocks that reach past the last key, and partial blocks.

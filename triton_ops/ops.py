@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .backward import backward
-from .decode import decode
+from .decode import append, decode
 from .forward import forward
 from .layout import RowLists, TileTable
 from .primitives import LOG2E
@@ -224,3 +224,9 @@ def _(q, k, v, columns, pointers, step, k_size, k_lengths, cache_rows, cache_sta
 def decode_step(*inputs) -> Tensor:
     """`_decode`: the operator inside a trace, a plain call elsewhere."""
     return (decode_op if torch.compiler.is_compiling() else _decode)(*inputs)
+
+
+def append_step(kv: Tensor, pool: Tensor, offsets: Tensor, step: Tensor) -> None:
+    """As `api.append_to_pool`, whatever the current device."""
+    with _device_of(kv):
+        append(kv, pool, offsets, step)

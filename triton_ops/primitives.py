@@ -137,14 +137,14 @@ def load_rows(
 
 @triton.jit
 def load_tile(
-    d_x, i_b, i_h, p_x, stride, start, o_x, m_x,
+    d_x, i_b, i_h, p_x, stride, start, o_x,
     NEAR: tl.constexpr, STEP: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """Rows start + o_x of a head, which exist, [STEP, BD]: by its descriptor (`descriptors.tiles`) if it has one."""
     if d_x is not None:
         b_x = d_x.load([i_b, i_h, start, 0]).reshape([STEP, BD])
     else:
-        b_x = load_rows(p_x, stride, start, o_x, m_x, False, NEAR, G, D, BD)
+        b_x = load_rows(p_x, stride, start, o_x, None, False, NEAR, G, D, BD)
     return b_x
 
 

@@ -40,6 +40,14 @@ def test_the_best_continuations_are_the_best_of_all_sums(n, beam, n_words, case,
     assert all(len(set(row)) == 2 * beam for row in chosen.tolist())
 
 
+def distinct(dtype: torch.dtype, n: int) -> torch.Tensor:
+    """*n* values of that type, not alike, from -8 to 8 or so."""
+    values = torch.linspace(-8, 8, 4 * n + 4, dtype=torch.float64).to(dtype).unique()
+    while values.numel() < n:
+        values = torch.cat([values, values[values > 0] * 2, values[values < 0] * 2]).unique()
+    return values[torch.linspace(0, values.numel() - 1, n).long()]
+
+
 RECORD = "chosen_beam chosen_token chosen_score final_step final_beam final_score".split()
 
 
@@ -86,11 +94,15 @@ def assert_alike(ours: Beams, expected: Beams, n: int) -> None:
 @settings(deadline=None, derandomize=True, max_examples=40)
 @given(
     *(st.integers(1, 4), st.integers(1, 6), st.sampled_from([0, 1, 5, 8]), st.sampled_from([24, 34, 11 * 13, 509])),
-    *(st.sampled_from(["words", "ends", "last step", "nan"]), st.integers(0, 2**32 - 1)),
+    st.sampled_from(["words", "ends", "last step", "nan"]),
+    st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
+    st.integers(0, 2**32 - 1),
 )
-def test_the_kernels_change_the_state_as_torch_does(n, beam, step, n_words, case, seed):
+def test_the_kernels_change_the_state_as_torch_does(n, beam, step, n_words, case, dtype, seed):
     generator = torch.Generator().manual_seed(seed)
-    logits = torch.randn((n + 1) * beam, n_words, generator=generator).mul(3).to(DEVICE)
+    # No two logits of a sentence alike in half precision either: equal sums may come in any order.
+    values = torch.stack([torch.randperm(beam * n_words, generator=generator) for _ in range(n + 1)])
+    logits = distinct(dtype, beam * n_words)[values].view(-1, n_words).to(DEVICE)
     penalty = torch.zeros(n_words, device=DEVICE)
     penalty[3], penalty[4] = -math.inf, -1.5
     if case == "ends":

@@ -10,7 +10,7 @@ from fairseq.search import Sampling
 from fairseq.sequence_generator import SequenceGenerator
 from plugin.builders import batch, dense_model, dictionary, pruned_model, random_masks
 
-from ap_fairseq import generation
+from ap_fairseq import beams, generation
 from ap_fairseq.generation import PrunedSequenceGenerator
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -74,12 +74,21 @@ def test_hypotheses_and_scores_are_those_of_fairseq(options, backend):
         assert_same(generator.generate([], sample(lengths, seed)), expected)
 
 
-def test_an_ensemble_is_averaged_as_in_fairseq():
-    systems = models(3)
-    expected = SequenceGenerator(systems, WORDS, beam_size=3, max_len_b=15).generate([], sample(LENGTHS))
-    assert_same(
-        PrunedSequenceGenerator(systems, WORDS, beam_size=3, max_len_b=15).generate([], sample(LENGTHS)), expected
-    )
+@pytest.mark.parametrize(("backend", "lengths"), [("eager", LENGTHS), ("triton", LENGTHS[:4])])
+@pytest.mark.parametrize("options", [dict(max_len_b=15, min_len=-1), dict(max_len_b=5, min_len=5)])
+def test_an_ensemble_is_averaged_as_in_fairseq(backend, lengths, options):
+    systems, options = models(3, attention_backend=backend), dict(beam_size=3, max_len_a=0, **options)
+    expected = SequenceGenerator(systems, WORDS, **options).generate([], sample(lengths))
+    assert_same(PrunedSequenceGenerator(systems, WORDS, **options).generate([], sample(lengths)), expected)
+
+
+def test_beams_wider_than_the_kernels_take_are_chosen_from_by_torch(monkeypatch):
+    monkeypatch.setattr(beams, "WIDEST", 2)
+    monkeypatch.setattr("triton_ops.beam_search.choose", None)
+    systems = models(attention_backend="triton")
+    expected = SequenceGenerator(systems, WORDS, beam_size=3, max_len_b=5).generate([], sample([3, 4]))
+    generator = PrunedSequenceGenerator(systems, WORDS, beam_size=3, max_len_b=5)
+    assert_same(generator.generate([], sample([3, 4])), expected)
 
 
 def test_a_decoder_without_cross_attention_is_searched_as_in_fairseq():

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from triton_ops import AttentionLayout, block_sparse_attention
+from triton_ops.descriptors import tiles
 from triton_ops.reference import dropout_keep
 from triton_ops.testing import assert_within_budget, block_mask, make_case, run_kernels
 
@@ -258,6 +259,37 @@ def test_gradients_may_have_any_strides(size):
     assert torch.equal(grad(g), grad(torch.ones((), device=DEVICE).expand_as(q)))
     g = torch.randn_like(q).contiguous()
     assert torch.equal(grad(g), grad(g.transpose(2, 3).contiguous().transpose(2, 3)))
+
+
+VIEWS = {  # of half-precision tensors; whether the tensor memory accelerator can read their rows
+    "contiguous": (lambda x: x, True),
+    "time first": (lambda x: x.permute(2, 0, 1, 3).contiguous().permute(1, 2, 0, 3), True),
+    "one head": (lambda x: x[:1, :1], True),
+    "aligned part": (lambda x: torch.cat([x, x], 3)[..., 8:72], True),
+    "unaligned part": (lambda x: torch.cat([x, x], 3)[..., 1:65], False),
+    "odd rows": (lambda x: torch.cat([x, x[..., :1]], 3)[..., :64], False),
+    "expanded": (lambda x: x[:, :1].expand(-1, 2, -1, -1), False),
+    "float32": (lambda x: x.float(), False),
+}
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_tiles_come_by_descriptor_where_the_accelerator_can_read_them_and_else_by_pointer(view):
+    view, by_descriptor = VIEWS[view]
+    generator = torch.Generator().manual_seed(3)
+    q, k, v, g = (view(torch.randn(2, 2, 150, 64, generator=generator).half().to(DEVICE)) for _ in range(4))
+    keep = block_mask(q.size(1), 150, 150, 64, 0.4, seed=1, device=DEVICE)
+    layout = AttentionLayout.from_keep_mask(keep, tile=64)
+    accelerated = DEVICE == "cpu" or torch.cuda.get_device_capability()[0] >= 9
+    assert [x is not None for x in tiles(k, v, 64, 64)] == [by_descriptor and accelerated] * 2
+    assert tiles(k, v, 64, 32) == (None, None)
+    results = []
+    for backend in ("triton", "eager"):
+        inputs = [x.detach().requires_grad_() for x in (q, k, v)]
+        out = block_sparse_attention(*inputs, layout, backend=backend)
+        results.append([out, *torch.autograd.grad(out, inputs, g)])
+    for ours, reference in zip(*results, strict=True):
+        torch.testing.assert_close(ours, reference, atol=2e-2, rtol=2e-2)
 
 
 def test_a_slice_of_a_layout_is_the_layout_of_the_slice():
