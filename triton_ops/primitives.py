@@ -170,7 +170,8 @@ def keep_bits(
     One load of [BM] words serves W keys: the words of neighbouring rows are neighbours in memory, or one word
     where groups of 2^RS rows share theirs.
     """
-    W: tl.constexpr = min(STEP, G, 32)
+    SIDE: tl.constexpr = STEP if STEP < G else G  # before triton 3.6 there is no min() of constants
+    W: tl.constexpr = SIDE if SIDE < 32 else 32
     o_n = tl.arange(0, STEP)
     b_bits = tl.zeros([o_m.shape[0], STEP], dtype=tl.int32)
     for j in tl.static_range(STEP // W):
@@ -185,7 +186,7 @@ def keep_bits(
 @triton.jit
 def keep_bits_by_key(p_words, i_n, o_m, m_m, length, LQ, RS, BN: tl.constexpr):
     """Keep bits of query rows o_m and keys i_n ... i_n + BN - 1, False where one does not exist, [BM, BN]."""
-    W: tl.constexpr = min(BN, 32)
+    W: tl.constexpr = BN if BN < 32 else 32
     o_n = tl.arange(0, BN)
     b_bits = tl.zeros([o_m.shape[0], BN], dtype=tl.int32)
     for j in tl.static_range(BN // W):
