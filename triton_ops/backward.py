@@ -116,8 +116,8 @@ def _dq_kernel(
     for first in tl.range(n_inside * G, n_total * G, BN, num_stages=1):
         start, o_x, m_n = listed_positions(p_entries, first, n_full, n_total, k_length, NI, BN, G)
         m_s = keep_bits(p_words, o_m, m_m, p_entries, first, n_full, n_total, k_length, NI, LQ, RS, BN, G)
-        b_k = load_rows(p_k, s_kt, start, o_x, m_n, True, NEAR, G, D, BD)
-        b_v = load_rows(p_v, s_vt, start, o_x, m_n, True, NEAR, G, D, BD)
+        b_k = load_rows(p_k, s_kt, start, o_x, m_n, NEAR, G, D, BD)
+        b_v = load_rows(p_v, s_vt, start, o_x, m_n, NEAR, G, D, BD)
         m_z = m_m
         if DROPOUT:
             m_z = dropout_bits(seed, i_bh, o_m[:, None], (start + o_x)[None, :], threshold)
@@ -214,8 +214,8 @@ def _dkdv_kernel(
         start, o_x, m_m = listed_positions(p_entries, first, n_full, n_total, q_length, NI, BM, G)
         o_m = start + o_x
         m_s = keep_bits_by_key(p_words, i_n, o_m, m_m, k_length, LQ, RS, BN)
-        b_q = load_rows(p_q, s_qt, start, o_x, m_m, True, NEAR, G, D, BD)
-        b_do = load_rows(p_do, s_gt, start, o_x, m_m, True, NEAR, G, D, BD)
+        b_q = load_rows(p_q, s_qt, start, o_x, m_m, NEAR, G, D, BD)
+        b_do = load_rows(p_do, s_gt, start, o_x, m_m, NEAR, G, D, BD)
         b_lse = tl.load(p_lse + o_m, mask=m_m, other=float("-inf"))
         b_delta = tl.load(p_delta + o_m, mask=m_m, other=0.0)
         m_z = m_n

@@ -1,4 +1,4 @@
-"""Tile shapes, warps, pipeline stages and register limits of every kernel.
+"""Tile shapes, warps, pipeline stages and register limits of the attention kernels.
 
 For half precision and head sizes up to 64 the choices are the fastest of sweeps on an H200 and an H100 (torch 2.11,
 triton 3.6, D = 64; `scripts/tune_attention.py` repeats them), those of decode on an H100 with float16. Those for larger

@@ -90,7 +90,7 @@ def _forward_kernel(
     for first in tl.range(n_inside * G, n_total * G, BN, num_stages=1):
         start, o_x, m_n = listed_positions(p_entries, first, n_full, n_total, k_length, NI, BN, G)
         m_s = keep_bits(p_words, o_m, m_m, p_entries, first, n_full, n_total, k_length, NI, LQ, RS, BN, G)
-        b_k = load_rows(p_k, s_kt, start, o_x, m_n, True, NEAR, G, D, BD)
+        b_k = load_rows(p_k, s_kt, start, o_x, m_n, NEAR, G, D, BD)
         b_s = dot(b_q, tl.trans(b_k), PRECISION)
         b_s = tl.where(m_s, b_s, float("-inf"))
         b_new = tl.maximum(b_m, tl.max(b_s, 1) * scale_log2)
@@ -100,7 +100,7 @@ def _forward_kernel(
         b_m = b_new
         if DROPOUT:
             b_p = tl.where(dropout_bits(seed, i_bh, o_m[:, None], (start + o_x)[None, :], threshold), b_p, 0.0)
-        b_v = load_rows(p_v, s_vt, start, o_x, m_n, True, NEAR, G, D, BD)
+        b_v = load_rows(p_v, s_vt, start, o_x, m_n, NEAR, G, D, BD)
         b_o = dot_add(b_p.to(b_v.dtype), b_v, b_o * b_a[:, None], PRECISION)
 
     b_l = tl.sum(b_l, 1)

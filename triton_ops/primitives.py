@@ -107,10 +107,9 @@ def listed_positions(p_entries, first, n_full, n_total, length, N_INNER, STEP: t
 
 @triton.jit
 def load_rows(
-    p_x, stride, start, o_x, m_x,
-    MASKED: tl.constexpr, NEAR: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+    p_x, stride, start, o_x, m_x, NEAR: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BD: tl.constexpr
 ):  # fmt: skip
-    """Rows start + o_x of p_x, [STEP, BD], 0 where m_x is not set.
+    """Rows start + o_x of p_x, [STEP, BD], 0 where m_x is not set; None: all exist.
 
     What depends on o_x alone leaves the loop: pointers, or if NEAR (`config.near`) 32-bit offsets, which two tensors
     share.
@@ -126,7 +125,7 @@ def load_rows(
         p_tile = p_x + (o_start + o_tile)
     else:
         p_tile = p_x + o_tile + o_start
-    if MASKED:
+    if m_x is not None:
         b_x = tl.load(p_tile, mask=m_x[:, None] & (o_d < D)[None, :], other=0.0)
     elif BD > D:
         b_x = tl.load(p_tile, mask=(o_d < D)[None, :], other=0.0)
@@ -144,7 +143,7 @@ def load_tile(
     if d_x is not None:
         b_x = d_x.load([i_b, i_h, start, 0]).reshape([STEP, BD])
     else:
-        b_x = load_rows(p_x, stride, start, o_x, None, False, NEAR, G, D, BD)
+        b_x = load_rows(p_x, stride, start, o_x, None, NEAR, G, D, BD)
     return b_x
 
 
