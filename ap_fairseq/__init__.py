@@ -4,13 +4,19 @@ Importing this package, or naming its folder with fairseq's ``--user-dir``, regi
 and ``pruned_translation`` and the model ``pruned_transformer`` with its architectures.
 """
 
-from ap_fairseq.compat import allow_fairseq_checkpoints, keep_integers_out_of_averages, require_fairseq
+from ap_fairseq.compat import (
+    allow_fairseq_checkpoints,
+    end_gloo_before_python,
+    keep_integers_out_of_averages,
+    require_fairseq,
+)
 
 __version__ = "0.1.0"
 
 require_fairseq()
 allow_fairseq_checkpoints()
 keep_integers_out_of_averages()
+end_gloo_before_python()
 
 from ap_fairseq import models, tasks  # noqa: E402  (registration needs a checked fairseq)
 

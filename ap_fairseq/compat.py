@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import functools
 import importlib
 import importlib.metadata
@@ -73,6 +74,21 @@ def keep_integers_out_of_averages() -> None:
         stock(self, model, config, device, integers | set(skip_keys or ()))
 
     EMA.__init__ = init
+
+
+def end_gloo_before_python() -> None:
+    """Let a rank on a CPU join gloo's threads before Python ends; fairseq leaves its process groups open.
+
+    A thread that still holds the tensors of the last collective needs the interpreter to let them go (torch >= 2.10),
+    and without one it aborts the process, with everything done and written: "terminate called without an active
+    exception", exit status 134.
+    """
+
+    @atexit.register
+    def end() -> None:
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            if torch.distributed.get_backend() == "gloo":
+                torch.distributed.destroy_process_group()
 
 
 def drop_bettertransformer_copies(state_dict: dict) -> None:

@@ -119,6 +119,18 @@ def test_two_ranks_train_and_resume_under_the_same_masks(data_bin, dense, masks_
     assert torch.equal(load_checkpoint(tmp_path / "out" / "checkpoint_last.pt")["model"][name], first[name])
 
 
+def test_gloo_ends_before_python(tmp_path):
+    """Its threads need the interpreter to let go of tensors; without it they abort a process that has done its work."""
+    script = f"""
+import atexit, torch
+atexit.register(lambda: print("still initialized:", torch.distributed.is_initialized()))  # the first runs last
+import ap_fairseq
+torch.distributed.init_process_group("gloo", init_method="file://{tmp_path / "store"}", world_size=1, rank=0)
+torch.distributed.all_reduce(torch.ones(1))
+"""
+    assert run("python", "-c", script).endswith("still initialized: False\n")
+
+
 def test_a_rank_that_dies_ends_the_recording(data_bin, dense, tmp_path):
     """The other rank ends with an error within seconds, not after gloo's half hour, and nothing is written."""
     ranks = start_ranks(
