@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from .reference import attention_reference, decode_reference
 HEAD_SIZES = (16, 32, 64, 96, 128)
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 BACKENDS = ("auto", "triton", "eager")
+INTEGERS = (torch.int32, torch.int64)
 
 
 def interpreted() -> bool:
@@ -46,26 +48,48 @@ def use_kernels(backend: str, q: Tensor) -> bool:
     return False
 
 
+def _integers(name: str, table: Tensor, shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """A table with adjacent elements in its rows, as kernels read it."""
+    if table.dtype not in INTEGERS:
+        raise TypeError(f"{name} must be int32 or int64, got {table.dtype}")
+    if table.shape != shape:
+        raise ValueError(f"{name} must have shape {shape}, got {tuple(table.shape)}")
+    if table.device != device:
+        raise ValueError(f"{name} is on {table.device} but q is on {device}; move it with .to(q.device)")
+    return _rows(table)
+
+
 def _checked_lengths(name: str, lengths: Tensor | None, batch: int, size: int, device: torch.device) -> Tensor | None:
-    """The lengths without gaps in memory, as kernels read them."""
     if lengths is None:
         return None
-    if lengths.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"{name} must be int32 or int64, got {lengths.dtype}")
-    if lengths.shape != (batch,):
-        raise ValueError(f"{name} must have shape ({batch},), one length per sentence, got {tuple(lengths.shape)}")
-    if lengths.device != device:
-        raise ValueError(f"{name} is on {lengths.device} but q is on {device}; move it with .to(q.device)")
+    lengths = _integers(name, lengths, (batch,), device)
     if not lengths.is_cuda and not torch.compiler.is_compiling():
         check_length_values(name, lengths, size)
-    return lengths.contiguous()
+    return lengths
+
+
+def _one_integer(name: str, value: int | Tensor, dtypes: tuple[torch.dtype, ...], device: torch.device) -> int | Tensor:
+    if isinstance(value, Tensor):
+        if value.numel() != 1 or value.dtype not in dtypes or value.device != device:
+            kinds = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+            raise ValueError(
+                f"{name} must be one {kinds} on {device}, got {value.numel()} of {value.dtype} on {value.device}"
+            )
+        return value
+    if isinstance(value, int):
+        return value
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, or a tensor that holds one, got {value!r}") from None
 
 
 def check_length_values(name: str, lengths: Tensor, size: int) -> None:
     """Raise ValueError if a length is negative or above `size`.
 
-    Called for CPU tensors in every call. On a GPU it would be a host synchronisation, so there the kernels
-    clamp lengths to [0, size] and this check is for the caller to make where a synchronisation costs nothing.
+    Called for CPU tensors in every call outside of torch.compile. On a GPU it would be a host synchronisation, so
+    there the kernels clamp lengths to [0, size] and this check is for the caller to make where a synchronisation
+    costs nothing.
     """
     if lengths.numel() == 0:
         return
@@ -79,7 +103,23 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+def _check_kinds(q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout, heads: int) -> None:
+    """Types, devices and heads, which forward pass and decode step ask alike."""
+    if not q.dtype == k.dtype == v.dtype:
+        raise TypeError(f"q, k, v must share one dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
+    if q.dtype not in (*KERNEL_DTYPES, torch.float64):
+        raise TypeError(f"q, k, v must be float16, bfloat16, float32 or, in the eager back end, float64, got {q.dtype}")
+    if not q.device == k.device == v.device:
+        raise ValueError(f"q, k, v must be on one device, got {q.device}, {k.device} and {v.device}")
+    if layout.device != q.device:
+        raise ValueError(f"layout is on {layout.device} but q is on {q.device}; use layout.to(q.device), once")
+    if layout.mask_heads not in (1, heads):
+        raise ValueError(f"layout has {layout.mask_heads} heads but q has {heads}; it must have {heads} or 1")
+
+
 def _check_scale(scale: float | None, dim: int) -> float:
+    if dim == 0:
+        raise ValueError("q, k, v have heads of size 0; the last dimension must be 1 or more")
     scale = dim**-0.5 if scale is None else float(scale)
     if not 0 < scale < math.inf:
         raise ValueError(f"scale must be positive and finite, got {scale}; fold a sign into q")
@@ -113,7 +153,8 @@ def block_sparse_attention(
     """Attention over the kept cells of `layout`; skipped tiles are never read or computed.
 
     q: (B, H, Tq, D); k, v: (B, H, Tk, D): float16, bfloat16 or float32, any strides (views of time-first
-        tensors need no copy as long as the D elements of a row are adjacent). D is 16, 32, 64, 96 or 128.
+        tensors need no copy as long as the D elements of a row are adjacent). D is 16, 32, 64, 96 or 128; the eager
+        back end takes any, and float64. Under autocast they take the autocast type.
     layout: of H heads or 1, with q_size >= Tq and k_size >= Tk; its upper left corner is used.
     q_lengths, k_lengths: (B,) int32 or int64, valid positions from the left (right padding). Padded query
         rows give 0, padded keys and values are not read. On a GPU values are clamped to the sizes
@@ -124,7 +165,8 @@ def block_sparse_attention(
         torch's generator. The same seed gives the same bits in both back ends.
     scale: of the scores; D ** -0.5 by default.
     backend: "triton", "eager" or "auto" (triton for tensors on a GPU that the kernels take, else eager).
-    return_lse: also return log Σ exp of every row's scores, (B, H, Tq) float32, in natural units.
+    return_lse: also return log Σ exp of every row's scores, (B, H, Tq) float32 (float64 for float64 inputs), in natural
+        units.
 
     Returns out (B, H, Tq, D), laid out in memory as q, or (out, lse). Rows without a visible key are 0, with
     lse -inf and gradient 0. Definition and references: `reference.py`.
@@ -141,14 +183,7 @@ def block_sparse_attention(
         raise ValueError(
             f"k and v must both be ({batch}, {heads}, Tk, {dim}) to fit q, got {tuple(k.shape)} and {tuple(v.shape)}"
         )
-    if not q.dtype == k.dtype == v.dtype:
-        raise TypeError(f"q, k, v must share one dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
-    if not q.device == k.device == v.device:
-        raise ValueError(f"q, k, v must be on one device, got {q.device}, {k.device} and {v.device}")
-    if layout.device != q.device:
-        raise ValueError(f"layout is on {layout.device} but q is on {q.device}; use layout.to(q.device), once")
-    if layout.mask_heads not in (1, heads):
-        raise ValueError(f"layout has {layout.mask_heads} heads but q has {heads}; it must have {heads} or 1")
+    _check_kinds(q, k, v, layout, heads)
     if layout.q_size < q_size or layout.k_size < k_size:
         raise ValueError(
             f"layout covers {layout.q_size} x {layout.k_size} positions but q x k has {q_size} x {k_size}; "
@@ -163,13 +198,10 @@ def block_sparse_attention(
         seed = None
     elif seed is None:
         seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=q.device)
-    elif isinstance(seed, Tensor):
-        if seed.numel() != 1 or seed.dtype != torch.int64 or seed.device != q.device:
-            raise ValueError(
-                f"seed must be one int64 on {q.device}, got {seed.numel()} of {seed.dtype} on {seed.device}"
-            )
     else:
-        seed = torch.full((1,), (seed + 2**63) % 2**64 - 2**63, dtype=torch.int64, device=q.device)
+        seed = _one_integer("seed", seed, (torch.int64,), q.device)
+        if not isinstance(seed, Tensor):
+            seed = torch.full((1,), (seed + 2**63) % 2**64 - 2**63, dtype=torch.int64, device=q.device)
 
     if not use_kernels(backend, q):
         out, lse = attention_reference(
@@ -194,6 +226,7 @@ def block_sparse_attention(
     return (out, lse) if return_lse else out
 
 
+@torch.no_grad()
 def decode_attention(
     q: Tensor,
     k: Tensor,
@@ -210,15 +243,16 @@ def decode_attention(
 ) -> Tensor:
     """One decoding step: row `step` of the mask for one query per (sentence, beam, head).
 
-    q: (B, beam, H, D).
+    q: (B, beam, H, D), of the types and head sizes of `block_sparse_attention`, as k and v.
     k, v: caches, any strides with adjacent D, of which only kept positions are read:
         (B, beam, H, S, D), one per hypothesis; (B, H, S, D), one per sentence for all its beams; or a pool in
         which `cache_rows` or `cache_starts` finds a position: (R, H, D), or (R, D) with `cache_offsets`, where
         every head has rows of its own. S may exceed what is filled.
-    step: decode step = cached length before the step, an int or a one-element integer tensor on the device
+    step: decode step = cached length before the step, an int or a one-element int32 or int64 tensor on the device
         (read when the kernel runs, so that a captured CUDA graph can be replayed for every step).
-    k_lengths: (B,) valid cache positions of each sentence. Without it (decoder self-attention), positions up to
-        layout.k_size and S are visible as the mask says: pass a causal layout or lengths step + 1.
+    k_lengths: (B,) int32 or int64, valid cache positions of each sentence, at most layout.k_size. Without it (decoder
+        self-attention), positions up to layout.k_size and S are visible as the mask says: pass a causal layout or
+        lengths step + 1.
     cache_rows: (B, beam, S) int32 or int64, pool row of position s of each hypothesis. Beams that share a prefix
         share its rows, and reordering beams permutes this table, not the caches.
     cache_starts: (B,) int32 or int64, pool row of each sentence's position 0, for caches that all beams of a
@@ -227,15 +261,17 @@ def decode_attention(
     cache_offsets: (H, S) int32 or int64: position s of head h is in pool row cache_offsets[h, s] + what
         `cache_rows` or `cache_starts` says. So a pool needs no rows for positions that a head never keeps.
 
-    Returns (B, beam, H, D); rows without a visible key are 0. No gradient. Raises as
-    `block_sparse_attention`; also for a step (given as int) outside the layout. Values of the tables are not
-    checked.
+    Returns (B, beam, H, D); rows without a visible key are 0. No gradient. Under autocast q and the caches take the
+    autocast type: caches that are kept in another are converted in every step. Raises ValueError or TypeError as
+    `block_sparse_attention` does, also for a step outside the layout unless it lies on a GPU, where it is clamped.
+    Values of the tables are not checked.
     """
     if q.dim() != 4 or k.dim() not in (2, 3, 4, 5) or v.shape != k.shape:
         raise ValueError(
             "q must be (B, beam, H, D) and k, v alike (B, H, S, D), (B, beam, H, S, D), (R, H, D) or (R, D), "
             f"got {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}"
         )
+    q, k, v = _autocast(q, k, v)
     batch, beam, heads, dim = q.shape
     n_tables = (cache_rows is not None) + (cache_starts is not None)
     if n_tables != (k.dim() <= 3) or (cache_offsets is not None) != (k.dim() == 2):
@@ -244,50 +280,36 @@ def decode_attention(
             f"caches none: got k {tuple(k.shape)} with {n_tables} of them, "
             f"{'without' if cache_offsets is None else 'with'} cache_offsets"
         )
-    pool = (k.size(0), dim) if k.dim() == 2 else (k.size(0), heads, dim)
-    if cache_rows is not None:
-        size, expected = cache_rows.size(-1), pool
-        if cache_rows.shape != (batch, beam, size) or cache_rows.is_floating_point():
-            raise ValueError(
-                f"cache_rows must be ({batch}, {beam}, S) integers, got {tuple(cache_rows.shape)} {cache_rows.dtype}"
-            )
-        cache_rows = _rows(cache_rows)
-    elif cache_starts is not None:
-        size, expected = layout.k_size if cache_offsets is None else cache_offsets.size(-1), pool
-        starts = (batch,) if cache_offsets is None else (batch, heads)
-        if cache_starts.shape != starts or cache_starts.is_floating_point() or k_lengths is None:
-            raise ValueError(
-                f"cache_starts must be {starts} integers, given with k_lengths, got {tuple(cache_starts.shape)} "
-                f"{cache_starts.dtype} {'without' if k_lengths is None else 'with'} k_lengths"
-            )
+    _check_kinds(q, k, v, layout, heads)
+    expected: tuple[int, ...]
+    if n_tables:
+        expected = (k.size(0), dim) if k.dim() == 2 else (k.size(0), heads, dim)
     else:
-        size = k.size(-2)
-        expected = (batch, heads, size, dim) if k.dim() == 4 else (batch, beam, heads, size, dim)
-    if cache_offsets is not None:
-        if cache_offsets.shape != (heads, size) or cache_offsets.is_floating_point():
-            raise ValueError(
-                f"cache_offsets must be ({heads}, {size}) integers, got {tuple(cache_offsets.shape)} "
-                f"{cache_offsets.dtype}"
-            )
-        cache_offsets = _rows(cache_offsets)
+        expected = (batch, heads, k.size(-2), dim) if k.dim() == 4 else (batch, beam, heads, k.size(-2), dim)
     if k.shape != expected:
         raise ValueError(f"k and v must be {expected} to fit q {tuple(q.shape)}, got {tuple(k.shape)}")
-    if not q.dtype == k.dtype == v.dtype:
-        raise TypeError(f"q, k, v must share one dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
-    if not q.device == k.device == v.device == layout.device:
-        raise ValueError(
-            f"q, k, v and layout must be on one device, got {q.device}, {k.device}, {v.device} and {layout.device}"
-        )
-    if layout.mask_heads not in (1, heads):
-        raise ValueError(f"layout has {layout.mask_heads} heads but q has {heads}; it must have {heads} or 1")
-    k_lengths = _checked_lengths("k_lengths", k_lengths, batch, size, q.device)
+    size = k.size(-2)
+    if cache_rows is not None:
+        size = cache_rows.size(-1) if cache_rows.dim() == 3 else 0
+        cache_rows = _integers("cache_rows", cache_rows, (batch, beam, size), q.device)
+    if cache_starts is not None:
+        size = layout.k_size if cache_offsets is None else cache_offsets.size(-1) if cache_offsets.dim() == 2 else 0
+        starts = (batch,) if cache_offsets is None else (batch, heads)
+        cache_starts = _integers("cache_starts", cache_starts, starts, q.device)
+        if k_lengths is None:
+            raise ValueError("cache_starts needs k_lengths, which say how many positions follow; got None")
+    if cache_offsets is not None:
+        cache_offsets = _integers("cache_offsets", cache_offsets, (heads, size), q.device)
+    k_size = min(size, layout.k_size)
+    k_lengths = _checked_lengths("k_lengths", k_lengths, batch, k_size, q.device)
     scale = _check_scale(scale, dim)
-    if isinstance(step, int):
-        if not 0 <= step < layout.q_size:
-            raise ValueError(f"step must lie in [0, {layout.q_size}), the rows of the layout, got {step}")
+    step = _one_integer("step", step, INTEGERS, q.device)
+    on_host = not isinstance(step, Tensor) or not (step.is_cuda or torch.compiler.is_compiling())
+    if on_host and not 0 <= step < layout.q_size:
+        raise ValueError(f"step must lie in [0, {layout.q_size}), the rows of the layout, got {int(step)}")
+    if not isinstance(step, Tensor):
         step = torch.full((1,), step, dtype=torch.int64, device=q.device)
 
-    k_size = min(size, layout.k_size)
     if not use_kernels(backend, q):
         row = layout.keep_row(step)[:, :k_size]
         return decode_reference(
@@ -307,20 +329,30 @@ def append_to_pool(kv: Tensor, pool: Tensor, offsets: Tensor, step: Tensor) -> N
 
     kv: (N, 2, H, D), of N hypotheses; D contiguous.
     pool: (R, 2, D), changed in place.
-    offsets: (H, S) int32: hypothesis n and head h are written to row offsets[h, step] + n.
-    step: one-element integer tensor on the device. Values of the tables are not checked.
+    offsets: (H, S) int32 or int64: hypothesis n and head h are written to row offsets[h, step] + n.
+    step: one-element int32 or int64 tensor on the device.
+
+    Raises ValueError or TypeError for shapes, types, strides or devices that do not fit, and where the kernels cannot
+    run. Values of the tables are not checked.
     """
-    n, two, heads, dim = kv.shape
-    if two != 2 or pool.shape[1:] != (2, dim) or offsets.size(0) != heads or kv.dtype != pool.dtype:
+    shapes = [tuple(x.shape) for x in (kv, pool, offsets)]
+    n, _, heads, dim = shapes[0] if kv.dim() == 4 else (0, 0, 0, 0)
+    if offsets.dim() != 2 or shapes != [(n, 2, heads, dim), (pool.size(0), 2, dim), (heads, offsets.size(1))]:
         raise ValueError(
-            f"kv must be (N, 2, H, D), pool (R, 2, D) and offsets (H, S), got {tuple(kv.shape)} {kv.dtype}, "
-            f"{tuple(pool.shape)} {pool.dtype} and {tuple(offsets.shape)}"
+            f"kv must be (N, 2, H, D), pool (R, 2, D) and offsets (H, S), got {shapes[0]}, {shapes[1]} and {shapes[2]}"
+        )
+    if kv.dtype != pool.dtype or offsets.dtype not in INTEGERS:
+        raise TypeError(
+            f"kv and pool must share one dtype, and offsets be int32 or int64, got {kv.dtype}, {pool.dtype} and "
+            f"{offsets.dtype}"
         )
     if pool.stride(2) != 1 or offsets.stride(1) != 1 or not kv.device == pool.device == offsets.device == step.device:
         raise ValueError(
             f"rows of pool and offsets must be contiguous, got strides {pool.stride()} and {offsets.stride()}, and all "
             f"tensors on one device, got {kv.device}, {pool.device}, {offsets.device} and {step.device}"
         )
+    _one_integer("step", step, INTEGERS, kv.device)
+    use_kernels("triton", kv)
     from .ops import append_step
 
     append_step(_rows(kv), pool, offsets, step)

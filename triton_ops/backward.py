@@ -57,7 +57,7 @@ def _dq_kernel(
     p_q_lengths, p_k_lengths, p_seed, d_k, d_v, scale, scale_log2, threshold, inverse_keep,
     s_qb, s_qh, s_qt, s_kb, s_kh, s_kt, s_vb, s_vh, s_vt, s_ob, s_oh, s_ot, s_gb, s_gh, s_gt, s_db, s_dh, s_dt,
     H, MH, TQ, TK, LQ, RS, KW, NO, NI, first_h, first_b,
-    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, OUTER: tl.constexpr, G: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, G: tl.constexpr,
     NEAR: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     i_m = (tl.num_programs(0) - 1 - tl.program_id(0)) * BM
@@ -76,7 +76,7 @@ def _dq_kernel(
     p_k += i_b64 * s_kb + i_h64 * s_kh
     p_v += i_b64 * s_vb + i_h64 * s_vh
     i_mh = tl.where(MH > 1, i_h, 0)
-    i_list = (i_mh * NO + i_m // OUTER).to(tl.int64)
+    i_list = (i_mh * NO + i_m // G).to(tl.int64)
     p_entries += i_list * NI
     p_counts += i_list * (NI + 1)
     p_words += i_mh.to(tl.int64) * KW * LQ
@@ -96,7 +96,8 @@ def _dq_kernel(
     b_lse = tl.where(b_lse == float("-inf"), float("inf"), b_lse)
     b_delta = tl.sum(b_o.to(tl.float32) * b_do.to(tl.float32), 1)
     if p_dlse is not None:
-        b_delta -= tl.load(p_dlse + o_row, mask=m_m, other=0.0)
+        # Not where nothing is visible: -inf has no gradient, and merging parts by logaddexp makes it NaN.
+        b_delta -= tl.load(p_dlse + o_row, mask=b_lse < float("inf"), other=0.0)
     tl.store(p_delta + o_row, b_delta, mask=o_m < TQ)
 
     b_dq = tl.zeros([BM, BD], dtype=tl.float32)
@@ -158,7 +159,7 @@ def _dkdv_kernel(
     p_q_lengths, p_k_lengths, p_seed, d_q, d_do, scale, scale_log2, threshold, inverse_keep,
     s_qb, s_qh, s_qt, s_kb, s_kh, s_kt, s_vb, s_vh, s_vt, s_gb, s_gh, s_gt, s_db, s_dh, s_dt, s_eb, s_eh, s_et,
     H, MH, TQ, TK, LQ, RS, KW, NO, NI, first_h, first_b,
-    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, OUTER: tl.constexpr, G: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, G: tl.constexpr,
     NEAR: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     i_n = tl.program_id(0) * BN
@@ -180,7 +181,7 @@ def _dkdv_kernel(
     p_lse += i_bh.to(tl.int64) * TQ
     p_delta += i_bh.to(tl.int64) * TQ
     i_mh = tl.where(MH > 1, i_h, 0)
-    i_list = (i_mh * NO + i_n // OUTER).to(tl.int64)
+    i_list = (i_mh * NO + i_n // G).to(tl.int64)
     p_entries += i_list * NI
     p_counts += i_list * (NI + 1)
     p_words += i_mh.to(tl.int64) * KW * LQ
@@ -269,7 +270,7 @@ def backward(
     constants = dict(D=dim, BD=power_of_two(dim), DROPOUT=seed is not None, PRECISION=precision(q.dtype))
 
     config = dq_config(query_table, dim, q.dtype)
-    descriptors = _tiles(k, v, config.block_k, query_table.inner)
+    descriptors = _tiles(k, v, config.block_k, query_table.tile)
     for grid, first_h, first_b in grids(ceil_div(q_size, config.block_q), heads, batch):
         _dq_kernel[grid](
             q, k, v, out, grad_out, lse, grad_lse, dq, delta, words, query_table.entries, query_table.counts,
@@ -277,12 +278,12 @@ def backward(
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3], *grad_out.stride()[:3],
             *dq.stride()[:3],
             heads, words.size(0), q_size, k_size, *shared, *query_table.entries.shape[1:], first_h, first_b,
-            BM=config.block_q, BN=config.block_k, OUTER=query_table.outer, G=query_table.inner, NEAR=near(k, v),
+            BM=config.block_q, BN=config.block_k, G=query_table.tile, NEAR=near(k, v),
             **constants, **config.launch(),
         )  # fmt: skip
 
     config = dkdv_config(key_table, dim, q.dtype)
-    descriptors = _tiles(q, grad_out, config.block_q, key_table.inner)
+    descriptors = _tiles(q, grad_out, config.block_q, key_table.tile)
     for grid, first_h, first_b in grids(ceil_div(k_size, config.block_k), heads, batch):
         _dkdv_kernel[grid](
             q, k, v, grad_out, lse, delta, dk, dv, words, key_table.entries, key_table.counts,
@@ -290,7 +291,7 @@ def backward(
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad_out.stride()[:3], *dk.stride()[:3],
             *dv.stride()[:3],
             heads, words.size(0), q_size, k_size, *shared, *key_table.entries.shape[1:], first_h, first_b,
-            BM=config.block_q, BN=config.block_k, OUTER=key_table.outer, G=key_table.inner, NEAR=near(q, grad_out),
+            BM=config.block_q, BN=config.block_k, G=key_table.tile, NEAR=near(q, grad_out),
             **constants, **config.launch(),
         )  # fmt: skip
     return dq, dk, dv

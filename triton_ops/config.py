@@ -34,7 +34,8 @@ class Config(NamedTuple):
 
     def launch(self) -> dict:
         """Launch options for Triton."""
-        options = dict(num_warps=self.warps, num_stages=self.stages)
+        # Multiply-adds are fused by default until triton 3.9, and no longer from 3.10 on.
+        options = dict(num_warps=self.warps, num_stages=self.stages, enable_fp_fusion=True)
         if self.registers is not None:
             options["maxnreg"] = self.registers
         return options
@@ -77,66 +78,68 @@ def precision(dtype: torch.dtype) -> str:
     bfloat16 product, so there the factors are widened first, to the same result.
     """
     if dtype == torch.float32:
-        return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
+        matmul = torch.backends.cuda.matmul  # reading its older flag is an error once the newer one was set
+        allowed = matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
+        return "tf32" if allowed else "tf32x3"
     return "float32" if dtype == torch.bfloat16 and INTERPRETED else "ieee"
 
 
 def forward_config(table: TileTable, dim: int, dtype: torch.dtype) -> Config:
     if dtype == torch.float32:
-        return Config(min(table.outer, 64 if dim <= 64 else 32), 32, 4, 1)
+        return Config(min(table.tile, 64 if dim <= 64 else 32), 32, 4, 1)
     if dim > 64:
         return {
             16: Config(16, 32, 1, 2),
             32: Config(32, 32, 2, 2),
             64: Config(64, 64, 4, 2),
             128: Config(128, 64, 8, 2),
-        }[table.outer]
+        }[table.tile]
     few = table.entries.size(2) <= 64  # blocks of 16 in a row: most lists end before a third stage is filled
     return {
         16: Config(16, 32, 1, 2 if few else 3, 128),
         32: Config(32, 32, 1, 3, 168),
         64: Config(64, 64, 4, 2, 112),
         128: Config(64, 128, 4, 2, 168),
-    }[table.outer]
+    }[table.tile]
 
 
 def dq_config(table: TileTable, dim: int, dtype: torch.dtype) -> Config:
     if dtype == torch.float32:
-        return Config(min(table.outer, 64 if dim <= 64 else 32), 32, 4, 1)
+        return Config(min(table.tile, 64 if dim <= 64 else 32), 32, 4, 1)
     if dim > 64:
         return {
             16: Config(16, 32, 1, 2),
             32: Config(32, 32, 2, 2),
             64: Config(64, 64, 4, 2),
             128: Config(64, 64, 4, 2),
-        }[table.outer]
+        }[table.tile]
     return {
         16: Config(16, 32, 1, 2, 168),
         32: Config(32, 32, 1, 2),
         64: Config(64, 64, 4, 2, 128),
         128: Config(64, 64, 4, 2, 128),
-    }[table.outer]
+    }[table.tile]
 
 
 def dkdv_config(table: TileTable, dim: int, dtype: torch.dtype) -> Config:
     if dtype == torch.float32:
-        return Config(32, min(table.outer, 32), 4, 1)
+        return Config(32, min(table.tile, 32), 4, 1)
     if dim > 64:
         return {
             16: Config(32, 16, 1, 2),
             32: Config(32, 32, 2, 2),
             64: Config(64, 64, 8, 2),
             128: Config(64, 64, 8, 2),
-        }[table.outer]
+        }[table.tile]
     return {
         16: Config(32, 16, 1, 2, 168),
         32: Config(32, 32, 1, 2),
         64: Config(64, 64, 4, 2, 168),
         128: Config(64, 64, 4, 3, 168),
-    }[table.outer]
+    }[table.tile]
 
 
-def small_forward_config(tile: int, dim: int, dtype: torch.dtype) -> Config:
+def small_forward_config(tile: int, dtype: torch.dtype) -> Config:
     wide = dtype == torch.float32
     return {
         32: Config(32, 32, 2 if wide else 1, 1),
@@ -145,7 +148,7 @@ def small_forward_config(tile: int, dim: int, dtype: torch.dtype) -> Config:
     }[tile]
 
 
-def small_backward_config(tile: int, dim: int, dtype: torch.dtype) -> Config:
+def small_backward_config(tile: int, dtype: torch.dtype) -> Config:
     wide = dtype == torch.float32
     return {
         32: Config(32, 32, 4 if wide else 1, 1),
@@ -154,7 +157,7 @@ def small_backward_config(tile: int, dim: int, dtype: torch.dtype) -> Config:
     }[tile]
 
 
-def decode_config(shared: bool, k_size: int, dim: int, dtype: torch.dtype) -> Config:
+def decode_config(shared: bool, k_size: int) -> Config:
     if k_size <= 256:  # sentences: programs are many, and end after a step or two
         return Config(1, 32, 2, 2) if shared else Config(1, 32, 1, 2)
     return Config(1, 64, 4, 3) if shared else Config(1, 64, 2, 1)

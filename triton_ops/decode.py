@@ -18,7 +18,8 @@ from .layout import COLUMN_GROUP, RowLists
 from .primitives import LOG2E, NO_KEY, dot, dot_add, sequence_length
 
 
-@triton.jit(do_not_specialize=["BEAM", "H", "MH", "TK", "LQ", "N_GROUPS"])
+# Strides of tables are sizes of caches, which change from sentence to sentence.
+@triton.jit(do_not_specialize=["s_rb", "s_rw", "s_sb", "s_sh", "s_fh", "BEAM", "H", "MH", "TK", "LQ", "N_GROUPS"])
 def _decode_kernel(
     p_q, p_k, p_v, p_o, p_columns, p_pointers, p_step, p_k_lengths, p_rows, p_starts, p_offsets, scale_log2,
     s_qb, s_qw, s_qh, s_kb, s_kw, s_kh, s_kt, s_vb, s_vw, s_vh, s_vt, s_ob, s_ow, s_oh, s_rb, s_rw, s_sb, s_sh, s_fh,
@@ -129,7 +130,7 @@ def decode(
     out = torch.empty_like(q)
     shared = k.dim() == 4 or cache_starts is not None
     rows = max(16, power_of_two(beam)) if shared else 1
-    config = decode_config(shared, k_size, dim, q.dtype)
+    config = decode_config(shared, k_size)
     cache_strides: list[int] = []
     for x in (k, v):
         if x.dim() <= 3:  # pool (R, H, D) or (R, D)

@@ -32,7 +32,7 @@ def _forward_kernel(
     scale_log2, threshold, inverse_keep,
     s_qb, s_qh, s_qt, s_kb, s_kh, s_kt, s_vb, s_vh, s_vt, s_ob, s_oh, s_ot,
     H, MH, TQ, TK, LQ, RS, KW, NO, NI, first_h, first_b,
-    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, OUTER: tl.constexpr, G: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, G: tl.constexpr,
     NEAR: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     # The last tiles first: under a causal mask they are the longest, and long programs should not start last.
@@ -51,7 +51,7 @@ def _forward_kernel(
     p_k += i_b.to(tl.int64) * s_kb + i_h.to(tl.int64) * s_kh
     p_v += i_b.to(tl.int64) * s_vb + i_h.to(tl.int64) * s_vh
     i_mh = tl.where(MH > 1, i_h, 0)
-    i_list = (i_mh * NO + i_m // OUTER).to(tl.int64)
+    i_list = (i_mh * NO + i_m // G).to(tl.int64)
     p_entries += i_list * NI
     p_counts += i_list * (NI + 1)
     p_words += i_mh.to(tl.int64) * KW * LQ
@@ -136,7 +136,7 @@ def forward(
     out = torch.empty_like(q)
     lse = torch.empty(batch, heads, q_size, dtype=torch.float32, device=q.device)
     config = forward_config(table, dim, q.dtype)
-    descriptors = tiles(k, v, config.block_k, table.inner)
+    descriptors = tiles(k, v, config.block_k, table.tile)
     for grid, first_h, first_b in grids(ceil_div(q_size, config.block_q), heads, batch):
         _forward_kernel[grid](
             q, k, v, out, lse, words, table.entries, table.counts, q_lengths, k_lengths, seed,
@@ -145,7 +145,7 @@ def forward(
             heads, words.size(0), q_size, k.size(2), words.size(2), row_shift, words.size(1),
             *table.entries.shape[1:], first_h, first_b,
             D=dim, BD=power_of_two(dim), BM=config.block_q, BN=config.block_k,
-            OUTER=table.outer, G=table.inner, NEAR=near(k, v), DROPOUT=seed is not None, PRECISION=precision(q.dtype),
+            G=table.tile, NEAR=near(k, v), DROPOUT=seed is not None, PRECISION=precision(q.dtype),
             **config.launch(),
         )  # fmt: skip
     return out, lse

@@ -26,7 +26,7 @@ TILE_COST = {16: 2.3, 32: 1.4, 64: 1.0, 128: 1.0}
 
 
 class TileTable(NamedTuple):
-    """For every outer tile (query tiles for forward and dq, key tiles for dk and dv) its inner blocks.
+    """For every outer tile (query tiles for forward and dq, key tiles for dk and dv) its inner blocks, as large.
 
     entries: (M, n_outer, n_inner) int32. Row (h, o) holds the indices of the full blocks in ascending
         order from the left, and those of the partial blocks in ascending order from the right end
@@ -34,13 +34,12 @@ class TileTable(NamedTuple):
     counts: (M, n_outer, n_inner + 1) int32. counts[h, o, x] holds the number of full (low 16 bits) and
         partial (high 16 bits) blocks whose index is below x. A sequence length becomes a list length
         with one load, so lengths are run-time values and padding is skipped as blocks.
-    outer, inner: tile sizes in positions.
+    tile: size of tiles and blocks in positions.
     """
 
     entries: Tensor
     counts: Tensor
-    outer: int
-    inner: int
+    tile: int
 
 
 class RowLists(NamedTuple):
@@ -103,13 +102,13 @@ def _tile_status(words: Tensor, k_size: int, rows: int, cols: int) -> tuple[Tens
     return some.transpose(1, 2), every.transpose(1, 2)
 
 
-def _table(some: Tensor, every: Tensor, outer: int, inner: int) -> TileTable:
+def _table(some: Tensor, every: Tensor, tile: int) -> TileTable:
     """Compact the tile status (M, n_outer, n_inner) into lists, without a host synchronisation."""
     full, partial = every, some & ~every
     n_inner = full.size(2)
     if n_inner > MOST_BLOCKS:
         raise ValueError(
-            f"{n_inner} blocks of {inner} positions, at most {MOST_BLOCKS} can be counted; use a larger tile"
+            f"{n_inner} blocks of {tile} positions, at most {MOST_BLOCKS} can be counted; use a larger tile"
         )
     n_full, n_partial = full.cumsum(2, dtype=torch.int32), partial.cumsum(2, dtype=torch.int32)
     slot = torch.where(full, n_full - 1, torch.where(partial, n_inner - n_partial, n_inner))
@@ -117,7 +116,7 @@ def _table(some: Tensor, every: Tensor, outer: int, inner: int) -> TileTable:
     index = torch.arange(n_inner, dtype=torch.int32, device=full.device).expand_as(slot)
     entries.scatter_(2, slot.long(), index.contiguous())  # skipped blocks land in the extra last column
     counts = torch.nn.functional.pad(n_full | (n_partial << 16), (1, 0))
-    return TileTable(entries[..., :n_inner].contiguous(), counts.contiguous(), outer, inner)
+    return TileTable(entries[..., :n_inner].contiguous(), counts.contiguous(), tile)
 
 
 def _spread(words: Tensor, row_group: int, q_size: int) -> Tensor:
@@ -171,10 +170,12 @@ class AttentionLayout:
         self._causal: AttentionLayout | None = None
 
     @classmethod
-    def from_keep_mask(cls, keep: Tensor, *, tile: int | None = None) -> AttentionLayout:
+    @torch.inference_mode(False)  # may be saved for backward
+    def from_keep_mask(cls, keep: Tensor, *, tile: int | None = None, causal: bool = False) -> AttentionLayout:
         """Build from a keep mask (heads or 1, Tq, Tk), bool, True = kept.
 
         tile: tile size of the kernels; by default the one with the least predicted time for this mask.
+        causal: drop the cells j > i. For a site that is always causal it saves what `causal()` would keep beside this.
         Raises TypeError for a mask that is not bool, ValueError for a wrong rank, an empty dimension or
         an unknown tile size.
         """
@@ -184,11 +185,11 @@ class AttentionLayout:
             raise ValueError(f"keep mask must be (heads or 1, Tq, Tk) with no empty dimension, got {tuple(keep.shape)}")
         if tile is not None and tile not in TILE_SIZES:
             raise ValueError(f"tile must be one of {TILE_SIZES} or None, got {tile}")
-        words = _pack(keep)
+        words = _pack(keep.tril() if causal else keep)
         if tile is None:
             tile = _choose_tile(words, keep.size(2))
         row_group = _choose_row_group(words)
-        return cls(words[..., ::row_group].contiguous(), keep.size(1), keep.size(2), tile, row_group)
+        return cls(words[..., ::row_group].contiguous(), keep.size(1), keep.size(2), tile, row_group, causal)
 
     @property
     def mask_heads(self) -> int:
@@ -203,6 +204,7 @@ class AttentionLayout:
     def device(self) -> torch.device:
         return self.words.device
 
+    @torch.inference_mode(False)
     def to(self, device) -> AttentionLayout:
         """The same layout on another device (itself when it is there already); tables are derived anew."""
         words = self.words.to(device)
@@ -212,7 +214,7 @@ class AttentionLayout:
 
     @torch.inference_mode(False)  # kept, and saved for backward
     def causal(self) -> AttentionLayout:
-        """This layout with the cells j > i removed (kept after the first call)."""
+        """This layout with the cells j > i removed: kept after the first call, with words of its own, row by row."""
         if self.is_causal:
             return self
         if self._causal is None:
@@ -232,7 +234,7 @@ class AttentionLayout:
     def query_table(self) -> TileTable:
         """Key blocks of every query tile (forward, dq)."""
         if "query" not in self._tables:
-            self._tables["query"] = _table(*self._status(), self.tile, self.tile)
+            self._tables["query"] = _table(*self._status(), self.tile)
         return self._tables["query"]
 
     @torch.inference_mode(False)
@@ -240,7 +242,7 @@ class AttentionLayout:
         """Query blocks of every key tile (dk, dv): the transposed lists."""
         if "key" not in self._tables:
             some, every = self._status()
-            self._tables["key"] = _table(some.transpose(1, 2), every.transpose(1, 2), self.tile, self.tile)
+            self._tables["key"] = _table(some.transpose(1, 2), every.transpose(1, 2), self.tile)
         return self._tables["key"]
 
     @torch.inference_mode(False)
@@ -269,10 +271,15 @@ class AttentionLayout:
         return self
 
     def keep_mask(self, q_size: int | None = None, k_size: int | None = None) -> Tensor:
-        """The keep mask (M, q_size, k_size) as bool; sizes default to the whole mask."""
-        words = _spread(self.words, self.row_group, self.q_size)
-        sizes = self.q_size if q_size is None else q_size, self.k_size if k_size is None else k_size
-        return _unpack(words, *sizes)
+        """The upper left corner (M, q_size, k_size) of the keep mask as bool, by default all of it.
+
+        Raises ValueError for sizes beyond the mask.
+        """
+        q_size = self.q_size if q_size is None else q_size
+        k_size = self.k_size if k_size is None else k_size
+        if q_size > self.q_size or k_size > self.k_size:
+            raise ValueError(f"the mask has {self.q_size} x {self.k_size} positions, asked for {q_size} x {k_size}")
+        return _unpack(_spread(self.words, self.row_group, self.q_size), q_size, k_size)
 
     def keep_row(self, step: Tensor) -> Tensor:
         """Row `step` (one-element tensor) of the keep mask: (M, k_size) bool."""
@@ -280,7 +287,7 @@ class AttentionLayout:
         return _unpack(words, 1, self.k_size).squeeze(1)
 
     def last_rows(self, n_rows: int) -> Tensor:
-        """The last of the first `n_rows` rows that keeps each column, int64 (M, k_size); -1 where none does."""
+        """The last of the first `n_rows` >= 1 rows that keeps each column, int64 (M, k_size); -1 where none does."""
         words = self.words[..., : -(-n_rows // self.row_group)]
         group = torch.arange(1, words.size(2) + 1, dtype=torch.int32, device=self.device)
         # Bit by bit: all cells at once would be 32 times the size of the words.

@@ -59,7 +59,7 @@ def _forward(
             return small_forward(
                 q, k, v, words, row_shift, small, q_lengths, k_lengths, seed, scale, threshold, inverse_keep
             )
-        table = TileTable(tables[0], tables[1], tile, tile)
+        table = TileTable(tables[0], tables[1], tile)
         scale_log2 = scale * LOG2E.value
         return forward(
             q, k, v, words, row_shift, table, q_lengths, k_lengths, seed, scale_log2, threshold, inverse_keep
@@ -98,8 +98,8 @@ def _backward(
                 grad_out, grad_lse, q, k, v, words, row_shift, small, q_lengths, k_lengths, seed,
                 scale, threshold, inverse_keep,
             )  # fmt: skip
-        query_table = TileTable(tables[0], tables[1], tile, tile)
-        key_table = TileTable(tables[2], tables[3], tile, tile)
+        query_table = TileTable(tables[0], tables[1], tile)
+        key_table = TileTable(tables[2], tables[3], tile)
         return backward(
             grad_out, grad_lse, q, k, v, out, lse, words, row_shift, query_table, key_table, q_lengths, k_lengths, seed,
             scale, scale * LOG2E.value, threshold, inverse_keep,

@@ -140,8 +140,10 @@ def decode_reference(
     q (B, beam, H, D); caches as in `api.decode_attention`; keep_row (H or 1, S), True = kept; k_lengths (B,):
     valid cache positions. Returns (B, beam, H, D).
     """
-    batch, beam, heads, _ = q.shape
+    batch, beam, heads, dim = q.shape
     size = keep_row.size(-1)
+    if k.dim() <= 3 and k.size(0) == 0:  # an empty pool: a row that is not read takes its place
+        k, v = (x.new_zeros(1, *x.shape[1:]) for x in (k, v))
     if cache_offsets is not None:  # (R, D) -> (B, beam, H, S, D), or (B, H, S, D) with starts
         index = cache_starts[..., None] if cache_rows is None else cache_rows[:, :, None, :size]
         index = (index.long() + cache_offsets[:, :size]).clamp(0, k.size(0) - 1)
@@ -160,11 +162,11 @@ def decode_reference(
         unread = unread | (torch.arange(size, device=k.device) >= k_lengths[:, None, None, None])
     k, v = (x[:, :, :, :size].masked_fill(unread[..., None], 0) for x in (k, v))
     out, _ = attention_reference(
-        q.reshape(batch, beam * heads, 1, -1),
-        k.reshape(batch, beam * heads, size, -1),
-        v.reshape(batch, beam * heads, size, -1),
+        q.reshape(batch, beam * heads, 1, dim),
+        k.reshape(batch, beam * heads, size, dim),
+        v.reshape(batch, beam * heads, size, dim),
         keep_row.expand(heads, size).repeat(beam, 1).unsqueeze(1),
         scale=scale,
         k_lengths=k_lengths,
     )
-    return out.view(batch, beam, heads, -1)
+    return out.view(batch, beam, heads, dim)

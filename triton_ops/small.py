@@ -115,7 +115,8 @@ def _head_backward(
 
     b_delta = tl.sum(b_p * b_dp, 1)  # = dO · O: the whole row is here
     if p_dlse is not None:
-        b_delta -= tl.load(p_dlse + i_bh.to(tl.int64) * TQ + o_m, mask=m_m, other=0.0)
+        # Not where nothing is visible: -inf has no gradient, and merging parts by logaddexp makes it NaN.
+        b_delta -= tl.load(p_dlse + i_bh.to(tl.int64) * TQ + o_m, mask=b_l > 0, other=0.0)
     b_ds = (b_p * (b_dp - b_delta[:, None]) * scale).to(b_q.dtype)
     b_dq = dot(b_ds, b_k, PRECISION)
     b_dk = dot(tl.trans(b_ds), b_q, PRECISION)
@@ -205,7 +206,7 @@ def small_forward(
     batch, heads, q_size, dim = q.shape
     out = torch.empty_like(q)
     lse = torch.empty(batch, heads, q_size, dtype=torch.float32, device=q.device)
-    config = small_forward_config(tile, dim, q.dtype)
+    config = small_forward_config(tile, q.dtype)
     n_tiles = ceil_div(q_size, config.block_q)
     _small_forward_kernel[(n_tiles * batch * heads,)](
         q, k, v, out, lse, words, q_lengths, k_lengths, seed, scale * LOG2E.value, threshold, inverse_keep,
@@ -236,7 +237,7 @@ def small_backward(
     """As `backward.backward`, for sizes up to `tile`."""
     batch, heads, q_size, dim = q.shape
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    config = small_backward_config(tile, dim, q.dtype)
+    config = small_backward_config(tile, q.dtype)
     _small_backward_kernel[(batch * heads,)](
         q, k, v, grad_out, grad_lse, dq, dk, dv, words, q_lengths, k_lengths, seed,
         scale, scale * LOG2E.value, threshold, inverse_keep,

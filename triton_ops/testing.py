@@ -80,19 +80,23 @@ def make_case(
     q_lengths: Tensor | None = None,
     k_lengths: Tensor | None = None,
     time_first: bool = True,
+    gap: int = 0,
     use_lse: bool = False,
     device="cpu",
     **options,
 ) -> Case:
-    """Normal inputs, as (B, H, T, D) views of time-first tensors or contiguous; padding is poisoned with NaN."""
+    """Normal inputs, padded with NaN: (B, H, T, D) views of time-first tensors or of tensors in that order.
+
+    gap: elements between the end of a row and the next.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def tensor(size: int, lengths: Tensor | None) -> Tensor:
-        shape = (size, batch, heads, dim) if time_first else (batch, heads, size, dim)
-        x = torch.randn(shape, generator=generator)
+        shape = (size, batch, heads, dim + gap) if time_first else (batch, heads, size, dim + gap)
+        x = torch.randn(shape, generator=generator)[..., :dim]
         x = (x.permute(1, 2, 0, 3) if time_first else x).to(device=device, dtype=dtype)
         if lengths is not None:
-            x = x.masked_fill((torch.arange(size, device=device) >= lengths[:, None])[:, None, :, None], torch.nan)
+            x.masked_fill_((torch.arange(size, device=device) >= lengths[:, None])[:, None, :, None], torch.nan)
         return x
 
     q_lengths = None if q_lengths is None else q_lengths.to(device)

@@ -13,7 +13,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "libreoffice_help"
@@ -117,7 +117,6 @@ def test_align_pages():
     assert counts == {"aligned_by_sequence": 1, "in_one_language": 2, "without_text": 1}
 
 
-@settings(deadline=None)
 @given(st.text())
 def test_clean_is_one_plain_line(text):
     """Cleaned text is one line without control characters that fairseq or a line-based file could split at, and
@@ -278,7 +277,6 @@ def test_seen_ignores_case_and_punctuation_on_either_side():
 # ---------------------------------------------------------------- documents
 
 
-@settings(deadline=None)
 @given(
     st.lists(st.tuples(st.integers(0, 12), st.integers(0, 12)), min_size=1, max_size=30),
     st.integers(1, 20),

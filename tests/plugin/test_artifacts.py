@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from plugin.builders import random_masks, random_stats
 
@@ -20,7 +20,6 @@ from ap_fairseq.checkpoints import save_checkpoint
 from ap_fairseq.sites import AttentionKind
 
 
-@settings(deadline=None, derandomize=True)
 @given(st.integers(1, 100), st.integers(0, 2**32 - 1))
 def test_packing_is_invertible_on_the_host_and_on_the_device(n, seed):
     keep = np.random.default_rng(seed).random((2, 3, n)) < 0.5

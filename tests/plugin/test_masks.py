@@ -31,7 +31,7 @@ def effective(masks, stats, kind) -> float:
     return float((weight * ~masks.keep[kind]).sum() / weight.sum())
 
 
-@settings(deadline=None, derandomize=True, max_examples=60)
+@settings(max_examples=60)
 @given(
     share=st.floats(0, 0.7),
     scope=st.sampled_from(["kind", "layer", "head"]),

@@ -13,7 +13,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from ap_fairseq.beams import Beams
-from triton_ops import AttentionLayout, append_to_pool, backward, beam_search, decode, forward, ops, small
+from triton_ops import AttentionLayout, backward, beam_search, decode, forward, ops, small
 
 KERNELS = [
     forward._forward_kernel,
@@ -61,19 +61,30 @@ def attend(dtype, dim, tile, dropout_p, size, batch):
     ops.attention_backward_op(torch.empty_like(out), None, q, k, v, out, lse, *rest)
 
 
-def decode_step(dtype, dim, shared, size, batch, beam=3):
+def decode_steps(dtype, dim, size, batch, beam=3):
+    """With every kind of cache and every combination of tables."""
     lists = AttentionLayout.from_keep_mask(torch.ones(2, 8, size, dtype=torch.bool), tile=64).row_lists()
     q = torch.empty(batch, beam, 2, dim, dtype=dtype)
-    k = torch.empty(*((batch, 2, size, dim) if shared else (batch, beam, 2, size, dim)), dtype=dtype)
     lengths = torch.ones(batch, dtype=torch.int64)
-    ops.decode_op(q, k, k, *lists, torch.tensor([3]), size, lengths, None, None, None, 0.1)
+    rows, offsets = torch.zeros(batch, beam, size, dtype=torch.int32), torch.zeros(2, size, dtype=torch.int32)
+    starts = torch.zeros(batch, 2, dtype=torch.int64)
+    pool = torch.empty(size, 2, dim, dtype=dtype)
+    for k, *tables in [
+        (torch.empty(batch, beam, 2, size, dim, dtype=dtype), None, None, None),
+        (torch.empty(batch, 2, size, dim, dtype=dtype), None, None, None),
+        (pool, rows, None, None),
+        (pool[:, 0], rows, None, offsets),
+        (pool, None, starts[:, 0].contiguous(), None),
+        (pool[:, 0], None, starts, offsets),
+    ]:
+        ops.decode_op(q, k, k, *lists, torch.tensor([3]), size, lengths, *tables, 0.1)
 
 
 def search_step(size, batch, beam=3):
     beams = Beams((batch, size, size), beam, [2], [2], torch.device("cpu"), kernels=True)
     beams.advance(batch, torch.zeros(batch * beam, 96), torch.zeros(96), eos=2)
     kv, pool = torch.empty(batch * beam, 2, 2, 32), torch.empty(size, 2, 32)
-    append_to_pool(kv, pool, beams.offsets, beams.step)
+    ops.append_step(kv, pool, beams.offsets, beams.step)
 
 
 def main():
@@ -85,8 +96,7 @@ def main():
 
     def lengths_seen(size, batch):
         attend(torch.bfloat16, 32, 64, 0.1, size, batch)
-        for shared in (False, True):
-            decode_step(torch.bfloat16, 32, shared, size, batch)
+        decode_steps(torch.bfloat16, 32, size, batch)
         search_step(size, batch)
 
     for size in (20, 50, 100, 300):

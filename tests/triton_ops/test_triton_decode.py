@@ -1,5 +1,6 @@
 """One decoding step against float64, and against the full forward pass row by row."""
 
+import hypothesis
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,7 +10,6 @@ from triton_ops import AttentionLayout, append_to_pool, block_sparse_attention, 
 from triton_ops.testing import assert_decode_within_budget
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-FIXED = settings(derandomize=True, deadline=None)
 VARIANTS = [(torch.float16, 64), (torch.bfloat16, 32), (torch.float32, 16), (torch.bfloat16, 96), (torch.float32, 128)]
 POOLS = ("none", "rows of all heads", "rows of each head")
 
@@ -18,22 +18,22 @@ POOLS = ("none", "rows of all heads", "rows of each head")
 def problems(draw):
     batch, beam, heads = draw(st.integers(1, 3)), draw(st.integers(1, 6)), draw(st.integers(1, 3))
     size, rows = draw(st.integers(1, 150)), draw(st.integers(1, 20))
-    density, pool = draw(st.sampled_from([0.0, 0.1, 0.6, 1.0])), draw(st.sampled_from(POOLS))
+    density, pool = draw(st.sampled_from([0.0, 0.1, 0.1, 0.6, 0.6, 1.0])), draw(st.sampled_from(POOLS))
     return batch, beam, heads, size, rows, density, pool, draw(st.integers(0, 10**6))
 
 
 def check(dtype, dim, shared, problem):
     """Within the eager error plus the rounding band of the kernels."""
-    batch, beam, heads, size, rows, density, pool, seed = problem
-    generator = torch.Generator().manual_seed(seed)
-    keep = torch.rand(heads if seed % 2 else 1, rows, size + seed % 3, generator=generator) < density
+    batch, beam, heads, size, rows, density, pool, number = problem
+    generator = torch.Generator().manual_seed(number)
+    keep = torch.rand(heads if number % 2 else 1, rows, size + number % 3, generator=generator) < density
     layout = AttentionLayout.from_keep_mask(keep.to(DEVICE), tile=64)
     q = torch.randn(batch, beam, heads, dim, generator=generator).to(DEVICE, dtype)
     shape = (batch, heads, size, dim) if shared else (batch, beam, heads, size, dim)
     k, v = (torch.randn(shape, generator=generator).to(DEVICE, dtype) for _ in range(2))
     lengths = torch.randint(0, size + 1, (batch,), generator=generator).to(DEVICE)
     stale = (torch.arange(size, device=DEVICE) >= lengths.view(-1, *[1] * (k.dim() - 2)))[..., None]
-    step = seed % rows
+    step = number % rows
     for x in (k, v):  # past the lengths, and where nothing is kept, caches hold whatever was there
         x.masked_fill_(stale, torch.nan).masked_fill_(~keep[:, step, :size, None].to(DEVICE), torch.nan)
     options = dict(k_lengths=lengths)
@@ -75,7 +75,9 @@ def pool_of_kept_cells(k, v, keep, generator, options):
 @pytest.mark.parametrize("shared", [False, True], ids=["per hypothesis", "per sentence"])
 @pytest.mark.parametrize(("dtype", "dim"), VARIANTS, ids=str)
 def test_decode_stays_within_the_float64_budget(dtype, dim, shared):
-    settings(FIXED, max_examples=12)(given(problems())(lambda problem: check(dtype, dim, shared, problem)))()
+    random_cases = given(problems())(lambda problem: check(dtype, dim, shared, problem))
+    # Other cases for each variant: hypothesis would draw the same for all.
+    hypothesis.seed(VARIANTS.index((dtype, dim)) + shared * len(VARIANTS))(settings(max_examples=20)(random_cases))()
 
 
 @pytest.mark.parametrize("backend", ["triton", "eager"])
@@ -122,26 +124,34 @@ def test_permuting_the_rows_equals_reordering_the_caches():
     assert torch.equal(moved, decode_attention(q, *pool, layout, 2, cache_rows=rows, backend="triton"))
 
 
-POOL = torch.zeros(99, 2, 16)
+POOL, ROWS = torch.zeros(99, 2, 16), torch.zeros(2, 4, 7, dtype=torch.int32)
 
 
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
         (dict(step=9), ValueError, r"\[0, 9\).*9"),
+        (dict(step=torch.tensor([-1])), ValueError, r"\[0, 9\).*-1"),
+        (dict(step=torch.tensor([3, 5])), ValueError, "one int32 or int64 on cpu, got 2 of torch.int64"),
+        (dict(step=torch.tensor([])), ValueError, "one int32 or int64 on cpu, got 0 of torch.float32"),
+        (dict(step=3.7), TypeError, "3.7"),
         (dict(k=torch.zeros(2, 3, 5, 30, 16)), ValueError, r"\(2, 4, 2, 30, 16\).*\(2, 3, 5, 30, 16\)"),
-        (dict(cache_rows=torch.zeros(2, 4, 7, dtype=torch.int32)), ValueError, r"\(2, 4, 2, 30, 16\) with 1"),
+        (dict(q=torch.zeros(2, 4, 2, 16).half()), TypeError, "float16, torch.float32"),
+        (dict(cache_rows=ROWS), ValueError, r"\(2, 4, 2, 30, 16\) with 1"),
         (dict(k=POOL), ValueError, r"\(99, 2, 16\) with 0"),
-        (dict(k=POOL, cache_rows=torch.zeros(2, 3, 7).long()), ValueError, r"\(2, 4, S\).*\(2, 3, 7\)"),
-        (dict(k=POOL[:, :1], cache_rows=torch.zeros(2, 4, 7).long()), ValueError, r"\(99, 2, 16\).*\(99, 1, 16\)"),
-        (dict(k=POOL, cache_starts=torch.zeros(2).long()), ValueError, "without k_lengths"),
-        (dict(k=POOL[:, 0], cache_rows=torch.zeros(2, 4, 7).long()), ValueError, r"\(99, 16\) with 1 .* without"),
+        (dict(k=POOL, cache_rows=ROWS[:, :3]), ValueError, r"\(2, 4, 7\).*\(2, 3, 7\)"),
+        (dict(k=POOL, cache_rows=ROWS.bool()), TypeError, "cache_rows.*bool"),
+        (dict(k=POOL, cache_rows=ROWS.to("meta")), ValueError, "cache_rows is on meta but q is on cpu"),
+        (dict(k=POOL[:, :1], cache_rows=ROWS), ValueError, r"\(99, 2, 16\).*\(99, 1, 16\)"),
+        (dict(k=POOL, cache_starts=ROWS[:, 0, 0]), ValueError, "needs k_lengths"),
+        (dict(k=POOL[:, 0], cache_rows=ROWS), ValueError, r"\(99, 16\) with 1 .* without"),
         (
-            dict(k=POOL[:, 0], cache_rows=torch.zeros(2, 4, 7).long(), cache_offsets=torch.zeros(2, 8).long()),
+            dict(k=POOL[:, 0], cache_rows=ROWS, cache_offsets=torch.zeros(2, 8).long()),
             ValueError,
-            r"\(2, 7\) integers, got \(2, 8\)",
+            r"cache_offsets.*\(2, 7\), got \(2, 8\)",
         ),
         (dict(k_lengths=torch.tensor([1, 31])), ValueError, r"\[0, 30\].*31"),
+        (dict(k=torch.zeros(2, 4, 2, 40, 16), k_lengths=torch.tensor([1, 31])), ValueError, r"\[0, 30\].*31"),
     ],
 )
 def test_bad_decode_arguments_are_refused_with_their_values(change, error, message):
@@ -168,8 +178,50 @@ def test_a_step_is_appended_where_the_table_says(kv_last):
     assert torch.equal(pool, expected)
 
 
-def test_a_step_that_does_not_fit_its_pool_is_refused_with_both_shapes():
-    with pytest.raises(ValueError, match=r"\(4, 2, 3, 16\) torch.float32, \(9, 2, 8\)"):
-        append_to_pool(
-            torch.zeros(4, 2, 3, 16), torch.zeros(9, 2, 8), torch.zeros(3, 5, dtype=torch.int32), torch.zeros(1).long()
-        )
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (dict(pool=torch.zeros(9, 2, 8)), ValueError, r"\(4, 2, 3, 16\), \(9, 2, 8\)"),
+        (dict(kv=torch.zeros(4, 3, 16)), ValueError, r"\(4, 3, 16\), \(9, 2, 16\)"),
+        (dict(offsets=torch.zeros(3).long()), ValueError, r"\(9, 2, 16\) and \(3,\)"),
+        (dict(pool=torch.zeros(9, 2, 16).half()), TypeError, "float32, torch.float16"),
+        (dict(offsets=torch.zeros(3, 5)), TypeError, "float32, torch.float32 and torch.float32"),
+        (dict(step=torch.zeros(2).long()), ValueError, "one int32 or int64 on cpu, got 2"),
+    ],
+)
+def test_a_step_that_does_not_fit_its_pool_is_refused_with_both_values(change, error, message):
+    arguments = dict(
+        kv=torch.zeros(4, 2, 3, 16), pool=torch.zeros(9, 2, 16), offsets=torch.zeros(3, 5).long(),
+        step=torch.zeros(1).long(),
+    )  # fmt: skip
+    with pytest.raises(error, match=message):
+        append_to_pool(**(arguments | change))
+
+
+@pytest.mark.parametrize("backend", ["triton", "eager"])
+def test_a_step_of_nothing_has_an_output_of_zeros(backend):
+    layout = AttentionLayout.from_keep_mask(torch.ones(1, 4, 5, dtype=torch.bool, device=DEVICE))
+    for batch, beam, size in [(0, 2, 5), (2, 0, 5), (2, 2, 0)]:
+        q, k = torch.ones(batch, beam, 2, 16, device=DEVICE), torch.ones(batch, 2, size, 16, device=DEVICE)
+        out = decode_attention(q, k, k, layout, 3, backend=backend)
+        assert out.shape == q.shape and not (out != (1 if size else 0)).any()
+    q, empty = torch.ones(2, 2, 1, 16, device=DEVICE), torch.ones(0, 1, 16, device=DEVICE)
+    nothing = torch.zeros(2, dtype=torch.int64, device=DEVICE)
+    out = decode_attention(q, empty, empty, layout, 3, cache_starts=nothing, k_lengths=nothing, backend=backend)
+    assert out.shape == q.shape and (out == 0).all()
+
+
+@pytest.mark.parametrize("backend", ["triton", "eager"])
+def test_a_step_has_no_gradient_and_takes_the_autocast_type(backend):
+    layout = AttentionLayout.from_keep_mask(torch.ones(1, 4, 5, dtype=torch.bool, device=DEVICE))
+    q = torch.randn(2, 2, 2, 16, device=DEVICE, requires_grad=True)
+    k = torch.randn(2, 2, 5, 16, device=DEVICE)
+
+    def step(q):
+        return decode_attention(q, k, k, layout, 3, backend=backend)
+
+    layout.prepare(decode=True)
+    for run in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+        assert not run(q).requires_grad
+    with torch.autocast(DEVICE, torch.bfloat16):
+        assert step(q).dtype == torch.bfloat16

@@ -180,6 +180,18 @@ def test_new_lengths_compile_nothing():
             out.sum().backward()
         cache = torch.randn(batch, 3, 2, size, 32, device=DEVICE, dtype=torch.bfloat16)
         decode_attention(cache[:, :, :, 0], cache, cache, layout, size - 1, k_lengths=lengths)
+        pool = cache.transpose(2, 3).flatten(0, 2)
+        rows = torch.zeros(batch, 3, size, dtype=torch.int32, device=DEVICE)
+        offsets = torch.zeros(2, size, dtype=torch.int32, device=DEVICE)
+        starts = torch.zeros(batch, 2, dtype=torch.int64, device=DEVICE)
+        for tables in (
+            dict(cache_rows=rows),
+            dict(cache_rows=rows, cache_offsets=offsets),
+            dict(cache_starts=starts[:, 0].contiguous()),
+            dict(cache_starts=starts, cache_offsets=offsets),
+        ):
+            kv = pool[:, 0] if "cache_offsets" in tables else pool
+            decode_attention(cache[:, :, :, 0], kv, kv, layout, size - 1, k_lengths=lengths, **tables)
 
     for size in (20, 50, 100, 300):
         call(size, 3)
@@ -211,6 +223,13 @@ def test_bad_arguments_are_refused_with_both_values():
     refused(ValueError, r"\[0, 1\).*1\.0", dropout_p=1.0)
     refused(ValueError, "-0.5", scale=-0.5)
     refused(ValueError, "'fastest'.*auto, triton, eager", backend="fastest")
+    refused(TypeError, "'5'", dropout_p=0.1, seed="5")
+    refused(
+        TypeError,
+        "float64, got torch.int64",
+        backend="eager",
+        **{n: x.detach().long() for n, x in zip("qkv", (q, k, v), strict=True)},
+    )
     refused(ValueError, "int32", dropout_p=0.1, seed=torch.tensor([1], dtype=torch.int32, device=DEVICE))
     refused(ValueError, "float64", **{n: x.double() for n, x in zip("qkv", (q, k, v), strict=True)})
     odd_size = torch.zeros(2, 2, 8, 24, device=DEVICE)
@@ -232,6 +251,7 @@ def test_lengths_beyond_the_tensor_are_clamped_on_a_gpu():
     assert torch.equal(*results)
 
 
+@ON_GPU
 def test_auto_takes_the_eager_back_end_for_what_the_kernels_do_not_take():
     layout, (q, k, v) = problem(8)
     x = [t.double() for t in (q, k, v)]

@@ -1,0 +1,60 @@
+"""Run every kernel once on small cases, compared with the eager reference: for compute-sanitizer, on a GPU.
+
+compute-sanitizer --tool memcheck python scripts/sanitize_kernels.py
+compute-sanitizer --tool racecheck python scripts/sanitize_kernels.py
+"""
+
+import torch
+
+from ap_fairseq.beams import Beams
+from triton_ops import AttentionLayout, append_to_pool, decode_attention
+from triton_ops.testing import assert_within_budget, block_mask, make_case
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # under TRITON_INTERPRET=1: that the script itself is right
+
+
+def random(*shape: int, seed: int = 1) -> torch.Tensor:
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def attention() -> None:
+    common = dict(heads=2, dim=64, dtype=torch.bfloat16, scale=0.125, dropout_p=0.1, use_lse=True, device=DEVICE)
+    for tile in (16, 32, 64, 128):
+        keep = block_mask(2, 150, 140, 16, 0.5, seed=tile) & (random(2, 150, 140) < 0.9)
+        lengths = dict(q_lengths=torch.tensor([150, 70]), k_lengths=torch.tensor([90, 140]))
+        assert_within_budget(make_case(batch=2, q_size=150, k_size=140, keep=keep, tile=tile, **lengths, **common))
+    for size in (32, 64, 128):
+        lengths = dict.fromkeys(("q_lengths", "k_lengths"), torch.tensor([size, size // 2, 0]))
+        keep = random(2, size, size) < 0.7
+        assert_within_budget(make_case(batch=3, q_size=size, k_size=size, keep=keep, causal=True, **lengths, **common))
+
+
+def decoding() -> None:
+    layout = AttentionLayout.from_keep_mask((random(2, 90, 90) < 0.5).to(DEVICE))
+    q = random(2, 3, 2, 64).to(DEVICE, torch.float16)
+    for shape in [(2, 3, 2, 90, 64), (2, 2, 90, 64)]:
+        k, v = (random(*shape, seed=seed).to(DEVICE, torch.float16) for seed in (2, 3))
+        ours, reference = (decode_attention(q, k, v, layout, 60, backend=name) for name in ("triton", "eager"))
+        torch.testing.assert_close(ours, reference, rtol=2e-2, atol=2e-2)
+
+
+def beam_search() -> None:
+    states = []
+    for kernels in (True, False):
+        beams = Beams((4, 40, 8), 5, [2, 3], [2], torch.device(DEVICE), kernels)
+        beams.begin(torch.ones(3, dtype=torch.int64, device=DEVICE), 30, 2)
+        for step in range(3):
+            beams.number_rows(4)
+            if kernels:
+                kv, pool = random(20, 2, 2, 64).to(DEVICE), torch.empty(1000, 2, 64, device=DEVICE)
+                append_to_pool(kv, pool, beams.offsets[:2], beams.step)
+            beams.advance(4, random(20, 500, seed=step).to(DEVICE), torch.zeros(500, device=DEVICE), 2)
+        states.append(beams)
+    torch.testing.assert_close(states[0].scores, states[1].scores)
+
+
+if __name__ == "__main__":
+    attention()
+    decoding()
+    beam_search()
+    print("all kernels agree with their reference")
