@@ -77,7 +77,7 @@ def pool_of_kept_cells(k, v, keep, generator, options):
 def test_decode_stays_within_the_float64_budget(dtype, dim, shared):
     random_cases = given(problems())(lambda problem: check(dtype, dim, shared, problem))
     # Other cases for each variant: hypothesis would draw the same for all.
-    hypothesis.seed(VARIANTS.index((dtype, dim)) + shared * len(VARIANTS))(settings(max_examples=20)(random_cases))()
+    hypothesis.seed(VARIANTS.index((dtype, dim)) + shared * len(VARIANTS))(settings(max_examples=24)(random_cases))()
 
 
 @pytest.mark.parametrize("backend", ["triton", "eager"])
