@@ -155,7 +155,8 @@ def block_sparse_attention(
     q: (B, H, Tq, D); k, v: (B, H, Tk, D): float16, bfloat16 or float32, any strides (views of time-first
         tensors need no copy as long as the D elements of a row are adjacent). D is 16, 32, 64, 96 or 128; the eager
         back end takes any, and float64. Under autocast they take the autocast type.
-    layout: of H heads or 1, with q_size >= Tq and k_size >= Tk; its upper left corner is used.
+    layout: of H heads or 1, with q_size >= Tq and k_size >= Tk; its upper left corner is used. Call its `prepare`
+        before a trace (torch.compile) or a capture (CUDA graphs).
     q_lengths, k_lengths: (B,) int32 or int64, valid positions from the left (right padding). Padded query
         rows give 0, padded keys and values are not read. On a GPU values are clamped to the sizes
         (`check_length_values` checks them).
