@@ -6,6 +6,7 @@ and ``pruned_translation`` and the model ``pruned_transformer`` with its archite
 
 from ap_fairseq.compat import (
     allow_fairseq_checkpoints,
+    compute_alignments_where_they_are_read,
     end_gloo_before_python,
     keep_integers_out_of_averages,
     require_fairseq,
@@ -17,6 +18,7 @@ require_fairseq()
 allow_fairseq_checkpoints()
 keep_integers_out_of_averages()
 end_gloo_before_python()
+compute_alignments_where_they_are_read()
 
 from ap_fairseq import models, tasks  # noqa: E402  (registration needs a checked fairseq)
 

@@ -302,7 +302,8 @@ class PrunedMultiheadAttention(MultiheadAttention):
         if self.max_rows is not None and not torch.is_tensor(cache.row) and cache.row >= self.max_rows:
             raise ValueError(
                 f"decoding step {cache.row} of a search of at most {self.max_rows} steps (--max-target-positions, or "
-                "the maximum length of the batch): the caches hold nothing for it"
+                "the maximum length of the batch): the caches hold nothing for it; use --task pruned_translation, or "
+                "raise the former: --model-overrides \"{'max_target_positions': N}\""
             )
         self.set_incremental_state(incremental_state, "attn_state", {"cache": cache})
 
@@ -328,10 +329,9 @@ class PrunedMultiheadAttention(MultiheadAttention):
             output = cache.attend(q, self.layout(*cache.extent), self.scaling)
         return output.unsqueeze(2), weights
 
-    def _column_ends(self) -> Callable[[], Tensor] | None:
-        """Return what tells, when asked, the last row that keeps each column of self-attention."""
-        n_rows = self.max_rows
-        return None if n_rows is None else lambda: self.last_rows(n_rows, n_rows)
+    def _column_ends(self) -> Callable[[int], Tensor] | None:
+        """Return what tells, when asked, the last row that keeps each of so many columns of self-attention."""
+        return None if self.max_rows is None else functools.partial(self.last_rows, self.max_rows)
 
     def _cross_cache(self, key: Tensor, key_padding: Tensor | None, n_hypotheses: int) -> CrossAttentionCache:
         last_rows = None if self.max_rows is None else self.last_rows(self.max_rows, key.size(0))

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import atexit
+import contextlib
 import functools
 import importlib
 import importlib.metadata
 import re
+from collections.abc import Callable
 
 import torch
 
@@ -89,6 +91,33 @@ def end_gloo_before_python() -> None:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             if torch.distributed.get_backend() == "gloo":
                 torch.distributed.destroy_process_group()
+
+
+def compute_alignments_where_they_are_read() -> None:
+    """Let pruned decoders compute attention weights for ``--print-alignment``, and for nothing else.
+
+    Stock decoders compute them in every pass outside of training. That fairseq prepares a model for generation with or
+    without them does not tell who reads them: the hub prepares it once for all calls.
+    """
+    from fairseq.sequence_generator import SequenceGeneratorWithAlignment
+    from fairseq.sequence_scorer import SequenceScorer
+
+    def wrap(generator: type, readers: Callable) -> None:
+        stock = generator.generate
+
+        @functools.wraps(stock)
+        def generate(self, models, sample, **kwargs):
+            with contextlib.ExitStack() as stack:
+                for decoder in [getattr(model, "decoder", None) for model in readers(self, models)]:
+                    if hasattr(decoder, "alignment_needed"):
+                        decoder.alignment_needed = True
+                        stack.callback(setattr, decoder, "alignment_needed", False)
+                return stock(self, models, sample, **kwargs)
+
+        generator.generate = generate
+
+    wrap(SequenceGeneratorWithAlignment, lambda generator, models: generator.model.models)
+    wrap(SequenceScorer, lambda scorer, models: models if scorer.compute_alignment else ())
 
 
 def drop_bettertransformer_copies(state_dict: dict) -> None:

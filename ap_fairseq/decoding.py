@@ -41,7 +41,8 @@ class SelfAttentionCache:
         pool: (R, 2, D), keys and values.
         rows: int32 (N, S): hypothesis n consists of row number rows[n, s] of each position s < length.
         offsets: int32 (H, S): row number 0 of position s and head h is this row of the pool.
-        last_rows: returns int64 (H, S'), the last mask row that keeps each column; None if all may be kept for ever.
+        last_rows: returns the last mask row that keeps each of the first S columns, int64 (H, S), for an S; None if all
+            may be kept for ever.
         length: cached positions, so the mask row of the next step.
         used: rows taken so far, from the start of the pool.
     """
@@ -49,12 +50,12 @@ class SelfAttentionCache:
     pool: Tensor
     rows: Tensor
     offsets: Tensor
-    last_rows: Callable[[], Tensor] | None = None
+    last_rows: Callable[[int], Tensor] | None = None
     length: int = 0
     used: int = 0
 
     @classmethod
-    def empty_like(cls, kv: Tensor, last_rows: Callable[[], Tensor] | None) -> SelfAttentionCache:
+    def empty_like(cls, kv: Tensor, last_rows: Callable[[int], Tensor] | None) -> SelfAttentionCache:
         """Make a cache for hypotheses with keys and values like *kv* (N, 2, H, D)."""
         n, _, heads, dim = kv.shape
         rows, offsets = (torch.zeros(size, FIRST_POSITIONS, dtype=torch.int32, device=kv.device) for size in (n, heads))
@@ -77,7 +78,7 @@ class SelfAttentionCache:
     def _make_room(self, n_new: int) -> None:
         readable = torch.ones_like(self.offsets[:, : self.length], dtype=torch.bool)
         if self.last_rows is not None:
-            readable = self.last_rows()[:, : self.length] >= self.length
+            readable = self.last_rows(self.length) >= self.length
         live = renumber_live(self.rows[:, : self.length])
         self.pool, self.used = compact(self.pool, self.offsets[:, : self.length], live, readable, n_new)
 

@@ -11,6 +11,7 @@ The rules of the search are those of ``fairseq.sequence_generator``: same hypoth
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 import math
@@ -47,13 +48,15 @@ LAG = 3  # steps that the host may run ahead of the device
 class PrunedSequenceGenerator(SequenceGenerator):
     """fairseq's generator; beam search over pruned transformers runs on static buffers and CUDA graphs.
 
-    Other searches and models use fairseq's own loop, which is logged once with the reason.
+    Other searches and models use fairseq's own loop, which is logged once with the reason; so does a CPU without
+    kernels, where batches rounded up to the size of buffers only cost time.
     """
+
+    needs_kernels = True  # tests of the rules of the search run without
 
     def __init__(self, models, tgt_dict, **kwargs):
         super().__init__(models, tgt_dict, **kwargs)
         self._decoder: _StaticDecoder | None = None
-        self._told: set[str] = set()
         # Penalties of every word that hold for all hypotheses (3, V): usually, too early to end, and at the end.
         penalty = torch.zeros(3, self.vocab_size)
         penalty[:, self.pad] = -math.inf
@@ -65,12 +68,14 @@ class PrunedSequenceGenerator(SequenceGenerator):
         penalty[_AT_MAX_LEN, others] = -math.inf
         self.penalty = penalty
 
-    def _not_covered(self, prefix_tokens, constraints) -> str | None:
+    def _not_covered(self, device: torch.device, prefix_tokens, constraints) -> str | None:
         """Why fairseq's own loop is needed, or None."""
         if type(self.search) is not BeamSearch:
             return f"the search {type(self.search).__name__}"
         if not all(isinstance(model, PrunedTransformerModel) for model in self.model.models):
             return "an ensemble with models other than pruned_transformer"
+        if not all(model.decoder.layers for model in self.model.models):
+            return "a decoder without layers"
         if any(model.decoder.adaptive_softmax is not None for model in self.model.models):
             return "adaptive softmax"
         if not all(layer.self_attn.self_attention for model in self.model.models for layer in model.decoder.layers):
@@ -81,6 +86,8 @@ class PrunedSequenceGenerator(SequenceGenerator):
             return "pruning at inference time (--attention-top-k, --attention-threshold)"
         if 2 * self.beam_size >= self.vocab_size:
             return f"a beam of {self.beam_size} with {self.vocab_size} words"
+        if self.needs_kernels and device.type == "cpu" and not self.runs_kernels(device):
+            return "decoding on a CPU without Triton kernels"
         options = {
             "prefix tokens (--prefix-size)": prefix_tokens is not None,
             "constraints": constraints is not None,
@@ -89,6 +96,11 @@ class PrunedSequenceGenerator(SequenceGenerator):
             "--match-source-len": self.match_source_len,
         }
         return next((name for name, given in options.items() if given), None)
+
+    def runs_kernels(self, device: torch.device) -> bool:
+        """Whether steps of decoding on *device* run on the kernels."""
+        module, dtype = self._decoder_modules()[0], next(self.model.models[0].parameters()).dtype
+        return use_kernels(module.backend, torch.empty(0, module.head_dim, dtype=dtype, device=device))
 
     def _sites(self):
         return [site for model in self.model.models for site in attention_sites(model)]
@@ -102,13 +114,12 @@ class PrunedSequenceGenerator(SequenceGenerator):
     def _generate(self, sample, prefix_tokens=None, constraints=None, bos_token=None):
         net_input = sample["net_input"]
         source = net_input["src_tokens"]
-        wanted = source.size(1) if self.match_source_len else int(self.max_len_a * source.size(1) + self.max_len_b)
-        max_len = min(wanted, self.max_len - 1)
-        reason = self._not_covered(prefix_tokens, constraints)
+        max_len = min(int(self.max_len_a * source.size(1) + self.max_len_b), self.max_len - 1)
+        if self.match_source_len:
+            max_len = source.size(1)
+        reason = self._not_covered(source.device, prefix_tokens, constraints)
         if reason is not None:
-            if reason not in self._told:
-                logger.info(f"fairseq's own generator is used: {reason} is not covered by pruned_translation's")
-                self._told.add(reason)
+            say_not_covered(reason)
             with decoding_at_most(max_len + 1, self._decoder_modules()):
                 return super()._generate(sample, prefix_tokens, constraints, bos_token)
 
@@ -126,6 +137,12 @@ class PrunedSequenceGenerator(SequenceGenerator):
             with torch.inference_mode(False):  # a later batch may come outside of it
                 self._decoder = _StaticDecoder(self, capacity, source.device)
         return self._decoder.search(encoder_outs, max_len, self.eos if bos_token is None else bos_token)
+
+
+@functools.cache
+def say_not_covered(reason: str) -> None:
+    """Log, once in a process, that a search is fairseq's."""
+    logger.info(f"fairseq's own generator is used: {reason} is not covered by pruned_translation's")
 
 
 _NORMAL, _BEFORE_MIN_LEN, _AT_MAX_LEN = range(3)
@@ -225,8 +242,7 @@ class _StaticDecoder:
         self.layouts: list[AttentionLayout] = []
         # Graphs hold addresses: of the parameters, and of the layouts, which must not be dropped before them.
         self.addresses = self._addresses()
-        module = self.self_sites[0]
-        kernels = use_kernels(module.backend, self.pools[module])
+        kernels = generator.runs_kernels(device)
         self.capture = kernels and device.type == "cuda"
         sizes = (capacity.sentences, capacity.positions, capacity.source_length)
         self.beams = Beams(sizes, self.beam, self_heads, cross_heads, device, kernels)

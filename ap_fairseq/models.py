@@ -191,6 +191,9 @@ class PrunedTransformerDecoderLayer(transformer_layer.TransformerDecoderLayerBas
         super().__init__(cfg, no_encoder_attn, add_bias_kv, add_zero_attn)
         self.need_attn = False
 
+    def make_generation_fast_(self, **kwargs):
+        """fairseq's hook before generation, which would set ``need_attn``."""
+
     def build_self_attention(self, embed_dim, cfg, add_bias_kv=False, add_zero_attn=False):
         if cfg.cross_self_attention:  # attends to source and target at once: neither kind, so it stays dense
             return super().build_self_attention(embed_dim, cfg, add_bias_kv, add_zero_attn)
@@ -283,15 +286,11 @@ class PrunedTransformerDecoder(TransformerDecoderBase):
     def __init__(self, cfg, dictionary, embed_tokens, no_encoder_attn=False, output_projection=None):
         super().__init__(cfg, dictionary, embed_tokens, no_encoder_attn, output_projection)
         self.dropout_module.module_name = "TransformerDecoder"
-        self.alignment_needed = True
+        self.alignment_needed = False  # set while fairseq reads alignments (`compat`)
 
     def build_decoder_layer(self, cfg, no_encoder_attn=False):
         layer = PrunedTransformerDecoderLayer(cfg, no_encoder_attn)
         return _wrap_layer(layer, cfg, transformer_layer.TransformerDecoderLayerBase)
-
-    def make_generation_fast_(self, need_attn: bool = False, **kwargs):
-        """fairseq's hook before generation; without ``--print-alignment`` nobody reads attention weights."""
-        self.alignment_needed = need_attn
 
     def extract_features(
         self,

@@ -144,6 +144,8 @@ def test_alignments_come_back_in_the_callers_columns():
     """Column j of the weights must be column j of the source as it was passed in, left padding included."""
     model = pruned_model(random_masks(0.7), WORDS)
     lengths, target = [5, 2, 7], targets([4, 4, 4])
+    assert model(batch(lengths, WORDS, left=True), None, target)[1]["attn"] == [None]  # nobody reads them in validation
+    model.decoder.alignment_needed = True
     weights = {}
     for left in (True, False):
         source = batch(lengths, WORDS, left=left)

@@ -18,6 +18,13 @@ WORDS = dictionary(30)
 SIZES = dict(encoder_embed_dim=32, decoder_embed_dim=32, decoder_input_dim=32, decoder_output_dim=32)
 
 
+@pytest.fixture(autouse=True)
+def _also_without_kernels(monkeypatch):
+    """The rules of the search, which are faster to test without the interpreter."""
+    monkeypatch.setattr(PrunedSequenceGenerator, "needs_kernels", False)
+    generation.say_not_covered.cache_clear()
+
+
 def models(n: int = 1, sparsity: float = 0.6, **options):
     made = []
     for seed in range(n):

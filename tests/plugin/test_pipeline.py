@@ -15,6 +15,7 @@ from ap_fairseq.artifacts import AttentionStats, PruningMasks, load_checkpoint
 from ap_fairseq.cli import apply, evaluate, record
 from ap_fairseq.cli import masks as cli_masks
 from ap_fairseq.sites import AttentionKind
+from ap_fairseq.tasks import PrunedTranslationTask
 
 
 def hypotheses(log: str) -> dict[int, tuple[float, str]]:
@@ -83,15 +84,23 @@ def test_all_kept_masks_translate_as_stock_fairseq_does(data_bin, dense, all_kep
 
 
 def test_the_task_pruned_translation_translates_as_stock_fairseq_does(data_bin, dense, all_kept):
-    expected = hypotheses(generate(data_bin, dense))
-    log = generate(data_bin, all_kept, "--task", "pruned_translation")
-    found = hypotheses(log)
-    assert {n: tokens for n, (_, tokens) in found.items()} == {n: tokens for n, (_, tokens) in expected.items()}
-    for n, (score, _) in expected.items():
-        assert found[n][0] == pytest.approx(score, abs=1e-4)
-    assert "fairseq's own generator" not in log
-    log = generate(data_bin, all_kept, "--task", "pruned_translation", "--prefix-size", 1, subset="valid")
-    assert log.count("fairseq's own generator is used: prefix tokens (--prefix-size)") == 1
+    """On a CPU by the kernels, interpreted; without them by fairseq's own generator, which is said."""
+    task, short = ["--task", "pruned_translation"], ["--beam", 2, "--max-len-a", 0, "--max-len-b", 4]
+    kernels = [*task, "--model-overrides", "{'attention_backend': 'triton'}"]
+    expected = hypotheses(generate(data_bin, dense, *short, subset="valid"))
+    for flags, told in [
+        (kernels, None),
+        (task, "decoding on a CPU without Triton kernels"),
+        ([*kernels, "--match-source-len"], "the search LengthConstrainedBeamSearch"),
+        ([*task, "--print-alignment"], "--print-alignment"),
+    ]:
+        log = generate(data_bin, all_kept, *short, *flags, subset="valid")
+        if "--match-source-len" not in flags:
+            found = hypotheses(log)
+            assert {n: tokens for n, (_, tokens) in found.items()} == {n: tokens for n, (_, tokens) in expected.items()}
+            assert all(found[n][0] == pytest.approx(score, abs=1e-4) for n, (score, _) in expected.items())
+        assert log.count("fairseq's own generator") == (told is not None)
+        assert told is None or f"fairseq's own generator is used: {told} is not covered" in log
 
 
 def test_the_task_pruned_translation_trains_with_eval_bleu(data_bin, masks_file, tmp_path):
@@ -217,6 +226,25 @@ def test_interactive_and_from_pretrained_translate_alike(data_bin, tuned, toy_te
     assert [hub.translate(line, beam=3) for line in source] == [generated[n][1] for n in range(6)]
 
 
+def test_the_hub_keeps_its_generator_and_aligns_as_stock_does(data_bin, dense, all_kept, toy_text):
+    """fairseq prepares hub models once, for calls with and without alignments."""
+    from fairseq.models.transformer import TransformerModel
+
+    lines = (toy_text / "test.en").read_text().splitlines()[:3]
+    stock, ours = (
+        TransformerModel.from_pretrained(str(path.parent), path.name, str(data_bin)) for path in (dense, all_kept)
+    )
+    stock.task, ours.task = (PrunedTranslationTask(h.task.cfg, h.task.src_dict, h.task.tgt_dict) for h in (stock, ours))
+    found, expected = (h.generate([h.encode(x) for x in lines], beam=3, print_alignment="hard") for h in (ours, stock))
+    for mine, theirs in zip(found, expected, strict=True):
+        assert [h["alignment"] for h in mine] == [h["alignment"] for h in theirs] and mine[0]["alignment"]
+    assert not ours.models[0].decoder.alignment_needed
+
+    generators = [ours.task.build_generator(ours.models, argparse.Namespace(beam=beam)) for beam in (3, 3, 4)]
+    assert generators[0] is generators[1] and generators[2] is not generators[1]
+    assert [ours.translate(x, beam=3) for x in lines] == [stock.translate(x, beam=3) for x in lines]
+
+
 def test_validate_runs_a_pruned_checkpoint(data_bin, tuned):
     flags = ["--path", tuned / "checkpoint_last.pt", "--valid-subset", "valid", "--cpu", "--max-tokens", 2000]
     log = run("fairseq-validate", data_bin, *PLUGIN, "--task", "translation", *flags)
@@ -227,14 +255,39 @@ def test_validate_runs_a_pruned_checkpoint(data_bin, tuned):
     "search",
     [
         ["--sampling", "--nbest", 3, "--seed", 3],
+        ["--sampling", "--sampling-topp", 0.9, "--nbest", 3, "--seed", 3],
         ["--diverse-beam-groups", 3],
+        ["--diversity-rate", 0.5],
         ["--prefix-size", 2],
+        ["--no-repeat-ngram-size", 2],
+        ["--match-source-len"],
         ["--score-reference"],
     ],
 )
 def test_every_search_agrees_with_stock_fairseq_under_all_kept_masks(data_bin, dense, all_kept, search):
     stock, ours = (hypotheses(generate(data_bin, path, *search, subset="valid")) for path in (dense, all_kept))
     assert {n: h for n, (_, h) in stock.items()} == {n: h for n, (_, h) in ours.items()} and len(stock) == 60
+    assert all(ours[n][0] == pytest.approx(score, abs=1e-4) for n, (score, _) in stock.items())
+
+
+@pytest.mark.parametrize("task", ["translation", "pruned_translation"])
+def test_constraints_are_met_as_in_stock_fairseq(data_bin, dense, all_kept, toy_text, task):
+    lines = [f"{source}\tneue" for source in (toy_text / "test.en").read_text().splitlines()[:5]]
+    logs = []
+    for path, its_task in ((dense, "translation"), (all_kept, task)):
+        flags = ["--path", path, "--task", its_task, "--constraints", "--cpu", "--beam", 3, "--source-lang", "en"]
+        text = "\n".join(lines) + "\n"
+        logs.append(run("fairseq-interactive", data_bin, *PLUGIN, *flags, "--target-lang", "de", input=text))
+    stock, ours = map(hypotheses, logs)
+    assert {n: h for n, (_, h) in stock.items()} == {n: h for n, (_, h) in ours.items()} and len(stock) == 5
+    assert all("neue" in tokens for _, tokens in ours.values())
+
+
+@pytest.mark.parametrize("task", ["translation", "pruned_translation"])
+def test_an_ensemble_with_a_dense_model_gives_what_two_dense_models_give(data_bin, dense, all_kept, task):
+    expected = hypotheses(generate(data_bin, f"{dense}:{dense}", subset="valid"))
+    found = hypotheses(generate(data_bin, f"{dense}:{all_kept}", "--task", task, subset="valid"))
+    assert {n: h for n, (_, h) in found.items()} == {n: h for n, (_, h) in expected.items()}
 
 
 def test_an_ensemble_of_pruned_and_dense_models_translates(data_bin, dense, tuned):
