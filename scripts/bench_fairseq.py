@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Benchmark training and translation: stock fairseq against the plugin, one process per system, in turns.
+"""Benchmark training and translation: stock fairseq against the plugin, one process per system, in turns (--rounds).
 
     python scripts/bench_fairseq.py DATA_BIN --out scripts/bench_fairseq.h100.json    # every system, default cases
     python scripts/bench_fairseq.py DATA_BIN --systems stock kept --cases sentences --profile
@@ -23,15 +23,16 @@ Parameters are those of a checkpoint (--path, a dense transformer) or random, th
 parameters nothing ends early: every batch is translated to the length of its longest source, so that all systems take
 the same number of steps. Pages are cut to exactly the tokens of the case, so that training on them sees one shape of
 batch. Translation is timed once from a cold start (graph capture and the first compilation of kernels included) and
-then warm; the median of the warm passes counts. Training steps are those of fairseq's Trainer.
+then warm; the median of the warm passes counts, and the median of the rounds of them. Training steps are those of
+fairseq's Trainer.
 
 Peak memory is what torch allocated at most in the measured passes, parameters and optimizer included, and what captured
 graphs hold for their replays, which torch does not count as allocated; beside it what torch reserved, with what it did
 not give back. --profile adds where the time of a GPU goes: of a few more updates, or the first steps of a batch,
 without the profiler for the wall time and with it for the kernels.
 
-On a CPU (--device cpu) precision is fp32, all systems use fairseq's own search, as the plugin does there without
-Triton, and memory is not measured.
+On a CPU (--device cpu) precision is fp32, all systems use fairseq's own search, as pruned_translation does there, and
+memory is not measured.
 """
 
 from __future__ import annotations
@@ -116,7 +117,7 @@ class Workload:
         positions = str(max(1024, page + 2))
         flags = [
             self.options.data, "--arch", arch, "--share-all-embeddings",
-            "--task", "translation" if self.stock or train or self.device.type == "cpu" else "pruned_translation",
+            "--task", "translation" if self.stock or train else "pruned_translation",
             "--max-source-positions", positions, "--max-target-positions", positions, "--dropout", "0.3",
             "--optimizer", "adam", "--lr", "5e-4", "--criterion", "label_smoothed_cross_entropy",
             "--label-smoothing", "0.1", "--max-tokens", "16384", "--seed", "1",
@@ -356,17 +357,33 @@ def work(options: argparse.Namespace) -> None:
 
 
 def measure(options: argparse.Namespace) -> Iterator[dict]:
-    """Yield the results of every system as its process prints them."""
+    """Yield the results of every system as its process prints them, round by round."""
     passed = ("arch", "precision", "repeats", "device", "limit", "max_tokens", "path", "commit")
     given = [(name, getattr(options, name)) for name in passed if getattr(options, name)]
     flags = [text for name, value in given for text in (f"--{name.replace('_', '-')}", str(value))]
     flags += ["--profile"] if options.profile else []
-    for system in options.systems:
+    for _, system in itertools.product(range(options.rounds), options.systems):
         command = [sys.executable, __file__, options.data, "--worker", system, *flags, "--cases", *options.cases]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
             yield from (json.loads(line) for line in process.stdout if line.startswith("{"))
         if process.returncode:
             yield dict(case="-", system=system, error=f"the process ended with status {process.returncode}")
+
+
+def median_rows(rows: Sequence[dict]) -> list[dict]:
+    """Of the rounds of each case and system the median one, with the seconds of all (``rounds``); and all errors."""
+    groups: dict[tuple[str, str], list[dict]] = {}
+    for row in rows:
+        groups.setdefault((row["case"], row["system"]), []).append(row)
+    chosen = []
+    for group in groups.values():
+        measured = [row for row in group if "error" not in row]
+        chosen += [row for row in group if "error" in row]
+        if measured:
+            seconds = [row["seconds"] for row in measured]
+            median = next(row for row in measured if row["seconds"] == statistics.median_low(seconds))
+            chosen.append(median | (dict(rounds=seconds) if len(seconds) > 1 else {}))
+    return chosen
 
 
 def cells(values) -> str:
@@ -375,13 +392,15 @@ def cells(values) -> str:
 
 def table(report: dict, systems: Sequence[str] = SYSTEMS) -> str:
     """One Markdown row per case and system, with ratios to the stock system; and where time goes, if profiled."""
+    header = ["case", "system", "target tokens/s", "ratio", "sentences/s"]
+    header += ["peak memory", "ratio", "reserved", "ratio", "cold start"]
     lines = [
         f"{report['device']}, torch {report['torch']}, triton {report['triton']}, {report['arch']}, "
         f"{report['precision']}, commit {report['commit']}: `{report['command']}`",
         *([report["note"]] if "note" in report else []),
         "",
-        "| case | system | target tokens/s | ratio | peak memory | ratio | reserved | ratio | cold start |",
-        "|---|---|---|---|---|---|---|---|---|",
+        cells(header),
+        cells(["---"] * len(header)).replace(" ", ""),
     ]
     rows = [row for case in CASES for row in report["rows"] if row["case"] == case and row["system"] in systems]
     stock = {row["case"]: row for row in rows if row["system"] == "stock"}
@@ -393,7 +412,8 @@ def table(report: dict, systems: Sequence[str] = SYSTEMS) -> str:
         )
         cold = f"{row['cold_seconds']:.1f} s, warm {row['seconds']:.1f} s" if row.get("cold_seconds") else ""
         sizes = [f"{row[key] / 2**30:.2f} GiB" if row.get(key) else "" for key in ("peak_bytes", "reserved_bytes")]
-        columns = [row["case"], row["system"], f"{row['tokens_per_s']:,.0f}", speed]
+        sentences = f"{row['sentences_per_s']:,.1f}" if "sentences_per_s" in row else ""
+        columns = [row["case"], row["system"], f"{row['tokens_per_s']:,.0f}", speed, sentences]
         lines.append(cells([*columns, sizes[0], memory, sizes[1], reserved, cold]))
     lines += profile_table([row for row in rows if "profile" in row])
     lines += [f"\n{row['system']}: {row['error']}" for row in report["rows"] if "error" in row]
@@ -429,7 +449,8 @@ def main() -> None:
         "--cases", nargs="+", choices=CASES, default=default, metavar="CASE",
         help=f"{', '.join(CASES)}; default: all but {', '.join(NOT_BY_DEFAULT)}",
     )  # fmt: skip
-    parser.add_argument("--repeats", type=int, default=3, help="timed passes; their median counts (default: 3)")
+    parser.add_argument("--rounds", type=int, default=3, help="of all systems in turns (default: 3)")
+    parser.add_argument("--repeats", type=int, default=1, help="timed passes of each round (default: 1)")
     parser.add_argument("--limit", type=int, help="at most so many sentences or pages in every case")
     parser.add_argument("--max-tokens", type=int, help=f"of the cases that train (default: {TRAIN_TOKENS})")
     parser.add_argument("--profile", action="store_true", help="add where the time of the GPU goes")
@@ -456,8 +477,10 @@ def main() -> None:
         precision=options.precision, parameters=options.path or "random", command=shlex.join(["python", *sys.argv]),
         time=datetime.now(UTC).isoformat(timespec="seconds"), commit=options.commit, rows=[],
     )  # fmt: skip
+    rows = []
     for row in measure(options):
-        report["rows"].append(row)
+        rows.append(row)
+        report["rows"] = median_rows(rows)
         print(f"{row['system']}, {row['case']}", file=sys.stderr, flush=True)
         if options.out:  # after every row: a run that is cut short keeps what it measured
             options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")

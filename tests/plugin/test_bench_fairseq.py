@@ -17,7 +17,7 @@ def test_systems_translate_and_train_on_a_cpu(data_bin, tmp_path):
     out = tmp_path / "rows.json"
     printed = run(
         *[sys.executable, ROOT / "scripts/bench_fairseq.py", data_bin, "--device", "cpu", "--limit", 6],
-        *["--arch", "transformer_tiny", "--repeats", 1, "--max-tokens", 200, "--commit", "abc1234", "--out", out],
+        *["--arch", "transformer_tiny", "--rounds", 2, "--max-tokens", 200, "--commit", "abc1234", "--out", out],
         *["--systems", "stock", "80", "--cases", "sentences", "train sentences"],
     )
     report = json.loads(out.read_text(encoding="utf-8"))
@@ -25,6 +25,7 @@ def test_systems_translate_and_train_on_a_cpu(data_bin, tmp_path):
         (system, case) for system in ("stock", "80") for case in ("sentences", "train sentences")
     ]
     assert all(row["commit"] == "abc1234" and row["tokens_per_s"] > 0 for row in report["rows"])
+    assert all(len(row["rounds"]) == 2 and row["seconds"] == min(row["rounds"]) for row in report["rows"])
     translated = [row for row in report["rows"] if row["kind"] == "translate"]
     assert [row["sentences"] for row in translated] == [6, 6] and len({row["tokens"] for row in translated}) == 1
     assert bench.table(report) in printed
@@ -86,8 +87,14 @@ def test_the_tables_hold_ratios_and_profiles():
         device="a GPU", torch="2", triton="3", arch="tiny", precision="fp16", commit="c", command="x", rows=rows
     )
     lines = bench.table(report).splitlines()
-    assert "| sentences | kept | 450 | 4.50 | 0.50 GiB | 0.50 | 1.00 GiB | 0.50 | 3.0 s, warm 1.0 s |" in lines
+    assert "| sentences | kept | 450 | 4.50 |  | 0.50 GiB | 0.50 | 1.00 GiB | 0.50 | 3.0 s, warm 1.0 s |" in lines
     assert "| sentences | kept | step | 500.00 | 80% | 15 | 16 | 100.00 | 200.00 | 50.00 | 50.00 |" in lines
+
+
+def test_the_median_round_counts_and_errors_stay():
+    rows = [dict(case="a", system="stock", seconds=seconds, peak_bytes=seconds) for seconds in (3.0, 1.0, 2.0)]
+    rows.insert(1, dict(case="-", system="kept", error="died"))
+    assert bench.median_rows(rows) == [rows[3] | dict(rounds=[3.0, 1.0, 2.0]), rows[1]]
 
 
 def test_what_a_cpu_cannot_do_is_refused():
