@@ -1,4 +1,4 @@
-"""Packaging of ap-fairseq. Tool configuration (pytest, ruff, mypy) lives in pyproject.toml."""
+"""Packaging of ap-fairseq. Tool configuration (pytest, ruff) lives in pyproject.toml."""
 
 from pathlib import Path
 
@@ -32,7 +32,7 @@ setup(
     extras_require={
         "moses": ["sacremoses"],  # ap-evaluate --tokenized-bleu
         "dev": [
-            "pytest", "pytest-xdist", "hypothesis", "selenium", "tensorboardX", "sacremoses", "ruff", "mypy",
+            "pytest", "pytest-xdist", "hypothesis", "selenium", "tensorboardX", "sacremoses", "ruff",
         ],
     },
     entry_points={

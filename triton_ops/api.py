@@ -289,12 +289,13 @@ def decode_attention(
         expected = (batch, heads, k.size(-2), dim) if k.dim() == 4 else (batch, beam, heads, k.size(-2), dim)
     if k.shape != expected:
         raise ValueError(f"k and v must be {expected} to fit q {tuple(q.shape)}, got {tuple(k.shape)}")
-    size = k.size(-2)
+    size = layout.k_size if cache_starts is not None else k.size(-2)
     if cache_rows is not None:
-        size = cache_rows.size(-1) if cache_rows.dim() == 3 else 0
+        size = cache_rows.size(-1) if cache_rows.dim() else 0
         cache_rows = _integers("cache_rows", cache_rows, (batch, beam, size), q.device)
+    elif cache_offsets is not None:
+        size = cache_offsets.size(-1) if cache_offsets.dim() else 0
     if cache_starts is not None:
-        size = layout.k_size if cache_offsets is None else cache_offsets.size(-1) if cache_offsets.dim() == 2 else 0
         starts = (batch,) if cache_offsets is None else (batch, heads)
         cache_starts = _integers("cache_starts", cache_starts, starts, q.device)
         if k_lengths is None:
