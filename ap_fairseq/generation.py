@@ -105,9 +105,11 @@ class PrunedSequenceGenerator(SequenceGenerator):
     def _sites(self):
         return [site for model in self.model.models for site in attention_sites(model)]
 
+    def _pruned_models(self) -> list[PrunedTransformerModel]:
+        return [model for model in self.model.models if isinstance(model, PrunedTransformerModel)]
+
     def _decoder_modules(self) -> list[PrunedMultiheadAttention]:
-        pruned = [model for model in self.model.models if isinstance(model, PrunedTransformerModel)]
-        sites = [site for model in pruned for site in attention_sites(model)]
+        sites = [site for model in self._pruned_models() for site in attention_sites(model)]
         return [module for (kind, _), module in sites if kind is not AttentionKind.ENCODER_SELF]
 
     @torch.no_grad()
@@ -117,6 +119,8 @@ class PrunedSequenceGenerator(SequenceGenerator):
         max_len = min(int(self.max_len_a * source.size(1) + self.max_len_b), self.max_len - 1)
         if self.match_source_len:
             max_len = source.size(1)
+        for model in self._pruned_models():  # --eval-bleu does not prepare them for inference
+            model.say_what_caches_hold()
         reason = self._not_covered(source.device, prefix_tokens, constraints)
         if reason is not None:
             say_not_covered(reason)

@@ -397,6 +397,7 @@ class PrunedTransformerModel(TransformerModelBase):
         super().__init__(cfg, encoder, decoder)
         self.register_buffer("mask_metadata", torch.zeros(0, dtype=torch.int64))
         self._masks_are_explicit = False
+        self._said_what_caches_hold = False
         self._logged_sparsity: dict[str, float] = {}  # effective sparsity of each kind, for the training logs
         self._graphs: TrainingGraphs | None = None
         self._use_graphs = cfg.cuda_graphs == "auto"
@@ -501,7 +502,13 @@ class PrunedTransformerModel(TransformerModelBase):
     def prepare_for_inference_(self, cfg):
         """fairseq's hook before generation: logs what the masks save in the caches."""
         super().prepare_for_inference_(cfg)
-        logger.info(describe_caches(self))
+        self.say_what_caches_hold()
+
+    def say_what_caches_hold(self) -> None:
+        """Log, once, what the masks save in the caches of decoding."""
+        if not self._said_what_caches_hold:
+            self._said_what_caches_hold = True
+            logger.info(describe_caches(self))
 
     def masks_sha256(self) -> str:
         """Hash the masks themselves, from the buffers."""

@@ -108,6 +108,7 @@ def test_the_task_pruned_translation_trains_with_eval_bleu(data_bin, masks_file,
     flags += ["sentencepiece", "--eval-bleu-args", '{"beam": 2, "max_len_b": 10}']
     log = train(data_bin, tmp_path, *flags, arch="pruned_transformer", updates=3)
     assert re.search(r"valid_bleu|\| bleu [0-9]", log)
+    assert log.count("caches hold what") == 1
 
 
 def test_all_kept_masks_train_as_stock_fairseq_does(data_bin, stats_file, tmp_path):
