@@ -102,15 +102,14 @@ class PrunedSequenceGenerator(SequenceGenerator):
         module, dtype = self._decoder_modules()[0], next(self.model.models[0].parameters()).dtype
         return use_kernels(module.backend, torch.empty(0, module.head_dim, dtype=dtype, device=device))
 
-    def _sites(self):
-        return [site for model in self.model.models for site in attention_sites(model)]
-
     def _pruned_models(self) -> list[PrunedTransformerModel]:
         return [model for model in self.model.models if isinstance(model, PrunedTransformerModel)]
 
+    def _sites(self):
+        return [site for model in self._pruned_models() for site in attention_sites(model)]
+
     def _decoder_modules(self) -> list[PrunedMultiheadAttention]:
-        sites = [site for model in self._pruned_models() for site in attention_sites(model)]
-        return [module for (kind, _), module in sites if kind is not AttentionKind.ENCODER_SELF]
+        return [module for (kind, _), module in self._sites() if kind is not AttentionKind.ENCODER_SELF]
 
     @torch.no_grad()
     def _generate(self, sample, prefix_tokens=None, constraints=None, bos_token=None):
