@@ -1,11 +1,12 @@
 """Packaging of ap-fairseq. Tool configuration (pytest, ruff) lives in pyproject.toml."""
 
+import runpy
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
-VERSION = "0.1.0"
+VERSION = runpy.run_path(str(ROOT / "ap_fairseq" / "version.py"))["__version__"]
 
 setup(
     name="ap-fairseq",
@@ -32,7 +33,13 @@ setup(
     extras_require={
         "moses": ["sacremoses"],  # ap-evaluate --tokenized-bleu
         "dev": [
-            "pytest", "pytest-xdist", "hypothesis", "selenium", "tensorboardX", "sacremoses", "ruff",
+            "pytest",
+            "pytest-xdist",
+            "hypothesis",
+            "selenium",
+            "tensorboardX",
+            "sacremoses",
+            "ruff",
         ],
     },
     entry_points={

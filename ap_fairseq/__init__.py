@@ -1,25 +1,14 @@
-"""Attention Pruning for fairseq machine translation.
+"""Attention Pruning for fairseq.
 
-Importing this package, or naming its folder with fairseq's ``--user-dir``, registers the tasks ``attention_recording``
-and ``pruned_translation`` and the model ``pruned_transformer`` with its architectures.
+Imported where fairseq is loaded, as by ``--user-dir``, the package registers its tasks and models. What needs numpy
+only, such as ``ap-masks``, imports it without fairseq; a Python program names ``ap_fairseq.plugin`` to register.
 """
 
-from ap_fairseq.compat import (
-    allow_fairseq_checkpoints,
-    compute_alignments_where_they_are_read,
-    end_gloo_before_python,
-    keep_integers_out_of_averages,
-    require_fairseq,
-)
+import sys
 
-__version__ = "0.1.0"
+from ap_fairseq.version import __version__
 
-require_fairseq()
-allow_fairseq_checkpoints()
-keep_integers_out_of_averages()
-end_gloo_before_python()
-compute_alignments_where_they_are_read()
+if "fairseq" in sys.modules:
+    import ap_fairseq.plugin  # noqa: F401
 
-from ap_fairseq import models, tasks  # noqa: E402  (registration needs a checked fairseq)
-
-__all__ = ["__version__", "models", "tasks"]
+__all__ = ["__version__"]

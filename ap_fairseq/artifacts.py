@@ -6,146 +6,20 @@ in the target folder and renamed, so that a file of the final name is always who
 
 from __future__ import annotations
 
-import errno
-import hashlib
 import json
 import os
-import platform
-import shutil
-import tempfile
-from collections.abc import Iterable, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import safetensors
 import safetensors.numpy
-import torch
 
+from ap_fairseq.files import ArtifactError, atomic_output, not_written
 from ap_fairseq.sites import AttentionKind
 
 CELLS_PER_WORD = 32
-
-
-class ArtifactError(ValueError):
-    """A statistics, mask or checkpoint file is missing, damaged, or does not belong to what it is used with."""
-
-
-# -- files ------------------------------------------------------------------------------------------------------------
-
-
-def refuse_existing(path: str | os.PathLike, overwrite: bool, inputs: Iterable[str | os.PathLike] = ()) -> None:
-    """Raise :class:`ArtifactError` if *path* exists and *overwrite* is not set, or if it can never be written.
-
-    Called before hours of work as well as by the writers, so that a bad output path costs nothing.
-
-    Args:
-        inputs: files that are read, none of which may be *path* even with *overwrite*.
-    """
-    path = Path(path)
-    for file in inputs:
-        if path.exists() and os.path.exists(file) and os.path.samefile(path, file):
-            raise ArtifactError(f"output {path} is the input {file}; choose another name")
-    if path.is_dir():
-        raise ArtifactError(f"output {path} is a directory; name a file")
-    if path.exists() and not overwrite:
-        raise ArtifactError(f"output {path} exists; pass --overwrite to replace it or choose another name")
-    parent = path.parent
-    if not parent.is_dir():
-        raise ArtifactError(f"cannot write {path}: folder {parent} does not exist; create it first")
-    if not os.access(parent, os.W_OK):
-        raise ArtifactError(f"cannot write {path}: no permission to write in folder {parent}")
-
-
-@contextmanager
-def atomic_output(path: str | os.PathLike, overwrite: bool = False):
-    """Yield a temporary path beside *path* that becomes *path* when the block ends without an exception.
-
-    Raises:
-        ArtifactError: also if the disk is full.
-    """
-    refuse_existing(path, overwrite)
-    path = Path(path)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    os.close(handle)
-    try:
-        yield Path(temporary)
-        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes private files; users expect their umask
-        os.replace(temporary, path)
-    except BaseException as error:
-        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        reported = not_written(path, error) if full else None  # before the file makes room
-        Path(temporary).unlink(missing_ok=True)
-        if reported:
-            raise reported from error
-        raise
-
-
-def not_written(path: str | os.PathLike, reason: object) -> ArtifactError:
-    """Return the error for a file whose writing failed, with the space on its disk."""
-    free = shutil.disk_usage(Path(path).parent).free
-    return ArtifactError(f"{path} could not be written: {reason}; {free:,} bytes are free on its disk")
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def file_sha256(path: str | os.PathLike) -> str:
-    """Return the SHA-256 of a file as a hexadecimal string."""
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def load_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
-    """Load a fairseq checkpoint on the CPU with torch's safe loader.
-
-    Raises:
-        ArtifactError: if the file is missing, unreadable or no fairseq checkpoint.
-    """
-    if not os.path.isfile(path):
-        raise ArtifactError(f"checkpoint {path} does not exist")
-    try:
-        state = torch.load(path, map_location="cpu")
-    except Exception as error:  # the unpickler raises whatever the bytes lead it to
-        # torch's safe loader wraps its reason in instructions to turn it off.
-        reasons = [line.strip() for line in str(error).splitlines()] or [type(error).__name__]
-        reason = next((line for line in reasons if line.startswith("WeightsUnpickler error")), reasons[0])
-        raise ArtifactError(f"{path} cannot be read as a checkpoint: {reason}") from error
-    if not isinstance(state, dict) or "model" not in state or not (state.get("cfg") or state.get("args")):
-        raise ArtifactError(f"{path} is no fairseq checkpoint: expected the entries 'model' and 'cfg' or 'args'")
-    return state
-
-
-def dictionary_sha256(dictionary) -> str:
-    """Return the SHA-256 of the symbols of a :class:`fairseq.data.Dictionary`, in order; counts do not matter."""
-    return hashlib.sha256("\n".join(dictionary.symbols).encode()).hexdigest()
-
-
-def dictionary_hashes(task) -> dict[str, str]:
-    """Return ``{"source": sha256, "target": sha256}`` of a fairseq task's dictionaries."""
-    return {
-        "source": dictionary_sha256(task.source_dictionary),
-        "target": dictionary_sha256(task.target_dictionary),
-    }
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of everything that can change a number."""
-    import fairseq
-
-    import ap_fairseq
-
-    return {
-        "ap_fairseq": ap_fairseq.__version__,
-        "fairseq": fairseq.__version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
 
 
 def _write(path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, Any], overwrite: bool) -> None:
@@ -210,20 +84,20 @@ class AttentionStats:
     Attributes:
         mass: per kind float64 (layers, heads, Tq, Tk): sum of the attention probability of each cell over the
             recorded sentences in which it is attendable, without dropout.
-        occupancy: per kind int64 (Tq, Tk): number of recorded sentences in which the cell is attendable.
+        support: per kind int64 (Tq, Tk): number of recorded sentences in which the cell is attendable.
         metadata: provenance (checkpoint, dictionaries, data, versions, cells beyond the recorded range).
         end_mass: per kind with source keys (``encoder_self``, ``cross``) float64 (layers, heads): the part of the mass
             on each sentence's last source token, whose position differs from sentence to sentence. Empty for files of
             versions that did not record it.
         importance: per kind float64 (layers, heads, Tq, Tk): sum over those sentences of how much the training loss
-            depends on the cell (:func:`ap_fairseq.recording.squared_removal_effect`). Empty unless recorded with
-            ``ap-record --importance``.
+            depends on the cell (:func:`ap_fairseq.recording.recorder.squared_removal_effect`). Empty unless recorded
+            with ``ap-record --importance``.
     """
 
-    FORMAT = "ap-attention-stats-1"
+    FORMAT = "ap-attention-stats-2"
 
     mass: dict[AttentionKind, np.ndarray]
-    occupancy: dict[AttentionKind, np.ndarray]
+    support: dict[AttentionKind, np.ndarray]
     metadata: dict[str, Any] = field(default_factory=dict)
     end_mass: dict[AttentionKind, np.ndarray] = field(default_factory=dict)
     importance: dict[AttentionKind, np.ndarray] = field(default_factory=dict)
@@ -236,9 +110,9 @@ class AttentionStats:
                     "they must be equal"
                 )
         for kind, mass in self.mass.items():
-            if mass.ndim != 4 or mass.shape[2:] != self.occupancy[kind].shape:
+            if mass.ndim != 4 or mass.shape[2:] != self.support[kind].shape:
                 raise ArtifactError(
-                    f"{kind.value}: mass has shape {mass.shape}, occupancy {self.occupancy[kind].shape}; "
+                    f"{kind.value}: mass has shape {mass.shape}, support {self.support[kind].shape}; "
                     "expected (layers, heads, Tq, Tk) and (Tq, Tk)"
                 )
 
@@ -253,7 +127,7 @@ class AttentionStats:
 
     def mean(self, kind: AttentionKind) -> np.ndarray:
         """Mean attention s/n, float64 (layers, heads, Tq, Tk); 0 where a cell was never attendable."""
-        return self.mass[kind] / np.maximum(self.occupancy[kind], 1)
+        return self.mass[kind] / np.maximum(self.support[kind], 1)
 
     def merge(self, other: AttentionStats) -> AttentionStats:
         """Return the statistics of both recordings together, as if recorded in one run.
@@ -275,27 +149,27 @@ class AttentionStats:
             ours, theirs = self.metadata.get(key), other.metadata.get(key)
             if ours != theirs:
                 raise ArtifactError(f"cannot merge statistics with different {key}: {ours} and {theirs}")
-        mass, occupancy = {}, {}
+        mass, support = {}, {}
         for kind in self.kinds:
-            shape = np.maximum(self.occupancy[kind].shape, other.occupancy[kind].shape)
+            shape = np.maximum(self.support[kind].shape, other.support[kind].shape)
             mass[kind] = _grown(self.mass[kind], shape) + _grown(other.mass[kind], shape)
-            occupancy[kind] = _grown(self.occupancy[kind], shape) + _grown(other.occupancy[kind], shape)
+            support[kind] = _grown(self.support[kind], shape) + _grown(other.support[kind], shape)
         metadata = {**self.metadata, "pairs_beyond_range": beyond}
         metadata |= {key: _as_list(self.metadata, key) + _as_list(other.metadata, key) for key in LISTED}
         metadata["sentences"] = sum(m.get("sentences", 0) for m in both)
-        metadata["pairs_recorded"] = {kind.value: int(occupancy[kind].sum()) for kind in self.kinds}
+        metadata["pairs_recorded"] = {kind.value: int(support[kind].sum()) for kind in self.kinds}
         ends = self.end_mass.keys() & other.end_mass.keys()
         end_mass = {kind: self.end_mass[kind] + other.end_mass[kind] for kind in ends}
         importance = {
-            kind: sum(_grown(part.importance[kind], occupancy[kind].shape) for part in (self, other))
+            kind: sum(_grown(part.importance[kind], support[kind].shape) for part in (self, other))
             for kind in self.importance.keys() & other.importance.keys()
         }
-        return AttentionStats(mass, occupancy, metadata, end_mass, importance)
+        return AttentionStats(mass, support, metadata, end_mass, importance)
 
     def save(self, path, overwrite: bool = False) -> None:
         """Write the statistics; raises :class:`ArtifactError` if *path* exists and *overwrite* is not set."""
         tensors = {f"{kind.value}.mass": self.mass[kind] for kind in self.kinds}
-        tensors |= {f"{kind.value}.occupancy": self.occupancy[kind] for kind in self.kinds}
+        tensors |= {f"{kind.value}.support": self.support[kind] for kind in self.kinds}
         tensors |= {f"{kind.value}.end_mass": mass for kind, mass in self.end_mass.items()}
         tensors |= {f"{kind.value}.importance": importance for kind, importance in self.importance.items()}
         _write(path, tensors, {**self.metadata, "format": self.FORMAT, "architecture": self.architecture}, overwrite)
@@ -310,8 +184,8 @@ class AttentionStats:
             return {kind: tensors[f"{kind.value}.{name}"] for kind in kinds if f"{kind.value}.{name}" in tensors}
 
         mass = {kind: tensors[f"{kind.value}.mass"] for kind in kinds}
-        occupancy = {kind: tensors[f"{kind.value}.occupancy"] for kind in kinds}
-        return cls(mass, occupancy, metadata, of_kinds("end_mass"), of_kinds("importance"))
+        support = {kind: tensors[f"{kind.value}.support"] for kind in kinds}
+        return cls(mass, support, metadata, of_kinds("end_mass"), of_kinds("importance"))
 
 
 def _grown(array: np.ndarray, shape) -> np.ndarray:
@@ -339,24 +213,24 @@ class PruningMasks:
         keep: per kind bool (layers, heads, Tq, Tk), True = kept. Cells that cannot exist (j > i in ``decoder_self``)
             are False. The diagonal of self-attention and column 0 of cross-attention are True: they exist in every
             sentence, so no row is empty.
-        beyond: per kind bool (layers, heads, Tq + Tk - 1), True = kept: what happens at offset j - i = d - (Tq - 1)
-            outside the recorded range. Offsets outside this table are kept.
-        metadata: provenance of the statistics plus procedure, parameters and the sparsity that came out.
+        extrapolation: per kind bool (layers, heads, Tq + Tk - 1), True = kept: what happens at offset j - i =
+            d - (Tq - 1) outside the recorded range. Offsets outside this table are kept.
+        metadata: provenance of the statistics plus criterion, parameters and the sparsity that came out.
     """
 
-    FORMAT = "ap-pruning-masks-1"
+    FORMAT = "ap-pruning-masks-2"
 
     keep: dict[AttentionKind, np.ndarray]
-    beyond: dict[AttentionKind, np.ndarray]
+    extrapolation: dict[AttentionKind, np.ndarray]
     metadata: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
         for kind, keep in self.keep.items():
             layers, heads, n_queries, n_keys = keep.shape
             expected = (layers, heads, n_queries + n_keys - 1)
-            if self.beyond[kind].shape != expected:
+            if self.extrapolation[kind].shape != expected:
                 raise ArtifactError(
-                    f"{kind.value}: the pattern beyond the recorded range has shape {self.beyond[kind].shape}, "
+                    f"{kind.value}: the pattern beyond the recorded range has shape {self.extrapolation[kind].shape}, "
                     f"expected {expected}"
                 )
             guaranteed = keep[..., :, 0] if kind is AttentionKind.CROSS else np.diagonal(keep, axis1=-2, axis2=-1)
@@ -380,7 +254,7 @@ class PruningMasks:
         tensors = {}
         for kind in self.kinds:
             tensors[f"{kind.value}.keep"] = pack_cells(self.keep[kind])
-            tensors[f"{kind.value}.beyond"] = pack_cells(self.beyond[kind])
+            tensors[f"{kind.value}.extrapolation"] = pack_cells(self.extrapolation[kind])
             tensors[f"{kind.value}.range"] = np.array(self.keep[kind].shape[2:], dtype=np.int64)
         return tensors
 
@@ -393,12 +267,12 @@ class PruningMasks:
     def load(cls, path) -> PruningMasks:
         """Read masks; raises :class:`ArtifactError` if the file is missing, damaged or of another format."""
         tensors, metadata = _read(path, cls.FORMAT)
-        keep, beyond = {}, {}
+        keep, extrapolation = {}, {}
         for kind in map(AttentionKind, metadata["architecture"]):
             n_queries, n_keys = tensors[f"{kind.value}.range"].tolist()
             keep[kind] = unpack_cells(tensors[f"{kind.value}.keep"], n_keys)
-            beyond[kind] = unpack_cells(tensors[f"{kind.value}.beyond"], n_queries + n_keys - 1)
-        return cls(keep, beyond, metadata)
+            extrapolation[kind] = unpack_cells(tensors[f"{kind.value}.extrapolation"], n_queries + n_keys - 1)
+        return cls(keep, extrapolation, metadata)
 
     def require_model(self, shape: Mapping[str, list[int]], dictionaries: Mapping[str, str], path) -> None:
         """Raise :class:`ArtifactError` unless the masks were made for this model shape and these dictionaries.

@@ -60,7 +60,7 @@ def allow_fairseq_checkpoints() -> None:
     )
 
 
-def keep_integers_out_of_averages() -> None:
+def patch_ema_integers() -> None:
     """Let ``--store-ema`` copy integer buffers, such as masks: their average has no meaning and no type.
 
     fairseq's EMA takes the keys to copy as an argument, which its trainer does not pass.
@@ -78,7 +78,7 @@ def keep_integers_out_of_averages() -> None:
     EMA.__init__ = init
 
 
-def end_gloo_before_python() -> None:
+def patch_gloo_shutdown() -> None:
     """Let a rank on a CPU join gloo's threads before Python ends; fairseq leaves its process groups open.
 
     A thread that still holds the tensors of the last collective needs the interpreter to let them go (torch >= 2.10),
@@ -93,7 +93,7 @@ def end_gloo_before_python() -> None:
                 torch.distributed.destroy_process_group()
 
 
-def compute_alignments_where_they_are_read() -> None:
+def patch_alignment_generators() -> None:
     """Let pruned decoders compute attention weights for ``--print-alignment``, and for nothing else.
 
     Stock decoders compute them in every pass outside of training. That fairseq prepares a model for generation with or

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from enum import StrEnum
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from fairseq.modules import MultiheadAttention
-from torch import nn
+if TYPE_CHECKING:  # what only reads files needs neither
+    from fairseq.modules import MultiheadAttention
+    from torch import nn
 
 
 class AttentionKind(StrEnum):
@@ -59,3 +60,23 @@ def architecture(model: nn.Module) -> dict[str, list[int]]:
         layers, _ = shape.get(site.kind.value, [0, 0])
         shape[site.kind.value] = [layers + 1, module.num_heads]
     return shape
+
+
+def per_kind(name: str, text: str | float | None) -> dict[AttentionKind, float]:
+    """Parse ``8``, for all kinds, or ``encoder_self=4,cross=3``.
+
+    Raises:
+        ValueError: for anything else, naming the option *name*.
+    """
+    if text in (None, ""):
+        return {}
+    try:
+        if "=" not in str(text):
+            return dict.fromkeys(AttentionKind, float(text))
+        pairs = (part.split("=") for part in str(text).split(","))
+        return {AttentionKind(kind.strip()): float(value) for kind, value in pairs}
+    except ValueError as error:
+        kinds = ", ".join(AttentionKind)
+        raise ValueError(
+            f"{name} is {text!r}, expected a number, or numbers per kind such as cross=4 (kinds: {kinds})"
+        ) from error

@@ -20,11 +20,11 @@ import numpy as np
 
 
 def load_npz(path: str) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], dict]:
-    """Return mean attention {kind: (layers, heads, Tq, Tk)}, occupancy {kind: (Tq, Tk)} and the provenance."""
+    """Return mean attention {kind: (layers, heads, Tq, Tk)}, support {kind: (Tq, Tk)} and the provenance."""
     with np.load(path) as archive:
         mean = {name.removesuffix(".mean"): archive[name] for name in archive if name.endswith(".mean")}
-        occupancy = {name.removesuffix(".occupancy"): archive[name] for name in archive if name.endswith(".occupancy")}
-        return mean, occupancy, json.loads(str(archive["metadata"]))
+        support = {name.removesuffix(".support"): archive[name] for name in archive if name.endswith(".support")}
+        return mean, support, json.loads(str(archive["metadata"]))
 
 
 def load_bertviz(path: str) -> dict:

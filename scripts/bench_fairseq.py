@@ -101,7 +101,7 @@ class Workload:
     """Data, task, model and generator of one system."""
 
     def __init__(self, options: argparse.Namespace):
-        import ap_fairseq  # noqa: F401  (registers the plugin)
+        import ap_fairseq.plugin  # noqa: F401  (registers the plugin)
 
         self.options = options
         self.stock = options.system.startswith("stock")
@@ -133,7 +133,7 @@ class Workload:
         torch.manual_seed(1)
         model = task.build_model(cfg.model)
         if self.options.path:
-            from ap_fairseq.artifacts import load_checkpoint
+            from ap_fairseq.model.checkpoints import load_checkpoint
 
             model.load_state_dict(load_checkpoint(self.options.path)["model"])
         if not self.stock:

@@ -26,8 +26,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ap_fairseq.artifacts import AttentionStats, load_checkpoint, refuse_existing, versions
-from ap_fairseq.evaluation import write_json
+from ap_fairseq.artifacts import AttentionStats
+from ap_fairseq.files import refuse_existing, write_json
+from ap_fairseq.model.checkpoints import load_checkpoint
+from ap_fairseq.provenance import versions
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORDED = re.compile(r"recorded in ([\d.]+) s: ([\d,]+) sentences and ([\d,]+) target tokens a second")
@@ -85,7 +87,7 @@ def require_equal(one: Path, several: Path, ranks: int) -> float:
     a, b = AttentionStats.load(one), AttentionStats.load(several)
     worst = 0.0
     for kind in a.kinds:
-        if not np.array_equal(a.occupancy[kind], b.occupancy[kind]):
+        if not np.array_equal(a.support[kind], b.support[kind]):
             sys.exit(f"bench_ranks.py: {ranks} ranks counted other sentences of {kind.value} than one rank")
         difference = np.abs(a.mass[kind] - b.mass[kind]) / np.maximum(a.mass[kind], 1e-300)
         worst = max(worst, float(difference[a.mass[kind] > 0].max()))

@@ -20,9 +20,11 @@ from pathlib import Path
 
 import numpy as np
 
-from ap_fairseq.artifacts import ArtifactError, AttentionStats, PruningMasks, refuse_existing, versions
-from ap_fairseq.evaluation import write_json
-from ap_fairseq.masks import GRANULARITIES, MaskSpec, build_masks
+from ap_fairseq.artifacts import AttentionStats, PruningMasks
+from ap_fairseq.files import ArtifactError, refuse_existing, write_json
+from ap_fairseq.provenance import versions
+from ap_fairseq.pruning.build import build_masks
+from ap_fairseq.pruning.spec import GRANULARITIES, MaskSpec
 from ap_fairseq.sites import AttentionKind
 
 
@@ -32,7 +34,7 @@ def grown(masks: PruningMasks, kind: AttentionKind, shape: tuple[int, int]) -> n
     Cells outside the recorded range follow the pattern beyond it, by their offset, as in the model; offsets that the
     pattern does not have are kept.
     """
-    keep, beyond = masks.keep[kind], masks.beyond[kind]
+    keep, beyond = masks.keep[kind], masks.extrapolation[kind]
     queries, keys = (min(a, b) for a, b in zip(keep.shape[2:], shape, strict=True))
     offset = np.arange(shape[1])[None, :] - np.arange(shape[0])[:, None] + keep.shape[2] - 1
     inside = (offset >= 0) & (offset < beyond.shape[-1])
@@ -46,12 +48,12 @@ def compare(full: AttentionStats, sample: AttentionStats, spec: MaskSpec) -> dic
     whole, drawn = (build_masks(stats, spec)[0] for stats in (full, sample))
     result = {}
     for kind in full.kinds:
-        occupancy, mass = full.occupancy[kind], full.mass[kind]
-        expected, found = whole.keep[kind], grown(drawn, kind, occupancy.shape)
-        pairs = occupancy.sum() * np.prod(expected.shape[:2])
+        support, mass = full.support[kind], full.mass[kind]
+        expected, found = whole.keep[kind], grown(drawn, kind, support.shape)
+        pairs = support.sum() * np.prod(expected.shape[:2])
         result[kind.value] = {
-            "overlap": float((occupancy * (expected & found)).sum() / (occupancy * expected).sum()),
-            "effective": float(1 - (occupancy * found).sum() / pairs),
+            "overlap": float((support * (expected & found)).sum() / (support * expected).sum()),
+            "effective": float(1 - (support * found).sum() / pairs),
             "kept_mass": float(mass[found].sum() / mass.sum()),
             "kept_mass_of_whole": float(mass[expected].sum() / mass.sum()),
         }

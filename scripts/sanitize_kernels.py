@@ -6,7 +6,7 @@ compute-sanitizer --tool racecheck python scripts/sanitize_kernels.py
 
 import torch
 
-from ap_fairseq.beams import Beams
+from ap_fairseq.search.beams import BeamSearchState
 from triton_ops import AttentionLayout, append_to_pool, decode_attention
 from triton_ops.testing import assert_within_budget, block_mask, make_case
 
@@ -41,7 +41,7 @@ def decoding() -> None:
 def beam_search() -> None:
     states = []
     for kernels in (True, False):
-        beams = Beams((4, 40, 8), 5, [2, 3], [2], torch.device(DEVICE), kernels)
+        beams = BeamSearchState((4, 40, 8), 5, [2, 3], [2], torch.device(DEVICE), kernels)
         beams.begin(torch.ones(3, dtype=torch.int64, device=DEVICE), 30, 2)
         for step in range(3):
             beams.number_rows(4)

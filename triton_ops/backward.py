@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .config import ceil_div, dkdv_config, dq_config, grids, near, power_of_two, precision
+from .config import ceil_div, dkdv_config, dq_config, grids, int32_offsets, power_of_two, precision
 from .descriptors import tiles
 from .layout import TileTable
 from .primitives import (
@@ -58,7 +58,7 @@ def _dq_kernel(
     s_qb, s_qh, s_qt, s_kb, s_kh, s_kt, s_vb, s_vh, s_vt, s_ob, s_oh, s_ot, s_gb, s_gh, s_gt, s_db, s_dh, s_dt,
     H, MH, TQ, TK, LQ, RS, KW, NO, NI, first_h, first_b,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, G: tl.constexpr,
-    NEAR: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    INT32_OFFSETS: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     i_m = (tl.num_programs(0) - 1 - tl.program_id(0)) * BM
     i_h, i_b = first_h + tl.program_id(1), first_b + tl.program_id(2)
@@ -80,7 +80,7 @@ def _dq_kernel(
     p_entries += i_list * NI
     p_counts += i_list * (NI + 1)
     p_words += i_mh.to(tl.int64) * KW * LQ
-    if NEAR:
+    if INT32_OFFSETS:
         s_vt = s_kt  # equal, and told so the compiler shares the offsets
     n_inside, n_full, n_total = list_lengths(p_counts, k_length, G)
     seed = 0
@@ -103,8 +103,8 @@ def _dq_kernel(
     b_dq = tl.zeros([BM, BD], dtype=tl.float32)
     for i in range((n_inside * G + BN - 1) // BN):
         start, o_x, m_n = full_positions(p_entries, i, n_inside, BN, G)
-        b_k = load_tile(d_k, i_b, i_h, p_k, s_kt, start, o_x, NEAR, BN, G, D, BD)  # [BN, BD]
-        b_v = load_tile(d_v, i_b, i_h, p_v, s_vt, start, o_x, NEAR, BN, G, D, BD)  # [BN, BD]
+        b_k = load_tile(d_k, i_b, i_h, p_k, s_kt, start, o_x, INT32_OFFSETS, BN, G, D, BD)  # [BN, BD]
+        b_v = load_tile(d_v, i_b, i_h, p_v, s_vt, start, o_x, INT32_OFFSETS, BN, G, D, BD)  # [BN, BD]
         m_z = m_m
         if DROPOUT:
             m_z = dropout_bits(seed, i_bh, o_m[:, None], (start + o_x)[None, :], threshold)
@@ -117,8 +117,8 @@ def _dq_kernel(
     for first in tl.range(n_inside * G, n_total * G, BN, num_stages=1):
         start, o_x, m_n = listed_positions(p_entries, first, n_full, n_total, k_length, NI, BN, G)
         m_s = keep_bits(p_words, o_m, m_m, p_entries, first, n_full, n_total, k_length, NI, LQ, RS, BN, G)
-        b_k = load_rows(p_k, s_kt, start, o_x, m_n, NEAR, G, D, BD)
-        b_v = load_rows(p_v, s_vt, start, o_x, m_n, NEAR, G, D, BD)
+        b_k = load_rows(p_k, s_kt, start, o_x, m_n, INT32_OFFSETS, G, D, BD)
+        b_v = load_rows(p_v, s_vt, start, o_x, m_n, INT32_OFFSETS, G, D, BD)
         m_z = m_m
         if DROPOUT:
             m_z = dropout_bits(seed, i_bh, o_m[:, None], (start + o_x)[None, :], threshold)
@@ -160,7 +160,7 @@ def _dkdv_kernel(
     s_qb, s_qh, s_qt, s_kb, s_kh, s_kt, s_vb, s_vh, s_vt, s_gb, s_gh, s_gt, s_db, s_dh, s_dt, s_eb, s_eh, s_et,
     H, MH, TQ, TK, LQ, RS, KW, NO, NI, first_h, first_b,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, G: tl.constexpr,
-    NEAR: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    INT32_OFFSETS: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     i_n = tl.program_id(0) * BN
     i_h, i_b = first_h + tl.program_id(1), first_b + tl.program_id(2)
@@ -185,7 +185,7 @@ def _dkdv_kernel(
     p_entries += i_list * NI
     p_counts += i_list * (NI + 1)
     p_words += i_mh.to(tl.int64) * KW * LQ
-    if NEAR:
+    if INT32_OFFSETS:
         s_gt = s_qt  # equal, and told so the compiler shares the offsets
     n_inside, n_full, n_total = list_lengths(p_counts, q_length, G)
     seed = 0
@@ -199,8 +199,8 @@ def _dkdv_kernel(
 
     for i in range((n_inside * G + BM - 1) // BM):
         start, o_x, m_m = full_positions(p_entries, i, n_inside, BM, G)
-        b_q = load_tile(d_q, i_b, i_h, p_q, s_qt, start, o_x, NEAR, BM, G, D, BD)  # [BM, BD]
-        b_do = load_tile(d_do, i_b, i_h, p_do, s_gt, start, o_x, NEAR, BM, G, D, BD)  # [BM, BD]
+        b_q = load_tile(d_q, i_b, i_h, p_q, s_qt, start, o_x, INT32_OFFSETS, BM, G, D, BD)  # [BM, BD]
+        b_do = load_tile(d_do, i_b, i_h, p_do, s_gt, start, o_x, INT32_OFFSETS, BM, G, D, BD)  # [BM, BD]
         b_lse, b_delta = tl.load(p_lse + start + o_x), tl.load(p_delta + start + o_x)
         if BM > G:
             b_lse = tl.where(m_m, b_lse, float("-inf"))
@@ -215,8 +215,8 @@ def _dkdv_kernel(
         start, o_x, m_m = listed_positions(p_entries, first, n_full, n_total, q_length, NI, BM, G)
         o_m = start + o_x
         m_s = keep_bits_by_key(p_words, i_n, o_m, m_m, k_length, LQ, RS, BN)
-        b_q = load_rows(p_q, s_qt, start, o_x, m_m, NEAR, G, D, BD)
-        b_do = load_rows(p_do, s_gt, start, o_x, m_m, NEAR, G, D, BD)
+        b_q = load_rows(p_q, s_qt, start, o_x, m_m, INT32_OFFSETS, G, D, BD)
+        b_do = load_rows(p_do, s_gt, start, o_x, m_m, INT32_OFFSETS, G, D, BD)
         b_lse = tl.load(p_lse + o_m, mask=m_m, other=float("-inf"))
         b_delta = tl.load(p_delta + o_m, mask=m_m, other=0.0)
         m_z = m_n
@@ -278,7 +278,7 @@ def backward(
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3], *grad_out.stride()[:3],
             *dq.stride()[:3],
             heads, words.size(0), q_size, k_size, *shared, *query_table.entries.shape[1:], first_h, first_b,
-            BM=config.block_q, BN=config.block_k, G=query_table.tile, NEAR=near(k, v),
+            BM=config.block_q, BN=config.block_k, G=query_table.tile, INT32_OFFSETS=int32_offsets(k, v),
             **constants, **config.launch(),
         )  # fmt: skip
 
@@ -291,7 +291,7 @@ def backward(
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad_out.stride()[:3], *dk.stride()[:3],
             *dv.stride()[:3],
             heads, words.size(0), q_size, k_size, *shared, *key_table.entries.shape[1:], first_h, first_b,
-            BM=config.block_q, BN=config.block_k, G=key_table.tile, NEAR=near(q, grad_out),
+            BM=config.block_q, BN=config.block_k, G=key_table.tile, INT32_OFFSETS=int32_offsets(q, grad_out),
             **constants, **config.launch(),
         )  # fmt: skip
     return dq, dk, dv

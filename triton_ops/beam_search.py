@@ -1,7 +1,8 @@
 """A step of beam search after the decoder: from logits to the hypotheses that go on.
 
-The reference is the same in some eighty operations of torch, each a launch: `ap_fairseq.beams.Beams.advance` without
-kernels. Here one kernel reads the logits once, and log-probabilities exist only for the few words that may be chosen.
+The reference is the same in some eighty operations of torch, each a launch:
+`ap_fairseq.search.beams.BeamSearchState.advance` without kernels. Here one kernel reads the logits once, and
+log-probabilities exist only for the few words that may be chosen.
 """
 
 from __future__ import annotations
@@ -154,10 +155,10 @@ def largest_of_groups(logits: Tensor, penalty: Tensor, size: int) -> tuple[Tenso
 
 
 def choose(beams, n: int, logits: Tensor, penalty: Tensor, lse: Tensor, groups: Tensor, size: int, eos: int) -> None:
-    """Launch `_choose_kernel`, which changes *beams* as `ap_fairseq.beams.Beams.choose` does.
+    """Launch `_choose_kernel`, which changes *beams* as `ap_fairseq.search.beams.BeamSearchState.choose` does.
 
     Args:
-        beams: the state (`ap_fairseq.beams.Beams`), of which the first *n* sentences go on.
+        beams: the state (`ap_fairseq.search.beams.BeamSearchState`), of which the first *n* sentences go on.
         logits, penalty: of the next word, as in `largest_of_groups`; NaN counts as a log-probability of -inf.
         lse: float32 (N,), from there.
         groups: int64 (n, 2 * beam), the groups of *size* words with the best sums, counted through (beam, V / size).

@@ -18,8 +18,8 @@ from .layout import TileTable
 
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1 when triton was imported
 SMALL_TILES = (32, 64, 128)  # sizes of the kernels in `small.py`: both sequences at most that long
-AXIS = 65535  # most programs along the second and third axis of a launch grid
-FAR = 2**31  # elements that 32-bit offsets reach
+MAX_GRID_YZ = 65535  # most programs along the second and third axis of a launch grid
+MAX_INT32_OFFSET = 2**31  # elements that 32-bit offsets reach
 SMALL_BYTES = 128 * 64 * 2  # most that one of their operands may take, so that a head's backward fits on chip
 
 
@@ -49,20 +49,20 @@ def ceil_div(a: int, b: int) -> int:
 def grids(n_tiles: int, heads: int, batch: int) -> Iterator[tuple[tuple[int, int, int], int, int]]:
     """Launch grids (tiles, heads, sentences) that cover all of them, each with its first head and first sentence.
 
-    One grid but for sizes beyond `AXIS`. Three axes spare every program two divisions, and the tiles of one head, which
-    read the same keys and values, still follow one another.
+    One grid but for sizes beyond `MAX_GRID_YZ`. Three axes spare every program two divisions, and the tiles of one
+    head, which read the same keys and values, still follow one another.
     """
-    for first_b in range(0, batch, AXIS):
-        for first_h in range(0, heads, AXIS):
-            yield (n_tiles, min(AXIS, heads - first_h), min(AXIS, batch - first_b)), first_h, first_b
+    for first_b in range(0, batch, MAX_GRID_YZ):
+        for first_h in range(0, heads, MAX_GRID_YZ):
+            yield (n_tiles, min(MAX_GRID_YZ, heads - first_h), min(MAX_GRID_YZ, batch - first_b)), first_h, first_b
 
 
-def near(a: torch.Tensor, b: torch.Tensor) -> bool:
+def int32_offsets(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether one set of 32-bit offsets finds the rows of a head in both (B, H, T, D): the usual case.
 
     It spares the loops over rows most of their registers for addresses. Otherwise offsets have 64 bits.
     """
-    return a.stride(2) == b.stride(2) and (a.size(2) - 1) * a.stride(2) + a.size(3) <= FAR
+    return a.stride(2) == b.stride(2) and (a.size(2) - 1) * a.stride(2) + a.size(3) <= MAX_INT32_OFFSET
 
 
 def power_of_two(n: int) -> int:

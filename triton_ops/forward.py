@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .config import ceil_div, forward_config, grids, near, power_of_two, precision
+from .config import ceil_div, forward_config, grids, int32_offsets, power_of_two, precision
 from .descriptors import tiles
 from .layout import TileTable
 from .primitives import (
@@ -33,7 +33,7 @@ def _forward_kernel(
     s_qb, s_qh, s_qt, s_kb, s_kh, s_kt, s_vb, s_vh, s_vt, s_ob, s_oh, s_ot,
     H, MH, TQ, TK, LQ, RS, KW, NO, NI, first_h, first_b,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, G: tl.constexpr,
-    NEAR: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    INT32_OFFSETS: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     # The last tiles first: under a causal mask they are the longest, and long programs should not start last.
     i_m = (tl.num_programs(0) - 1 - tl.program_id(0)) * BM
@@ -55,7 +55,7 @@ def _forward_kernel(
     p_entries += i_list * NI
     p_counts += i_list * (NI + 1)
     p_words += i_mh.to(tl.int64) * KW * LQ
-    if NEAR:
+    if INT32_OFFSETS:
         s_vt = s_kt  # equal, and told so the compiler shares the offsets
     n_inside, n_full, n_total = list_lengths(p_counts, k_length, G)
     if DROPOUT:
@@ -71,7 +71,7 @@ def _forward_kernel(
     for i in range((n_inside * G + BN - 1) // BN):
         start, m_n = next_start, next_m
         next_start, o_x, next_m = full_positions(p_entries, i + 1, n_inside, BN, G)
-        b_k = load_tile(d_k, i_b, i_h, p_k, s_kt, start, o_x, NEAR, BN, G, D, BD)  # [BN, BD]
+        b_k = load_tile(d_k, i_b, i_h, p_k, s_kt, start, o_x, INT32_OFFSETS, BN, G, D, BD)  # [BN, BD]
         b_s = dot(b_q, tl.trans(b_k), PRECISION)  # [BM, BN]
         b_new = tl.maximum(b_m, tl.max(b_s, 1) * scale_log2)
         b_pivot = b_new[:, None]
@@ -83,14 +83,14 @@ def _forward_kernel(
         b_m = b_new
         if DROPOUT:
             b_p = tl.where(dropout_bits(seed, i_bh, o_m[:, None], (start + o_x)[None, :], threshold), b_p, 0.0)
-        b_v = load_tile(d_v, i_b, i_h, p_v, s_vt, start, o_x, NEAR, BN, G, D, BD)  # [BN, BD]
+        b_v = load_tile(d_v, i_b, i_h, p_v, s_vt, start, o_x, INT32_OFFSETS, BN, G, D, BD)  # [BN, BD]
         b_o = dot_add(b_p.to(b_v.dtype), b_v, b_o * b_a[:, None], PRECISION)
 
     # What is left: full blocks that reach past the last key, and partial blocks.
     for first in tl.range(n_inside * G, n_total * G, BN, num_stages=1):
         start, o_x, m_n = listed_positions(p_entries, first, n_full, n_total, k_length, NI, BN, G)
         m_s = keep_bits(p_words, o_m, m_m, p_entries, first, n_full, n_total, k_length, NI, LQ, RS, BN, G)
-        b_k = load_rows(p_k, s_kt, start, o_x, m_n, NEAR, G, D, BD)
+        b_k = load_rows(p_k, s_kt, start, o_x, m_n, INT32_OFFSETS, G, D, BD)
         b_s = dot(b_q, tl.trans(b_k), PRECISION)
         b_s = tl.where(m_s, b_s, float("-inf"))
         b_new = tl.maximum(b_m, tl.max(b_s, 1) * scale_log2)
@@ -100,7 +100,7 @@ def _forward_kernel(
         b_m = b_new
         if DROPOUT:
             b_p = tl.where(dropout_bits(seed, i_bh, o_m[:, None], (start + o_x)[None, :], threshold), b_p, 0.0)
-        b_v = load_rows(p_v, s_vt, start, o_x, m_n, NEAR, G, D, BD)
+        b_v = load_rows(p_v, s_vt, start, o_x, m_n, INT32_OFFSETS, G, D, BD)
         b_o = dot_add(b_p.to(b_v.dtype), b_v, b_o * b_a[:, None], PRECISION)
 
     b_l = tl.sum(b_l, 1)
@@ -145,7 +145,7 @@ def forward(
             heads, words.size(0), q_size, k.size(2), words.size(2), row_shift, words.size(1),
             *table.entries.shape[1:], first_h, first_b,
             D=dim, BD=power_of_two(dim), BM=config.block_q, BN=config.block_k,
-            G=table.tile, NEAR=near(k, v), DROPOUT=seed is not None, PRECISION=precision(q.dtype),
+            G=table.tile, INT32_OFFSETS=int32_offsets(k, v), DROPOUT=seed is not None, PRECISION=precision(q.dtype),
             **config.launch(),
         )  # fmt: skip
     return out, lse

@@ -286,7 +286,7 @@ class AttentionLayout:
         words = self.words.index_select(2, step.reshape(1) // self.row_group)
         return _unpack(words, 1, self.k_size).squeeze(1)
 
-    def last_rows(self, n_rows: int) -> Tensor:
+    def last_use(self, n_rows: int) -> Tensor:
         """The last of the first `n_rows` >= 1 rows that keeps each column, int64 (M, k_size); -1 where none does."""
         words = self.words[..., : -(-n_rows // self.row_group)]
         group = torch.arange(1, words.size(2) + 1, dtype=torch.int32, device=self.device)

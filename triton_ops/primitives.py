@@ -107,21 +107,21 @@ def listed_positions(p_entries, first, n_full, n_total, length, N_INNER, STEP: t
 
 @triton.jit
 def load_rows(
-    p_x, stride, start, o_x, m_x, NEAR: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BD: tl.constexpr
+    p_x, stride, start, o_x, m_x, INT32_OFFSETS: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BD: tl.constexpr
 ):  # fmt: skip
     """Rows start + o_x of p_x, [STEP, BD], 0 where m_x is not set; None: all exist.
 
-    What depends on o_x alone leaves the loop: pointers, or if NEAR (`config.near`) 32-bit offsets, which two tensors
-    share.
+    What depends on o_x alone leaves the loop: pointers, or if INT32_OFFSETS (`config.int32_offsets`) 32-bit offsets,
+    which two tensors share.
     """
-    if not NEAR:
+    if not INT32_OFFSETS:
         start, o_x = start.to(tl.int64), o_x.to(tl.int64)
     o_d = tl.arange(0, BD)
     o_tile = o_x[:, None] * stride + o_d[None, :]
     o_start = start * stride
     if o_x.shape[0] > G:
         o_start = o_start[:, None]
-    if NEAR:
+    if INT32_OFFSETS:
         p_tile = p_x + (o_start + o_tile)
     else:
         p_tile = p_x + o_tile + o_start
@@ -137,13 +137,13 @@ def load_rows(
 @triton.jit
 def load_tile(
     d_x, i_b, i_h, p_x, stride, start, o_x,
-    NEAR: tl.constexpr, STEP: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+    INT32_OFFSETS: tl.constexpr, STEP: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """Rows start + o_x of a head, which exist, [STEP, BD]: by its descriptor (`descriptors.tiles`) if it has one."""
     if d_x is not None:
         b_x = d_x.load([i_b, i_h, start, 0]).reshape([STEP, BD])
     else:
-        b_x = load_rows(p_x, stride, start, o_x, None, NEAR, G, D, BD)
+        b_x = load_rows(p_x, stride, start, o_x, None, INT32_OFFSETS, G, D, BD)
     return b_x
 
 

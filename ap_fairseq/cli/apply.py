@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import logging
 
-from ap_fairseq.checkpoints import apply_masks
+import ap_fairseq.plugin  # noqa: F401  (registers with fairseq)
 from ap_fairseq.cli.common import add_output, command
-from ap_fairseq.models import describe_sparsity
+from ap_fairseq.model.checkpoints import apply_masks
+from ap_fairseq.provenance import describe_sparsity
 
 logger = logging.getLogger(__name__)
 

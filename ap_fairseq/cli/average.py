@@ -7,9 +7,10 @@ import logging
 import re
 from pathlib import Path
 
-from ap_fairseq.artifacts import ArtifactError
-from ap_fairseq.checkpoints import average_checkpoints
+import ap_fairseq.plugin  # noqa: F401  (registers with fairseq)
 from ap_fairseq.cli.common import add_output, command
+from ap_fairseq.files import ArtifactError
+from ap_fairseq.model.checkpoints import average_checkpoints
 
 logger = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ import sys
 import threading
 from collections.abc import Callable
 
-import ap_fairseq
+from ap_fairseq.version import __version__
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ def command(main: Callable[[list[str]], None]) -> Callable[[], None]:
             force=True,  # importing fairseq sets up logging in its own format
         )
         exit_on_sigterm()
-        logger.info(f"ap_fairseq {ap_fairseq.__version__}: {shlex.join([program, *argv])}")
+        logger.info(f"ap_fairseq {__version__}: {shlex.join([program, *argv])}")
         try:
             main(argv)
         except (ValueError, OSError) as error:  # bad input and files; anything else is a fault and keeps its traceback

@@ -7,11 +7,13 @@ import functools
 import logging
 from collections.abc import Mapping
 
-from ap_fairseq import masks
-from ap_fairseq.artifacts import ArtifactError, AttentionStats, PruningMasks, refuse_existing
+from ap_fairseq.artifacts import AttentionStats, PruningMasks
 from ap_fairseq.cli.common import add_output, command
-from ap_fairseq.dynamic import per_kind
-from ap_fairseq.sites import AttentionKind
+from ap_fairseq.files import ArtifactError, refuse_existing
+from ap_fairseq.pruning.build import build_masks
+from ap_fairseq.pruning.spec import CRITERIA, EXTRAPOLATIONS, GRANULARITIES, SCOPES, Granularity, MaskSpec
+from ap_fairseq.pruning.summary import format_summary, summarize
+from ap_fairseq.sites import AttentionKind, per_kind
 
 logger = logging.getLogger(__name__)
 
@@ -29,10 +31,10 @@ def _count(text: str) -> int:
     return int(text)
 
 
-def _granularity(text: str) -> masks.Granularity:
+def _granularity(text: str) -> Granularity:
     value = int(text) if text.isdigit() else text
-    if value not in masks.GRANULARITIES:
-        raise argparse.ArgumentTypeError(f"{text} is not one of {', '.join(map(str, masks.GRANULARITIES))}")
+    if value not in GRANULARITIES:
+        raise argparse.ArgumentTypeError(f"{text} is not one of {', '.join(map(str, GRANULARITIES))}")
     return value
 
 
@@ -57,35 +59,35 @@ def add_mask_options(parser: argparse.ArgumentParser) -> None:
         type=_budget,
         metavar="SHARE",
         help="share of the pairs of all kinds together to prune, distributed over kinds, layers and heads by what the "
-        "procedure ranks by (one threshold; instead of budgets per kind)",
+        "criterion ranks by (one threshold; instead of budgets per kind)",
     )
     parser.add_argument(
         "--like", metavar="MASKS", help="budgets per kind as in this file: for controls at equal effective sparsity"
     )
     parser.add_argument(
-        "--procedure",
-        choices=masks.PROCEDURES,
-        default="effective",
-        help="effective: by mean attention; normalised: relative to the head's own; relative: averaged along the "
-        "diagonal; importance: by the effect on the loss, of statistics of ap-record --importance; as-published: the "
+        "--criterion",
+        choices=CRITERIA,
+        default="mean",
+        help="mean: by mean attention; normalised: relative to the head's own; diagonal-mean: averaged along the "
+        "diagonal; importance: by the effect on the loss, of statistics of ap-record --importance; percentile: the "
         "authors' percentile (budgets are nominal then); random, window, gaussian, fixed: controls at equal effective "
         "sparsity (default: %(default)s)",
     )
     parser.add_argument(
         "--scope",
-        choices=masks.SCOPES,
+        choices=SCOPES,
         help="what shares one threshold (default: kind; with --total: global)",
     )
     parser.add_argument(
         "--granularity",
         type=_granularity,
         default=1,
-        metavar="{" + ",".join(map(str, masks.GRANULARITIES)) + "}",
+        metavar="{" + ",".join(map(str, GRANULARITIES)) + "}",
         help="size of the square blocks in which the mask is decided, or whole diagonals (default: %(default)s)",
     )
     parser.add_argument(
-        "--beyond",
-        choices=masks.BEYOND,
+        "--extrapolate",
+        choices=EXTRAPOLATIONS,
         default="diagonal",
         help="cells that no recorded sentence reaches: continue each head's diagonal pattern, or keep "
         "(default: %(default)s)",
@@ -113,7 +115,7 @@ def add_mask_options(parser: argparse.ArgumentParser) -> None:
         "--keep-first", type=_count, default=0, metavar="N", help="always keep the first N columns (default: none)"
     )
     parser.add_argument(
-        "--pool",
+        "--smooth",
         type=_count,
         default=0,
         metavar="N",
@@ -137,9 +139,9 @@ def _budgets(args: argparse.Namespace, stats: AttentionStats) -> Mapping[Attenti
             )
         return dict.fromkeys(stats.kinds, args.total)
     if args.like is not None:
-        if args.procedure == "as-published":
+        if args.criterion == "percentile":
             raise ArtifactError(
-                f"--like {args.like} gives effective sparsity, --procedure as-published takes nominal percentiles; "
+                f"--like {args.like} gives effective sparsity, --criterion percentile takes nominal percentiles; "
                 "name those with --encoder-self, --decoder-self and --cross"
             )
         shares = PruningMasks.load(args.like).metadata.get("sparsity", {})
@@ -147,28 +149,28 @@ def _budgets(args: argparse.Namespace, stats: AttentionStats) -> Mapping[Attenti
     return own
 
 
-def spec_from(args: argparse.Namespace, stats: AttentionStats) -> masks.MaskSpec:
+def spec_from(args: argparse.Namespace, stats: AttentionStats) -> MaskSpec:
     """Return what the flags of :func:`add_mask_options` ask for."""
-    return masks.MaskSpec(
+    return MaskSpec(
         budgets=_budgets(args, stats),
-        procedure=args.procedure,
+        criterion=args.criterion,
         scope=args.scope or ("global" if args.total is not None else "kind"),
         granularity=args.granularity,
-        beyond=args.beyond,
+        extrapolate=args.extrapolate,
         min_kept=args.min_kept,
         min_heads=per_kind("--min-heads", args.min_heads),
         keep_diagonal=args.keep_diagonal,
         keep_first=args.keep_first,
-        pool=args.pool,
+        smooth=args.smooth,
         seed=args.seed,
     )
 
 
-def write_masks(stats: AttentionStats, spec: masks.MaskSpec, output, overwrite: bool = False) -> None:
+def write_masks(stats: AttentionStats, spec: MaskSpec, output, overwrite: bool = False) -> None:
     """Build masks, print what came out, and save them."""
-    result, missed = masks.build_masks(stats, spec)
+    result, missed = build_masks(stats, spec)
     result.save(output, overwrite=overwrite)
-    print(masks.format_summary(masks.summarize(result, stats)))
+    print(format_summary(summarize(result, stats)))
     print("all kinds together: effective {effective:.1%}, kept mass {kept_mass:.1%}".format(**result.metadata["total"]))
     for kind, heads in result.metadata["vanished_heads"].items():
         names = ", ".join(f"{layer}.{head}" for layer, head in heads)

@@ -10,11 +10,13 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from ap_fairseq.artifacts import ArtifactError, AttentionStats
+import ap_fairseq.plugin  # noqa: F401  (registers with fairseq)
+from ap_fairseq.artifacts import AttentionStats
 from ap_fairseq.cli import masks as cli_masks
 from ap_fairseq.cli import record
 from ap_fairseq.cli.common import command
-from ap_fairseq.stages import StageError, Stages, fairseq_train
+from ap_fairseq.experiments.stages import StageError, Stages, fairseq_train
+from ap_fairseq.files import ArtifactError
 
 logger = logging.getLogger(__name__)
 
@@ -126,7 +128,7 @@ def main(argv: list[str]) -> None:
         fault = f"{', '.join(sorted(taken))} given" if taken else "no --arch given"
         raise ArtifactError(f"fairseq-train flags after --: {fault}; the rounds set these themselves, all but --arch")
     mask_flags, record_flags = shlex.split(args.masks), shlex.split(args.record)
-    if parse_mask_flags(mask_flags).procedure == "importance" and "--importance" not in record_flags:
+    if parse_mask_flags(mask_flags).criterion == "importance" and "--importance" not in record_flags:
         raise ArtifactError(
             f"--masks '{args.masks}' ranks by importance, but --record '{args.record}' lacks --importance"
         )

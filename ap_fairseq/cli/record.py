@@ -17,9 +17,12 @@ from fairseq.models import ARCH_MODEL_REGISTRY, MODEL_REGISTRY
 from fairseq_cli import validate
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
-from ap_fairseq.artifacts import ArtifactError, dictionary_sha256, load_checkpoint, refuse_existing
+import ap_fairseq.plugin  # noqa: F401  (registers with fairseq)
 from ap_fairseq.cli.common import add_output, command
 from ap_fairseq.compat import GATHERED_BYTES
+from ap_fairseq.files import ArtifactError, refuse_existing
+from ap_fairseq.model.checkpoints import load_checkpoint
+from ap_fairseq.provenance import dictionary_sha256
 
 TASK = "attention_recording"
 TASK_SETTINGS = {  # of fairseq's TranslationTask, which change what is recorded; with their short flags
@@ -58,7 +61,7 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--importance",
         action="store_true",
-        help="also record how much the training loss depends on each cell, for ap-masks --procedure importance: a "
+        help="also record how much the training loss depends on each cell, for ap-masks --criterion importance: a "
         "backward pass for each batch, and twice the size of the file",
     )
     add_output(parser, "the statistics")

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ap_fairseq.artifacts import ArtifactError, AttentionStats, PruningMasks, describe_architecture
-from ap_fairseq.criteria import guaranteed, slope
+from ap_fairseq.artifacts import AttentionStats, PruningMasks, describe_architecture
+from ap_fairseq.files import ArtifactError
+from ap_fairseq.pruning.criteria import guaranteed, slope
 from ap_fairseq.sites import AttentionKind
 
 # The named patterns of heads in machine translation (Voita et al. 2019, arXiv 1905.09418, section 4; Raganato et al.
@@ -36,12 +37,12 @@ def check_stats(stats: AttentionStats) -> None:
     if not stats.kinds:
         raise ArtifactError(f"the statistics hold no attention kind; {remedy}")
     for kind in stats.kinds:
-        if not stats.mass[kind].size or not stats.occupancy[kind].any():
+        if not stats.mass[kind].size or not stats.support[kind].any():
             raise ArtifactError(
                 f"the statistics of {kind.value} are empty: mass of shape {stats.mass[kind].shape}, "
-                f"{int(stats.occupancy[kind].sum())} recorded pairs; {remedy}"
+                f"{int(stats.support[kind].sum())} recorded pairs; {remedy}"
             )
-        for name, values in (("mass", stats.mass[kind]), ("occupancy", stats.occupancy[kind])):
+        for name, values in (("mass", stats.mass[kind]), ("support", stats.support[kind])):
             if not np.isfinite(values).all() or values.min() < 0:
                 raise ArtifactError(f"the {name} of {kind.value} holds negative or non-finite numbers; {remedy}")
 
@@ -59,7 +60,7 @@ def check_masks(masks: PruningMasks, stats: AttentionStats, name: str) -> None:
             f"{describe_architecture(stats.architecture)}; {remedy}"
         )
     for kind in stats.kinds:
-        ours, theirs = masks.keep[kind].shape[2:], stats.occupancy[kind].shape
+        ours, theirs = masks.keep[kind].shape[2:], stats.support[kind].shape
         if ours != theirs:
             raise ArtifactError(
                 f"masks {name} cover {ours[0]} x {ours[1]} positions of {kind.value}, the statistics {theirs[0]} x "
@@ -76,45 +77,45 @@ def check_masks(masks: PruningMasks, stats: AttentionStats, name: str) -> None:
 
 def sentences(stats: AttentionStats) -> int:
     """Number of recorded sentences: cell (0, 0) exists in every one."""
-    return int(stats.occupancy[stats.kinds[0]][0, 0])
+    return int(stats.support[stats.kinds[0]][0, 0])
 
 
-def busy_positions(occupancy: np.ndarray, share: float = 0.95) -> tuple[int, int]:
+def busy_positions(support: np.ndarray, share: float = 0.95) -> tuple[int, int]:
     """Return the smallest (Tq, Tk) such that *share* of the recorded pairs lies in these rows and these columns."""
     limits = []
     for axis in (1, 0):
-        total = occupancy.sum(axis, dtype=np.float64).cumsum()
+        total = support.sum(axis, dtype=np.float64).cumsum()
         limits.append(int(np.searchsorted(total, share * total[-1])) + 1)
     return limits[0], limits[1]
 
 
-def uniform_mass(kind: AttentionKind, occupancy: np.ndarray) -> np.ndarray:
+def uniform_mass(kind: AttentionKind, support: np.ndarray) -> np.ndarray:
     """Attention mass of a head that spreads its attention evenly over each sentence: float64 (Tq, Tk).
 
-    The baseline against which shares are read. Sentence lengths are recovered from the occupancy, which counts the
+    The baseline against which shares are read. Sentence lengths are recovered from the support, which counts the
     sentences longer than i and j; sentences cut at the recorded range count as ending there.
     """
-    rows, columns = occupancy.shape
+    rows, columns = support.shape
     if kind is AttentionKind.DECODER_SELF:
-        return np.tril(occupancy / np.arange(1, rows + 1)[:, None])
+        return np.tril(support / np.arange(1, rows + 1)[:, None])
     if kind is AttentionKind.ENCODER_SELF:
-        longer = np.append(np.diagonal(occupancy), 0)
+        longer = np.append(np.diagonal(support), 0)
         tail = ((longer[:-1] - longer[1:]) / np.arange(1, rows + 1))[::-1].cumsum()[::-1]
         return tail[np.maximum(*np.ogrid[:rows, :columns])]
-    return (_pair_counts(occupancy) / np.arange(1, columns + 1))[::-1, ::-1].cumsum(0).cumsum(1)[::-1, ::-1]
+    return (_pair_counts(support) / np.arange(1, columns + 1))[::-1, ::-1].cumsum(0).cumsum(1)[::-1, ::-1]
 
 
-def _pair_counts(occupancy: np.ndarray) -> np.ndarray:
-    """Number of sentences with i + 1 target and j + 1 source tokens, from the occupancy of cross-attention."""
-    padded = np.pad(occupancy, [(0, 1), (0, 1)])
+def _pair_counts(support: np.ndarray) -> np.ndarray:
+    """Number of sentences with i + 1 target and j + 1 source tokens, from the support of cross-attention."""
+    padded = np.pad(support, [(0, 1), (0, 1)])
     return padded[:-1, :-1] - padded[1:, :-1] - padded[:-1, 1:] + padded[1:, 1:]
 
 
-def _uniform_end_share(kind: AttentionKind, occupancy: np.ndarray) -> float:
+def _uniform_end_share(kind: AttentionKind, support: np.ndarray) -> float:
     """Share of evenly spread attention that falls on the last source token."""
     if kind is AttentionKind.ENCODER_SELF:
-        return float(occupancy[0, 0] / np.trace(occupancy))  # each of a sentence's L rows puts 1/L there
-    counts = _pair_counts(occupancy)
+        return float(support[0, 0] / np.trace(support))  # each of a sentence's L rows puts 1/L there
+    counts = _pair_counts(support)
     rows = np.arange(1, counts.shape[0] + 1)[:, None]
     columns = np.arange(1, counts.shape[1] + 1)
     return float((counts * rows / columns).sum() / (counts * rows).sum())
@@ -149,19 +150,19 @@ class Concentration:
 
 def concentration(stats: AttentionStats, kind: AttentionKind) -> Concentration:
     """Measure the concentration of every head of *kind*."""
-    mass, occupancy = stats.mass[kind], stats.occupancy[kind]
-    row, column = np.ogrid[: occupancy.shape[0], : occupancy.shape[1]]
+    mass, support = stats.mass[kind], stats.support[kind]
+    row, column = np.ogrid[: support.shape[0], : support.shape[1]]
     offset = column - np.rint(slope(stats, kind) * row)
     places = {
         "near_diagonal": np.abs(offset) <= 1,
         "previous": offset == -1,
         "diagonal": offset == 0,
         "next": offset == 1,
-        "first": np.broadcast_to(column == 0, occupancy.shape),
+        "first": np.broadcast_to(column == 0, support.shape),
     }
     if kind.causal:
         del places["next"]  # does not exist
-    uniform_head = uniform_mass(kind, occupancy)
+    uniform_head = uniform_mass(kind, support)
     measured = {name: _per_head(mass, lambda head, at=place: head[at].sum()) for name, place in places.items()}
     uniform = {name: float(uniform_head[place].sum()) for name, place in places.items()}
     total = _per_head(mass, np.sum)
@@ -169,7 +170,7 @@ def concentration(stats: AttentionStats, kind: AttentionKind) -> Concentration:
     uniform = {name: value / float(uniform_head.sum()) for name, value in uniform.items()}
     if kind in stats.end_mass:
         heads["end"] = _ratio(stats.end_mass[kind], total, 0.0)
-        uniform["end"] = _uniform_end_share(kind, occupancy)
+        uniform["end"] = _uniform_end_share(kind, support)
     entropy = _per_head(mass, row_entropy)
     uniform_entropy = row_entropy(uniform_head)
     # Where every sentence leaves a single choice, attention is as broad as it can be.
@@ -253,12 +254,12 @@ class _SortedHead:
 
 def kept_mass(stats: AttentionStats, kind: AttentionKind) -> KeptMass:
     """Return the most attention mass that can be kept at each effective sparsity (cells pruned by mean attention)."""
-    mass, occupancy = stats.mass[kind], stats.occupancy[kind]
-    prunable = (occupancy > 0) & ~guaranteed(occupancy.shape, kind)
-    pairs = float(occupancy.sum())
-    layers = [[_sort_head(head, occupancy, prunable) for head in layer] for layer in mass]
+    mass, support = stats.mass[kind], stats.support[kind]
+    prunable = (support > 0) & ~guaranteed(support.shape, kind)
+    pairs = float(support.sum())
+    layers = [[_sort_head(head, support, prunable) for head in layer] for layer in mass]
     totals = mass.sum((2, 3))
-    even = uniform_mass(kind, occupancy)
+    even = uniform_mass(kind, support)
 
     def curve(members: list[_SortedHead], total: float) -> Curve:
         thresholds = np.unique(np.concatenate([head.score for head in members]))
@@ -277,12 +278,12 @@ def kept_mass(stats: AttentionStats, kind: AttentionKind) -> KeptMass:
             [curve([head], float(total)) for head, total in zip(heads, row, strict=True)]
             for heads, row in zip(layers, totals, strict=True)
         ],
-        curve([_sort_head(even, occupancy, prunable)], float(even.sum())),
+        curve([_sort_head(even, support, prunable)], float(even.sum())),
     )
 
 
-def _sort_head(mass: np.ndarray, occupancy: np.ndarray, prunable: np.ndarray) -> _SortedHead:
-    s, n = mass[prunable], occupancy[prunable].astype(np.float64)
+def _sort_head(mass: np.ndarray, support: np.ndarray, prunable: np.ndarray) -> _SortedHead:
+    s, n = mass[prunable], support[prunable].astype(np.float64)
     order = np.argsort(s / n, kind="stable")
     score = (s / n)[order]
     pairs, lost = np.cumsum(n[order]), np.cumsum(s[order])
@@ -298,22 +299,22 @@ def _sort_head(mass: np.ndarray, occupancy: np.ndarray, prunable: np.ndarray) ->
 def effective_at_nominal(stats: AttentionStats, kind: AttentionKind, nominal: np.ndarray) -> np.ndarray:
     """Effective sparsity that the authors' percentile has at each *nominal* sparsity: float64, the shape of *nominal*.
 
-    The percentile of :class:`~ap_fairseq.masks.MaskSpec`'s ``as-published``: per layer over the heads' squares up to
-    the longest sentence, in which non-existing cells count as zeros.
+    The percentile of :class:`~ap_fairseq.pruning.spec.MaskSpec`'s ``percentile``: per layer over the heads' squares
+    up to the longest sentence, in which non-existing cells count as zeros.
     """
-    mass, occupancy = stats.mass[kind], stats.occupancy[kind]
-    longest, heads = max(occupancy.shape), mass.shape[1]
-    weights = np.where(guaranteed(occupancy.shape, kind), 0, occupancy).ravel()
+    mass, support = stats.mass[kind], stats.support[kind]
+    longest, heads = max(support.shape), mass.shape[1]
+    weights = np.where(guaranteed(support.shape, kind), 0, support).ravel()
     pruned = np.zeros(len(nominal))
     for layer in mass:
-        mean = layer / np.maximum(occupancy, 1)
+        mean = layer / np.maximum(support, 1)
         square = np.zeros(heads * longest**2)
         square[: mean.size] = mean.ravel()
         thresholds = np.percentile(square, 100 * nominal)
         first = np.searchsorted(thresholds, mean.reshape(heads, -1), side="left")  # first percentile that prunes a cell
         for head in first:
             pruned += np.bincount(head, weights=weights, minlength=len(nominal) + 1)[: len(nominal)].cumsum()
-    return pruned / (occupancy.sum() * heads * mass.shape[0])
+    return pruned / (support.sum() * heads * mass.shape[0])
 
 
 # -- masks ------------------------------------------------------------------------------------------------------------
@@ -321,9 +322,9 @@ def effective_at_nominal(stats: AttentionStats, kind: AttentionKind, nominal: np
 
 def head_sparsity(masks: PruningMasks, stats: AttentionStats, kind: AttentionKind) -> np.ndarray:
     """Effective sparsity of each head: float64 (layers, heads)."""
-    occupancy = stats.occupancy[kind]
-    kept = np.stack([[occupancy[head].sum() for head in layer] for layer in masks.keep[kind]])
-    return 1 - kept / occupancy.sum()
+    support = stats.support[kind]
+    kept = np.stack([[support[head].sum() for head in layer] for layer in masks.keep[kind]])
+    return 1 - kept / support.sum()
 
 
 # -- down-sampling ----------------------------------------------------------------------------------------------------
@@ -335,27 +336,27 @@ class Maps:
 
     Attributes:
         mean: float64 (layers, heads, R, C): mean attention of the recorded pairs in a bin; 0 where there are none.
-        occupancy: float64 (R, C): mean number of sentences in which a cell of the bin is attendable.
+        support: float64 (R, C): mean number of sentences in which a cell of the bin is attendable.
         factor: cells to the side of a bin.
     """
 
     mean: np.ndarray
-    occupancy: np.ndarray
+    support: np.ndarray
     factor: int
 
 
 def maps(stats: AttentionStats, kind: AttentionKind, factor: int) -> Maps:
-    """Bin mean attention and occupancy."""
-    occupancy = stats.occupancy[kind]
-    pairs = _binned(occupancy, factor)
-    area = _binned(np.ones(occupancy.shape), factor)
+    """Bin mean attention and support."""
+    support = stats.support[kind]
+    pairs = _binned(support, factor)
+    area = _binned(np.ones(support.shape), factor)
     mean = [[_ratio(_binned(head, factor), pairs, 0.0) for head in layer] for layer in stats.mass[kind]]
     return Maps(np.array(mean), pairs / area, factor)
 
 
-def kept_share(keep: np.ndarray, occupancy: np.ndarray, factor: int) -> np.ndarray:
+def kept_share(keep: np.ndarray, support: np.ndarray, factor: int) -> np.ndarray:
     """Share of the recorded pairs of each bin that a mask (Tq, Tk) keeps: float64 (R, C); 0 where there are none."""
-    return _ratio(_binned(keep * occupancy, factor), _binned(occupancy, factor), 0.0)
+    return _ratio(_binned(keep * support, factor), _binned(support, factor), 0.0)
 
 
 def _binned(values: np.ndarray, factor: int) -> np.ndarray:

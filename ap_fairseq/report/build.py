@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from ap_fairseq.artifacts import ArtifactError, AttentionStats, PruningMasks, atomic_output, file_sha256, versions
-from ap_fairseq.evaluation import write_json
-from ap_fairseq.masks import LayerSummary, summarize, vanished_heads
+from ap_fairseq.artifacts import AttentionStats, PruningMasks
+from ap_fairseq.files import ArtifactError, atomic_output, file_sha256, write_json
+from ap_fairseq.provenance import versions
+from ap_fairseq.pruning.summary import LayerSummary, summarize, vanished_heads
 from ap_fairseq.report import analysis, page, plots, results, statements, tables
 from ap_fairseq.sites import AttentionKind
 
@@ -70,7 +71,7 @@ class Report:
 
     @cached_property
     def maps(self) -> dict[AttentionKind, analysis.Maps]:
-        """Mean attention and occupancy, binned where the recording is larger than the page can hold."""
+        """Mean attention and support, binned where the recording is larger than the page can hold."""
         factor = analysis.bin_factor((mass.shape for mass in self.stats.mass.values()), page.MOST_CELLS)
         return {kind: analysis.maps(self.stats, kind, factor) for kind in self.stats.kinds}
 
@@ -98,12 +99,12 @@ class Report:
 
     @property
     def provenance(self) -> dict[str, Any]:
-        procedures = {name: masks.metadata.get("procedure") for name, masks in self.masks.items()}
+        criteria = {name: masks.metadata.get("criterion") for name, masks in self.masks.items()}
         benchmark = {key: value for key, value in (self.benchmark or {}).items() if key != "rows"}
         return {
             "files": self.files,
             "recording": self.stats.metadata,
-            "procedures": procedures,
+            "criteria": criteria,
             "benchmark": benchmark,
             "versions": versions(),
         }
@@ -121,7 +122,7 @@ class Report:
             drawn += [
                 plots.attention(stats, kind, scale, one, name) for name, one in (self.masks or {"": None}).items()
             ]
-        drawn += [plots.occupancy(stats), plots.kept_mass(self.kept, self.summaries)]
+        drawn += [plots.support(stats), plots.kept_mass(self.kept, self.summaries)]
         drawn += [plots.nominal(NOMINAL, self.nominal, self.summaries)]
         drawn += [plots.concentration(self.concentration), plots.patterns(self.concentration)]
         if self.masks:
@@ -157,7 +158,7 @@ class Report:
             "layers": layers,
             "heads": heads,
             "positions": [queries, keys],
-            "pairs": int(self.stats.occupancy[kind].sum()) * layers * heads,
+            "pairs": int(self.stats.support[kind].sum()) * layers * heads,
             "concentration": {
                 name: {
                     "mean": float(values.mean()),
@@ -173,7 +174,7 @@ class Report:
                 "heads": [[_curve(one) for one in row] for row in kept.heads],
                 "even": _curve(kept.even),
             },
-            "as_published": {"nominal": NOMINAL.round(6).tolist(), "effective": self.nominal[kind].round(6).tolist()},
+            "percentile": {"nominal": NOMINAL.round(6).tolist(), "effective": self.nominal[kind].round(6).tolist()},
         }
 
     def _mask(self, name: str) -> dict[str, Any]:
@@ -212,7 +213,7 @@ def load(
                 f"two mask files are called {name}; rename {path}, as masks are named after their files"
             )
         masks[name] = PruningMasks.load(path)
-    pairs = {kind.value: int(stats.occupancy[kind].sum()) * stats.mass[kind][..., 0, 0].size for kind in stats.kinds}
+    pairs = {kind.value: int(stats.support[kind].sum()) * stats.mass[kind][..., 0, 0].size for kind in stats.kinds}
     systems = [system for path in result_files for system in results.read_results(path, pairs)]
     read = [*files, *mask_files, *result_files, *([benchmark] if benchmark else [])]
     hashes = {str(path): file_sha256(path) for path in read}

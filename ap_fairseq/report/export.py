@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from ap_fairseq.artifacts import AttentionStats, atomic_output
+from ap_fairseq.artifacts import AttentionStats
+from ap_fairseq.files import atomic_output
 from ap_fairseq.report.analysis import check_stats
 from ap_fairseq.sites import AttentionKind
 
@@ -19,7 +20,7 @@ def export(stats: AttentionStats, path, file_format: str, positions: int | None,
     """Write the mean attention of all kinds.
 
     ``npz`` (numpy.load) holds per kind ``{kind}.mean`` float64 (layers, heads, Tq, Tk), 0 where nothing was recorded,
-    and ``{kind}.occupancy`` int64 (Tq, Tk), plus ``metadata``, a JSON string.
+    and ``{kind}.support`` int64 (Tq, Tk), plus ``metadata``, a JSON string.
 
     ``bertviz-json`` holds the arguments that BertViz's views of encoder-decoder models take:
     ``encoder_attention``, ``decoder_attention`` and ``cross_attention`` as [layer][batch of 1][head][query][key], and
@@ -39,7 +40,7 @@ def export(stats: AttentionStats, path, file_format: str, positions: int | None,
     shown = np.s_[..., :positions, :positions]
     if file_format == "npz":
         arrays = {f"{kind.value}.mean": stats.mean(kind)[shown] for kind in stats.kinds}
-        arrays |= {f"{kind.value}.occupancy": stats.occupancy[kind][shown] for kind in stats.kinds}
+        arrays |= {f"{kind.value}.support": stats.support[kind][shown] for kind in stats.kinds}
         with atomic_output(path, overwrite) as temporary, open(temporary, "wb") as stream:
             np.savez_compressed(stream, metadata=np.array(json.dumps(stats.metadata, sort_keys=True)), **arrays)
     elif file_format == "bertviz-json":

@@ -37,7 +37,7 @@ def render(report: Report, figures: list[plots.Figure]) -> str:
         kinds=tables.kinds_table(report.concentration, report.kept),
         explorer_note=_note(data),
         # The explorer shows what the heat maps show.
-        figures=[figure for figure in figures if not figure.name.startswith(("attention_", "occupancy"))],
+        figures=[figure for figure in figures if not figure.name.startswith(("attention_", "support"))],
         masks=tables.masks_table(report.summaries) if report.masks else None,
         vanished=report.vanished,
         systems=tables.systems_table(report.systems) if report.systems else None,
@@ -62,7 +62,7 @@ def _note(data: dict[str, Any]) -> str:
 def _explorer(report: Report) -> tuple[dict[str, Any], dict[str, str]]:
     """Return what the script reads: a JSON document, and named arrays, gzipped, in base64.
 
-    Arrays: ``mean-KIND-LAYER`` uint8 (heads, R, C) codes; ``occupancy-KIND`` float32 (R, C); ``kept-MASK-KIND-LAYER``
+    Arrays: ``mean-KIND-LAYER`` uint8 (heads, R, C) codes; ``support-KIND`` float32 (R, C); ``kept-MASK-KIND-LAYER``
     uint8 (heads, R, C), 255 = all recorded pairs of the bin kept.
     """
     stats, maps = report.stats, report.maps
@@ -79,19 +79,19 @@ def _explorer(report: Report) -> tuple[dict[str, Any], dict[str, str]]:
     }
     blobs = {}
     for kind, m in maps.items():
-        blobs[f"occupancy-{kind.value}"] = _packed(m.occupancy.astype("<f4"))
+        blobs[f"support-{kind.value}"] = _packed(m.support.astype("<f4"))
         codes = encode(m.mean, low, high)
         for layer in range(len(codes)):
             blobs[f"mean-{kind.value}-{layer}"] = _packed(codes[layer])
             for number, masks in enumerate(report.masks.values()):
-                heads = [analysis.kept_share(keep, stats.occupancy[kind], m.factor) for keep in masks.keep[kind][layer]]
+                heads = [analysis.kept_share(keep, stats.support[kind], m.factor) for keep in masks.keep[kind][layer]]
                 kept = (np.array(heads) * 255).round().astype(np.uint8)
                 blobs[f"kept-{number}-{kind.value}-{layer}"] = _packed(kept)
     return data, blobs
 
 
 def _kind(report: Report, kind: AttentionKind, m: analysis.Maps) -> dict[str, Any]:
-    queries, keys = report.stats.occupancy[kind].shape
+    queries, keys = report.stats.support[kind].shape
     return {
         "name": kind.value,
         "causal": kind.causal,
@@ -102,8 +102,8 @@ def _kind(report: Report, kind: AttentionKind, m: analysis.Maps) -> dict[str, An
         "queries": queries,
         "keys": keys,
         "factor": m.factor,
-        "busy": max(analysis.busy_positions(report.stats.occupancy[kind])),
-        "most": float(m.occupancy.max()),
+        "busy": max(analysis.busy_positions(report.stats.support[kind])),
+        "most": float(m.support.max()),
         "patterns": report.concentration[kind].patterns.tolist(),
     }
 

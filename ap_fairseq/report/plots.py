@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ap_fairseq.artifacts import ArtifactError
+from ap_fairseq.files import ArtifactError
 
 try:
     import matplotlib
@@ -26,7 +26,7 @@ from matplotlib.figure import Figure as Canvas
 from matplotlib.patches import Patch
 
 from ap_fairseq.artifacts import AttentionStats, PruningMasks
-from ap_fairseq.masks import LayerSummary
+from ap_fairseq.pruning.summary import LayerSummary
 from ap_fairseq.report import analysis
 from ap_fairseq.report.results import Measurements, System, curves
 from ap_fairseq.sites import AttentionKind
@@ -132,7 +132,7 @@ def _percent_axis(axis, label: str) -> None:
     axis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0, decimals=0))
 
 
-# -- attention and occupancy ------------------------------------------------------------------------------------------
+# -- attention and support ------------------------------------------------------------------------------------------
 
 
 def log_scale(maps: Sequence[analysis.Maps]) -> tuple[float, float]:
@@ -141,7 +141,7 @@ def log_scale(maps: Sequence[analysis.Maps]) -> tuple[float, float]:
     High is the largest value; a hundredth of the recorded pairs lies below low.
     """
     values = np.concatenate([m.mean.ravel() for m in maps])
-    weights = np.concatenate([np.broadcast_to(m.occupancy, m.mean.shape).ravel() for m in maps])
+    weights = np.concatenate([np.broadcast_to(m.support, m.mean.shape).ravel() for m in maps])
     values, weights = values[values > 0], weights[values > 0]
     if not values.size:
         return 0.1, 1.0
@@ -161,8 +161,8 @@ def attention(
     stats: AttentionStats, kind: AttentionKind, scale: tuple[float, float], masks: PruningMasks | None, name: str = ""
 ) -> Figure:
     """Draw the mean attention of every layer (rows) and head (columns); pruned cells are grey."""
-    occupancy = stats.occupancy[kind]
-    rows, columns = analysis.busy_positions(occupancy)
+    support = stats.support[kind]
+    rows, columns = analysis.busy_positions(support)
     factor = -(-max(rows, columns) // 160)
     maps = analysis.maps(stats, kind, factor)
     shown = np.s_[: -(-rows // factor), : -(-columns // factor)]
@@ -172,11 +172,11 @@ def attention(
     grey = matplotlib.colors.LinearSegmentedColormap.from_list("pruned", ["#ededed", "#8c8c8c"])
     for layer, head in np.ndindex(layers, heads):
         axis, mean = axes[layer, head], np.maximum(maps.mean[layer, head], scale[0])
-        seen = maps.occupancy > 0
+        seen = maps.support > 0
         extent = (-0.5, columns - 0.5, rows - 0.5, -0.5)
         kept = seen
         if masks is not None:
-            kept = seen & (analysis.kept_share(masks.keep[kind][layer, head], occupancy, factor) >= 0.5)
+            kept = seen & (analysis.kept_share(masks.keep[kind][layer, head], support, factor) >= 0.5)
             pruned = np.ma.array(mean, mask=~(seen & ~kept))[shown]
             axis.imshow(pruned, cmap=grey, norm=norm, extent=extent, interpolation="nearest", aspect="auto")
         image = axis.imshow(
@@ -198,7 +198,7 @@ def attention(
             f" Pruned by {name}, in grey: {share.mean():.1%} of the pairs, from {share.min():.1%} to {share.max():.1%} "
             "of a head."
         )
-    part = f"positions below {rows} x {columns} of {occupancy.shape[0]} x {occupancy.shape[1]}, 95% of pairs"
+    part = f"positions below {rows} x {columns} of {support.shape[0]} x {support.shape[1]}, 95% of pairs"
     return Figure(
         "_".join(filter(None, ["attention", kind.value, name])),
         f"Mean attention, {kind.value}",
@@ -210,25 +210,25 @@ def attention(
 
 
 @_styled
-def occupancy(stats: AttentionStats) -> Figure:
+def support(stats: AttentionStats) -> Figure:
     """Draw in how many sentences each cell is attendable."""
     canvas, axes = _figure(len(stats.kinds))
-    top = max(int(stats.occupancy[kind].max()) for kind in stats.kinds)
+    top = max(int(stats.support[kind].max()) for kind in stats.kinds)
     norm = LogNorm(1, top) if top > 1 else Normalize(0, 1)
     texts = []
     for axis, kind in zip(axes[0], stats.kinds, strict=True):
-        factor = -(-max(stats.occupancy[kind].shape) // 300)
-        values = analysis.maps(stats, kind, factor).occupancy
-        rows, columns = stats.occupancy[kind].shape
+        factor = -(-max(stats.support[kind].shape) // 300)
+        values = analysis.maps(stats, kind, factor).support
+        rows, columns = stats.support[kind].shape
         seen = np.ma.array(np.maximum(values, norm.vmin), mask=values == 0)
         extent = (-0.5, columns - 0.5, rows - 0.5, -0.5)
         image = axis.imshow(seen, cmap="cividis_r", norm=norm, extent=extent, interpolation="nearest", aspect="auto")
         axis.set(title=kind.value, xlabel="key position (tokens)", ylabel="query position (tokens)")
-        busy = analysis.busy_positions(stats.occupancy[kind])
+        busy = analysis.busy_positions(stats.support[kind])
         texts.append(f"{kind.value}: 95% of pairs lie below {busy[0]} x {busy[1]} of {rows} x {columns} positions")
     canvas.colorbar(image, ax=axes, label="sentences with this cell", pad=0.02)
     text = "; ".join(texts) + "."
-    return Figure("occupancy", "Occupancy", text, f"In how many sentences each cell exists. {text}", canvas)
+    return Figure("support", "Support", text, f"In how many sentences each cell exists. {text}", canvas)
 
 
 # -- curves -----------------------------------------------------------------------------------------------------------

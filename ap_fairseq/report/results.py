@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from scipy import stats as distributions
 
-from ap_fairseq.artifacts import ArtifactError
+from ap_fairseq.files import ArtifactError
 from ap_fairseq.sites import AttentionKind
 
 METRICS = {"BLEU": "bleu", "chrF2": "chrf"}  # the name in sacreBLEU's vocabulary, and the field of ap-evaluate
@@ -34,7 +34,7 @@ class System:
 
     Attributes:
         name: as in the results file.
-        series: what it belongs to: procedure, kinds, granularity, and the part of the name after the last point (such
+        series: what it belongs to: criterion, kinds, granularity, and the part of the name after the last point (such
             as ``tuned``) or the schedule; None for a dense system.
         variant: that part or schedule, or "".
         pruned: the kinds that it has a budget for, or of which pairs are missing where it names no budgets.
@@ -45,7 +45,7 @@ class System:
             --significance bootstrap``).
         signatures: sacreBLEU signatures.
         seed: of the training run, if known.
-        settings: what else it was made with, e.g. ``pool 32``, but for budgets and seed.
+        settings: what else it was made with, e.g. ``smooth 32``, but for budgets and seed.
     """
 
     name: str
@@ -78,8 +78,8 @@ def read_results(path, pairs: Mapping[str, int]) -> list[System]:
     Accepts what ``ap-evaluate -o`` writes (an object with ``systems`` and perhaps ``significance``), a list of such
     systems, or JSON lines with one system each, as sweeps write them. A system has ``system``, either ``bleu`` and
     ``chrf`` or ``scores: {"BLEU": {"score": ..., "ci": half of the 95% interval}, "chrF2": {...}}``, and unless it is
-    dense ``procedure`` and ``sparsity`` ({kind: {"effective": ...}}, with ``total`` beside it) or
-    ``effective_sparsity`` (a number, or {kind: number, "total": number}). A ``procedure`` called ``dense`` with a
+    dense ``criterion`` and ``sparsity`` ({kind: {"effective": ...}}, with ``total`` beside it) or
+    ``effective_sparsity`` (a number, or {kind: number, "total": number}). A ``criterion`` called ``dense`` with a
     ``schedule`` other than ``untuned`` is a dense system that was fine-tuned.
 
     Args:
@@ -174,21 +174,21 @@ def _sparsity(record: dict, where: str) -> tuple[dict[str, float], float]:
 
 
 def _pruned_kinds(record: dict, sparsity: Mapping[str, float]) -> list[str]:
-    procedure = record.get("procedure")
-    budgets = procedure.get("budgets") if isinstance(procedure, dict) else None
+    criterion = record.get("criterion")
+    budgets = criterion.get("budgets") if isinstance(criterion, dict) else None
     return [kind for kind in sparsity if (budgets.get(kind, 0) > 0 if budgets else sparsity[kind] > 0)]
 
 
 def _series(record: dict, sparsity: Mapping[str, float], pruned: list[str], variant: str) -> str | None:
-    procedure = record.get("procedure")
-    if procedure is None or (procedure == "dense" and record.get("schedule", "untuned") == "untuned"):
+    criterion = record.get("criterion")
+    if criterion is None or (criterion == "dense" and record.get("schedule", "untuned") == "untuned"):
         return None
-    details = procedure if isinstance(procedure, dict) else {"procedure": procedure}
-    if procedure == "dense" or (sparsity and not pruned):
+    details = criterion if isinstance(criterion, dict) else {"criterion": criterion}
+    if criterion == "dense" or (sparsity and not pruned):
         parts = ["nothing pruned"]
     else:
-        parts = [str(details.get("procedure", "unnamed"))]
-        parts += ["one budget"] if record.get("kinds") == "total" else []
+        parts = [str(details.get("criterion", "unnamed"))]
+        parts += ["one budget"] if record.get("kinds") == "global" else []
         parts += [] if len(pruned) == len(sparsity) else ["+".join(pruned) + " only"]
         granularity = details.get("granularity", record.get("granularity", 1))
         parts += [] if granularity == 1 else [f"granularity {granularity}"]
@@ -198,11 +198,11 @@ def _series(record: dict, sparsity: Mapping[str, float], pruned: list[str], vari
 
 def _settings(record: dict) -> tuple[str, ...]:
     """Return the settings of a system that neither its series nor its budgets and seed say."""
-    procedure = record.get("procedure")
+    criterion = record.get("criterion")
     given = {key: record.get(key) for key in ("log_bits", "updates")}
     given["rounds"] = record.get("rounds") if record.get("schedule") == "gradual" else None
-    if isinstance(procedure, dict):
-        given |= {key: procedure[key] for key in procedure.keys() - {"procedure", "granularity", "budgets", "seed"}}
+    if isinstance(criterion, dict):
+        given |= {key: criterion[key] for key in criterion.keys() - {"criterion", "granularity", "budgets", "seed"}}
     return tuple(f"{key.replace('_', ' ')} {value}" for key, value in sorted(given.items()) if value)
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ap_fairseq.masks import LayerSummary
+from ap_fairseq.pruning.summary import LayerSummary
 from ap_fairseq.report.analysis import Concentration, KeptMass
 from ap_fairseq.report.results import METRICS, System
 from ap_fairseq.sites import AttentionKind

@@ -12,8 +12,8 @@
 # Options:
 #   --size NAME       model and training length, see settings.sh of the data set; `tiny` tries the scripts on a CPU
 #   --variant NAME    training data, where data.toml has several
-#   --systems NAMES   masks: importance joint encoder_self decoder_self cross random window as-published all-kept;
-#                     default: joint
+#   --systems NAMES   masks: importance per-kind encoder_self decoder_self cross random window percentile all-kept;
+#                     default: per-kind
 #   --share X         share of the pairs that masks prune (effective sparsity); default: 0.5
 #   --sample N        record N training sentences instead of all
 #   --seed N          of training; default: 1
@@ -28,7 +28,7 @@ common=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 source "$common/../../scripts/stages.sh"
 source "$common/systems.sh"
 
-size="" variant="" systems=joint share=0.5 sample="" seed=1 gpus="" tokenized="" data="" run="" prepare_options=()
+size="" variant="" systems=per-kind share=0.5 sample="" seed=1 gpus="" tokenized="" data="" run="" prepare_options=()
 while [ $# -gt 0 ]; do
   case $1 in
     --tokenized-bleu) tokenized=yes; shift; continue ;;

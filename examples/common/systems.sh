@@ -5,17 +5,17 @@
 masks_of() {
   local every=(--encoder-self "$2" --decoder-self "$2" --cross "$2")
   case $1 in
-    importance) echo --total "$2" --procedure importance --pool 32 ;;
-    joint) echo "${every[@]}" ;;
+    importance) echo --total "$2" --criterion importance --smooth 32 ;;
+    per-kind) echo "${every[@]}" ;;
     encoder_self) echo --encoder-self "$2" ;;
     decoder_self) echo --decoder-self "$2" ;;
     cross) echo --cross "$2" ;;
-    random) echo "${every[@]}" --procedure random ;;
-    window) echo "${every[@]}" --procedure window ;;
-    as-published) echo "${every[@]}" --procedure as-published ;;
+    random) echo "${every[@]}" --criterion random ;;
+    window) echo "${every[@]}" --criterion window ;;
+    percentile) echo "${every[@]}" --criterion percentile ;;
     all-kept) ;;
     *)
-      echo "error: unknown system $1; known: importance joint encoder_self decoder_self cross random window as-published" \
+      echo "error: unknown system $1; known: importance per-kind encoder_self decoder_self cross random window percentile" \
         "all-kept" >&2
       return 2 ;;
   esac

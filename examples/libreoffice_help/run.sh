@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # Attention Pruning on LibreOffice's help: dense training -> attention statistics -> masks -> fine-tuning -> BLEU.
 #
-#   run.sh [--pair "en de"] [--size full|small] [--systems "joint ..."] [--share X] [--jobs N] [--out DIR] [--data DIR]
+#   run.sh [--pair "en de"] [--size full|small] [--systems "per-kind ..."] [--share X] [--jobs N] [--out DIR] [--data DIR]
 #          [--dense-updates N] [--tune-updates N] [--scratch]
 #
 # --size     full: 4 + 4 layers of 256 in half precision, for a GPU; small: a small model on the short segments,
 #            for two CPU cores.
 #            Default: full where torch sees a GPU.
-# --systems  which masks to make (see `masks_of`); each is scored without and with fine-tuning. Default: joint.
+# --systems  which masks to make (see `masks_of`); each is scored without and with fine-tuning. Default: per-kind.
 # --share    share of the pairs that masks prune (effective sparsity). Default: 0.5.
 # --jobs     how many systems run at the same time (they share the GPU). Default: 1.
 # --out      folder of the run; a second run with the same settings skips finished stages.
@@ -21,7 +21,7 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 source "$here/../../scripts/stages.sh"
 source "$here/../common/systems.sh"
 
-pair="en de" size="" systems="joint" share=0.5 jobs=1 run="" data="" dense_updates="" tune_updates="" scratch=""
+pair="en de" size="" systems="per-kind" share=0.5 jobs=1 run="" data="" dense_updates="" tune_updates="" scratch=""
 while [ $# -gt 0 ]; do
   case $1 in
     --pair | --size | --systems | --share | --jobs | --out | --data | --dense-updates | --tune-updates)

@@ -7,13 +7,13 @@
 SWEEP.yaml says everything that a result depends on: flags of training and recording, the search, and `systems`. A list
 in a system stands for one system of each value (of several lists, one of each combination):
 
-    procedure    dense (nothing pruned), any of ap-masks' --procedure, top-k, or threshold
-    kinds        total (one budget for all kinds, spent by the scores of the procedure), joint (each kind at the
+    criterion    dense (nothing pruned), any of ap-masks' --criterion, top-k, or threshold
+    kinds        global (one budget for all kinds, spent by the scores of the criterion), per-kind (each kind at the
                  sparsity), kinds joined by +, or own (options name the budgets: --encoder-self 0.95 ...)
-    sparsity     effective sparsity; nominal for as-published; of top-k the largest that does not exceed it
+    sparsity     effective sparsity; nominal for percentile; of top-k the largest that does not exceed it
     granularity  as ap-masks takes it; default 1
     options      further flags of ap-masks; default none
-    threshold, log_bits   of the procedure threshold
+    threshold, log_bits   of the criterion threshold
     schedule     untuned; one-shot and gradual (fine-tuned from the dense model); scratch (trained under the mask)
     rounds       of gradual; default 3
     start        of gradual: the sparsity of a system that is otherwise the same and trained from scratch; the first
@@ -50,17 +50,18 @@ from typing import Any
 
 import yaml
 
-from ap_fairseq.artifacts import ArtifactError, AttentionStats, atomic_output, file_sha256
+from ap_fairseq.artifacts import AttentionStats
 from ap_fairseq.cli import masks as ap_masks
 from ap_fairseq.cli import record as ap_record
 from ap_fairseq.cli.common import exit_on_sigterm
 from ap_fairseq.cli.prune_schedule import prune_gradually
-from ap_fairseq.dynamic import top_k_for
-from ap_fairseq.evaluation import compare_systems, read_lines, score, score_documents, write_json
-from ap_fairseq.masks import PROCEDURES
+from ap_fairseq.evaluation.scores import compare_systems, score, score_documents
+from ap_fairseq.experiments.stages import StageError, Stages, fairseq_train, run_together
+from ap_fairseq.experiments.translation import Search, Translation, translate
+from ap_fairseq.files import ArtifactError, atomic_output, file_sha256, read_lines, write_json
+from ap_fairseq.model.dynamic import top_k_for
+from ap_fairseq.pruning.spec import CRITERIA
 from ap_fairseq.sites import AttentionKind
-from ap_fairseq.stages import StageError, Stages, fairseq_train, run_together
-from ap_fairseq.translation import Search, Translation, translate
 
 STEPS = ("dense", "masks", "train", "translate", "score")
 SCHEDULES = ("untuned", "one-shot", "gradual", "scratch")
@@ -79,8 +80,8 @@ SCORES = (  # columns of the table: key of a result, name, format
 class System:
     """One entry of the table, with one seed; see the head of this file."""
 
-    procedure: str
-    kinds: str = "total"
+    criterion: str
+    kinds: str = "global"
     sparsity: float = 0.0
     granularity: int | str = 1
     options: str = ""
@@ -94,21 +95,21 @@ class System:
 
     def __post_init__(self):
         for name, value, valid in (
-            ("procedure", self.procedure, ("dense", *PROCEDURES, "top-k", "threshold")),
+            ("criterion", self.criterion, ("dense", *CRITERIA, "top-k", "threshold")),
             ("schedule", self.schedule, SCHEDULES),
         ):
             if value not in valid:
                 raise ArtifactError(f"{name} {value!r} of a system is not one of {', '.join(valid)}")
-        if self.procedure in ("top-k", "threshold") and self.schedule != "untuned":
+        if self.criterion in ("top-k", "threshold") and self.schedule != "untuned":
             raise ArtifactError(
-                f"{self.procedure} prunes at inference time; its schedule is untuned, not {self.schedule}"
+                f"{self.criterion} prunes at inference time; its schedule is untuned, not {self.schedule}"
             )
-        if self.procedure == "threshold" and not self.threshold:
-            raise ArtifactError("a system of procedure threshold needs a threshold, e.g. threshold: 0.01")
+        if self.criterion == "threshold" and not self.threshold:
+            raise ArtifactError("a system of criterion threshold needs a threshold, e.g. threshold: 0.01")
         if self.start and self.schedule != "gradual":
             raise ArtifactError(f"start {self.start} is for systems of schedule gradual, not {self.schedule}")
         self.budget_kinds()  # reports unknown kinds
-        masked = self.procedure not in ("dense", "top-k", "threshold")
+        masked = self.criterion not in ("dense", "top-k", "threshold")
         if self.kinds == "own" and (self.sparsity or not masked or not self.budget_kinds()):
             raise ArtifactError(
                 "a system of kinds own names its budgets in options (--encoder-self 0.95 --cross 0.7), and no sparsity"
@@ -116,37 +117,38 @@ class System:
 
     def budget_kinds(self) -> list[AttentionKind]:
         """The kinds that the sparsity is for."""
-        if self.kinds in ("total", "joint"):
+        if self.kinds in ("global", "per-kind"):
             return list(AttentionKind)
         if self.kinds == "own":
             return [kind for kind in AttentionKind if f"--{kind.flag}" in shlex.split(self.options)]
         names = self.kinds.split("+")
         if not set(names) <= set(AttentionKind):
-            raise ArtifactError(f"kinds {self.kinds!r} is not total, joint, own, or some of {'+'.join(AttentionKind)}")
+            names = "+".join(AttentionKind)
+            raise ArtifactError(f"kinds {self.kinds!r} is not global, per-kind, own, or some of {names}")
         return [AttentionKind(name) for name in names]
 
     def mask_flags(self) -> list[str]:
         """Flags of ap-masks; none prune anything for what is no mask."""
-        if self.procedure in ("dense", "top-k", "threshold"):
+        if self.criterion in ("dense", "top-k", "threshold"):
             return []
         if self.kinds == "own":
             budgets = []
-        elif self.kinds == "total" and self.procedure != "as-published":
+        elif self.kinds == "global" and self.criterion != "percentile":
             budgets = ["--total", str(self.sparsity)]
         else:
             budgets = [word for kind in self.budget_kinds() for word in (f"--{kind.flag}", str(self.sparsity))]
-        options = ["--procedure", self.procedure, "--granularity", str(self.granularity), "--seed", str(self.seed)]
+        options = ["--criterion", self.criterion, "--granularity", str(self.granularity), "--seed", str(self.seed)]
         return budgets + options + shlex.split(self.options)
 
     @property
     def group(self) -> str:
         """What the table calls it: everything but the seed."""
-        parts = [self.procedure]
-        if self.procedure == "threshold":
+        parts = [self.criterion]
+        if self.criterion == "threshold":
             parts.append(f"{self.threshold:g}" + (f".{self.log_bits}bit" if self.log_bits else ""))
-        elif self.procedure != "dense":
+        elif self.criterion != "dense":
             parts += [self.kinds] if self.kinds == "own" else [self.kinds, f"{100 * self.sparsity:g}"]
-            parts += [f"g{self.granularity}"] if self.procedure != "top-k" else []
+            parts += [f"g{self.granularity}"] if self.criterion != "top-k" else []
         if self.options:
             parts.append(self.options.replace("--", "").replace(" ", "-"))
         parts += [f"from-{100 * self.start:g}"] if self.start else []
@@ -184,11 +186,11 @@ class Sweep:
         self.source, self.target = description["pair"]
         self.bin = str(data / "data-bin" / self.level)
         systems = expand(description["systems"])
-        loss_aware = any(system.procedure == "importance" for system in systems)
+        loss_aware = any(system.criterion == "importance" for system in systems)
         if loss_aware and "--importance" not in shlex.split(description["record"]):
-            raise ArtifactError("systems of procedure importance need --importance among the flags of `record`")
+            raise ArtifactError("systems of criterion importance need --importance among the flags of `record`")
         self.listed = systems
-        self.systems = [s for s in systems if s.procedure == "dense" or re.search(only, s.name)]
+        self.systems = [s for s in systems if s.criterion == "dense" or re.search(only, s.name)]
         self.search = Search(**description["search"])
         self.stages = Stages(out)
         running = {system.name for system in self.systems}
@@ -314,12 +316,12 @@ class Sweep:
         ]
 
     def dynamic(self, system: System) -> dict[str, Any]:
-        if system.procedure == "threshold":
+        if system.criterion == "threshold":
             return {"threshold": str(system.threshold), "log_bits": system.log_bits}
-        if system.procedure != "top-k":
+        if system.criterion != "top-k":
             return {}
-        occupancy = AttentionStats.load(self.stats(self.dense_seed(system))).occupancy
-        ks = {kind: top_k_for(occupancy[kind], system.sparsity)[0] for kind in system.budget_kinds()}
+        support = AttentionStats.load(self.stats(self.dense_seed(system))).support
+        ks = {kind: top_k_for(support[kind], system.sparsity)[0] for kind in system.budget_kinds()}
         return {"top_k": ",".join(f"{kind.value}={k}" for kind, k in ks.items())}
 
     # -- scores -------------------------------------------------------------------------------------------------------
@@ -400,7 +402,7 @@ class Sweep:
         def alike(dense: System) -> bool:
             return dense.seed == system.seed and self.updates(dense) == updates
 
-        dense = [s for s in self.systems if s.procedure == "dense" and self.dense_seed(s) == self.dense_seed(system)]
+        dense = [s for s in self.systems if s.criterion == "dense" and self.dense_seed(s) == self.dense_seed(system)]
         found = {
             "against_dense": next((s for s in dense if s.schedule == "untuned"), None),
             "against_dense_tuned": next((s for s in dense if s.schedule == "one-shot" and alike(s)), None),
@@ -437,8 +439,8 @@ def expand(entries: Iterable[dict[str, Any]]) -> list[System]:
     known = {field.name for field in dataclasses.fields(System)}
     systems = []
     for entry in entries:
-        if entry.keys() - known or "procedure" not in entry:
-            raise ArtifactError(f"system {entry} needs a procedure, and only the keys {', '.join(sorted(known))}")
+        if entry.keys() - known or "criterion" not in entry:
+            raise ArtifactError(f"system {entry} needs a criterion, and only the keys {', '.join(sorted(known))}")
         values = [value if isinstance(value, list) else [value] for value in entry.values()]
         systems += [System(**dict(zip(entry, combination, strict=True))) for combination in itertools.product(*values)]
     names = [system.name for system in systems]

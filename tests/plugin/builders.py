@@ -8,9 +8,11 @@ from fairseq.data import Dictionary
 from fairseq.models.transformer import TransformerConfig, TransformerModelBase
 
 from ap_fairseq.artifacts import AttentionStats, PruningMasks
-from ap_fairseq.masks import MaskSpec, build_masks
-from ap_fairseq.models import PrunedTransformerConfig, PrunedTransformerModel
-from ap_fairseq.recording import occupancy_of
+from ap_fairseq.model.config import PrunedTransformerConfig
+from ap_fairseq.model.transformer import PrunedTransformerModel
+from ap_fairseq.pruning.build import build_masks
+from ap_fairseq.pruning.spec import MaskSpec
+from ap_fairseq.recording.recorder import occupancy_of
 from ap_fairseq.sites import AttentionKind
 
 
@@ -68,15 +70,15 @@ def random_stats(
     for _ in range(sentences):
         pair = (int(draw.integers(1, longest[0] + 1)), int(draw.integers(1, longest[1] + 1)))
         lengths[pair] = lengths.get(pair, 0) + 1
-    occupancy = {kind: occupancy_of(kind, lengths) for kind in AttentionKind}
-    mass = {kind: draw.random((layers, heads, *n.shape)) * n for kind, n in occupancy.items()}
-    importance = {kind: draw.random((layers, heads, *n.shape)) * n for kind, n in occupancy.items()}
-    return AttentionStats(mass, occupancy, {}, importance=importance)
+    support = {kind: occupancy_of(kind, lengths) for kind in AttentionKind}
+    mass = {kind: draw.random((layers, heads, *n.shape)) * n for kind, n in support.items()}
+    importance = {kind: draw.random((layers, heads, *n.shape)) * n for kind, n in support.items()}
+    return AttentionStats(mass, support, {}, importance=importance)
 
 
 def random_masks(sparsity: float, seed: int = 0, kinds=tuple(AttentionKind), **shape) -> PruningMasks:
     """Random masks of the given effective sparsity in *kinds*; the other kinds are kept whole."""
-    spec = MaskSpec({kind: sparsity for kind in kinds}, procedure="random", seed=seed, beyond="keep")
+    spec = MaskSpec({kind: sparsity for kind in kinds}, criterion="random", seed=seed, extrapolate="keep")
     return build_masks(random_stats(**shape), spec)[0]
 
 

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from plugin.commands import run, sentence_pairs, train
 
+import ap_fairseq.plugin  # noqa: F401  (registers with fairseq)
+
 
 @pytest.fixture(scope="session")
 def toy_text(tmp_path_factory) -> Path:

@@ -14,9 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from plugin.builders import random_masks, random_stats
 
-from ap_fairseq import attention
-from ap_fairseq.artifacts import ArtifactError, AttentionStats, PruningMasks, atomic_output, pack_cells, unpack_cells
-from ap_fairseq.checkpoints import save_checkpoint
+from ap_fairseq.artifacts import AttentionStats, PruningMasks, pack_cells, unpack_cells
+from ap_fairseq.files import ArtifactError, atomic_output
+from ap_fairseq.model import attention
+from ap_fairseq.model.checkpoints import save_checkpoint
 from ap_fairseq.sites import AttentionKind
 
 
@@ -38,7 +39,7 @@ def test_statistics_survive_a_round_trip(tmp_path):
     assert again.metadata["checkpoint"] == "abc" and again.architecture == stats.architecture
     for kind in AttentionKind:
         np.testing.assert_array_equal(again.mass[kind], stats.mass[kind])
-        np.testing.assert_array_equal(again.occupancy[kind], stats.occupancy[kind])
+        np.testing.assert_array_equal(again.support[kind], stats.support[kind])
     np.testing.assert_array_equal(again.end_mass[AttentionKind.CROSS], stats.end_mass[AttentionKind.CROSS])
 
 
@@ -48,7 +49,7 @@ def test_masks_survive_a_round_trip(tmp_path):
     again = PruningMasks.load(tmp_path / "m.safetensors")
     for kind in AttentionKind:
         np.testing.assert_array_equal(again.keep[kind], masks.keep[kind])
-        np.testing.assert_array_equal(again.beyond[kind], masks.beyond[kind])
+        np.testing.assert_array_equal(again.extrapolation[kind], masks.extrapolation[kind])
 
 
 def test_an_existing_file_is_replaced_only_on_demand(tmp_path):
@@ -75,7 +76,7 @@ def test_a_terminated_command_leaves_no_file(tmp_path):
     """Job schedulers send SIGTERM."""
     code = """
 import sys, time
-from ap_fairseq.artifacts import atomic_output
+from ap_fairseq.files import atomic_output
 from ap_fairseq.cli.common import command
 
 @command
@@ -137,11 +138,11 @@ def test_masks_with_an_empty_row_or_future_cells_are_refused():
     masks = random_masks(0.5)
     masks.keep[AttentionKind.CROSS][0, 0, 2, 0] = False
     with pytest.raises(ArtifactError, match="cross: column 0 must be kept in every row"):
-        PruningMasks(masks.keep, masks.beyond)
+        PruningMasks(masks.keep, masks.extrapolation)
     masks = random_masks(0.5)
     masks.keep[AttentionKind.DECODER_SELF][1, 1, 2, 3] = True
     with pytest.raises(ArtifactError, match="decoder_self: cells with key position > query position"):
-        PruningMasks(masks.keep, masks.beyond)
+        PruningMasks(masks.keep, masks.extrapolation)
 
 
 def test_masks_of_another_architecture_or_dictionary_are_refused():

@@ -5,9 +5,11 @@ import pytest
 import torch
 from plugin.builders import batch, dense_model, dictionary, pruned_model, random_masks
 
-from ap_fairseq.artifacts import ArtifactError, PruningMasks, dictionary_sha256
-from ap_fairseq.attention import PrunedMultiheadAttention
-from ap_fairseq.models import left_padding, rotate_left
+from ap_fairseq.artifacts import PruningMasks
+from ap_fairseq.files import ArtifactError
+from ap_fairseq.model.attention import PrunedMultiheadAttention
+from ap_fairseq.model.layers import left_padding, rotate_left
+from ap_fairseq.provenance import dictionary_sha256
 from ap_fairseq.sites import AttentionKind, attention_sites
 
 WORDS = dictionary()
@@ -21,12 +23,12 @@ def guarantee_only() -> PruningMasks:
     masks = random_masks(0.0, longest=(12, 12))
     for kind in KINDS:
         masks.keep[kind][:] = False
-        masks.beyond[kind][:] = False
+        masks.extrapolation[kind][:] = False
         if kind is AttentionKind.CROSS:
             masks.keep[kind][..., 0] = True
         else:
             masks.keep[kind][..., range(12), range(12)] = True
-    return PruningMasks(masks.keep, masks.beyond)
+    return PruningMasks(masks.keep, masks.extrapolation)
 
 
 def targets(lengths, seed=2):
@@ -119,7 +121,7 @@ def test_incremental_decoding_equals_teacher_forcing(kind):
 
 
 def test_reordered_beams_and_finished_sentences_keep_their_own_rows():
-    """Beams swap parents at step 3; at step 5 a sentence leaves the batch."""
+    """BeamSearchState swap parents at step 3; at step 5 a sentence leaves the batch."""
     model = pruned_model(random_masks(0.7, longest=(12, 12)), WORDS)
     source, beams = batch([5, 2, 7], WORDS, left=True), 2
     source = source.repeat_interleave(beams, 0)
@@ -182,7 +184,7 @@ def test_positions_beyond_the_range_follow_the_stored_pattern(n):
     masks = random_masks(0.5, longest=(12, 12))
     draw = np.random.default_rng(0)
     for kind in KINDS:
-        masks.beyond[kind] = draw.random(masks.beyond[kind].shape) < 0.3
+        masks.extrapolation[kind] = draw.random(masks.extrapolation[kind].shape) < 0.3
     for (kind, layer), module in attention_sites(pruned_model(masks, WORDS)):
         keep = module.keep_mask(n, n).numpy()
         for h in range(2):
@@ -191,7 +193,7 @@ def test_positions_beyond_the_range_follow_the_stored_pattern(n):
             if max(i, j) < 12:
                 continue
             known = abs(j - i) < 12
-            expected = masks.beyond[kind][layer, h, j - i + 11] if known else True  # never observed: kept
+            expected = masks.extrapolation[kind][layer, h, j - i + 11] if known else True  # never observed: kept
             expected |= j == (0 if kind is AttentionKind.CROSS else i)
             expected &= not (kind.causal and j > i)
             assert keep[h, i, j] == expected, (kind, h, i, j)

@@ -2,8 +2,8 @@
 
 import pytest
 
-from ap_fairseq.artifacts import ArtifactError
 from ap_fairseq.cli.average import last_checkpoints
+from ap_fairseq.files import ArtifactError
 
 
 def names(paths) -> list[str]:

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ap_fairseq.beams import Beams, best_continuations, best_groups, group_size
+from ap_fairseq.search.beams import BeamSearchState, best_continuations, best_groups, group_size
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EOS = 2
@@ -50,14 +50,14 @@ def distinct(dtype: torch.dtype, n: int) -> torch.Tensor:
 RECORD = "chosen_beam chosen_token chosen_score final_step final_beam final_score".split()
 
 
-def random_beams(n: int, beam: int, step: int, n_positions: int, kernels: bool, seed: int) -> Beams:
-    """Beams in the middle of a search of *n* sentences, one place of which is empty."""
+def random_beams(n: int, beam: int, step: int, n_positions: int, kernels: bool, seed: int) -> BeamSearchState:
+    """BeamSearchState in the middle of a search of *n* sentences, one place of which is empty."""
     generator = torch.Generator().manual_seed(seed)
 
     def random(high: int, *shape: int):
         return torch.randint(high, shape, generator=generator).to(DEVICE)
 
-    beams = Beams((n + 1, n_positions, 8), beam, [2, 3], [2], torch.device(DEVICE), kernels)
+    beams = BeamSearchState((n + 1, n_positions, 8), beam, [2, 3], [2], torch.device(DEVICE), kernels)
     beams.begin(torch.ones(n, dtype=torch.int64, device=DEVICE), n_positions - 1, EOS)
     beams.step.fill_(step)
     beams.rows.copy_(random(n * beam, *beams.rows.shape))
@@ -70,7 +70,7 @@ def random_beams(n: int, beam: int, step: int, n_positions: int, kernels: bool, 
     return beams
 
 
-def assert_alike(ours: Beams, expected: Beams, n: int) -> None:
+def assert_alike(ours: BeamSearchState, expected: BeamSearchState, n: int) -> None:
     """Compare the states after a step of *n* sentences; among sums of -inf any may be chosen."""
     step, beam = int(expected.step) - 1, expected.beam
     real = expected.scores[:n] > -math.inf

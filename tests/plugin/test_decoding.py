@@ -9,10 +9,11 @@ from fairseq.sequence_generator import SequenceGenerator
 from plugin.builders import batch, dictionary, pruned_model, random_masks
 from plugin.test_generation import assert_same, plain
 
-from ap_fairseq import decoding, generation
 from ap_fairseq.artifacts import PruningMasks
-from ap_fairseq.decoding import CrossAttentionCache, SelfAttentionCache, peak_share
-from ap_fairseq.generation import PrunedSequenceGenerator
+from ap_fairseq.model import kv_cache
+from ap_fairseq.model.kv_cache import CrossAttentionCache, SelfAttentionCache, peak_share
+from ap_fairseq.search import static_decoder
+from ap_fairseq.search.generator import PrunedSequenceGenerator
 from ap_fairseq.sites import AttentionKind, attention_sites
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -59,7 +60,7 @@ def sample(lengths):
 def caches(monkeypatch):
     """Caches that are full after two positions, whose dropped rows hold NaN. Collects the size of every pool."""
     sizes = []
-    real = decoding.compact
+    real = kv_cache.compact
 
     def poisoned(pool, offsets, live, readable, n_new, n_steps=None):
         pool, used = real(pool, offsets, live, readable, n_new, n_steps)
@@ -68,9 +69,9 @@ def caches(monkeypatch):
         sizes.append(pool.size(0))
         return pool, used
 
-    for module in (decoding, generation):
+    for module in (kv_cache, static_decoder):
         monkeypatch.setattr(module, "compact", poisoned)
-        monkeypatch.setattr(module, "FIRST_POSITIONS", 2)
+        monkeypatch.setattr(module, "INITIAL_CAPACITY", 2)
     return sizes
 
 
@@ -109,7 +110,7 @@ def test_memory_is_bounded_under_a_window_and_grows_when_all_is_kept(generator, 
 
 def test_columns_that_no_row_keeps_are_neither_projected_nor_stored():
     module = next(m for (kind, _), m in attention_sites(model(masks(4))) if kind is AttentionKind.CROSS)
-    stored = module.last_rows(STEPS, SOURCE) >= 0
+    stored = module.last_use(STEPS, SOURCE) >= 0
     assert stored.sum(1).tolist() == [1, 5]
     lengths = torch.tensor([12, 3, 5], device=DEVICE)
     padding = torch.arange(SOURCE, device=DEVICE) >= lengths[:, None]
@@ -148,13 +149,13 @@ def test_a_step_beyond_what_the_caches_were_made_for_is_refused():
 def test_beams_that_share_a_prefix_share_its_rows():
     """Of three hypotheses that all continue the first, one row per head and position is live."""
     cache = SelfAttentionCache.empty_like(torch.zeros(3, 2, 2, 4), None)
-    for step in range(decoding.FIRST_POSITIONS):
+    for step in range(kv_cache.INITIAL_CAPACITY):
         cache.append(torch.full((3, 2, 2, 4), float(step)) + torch.arange(3)[:, None, None, None] / 10)
         cache.reorder(torch.tensor([1, 1, 1]))
     cache.append(torch.zeros(3, 2, 2, 4))
-    assert cache.used == 2 * (decoding.FIRST_POSITIONS + 3)
+    assert cache.used == 2 * (kv_cache.INITIAL_CAPACITY + 3)
     k, _, _ = cache.dense(torch.ones(2, cache.size, dtype=torch.bool))
-    expected = torch.tensor([step + 0.1 for step in range(decoding.FIRST_POSITIONS)] + [0.0])
+    expected = torch.tensor([step + 0.1 for step in range(kv_cache.INITIAL_CAPACITY)] + [0.0])
     torch.testing.assert_close(k, expected[:, None].expand(3, 2, -1, 4))
 
 
@@ -170,7 +171,7 @@ def test_the_rule_and_its_saving_are_logged_at_the_start(caplog):
     from omegaconf import OmegaConf
 
     system = model(masks(4))
-    with caplog.at_level(logging.INFO, "ap_fairseq.models"):
+    with caplog.at_level(logging.INFO, "ap_fairseq.model.transformer"):
         system.prepare_for_inference_(OmegaConf.create({"generation": {}}))
     (line,) = [record.message for record in caplog.records if "caches hold" in record.message]
     # A window of 4 in 4 heads, and column 3 of one head; of two heads in two layers 1 and 5 of 12 columns.

@@ -5,9 +5,9 @@ import pytest
 import torch
 from plugin.builders import batch, dictionary, pruned_model, random_masks
 
-from ap_fairseq.dynamic import DynamicPruning, per_kind, top_k_for
-from ap_fairseq.recording import occupancy_of
-from ap_fairseq.sites import AttentionKind, attention_sites
+from ap_fairseq.model.dynamic import DynamicPruning, top_k_for
+from ap_fairseq.recording.recorder import occupancy_of
+from ap_fairseq.sites import AttentionKind, attention_sites, per_kind
 
 WORDS = dictionary()
 

@@ -9,10 +9,10 @@ import pytest
 import sacrebleu
 from plugin.commands import sentence_pairs
 
-from ap_fairseq import evaluation
-from ap_fairseq.artifacts import ArtifactError
 from ap_fairseq.cli import evaluate
-from ap_fairseq.evaluation import compare_systems, read_hypotheses, read_lines, score, score_by_length, score_documents
+from ap_fairseq.evaluation import scores
+from ap_fairseq.evaluation.scores import compare_systems, read_hypotheses, score, score_by_length, score_documents
+from ap_fairseq.files import ArtifactError, read_lines
 
 REFERENCES = [target for _, target in sentence_pairs(120, seed=5)]
 
@@ -133,7 +133,7 @@ def test_document_scores_join_lines_and_pair_segments():
 def test_tokenized_bleu_of_old_tables():
     hypothesis, reference = ["Ein Rot-Wein-Glas, bitte gleich jetzt!"], ["Ein rot-Wein-Glas, bitte gleich jetzt!"]
     cased, lowercased, split = (
-        evaluation.tokenized_bleu(hypothesis, reference, style, "de") for style in evaluation.TOKENIZED_BLEU
+        scores.tokenized_bleu(hypothesis, reference, style, "de") for style in scores.TOKENIZED_BLEU
     )
     assert cased["tokenized_bleu"] < split["tokenized_bleu"] < lowercased["tokenized_bleu"] == pytest.approx(100)
     assert "moses:compound-split-de" in split["tokenized_bleu_signature"]
@@ -143,21 +143,21 @@ def test_comet_uses_a_local_model_and_nothing_else(tmp_path, monkeypatch):
     """Without the file or the package: an error; with both, the model gets all three texts, offline."""
     model = tmp_path / "wmt22-comet-da" / "checkpoints" / "model.ckpt"
     with pytest.raises(ArtifactError, match="downloads none"):
-        evaluation.comet_scores(model, ["s"], {"x": ["h"]}, ["r"])
+        scores.comet_scores(model, ["s"], {"x": ["h"]}, ["r"])
     model.parent.mkdir(parents=True)
     model.touch()
     monkeypatch.setitem(sys.modules, "comet", None)
     with pytest.raises(ArtifactError, match="pip install unbabel-comet"):
-        evaluation.comet_scores(model, ["s"], {"x": ["h"]}, ["r"])
+        scores.comet_scores(model, ["s"], {"x": ["h"]}, ["r"])
 
     class Model:
         def predict(self, data, batch_size, gpus):
-            assert evaluation.os.environ["HF_HUB_OFFLINE"] == "1"
+            assert scores.os.environ["HF_HUB_OFFLINE"] == "1"
             return types.SimpleNamespace(system_score=sum(d["mt"] == d["ref"] for d in data) / len(data))
 
     loader = types.SimpleNamespace(load_from_checkpoint=lambda path: Model() if path == str(model) else None)
     monkeypatch.setitem(sys.modules, "comet", loader)
-    assert evaluation.comet_scores(model, ["s", "t"], {"x": ["a", "b"]}, ["a", "c"]) == {"x": 0.5}
+    assert scores.comet_scores(model, ["s", "t"], {"x": ["a", "b"]}, ["a", "c"]) == {"x": 0.5}
 
 
 def test_command_writes_json_markdown_and_latex(tmp_path, capsys):

@@ -10,8 +10,8 @@ from fairseq.search import Sampling
 from fairseq.sequence_generator import SequenceGenerator
 from plugin.builders import batch, dense_model, dictionary, pruned_model, random_masks
 
-from ap_fairseq import beams, generation
-from ap_fairseq.generation import PrunedSequenceGenerator
+from ap_fairseq.search import beams, generator, static_decoder
+from ap_fairseq.search.generator import PrunedSequenceGenerator
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WORDS = dictionary(30)
@@ -22,7 +22,7 @@ SIZES = dict(encoder_embed_dim=32, decoder_embed_dim=32, decoder_input_dim=32, d
 def _also_without_kernels(monkeypatch):
     """The rules of the search, which are faster to test without the interpreter."""
     monkeypatch.setattr(PrunedSequenceGenerator, "needs_kernels", False)
-    generation.say_not_covered.cache_clear()
+    generator.log_fallback.cache_clear()
 
 
 def models(n: int = 1, sparsity: float = 0.6, **options):
@@ -90,7 +90,7 @@ def test_an_ensemble_is_averaged_as_in_fairseq(backend, lengths, options):
 
 
 def test_beams_wider_than_the_kernels_take_are_chosen_from_by_torch(monkeypatch):
-    monkeypatch.setattr(beams, "WIDEST", 2)
+    monkeypatch.setattr(beams, "MAX_KERNEL_BEAM", 2)
     monkeypatch.setattr("triton_ops.beam_search.choose", None)
     systems = models(attention_backend="triton")
     expected = SequenceGenerator(systems, WORDS, beam_size=3, max_len_b=5).generate([], sample([3, 4]))
@@ -128,10 +128,10 @@ def test_inference_mode_leaves_nothing_behind_that_training_or_other_batches_can
 
 
 def test_full_pools_drop_dead_rows_and_grow(monkeypatch):
-    monkeypatch.setattr(generation, "FIRST_POSITIONS", 2)
+    monkeypatch.setattr(static_decoder, "INITIAL_CAPACITY", 2)
     dropped = []
-    real = generation.renumber_live
-    monkeypatch.setattr(generation, "renumber_live", lambda rows: dropped.append(rows.numel()) or real(rows))
+    real = static_decoder.renumber_live
+    monkeypatch.setattr(static_decoder, "renumber_live", lambda rows: dropped.append(rows.numel()) or real(rows))
     systems = models()
     options = dict(beam_size=4, max_len_b=20, min_len=15)
     expected = SequenceGenerator(systems, WORDS, **options).generate([], sample(LENGTHS))
@@ -141,8 +141,8 @@ def test_full_pools_drop_dead_rows_and_grow(monkeypatch):
 
 def test_the_batch_shrinks_when_sentences_finish(monkeypatch):
     sizes = []
-    real = generation._StaticDecoder._run
-    monkeypatch.setattr(generation._StaticDecoder, "_run", lambda self, n: sizes.append(n) or real(self, n))
+    real = static_decoder.StaticDecoder._run
+    monkeypatch.setattr(static_decoder.StaticDecoder, "_run", lambda self, n: sizes.append(n) or real(self, n))
     PrunedSequenceGenerator(models(), WORDS, beam_size=2, max_len_b=20).generate([], sample(LENGTHS))
     assert sizes[0] == 16 and sizes[-1] < 16 and sizes == sorted(sizes, reverse=True)
 
@@ -170,7 +170,7 @@ def test_half_precision_translates_as_fairseq_does():
 def test_what_is_not_covered_is_left_to_fairseq_and_said_once(reason, systems, options, inputs, caplog):
     made, options = systems(), {"beam_size": 3, "max_len_b": 10, **options}
     generator = PrunedSequenceGenerator(made, WORDS, **options)
-    with caplog.at_level(logging.INFO, "ap_fairseq.generation"):
+    with caplog.at_level(logging.INFO, "ap_fairseq.search.generator"):
         torch.manual_seed(0)
         ours = generator.generate([], sample(LENGTHS), **inputs)
         torch.manual_seed(0)

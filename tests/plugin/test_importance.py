@@ -8,11 +8,13 @@ import torch
 import torch.nn.functional as F
 from plugin.builders import batch, dense_model, dictionary, pruned_model, random_masks, random_stats
 
-from ap_fairseq import criteria
-from ap_fairseq.artifacts import ArtifactError, AttentionStats, PruningMasks
+from ap_fairseq.artifacts import AttentionStats, PruningMasks
 from ap_fairseq.cli import masks as cli_masks
-from ap_fairseq.masks import MaskSpec, build_masks
-from ap_fairseq.recording import SMALLEST_LOSS_SCALE, AttentionRecorder
+from ap_fairseq.files import ArtifactError
+from ap_fairseq.pruning import criteria
+from ap_fairseq.pruning.build import build_masks
+from ap_fairseq.pruning.spec import MaskSpec
+from ap_fairseq.recording.recorder import SMALLEST_LOSS_SCALE, AttentionRecorder
 from ap_fairseq.sites import AttentionKind, attention_sites
 
 WORDS = dictionary()
@@ -77,7 +79,7 @@ def test_importance_is_the_squared_effect_of_scaling_a_cell(monkeypatch):
     source, inputs, labels = sentences([3])
     step = 1e-5
     for (kind, layer), module in attention_sites(model):
-        cells = np.argwhere(ours.occupancy[kind])[::4]
+        cells = np.argwhere(ours.support[kind])[::4]
         for head, (row, column) in ((head, cell) for head in range(2) for cell in cells):
             losses = []
             for factor in (1 + step, 1 - step):
@@ -94,7 +96,7 @@ def test_importance_does_not_depend_on_batches_and_padding(groups):
     for kind in ALL:
         assert (alone.importance[kind].sum((2, 3)) > 0).all()
         np.testing.assert_allclose(together.importance[kind], alone.importance[kind], rtol=1e-9, atol=1e-20)
-        assert (together.importance[kind][..., together.occupancy[kind] == 0] == 0).all()
+        assert (together.importance[kind][..., together.support[kind] == 0] == 0).all()
 
 
 def test_recording_importance_changes_neither_the_rest_nor_the_model():
@@ -130,7 +132,7 @@ def test_a_pruned_model_has_the_importance_of_the_dense_one_and_none_where_it_is
     ours, pruned = record(kept, [[0, 1, 2, 3]]), record(half, [[0, 1, 2, 3]])
     for (kind, layer), module in attention_sites(half):
         np.testing.assert_allclose(ours.importance[kind], expected.importance[kind], rtol=1e-3, atol=1e-9)
-        keep = module.keep_mask(*pruned.occupancy[kind].shape).numpy()
+        keep = module.keep_mask(*pruned.support[kind].shape).numpy()
         assert (pruned.importance[kind][layer][~keep] == 0).all() and pruned.importance[kind][layer][keep].any()
 
 
@@ -168,7 +170,7 @@ def test_importance_survives_files_and_merging(tmp_path):
     second.save(tmp_path / "without")
     assert not first.merge(AttentionStats.load(tmp_path / "without")).importance
     with pytest.raises(ArtifactError, match=r"cross: importance has shape \(1, 1\), mass \(2, 2, .*they must be equal"):
-        AttentionStats(first.mass, first.occupancy, importance={AttentionKind.CROSS: np.zeros((1, 1))})
+        AttentionStats(first.mass, first.support, importance={AttentionKind.CROSS: np.zeros((1, 1))})
 
 
 def test_masks_by_importance_keep_the_most_of_it():
@@ -177,12 +179,12 @@ def test_masks_by_importance_keep_the_most_of_it():
     stats.importance[AttentionKind.ENCODER_SELF] = stats.importance[AttentionKind.ENCODER_SELF] / 100
     budgets = dict.fromkeys(ALL, 0.6)
 
-    def kept(procedure):
-        masks, _ = build_masks(stats, MaskSpec(budgets, procedure=procedure, scope="global"))
+    def kept(criterion):
+        masks, _ = build_masks(stats, MaskSpec(budgets, criterion=criterion, scope="global"))
         return masks, sum((stats.importance[kind] * masks.keep[kind]).sum() for kind in ALL)
 
     masks, ours = kept("importance")
-    assert ours > kept("effective")[1] and masks.metadata["total"]["effective"] == pytest.approx(0.6, abs=0.01)
+    assert ours > kept("mean")[1] and masks.metadata["total"]["effective"] == pytest.approx(0.6, abs=0.01)
     share = {kind: masks.metadata["sparsity"][kind.value]["effective"] for kind in ALL}
     assert share[AttentionKind.ENCODER_SELF] > 0.85 > 0.6 > share[AttentionKind.CROSS]
 
@@ -192,10 +194,10 @@ def test_the_command_ranks_by_importance_where_it_was_recorded(tmp_path, capsys)
     stats.save(tmp_path / "with")
     stats.importance = {}
     stats.save(tmp_path / "without")
-    flags = ["--total", "0.6", "--procedure", "importance", "--min-heads", "decoder_self=1,cross=2"]
+    flags = ["--total", "0.6", "--criterion", "importance", "--min-heads", "decoder_self=1,cross=2"]
     cli_masks.main([str(tmp_path / "with"), *flags, "-o", str(tmp_path / "masks")])
     masks = PruningMasks.load(tmp_path / "masks")
-    assert masks.metadata["procedure"]["procedure"] == "importance" and masks.metadata["procedure"]["min_heads"] == {
+    assert masks.metadata["criterion"]["criterion"] == "importance" and masks.metadata["criterion"]["min_heads"] == {
         "decoder_self": 1,
         "cross": 2,
     }
@@ -210,11 +212,11 @@ def test_the_command_ranks_by_importance_where_it_was_recorded(tmp_path, capsys)
     assert not (tmp_path / "none").exists()
 
 
-@pytest.mark.parametrize("procedure", ["importance", "window", "random"])
+@pytest.mark.parametrize("criterion", ["importance", "window", "random"])
 @pytest.mark.parametrize("granularity", [1, 16, "diagonal"])
-def test_every_pair_stays_in_a_minimum_of_heads_within_the_budget(procedure, granularity):
+def test_every_pair_stays_in_a_minimum_of_heads_within_the_budget(criterion, granularity):
     stats = random_stats(longest=(40, 40), sentences=300, layers=3, heads=4)
-    spec = dict(procedure=procedure, scope="global", granularity=granularity)
+    spec = dict(criterion=criterion, scope="global", granularity=granularity)
     minimum = {AttentionKind.DECODER_SELF: 2, AttentionKind.CROSS: 3}
     masks, missed = build_masks(stats, MaskSpec(dict.fromkeys(ALL, 0.7), min_heads=minimum, **spec))
     free, _ = build_masks(stats, MaskSpec(dict.fromkeys(ALL, 0.7), **spec))
@@ -222,9 +224,9 @@ def test_every_pair_stays_in_a_minimum_of_heads_within_the_budget(procedure, gra
         heads = masks.keep[kind].sum((0, 1))
         exists = np.tri(*heads.shape, dtype=bool) if kind.causal else np.ones(heads.shape, dtype=bool)
         assert (heads[exists] >= minimum.get(kind, 0)).all()  # also where no recorded sentence reaches
-        assert (masks.beyond[kind].sum((0, 1)) >= minimum.get(kind, 0)).all()
+        assert (masks.extrapolation[kind].sum((0, 1)) >= minimum.get(kind, 0)).all()
     cross = AttentionKind.CROSS
-    assert (free.keep[cross].sum((0, 1)) < 3)[stats.occupancy[cross] > 0].any()
+    assert (free.keep[cross].sum((0, 1)) < 3)[stats.support[cross] > 0].any()
     if granularity == 1:
         assert not missed and masks.metadata["total"]["effective"] == pytest.approx(0.7, abs=0.01)
 
@@ -233,8 +235,8 @@ def test_the_minimum_of_heads_are_those_of_the_highest_score():
     """At a sparsity that leaves nothing else, exactly the best head of each cell and what is always kept remain."""
     stats = random_stats(longest=(12, 12), layers=2, heads=3)
     cross = AttentionKind.CROSS
-    masks, missed = build_masks(stats, MaskSpec({cross: 0.99}, procedure="importance", min_heads={cross: 1}))
-    observed = stats.occupancy[cross] > 0
+    masks, missed = build_masks(stats, MaskSpec({cross: 0.99}, criterion="importance", min_heads={cross: 1}))
+    observed = stats.support[cross] > 0
     observed[:, 0] = False
     score = criteria.importance(stats, cross).reshape(6, 12, 12)
     best = np.arange(6)[:, None, None] == score.argmax(0)

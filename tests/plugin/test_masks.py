@@ -9,12 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from plugin.builders import random_stats
 
-from ap_fairseq import criteria
-from ap_fairseq import masks as masks_module
 from ap_fairseq.artifacts import AttentionStats, PruningMasks
 from ap_fairseq.cli import masks as cli_masks
-from ap_fairseq.masks import PROCEDURES, MaskSpec, build_masks, format_summary, summarize, total_of
-from ap_fairseq.recording import occupancy_of
+from ap_fairseq.pruning import criteria, select
+from ap_fairseq.pruning.build import build_masks
+from ap_fairseq.pruning.spec import CRITERIA, MaskSpec
+from ap_fairseq.pruning.summary import format_summary, summarize, total_of
+from ap_fairseq.recording.recorder import occupancy_of
 from ap_fairseq.sites import AttentionKind
 
 ALL = tuple(AttentionKind)
@@ -27,7 +28,7 @@ def build(stats, share=0.5, kinds=ALL, **spec):
 
 def effective(masks, stats, kind) -> float:
     """Recompute effective sparsity from its definition."""
-    weight = np.broadcast_to(stats.occupancy[kind], masks.keep[kind].shape)
+    weight = np.broadcast_to(stats.support[kind], masks.keep[kind].shape)
     return float((weight * ~masks.keep[kind]).sum() / weight.sum())
 
 
@@ -35,12 +36,12 @@ def effective(masks, stats, kind) -> float:
 @given(
     share=st.floats(0, 0.7),
     scope=st.sampled_from(["kind", "layer", "head"]),
-    procedure=st.sampled_from([p for p in PROCEDURES if p != "as-published"]),
+    criterion=st.sampled_from([p for p in CRITERIA if p != "percentile"]),
     seed=st.integers(0, 5),
 )
-def test_budgets_are_met_within_one_point_or_the_tool_says_why(share, scope, procedure, seed):
+def test_budgets_are_met_within_one_point_or_the_tool_says_why(share, scope, criterion, seed):
     stats = random_stats(seed, longest=(40, 50), sentences=300)
-    masks, missed = build(stats, share, scope=scope, procedure=procedure, seed=seed)
+    masks, missed = build(stats, share, scope=scope, criterion=criterion, seed=seed)
     assert not missed
     for kind in ALL:
         assert abs(effective(masks, stats, kind) - share) <= 0.01
@@ -49,8 +50,8 @@ def test_budgets_are_met_within_one_point_or_the_tool_says_why(share, scope, pro
 def test_a_budget_that_cannot_be_met_is_explained():
     """A cross-attention of one-word sentences has nothing but guaranteed cells; whole blocks cannot be halved."""
     lengths = {(1, 1): 5}
-    occupancy = {kind: occupancy_of(kind, lengths) for kind in ALL}
-    stats = AttentionStats({k: np.ones((1, 1, *n.shape)) * n for k, n in occupancy.items()}, occupancy)
+    support = {kind: occupancy_of(kind, lengths) for kind in ALL}
+    stats = AttentionStats({k: np.ones((1, 1, *n.shape)) * n for k, n in support.items()}, support)
     _, missed = build(stats, 0.5)
     assert len(missed) == 3 and "0.0% instead of 50.0%" in missed[0] and "guaranteed" in missed[0]
     _, missed = build(random_stats(longest=(20, 20)), 0.5, granularity=128)
@@ -58,10 +59,10 @@ def test_a_budget_that_cannot_be_met_is_explained():
 
 
 def test_ranking_by_mean_attention_keeps_the_most_mass_a_budget_allows():
-    """The fractional-knapsack optimum, against all subsets of the cells of a small head with equal occupancy."""
-    occupancy = {AttentionKind.ENCODER_SELF: np.full((3, 3), 4)}
+    """The fractional-knapsack optimum, against all subsets of the cells of a small head with equal support."""
+    support = {AttentionKind.ENCODER_SELF: np.full((3, 3), 4)}
     mass = {AttentionKind.ENCODER_SELF: np.random.default_rng(5).random((1, 1, 3, 3))}
-    stats = AttentionStats(mass, occupancy)
+    stats = AttentionStats(mass, support)
     masks, _ = build(stats, 3 / 9, kinds=[AttentionKind.ENCODER_SELF])
     kept = summarize(masks, stats)[0].kept_mass
     off_diagonal = [cell for cell in itertools.product(range(3), repeat=2) if cell[0] != cell[1]]
@@ -72,9 +73,9 @@ def test_ranking_by_mean_attention_keeps_the_most_mass_a_budget_allows():
 
 def test_frequent_cells_count_for_what_they_cost():
     """A count-blind percentile would prune the rare cell; in pairs, both budgets below mean different cells."""
-    occupancy = {AttentionKind.CROSS: np.array([[10, 8, 1], [10, 8, 1]])}
+    support = {AttentionKind.CROSS: np.array([[10, 8, 1], [10, 8, 1]])}
     mean = np.array([[0.5, 0.10, 0.4], [0.5, 0.2, 0.05]])
-    stats = AttentionStats({AttentionKind.CROSS: (mean * occupancy[AttentionKind.CROSS])[None, None]}, occupancy)
+    stats = AttentionStats({AttentionKind.CROSS: (mean * support[AttentionKind.CROSS])[None, None]}, support)
     masks, _ = build(stats, 1 / 38, kinds=[AttentionKind.CROSS])
     assert (~masks.keep[AttentionKind.CROSS][0, 0]).nonzero() == ([1], [2])
     masks, _ = build(stats, 9 / 38, kinds=[AttentionKind.CROSS])
@@ -84,24 +85,24 @@ def test_frequent_cells_count_for_what_they_cost():
 def test_pooled_scores_are_means_along_the_diagonal():
     stats = random_stats(longest=(9, 12), sentences=40)
     kind, distance = AttentionKind.CROSS, 2
-    pairs, mass = (criteria.sum_of_neighbours(part[kind], distance) for part in (stats.occupancy, stats.mass))
-    np.testing.assert_allclose(criteria.pooled(stats.mean(kind), stats.occupancy[kind], distance) * pairs, mass)
-    n_queries, n_keys = stats.occupancy[kind].shape
+    pairs, mass = (criteria.sum_of_neighbours(part[kind], distance) for part in (stats.support, stats.mass))
+    np.testing.assert_allclose(criteria.smoothed(stats.mean(kind), stats.support[kind], distance) * pairs, mass)
+    n_queries, n_keys = stats.support[kind].shape
     for i, j in itertools.product(range(n_queries), range(n_keys)):
         steps = range(-min(distance, i, j), min(distance, n_queries - 1 - i, n_keys - 1 - j) + 1)
         neighbours = [i + t for t in steps], [j + t for t in steps]
-        assert pairs[i, j] == stats.occupancy[kind][neighbours].sum()
+        assert pairs[i, j] == stats.support[kind][neighbours].sum()
         np.testing.assert_allclose(mass[..., i, j], stats.mass[kind][:, :, *neighbours].sum(-1), rtol=1e-12)
     np.testing.assert_array_equal(criteria.sum_of_neighbours(stats.mass[kind], 0), stats.mass[kind])
 
 
 @pytest.mark.parametrize("kind", SELF)
 def test_pooling_over_all_positions_ranks_whole_diagonals(kind):
-    """One far position more than there are makes every score that of its diagonal, as the procedure relative does."""
+    """One far position more than there are makes every score that of its diagonal, as the criterion relative does."""
     stats = random_stats(longest=(20, 20), sentences=200)
-    whole, _ = build(stats, 0.6, kinds=[kind], pool=100)
-    relative, _ = build(stats, 0.6, kinds=[kind], procedure="relative")
-    observed = stats.occupancy[kind] > 0
+    whole, _ = build(stats, 0.6, kinds=[kind], smooth=100)
+    relative, _ = build(stats, 0.6, kinds=[kind], criterion="diagonal-mean")
+    observed = stats.support[kind] > 0
     assert (whole.keep[kind] == relative.keep[kind])[..., observed].mean() > 0.99  # sums differ in their last bits
 
 
@@ -109,20 +110,20 @@ def test_a_late_position_is_ranked_by_its_neighbours():
     """One long sentence looked at key 1 from row 5 by chance; all others, from earlier rows, at the previous token."""
     lengths = {(1, 6): 1, (1, 5): 99}
     kind = AttentionKind.ENCODER_SELF
-    occupancy = {kind: occupancy_of(kind, lengths)}
+    support = {kind: occupancy_of(kind, lengths)}
     mean = np.eye(6, k=-1) * 0.9 + 0.02
     mean[4, 0], mean[5] = 0, [0.02, 0.9, 0.02, 0.02, 0.01, 0.04]
-    stats = AttentionStats({kind: (mean * occupancy[kind])[None, None]}, occupancy)
-    kept = [build(stats, 0.6, kinds=[kind], pool=pool)[0].keep[kind][0, 0, 5] for pool in (0, 2)]
+    stats = AttentionStats({kind: (mean * support[kind])[None, None]}, support)
+    kept = [build(stats, 0.6, kinds=[kind], smooth=pool)[0].keep[kind][0, 0, 5] for pool in (0, 2)]
     assert [keep[1] for keep in kept] == [True, False] and [keep[4] for keep in kept] == [False, True]
 
 
-@pytest.mark.parametrize("procedure", PROCEDURES)
-@pytest.mark.parametrize("beyond", ["diagonal", "keep"])
-def test_the_guarantee_holds_at_any_sparsity(procedure, beyond):
+@pytest.mark.parametrize("criterion", CRITERIA)
+@pytest.mark.parametrize("extrapolate", ["diagonal", "keep"])
+def test_the_guarantee_holds_at_any_sparsity(criterion, extrapolate):
     """PruningMasks itself refuses empty rows and non-causal cells, so building must not raise."""
     stats = random_stats(longest=(12, 15))
-    masks, _ = build(stats, 0.99, procedure=procedure, beyond=beyond)
+    masks, _ = build(stats, 0.99, criterion=criterion, extrapolate=extrapolate)
     for kind in ALL:
         assert masks.keep[kind].any(-1).all()
 
@@ -132,28 +133,28 @@ def test_kinds_without_a_budget_are_kept_whole():
     masks, _ = build(stats, 0.6, kinds=[AttentionKind.CROSS])
     for kind in SELF:
         assert effective(masks, stats, kind) == 0
-        assert masks.beyond[kind].all()
+        assert masks.extrapolation[kind].all()
 
 
 def test_random_masks_depend_on_the_seed_alone():
     stats = random_stats(longest=(30, 30))
-    same = [build(stats, procedure="random", seed=s)[0].keep[AttentionKind.CROSS] for s in (4, 4, 5)]
+    same = [build(stats, criterion="random", seed=s)[0].keep[AttentionKind.CROSS] for s in (4, 4, 5)]
     np.testing.assert_array_equal(same[0], same[1])
     assert (same[0] != same[2]).mean() > 0.2
 
 
 def test_window_masks_keep_the_cells_nearest_the_diagonal_in_every_head():
     stats = random_stats(longest=(30, 45), sentences=300)
-    masks, _ = build(stats, 0.5, procedure="window")
+    masks, _ = build(stats, 0.5, criterion="window")
     slopes = {AttentionKind.ENCODER_SELF: 1.0, AttentionKind.DECODER_SELF: 1.0}
-    cross = stats.occupancy[AttentionKind.CROSS]
+    cross = stats.support[AttentionKind.CROSS]
     slopes[AttentionKind.CROSS] = cross[0].sum() / cross[:, 0].sum()  # mean source length / mean target length
     for kind in ALL:
-        keep, occupancy = masks.keep[kind], stats.occupancy[kind]
+        keep, support = masks.keep[kind], stats.support[kind]
         assert (keep == keep[:1, :1]).all()
-        row, column = np.indices(occupancy.shape)
+        row, column = np.indices(support.shape)
         distance = np.abs(column - slopes[kind] * row)
-        prunable = (occupancy > 0) & (column != (0 if kind is AttentionKind.CROSS else row))
+        prunable = (support > 0) & (column != (0 if kind is AttentionKind.CROSS else row))
         kept, pruned = distance[keep[0, 0] & prunable], distance[~keep[0, 0] & prunable]
         assert kept.max() <= pruned.min()  # equal distances are told apart by the seed
 
@@ -161,14 +162,14 @@ def test_window_masks_keep_the_cells_nearest_the_diagonal_in_every_head():
 def test_as_published_is_the_percentile_of_the_square_per_layer_with_causal_zeros():
     """numpy's percentile over the square up to the longest sentence, applied by hand."""
     stats = random_stats(longest=(9, 12))
-    masks, _ = build(stats, 0.8, procedure="as-published", beyond="keep")
+    masks, _ = build(stats, 0.8, criterion="percentile", extrapolate="keep")
     for kind in ALL:
-        n_queries, n_keys = stats.occupancy[kind].shape
+        n_queries, n_keys = stats.support[kind].shape
         square = np.zeros((2, 2, max(n_queries, n_keys), max(n_queries, n_keys)))
         square[:, :, :n_queries, :n_keys] = stats.mean(kind)
         for layer in range(2):
             expected = stats.mean(kind)[layer] > np.percentile(square[layer], 80)
-            expected[..., stats.occupancy[kind] == 0] = True  # never observed, and --beyond keep
+            expected[..., stats.support[kind] == 0] = True  # never observed, and --extrapolate keep
             if kind is AttentionKind.CROSS:
                 expected[..., :, 0] = True
             else:
@@ -181,7 +182,7 @@ def test_as_published_is_the_percentile_of_the_square_per_layer_with_causal_zero
 def test_as_published_50_percent_prunes_next_to_nothing_of_the_decoder():
     """The causal half of the square is zero, so a nominal 50% is an effective 0%; both numbers are printed."""
     stats = random_stats(longest=(30, 30), sentences=300)
-    row = {(r.kind, r.layer): r for r in summarize(build(stats, 0.5, procedure="as-published")[0], stats)}
+    row = {(r.kind, r.layer): r for r in summarize(build(stats, 0.5, criterion="percentile")[0], stats)}
     decoder = row["decoder_self", None]
     assert decoder.effective < 0.05 and decoder.nominal > 0.45
 
@@ -189,14 +190,14 @@ def test_as_published_50_percent_prunes_next_to_nothing_of_the_decoder():
 @pytest.mark.parametrize("size", [16, 32])
 def test_blocks_are_kept_or_pruned_whole_apart_from_the_guarantee(size):
     stats = random_stats(longest=(70, 90), sentences=200)
-    masks, _ = build(stats, 0.5, granularity=size, beyond="keep")
+    masks, _ = build(stats, 0.5, granularity=size, extrapolate="keep")
     for kind in ALL:
-        occupancy = stats.occupancy[kind]
-        for top, left in itertools.product(*(range(0, n, size) for n in occupancy.shape)):
+        support = stats.support[kind]
+        for top, left in itertools.product(*(range(0, n, size) for n in support.shape)):
             block = np.s_[top : top + size, left : left + size]
-            row, column = np.indices(occupancy.shape)
-            free = (occupancy > 0) & (column != (0 if kind is AttentionKind.CROSS else row))
-            cells = masks.keep[kind][..., free & _inside(occupancy.shape, block)]
+            row, column = np.indices(support.shape)
+            free = (support > 0) & (column != (0 if kind is AttentionKind.CROSS else row))
+            cells = masks.keep[kind][..., free & _inside(support.shape, block)]
             assert (cells.all(-1) | ~cells.any(-1)).all()
 
 
@@ -220,7 +221,7 @@ def test_scopes_share_thresholds():
     stats = random_stats(longest=(40, 40), sentences=300)
     stats.mass[AttentionKind.CROSS][:, 0] *= 0.1  # one dull head, which a common threshold prunes first
     masks, _ = build(stats, 0.5, scope="head")
-    weight = stats.occupancy[AttentionKind.CROSS]
+    weight = stats.support[AttentionKind.CROSS]
     per_head = (weight * ~masks.keep[AttentionKind.CROSS]).sum((-2, -1)) / weight.sum()
     np.testing.assert_allclose(per_head, 0.5, atol=0.01)
 
@@ -229,7 +230,7 @@ def test_scopes_share_thresholds():
     assert per_head[0, 0] > 0.7 > 0.4 > per_head[0, 1]
 
     masks, _ = build(stats, 0.5, scope="global")
-    totals = {kind: stats.occupancy[kind].sum() for kind in ALL}
+    totals = {kind: stats.support[kind].sum() for kind in ALL}
     reached = sum(effective(masks, stats, kind) * totals[kind] for kind in ALL) / sum(totals.values())
     assert abs(reached - 0.5) <= 0.01
     assert max(abs(effective(masks, stats, kind) - 0.5) for kind in ALL) > 0.05
@@ -238,15 +239,15 @@ def test_scopes_share_thresholds():
 def test_unobserved_cells_follow_the_diagonal_or_are_kept():
     """Sentence pairs (10, 2) and (2, 10) leave the far corner of cross-attention unseen."""
     lengths = {(10, 2): 3, (2, 10): 3}
-    occupancy = {AttentionKind.CROSS: occupancy_of(AttentionKind.CROSS, lengths)}
+    support = {AttentionKind.CROSS: occupancy_of(AttentionKind.CROSS, lengths)}
     mean = np.full((10, 10), 0.1)
     mean[np.abs(np.subtract.outer(range(10), range(10))) <= 1] = 0.9
-    stats = AttentionStats({AttentionKind.CROSS: (mean * occupancy[AttentionKind.CROSS])[None, None]}, occupancy)
-    unseen = occupancy[AttentionKind.CROSS] == 0
+    stats = AttentionStats({AttentionKind.CROSS: (mean * support[AttentionKind.CROSS])[None, None]}, support)
+    unseen = support[AttentionKind.CROSS] == 0
     assert unseen[5, 5] and unseen[9, 5]
     keep = build(stats, 0.5, kinds=[AttentionKind.CROSS])[0].keep[AttentionKind.CROSS][0, 0]
     assert keep[5, 5] and not keep[9, 5]
-    keep = build(stats, 0.5, kinds=[AttentionKind.CROSS], beyond="keep")[0].keep[AttentionKind.CROSS][0, 0]
+    keep = build(stats, 0.5, kinds=[AttentionKind.CROSS], extrapolate="keep")[0].keep[AttentionKind.CROSS][0, 0]
     assert keep[unseen].all()
 
 
@@ -268,15 +269,15 @@ def test_the_summary_counts_rows_that_only_the_guarantee_keeps():
         (dict(budgets={AttentionKind.CROSS: 1.0}), "budget for cross is 1.0, expected 0 <= budget < 1"),
         (dict(budgets={AttentionKind.CROSS: -0.1}), "budget for cross is -0.1"),
         (dict(budgets={}, scope="site"), "scope 'site' is not one of kind, layer, head, global"),
-        (dict(budgets={}, procedure="best"), "procedure 'best' is not one of"),
+        (dict(budgets={}, criterion="best"), "criterion 'best' is not one of"),
         (dict(budgets={}, granularity=8), "granularity 8 is not one of 1, 16, 32, 64, 128, diagonal"),
         (dict(budgets={}, min_kept=1.2), "min_kept is 1.2, expected a share"),
         (dict(budgets={}, keep_first=-1), "keep_first -1 cannot be negative"),
-        (dict(budgets={}, procedure="as-published", min_kept=0.1), "leave min_kept 0.1 at the default"),
-        (dict(budgets={}, procedure="as-published", granularity=16), "leave granularity 16 at the default"),
-        (dict(budgets={}, procedure="as-published", pool=2), "pool is 2 for the procedure as-published"),
-        (dict(budgets={}, procedure="window", pool=2), "expected a number of positions, and one of effective"),
-        (dict(budgets={}, pool=-1), "pool is -1"),
+        (dict(budgets={}, criterion="percentile", min_kept=0.1), "leave min_kept 0.1 at the default"),
+        (dict(budgets={}, criterion="percentile", granularity=16), "leave granularity 16 at the default"),
+        (dict(budgets={}, criterion="percentile", smooth=2), "pool is 2 for the criterion percentile"),
+        (dict(budgets={}, criterion="window", smooth=2), "expected a number of positions, and one of effective"),
+        (dict(budgets={}, smooth=-1), "pool is -1"),
     ],
 )
 def test_bad_specs_name_the_fault(spec, message):
@@ -286,7 +287,7 @@ def test_bad_specs_name_the_fault(spec, message):
 
 def test_a_budget_for_a_kind_that_was_not_recorded_is_an_error():
     stats = random_stats()
-    del stats.mass[AttentionKind.CROSS], stats.occupancy[AttentionKind.CROSS]
+    del stats.mass[AttentionKind.CROSS], stats.support[AttentionKind.CROSS]
     with pytest.raises(ValueError, match="budget is given for cross, but the statistics hold only encoder_self"):
         build(stats, kinds=[AttentionKind.CROSS])
 
@@ -303,17 +304,17 @@ def test_the_histogram_search_prunes_what_a_full_sort_would(monkeypatch):
         weight = draw.integers(0, 50, 4000)
         for share in (0.0, 0.3, 0.9, 1.0):
             target = share * weight.sum()
-            expected, threshold = masks_module._prune_lowest([(values, weight)], target)
+            expected, threshold = select.prune_lowest([(values, weight)], target)
             with monkeypatch.context() as patch:
-                patch.setattr(masks_module, "_SORTED_AT_ONCE", 8)
-                found, found_threshold = masks_module._prune_lowest([(values, weight)], target)
+                patch.setattr(select, "_SORTED_AT_ONCE", 8)
+                found, found_threshold = select.prune_lowest([(values, weight)], target)
             np.testing.assert_array_equal(found[0], expected[0])
             assert found_threshold == threshold
 
 
 def test_units_of_billions_of_pairs_do_not_overflow():
     """A 128-block of WMT holds over 2^31 pairs; int32 weights made them negative and the budget meaningless."""
-    pruned, threshold = masks_module._prune_lowest([(np.array([0.1, 0.2, 0.3]), np.array([3e9, 3e9, 3e9]))], 6e9)
+    pruned, threshold = select.prune_lowest([(np.array([0.1, 0.2, 0.3]), np.array([3e9, 3e9, 3e9]))], 6e9)
     np.testing.assert_array_equal(pruned[0], [True, True, False])
     assert threshold == 0.2
 
@@ -323,8 +324,8 @@ def test_units_of_billions_of_pairs_do_not_overflow():
 
 def total_mass(masks, stats) -> tuple[float, float]:
     """Effective sparsity and kept mass over all kinds, from their definitions."""
-    pairs = sum(stats.occupancy[kind].sum() * np.prod(stats.mass[kind].shape[:2]) for kind in ALL)
-    pruned = sum((stats.occupancy[kind] * ~masks.keep[kind]).sum() for kind in ALL)
+    pairs = sum(stats.support[kind].sum() * np.prod(stats.mass[kind].shape[:2]) for kind in ALL)
+    pruned = sum((stats.support[kind] * ~masks.keep[kind]).sum() for kind in ALL)
     kept = sum(stats.mass[kind][masks.keep[kind]].sum() for kind in ALL)
     return pruned / pairs, kept / sum(stats.mass[kind].sum() for kind in ALL)
 
@@ -333,8 +334,8 @@ def peaked_stats(seed=0):
     """Statistics whose kinds differ: attention of sharp heads in the decoder, flat heads in the encoder."""
     stats = random_stats(seed, longest=(30, 40), sentences=300)
     for kind, power in zip(ALL, (1, 12, 4), strict=True):
-        weight = (stats.mass[kind] / np.maximum(stats.occupancy[kind], 1)) ** power * (stats.occupancy[kind] > 0)
-        stats.mass[kind] = weight / weight.sum(-1, keepdims=True) * stats.occupancy[kind]
+        weight = (stats.mass[kind] / np.maximum(stats.support[kind], 1)) ** power * (stats.support[kind] > 0)
+        stats.mass[kind] = weight / weight.sum(-1, keepdims=True) * stats.support[kind]
     return stats
 
 
@@ -352,25 +353,25 @@ def test_a_joint_budget_keeps_more_mass_than_equal_budgets_per_kind():
     assert total_of(rows)["kept_mass"] == pytest.approx(kept)
 
 
-@pytest.mark.parametrize("procedure", ["window", "gaussian", "fixed"])
-def test_a_joint_budget_counts_every_head_of_a_shared_score(procedure):
+@pytest.mark.parametrize("criterion", ["window", "gaussian", "fixed"])
+def test_a_joint_budget_counts_every_head_of_a_shared_score(criterion):
     """Kinds with fewer heads must not weigh as much as others only because their heads share one score."""
     stats = random_stats(longest=(30, 30), sentences=200)
     cross = AttentionKind.CROSS
     stats.mass[cross] = np.tile(stats.mass[cross], (3, 2, 1, 1))
-    masks, missed = build(stats, 0.6, scope="global", procedure=procedure)
+    masks, missed = build(stats, 0.6, scope="global", criterion=criterion)
     assert not missed and total_mass(masks, stats)[0] == pytest.approx(0.6, abs=0.01)
 
 
 def test_normalised_scores_do_not_depend_on_how_peaked_a_head_is():
     stats = random_stats()
-    doubled = AttentionStats({kind: mass.copy() for kind, mass in stats.mass.items()}, stats.occupancy)
+    doubled = AttentionStats({kind: mass.copy() for kind, mass in stats.mass.items()}, stats.support)
     for kind in ALL:
         doubled.mass[kind][0, 1] *= 7
         np.testing.assert_allclose(
             criteria.normalised_attention(doubled, kind), criteria.normalised_attention(stats, kind)
         )
-        score, n = criteria.normalised_attention(stats, kind), stats.occupancy[kind]
+        score, n = criteria.normalised_attention(stats, kind), stats.support[kind]
         np.testing.assert_allclose((score**2 * n).sum((-2, -1)) / n.sum(), 1)
 
 
@@ -378,7 +379,7 @@ def test_relative_scores_average_the_diagonal_by_pairs():
     stats = random_stats()
     for kind in ALL:
         score = criteria.relative_attention(stats, kind)
-        n, s = stats.occupancy[kind], stats.mass[kind]
+        n, s = stats.support[kind], stats.mass[kind]
         for offset in range(1 - n.shape[0], n.shape[1]):
             if np.diagonal(n, offset).any():
                 expected = np.diagonal(s, offset, -2, -1).sum(-1) / np.diagonal(n, offset).sum()
@@ -394,10 +395,10 @@ def test_diagonals_of_a_single_column_keep_their_order():
 
 def test_gaussian_heads_attend_around_their_own_centre():
     stats = random_stats(longest=(30, 30), sentences=200, heads=4)
-    masks, _ = build(stats, 0.8, procedure="gaussian", kinds=SELF)
+    masks, _ = build(stats, 0.8, criterion="gaussian", kinds=SELF)
     for kind, centres in ((AttentionKind.ENCODER_SELF, (-1, 0, 1, -1)), (AttentionKind.DECODER_SELF, (-1, 0, -1, 0))):
-        row, column = np.indices(stats.occupancy[kind].shape)
-        free = (stats.occupancy[kind] > 0) & (row != column)
+        row, column = np.indices(stats.support[kind].shape)
+        free = (stats.support[kind] > 0) & (row != column)
         for head, centre in enumerate(centres):
             keep = masks.keep[kind][0, head]
             distance = np.abs(column - row - centre)
@@ -407,9 +408,9 @@ def test_gaussian_heads_attend_around_their_own_centre():
 def test_fixed_heads_attend_to_what_their_pattern_names():
     stats = random_stats(longest=(24, 24), sentences=200, heads=6)
     kind = AttentionKind.ENCODER_SELF
-    keep = build(stats, 0.8, procedure="fixed", kinds=[kind])[0].keep[kind][1]
-    row, column = np.indices(stats.occupancy[kind].shape)
-    free = (stats.occupancy[kind] > 0) & (row != column)
+    keep = build(stats, 0.8, criterion="fixed", kinds=[kind])[0].keep[kind][1]
+    row, column = np.indices(stats.support[kind].shape)
+    free = (stats.support[kind] > 0) & (row != column)
     offsets = [set((column - row)[keep[head] & free].tolist()) for head in range(6)]
     assert min(offsets[0]) < -1 < max(offsets[0]) and -1 in offsets[0]
     assert max(offsets[3]) < 0 and min(offsets[4]) > 0  # left context, right context
@@ -424,7 +425,7 @@ def test_every_head_keeps_its_minimum_and_the_budget_is_met_elsewhere():
     floored, missed = build(stats, 0.7, scope="global", min_kept=0.15)
     assert not missed and total_mass(floored, stats)[0] == pytest.approx(0.7, abs=0.01)
     for kind in ALL:
-        n = stats.occupancy[kind]
+        n = stats.support[kind]
         kept_free, kept = ((n * m.keep[kind][0, 0]).sum() / n.sum() for m in (free, floored))
         assert kept_free < 0.13 and kept >= 0.15
         best = np.sort((stats.mean(kind)[0, 0])[floored.keep[kind][0, 0] & (n > 0)])
@@ -445,14 +446,14 @@ def test_always_kept_sets_hold_at_any_budget(granularity):
     masks, _ = build(stats, 0.6, keep_diagonal=2, keep_first=3, granularity=granularity)
     ratio = criteria.slope(stats, AttentionKind.CROSS)
     for kind in ALL:
-        row, column = np.indices(stats.occupancy[kind].shape)
+        row, column = np.indices(stats.support[kind].shape)
         expected = (np.abs(column - (ratio if kind is AttentionKind.CROSS else 1) * row) <= 2) | (column < 3)
         if kind.causal:
             expected &= column <= row
         assert masks.keep[kind][..., expected].all()
         assert effective(masks, stats, kind) == pytest.approx(0.6, abs=0.01 if granularity == 1 else 0.1)
-    middle = stats.occupancy[AttentionKind.ENCODER_SELF].shape[0] - 1
-    assert masks.beyond[AttentionKind.ENCODER_SELF][..., middle - 2 : middle + 3].all()
+    middle = stats.support[AttentionKind.ENCODER_SELF].shape[0] - 1
+    assert masks.extrapolation[AttentionKind.ENCODER_SELF][..., middle - 2 : middle + 3].all()
 
 
 # -- the command ------------------------------------------------------------------------------------------------------
@@ -468,7 +469,7 @@ def test_controls_take_the_budgets_of_other_masks(tmp_path, capsys):
     stats.save(tmp_path / "stats.st")
     ap_masks(tmp_path / "stats.st", "--total", 0.7, "-o", tmp_path / "ours.st")
     assert "all kinds together: effective 70.0%" in capsys.readouterr().out
-    ap_masks(tmp_path / "stats.st", "--like", tmp_path / "ours.st", "--procedure", "random", "-o", tmp_path / "r.st")
+    ap_masks(tmp_path / "stats.st", "--like", tmp_path / "ours.st", "--criterion", "random", "-o", tmp_path / "r.st")
     ours, control = (PruningMasks.load(tmp_path / name) for name in ("ours.st", "r.st"))
     for kind in ALL:
         assert effective(control, stats, kind) == pytest.approx(effective(ours, stats, kind), abs=0.005)
@@ -478,9 +479,9 @@ def test_controls_take_the_budgets_of_other_masks(tmp_path, capsys):
 def test_masks_say_how_far_their_statistics_were_pooled(tmp_path):
     random_stats(longest=(20, 20)).save(tmp_path / "stats.st")
     for pool in (0, 8):
-        ap_masks(tmp_path / "stats.st", "--total", 0.5, "--pool", pool, "-o", tmp_path / f"{pool}.st")
+        ap_masks(tmp_path / "stats.st", "--total", 0.5, "--smooth", pool, "-o", tmp_path / f"{pool}.st")
     masks = [PruningMasks.load(tmp_path / f"{pool}.st") for pool in (0, 8)]
-    assert [m.metadata["procedure"]["pool"] for m in masks] == [0, 8]
+    assert [m.metadata["criterion"]["pool"] for m in masks] == [0, 8]
     assert not np.array_equal(*(m.keep[AttentionKind.CROSS] for m in masks))
 
 
@@ -490,9 +491,9 @@ def test_masks_say_how_far_their_statistics_were_pooled(tmp_path):
         (["--total", 0.5, "--cross", 0.5], "--total and --cross both name budgets"),
         (["--total", 0.5, "--scope", "layer"], "--scope layer would split it"),
         (["--keep-first", "-1"], "expected one argument|-1 is no number of positions"),
-        (["--total", 0.5, "--procedure", "as-published"], "leave scope 'global' at the default"),
-        (["--total", 0.5, "--procedure", "window", "--pool", 8], "pool is 8 for the procedure window"),
-        (["--like", "ours.st", "--procedure", "as-published"], "--like ours.st gives effective sparsity"),
+        (["--total", 0.5, "--criterion", "percentile"], "leave scope 'global' at the default"),
+        (["--total", 0.5, "--criterion", "window", "--smooth", 8], "pool is 8 for the criterion window"),
+        (["--like", "ours.st", "--criterion", "percentile"], "--like ours.st gives effective sparsity"),
     ],
 )
 def test_flags_that_contradict_each_other_are_refused(flags, message, tmp_path, capsys):

@@ -11,11 +11,12 @@ import torch
 from fairseq import checkpoint_utils
 from plugin.commands import PLUGIN, ROOT, TINY, generate, run, train
 
-from ap_fairseq.artifacts import AttentionStats, PruningMasks, load_checkpoint
+from ap_fairseq.artifacts import AttentionStats, PruningMasks
 from ap_fairseq.cli import apply, evaluate, record
 from ap_fairseq.cli import masks as cli_masks
+from ap_fairseq.model.checkpoints import load_checkpoint
+from ap_fairseq.search.task import PrunedTranslationTask
 from ap_fairseq.sites import AttentionKind
-from ap_fairseq.tasks import PrunedTranslationTask
 
 
 def hypotheses(log: str) -> dict[int, tuple[float, str]]:
@@ -130,7 +131,7 @@ def test_recorded_statistics_cover_the_training_data(stats_file, toy_text):
     stats = AttentionStats.load(stats_file)
     lengths = [len(line.split()) + 1 for line in (toy_text / "train.en").read_text().splitlines()]
     assert stats.metadata["sentences"] == len(lengths) == 1000
-    assert stats.occupancy[AttentionKind.ENCODER_SELF].sum() == sum(n * n for n in lengths)
+    assert stats.support[AttentionKind.ENCODER_SELF].sum() == sum(n * n for n in lengths)
     assert stats.metadata["data"] == [{"name": "data-bin", "subset": "train"}]
     for kind in AttentionKind:
         row_mass = stats.mass[kind][..., 0, :].sum(-1)  # every sentence has a row 0

@@ -15,9 +15,11 @@ import pytest
 import torch
 from plugin.commands import TINY, generate, run
 
-from ap_fairseq.artifacts import ArtifactError, AttentionStats, PruningMasks, load_checkpoint, refuse_existing
+from ap_fairseq.artifacts import AttentionStats, PruningMasks
 from ap_fairseq.cli import record
-from ap_fairseq.evaluation import read_hypotheses
+from ap_fairseq.evaluation.scores import read_hypotheses
+from ap_fairseq.files import ArtifactError, refuse_existing
+from ap_fairseq.model.checkpoints import load_checkpoint
 from ap_fairseq.sites import AttentionKind
 
 RANKS = 2
@@ -65,7 +67,7 @@ def test_two_ranks_record_what_one_records(data_bin, dense, tmp_path):
     assert two.metadata == one.metadata
     assert two.metadata["sentences"] == 77 and two.metadata["sample"] == {"sentences": 77, "seed": 1}
     for kind in AttentionKind:
-        np.testing.assert_array_equal(two.occupancy[kind], one.occupancy[kind])
+        np.testing.assert_array_equal(two.support[kind], one.support[kind])
         np.testing.assert_allclose(two.mass[kind], one.mass[kind], rtol=1e-13)
         np.testing.assert_allclose(two.importance[kind], one.importance[kind], rtol=1e-13)
         assert one.importance[kind].sum() > 0
@@ -88,7 +90,7 @@ def saving_plugin(folder: Path) -> Path:
     (plugin / "__init__.py").write_text(
         "import torch\n"
         "from fairseq.trainer import Trainer\n"
-        "import ap_fairseq\n"
+        "import ap_fairseq.plugin\n"
         "step = Trainer.train_step\n"
         "def saving_step(self, *args, **kwargs):\n"
         "    result = step(self, *args, **kwargs)\n"
@@ -124,7 +126,7 @@ def test_gloo_ends_before_python(tmp_path):
     script = f"""
 import atexit, torch
 atexit.register(lambda: print("still initialized:", torch.distributed.is_initialized()))  # the first runs last
-import ap_fairseq
+import ap_fairseq.plugin
 torch.distributed.init_process_group("gloo", init_method="file://{tmp_path / "store"}", world_size=1, rank=0)
 torch.distributed.all_reduce(torch.ones(1))
 """

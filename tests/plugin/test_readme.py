@@ -8,12 +8,12 @@ import sys
 import pytest
 from plugin.commands import ROOT
 
-from ap_fairseq.cli.evaluate import format_markdown
+from ap_fairseq.evaluation.tables import format_markdown
 
 EXAMPLE = ROOT / "examples" / "libreoffice_help"
 SYSTEMS = (  # of the main README's table
-    r"^dense|^importance\.total\.(80|90)\.g1\.pool-32\.(?!untuned)|^importance\.total\.(80|90)\.g16.*one-shot"
-    r"|^(effective|window|gaussian|random|as-published)\.(total|joint)\.(80|90)\.g1\.(one-shot|scratch)|^top-k.*\.(80|90)"
+    r"^dense|^importance\.global\.(80|90)\.g1\.smooth-32\.(?!untuned)|^importance\.global\.(80|90)\.g16.*one-shot"
+    r"|^(mean|window|gaussian|random|percentile)\.(global|per-kind)\.(80|90)\.g1\.(one-shot|scratch)|^top-k.*\.(80|90)"
 )
 PLUGIN = ("stock", "kept", "90")
 

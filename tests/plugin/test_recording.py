@@ -15,9 +15,11 @@ from hypothesis import strategies as st
 from plugin.builders import batch, dense_model, dictionary
 from plugin.commands import ROOT, run
 
-from ap_fairseq.artifacts import ArtifactError, AttentionStats, load_checkpoint
+from ap_fairseq.artifacts import AttentionStats
 from ap_fairseq.cli import record as record_command
-from ap_fairseq.recording import AttentionRecorder, occupancy_of, sample_by_length
+from ap_fairseq.files import ArtifactError
+from ap_fairseq.model.checkpoints import load_checkpoint
+from ap_fairseq.recording.recorder import AttentionRecorder, occupancy_of, sample_by_length
 from ap_fairseq.sites import AttentionKind, attention_sites
 
 WORDS = dictionary()
@@ -60,7 +62,7 @@ def by_hand(model) -> AttentionStats:
         AttentionKind.CROSS: (longest["q"], longest["k"]),
     }
     mass = {kind: np.zeros((2, 2, *shape)) for kind, shape in shapes.items()}
-    occupancy = {kind: np.zeros(shape, dtype=np.int64) for kind, shape in shapes.items()}
+    support = {kind: np.zeros(shape, dtype=np.int64) for kind, shape in shapes.items()}
     end_mass = {kind: np.zeros((2, 2)) for kind in (AttentionKind.ENCODER_SELF, AttentionKind.CROSS)}
     source, target = batch(SOURCE_LENGTHS, WORDS, False, 1), decoder_input(TARGET_LENGTHS, 2)
     for k in range(len(source)):
@@ -80,15 +82,15 @@ def by_hand(model) -> AttentionStats:
                     end_mass[kind][layer, head] += weights[:, -1].sum()
             cells = np.ones((query.size(0), key.size(0)), dtype=np.int64)
             if layer == 0:
-                occupancy[kind][: query.size(0), : key.size(0)] += np.tril(cells) if kind.causal else cells
+                support[kind][: query.size(0), : key.size(0)] += np.tril(cells) if kind.causal else cells
     for hook in hooks:
         hook.remove()
-    return AttentionStats(mass, occupancy, {}, end_mass)
+    return AttentionStats(mass, support, {}, end_mass)
 
 
 def assert_same(ours: AttentionStats, expected: AttentionStats, tolerance=2e-6):
     for kind in AttentionKind:
-        np.testing.assert_array_equal(ours.occupancy[kind], expected.occupancy[kind])
+        np.testing.assert_array_equal(ours.support[kind], expected.support[kind])
         np.testing.assert_allclose(ours.mass[kind], expected.mass[kind], atol=tolerance)
     assert ours.end_mass.keys() == expected.end_mass.keys() == {AttentionKind.ENCODER_SELF, AttentionKind.CROSS}
     for kind, on_end in expected.end_mass.items():
@@ -107,7 +109,7 @@ def test_statistics_equal_a_hand_computed_sum_however_sentences_are_batched(grou
 def test_every_observed_row_sums_to_its_number_of_sentences():
     stats = record(dense_model(WORDS), [[0, 1, 2, 3]])
     for kind in AttentionKind:
-        sentences = stats.occupancy[kind].max(-1)
+        sentences = stats.support[kind].max(-1)
         np.testing.assert_allclose(
             stats.mass[kind].sum(-1), np.broadcast_to(sentences, stats.mass[kind].shape[:3]), rtol=1e-6
         )
@@ -155,9 +157,9 @@ def test_cells_beyond_the_limit_are_counted():
     stats = record(dense_model(WORDS), [[0, 1, 2, 3]], max_positions=(4, 3))
     full = record(dense_model(WORDS), [[0, 1, 2, 3]])
     for kind in AttentionKind:
-        n_queries, n_keys = stats.occupancy[kind].shape
+        n_queries, n_keys = stats.support[kind].shape
         np.testing.assert_array_equal(stats.mass[kind], full.mass[kind][:, :, :n_queries, :n_keys])
-        beyond = full.occupancy[kind].sum() - stats.occupancy[kind].sum()
+        beyond = full.support[kind].sum() - stats.support[kind].sum()
         assert stats.metadata["pairs_beyond_range"][kind.value] == beyond > 0
 
 
@@ -317,5 +319,5 @@ def test_sentences_longer_than_the_model_takes_are_left_out(data_bin, dense, tmp
     printed = run("ap-record", data_bin, "--path", dense, "-o", tmp_path / "short", *flags)
     every, short = (AttentionStats.load(tmp_path / name) for name in ("all", "short"))
     left_out = every.metadata["sentences"] - short.metadata["sentences"]
-    assert left_out > 0 and short.occupancy[AttentionKind.ENCODER_SELF].shape[-1] <= 12
+    assert left_out > 0 and short.support[AttentionKind.ENCODER_SELF].shape[-1] <= 12
     assert f"{left_out} sentences were not recorded: longer than the model's positions" in printed

@@ -20,10 +20,13 @@ from hypothesis import strategies as st
 from plugin.builders import random_stats
 from plugin.commands import ROOT
 
-from ap_fairseq.artifacts import ArtifactError, AttentionStats, PruningMasks
+from ap_fairseq.artifacts import AttentionStats, PruningMasks
 from ap_fairseq.cli import report as cli
-from ap_fairseq.masks import MaskSpec, build_masks, summarize
-from ap_fairseq.recording import occupancy_of
+from ap_fairseq.files import ArtifactError
+from ap_fairseq.pruning.build import build_masks
+from ap_fairseq.pruning.spec import MaskSpec
+from ap_fairseq.pruning.summary import summarize
+from ap_fairseq.recording.recorder import occupancy_of
 from ap_fairseq.report import analysis, build, export, page, plots, results, statements, tables
 from ap_fairseq.sites import AttentionKind
 
@@ -38,16 +41,16 @@ ENCODER, DECODER, CROSS = AttentionKind
 def test_even_attention_is_recovered_from_the_occupancy(lengths):
     """What a head would hold that spreads its attention evenly over each sentence, against a sum over sentences."""
     for kind in AttentionKind:
-        occupancy = occupancy_of(kind, lengths)
-        expected, on_end = np.zeros(occupancy.shape), 0.0
+        support = occupancy_of(kind, lengths)
+        expected, on_end = np.zeros(support.shape), 0.0
         for (target, source), count in lengths.items():
             queries, keys = {ENCODER: (source, source), DECODER: (target, target), CROSS: (target, source)}[kind]
             cells = np.tri(queries) if kind.causal else np.ones((queries, keys))
             expected[:queries, :keys] += count * cells / cells.sum(1, keepdims=True)
             on_end += count * queries / keys
-        np.testing.assert_allclose(analysis.uniform_mass(kind, occupancy), expected, atol=1e-12)
+        np.testing.assert_allclose(analysis.uniform_mass(kind, support), expected, atol=1e-12)
         if kind is not DECODER:
-            assert analysis._uniform_end_share(kind, occupancy) == pytest.approx(on_end / expected.sum())
+            assert analysis._uniform_end_share(kind, support) == pytest.approx(on_end / expected.sum())
 
 
 def test_curves_agree_with_the_masks_that_are_really_built():
@@ -81,29 +84,29 @@ def test_large_heads_are_thinned_out_without_changing_the_curve(monkeypatch):
 def test_nominal_sparsity_agrees_with_the_as_published_procedure(nominal):
     stats = random_stats(seed=5)
     for kind in AttentionKind:
-        masks, _ = build_masks(stats, MaskSpec({kind: nominal}, procedure="as-published", beyond="keep"))
+        masks, _ = build_masks(stats, MaskSpec({kind: nominal}, criterion="percentile", extrapolate="keep"))
         total = next(row for row in summarize(masks, stats) if row.kind == kind.value and row.layer is None)
         found = analysis.effective_at_nominal(stats, kind, np.array([nominal]))
         assert found[0] == pytest.approx(total.effective, abs=1e-12)
 
 
 def one_kind(kind, stats):
-    return AttentionStats({kind: stats.mass[kind]}, {kind: stats.occupancy[kind]}, {})
+    return AttentionStats({kind: stats.mass[kind]}, {kind: stats.support[kind]}, {})
 
 
 def shaped_stats(kind, shape, length=9):
     """Statistics of ten sentences of one length, one layer, in which each head puts 90% on one cell of a row."""
-    occupancy = {kind: occupancy_of(kind, {(length, length): 10})}
+    support = {kind: occupancy_of(kind, {(length, length): 10})}
     row, column = np.ogrid[:length, :length]
     mass = []
     for wanted in shape:
-        target = np.broadcast_to(column == wanted(row, length), (length, length)) & (occupancy[kind] > 0)
-        even = np.where(occupancy[kind] > 0, 1.0, 0.0)
+        target = np.broadcast_to(column == wanted(row, length), (length, length)) & (support[kind] > 0)
+        even = np.where(support[kind] > 0, 1.0, 0.0)
         head = even / even.sum(1, keepdims=True) * 0.1 + 0.9 * target
         mass.append(head / head.sum(1, keepdims=True) * 10)
     mass = {kind: np.array(mass)[None]}
     ends = {} if kind.causal else {kind: mass[kind][..., -1].sum(-1)}
-    return AttentionStats(mass, occupancy, {}, ends)
+    return AttentionStats(mass, support, {}, ends)
 
 
 def test_heads_are_named_after_their_pattern():
@@ -135,9 +138,9 @@ def test_bins_keep_mass_and_pairs():
     stats = random_stats(seed=6, longest=(10, 7), layers=1)
     for kind in AttentionKind:
         m = analysis.maps(stats, kind, 3)
-        pairs = analysis._binned(stats.occupancy[kind], 3)
+        pairs = analysis._binned(stats.support[kind], 3)
         np.testing.assert_allclose((m.mean * pairs).sum(), stats.mass[kind].sum())
-        assert m.mean.shape[2:] == tuple(-(-n // 3) for n in stats.occupancy[kind].shape)
+        assert m.mean.shape[2:] == tuple(-(-n // 3) for n in stats.support[kind].shape)
     assert analysis.bin_factor([(2, 2, 100, 100)], 40_000) == 1
     assert analysis.bin_factor([(2, 2, 100, 100)], 39_999) == 2
 
@@ -187,14 +190,14 @@ PAIRS = {"encoder_self": 100, "decoder_self": 60, "cross": 100}
 def test_results_of_the_committed_run():
     systems = {s.name: s for s in results.read_results(ROOT / "examples/libreoffice_help/results/h200.json", PAIRS)}
     assert systems["dense"].series is None and systems["dense"].total == 0
-    assert systems["joint.tuned"].series == "effective, tuned" and systems["random.untuned"].series == "random, untuned"
-    assert systems["cross.tuned"].series == "effective, cross only, tuned"
+    assert systems["joint.tuned"].series == "mean, tuned" and systems["random.untuned"].series == "random, untuned"
+    assert systems["cross.tuned"].series == "mean, cross only, tuned"
     assert systems["cross.tuned"].total == pytest.approx(0.5, abs=1e-3)
     assert systems["all-kept.tuned"].series == "nothing pruned, tuned" and systems["all-kept.tuned"].total == 0
-    assert systems["as-published.tuned"].total < 0.01
+    assert systems["percentile.tuned"].total < 0.01
     differences = statements._scores(list(systems.values()))
     assert "cross at 50% +1.67 (cross.tuned against all-kept.tuned)" in differences
-    assert "joint" not in differences and "as-published" not in differences
+    assert "joint" not in differences and "percentile" not in differences
 
 
 def test_lines_of_a_sweep_and_their_intervals(tmp_path):
@@ -202,19 +205,19 @@ def test_lines_of_a_sweep_and_their_intervals(tmp_path):
     for seed, bleu in enumerate((20.0, 22.0, 24.0)):
         scores = {"BLEU": {"score": bleu, "signature": "s"}, "chrF2": {"score": 40.0}}
         sparsity = {"encoder_self": 0.8, "decoder_self": 0.8, "cross": 0.801, "total": 0.8}
-        line = {"system": "ours", "procedure": "effective", "schedule": "gradual", "seed": seed, "scores": scores}
+        line = {"system": "ours", "criterion": "mean", "schedule": "gradual", "seed": seed, "scores": scores}
         lines.append({**line, "effective_sparsity": sparsity})
-    lines.append({"system": "window", "procedure": "window", "effective_sparsity": 0.9, "bleu": 3, "chrf": 9})
-    sweep = {"procedure": "effective", "schedule": "one-shot", "granularity": 16, "options": "--scope head", "seed": 1}
+    lines.append({"system": "window", "criterion": "window", "effective_sparsity": 0.9, "bleu": 3, "chrf": 9})
+    sweep = {"criterion": "mean", "schedule": "one-shot", "granularity": 16, "options": "--scope head", "seed": 1}
     shares = {"encoder_self": {"effective": 0.0}, "decoder_self": {"effective": 0.0}, "cross": {"effective": 0.9}}
     lines.append({"system": "a", **sweep, "sparsity": shares, "total": {"effective": 0.4}, "bleu": 5, "chrf": 9})
-    lines.append({"system": "b", "procedure": "dense", "schedule": "one-shot", "sparsity": {}, "bleu": 31, "chrf": 9})
-    one_budget = {"procedure": "effective", "kinds": "total", "effective_sparsity": 0.8}
+    lines.append({"system": "b", "criterion": "dense", "schedule": "one-shot", "sparsity": {}, "bleu": 31, "chrf": 9})
+    one_budget = {"criterion": "mean", "kinds": "global", "effective_sparsity": 0.8}
     lines.append({"system": "c", **one_budget, "bleu": 6, "chrf": 9})
     path = tmp_path / "sweep.jsonl"
     path.write_text("\n".join(json.dumps(line) for line in lines) + "\n")
     curves = results.curves(results.read_results(path, PAIRS), "BLEU")
-    (point,) = curves["effective, gradual"]
+    (point,) = curves["mean, gradual"]
     # Student's t with 2 degrees of freedom: 4.303 standard errors of 2 / sqrt(3).
     assert (point.score, point.runs) == (22, 3)
     assert point.interval.high - 22 == pytest.approx(4.303 * 2 / math.sqrt(3), rel=1e-3)
@@ -222,9 +225,9 @@ def test_lines_of_a_sweep_and_their_intervals(tmp_path):
     assert (dense.interval.low, dense.interval.high) == (29.5, 30.5) and "bootstrap" in dense.interval.source
     (window,) = curves["window"]
     assert window.sparsity == 0.9 and window.interval is None
-    (single,) = curves["effective, cross only, granularity 16, --scope head, one-shot"]
+    (single,) = curves["mean, cross only, granularity 16, --scope head, one-shot"]
     assert single.sparsity == 0.9
-    assert [point.score for point in curves["effective, one budget"]] == [6]
+    assert [point.score for point in curves["mean, one budget"]] == [6]
     (tuned,) = curves["nothing pruned, one-shot"]
     assert (tuned.sparsity, tuned.score) == (0, 31)
 
@@ -234,13 +237,13 @@ def test_only_systems_that_differ_in_their_seed_are_runs_of_one_point(tmp_path):
         share = settings.pop("share", 0.8)
         return {"system": name, "bleu": bleu, "chrf": 50, "effective_sparsity": share, **settings}
 
-    gradual = dict(procedure="importance", schedule="gradual")
+    gradual = dict(criterion="importance", schedule="gradual")
     lines = [
         line("a1", 20, **gradual, rounds=2, seed=1, share=0.8049),
         line("a2", 22, **gradual, rounds=2, seed=2, share=0.8051),
         line("b1", 30, **gradual, rounds=4, seed=1),
-        line("pool", 40, procedure={"procedure": "importance", "pool": 32, "seed": 1}),
-        line("none", 42, procedure={"procedure": "importance", "pool": 0, "seed": 1}),
+        line("pool", 40, criterion={"criterion": "importance", "pool": 32, "seed": 1}),
+        line("none", 42, criterion={"criterion": "importance", "pool": 0, "seed": 1}),
         {"system": "text", "bleu": 5, "chrf": 9},
         {"system": "other", "bleu": 7, "chrf": 9},
     ]
@@ -262,7 +265,7 @@ def test_a_kind_alone_is_compared_with_the_dense_model_of_its_seed():
     expected = {r["system"]: r for r in map(json.loads, lines.read_text().splitlines())}
     text = statements._scores(results.read_results(lines, PAIRS))
     for kind in ("encoder_self", "decoder_self", "cross"):
-        name = f"importance.{kind}.90.g1.pool-32.one-shot.s1"
+        name = f"importance.{kind}.90.g1.smooth-32.one-shot.s1"
         change = expected[name]["against_dense_tuned"]["bleu"]["difference"]
         assert f"{kind} at 90% {change:+.2f} ({name} against dense.one-shot.s1)" in text
 
@@ -394,7 +397,7 @@ def no_constant(name):
 
 def test_every_figure_is_a_picture_and_a_vector_drawing(folder):
     names = {path.stem for path in (folder / "figures").iterdir()}
-    expected = {"occupancy", "kept_mass", "nominal", "concentration", "patterns", "layer_sparsity", "quality", "speed"}
+    expected = {"support", "kept_mass", "nominal", "concentration", "patterns", "layer_sparsity", "quality", "speed"}
     assert names == expected | {"memory"} | {f"attention_{kind.value}_masks" for kind in AttentionKind}
     for name in names:
         pixels = matplotlib.image.imread(folder / "figures" / f"{name}.png")
@@ -422,7 +425,7 @@ def test_tables_for_papers(folder):
     markdown, latex = (folder / "table.md").read_text(), (folder / "table.tex").read_text()
     assert re.search(r"\| masks \| cross \| (49|50)\.\d% \|", markdown)
     assert "| dense | dense | – | – | – | 19.52 ± 1.25 | 48.33 | – |" in markdown
-    assert r"</script><b>joint\_\&.untuned & effective, untuned & 50.0\% &" in latex
+    assert r"</script><b>joint\_\&.untuned & mean, untuned & 50.0\% &" in latex
     assert latex.count(r"\begin{table}") == latex.count(r"\end{table}") == latex.count(r"\toprule") == 3
     assert tables.escape_tex("\\~^{}") == r"\textbackslash{}\textasciitilde{}\textasciicircum{}\{\}"
 
@@ -453,8 +456,8 @@ def test_the_page_holds_the_recording_and_the_masks(folder, stats_file, masks_fi
     step = (high / low) ** (1 / 254)
     for k in data["kinds"]:
         kind = AttentionKind(k["name"])
-        occupancy = array(parsed, f"occupancy-{kind.value}", "<f4").reshape(k["rows"], k["columns"])
-        np.testing.assert_array_equal(occupancy, stats.occupancy[kind])
+        support = array(parsed, f"support-{kind.value}", "<f4").reshape(k["rows"], k["columns"])
+        np.testing.assert_array_equal(support, stats.support[kind])
         for layer in range(k["layers"]):
             codes = array(parsed, f"mean-{kind.value}-{layer}", np.uint8).reshape(stats.mass[kind][layer].shape)
             mean = stats.mean(kind)[layer]
@@ -462,7 +465,7 @@ def test_the_page_holds_the_recording_and_the_masks(folder, stats_file, masks_fi
             read = low * step ** (codes.astype(float) - 1)
             np.testing.assert_allclose(read[mean > low], mean[mean > low], rtol=step**0.5 - 1 + 1e-9)
             kept = array(parsed, f"kept-0-{kind.value}-{layer}", np.uint8).reshape(codes.shape)
-            seen = np.broadcast_to(stats.occupancy[kind] > 0, codes.shape)
+            seen = np.broadcast_to(stats.support[kind] > 0, codes.shape)
             np.testing.assert_array_equal(kept[seen] == 255, masks.keep[kind][layer][seen])
             assert set(np.unique(kept)) <= {0, 255}
 
@@ -511,7 +514,7 @@ def test_large_recordings_are_binned_with_a_note(monkeypatch):
     assert [k["factor"] for k in data["kinds"]] == [2, 2, 2]
     assert "each cell here is the mean of up to 2 x 2 positions" in page.render(report, [])
     kept = array(parsed, "kept-0-cross-0", np.uint8).reshape(2, 20, 20) / 255
-    pairs = analysis._binned(stats.occupancy[CROSS], 2)
+    pairs = analysis._binned(stats.support[CROSS], 2)
     assert (kept * pairs).sum() / (2 * pairs.sum()) == pytest.approx(
         next(row.kept_mass and 1 - row.effective for row in summarize(masks, stats) if row.kind == "cross"), abs=2e-3
     )
@@ -562,7 +565,7 @@ def test_exported_arrays_are_the_mean_attention(stats_file, tmp_path):
     with np.load(tmp_path / "mean.npz", allow_pickle=False) as archive:
         for kind in AttentionKind:
             np.testing.assert_array_equal(archive[f"{kind.value}.mean"], stats.mean(kind))
-            np.testing.assert_array_equal(archive[f"{kind.value}.occupancy"], stats.occupancy[kind])
+            np.testing.assert_array_equal(archive[f"{kind.value}.support"], stats.support[kind])
         assert json.loads(str(archive["metadata"]))["checkpoint"] == stats.metadata["checkpoint"]
 
 
@@ -603,7 +606,7 @@ def test_bad_calls_end_with_one_clear_line(folder, stats_file, masks_file, tmp_p
         (["--stats", stats_file, "-o", tmp_path / "file"], "is a file; name a folder"),
         (["--stats", stats_file, "-o", tmp_path / "a" / "b"], "folder .*a does not exist; create it first"),
         (["--stats", tmp_path / "no", "-o", new], "no does not exist; expected a file of format"),
-        (["--stats", masks_file, "-o", new], "has format 'ap-pruning-masks-1', expected 'ap-attention-stats-1'"),
+        (["--stats", masks_file, "-o", new], "has format 'ap-pruning-masks-2', expected 'ap-attention-stats-2'"),
         (
             ["--stats", tmp_path / "other.safetensors", "--masks", masks_file, "-o", new],
             "masks masks are for .* 4 heads, the statistics for .* 2 heads",
@@ -720,7 +723,7 @@ def test_a_reader_finds_the_recorded_values(browser, folder, stats_file, masks_f
         assert found, said
         mean = stats.mean(kind)[layer, head, query, key]
         assert float(found[1]) == pytest.approx(mean, rel=0.08)  # stored in steps, shown with two digits
-        assert int(found[2].replace(",", "")) == stats.occupancy[kind][query, key]
+        assert int(found[2].replace(",", "")) == stats.support[kind][query, key]
         assert (found[3] == "kept") == masks.keep[kind][layer, head, query, key]
     assert "does not exist, the key is a later token" in reader.click_cell(2, 5)
     assert reader.run("return document.documentElement.scrollWidth <= innerWidth")
@@ -753,7 +756,7 @@ def test_choices_of_map_masks_and_positions(browser, folder):
     assert "by masks" not in reader.click_cell(3, 3)
     pixels = "return [...new Uint8Array($('cells').getContext('2d').getImageData(60, 60, 200, 200).data)].join()"
     before = reader.run(pixels)
-    reader.select("map", "occupancy")
+    reader.select("map", "support")
     assert reader.run(pixels) != before and reader.find("#legend-high").text == "33,025"
     reader.run("$('positions').value = 5; $('positions').dispatchEvent(new Event('input'))")
     reader.settle()

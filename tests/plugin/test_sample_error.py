@@ -7,7 +7,8 @@ import pytest
 from plugin.builders import random_stats
 from plugin.commands import ROOT
 
-from ap_fairseq.masks import MaskSpec, build_masks
+from ap_fairseq.pruning.build import build_masks
+from ap_fairseq.pruning.spec import MaskSpec
 from ap_fairseq.sites import AttentionKind
 
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -32,11 +33,11 @@ def test_cells_outside_the_sample_follow_the_pattern_beyond_it():
     sample = random_stats(seed=1, longest=(5, 6))
     masks = build_masks(sample, SPEC)[0]
     for kind in AttentionKind:
-        shape = full.occupancy[kind].shape
+        shape = full.support[kind].shape
         found = sample_error.grown(masks, kind, shape)
         rows, columns = masks.keep[kind].shape[2:]
         np.testing.assert_array_equal(found[:, :, :rows, :columns], masks.keep[kind])
-        beyond = masks.beyond[kind]
+        beyond = masks.extrapolation[kind]
         for i, j in ((shape[0] - 1, shape[1] - 1), (shape[0] - 1, 0), (rows, 2)):
             offset = j - i + rows - 1
             expected = beyond[..., offset] if 0 <= offset < beyond.shape[-1] else True

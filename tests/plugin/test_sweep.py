@@ -14,11 +14,12 @@ import pytest
 import yaml
 from plugin.commands import PLUGIN, ROOT, TINY, generate, run
 
-from ap_fairseq.artifacts import ArtifactError, AttentionStats, PruningMasks
+from ap_fairseq.artifacts import AttentionStats, PruningMasks
 from ap_fairseq.cli import prune_schedule
 from ap_fairseq.cli.prune_schedule import share_of_round
-from ap_fairseq.stages import StageError, Stages
-from ap_fairseq.translation import Search, Translation, translate
+from ap_fairseq.experiments.stages import StageError, Stages
+from ap_fairseq.experiments.translation import Search, Translation, translate
+from ap_fairseq.files import ArtifactError
 
 SWEEP = ROOT / "examples/libreoffice_help/sweep.py"
 spec = importlib.util.spec_from_file_location("sweep", SWEEP)
@@ -66,11 +67,11 @@ def description(**changes):
         "record": "--cpu --max-tokens 3000 --num-workers 0 --importance",
         "search": {"beam": 2, "max_tokens": 1500, "cpu": True, "on_device": True},
         "systems": [
-            {"procedure": "dense"},
-            {"procedure": "effective", "sparsity": 0.5, "schedule": ["untuned", "one-shot"], "seed": [1, 2]},
-            {"procedure": "effective", "sparsity": 0.6, "schedule": "gradual", "rounds": 2},
-            {"procedure": "importance", "kinds": "own", "options": "--encoder-self 0.7 --cross 0.4"},
-            {"procedure": "top-k", "sparsity": 0.5},
+            {"criterion": "dense"},
+            {"criterion": "mean", "sparsity": 0.5, "schedule": ["untuned", "one-shot"], "seed": [1, 2]},
+            {"criterion": "mean", "sparsity": 0.6, "schedule": "gradual", "rounds": 2},
+            {"criterion": "importance", "kinds": "own", "options": "--encoder-self 0.7 --cross 0.4"},
+            {"criterion": "top-k", "sparsity": 0.5},
         ],
         **changes,
     }
@@ -97,10 +98,10 @@ def test_every_system_of_a_sweep_has_a_line_with_its_signature(swept):
     found = results(swept[0])
     assert set(found) == {
         "dense.untuned.s1",
-        *(f"effective.total.50.g1.{schedule}.s{seed}" for schedule in ("untuned", "one-shot") for seed in (1, 2)),
-        "effective.total.60.g1.gradual.r2.s1",
+        *(f"mean.global.50.g1.{schedule}.s{seed}" for schedule in ("untuned", "one-shot") for seed in (1, 2)),
+        "mean.global.60.g1.gradual.r2.s1",
         "importance.own.g1.encoder-self-0.7-cross-0.4.untuned.s1",
-        "top-k.total.50.untuned.s1",
+        "top-k.global.50.untuned.s1",
     }
     shares = found.pop("importance.own.g1.encoder-self-0.7-cross-0.4.untuned.s1")["sparsity"]
     for kind, share in {"encoder_self": 0.7, "decoder_self": 0.0, "cross": 0.4}.items():
@@ -113,9 +114,9 @@ def test_every_system_of_a_sweep_has_a_line_with_its_signature(swept):
         if name != "dense.untuned.s1":
             assert result["against_dense"]["baseline"] == "dense.untuned.s1"
             assert 0 < result["against_dense"]["bleu"]["p"] <= 1
-    tuned = {found[f"effective.total.50.g1.one-shot.s{seed}"]["checkpoint_sha256"] for seed in (1, 2)}
+    tuned = {found[f"mean.global.50.g1.one-shot.s{seed}"]["checkpoint_sha256"] for seed in (1, 2)}
     assert len(tuned) == 2  # the seed reaches training
-    assert found["effective.total.50.g1.untuned.s1"]["bleu"] == found["effective.total.50.g1.untuned.s2"]["bleu"]
+    assert found["mean.global.50.g1.untuned.s1"]["bleu"] == found["mean.global.50.g1.untuned.s2"]["bleu"]
 
 
 def test_a_decay_of_the_learning_rate_ends_with_the_training(corpus, tmp_path):
@@ -128,11 +129,11 @@ def test_a_decay_of_the_learning_rate_ends_with_the_training(corpus, tmp_path):
 
 def test_the_tuned_baseline_has_as_many_updates(corpus, tmp_path):
     systems = [
-        {"procedure": "dense", "schedule": ["one-shot", "untuned"]},
-        {"procedure": "dense", "schedule": "one-shot", "updates": 9},
-        {"procedure": "window", "sparsity": 0.5, "schedule": "one-shot"},
-        {"procedure": "window", "sparsity": 0.5, "schedule": "one-shot", "updates": 9},
-        {"procedure": "window", "sparsity": 0.5, "schedule": "one-shot", "updates": 8},
+        {"criterion": "dense", "schedule": ["one-shot", "untuned"]},
+        {"criterion": "dense", "schedule": "one-shot", "updates": 9},
+        {"criterion": "window", "sparsity": 0.5, "schedule": "one-shot"},
+        {"criterion": "window", "sparsity": 0.5, "schedule": "one-shot", "updates": 9},
+        {"criterion": "window", "sparsity": 0.5, "schedule": "one-shot", "updates": 8},
     ]
     made = sweep.Sweep(description(systems=systems), corpus, tmp_path, 1, {})
     names = [{name: found.name for name, found in made.baselines(system).items()} for system in made.systems[3:]]
@@ -148,8 +149,8 @@ def test_the_table_shows_means_over_seeds(swept):
     folder, printed = swept
     found = results(folder)
     rows = {line.split(" | ")[0].strip("| "): line.split(" | ") for line in printed.splitlines() if "|" in line}
-    bleu = [found[f"effective.total.50.g1.one-shot.s{seed}"]["bleu"] for seed in (1, 2)]
-    row = rows["effective.total.50.g1.one-shot"]
+    bleu = [found[f"mean.global.50.g1.one-shot.s{seed}"]["bleu"] for seed in (1, 2)]
+    row = rows["mean.global.50.g1.one-shot"]
     assert row[1] == "2" and row[2] == "4" and row[8].startswith(f"{sum(bleu) / 2:.2f} ± ")
     assert sweep.format_table(list(found.values())) in printed
 
@@ -160,7 +161,7 @@ def test_systems_of_one_process_translate_as_fairseq_generate_does(swept, data_b
     Joined words are not in the dictionary, to which fairseq's post_process_prediction adds them: the generator of the
     next system then had a vocabulary of another size than its model.
     """
-    out, name = swept[0] / "out", "effective.total.60.g1.gradual.r2.s1"
+    out, name = swept[0] / "out", "mean.global.60.g1.gradual.r2.s1"
     log = generate(
         data_bin,
         out / "systems" / name / "round-2" / "checkpoint_last.pt",
@@ -182,8 +183,8 @@ def test_a_finished_sweep_repeats_nothing_and_refuses_other_settings(swept, corp
     changed = [path for path, time in before.items() if path.stat().st_mtime_ns != time]
     assert [path.name for path in changed] == ["results.jsonl"] and " s\n" not in printed.split("| system")[0]
     (folder / "other.yaml").write_text(yaml.safe_dump(description(tune="--dropout 0.3", systems=[
-        {"procedure": "effective", "sparsity": 0.5, "schedule": "one-shot"},
-        {"procedure": "random", "sparsity": 0.5},
+        {"criterion": "mean", "sparsity": 0.5, "schedule": "one-shot"},
+        {"criterion": "random", "sparsity": 0.5},
     ])))  # fmt: skip
     with pytest.raises(SystemExit) as stop:
         sweep.main([str(word) for word in command(folder, corpus, dense, "other.yaml")[1:]])
@@ -193,7 +194,7 @@ def test_a_finished_sweep_repeats_nothing_and_refuses_other_settings(swept, corp
 
 
 def test_rounds_record_the_current_model_and_prune_more_each_time(swept):
-    folder = swept[0] / "out" / "systems" / "effective.total.60.g1.gradual.r2.s1"
+    folder = swept[0] / "out" / "systems" / "mean.global.60.g1.gradual.r2.s1"
     shares = []
     for number in (1, 2):
         masks = PruningMasks.load(folder / f"round-{number}" / "masks.safetensors")
@@ -203,29 +204,29 @@ def test_rounds_record_the_current_model_and_prune_more_each_time(swept):
     first = PruningMasks.load(folder / "round-1" / "masks.safetensors")
     for kind in stats.kinds:  # what round 1 pruned had no attention when round 2 recorded, and stays pruned
         assert stats.mass[kind][~first.keep[kind]].sum() == 0
-        observed = stats.occupancy[kind] > 0
+        observed = stats.support[kind] > 0
         assert not (masks.keep[kind] & ~first.keep[kind])[..., observed].any()
 
 
 def test_rounds_can_start_from_a_model_that_was_trained_under_masks(corpus, dense, tmp_path):
-    scratch = {"procedure": "effective", "sparsity": 0.4, "schedule": "scratch"}
-    further = {"procedure": "effective", "sparsity": 0.6, "schedule": "gradual", "rounds": 1, "start": 0.4}
+    scratch = {"criterion": "mean", "sparsity": 0.4, "schedule": "scratch"}
+    further = {"criterion": "mean", "sparsity": 0.6, "schedule": "gradual", "rounds": 1, "start": 0.4}
     training = description()["training"].replace(" --disable-validation", "")
-    with pytest.raises(ArtifactError, match=r"need these in the list, too: effective\.total\.40\.g1\.scratch\.s1"):
+    with pytest.raises(ArtifactError, match=r"need these in the list, too: mean\.global\.40\.g1\.scratch\.s1"):
         sweep.Sweep(description(systems=[further]), corpus, tmp_path, 1, {})
     made = description(
         training=training, systems=[further, scratch], search={"beam": 0, "max_tokens": 900, "cpu": True}
     )
     (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(made))
     python(*command(tmp_path, corpus, dense))
-    folder = tmp_path / "out" / "systems" / "effective.total.60.g1.from-40.gradual.r1.s1" / "round-1"
+    folder = tmp_path / "out" / "systems" / "mean.global.60.g1.from-40.gradual.r1.s1" / "round-1"
     stats = AttentionStats.load(folder / "stats.safetensors")
-    first = PruningMasks.load(tmp_path / "out" / "masks" / "effective.total.40.g1.untuned.s1.d1.safetensors")
+    first = PruningMasks.load(tmp_path / "out" / "masks" / "mean.global.40.g1.untuned.s1.d1.safetensors")
     masks = PruningMasks.load(folder / "masks.safetensors")
     assert masks.metadata["total"]["effective"] == pytest.approx(0.6, abs=0.01)
     for kind in stats.kinds:  # the pruned model was recorded, not the dense one
         assert stats.mass[kind][~first.keep[kind]].sum() == 0
-        assert not (masks.keep[kind] & ~first.keep[kind])[..., stats.occupancy[kind] > 0].any()
+        assert not (masks.keep[kind] & ~first.keep[kind])[..., stats.support[kind] > 0].any()
 
 
 def test_the_schedule_as_a_command_names_what_is_wrong(dense, data_bin, tmp_path, capsys):
@@ -236,7 +237,7 @@ def test_the_schedule_as_a_command_names_what_is_wrong(dense, data_bin, tmp_path
         (common, "no --arch given"),
         ([*common, "--rounds", 5, "--", "--arch", "x"], "each round needs an update"),
         ([*common[:-1], "--sparsity 0.5", "--", "--arch", "x"], "unrecognized arguments: --sparsity"),
-        ([*common, "--masks", "--total 0.5 --procedure importance", "--", "--arch", "x"], "but --record '--max-tokens"),
+        ([*common, "--masks", "--total 0.5 --criterion importance", "--", "--arch", "x"], "but --record '--max-tokens"),
     ):
         with pytest.raises(SystemExit) as stop:
             prune_schedule.main([str(argument) for argument in arguments])
@@ -252,15 +253,15 @@ def test_shares_grow_to_one():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (dict(procedure="best"), "procedure 'best' of a system is not one of dense, effective"),
-        (dict(procedure="top-k", schedule="one-shot"), "top-k prunes at inference time"),
-        (dict(procedure="threshold"), "needs a threshold"),
-        (dict(procedure="effective", schedule="one-shot", start=0.5), "start 0.5 is for systems of schedule gradual"),
-        (dict(procedure="effective", kinds="encoder"), "kinds 'encoder' is not total, joint, own, or some of"),
-        (dict(procedure="effective", kinds="own", options="--min-heads 1"), "names its budgets in options"),
-        (dict(procedure="effective", kinds="own", options="--cross 0.5", sparsity=0.5), "and no sparsity"),
-        (dict(procedure="effective", sparsitty=0.5), "only the keys"),
-        (dict(procedure="effective", sparsity=[0.5, 0.5]), "named twice: effective.total.50.g1.untuned.s1"),
+        (dict(criterion="best"), "criterion 'best' of a system is not one of dense, mean"),
+        (dict(criterion="top-k", schedule="one-shot"), "top-k prunes at inference time"),
+        (dict(criterion="threshold"), "needs a threshold"),
+        (dict(criterion="mean", schedule="one-shot", start=0.5), "start 0.5 is for systems of schedule gradual"),
+        (dict(criterion="mean", kinds="encoder"), "kinds 'encoder' is not global, per-kind, own, or some of"),
+        (dict(criterion="mean", kinds="own", options="--min-heads 1"), "names its budgets in options"),
+        (dict(criterion="mean", kinds="own", options="--cross 0.5", sparsity=0.5), "and no sparsity"),
+        (dict(criterion="mean", sparsitty=0.5), "only the keys"),
+        (dict(criterion="mean", sparsity=[0.5, 0.5]), "named twice: mean.global.50.g1.untuned.s1"),
     ],
 )
 def test_bad_systems_name_the_fault(changes, message):
@@ -275,7 +276,7 @@ def test_a_sweep_by_importance_records_it(corpus, tmp_path):
 
 
 def test_lists_stand_for_all_combinations():
-    systems = sweep.expand([{"procedure": "random", "sparsity": [0.5, 0.8], "granularity": [1, 16], "seed": [1, 2]}])
+    systems = sweep.expand([{"criterion": "random", "sparsity": [0.5, 0.8], "granularity": [1, 16], "seed": [1, 2]}])
     assert len(systems) == 8 and systems[0].mask_flags()[:2] == ["--total", "0.5"]
 
 
@@ -294,7 +295,7 @@ def test_a_failed_stage_shows_its_log_and_runs_again(tmp_path):
 def test_a_stage_runs_once_for_programs_that_want_it_at_the_same_time(tmp_path):
     code = f"""
 import sys; sys.path.insert(0, {str(ROOT)!r})
-from ap_fairseq.stages import Stages
+from ap_fairseq.experiments.stages import Stages
 def slow(path):
     import time
     time.sleep(1)
@@ -309,9 +310,9 @@ Stages({str(tmp_path)!r}).run("x", slow, {str(tmp_path / "made")!r})
 def test_a_terminated_program_takes_its_stages_with_it(tmp_path):
     code = f"""
 import sys; sys.path.insert(0, {str(ROOT)!r})
-from ap_fairseq.artifacts import atomic_output
+from ap_fairseq.files import atomic_output
 from ap_fairseq.cli.common import exit_on_sigterm
-from ap_fairseq.stages import Stages, run_together
+from ap_fairseq.experiments.stages import Stages, run_together
 def slow(path):
     import time
     with atomic_output(path) as temporary:
@@ -355,9 +356,9 @@ def test_a_translation_of_other_files_is_not_taken_for_this_one(swept, data_bin,
 def test_the_loss_is_that_of_fairseq_and_can_be_all(corpus, dense, tmp_path):
     """Of the dense model, of a pruned one and of one that prunes anew for every sentence, without translating."""
     systems = [
-        {"procedure": "dense"},
-        {"procedure": "effective", "sparsity": 0.6},
-        {"procedure": "top-k", "sparsity": 0.5},
+        {"criterion": "dense"},
+        {"criterion": "mean", "sparsity": 0.6},
+        {"criterion": "top-k", "sparsity": 0.5},
     ]
     (tmp_path / "sweep.yaml").write_text(
         yaml.safe_dump(description(systems=systems, search={"beam": 0, "max_tokens": 900, "cpu": True}))
@@ -378,10 +379,10 @@ def test_the_loss_is_that_of_fairseq_and_can_be_all(corpus, dense, tmp_path):
     log = run("fairseq-validate", corpus / "data-bin" / "sentences", *PLUGIN, *flags)
     expected = float(re.findall(r"\bnll_loss ([0-9.]+)", log)[-1])
     assert found["dense.untuned.s1"]["valid_nll"] == pytest.approx(expected, abs=2e-3)
-    pruned = found["effective.total.60.g1.untuned.s1"]
+    pruned = found["mean.global.60.g1.untuned.s1"]
     assert pruned["valid_ppl"] == pytest.approx(2 ** pruned["valid_nll"]) and "bleu" not in pruned
     assert pruned["valid_nll"] != found["dense.untuned.s1"]["valid_nll"]
-    assert 0.3 < found["top-k.total.50.untuned.s1"]["total"]["effective"] < 0.7  # of the validation data
+    assert 0.3 < found["top-k.global.50.untuned.s1"]["total"]["effective"] < 0.7  # of the validation data
     assert not list((tmp_path / "out" / "translations").glob("*.txt"))
     table = sweep.format_table(list(found.values()))
     assert "validation perplexity |" in table and "BLEU" not in table

@@ -8,7 +8,7 @@ import pytest
 import torch
 from plugin import builders
 
-from ap_fairseq.training_graphs import MOST_GRAPHS, TrainingGraphs, _Graph, rounded
+from ap_fairseq.model.training_graphs import MOST_GRAPHS, TrainingGraphs, _Graph, rounded
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WORDS = builders.dictionary()

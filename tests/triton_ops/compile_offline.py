@@ -12,7 +12,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from ap_fairseq.beams import Beams
+from ap_fairseq.search.beams import BeamSearchState
 from triton_ops import AttentionLayout, backward, beam_search, decode, forward, ops, small
 
 KERNELS = [
@@ -81,7 +81,7 @@ def decode_steps(dtype, dim, size, batch, beam=3):
 
 
 def search_step(size, batch, beam=3):
-    beams = Beams((batch, size, size), beam, [2], [2], torch.device("cpu"), kernels=True)
+    beams = BeamSearchState((batch, size, size), beam, [2], [2], torch.device("cpu"), kernels=True)
     beams.advance(batch, torch.zeros(batch * beam, 96), torch.zeros(96), eos=2)
     kv, pool = torch.empty(batch * beam, 2, 2, 32), torch.empty(size, 2, 32)
     ops.append_step(kv, pool, beams.offsets, beams.step)

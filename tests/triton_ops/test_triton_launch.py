@@ -12,7 +12,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def test_grids_cover_every_head_and_sentence_once(monkeypatch):
-    monkeypatch.setattr(config, "AXIS", 4)
+    monkeypatch.setattr(config, "MAX_GRID_YZ", 4)
     seen = [
         (first_h + i_h, first_b + i_b)
         for (n_tiles, heads, batch), first_h, first_b in config.grids(3, 5, 9)
@@ -24,7 +24,7 @@ def test_grids_cover_every_head_and_sentence_once(monkeypatch):
 
 @pytest.mark.parametrize("axis", [1, 2])
 def test_several_launches_give_what_one_gives(axis, monkeypatch):
-    monkeypatch.setattr(config, "AXIS", axis)
+    monkeypatch.setattr(config, "MAX_GRID_YZ", axis)
     keep = block_mask(3, 140, 130, 32, 0.5, seed=1)
     lengths = dict(q_lengths=torch.tensor([140, 30, 77]), k_lengths=torch.tensor([130, 130, 50]))
     assert_within_budget(
@@ -42,10 +42,10 @@ def strided(shape, row_stride):
 
 def test_offsets_of_32_bits_need_equal_row_strides_and_near_rows():
     shape = 2, 3, 257, 64
-    assert config.near(strided(shape, 64), strided(shape, 64))
-    assert not config.near(strided(shape, 64), strided(shape, 128))
-    assert config.near(strided(shape, 2**23 - 1), strided(shape, 2**23 - 1))
-    assert not config.near(strided(shape, 2**23), strided(shape, 2**23))
+    assert config.int32_offsets(strided(shape, 64), strided(shape, 64))
+    assert not config.int32_offsets(strided(shape, 64), strided(shape, 128))
+    assert config.int32_offsets(strided(shape, 2**23 - 1), strided(shape, 2**23 - 1))
+    assert not config.int32_offsets(strided(shape, 2**23), strided(shape, 2**23))
 
 
 @pytest.mark.parametrize("tile", [16, 32])
@@ -55,7 +55,7 @@ def test_far_rows_give_what_near_rows_give(tile, monkeypatch):
         make_case, batch=2, heads=2, q_size=140, k_size=130, dim=16, dtype=torch.float32, keep=keep, tile=tile,
         scale=0.25, device=DEVICE,
     )  # fmt: skip
-    monkeypatch.setattr(config, "FAR", 0)
+    monkeypatch.setattr(config, "MAX_INT32_OFFSET", 0)
     assert_within_budget(build(q_lengths=torch.tensor([140, 33]), k_lengths=torch.tensor([130, 99])))
 
 

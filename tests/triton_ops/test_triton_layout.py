@@ -124,7 +124,7 @@ def test_last_rows_are_those_of_the_mask(keep, n_rows):
     layout = AttentionLayout.from_keep_mask(keep)
     rows = torch.arange(1, keep.size(1) + 1, device=keep.device)[None, :, None]
     expected = (keep * rows)[:, :n_rows].amax(1) - 1
-    assert torch.equal(layout.last_rows(n_rows), expected)
+    assert torch.equal(layout.last_use(n_rows), expected)
 
 
 def test_a_corner_beyond_the_mask_is_refused():

@@ -21,17 +21,17 @@ function bytes(id) {
 const valueOf = (code) => (code === 0 ? 0 : data.low * (data.high / data.low) ** ((code - 1) / 254));
 const kind = () => data.kinds[state.kind];
 
-// Everything that one head's picture needs: codes of the mean attention, kept shares (or null), occupancy.
+// Everything that one head's picture needs: codes of the mean attention, kept shares (or null), support.
 async function headData(k, layer, head, mask) {
   const size = k.rows * k.columns;
-  const [mean, occupancy, kept] = await Promise.all([
+  const [mean, support, kept] = await Promise.all([
     bytes(`mean-${k.name}-${layer}`),
-    bytes(`occupancy-${k.name}`),
+    bytes(`support-${k.name}`),
     mask < 0 ? null : bytes(`kept-${mask}-${k.name}-${layer}`),
   ]);
   return {
     mean: new Uint8Array(mean, head * size, size),
-    occupancy: new Float32Array(occupancy),
+    support: new Float32Array(support),
     kept: kept && new Uint8Array(kept, head * size, size),
   };
 }
@@ -51,7 +51,7 @@ function colour(share, pruned) {
 
 // Where a code of the map in view lies on its colour scale, in [0, 1].
 function shareOf(code) {
-  if (state.map === "occupancy") return code / 255;
+  if (state.map === "support") return code / 255;
   return Math.log(Math.max(valueOf(code), data.palest) / data.palest) / Math.log(data.high / data.palest);
 }
 
@@ -62,13 +62,13 @@ function palette() {
   return new Uint32Array(table.buffer);
 }
 
-// Occupancy as codes of a logarithmic scale from one sentence to the most.
+// Support as codes of a logarithmic scale from one sentence to the most.
 const occupancyCodes = new Map();
 function codesOf(head, k) {
   if (state.map === "mean") return head.mean;
   if (!occupancyCodes.has(k)) {
     const most = Math.log(Math.max(2, k.most));
-    occupancyCodes.set(k, Uint8Array.from(head.occupancy, (n) => Math.round((255 * Math.log(Math.max(1, n))) / most)));
+    occupancyCodes.set(k, Uint8Array.from(head.support, (n) => Math.round((255 * Math.log(Math.max(1, n))) / most)));
   }
   return occupancyCodes.get(k);
 }
@@ -83,7 +83,7 @@ function paint(canvas, head, k, rows, columns, colours) {
   for (let i = 0; i < rows; i++) {
     for (let j = 0; j < columns; j++) {
       const index = i * k.columns + j;
-      if (!(head.occupancy[index] > 0)) continue; // stays transparent
+      if (!(head.support[index] > 0)) continue; // stays transparent
       const pruned = head.kept !== null && head.kept[index] < 128;
       pixels[i * columns + j] = colours[codes[index] + (pruned ? 256 : 0)];
     }
@@ -105,10 +105,10 @@ function positionText(index, factor, length) {
 function describe(head, k, i, j) {
   const index = i * k.columns + j;
   const where = `query ${positionText(i, k.factor, k.queries)}, key ${positionText(j, k.factor, k.keys)}`;
-  if (!(head.occupancy[index] > 0)) {
+  if (!(head.support[index] > 0)) {
     return `${where}: ${k.causal && j > i ? "does not exist, the key is a later token" : "not recorded in any sentence"}`;
   }
-  const n = head.occupancy[index];
+  const n = head.support[index];
   const sentences = k.factor === 1 ? n.toLocaleString("en") : `${n.toPrecision(3)} (mean of the bin)`;
   let text = `${where}: mean attention ${meanText(head.mean[index])}, in ${sentences} sentence${n === 1 ? "" : "s"}`;
   if (head.kept) {

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import itertools
-import json
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -18,7 +17,7 @@ from typing import Any
 from sacrebleu.metrics import BLEU, CHRF, TER
 from sacrebleu.significance import PairedTest
 
-from ap_fairseq.artifacts import ArtifactError, atomic_output
+from ap_fairseq.files import ArtifactError, read_lines
 
 METRICS = {"bleu": BLEU, "chrf": CHRF, "ter": TER}
 SIGNIFICANCE_TESTS = {"bootstrap": "bs", "randomization": "ar"}  # as sacreBLEU's --paired-bs and --paired-ar
@@ -27,24 +26,6 @@ LENGTH_BUCKETS = (10, 20, 30, 40, 60)
 
 _LOG_LINE = re.compile(r"^([STHDP])-(\d+)\t(.*)$")
 _COMPOUND = re.compile(r"(\S)-(\S)")
-
-
-# -- files ------------------------------------------------------------------------------------------------------------
-
-
-def read_lines(path) -> list[str]:
-    """Return the lines of a text file; only a line feed ends one, as for fairseq, not every Unicode separator.
-
-    Raises:
-        ArtifactError: if the file does not exist or is not UTF-8.
-    """
-    if not Path(path).is_file():
-        raise ArtifactError(f"{path} does not exist; expected a text file with one sentence or log entry a line")
-    try:
-        with open(path, encoding="utf-8", newline="\n") as lines:
-            return [line.rstrip("\n") for line in lines]
-    except UnicodeDecodeError as error:
-        raise ArtifactError(f"{path} is not UTF-8: {error}") from error
 
 
 def read_hypotheses(path) -> list[str]:
@@ -90,12 +71,6 @@ def _ends(file) -> bool:
     with open(file, "rb") as stream:
         stream.seek(-1, os.SEEK_END)
         return stream.read() == b"\n"
-
-
-def write_json(path, document: Any, overwrite: bool = False) -> None:
-    """Write *document* as indented JSON to a temporary name and rename it."""
-    with atomic_output(path, overwrite) as temporary:
-        Path(temporary).write_text(json.dumps(document, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 # -- scores -----------------------------------------------------------------------------------------------------------

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from ap_fairseq.artifacts import ArtifactError, AttentionStats
+from ap_fairseq.artifacts import AttentionStats
+from ap_fairseq.files import ArtifactError
 from ap_fairseq.sites import AttentionKind
 
 
@@ -27,35 +28,35 @@ def normalised_attention(stats: AttentionStats, kind: AttentionKind) -> np.ndarr
     A head that spreads its attention has low values everywhere and loses against peaked heads under a shared threshold;
     this lets heads compete by the shape of their attention instead.
     """
-    mean, occupancy = stats.mean(kind), stats.occupancy[kind]
-    mean_square = np.einsum("lhij,lhij,ij->lh", mean, mean, occupancy / occupancy.sum())
+    mean, support = stats.mean(kind), stats.support[kind]
+    mean_square = np.einsum("lhij,lhij,ij->lh", mean, mean, support / support.sum())
     return mean / np.sqrt(np.maximum(mean_square, np.finfo(float).tiny))[..., None, None]
 
 
-def relative_attention(stats: AttentionStats, kind: AttentionKind) -> np.ndarray:
+def diagonal_mean_attention(stats: AttentionStats, kind: AttentionKind) -> np.ndarray:
     """Mean attention along the cell's diagonal, so that a score rests on all pairs of the same offset j - i.
 
     The pattern is the one that continues beyond the recorded range, and does not depend on how often a position occurs.
     """
-    of_cell = offset_of_cell(stats.occupancy[kind].shape)
-    return mean_along_diagonals(stats.mass[kind], stats.occupancy[kind])[..., of_cell]
+    of_cell = offset_of_cell(stats.support[kind].shape)
+    return mean_along_diagonals(stats.mass[kind], stats.support[kind])[..., of_cell]
 
 
 def importance(stats: AttentionStats, kind: AttentionKind) -> np.ndarray:
     """Mean squared effect of the cell's removal on the training loss, as ``ap-record --importance`` estimates it.
 
-    See :func:`ap_fairseq.recording.squared_removal_effect`. A loss means the same in every kind, so that a budget over
-    all kinds is spent where the model needs its attention, not where there is most attention mass.
+    See :func:`ap_fairseq.recording.recorder.squared_removal_effect`. A loss means the same in every kind, so that a
+    budget over all kinds is spent where the model needs its attention, not where there is most attention mass.
 
     Raises:
         ArtifactError: for statistics without importance.
     """
     if kind not in stats.importance:
         raise ArtifactError(
-            f"the procedure importance needs the importance of {kind.value} cells, which these statistics lack; "
+            f"the criterion importance needs the importance of {kind.value} cells, which these statistics lack; "
             "record with ap-record --importance (each file, where several are merged)"
         )
-    return stats.importance[kind] / np.maximum(stats.occupancy[kind], 1)
+    return stats.importance[kind] / np.maximum(stats.support[kind], 1)
 
 
 def window(stats: AttentionStats, kind: AttentionKind) -> np.ndarray:
@@ -93,16 +94,16 @@ def fixed_patterns(stats: AttentionStats, kind: AttentionKind) -> np.ndarray:
 
 
 SCORES = {
-    "effective": mean_attention,
+    "mean": mean_attention,
     "normalised": normalised_attention,
-    "relative": relative_attention,
+    "diagonal-mean": diagonal_mean_attention,
     "importance": importance,
     "window": window,
     "gaussian": gaussian,
     "fixed": fixed_patterns,
 }
 # Those that rest on what was recorded of the single cell, so that its neighbours can add to it.
-OF_CELLS = ("effective", "normalised", "importance")
+OF_CELLS = ("mean", "normalised", "importance")
 # Controls by distance have many equal scores, whose order a seed decides.
 WITH_TIES = ("window", "gaussian", "fixed")
 
@@ -126,10 +127,10 @@ def sum_by(unit_of_cell: np.ndarray, values: np.ndarray) -> np.ndarray:
     return np.stack(sums).reshape(*values.shape[:-2], n_units)
 
 
-def mean_along_diagonals(mass: np.ndarray, occupancy: np.ndarray) -> np.ndarray:
-    """Sum of *mass* over sum of *occupancy* on each diagonal: (..., Tq, Tk) -> (..., Tq + Tk - 1); 0 where unseen."""
-    diagonal = offset_of_cell(occupancy.shape)
-    return sum_by(diagonal, mass) / np.maximum(sum_by(diagonal, occupancy), 1)
+def mean_along_diagonals(mass: np.ndarray, support: np.ndarray) -> np.ndarray:
+    """Sum of *mass* over sum of *support* on each diagonal: (..., Tq, Tk) -> (..., Tq + Tk - 1); 0 where unseen."""
+    diagonal = offset_of_cell(support.shape)
+    return sum_by(diagonal, mass) / np.maximum(sum_by(diagonal, support), 1)
 
 
 def sum_of_neighbours(cells: np.ndarray, distance: int) -> np.ndarray:
@@ -141,8 +142,8 @@ def sum_of_neighbours(cells: np.ndarray, distance: int) -> np.ndarray:
     return total
 
 
-def pooled(score: np.ndarray, occupancy: np.ndarray, distance: int) -> np.ndarray:
-    """Mean score of the cells up to *distance* positions away along the diagonal, weighted by occupancy.
+def smoothed(score: np.ndarray, support: np.ndarray, distance: int) -> np.ndarray:
+    """Mean score of the cells up to *distance* positions away along the diagonal, weighted by support.
 
     Few sentences reach late positions, and a mean over a few says more about them than about the model. Attention
     changes slowly along a diagonal, so the neighbours there are further observations of the same. A distance beyond the
@@ -150,10 +151,10 @@ def pooled(score: np.ndarray, occupancy: np.ndarray, distance: int) -> np.ndarra
 
     Args:
         score: float64 (..., Tq, Tk).
-        occupancy: int64 (Tq, Tk).
+        support: int64 (Tq, Tk).
     """
-    pairs = sum_of_neighbours(occupancy, distance)
-    return sum_of_neighbours(score * occupancy, distance) / np.maximum(pairs, 1)
+    pairs = sum_of_neighbours(support, distance)
+    return sum_of_neighbours(score * support, distance) / np.maximum(pairs, 1)
 
 
 def slope(stats: AttentionStats, kind: AttentionKind) -> float:
@@ -161,13 +162,13 @@ def slope(stats: AttentionStats, kind: AttentionKind) -> float:
     if kind is not AttentionKind.CROSS:
         return 1.0
     # Row 0 exists in every sentence, so row 0 sums to all source tokens and column 0 to all target tokens.
-    occupancy = stats.occupancy[kind]
-    return float(occupancy[0].sum() / occupancy[:, 0].sum())
+    support = stats.support[kind]
+    return float(support[0].sum() / support[:, 0].sum())
 
 
 def _displacement(stats: AttentionStats, kind: AttentionKind) -> np.ndarray:
     """How far to the right of the (sloped) diagonal a cell lies: float64 (Tq, Tk)."""
-    n_queries, n_keys = stats.occupancy[kind].shape
+    n_queries, n_keys = stats.support[kind].shape
     return np.arange(n_keys)[None, :] - slope(stats, kind) * np.arange(n_queries)[:, None]
 
 

@@ -23,8 +23,7 @@ from typing import Any
 
 from fairseq_cli import train
 
-from ap_fairseq.artifacts import ArtifactError
-from ap_fairseq.evaluation import read_lines, write_json
+from ap_fairseq.files import ArtifactError, read_lines, write_json
 
 # Asking whether there is a GPU must not open it: an opened GPU cannot be used after a fork.
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import collections
 import dataclasses
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,8 @@ from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq.models.transformer import transformer_legacy
 from omegaconf import OmegaConf
 
-from ap_fairseq.artifacts import ArtifactError, atomic_output, load_checkpoint, not_written, refuse_existing
-from ap_fairseq.models import PrunedTransformerConfig
+from ap_fairseq.files import ArtifactError, atomic_output, not_written, refuse_existing
+from ap_fairseq.model.config import PrunedTransformerConfig
 
 MODEL = "pruned_transformer"
 
@@ -151,3 +152,23 @@ def average_checkpoints(paths: Sequence, output, overwrite: bool = False) -> Non
         for name, total in totals.items()
     )
     save_checkpoint(state, output, overwrite)
+
+
+def load_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
+    """Load a fairseq checkpoint on the CPU with torch's safe loader.
+
+    Raises:
+        ArtifactError: if the file is missing, unreadable or no fairseq checkpoint.
+    """
+    if not os.path.isfile(path):
+        raise ArtifactError(f"checkpoint {path} does not exist")
+    try:
+        state = torch.load(path, map_location="cpu")
+    except Exception as error:  # the unpickler raises whatever the bytes lead it to
+        # torch's safe loader wraps its reason in instructions to turn it off.
+        reasons = [line.strip() for line in str(error).splitlines()] or [type(error).__name__]
+        reason = next((line for line in reasons if line.startswith("WeightsUnpickler error")), reasons[0])
+        raise ArtifactError(f"{path} cannot be read as a checkpoint: {reason}") from error
+    if not isinstance(state, dict) or "model" not in state or not (state.get("cfg") or state.get("args")):
+        raise ArtifactError(f"{path} is no fairseq checkpoint: expected the entries 'model' and 'cfg' or 'args'")
+    return state

@@ -16,11 +16,13 @@ from fairseq import utils
 from fairseq.dataclass.configs import GenerationConfig
 from fairseq_cli.generate import get_symbols_to_strip_from_output
 
-from ap_fairseq.artifacts import ArtifactError, PruningMasks, atomic_output, file_sha256, load_checkpoint, versions
-from ap_fairseq.checkpoints import open_with_masks
-from ap_fairseq.dynamic import DynamicPruning
-from ap_fairseq.evaluation import write_json
-from ap_fairseq.generation import PrunedSequenceGenerator
+import ap_fairseq.plugin  # noqa: F401  (registers with fairseq)
+from ap_fairseq.artifacts import PruningMasks
+from ap_fairseq.files import ArtifactError, atomic_output, file_sha256, write_json
+from ap_fairseq.model.checkpoints import load_checkpoint, open_with_masks
+from ap_fairseq.model.dynamic import DynamicPruning
+from ap_fairseq.provenance import versions
+from ap_fairseq.search.generator import PrunedSequenceGenerator
 from ap_fairseq.sites import attention_sites
 
 
@@ -52,7 +54,7 @@ class Search:
         max_len_a, max_len_b: a translation has at most max_len_a * source length + max_len_b tokens.
         fp16: half precision.
         cpu: do not use a GPU.
-        on_device: search as the task ``pruned_translation`` does (:mod:`ap_fairseq.generation`).
+        on_device: search as the task ``pruned_translation`` does (:mod:`ap_fairseq.search.generator`).
         remove_bpe: how subwords become words, as ``fairseq-generate --remove-bpe`` takes it.
     """
 

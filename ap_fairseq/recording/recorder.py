@@ -220,13 +220,13 @@ class AttentionRecorder:
         if not lengths:
             raise ValueError("no sentence was recorded; the subset is empty or every sentence was skipped")
 
-        occupancy = {kind: occupancy_of(kind, lengths) for kind in mass}
+        support = {kind: occupancy_of(kind, lengths) for kind in mass}
         beyond, recorded, importance = {}, {}, {}
         for kind in mass:
-            full = occupancy[kind]
+            full = support[kind]
             n_queries, n_keys = (min(a, b) for a, b in zip(full.shape, self._limits(kind), strict=True))
-            occupancy[kind] = full[:n_queries, :n_keys]
-            beyond[kind.value] = int(full.sum() - occupancy[kind].sum())
+            support[kind] = full[:n_queries, :n_keys]
+            beyond[kind.value] = int(full.sum() - support[kind].sum())
             recorded[kind] = mass[kind][:, :, :n_queries, :n_keys].cpu().numpy()
             if kind in self._importance:
                 importance[kind] = self._importance[kind][:, :, :n_queries, :n_keys].cpu().numpy()
@@ -234,10 +234,10 @@ class AttentionRecorder:
             **metadata,
             "sentences": sum(lengths.values()),
             "pairs_beyond_range": beyond,
-            "pairs_recorded": {kind.value: int(occupancy[kind].sum()) for kind in mass},
+            "pairs_recorded": {kind.value: int(support[kind].sum()) for kind in mass},
         }
         end_mass = {kind: total.cpu().numpy() for kind, total in self._end_mass.items()}
-        return AttentionStats(recorded, occupancy, metadata, end_mass, importance)
+        return AttentionStats(recorded, support, metadata, end_mass, importance)
 
 
 def squared_removal_effect(weights: Tensor, gradient: Tensor) -> Tensor:

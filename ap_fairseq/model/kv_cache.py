@@ -27,7 +27,7 @@ from torch import Tensor
 
 from triton_ops import AttentionLayout, decode_attention
 
-FIRST_POSITIONS = 24  # positions per hypothesis that a new pool has rows for
+INITIAL_CAPACITY = 24  # positions per hypothesis that a new pool has rows for
 
 
 # -- decoder self-attention -------------------------------------------------------------------------------------------
@@ -41,7 +41,7 @@ class SelfAttentionCache:
         pool: (R, 2, D), keys and values.
         rows: int32 (N, S): hypothesis n consists of row number rows[n, s] of each position s < length.
         offsets: int32 (H, S): row number 0 of position s and head h is this row of the pool.
-        last_rows: returns the last mask row that keeps each of the first S columns, int64 (H, S), for an S; None if all
+        last_use: returns the last mask row that keeps each of the first S columns, int64 (H, S), for an S; None if all
             may be kept for ever.
         length: cached positions, so the mask row of the next step.
         used: rows taken so far, from the start of the pool.
@@ -50,16 +50,18 @@ class SelfAttentionCache:
     pool: Tensor
     rows: Tensor
     offsets: Tensor
-    last_rows: Callable[[int], Tensor] | None = None
+    last_use: Callable[[int], Tensor] | None = None
     length: int = 0
     used: int = 0
 
     @classmethod
-    def empty_like(cls, kv: Tensor, last_rows: Callable[[int], Tensor] | None) -> SelfAttentionCache:
+    def empty_like(cls, kv: Tensor, last_use: Callable[[int], Tensor] | None) -> SelfAttentionCache:
         """Make a cache for hypotheses with keys and values like *kv* (N, 2, H, D)."""
         n, _, heads, dim = kv.shape
-        rows, offsets = (torch.zeros(size, FIRST_POSITIONS, dtype=torch.int32, device=kv.device) for size in (n, heads))
-        return cls(kv.new_empty(n * heads * FIRST_POSITIONS, 2, dim), rows, offsets, last_rows)
+        rows, offsets = (
+            torch.zeros(size, INITIAL_CAPACITY, dtype=torch.int32, device=kv.device) for size in (n, heads)
+        )
+        return cls(kv.new_empty(n * heads * INITIAL_CAPACITY, 2, dim), rows, offsets, last_use)
 
     def append(self, kv: Tensor) -> None:
         """Cache this step's keys and values (N, 2, H, D)."""
@@ -77,8 +79,8 @@ class SelfAttentionCache:
 
     def _make_room(self, n_new: int) -> None:
         readable = torch.ones_like(self.offsets[:, : self.length], dtype=torch.bool)
-        if self.last_rows is not None:
-            readable = self.last_rows(self.length) >= self.length
+        if self.last_use is not None:
+            readable = self.last_use(self.length) >= self.length
         live = renumber_live(self.rows[:, : self.length])
         self.pool, self.used = compact(self.pool, self.offsets[:, : self.length], live, readable, n_new)
 
@@ -215,11 +217,11 @@ class SourceRows:
         return projected[self.row, :, self.head]
 
 
-def stored_columns(last_rows: Tensor | None, size: int, heads: int, device: torch.device) -> Tensor:
+def stored_columns(last_use: Tensor | None, size: int, heads: int, device: torch.device) -> Tensor:
     """Return the source columns that some mask row of a head keeps, bool (H, size). Column 0 always counts."""
-    if last_rows is None:
+    if last_use is None:
         return torch.ones(heads, size, dtype=torch.bool, device=device)
-    stored = last_rows[:, :size] >= 0
+    stored = last_use[:, :size] >= 0
     stored[:, 0] = True
     return stored
 
@@ -315,17 +317,17 @@ class CrossAttentionCache:
 # -- what the mask saves ----------------------------------------------------------------------------------------------
 
 
-def peak_share(last_rows: Iterable[Tensor]) -> tuple[int, int]:
+def peak_share(last_use: Iterable[Tensor]) -> tuple[int, int]:
     """How much of its decoder self-attention caches a hypothesis needs at most at a time, over all sites.
 
     Args:
-        last_rows: int64 (H, T) of each site, the last mask row that keeps each column.
+        last_use: int64 (H, T) of each site, the last mask row that keeps each column.
 
     Returns:
         The largest number of (site, head, position) that a step or a later one reads, and the number of all.
     """
     alive, total = torch.zeros(0), 0
-    for last in last_rows:
+    for last in last_use:
         heads, size = last.shape
         last = last.clamp_min(torch.arange(size, device=last.device)).flatten()
         changes = torch.zeros(size + 1, dtype=torch.int64, device=last.device)

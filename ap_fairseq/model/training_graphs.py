@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 
-from ap_fairseq.attention import MASK_BUFFERS
 from ap_fairseq.cuda_graphs import GraphPool
+from ap_fairseq.model.attention import MASK_BUFFERS
 from ap_fairseq.sites import attention_sites
 
 logger = logging.getLogger(__name__)

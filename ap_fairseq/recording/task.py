@@ -3,12 +3,11 @@
 """
 
 import collections
-import copy
 import logging
 import os
 import time
 from dataclasses import dataclass, field
-from typing import Any, Optional  # fairseq's parser reads Optional[X], not X | None
+from typing import Optional  # fairseq's parser reads Optional[X], not X | None
 
 import numpy as np
 import torch
@@ -18,10 +17,10 @@ from fairseq.models.transformer import TransformerModelBase
 from fairseq.tasks import register_task
 from fairseq.tasks.translation import TranslationConfig, TranslationTask
 
-from ap_fairseq.artifacts import ArtifactError, dictionary_hashes, file_sha256, refuse_existing, versions
 from ap_fairseq.compat import allow_gathering_on_cpu, drop_bettertransformer_copies
-from ap_fairseq.generation import PrunedSequenceGenerator, say_not_covered
-from ap_fairseq.recording import AttentionRecorder, sample_by_length
+from ap_fairseq.files import ArtifactError, file_sha256, refuse_existing
+from ap_fairseq.provenance import dictionary_hashes, versions
+from ap_fairseq.recording.recorder import AttentionRecorder, sample_by_length
 from ap_fairseq.sites import architecture
 
 logger = logging.getLogger(__name__)
@@ -206,22 +205,3 @@ def _group() -> dist.ProcessGroup | None:
     """Return the group of the ranks that share the data, None for a single process."""
     distributed = dist.is_initialized() and dist.get_world_size() > 1
     return distributed_utils.get_data_parallel_group() if distributed else None
-
-
-@register_task("pruned_translation", dataclass=TranslationConfig)
-class PrunedTranslationTask(TranslationTask):
-    """``translation`` whose beam search over pruned transformers is decided on the device (`generation`)."""
-
-    _built: tuple[tuple, Any] | None = None  # what the last generator was built for, and that generator
-
-    def build_generator(self, models, args, seq_gen_cls=None, extra_gen_cls_kwargs=None, prefix_allowed_tokens_fn=None):
-        """As fairseq's. The same call gives the same generator, with its buffers: the hub asks in every translation."""
-        if seq_gen_cls is None and getattr(args, "print_alignment", False):
-            say_not_covered("--print-alignment")
-        elif seq_gen_cls is None:
-            seq_gen_cls = PrunedSequenceGenerator
-        options = seq_gen_cls, extra_gen_cls_kwargs, prefix_allowed_tokens_fn
-        wanted = [id(model) for model in models], copy.deepcopy(args), options
-        if self._built is None or self._built[0] != wanted:
-            self._built = wanted, super().build_generator(models, args, *options)
-        return self._built[1]

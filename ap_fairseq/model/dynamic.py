@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ap_fairseq.sites import AttentionKind
+from ap_fairseq.sites import AttentionKind, per_kind
 
 
 @dataclass
@@ -89,34 +89,14 @@ def round_on_log_scale(weights: Tensor, least: float, bits: int) -> Tensor:
     return torch.exp(-step * torch.round(torch.log(weights.clamp(least, 1)) / -step))
 
 
-def per_kind(name: str, text: str | float | None) -> dict[AttentionKind, float]:
-    """Parse ``8``, for all kinds, or ``encoder_self=4,cross=3``.
-
-    Raises:
-        ValueError: for anything else, naming the option *name*.
-    """
-    if text in (None, ""):
-        return {}
-    try:
-        if "=" not in str(text):
-            return dict.fromkeys(AttentionKind, float(text))
-        pairs = (part.split("=") for part in str(text).split(","))
-        return {AttentionKind(kind.strip()): float(value) for kind, value in pairs}
-    except ValueError as error:
-        kinds = ", ".join(AttentionKind)
-        raise ValueError(
-            f"{name} is {text!r}, expected a number, or numbers per kind such as cross=4 (kinds: {kinds})"
-        ) from error
-
-
-def top_k_for(occupancy: np.ndarray, budget: float) -> tuple[int, float]:
+def top_k_for(support: np.ndarray, budget: float) -> tuple[int, float]:
     """Return the smallest k whose effective sparsity does not exceed *budget*, and that sparsity.
 
     Args:
-        occupancy: int64 (Tq, Tk). A query that attends to its k best keys attends to as many pairs as one that attends
+        support: int64 (Tq, Tk). A query that attends to its k best keys attends to as many pairs as one that attends
             to the first k, so k keeps the pairs of k columns.
         budget: share of pairs to prune, in [0, 1).
     """
-    pruned = 1 - occupancy.sum(0).cumsum() / occupancy.sum()
+    pruned = 1 - support.sum(0).cumsum() / support.sum()
     k = int(np.argmax(pruned <= budget + 1e-12))
     return k + 1, float(pruned[k])

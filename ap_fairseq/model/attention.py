@@ -12,15 +12,16 @@ from fairseq.modules import MultiheadAttention
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ap_fairseq.artifacts import CELLS_PER_WORD, ArtifactError
-from ap_fairseq.decoding import CrossAttentionCache, SelfAttentionCache, stored_columns
-from ap_fairseq.dynamic import DynamicPruning
+from ap_fairseq.artifacts import CELLS_PER_WORD
+from ap_fairseq.files import ArtifactError
+from ap_fairseq.model.dynamic import DynamicPruning
+from ap_fairseq.model.kv_cache import CrossAttentionCache, SelfAttentionCache, stored_columns
 from ap_fairseq.sites import AttentionKind
 from triton_ops import AttentionLayout, block_sparse_attention, use_kernels
 from triton_ops.api import HEAD_SIZES
 
-MASK_BUFFERS = ("keep_words", "beyond_words", "mask_range")
-LAST_ROWS = 16  # answers of `last_rows` that a module remembers: searches ask for a few lengths again and again
+MASK_BUFFERS = ("keep_words", "extrapolation_words", "mask_range")
+LAST_USE_MEMO = 16  # answers of `last_use` that a module remembers: searches ask for a few lengths again and again
 
 
 class PrunedMultiheadAttention(MultiheadAttention):
@@ -29,8 +30,8 @@ class PrunedMultiheadAttention(MultiheadAttention):
     Parameters and their names are those of the stock module. The mask is stored in persistent buffers, so checkpoints
     are self-contained:
 
-    - ``keep_words`` int64 (heads, Tq, ceil(Tk / 32)) and ``beyond_words`` int64 (heads, ceil((Tq + Tk - 1) / 32)): 32
-      cells to a word, bit set = kept (see :func:`ap_fairseq.artifacts.pack_cells`);
+    - ``keep_words`` int64 (heads, Tq, ceil(Tk / 32)) and ``extrapolation_words`` int64 (heads,
+      ceil((Tq + Tk - 1) / 32)): 32 cells to a word, bit set = kept (see :func:`ap_fairseq.artifacts.pack_cells`);
     - ``mask_range`` int64 (2,): Tq, Tk. Before a mask is set all three are empty, and a forward pass is an error.
 
     Args:
@@ -91,7 +92,7 @@ class PrunedMultiheadAttention(MultiheadAttention):
         # The name that --retain-dropout-modules knows.
         self.dropout_module.module_name = MultiheadAttention.__name__
         self.register_buffer("keep_words", torch.zeros(num_heads, 0, 0, dtype=torch.int64))
-        self.register_buffer("beyond_words", torch.zeros(num_heads, 0, dtype=torch.int64))
+        self.register_buffer("extrapolation_words", torch.zeros(num_heads, 0, dtype=torch.int64))
         self.register_buffer("mask_range", torch.zeros(2, dtype=torch.int64))
         self.mask_is_explicit = False
         # What `stacked_projection` returns, kept while `generation` decodes with this module.
@@ -100,9 +101,9 @@ class PrunedMultiheadAttention(MultiheadAttention):
 
     # -- the mask -----------------------------------------------------------------------------------------------------
 
-    def set_mask(self, keep_words: Tensor, beyond_words: Tensor, mask_range: Tensor) -> None:
+    def set_mask(self, keep_words: Tensor, extrapolation_words: Tensor, mask_range: Tensor) -> None:
         """Take a packed mask (shapes as the buffers). A checkpoint loaded afterwards does not replace it."""
-        for name, value in zip(MASK_BUFFERS, (keep_words, beyond_words, mask_range), strict=True):
+        for name, value in zip(MASK_BUFFERS, (keep_words, extrapolation_words, mask_range), strict=True):
             setattr(self, name, value.to(self.out_proj.weight.device))
         self.mask_is_explicit = True
         self._forget_derived()
@@ -110,7 +111,7 @@ class PrunedMultiheadAttention(MultiheadAttention):
     def _forget_derived(self) -> None:
         self._keep_cells: Tensor | None = None
         self._layout: AttentionLayout | None = None
-        self._last_rows: tuple[AttentionLayout | None, dict[int, Tensor]] = None, {}
+        self._last_use: tuple[AttentionLayout | None, dict[int, Tensor]] = None, {}
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         for name in MASK_BUFFERS:
@@ -150,16 +151,16 @@ class PrunedMultiheadAttention(MultiheadAttention):
         return self._keep_cells, self._layout
 
     @torch.inference_mode(False)
-    def last_rows(self, n_rows: int, n_keys: int) -> Tensor:
+    def last_use(self, n_rows: int, n_keys: int) -> Tensor:
         """Return the last of the first *n_rows* mask rows that keeps each column, int64 (heads, n_keys); or -1."""
         layout = self.layout(n_rows, n_keys)
-        if self._last_rows[0] is not layout:
-            self._last_rows = (layout, {})
-        found = self._last_rows[1]
+        if self._last_use[0] is not layout:
+            self._last_use = (layout, {})
+        found = self._last_use[1]
         if n_rows not in found:
-            if len(found) == LAST_ROWS:
+            if len(found) == LAST_USE_MEMO:
                 found.clear()
-            found[n_rows] = layout.last_rows(n_rows)
+            found[n_rows] = layout.last_use(n_rows)
         return found[n_rows][:, :n_keys]
 
     def _unpack(self, n_queries: int, n_keys: int) -> Tensor:
@@ -177,7 +178,7 @@ class PrunedMultiheadAttention(MultiheadAttention):
         n_keys = max(recorded_keys, 1 << (n_keys - 1).bit_length())
         row = torch.arange(n_queries, device=keep.device)[:, None]
         column = torch.arange(n_keys, device=keep.device)[None, :]
-        pattern = unpack_cells(self.beyond_words, recorded_queries + recorded_keys - 1)
+        pattern = unpack_cells(self.extrapolation_words, recorded_queries + recorded_keys - 1)
         offset = column - row + recorded_queries - 1
         known = (offset >= 0) & (offset < pattern.size(1))
         cells = pattern[:, offset.clamp(0, pattern.size(1) - 1)] | ~known
@@ -331,11 +332,11 @@ class PrunedMultiheadAttention(MultiheadAttention):
 
     def _column_ends(self) -> Callable[[int], Tensor] | None:
         """Return what tells, when asked, the last row that keeps each of so many columns of self-attention."""
-        return None if self.max_rows is None else functools.partial(self.last_rows, self.max_rows)
+        return None if self.max_rows is None else functools.partial(self.last_use, self.max_rows)
 
     def _cross_cache(self, key: Tensor, key_padding: Tensor | None, n_hypotheses: int) -> CrossAttentionCache:
-        last_rows = None if self.max_rows is None else self.last_rows(self.max_rows, key.size(0))
-        stored = stored_columns(last_rows, key.size(0), self.num_heads, key.device)
+        last_use = None if self.max_rows is None else self.last_use(self.max_rows, key.size(0))
+        stored = stored_columns(last_use, key.size(0), self.num_heads, key.device)
         return CrossAttentionCache.of_encoder_output(self.project_source, stored, key, key_padding, n_hypotheses)
 
     def _project_step(self, query: Tensor) -> tuple[Tensor, Tensor | None]:

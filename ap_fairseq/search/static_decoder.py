@@ -11,24 +11,20 @@ The rules of the search are those of ``fairseq.sequence_generator``: same hypoth
 
 from __future__ import annotations
 
-import functools
 import itertools
-import logging
 import math
 import weakref
 from collections import deque
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-from fairseq.search import BeamSearch
-from fairseq.sequence_generator import SequenceGenerator
 from torch import Tensor
 
-from ap_fairseq.attention import PrunedMultiheadAttention, decoding_at_most
-from ap_fairseq.beams import Beams
 from ap_fairseq.cuda_graphs import GraphPool
-from ap_fairseq.decoding import (
-    FIRST_POSITIONS,
+from ap_fairseq.model.attention import PrunedMultiheadAttention
+from ap_fairseq.model.kv_cache import (
+    INITIAL_CAPACITY,
     CrossAttentionCache,
     SelfAttentionCache,
     SourceRows,
@@ -36,146 +32,45 @@ from ap_fairseq.decoding import (
     renumber_live,
     stored_columns,
 )
-from ap_fairseq.models import PrunedTransformerModel
+from ap_fairseq.model.transformer import PrunedTransformerModel
+from ap_fairseq.search.beams import BeamSearchState
 from ap_fairseq.sites import AttentionKind, attention_sites
-from triton_ops import AttentionLayout, append_to_pool, use_kernels
+from triton_ops import AttentionLayout, append_to_pool
 
-logger = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from ap_fairseq.search.generator import PrunedSequenceGenerator
 
-LAG = 3  # steps that the host may run ahead of the device
-
-
-class PrunedSequenceGenerator(SequenceGenerator):
-    """fairseq's generator; beam search over pruned transformers runs on static buffers and CUDA graphs.
-
-    Other searches and models use fairseq's own loop, which is logged once with the reason; so does a CPU without
-    kernels, where batches rounded up to the size of buffers only cost time.
-    """
-
-    needs_kernels = True  # tests of the rules of the search run without
-
-    def __init__(self, models, tgt_dict, **kwargs):
-        super().__init__(models, tgt_dict, **kwargs)
-        self._decoder: _StaticDecoder | None = None
-        # Penalties of every word that hold for all hypotheses (3, V): usually, too early to end, and at the end.
-        penalty = torch.zeros(3, self.vocab_size)
-        penalty[:, self.pad] = -math.inf
-        penalty[:, self.unk] -= self.unk_penalty
-        if self.token_indices_to_suppress is not None:
-            penalty[:, self.token_indices_to_suppress] = -math.inf
-        penalty[_BEFORE_MIN_LEN, self.eos] = -math.inf
-        others = torch.arange(self.vocab_size) != self.eos
-        penalty[_AT_MAX_LEN, others] = -math.inf
-        self.penalty = penalty
-
-    def _not_covered(self, device: torch.device, prefix_tokens, constraints) -> str | None:
-        """Why fairseq's own loop is needed, or None."""
-        if type(self.search) is not BeamSearch:
-            return f"the search {type(self.search).__name__}"
-        if not all(isinstance(model, PrunedTransformerModel) for model in self.model.models):
-            return "an ensemble with models other than pruned_transformer"
-        if not all(model.decoder.layers for model in self.model.models):
-            return "a decoder without layers"
-        if any(model.decoder.adaptive_softmax is not None for model in self.model.models):
-            return "adaptive softmax"
-        if not all(layer.self_attn.self_attention for model in self.model.models for layer in model.decoder.layers):
-            return "attention to source and target at once (--cross-self-attention)"
-        if any(module.dropout_module.apply_during_inference for _, module in self._sites()):
-            return "dropout during inference (--retain-dropout)"
-        if any(module.dynamic is not None for _, module in self._sites()):
-            return "pruning at inference time (--attention-top-k, --attention-threshold)"
-        if 2 * self.beam_size >= self.vocab_size:
-            return f"a beam of {self.beam_size} with {self.vocab_size} words"
-        if self.needs_kernels and device.type == "cpu" and not self.runs_kernels(device):
-            return "decoding on a CPU without Triton kernels"
-        options = {
-            "prefix tokens (--prefix-size)": prefix_tokens is not None,
-            "constraints": constraints is not None,
-            "a language model": self.lm_model is not None,
-            "--no-repeat-ngram-size": self.repeat_ngram_blocker is not None,
-            "--match-source-len": self.match_source_len,
-        }
-        return next((name for name, given in options.items() if given), None)
-
-    def runs_kernels(self, device: torch.device) -> bool:
-        """Whether steps of decoding on *device* run on the kernels."""
-        module, dtype = self._decoder_modules()[0], next(self.model.models[0].parameters()).dtype
-        return use_kernels(module.backend, torch.empty(0, module.head_dim, dtype=dtype, device=device))
-
-    def _pruned_models(self) -> list[PrunedTransformerModel]:
-        return [model for model in self.model.models if isinstance(model, PrunedTransformerModel)]
-
-    def _sites(self):
-        return [site for model in self._pruned_models() for site in attention_sites(model)]
-
-    def _decoder_modules(self) -> list[PrunedMultiheadAttention]:
-        return [module for (kind, _), module in self._sites() if kind is not AttentionKind.ENCODER_SELF]
-
-    @torch.no_grad()
-    def _generate(self, sample, prefix_tokens=None, constraints=None, bos_token=None):
-        net_input = sample["net_input"]
-        source = net_input["src_tokens"]
-        max_len = min(int(self.max_len_a * source.size(1) + self.max_len_b), self.max_len - 1)
-        if self.match_source_len:
-            max_len = source.size(1)
-        for model in self._pruned_models():  # --eval-bleu does not prepare them for inference
-            model.say_what_caches_hold()
-        reason = self._not_covered(source.device, prefix_tokens, constraints)
-        if reason is not None:
-            say_not_covered(reason)
-            with decoding_at_most(max_len + 1, self._decoder_modules()):
-                return super()._generate(sample, prefix_tokens, constraints, bos_token)
-
-        if self.min_len > max_len:
-            raise ValueError(f"--min-len {self.min_len} is above the maximum length {max_len} of this batch")
-        encoder_outs = self.model.forward_encoder(net_input)
-        needed = _Capacity(
-            sentences=_bucket(source.size(0)),
-            source_length=max(256, _bucket(source.size(1))),
-            positions=min(max(256, _bucket(max_len + 1)), self.max_len),
-        )
-        if self._decoder is None or not self._decoder.serves(needed):
-            capacity = needed if self._decoder is None else needed.joined(self._decoder.capacity)
-            self._decoder = None  # its memory is free before the next one is made
-            with torch.inference_mode(False):  # a later batch may come outside of it
-                self._decoder = _StaticDecoder(self, capacity, source.device)
-        return self._decoder.search(encoder_outs, max_len, self.eos if bos_token is None else bos_token)
+HOST_LAG_STEPS = 3  # steps that the host may run ahead of the device
 
 
-@functools.cache
-def say_not_covered(reason: str) -> None:
-    """Log, once in a process, that a search is fairseq's."""
-    logger.info(f"fairseq's own generator is used: {reason} is not covered by pruned_translation's")
+NORMAL, BEFORE_MIN_LEN, AT_MAX_LEN = range(3)
 
 
-_NORMAL, _BEFORE_MIN_LEN, _AT_MAX_LEN = range(3)
-
-
-def _bucket(n: int) -> int:
+def bucket(n: int) -> int:
     """Round a batch size up to 1, 2, 3, 4, 6, 8, 12, ...: few graphs, at most a third of a batch empty."""
     power = 1 << (n - 1).bit_length()
     return power * 3 // 4 if power >= 4 and n <= power * 3 // 4 else power
 
 
 @dataclass(frozen=True)
-class _Capacity:
+class Capacity:
     """What buffers are made for: sentences in a batch, source tokens of a sentence, target length."""
 
     sentences: int
     source_length: int
     positions: int
 
-    def covers(self, other: _Capacity) -> bool:
+    def covers(self, other: Capacity) -> bool:
         return all(getattr(self, name) >= getattr(other, name) for name in self.__dataclass_fields__)
 
-    def joined(self, other: _Capacity) -> _Capacity:
-        return _Capacity(*(max(getattr(self, name), getattr(other, name)) for name in self.__dataclass_fields__))
+    def joined(self, other: Capacity) -> Capacity:
+        return Capacity(*(max(getattr(self, name), getattr(other, name)) for name in self.__dataclass_fields__))
 
 
 class _StaticSelfAttentionCache(SelfAttentionCache):
     """The first hypotheses of a shared table; the step is a number on the device."""
 
-    def __init__(self, pool: Tensor, beams: Beams, n: int, heads: slice):
+    def __init__(self, pool: Tensor, beams: BeamSearchState, n: int, heads: slice):
         super().__init__(pool, beams.rows[:n], beams.offsets[heads])
         self.step, self.kernels = beams.step, beams.kernels
 
@@ -194,7 +89,7 @@ class _StaticSelfAttentionCache(SelfAttentionCache):
 class _StaticCrossAttentionCache(CrossAttentionCache):
     """The first sentences of a shared pool; the step is a number on the device."""
 
-    def __init__(self, pool: Tensor, beams: Beams, n: int, heads: slice):
+    def __init__(self, pool: Tensor, beams: BeamSearchState, n: int, heads: slice):
         offsets = beams.source_offsets[heads]
         super().__init__(pool, beams.starts[:n, heads], offsets, beams.lengths[:n], offsets.size(1))
         self.row, self.positions = beams.step, beams.rows.size(1)
@@ -207,10 +102,10 @@ class _StaticCrossAttentionCache(CrossAttentionCache):
         return self.positions, self.size
 
 
-class _StaticDecoder:
+class StaticDecoder:
     """Buffers of one capacity, the decoders bound to them, and the graphs that were captured over them."""
 
-    def __init__(self, generator: PrunedSequenceGenerator, capacity: _Capacity, device: torch.device):
+    def __init__(self, generator: PrunedSequenceGenerator, capacity: Capacity, device: torch.device):
         self.generator = weakref.proxy(generator)  # no cycle: GPU memory goes with the generator
         self.capacity = capacity
         self.models = list(generator.model.models)
@@ -232,7 +127,7 @@ class _StaticDecoder:
         def empty(*shape: int) -> Tensor:
             return torch.empty(shape, dtype=dtype, device=device)
 
-        n_rows = capacity.sentences * self.beam * min(FIRST_POSITIONS, capacity.positions)
+        n_rows = capacity.sentences * self.beam * min(INITIAL_CAPACITY, capacity.positions)
         self.pools = {module: empty(n_rows * module.num_heads, 2, module.head_dim) for module in self.self_sites}
         self.pools |= {module: empty(0, 2, module.head_dim) for module in self.cross_sites}  # of the first batch's size
         self.projections = {
@@ -248,7 +143,7 @@ class _StaticDecoder:
         kernels = generator.runs_kernels(device)
         self.capture = kernels and device.type == "cuda"
         sizes = (capacity.sentences, capacity.positions, capacity.source_length)
-        self.beams = Beams(sizes, self.beam, self_heads, cross_heads, device, kernels)
+        self.beams = BeamSearchState(sizes, self.beam, self_heads, cross_heads, device, kernels)
         self.phases = torch.empty(capacity.positions, dtype=torch.int64, device=device)
 
     def _addresses(self) -> list[int]:
@@ -258,7 +153,7 @@ class _StaticDecoder:
         n, size = self.capacity.positions, self.capacity.source_length
         return [module.layout(n, n if module.self_attention else size) for module in self.pools]
 
-    def serves(self, needed: _Capacity) -> bool:
+    def serves(self, needed: Capacity) -> bool:
         """Whether a batch fits, and the models are still where the graphs found them."""
         return self.capacity.covers(needed) and self.addresses == self._addresses()
 
@@ -295,23 +190,23 @@ class _StaticDecoder:
             for module, number in rows.items():
                 self.used[module] += number
             counts.append(self._count_unfinished())
-            if len(counts) > LAG:
+            if len(counts) > HOST_LAG_STEPS:
                 unfinished = counts.popleft()()
                 if unfinished == 0:
                     break
-                if (smaller := _bucket(unfinished)) < n:
+                if (smaller := bucket(unfinished)) < n:
                     self.beams.shrink(n, smaller)
                     n = smaller
                     counts.clear()  # of the larger batch
 
     def _begin(self, encoder_outs: list[dict], n_sentences: int, max_len: int, first_token: int) -> int:
-        beams, n = self.beams, _bucket(n_sentences)
+        beams, n = self.beams, bucket(n_sentences)
         padding = encoder_outs[0]["encoder_padding_mask"]
         size, batch, _ = encoder_outs[0]["encoder_out"][0].shape
         real = ~padding[0] if padding else torch.ones(batch, size, dtype=torch.bool, device=beams.starts.device)
         beams.begin(real.sum(1), max_len, first_token)
-        self.phases.fill_(_NORMAL)[: max(0, self.generator.min_len)] = _BEFORE_MIN_LEN
-        self.phases[max_len:] = _AT_MAX_LEN
+        self.phases.fill_(NORMAL)[: max(0, self.generator.min_len)] = BEFORE_MIN_LEN
+        self.phases[max_len:] = AT_MAX_LEN
         self._store_sources(encoder_outs, real, max_len)
         for module, stacked in self.projections.items():
             for kept, fresh in zip(stacked, module.stacked_projection(), strict=True):
@@ -324,8 +219,8 @@ class _StaticDecoder:
         if not sites:
             return
         heads = [module.num_heads for module in sites]
-        last_rows = [self._last_rows(module, max_len, n_keys) for module in sites]
-        stored = [stored_columns(rows, real.size(1), n, real.device) for rows, n in zip(last_rows, heads, strict=True)]
+        last_use = [self._last_use(module, max_len, n_keys) for module in sites]
+        stored = [stored_columns(rows, real.size(1), n, real.device) for rows, n in zip(last_use, heads, strict=True)]
         on_host = torch.cat(stored).cpu().split(heads)  # one wait for all
         keys = {module: columns.numpy().tobytes() for module, columns in zip(sites, on_host, strict=True)}
         layouts: dict[bytes, SourceRows] = {}  # sites often store the same columns
@@ -341,9 +236,9 @@ class _StaticDecoder:
                         chosen[key] = source[layouts[key].projected]
                     self._store_source(module, layouts[key], chosen[key])
 
-    def _last_rows(self, module: PrunedMultiheadAttention, max_len: int, n_keys: int) -> Tensor:
+    def _last_use(self, module: PrunedMultiheadAttention, max_len: int, n_keys: int) -> Tensor:
         """As the module's, of some steps more, so that most batches find what one before them made."""
-        return module.last_rows(min(_bucket(max_len + 1), self.capacity.positions), n_keys)
+        return module.last_use(min(bucket(max_len + 1), self.capacity.positions), n_keys)
 
     def _store_source(self, module: PrunedMultiheadAttention, rows: SourceRows, source: Tensor) -> None:
         (n_sentences, _), size = rows.starts.shape, rows.offsets.size(1)
@@ -351,7 +246,7 @@ class _StaticDecoder:
             self._forget_graphs()
             with torch.inference_mode(False):
                 nothing = self.pools[module] = self.pools[module].new_empty(0)  # frees what the next one may take
-                self.pools[module] = nothing.new_empty(_bucket(rows.row.numel()), 2, module.head_dim)
+                self.pools[module] = nothing.new_empty(bucket(rows.row.numel()), 2, module.head_dim)
         self.pools[module][: rows.row.numel()] = rows.pool(module.project_source(source))
         self.beams.starts[:n_sentences, self.heads[module]] = rows.starts
         self.beams.source_offsets[self.heads[module], :size] = rows.offsets
@@ -365,7 +260,7 @@ class _StaticDecoder:
         live = renumber_live(self.beams.rows[: n * self.beam, :length])
         positions = self.capacity.positions
         for module in self.self_sites:
-            readable = self._last_rows(module, max_len, positions)[:, :length] >= length
+            readable = self._last_use(module, max_len, positions)[:, :length] >= length
             offsets = self.beams.offsets[self.heads[module], :length]
             n_new = n * self.beam * module.num_heads
             pool, used = compact(self.pools[module], offsets, live, readable, n_new, max_len + 1 - length)

@@ -13,10 +13,10 @@ import math
 import torch
 from torch import Tensor
 
-WIDEST = 64  # beams that the kernels take: all candidates of a sentence are in the registers of one program
+MAX_KERNEL_BEAM = 64  # beams that the kernels take: all candidates of a sentence are in the registers of one program
 
 
-class Beams:
+class BeamSearchState:
     """Up to B sentences of *beam* hypotheses; T target positions.
 
     Sentence number B is a bin: what is written for it is never read. The tables of caches have a row for every head of
@@ -99,7 +99,7 @@ class Beams:
         """
         scores, k = self.scores[:n], 2 * self.beam
         size = group_size(logits.size(1), 2)
-        if self.kernels and self.beam <= WIDEST:
+        if self.kernels and self.beam <= MAX_KERNEL_BEAM:
             from triton_ops.beam_search import choose, largest_of_groups  # imports triton
 
             maxima, lse = largest_of_groups(logits, penalty, size)

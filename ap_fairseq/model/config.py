@@ -1,0 +1,124 @@
+"""The configuration of ``pruned_transformer``: fairseq's flags, flat, and those of this plugin."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Optional  # fairseq's parser reads Optional[X], not X | None
+
+from fairseq.dataclass import ChoiceEnum, FairseqDataclass
+from fairseq.models.transformer import (
+    TransformerConfig,
+)
+from fairseq.models.transformer.transformer_config import DecoderConfig, EncDecBaseConfig, QuantNoiseConfig
+from omegaconf import II
+
+from triton_ops.api import BACKENDS
+
+# Sizes that follow another one unless they are given, as in fairseq's base architecture.
+_FOLLOWS = {
+    "decoder_embed_dim": II("model.encoder_embed_dim"),
+    "decoder_ffn_embed_dim": II("model.encoder_ffn_embed_dim"),
+    "decoder_input_dim": II("model.decoder_embed_dim"),
+    "decoder_output_dim": II("model.decoder_embed_dim"),
+}
+
+
+def _flat_fields() -> list[tuple[str, Any, Any]]:
+    """Return the fields of fairseq's nested TransformerConfig under the flat names of its command line.
+
+    A nested config in a model of a plugin crashes fairseq's parser or silently ignores ``--encoder-layers`` and
+    friends; flat names work for ``fairseq-train``, ``fairseq-hydra-train`` and stored checkpoints alike.
+    """
+    nested = {"encoder": EncDecBaseConfig, "decoder": DecoderConfig, "quant_noise": QuantNoiseConfig}
+    flat = []
+    for outer in dataclasses.fields(TransformerConfig):
+        if outer.name == "_name":
+            continue
+        if outer.name not in nested:
+            flat.append((outer.name, outer.type, dataclasses.field(default=outer.default, metadata=outer.metadata)))
+            continue
+        for inner in dataclasses.fields(nested[outer.name]):
+            if inner.name == "_name":
+                continue
+            name = f"{outer.name}_{inner.name}"
+            default = _FOLLOWS.get(name, inner.default)
+            inner_type = Optional[str] if inner.name == "layers_to_keep" else inner.type  # given and parsed as "0,2,4"
+            flat.append((name, inner_type, dataclasses.field(default=default, metadata=inner.metadata)))
+    return flat
+
+
+_PLUGIN_FIELDS = [
+    (
+        "attention_masks",
+        Optional[str],
+        dataclasses.field(
+            default=None,
+            metadata={
+                "help": "pruning masks to start training with (ap-masks); checkpoints carry them from then on. Given "
+                "together with a pruned checkpoint, the file replaces the checkpoint's masks"
+            },
+        ),
+    ),
+    (
+        "attention_backend",
+        ChoiceEnum(BACKENDS),
+        dataclasses.field(
+            default="auto",
+            metadata={"help": "what computes attention: triton kernels, eager torch, or whichever suits the device"},
+        ),
+    ),
+    (
+        "cuda_graphs",
+        ChoiceEnum(("auto", "off")),
+        dataclasses.field(
+            default="auto",
+            metadata={
+                "help": "on a GPU, replay training updates as CUDA graphs, one for each shape of batch; off runs every "
+                "update directly"
+            },
+        ),
+    ),
+    (
+        "attention_top_k",
+        Optional[str],
+        dataclasses.field(
+            default=None,
+            metadata={
+                "help": "for analysis: each query attends to its k best keys only (Gupta et al. 2021); a number, or "
+                "numbers per kind such as encoder_self=4,cross=3"
+            },
+        ),
+    ),
+    (
+        "attention_threshold",
+        Optional[str],
+        dataclasses.field(
+            default=None,
+            metadata={
+                "help": "for analysis: attention probabilities below this become 0 (Ji et al. 2021); a number, or "
+                "numbers per kind"
+            },
+        ),
+    ),
+    (
+        "attention_log_bits",
+        int,
+        dataclasses.field(
+            default=0,
+            metadata={
+                "help": "for analysis: round the probabilities above --attention-threshold to 2^N - 1 values on a log "
+                "scale (Ji et al. 2021 use 3); 0 for no rounding"
+            },
+        ),
+    ),
+]
+
+PrunedTransformerConfig = dataclasses.make_dataclass(
+    "PrunedTransformerConfig", _flat_fields() + _PLUGIN_FIELDS, bases=(FairseqDataclass,)
+)
+PrunedTransformerConfig.__module__ = __name__
+PrunedTransformerConfig.__doc__ = "fairseq's TransformerConfig with flat names, plus the flags of this plugin."
+
+
+def is_interpolation(value: Any) -> bool:
+    return isinstance(value, str) and value.startswith("${")

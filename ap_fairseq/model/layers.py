@@ -1,0 +1,245 @@
+"""fairseq's encoder and decoder with pruned attention."""
+
+from __future__ import annotations
+
+from typing import Any  # fairseq's parser reads Optional[X], not X | None
+
+import torch
+from fairseq.distributed import fsdp_wrap
+from fairseq.models.transformer import (
+    TransformerConfig,
+    TransformerDecoderBase,
+    TransformerEncoderBase,
+)
+from fairseq.modules import transformer_layer
+from fairseq.modules.checkpoint_activations import checkpoint_wrapper
+from torch import Tensor, nn
+
+from ap_fairseq.model.attention import PrunedMultiheadAttention
+from ap_fairseq.model.dynamic import DynamicPruning
+from ap_fairseq.sites import AttentionKind
+
+
+def _attention(embed_dim: int, cfg: TransformerConfig, kind: AttentionKind, **kwargs) -> PrunedMultiheadAttention:
+    side = cfg.encoder if kind is AttentionKind.ENCODER_SELF else cfg.decoder
+    xformers = cfg.decoder if kind is AttentionKind.DECODER_SELF else cfg.encoder
+    return PrunedMultiheadAttention(
+        embed_dim,
+        side.attention_heads,
+        kind=kind,
+        backend=cfg.attention_backend,
+        dynamic=DynamicPruning.from_options(kind, cfg.attention_top_k, cfg.attention_threshold, cfg.attention_log_bits),
+        max_rows=None if kind is AttentionKind.ENCODER_SELF else cfg.max_target_positions,
+        dropout=cfg.attention_dropout,
+        q_noise=cfg.quant_noise.pq,
+        qn_block_size=cfg.quant_noise.pq_block_size,
+        xformers_att_config=xformers.xformers_att_config,
+        **kwargs,
+    )
+
+
+class PrunedTransformerEncoderLayer(transformer_layer.TransformerEncoderLayerBase):
+    """fairseq's encoder layer with pruned self-attention."""
+
+    def build_self_attention(self, embed_dim, cfg):
+        return _attention(embed_dim, cfg, AttentionKind.ENCODER_SELF)
+
+
+class PrunedTransformerDecoderLayer(transformer_layer.TransformerDecoderLayerBase):
+    """fairseq's decoder layer with pruned self- and cross-attention.
+
+    Weights are computed where the decoder asks for them; ``need_attn`` would ask in every layer outside training.
+    """
+
+    def __init__(self, cfg, no_encoder_attn=False, add_bias_kv=False, add_zero_attn=False):
+        super().__init__(cfg, no_encoder_attn, add_bias_kv, add_zero_attn)
+        self.need_attn = False
+
+    def make_generation_fast_(self, **kwargs):
+        """fairseq's hook before generation, which would set ``need_attn``."""
+
+    def build_self_attention(self, embed_dim, cfg, add_bias_kv=False, add_zero_attn=False):
+        if cfg.cross_self_attention:  # attends to source and target at once: neither kind, so it stays dense
+            return super().build_self_attention(embed_dim, cfg, add_bias_kv, add_zero_attn)
+        return _attention(
+            embed_dim, cfg, AttentionKind.DECODER_SELF, add_bias_kv=add_bias_kv, add_zero_attn=add_zero_attn
+        )
+
+    def build_encoder_attention(self, embed_dim, cfg):
+        return _attention(embed_dim, cfg, AttentionKind.CROSS, kdim=cfg.encoder.embed_dim, vdim=cfg.encoder.embed_dim)
+
+
+def _wrap_layer(layer: nn.Module, cfg: TransformerConfig, stock_class: type) -> nn.Module:
+    """Apply activation checkpointing and FSDP as fairseq does, and keep the dropout names of the stock layer."""
+    for module in (layer.dropout_module, layer.activation_dropout_module):
+        module.module_name = stock_class.__name__
+    if cfg.checkpoint_activations:
+        layer = checkpoint_wrapper(layer, offload_to_cpu=cfg.offload_activations)
+    return fsdp_wrap(layer, min_num_params=0 if cfg.checkpoint_activations else cfg.min_params_to_wrap)
+
+
+class PrunedTransformerEncoder(TransformerEncoderBase):
+    """fairseq's encoder, which first moves each sentence to column 0: masks are indexed by token position.
+
+    Its output adds ``source_shift`` [(B,) int64]: the padding that each sentence had on its left.
+    """
+
+    def __init__(self, cfg, dictionary, embed_tokens, return_fc=False):
+        super().__init__(cfg, dictionary, embed_tokens, return_fc)
+        self.dropout_module.module_name = "TransformerEncoder"
+
+    def build_encoder_layer(self, cfg):
+        layer = PrunedTransformerEncoderLayer(cfg, return_fc=self.return_fc)
+        return _wrap_layer(layer, cfg, transformer_layer.TransformerEncoderLayerBase)
+
+    def forward(self, src_tokens, src_lengths=None, return_all_hiddens=False, token_embeddings=None):
+        shift = left_padding(src_tokens, self.padding_idx)
+        src_tokens = rotate_left(src_tokens, shift)
+        if token_embeddings is not None:
+            token_embeddings = rotate_left(token_embeddings, shift)
+        output = super().forward(src_tokens, src_lengths, return_all_hiddens, token_embeddings)
+        return {**output, "source_shift": [shift]}
+
+    def forward_scriptable(self, src_tokens, src_lengths=None, return_all_hiddens=False, token_embeddings=None):
+        """What fairseq's computes, which asks the device in every layer whether there is padding."""
+        padding = src_tokens.eq(self.padding_idx)
+        x, embedding = self.forward_embedding(src_tokens, token_embeddings)
+        x = x.masked_fill(padding[..., None], 0).transpose(0, 1)
+        states, fc_results = [x], []
+        for layer in self.layers:
+            result = layer(x, encoder_padding_mask=padding_or_none(padding))
+            x, fc_result = result if isinstance(result, tuple) else (result, None)
+            states.append(x)
+            fc_results.append(fc_result)
+        return {
+            "encoder_out": [x if self.layer_norm is None else self.layer_norm(x)],  # (S, B, C)
+            "encoder_padding_mask": [padding],
+            "encoder_embedding": [embedding],
+            "encoder_states": states if return_all_hiddens else [],
+            "fc_results": fc_results if return_all_hiddens else [],
+            "src_tokens": [],
+            "src_lengths": [(~padding).sum(1, dtype=torch.int32, keepdim=True)],
+        }
+
+    def reorder_encoder_out(self, encoder_out, new_order):
+        """fairseq's hook, called once to repeat each sentence for its beams, then after each step of the search.
+
+        The repetition is only noted (``beam`` [int]): cross-attention serves all beams of a sentence from one copy.
+        Hypotheses of a sentence must stay together from then on, as every search of fairseq keeps them.
+        """
+        n_sentences = encoder_out["source_shift"][0].numel()
+        beam = encoder_out.get("beam", [1])[0]
+        if beam > 1:
+            if new_order.numel() == n_sentences * beam:
+                return encoder_out
+            new_order = new_order[::beam] // beam
+        else:
+            beam, remainder = divmod(new_order.numel(), n_sentences)
+            sentences = torch.arange(n_sentences, device=new_order.device)
+            repeated = remainder == 0 and beam > 1 and torch.equal(new_order, sentences.repeat_interleave(beam))
+            if repeated and not self.cfg.cross_self_attention:  # there the decoder joins it to every hypothesis
+                return {**encoder_out, "beam": [beam]}
+            beam = 1
+        shift = [part.index_select(0, new_order) for part in encoder_out["source_shift"]]
+        return {**super().reorder_encoder_out(encoder_out, new_order), "source_shift": shift, "beam": [beam]}
+
+
+class PrunedTransformerDecoder(TransformerDecoderBase):
+    """fairseq's decoder with pruned attention; alignments come back in the caller's own order of source columns."""
+
+    def __init__(self, cfg, dictionary, embed_tokens, no_encoder_attn=False, output_projection=None):
+        super().__init__(cfg, dictionary, embed_tokens, no_encoder_attn, output_projection)
+        self.dropout_module.module_name = "TransformerDecoder"
+        self.alignment_needed = False  # set while fairseq reads alignments (`compat`)
+
+    def build_decoder_layer(self, cfg, no_encoder_attn=False):
+        layer = PrunedTransformerDecoderLayer(cfg, no_encoder_attn)
+        return _wrap_layer(layer, cfg, transformer_layer.TransformerDecoderLayerBase)
+
+    def extract_features(
+        self,
+        prev_output_tokens,
+        encoder_out=None,
+        incremental_state=None,
+        full_context_alignment=False,
+        alignment_layer=None,
+        alignment_heads=None,
+    ):
+        if alignment_layer is None and (self.training or not self.alignment_needed):
+            alignment_layer = self.num_layers  # no layer: weights cost a slower path
+        ordinary = incremental_state is None and encoder_out is not None and not full_context_alignment
+        if ordinary and alignment_layer == self.num_layers and not self.cross_self_attention:
+            return self._features(prev_output_tokens, encoder_out)
+        x, extra = super().extract_features(
+            prev_output_tokens,
+            encoder_out,
+            incremental_state,
+            full_context_alignment,
+            alignment_layer,
+            alignment_heads,
+        )
+        weights = extra["attn"][0]  # (B, T, S) over right-padded columns, or None
+        if weights is not None and encoder_out is not None and encoder_out.get("source_shift"):
+            columns = weights.transpose(1, 2)
+            shift = encoder_out["source_shift"][0]
+            shift = shift.repeat_interleave(weights.size(0) // shift.numel())  # beams share their sentence
+            extra["attn"] = [rotate_left(columns, -shift).transpose(1, 2)]
+        return x, extra
+
+    def _features(self, tokens: Tensor, encoder_out: dict[str, list[Tensor]]) -> tuple[Tensor, dict[str, Any]]:
+        """What fairseq's decoder computes for whole sentences, without waiting for the device.
+
+        Args:
+            tokens: (B, T), padded on the right.
+
+        Returns:
+            Features (B, T, C), and the states of all layers in a dictionary.
+        """
+        positions = None if self.embed_positions is None else self.embed_positions(tokens)
+        x = self.embed(tokens, positions).transpose(0, 1)
+        padding, causal = padding_or_none(tokens.eq(self.padding_idx)), x.new_empty(0)  # only its presence is read
+        states = [x]
+        for layer in self.layers:
+            x = layer(
+                x,
+                encoder_out["encoder_out"][0],
+                encoder_out["encoder_padding_mask"][0],
+                self_attn_mask=causal,
+                self_attn_padding_mask=padding,
+            )[0]
+            states.append(x)
+        return self.finish(x).transpose(0, 1), {"attn": [None], "inner_states": states}
+
+    def embed(self, tokens: Tensor, positions: Tensor | None) -> Tensor:
+        """Embed tokens (..., ) and add their positional embeddings (..., C): the input of the first layer, (..., C)."""
+        x = self.embed_scale * self.embed_tokens(tokens)
+        if self.quant_noise is not None:
+            x = self.quant_noise(x)
+        if self.project_in_dim is not None:
+            x = self.project_in_dim(x)
+        if positions is not None:
+            x = x + positions
+        if self.layernorm_embedding is not None:
+            x = self.layernorm_embedding(x)
+        return self.dropout_module(x)
+
+    def finish(self, x: Tensor) -> Tensor:
+        """Turn the output of the last layer into features, (..., C) -> (..., C')."""
+        x = x if self.layer_norm is None else self.layer_norm(x)
+        return x if self.project_out_dim is None else self.project_out_dim(x)
+
+
+def padding_or_none(padding: Tensor) -> Tensor | None:
+    """Return None in place of a mask without padding where that is known at once: not on a GPU."""
+    return padding if padding.is_cuda or padding.any() else None
+
+
+def left_padding(tokens: Tensor, pad: int) -> Tensor:
+    """Count the padding before the first token of each row: (B, T) -> int64 (B,)."""
+    return tokens.eq(pad).long().cumprod(1).sum(1)
+
+
+def rotate_left(x: Tensor, shift: Tensor) -> Tensor:
+    """Rotate row b of *x* (B, T, ...) left by shift[b] positions; negative shifts rotate right."""
+    index = (torch.arange(x.size(1), device=x.device)[None, :] + shift[:, None]) % x.size(1)
+    return x[torch.arange(x.size(0), device=x.device)[:, None], index]

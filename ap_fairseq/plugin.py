@@ -1,0 +1,23 @@
+"""Registration with fairseq: the tasks ``attention_recording`` and ``pruned_translation``, and the model
+``pruned_transformer`` with its architectures.
+
+A Python program that uses fairseq's functions imports this module; ``--user-dir`` does so by way of the package.
+"""
+
+from ap_fairseq.compat import (
+    allow_fairseq_checkpoints,
+    patch_alignment_generators,
+    patch_ema_integers,
+    patch_gloo_shutdown,
+    require_fairseq,
+)
+
+require_fairseq()
+allow_fairseq_checkpoints()
+patch_ema_integers()
+patch_gloo_shutdown()
+patch_alignment_generators()
+
+import ap_fairseq.model.transformer  # noqa: E402  (registration needs a checked fairseq)
+import ap_fairseq.recording.task  # noqa: E402
+import ap_fairseq.search.task  # noqa: E402, F401

@@ -1,0 +1,74 @@
+"""Where artifacts come from: versions, dictionary hashes, and the provenance that a checkpoint stores."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import platform
+from typing import Any  # fairseq's parser reads Optional[X], not X | None
+
+import torch
+from torch import Tensor
+
+from ap_fairseq.files import ArtifactError
+from ap_fairseq.version import __version__
+
+DAMAGED_MASKS = (
+    "the masks in this checkpoint do not match the SHA-256 stored with them; it is damaged, or an average of "
+    "checkpoints with different masks"
+)
+
+
+def encode_provenance(provenance: dict[str, Any]) -> Tensor:
+    """Return a JSON document as int64 (n,), one character each."""
+    return torch.tensor([ord(c) for c in json.dumps(provenance, sort_keys=True)], dtype=torch.int64)
+
+
+def decode_provenance(codes: Tensor | None) -> dict[str, Any] | None:
+    """Invert :func:`encode_provenance`; None for an absent or empty tensor.
+
+    Raises:
+        ArtifactError: if the codes are no JSON document.
+    """
+    if codes is None or codes.numel() == 0:
+        return None
+    try:
+        return json.loads("".join(map(chr, codes.tolist())))
+    except ValueError as error:
+        raise ArtifactError(DAMAGED_MASKS) from error
+
+
+def effective_sparsity(provenance: dict[str, Any] | None) -> dict[str, float]:
+    """Return the effective sparsity of each kind, in [0, 1]; empty without masks."""
+    return {kind: value["effective"] for kind, value in (provenance or {}).get("sparsity", {}).items()}
+
+
+def describe_sparsity(provenance: dict[str, Any]) -> str:
+    """Return e.g. ``effective sparsity encoder_self 50.0%, cross 49.9% (effective, granularity 1)``."""
+    criterion = provenance.get("criterion", {})
+    shares = ", ".join(f"{kind} {share:.1%}" for kind, share in effective_sparsity(provenance).items())
+    return f"effective sparsity {shares} ({criterion.get('criterion')}, granularity {criterion.get('granularity')})"
+
+
+def dictionary_sha256(dictionary) -> str:
+    """Return the SHA-256 of the symbols of a :class:`fairseq.data.Dictionary`, in order; counts do not matter."""
+    return hashlib.sha256("\n".join(dictionary.symbols).encode()).hexdigest()
+
+
+def dictionary_hashes(task) -> dict[str, str]:
+    """Return ``{"source": sha256, "target": sha256}`` of a fairseq task's dictionaries."""
+    return {
+        "source": dictionary_sha256(task.source_dictionary),
+        "target": dictionary_sha256(task.target_dictionary),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of everything that can change a number."""
+    return {
+        "ap_fairseq": __version__,
+        "fairseq": importlib.metadata.version("ve-fairseq"),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }

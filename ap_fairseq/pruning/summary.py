@@ -1,0 +1,127 @@
+"""What masks do: sparsity and kept mass per kind and layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ap_fairseq.artifacts import AttentionStats, PruningMasks
+from ap_fairseq.pruning import criteria
+from ap_fairseq.pruning.spec import MaskSpec
+from ap_fairseq.sites import AttentionKind
+
+
+@dataclass(frozen=True)
+class LayerSummary:
+    """What a mask does to one kind (``layer`` is None) or one layer of it; shares in [0, 1]."""
+
+    kind: str
+    layer: int | None
+    pairs: int  # attendable pairs of the recorded data, over heads: sum n
+    effective: float  # share of attendable pairs removed: sum n (1 - keep) / sum n
+    nominal: float  # share of the cells of the square up to the longest sentence not kept, non-existing cells included
+    kept_mass: float  # sum s keep / sum s
+    mass: float  # attention mass of the recorded data: sum s
+    guaranteed_rows: int  # observed rows (over heads) whose only kept cell is the guaranteed one
+    rows: int  # observed rows (over heads)
+
+
+def summarize(masks: PruningMasks, stats: AttentionStats) -> list[LayerSummary]:
+    """Return effective sparsity, nominal sparsity and kept mass per kind and layer; the kind's own row comes first."""
+    rows = []
+    for kind in stats.kinds:
+        keep, mass, support = masks.keep[kind], stats.mass[kind], stats.support[kind]
+        observed = support > 0
+        longest = max(support.shape)
+        layers = [
+            dict(
+                pruned=np.sum(support * (keep.shape[1] - keep[layer].sum(0, dtype=np.int64))),
+                pairs=support.sum() * keep.shape[1],
+                not_kept=keep.shape[1] * longest**2 - keep[layer].sum(),
+                cells=keep.shape[1] * longest**2,
+                kept=np.sum(mass[layer], where=keep[layer]),
+                mass=mass[layer].sum(),
+                guaranteed=np.sum((keep[layer] & observed).sum(-1) == 1) - keep.shape[1] * _single(observed),
+                rows=keep.shape[1] * int(observed.any(-1).sum()),
+            )
+            for layer in range(keep.shape[0])
+        ]
+        total = {key: sum(layer[key] for layer in layers) for key in layers[0]}
+        for layer, part in [(None, total), *enumerate(layers)]:
+            rows.append(
+                LayerSummary(
+                    kind.value,
+                    layer,
+                    pairs=int(part["pairs"]),
+                    effective=float(part["pruned"] / part["pairs"]),
+                    nominal=float(part["not_kept"] / part["cells"]),
+                    kept_mass=float(part["kept"] / part["mass"]),
+                    mass=float(part["mass"]),
+                    guaranteed_rows=int(part["guaranteed"]),
+                    rows=int(part["rows"]),
+                )
+            )
+    return rows
+
+
+def _single(observed: np.ndarray) -> int:
+    """Rows in which only one cell was ever attendable; keeping it is no sign of pruning."""
+    return int(np.sum(observed.sum(-1) == 1))
+
+
+def total_of(kinds: Sequence[LayerSummary]) -> dict[str, float]:
+    """Return effective sparsity and kept mass over all pairs of several rows of a summary."""
+    pairs, mass = sum(row.pairs for row in kinds), sum(row.mass for row in kinds)
+    return {
+        "effective": sum(row.effective * row.pairs for row in kinds) / pairs,
+        "kept_mass": sum(row.kept_mass * row.mass for row in kinds) / mass,
+    }
+
+
+def vanished_heads(masks: PruningMasks, stats: AttentionStats) -> dict[str, list[list[int]]]:
+    """Return ``{kind: [[layer, head], ...]}`` of the heads that keep no observed cell but the guaranteed ones."""
+    vanished = {}
+    for kind in stats.kinds:
+        support = stats.support[kind]
+        others = (support > 0) & ~criteria.guaranteed(support.shape, kind)
+        empty = ~(masks.keep[kind] & others).any((-2, -1)) & others.any()
+        if empty.any():
+            vanished[kind.value] = np.argwhere(empty).tolist()
+    return vanished
+
+
+def format_summary(rows: Iterable[LayerSummary]) -> str:
+    """Render the summary as a table for terminals, shares in percent."""
+    lines = [f"{'kind':<14}{'layer':>6}{'effective':>11}{'nominal':>9}{'kept mass':>11}{'guaranteed rows':>20}"]
+    for row in rows:
+        layer = "all" if row.layer is None else str(row.layer)
+        guaranteed = f"{row.guaranteed_rows}/{row.rows}"
+        lines.append(
+            f"{row.kind:<14}{layer:>6}{row.effective:>10.1%} {row.nominal:>8.1%}{row.kept_mass:>10.1%} {guaranteed:>19}"
+        )
+    return "\n".join(lines)
+
+
+def missed_budgets(summary: Iterable[LayerSummary], spec: MaskSpec) -> list[str]:
+    """Say why an effective sparsity is more than one percentage point off its budget."""
+    if spec.criterion == "percentile":
+        return []  # its budgets are nominal
+    totals = [row for row in summary if row.layer is None and AttentionKind(row.kind) in spec.budgets]
+    checks = [(row.kind, row.effective, spec.budgets[AttentionKind(row.kind)]) for row in totals]
+    if spec.scope == "global" and totals:
+        target = np.average([target for _, _, target in checks], weights=[row.pairs for row in totals])
+        checks = [("all kinds together", total_of(totals)["effective"], target)]
+    if spec.granularity == 1:
+        reason = "every row keeps one guaranteed cell, and rows of short sentences have few others"
+        if spec.min_kept or spec.min_heads or spec.keep_first or spec.keep_diagonal is not None:
+            reason = f"{reason}; what min_kept, min_heads, keep_first and keep_diagonal keep is never pruned either"
+    else:
+        unit = "diagonals" if spec.granularity == "diagonal" else f"{spec.granularity}x{spec.granularity} blocks"
+        reason = f"the recorded pairs fall into few {unit}, and a unit is pruned whole; use a finer --granularity"
+    return [
+        f"{name}: effective sparsity {reached:.1%} instead of {target:.1%}: {reason}"
+        for name, reached, target in checks
+        if abs(reached - target) > 0.01
+    ]

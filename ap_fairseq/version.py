@@ -1,0 +1,3 @@
+"""The version of the package, also read by ``setup.py``."""
+
+__version__ = "0.2.0"
