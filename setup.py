@@ -23,6 +23,7 @@ setup(
         "torch>=2.8",  # the first with triton 3.4
         "triton>=3.4",  # tensor descriptors
         "sacrebleu>=2.3",
+        "tabulate>=0.9",
         "sentencepiece",
         "safetensors",
         "matplotlib",

@@ -453,18 +453,13 @@ RIVALS = {  # column of the table: what is in it
 
 def table(report: dict) -> str:
     """One Markdown row per case: our time, and how many times as long each rival takes."""
-    lines = [
-        f"{report['device']}, torch {report['torch']}, triton {report['triton']}, commit {report['commit']}: "
-        f"`{report['command']}`",
-        *([report["note"]] if "note" in report else []),
-        "",
-        f"| case | B, H, T | sparsity | block | direction | ours, ms | TFLOP/s | {' | '.join(RIVALS)} |",
-        "|---|---|---:|---:|---|" + "---:|" * (2 + len(RIVALS)),
-    ]
+    from ap_fairseq.evaluation.tables import Table, markdown  # measuring needs torch and triton only
+
     groups: dict[tuple, list[dict]] = {}
     for row in report["rows"]:
         groups.setdefault(group_key(row), []).append(row)
     dense_rows = [row for row in report["rows"] if row["method"] in DENSE]
+    body = []
     for rows in groups.values():
         ours = next((row for row in rows if row["method"] == "ours"), None)
         if ours is None or "median_ms" not in ours:
@@ -474,10 +469,12 @@ def table(report: dict) -> str:
         batch = f"{ours['batch']}x{ours['beam']}" if "beam" in ours else ours["batch"]
         rate = f"{ours['tflops']:.0f}" if "tflops" in ours else ""
         cells = [ours["case"], f"{batch}, {ours['heads']}, {ours['size']}", f"{ours['sparsity']:.1%}"]
-        cells += [ours.get("block", 1), ours.get("direction", "step"), f"{ours['median_ms']:.3g}", rate]
-        cells += [_times_longer(rivals, methods, ours["median_ms"]) for methods in RIVALS.values()]
-        lines.append(f"| {' | '.join(map(str, cells))} |")
-    return "\n".join(lines)
+        cells += [str(ours.get("block", 1)), ours.get("direction", "step"), f"{ours['median_ms']:.3g}", rate]
+        body.append(cells + [_times_longer(rivals, methods, ours["median_ms"]) for methods in RIVALS.values()])
+    header = ["case", "B, H, T", "sparsity", "block", "direction", "ours, ms", "TFLOP/s", *RIVALS]
+    made = f"{report['device']}, torch {report['torch']}, triton {report['triton']}, commit {report['commit']}: "
+    lines = [f"{made}`{report['command']}`", *([report["note"]] if "note" in report else []), ""]
+    return "\n".join([*lines, markdown(Table(header, body, align="llrrl" + "r" * (2 + len(RIVALS))))])
 
 
 def _times_longer(rows: list[dict], methods: tuple[str, ...], ours: float) -> str:

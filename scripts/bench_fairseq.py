@@ -386,24 +386,11 @@ def median_rows(rows: Sequence[dict]) -> list[dict]:
     return chosen
 
 
-def cells(values) -> str:
-    return f"| {' | '.join(values)} |"
-
-
 def table(report: dict, systems: Sequence[str] = SYSTEMS) -> str:
     """One Markdown row per case and system, with ratios to the stock system; and where time goes, if profiled."""
-    header = ["case", "system", "target tokens/s", "ratio", "sentences/s"]
-    header += ["peak memory", "ratio", "reserved", "ratio", "cold start"]
-    lines = [
-        f"{report['device']}, torch {report['torch']}, triton {report['triton']}, {report['arch']}, "
-        f"{report['precision']}, commit {report['commit']}: `{report['command']}`",
-        *([report["note"]] if "note" in report else []),
-        "",
-        cells(header),
-        cells(["---"] * len(header)).replace(" ", ""),
-    ]
     rows = [row for case in CASES for row in report["rows"] if row["case"] == case and row["system"] in systems]
     stock = {row["case"]: row for row in rows if row["system"] == "stock"}
+    body = []
     for row in rows:
         base = stock.get(row["case"], {})
         speed, memory, reserved = (
@@ -414,25 +401,39 @@ def table(report: dict, systems: Sequence[str] = SYSTEMS) -> str:
         sizes = [f"{row[key] / 2**30:.2f} GiB" if row.get(key) else "" for key in ("peak_bytes", "reserved_bytes")]
         sentences = f"{row['sentences_per_s']:,.1f}" if "sentences_per_s" in row else ""
         columns = [row["case"], row["system"], f"{row['tokens_per_s']:,.0f}", speed, sentences]
-        lines.append(cells([*columns, sizes[0], memory, sizes[1], reserved, cold]))
-    lines += profile_table([row for row in rows if "profile" in row])
+        body.append([*columns, sizes[0], memory, sizes[1], reserved, cold])
+    header = ["case", "system", "target tokens/s", "ratio", "sentences/s"]
+    header += ["peak memory", "ratio", "reserved", "ratio", "cold start"]
+    made = (
+        f"{report['device']}, torch {report['torch']}, triton {report['triton']}, {report['arch']}, "
+        f"{report['precision']}, commit {report['commit']}: `{report['command']}`"
+    )
+    lines = [made, *([report["note"]] if "note" in report else []), ""]
+    lines.append(markdown(header, body, "ll"))
+    if profiled := [row for row in rows if "profile" in row]:
+        lines += ["", profile_table(profiled)]
     lines += [f"\n{row['system']}: {row['error']}" for row in report["rows"] if "error" in row]
     return "\n".join(lines)
 
 
-def profile_table(rows: list[dict]) -> list[str]:
-    """Markdown lines: milliseconds of an update or step, and of the kernels in it."""
-    if not rows:
-        return []
-    header = ["case", "system", "ms per", "wall", "GPU busy", "kernels", "launches", *KERNEL_GROUPS]
-    lines = ["", cells(header), cells(["---"] * len(header)).replace(" ", "")]
+def markdown(header: list[str], rows: list[list[str]], left: str) -> str:
+    """Render a Markdown table; columns after those of *left* are set flush right."""
+    from ap_fairseq.evaluation import tables  # here, as processes that time stock fairseq must not load the plugin
+
+    return tables.markdown(tables.Table(header, rows, align=left.ljust(len(header), "r")))
+
+
+def profile_table(rows: list[dict]) -> str:
+    """Milliseconds of an update or step, and of the kernels in it, as Markdown."""
+    body = []
     for row in rows:
         profile = row["profile"]
         numbers = [f"{1000 * profile['wall_seconds']:.2f}", f"{profile['gpu_busy']:.0%}"]
         numbers += [f"{profile[key]:,.0f}" for key in ("kernels", "launches")]
         numbers += [f"{1000 * profile['groups'][group]:.2f}" for group in KERNEL_GROUPS]
-        lines.append(cells([row["case"], row["system"], profile["unit"], *numbers]))
-    return lines
+        body.append([row["case"], row["system"], profile["unit"], *numbers])
+    header = ["case", "system", "ms per", "wall", "GPU busy", "kernels", "launches", *KERNEL_GROUPS]
+    return markdown(header, body, "lll")
 
 
 def main() -> None:

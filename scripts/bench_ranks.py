@@ -27,6 +27,7 @@ import numpy as np
 import torch
 
 from ap_fairseq.artifacts import AttentionStats
+from ap_fairseq.evaluation.tables import Table, markdown
 from ap_fairseq.files import refuse_existing, write_json
 from ap_fairseq.model.checkpoints import load_checkpoint
 from ap_fairseq.provenance import versions
@@ -98,23 +99,16 @@ def require_equal(one: Path, several: Path, ranks: int) -> float:
 
 def table(report: dict) -> str:
     """One Markdown row per number of ranks, with ratios to the first."""
-    header = [
-        "ranks",
-        "recording, target tokens/s",
-        "ratio",
-        "training, target tokens/s",
-        "ratio",
-        "statistics differ by",
-    ]
-    lines = [f"{report['device']}, torch {report['versions']['torch']}", ""]
-    lines += [f"| {' | '.join(header)} |", "|---:" * len(header) + "|"]
+    header = ["ranks", "recording, target tokens/s", "ratio", "training, target tokens/s", "ratio"]
+    rows = []
     for row in report["rows"]:
         cells = [str(row["ranks"])]
         for stage in ("record", "train"):
             rate, base = (r[stage]["target_tokens_per_s"] for r in (row, report["rows"][0]))
             cells += [f"{rate:,.0f}", f"{rate / base:.2f}"]
-        lines.append(f"| {' | '.join([*cells, format(row['difference_of_statistics'], '.1g')])} |")
-    return "\n".join(lines)
+        rows.append([*cells, format(row["difference_of_statistics"], ".1g")])
+    made = f"{report['device']}, torch {report['versions']['torch']}"
+    return f"{made}\n\n{markdown(Table([*header, 'statistics differ by'], rows, align='rrrrrr'))}"
 
 
 def get_parser() -> argparse.ArgumentParser:

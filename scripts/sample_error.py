@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from ap_fairseq.artifacts import AttentionStats, PruningMasks
+from ap_fairseq.evaluation.tables import Table, markdown
 from ap_fairseq.files import ArtifactError, refuse_existing, write_json
 from ap_fairseq.provenance import versions
 from ap_fairseq.pruning.build import build_masks
@@ -63,15 +64,16 @@ def compare(full: AttentionStats, sample: AttentionStats, spec: MaskSpec) -> dic
 def format_markdown(document: dict) -> str:
     """Render the written JSON as a Markdown table, one row for each number of sentences."""
     kinds = [kind.value for kind in AttentionKind if kind.value in document["samples"][0]["kinds"]]
-    lines = ["| sentences | " + " | ".join(f"{kind} overlap / sparsity / kept mass" for kind in kinds) + " |"]
-    lines.append("|---:|" + "---:|" * len(kinds))
     cell = "{overlap:.1%} / {effective:.1%} / {kept_mass:.1%}"
-    for row in document["samples"]:
-        lines.append(f"| {row['sentences']:,} | " + " | ".join(cell.format(**row["kinds"][k]) for k in kinds) + " |")
+    rows = [
+        [f"{sample['sentences']:,}", *(cell.format(**sample["kinds"][kind]) for kind in kinds)]
+        for sample in document["samples"]
+    ]
     last = document["samples"][-1]["kinds"]
     whole = [f"100% / {document['share']:.1%} / {last[kind]['kept_mass_of_whole']:.1%}" for kind in kinds]
-    lines.append(f"| {document['whole']['sentences']:,} (all) | " + " | ".join(whole) + " |")
-    return "\n".join(lines)
+    rows.append([f"{document['whole']['sentences']:,} (all)", *whole])
+    header = ["sentences", *(f"{kind} overlap / sparsity / kept mass" for kind in kinds)]
+    return markdown(Table(header, rows, align="r" * len(header)))
 
 
 def get_parser() -> argparse.ArgumentParser:

@@ -158,22 +158,20 @@ def ratio(times: Sequence[float], base: Sequence[float]) -> float:
 
 def table(report: dict) -> str:
     """One Markdown row per search: the chosen configuration's times and the best candidate's."""
-    lines = [
-        f"{report['device']}, torch {report['torch']}, triton {report['triton']}, commit {report['commit']}",
-        *([report["note"]] if "note" in report else []),
-        "",
-        "| kernel and tile | candidates | chosen, ms | best rows, keys, warps, stages, registers | best, ms | ratio |",
-        "|---|---:|---:|---|---:|---:|",
-    ]
+    from ap_fairseq.evaluation.tables import Table, markdown  # timing needs torch and triton only
+
+    header = ["kernel and tile", "candidates", "chosen, ms", "best rows, keys, warps, stages, registers", "best, ms"]
+    rows = []
     for row in report["rows"]:
         best = min(row["best"], key=lambda found: found["ratio"], default=None)
         if best is None:  # none could run
             best = dict(ms=row["chosen_ms"], config=["none"], ratio=1.0)
         times = [" / ".join(f"{x:.4f}" for x in ms) for ms in (row["chosen_ms"], best["ms"])]
         config = ", ".join("none" if value is None else str(value) for value in best["config"])
-        cells = [row["search"], row["candidates"], times[0], config, times[1], f"{best['ratio']:.3f}"]
-        lines.append(f"| {' | '.join(map(str, cells))} |")
-    return "\n".join(lines)
+        rows.append([row["search"], str(row["candidates"]), times[0], config, times[1], f"{best['ratio']:.3f}"])
+    made = f"{report['device']}, torch {report['torch']}, triton {report['triton']}, commit {report['commit']}"
+    lines = [made, *([report["note"]] if "note" in report else []), ""]
+    return "\n".join([*lines, markdown(Table([*header, "ratio"], rows, align="lrrlrr"))])
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -3,27 +3,27 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
-import ap_fairseq.plugin  # noqa: F401  (registers with fairseq)
 from ap_fairseq.cli.common import command
 from ap_fairseq.evaluation import scores as evaluation
-from ap_fairseq.evaluation.tables import format_latex, format_markdown, format_results, read_results
+from ap_fairseq.evaluation.results import format_latex, format_markdown, format_plain, read_results
 from ap_fairseq.files import ArtifactError, file_sha256, read_lines, refuse_existing, write_json
-from ap_fairseq.model.checkpoints import load_checkpoint
 from ap_fairseq.provenance import decode_provenance, versions
 
 
 def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description="Score translations with sacreBLEU's metrics and print a table. Each system is NAME=FILE or "
-        "NAME=FILE,CHECKPOINT; FILE is a log of fairseq-generate (or those of its ranks, joined by "
-        "colons) or plain text, one hypothesis a line, and the checkpoint adds its hash and the sparsity "
-        "of its masks. The first system is the baseline of significance tests."
+        "NAME=FILE,CHECKPOINT. FILE is a log of fairseq-generate (those of several ranks joined by colons) or plain "
+        "text with one hypothesis a line. The checkpoint adds its hash and the sparsity of its masks. Significance "
+        "tests compare with the first system."
     )
     parser.add_argument("systems", nargs="*", metavar="NAME=FILE[,CHECKPOINT]")
     parser.add_argument("--reference", help="raw reference text, one sentence a line")
@@ -53,29 +53,28 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--documents",
         metavar="FILE",
-        help="also score whole documents (d-BLEU): the document of each line, up to the first tab; neighbouring lines "
-        "of one document are joined",
+        help="also score whole documents (d-BLEU): each line of FILE starts with the name of its document, up to the "
+        "first tab; consecutive lines of a document are joined",
     )
     parser.add_argument(
         "--separator",
         metavar="TEXT",
-        help="what separates the segments of a line that is a document, e.g. '<sep>': adds d-BLEU without it, and "
-        "s-BLEU",
+        help="lines are documents with this text between segments, e.g. '<sep>': adds s-BLEU, and d-BLEU without it",
     )
     parser.add_argument(
         "--tokenized-bleu",
         choices=evaluation.TOKENIZED_BLEU,
-        help="add Moses-tokenised BLEU, to compare with old tables only (needs sacremoses and --language)",
+        help="add Moses-tokenised BLEU, for comparison with old tables (needs sacremoses and --language)",
     )
     parser.add_argument("--language", help="language of the translations, for --tokenized-bleu, e.g. de")
     parser.add_argument(
         "--comet", metavar="FILE", help="add COMET with this local model (needs unbabel-comet and --source)"
     )
     parser.add_argument("--source", help="raw source text, for --comet")
-    parser.add_argument("--markdown", metavar="JSON", help="print a results file as a Markdown table, and nothing else")
-    parser.add_argument("--latex", metavar="JSON", help="print a results file as a LaTeX table, and nothing else")
+    parser.add_argument("--markdown", metavar="JSON", help="only print a results file as Markdown tables")
+    parser.add_argument("--latex", metavar="JSON", help="only print a results file as LaTeX tables")
     parser.add_argument(
-        "--stages", metavar="DIR", help="stage marks of an example's run: adds the seconds of each stage"
+        "--stages", metavar="DIR", help="folder `stages` of an example's run: adds the seconds of each stage"
     )
     parser.add_argument("-o", "--output", metavar="FILE", help="write the scores as JSON")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output file")
@@ -87,6 +86,8 @@ def get_parser() -> argparse.ArgumentParser:
 
 def describe_checkpoint(checkpoint: str) -> dict:
     """Return what a checkpoint adds to the scores of its translations: its hash, and its masks if it has any."""
+    from ap_fairseq.model.checkpoints import load_checkpoint  # loads fairseq, which tables do not need
+
     result = {"checkpoint_sha256": file_sha256(checkpoint)}
     provenance = decode_provenance(load_checkpoint(checkpoint)["model"].get("mask_metadata"))
     if provenance is not None:
@@ -100,10 +101,8 @@ def evaluate(args: argparse.Namespace) -> dict:
     documents = None
     if args.documents:
         documents = [line.partition("\t")[0] for line in read_lines(args.documents)]
-    systems = [_parse_system(text) for text in args.systems]
-    hypotheses = {name: evaluation.read_hypotheses(file) for name, file, _ in systems}
-    if len(hypotheses) < len(systems):
-        raise ArtifactError(f"two systems have the same name; names given: {', '.join(name for name, *_ in systems)}")
+    systems = args.systems
+    hypotheses = {system.name: evaluation.read_hypotheses(system.files, len(references)) for system in systems}
     results = []
     for name, _, checkpoint in systems:
         evaluation.require_parallel(name, hypotheses[name], references)
@@ -132,12 +131,58 @@ def evaluate(args: argparse.Namespace) -> dict:
     return document
 
 
-def _parse_system(text: str) -> tuple[str, str, str | None]:
-    name, _, files = text.partition("=")
-    file, _, checkpoint = files.partition(",")
-    if not file:
+class System(NamedTuple):
+    """A system to score, as named on the command line."""
+
+    name: str
+    files: list[str]
+    checkpoint: str | None
+
+
+def parse_system(text: str) -> System:
+    """Parse ``NAME=FILE`` or ``NAME=FILE,CHECKPOINT``, where FILE may be several files joined by colons.
+
+    Names and paths may hold these separators, too: the first reading whose files exist is taken, short names before
+    long ones and long paths before short ones. ``./`` before a path selects another reading.
+
+    Raises:
+        ArtifactError: if there is none.
+    """
+    readings = list(_readings(text))
+    if not readings:
         raise ArtifactError(f"system {text!r} is not of the form NAME=FILE or NAME=FILE,CHECKPOINT")
-    return name, file, checkpoint or None
+    found = [reading for reading in readings if all(map(os.path.isfile, reading.files))]
+    for reading in found:
+        if reading.checkpoint is None or os.path.isfile(reading.checkpoint):
+            return reading
+    if found:
+        raise ArtifactError(f"system {text!r}: checkpoint {found[0].checkpoint} does not exist")
+    files = text.partition("=")[2].partition(",")[0].split(os.pathsep)
+    missing = next((file for file in files if not os.path.isfile(file)), files[0])
+    raise ArtifactError(f"system {text!r}: {missing} is not a file; name a log of fairseq-generate or plain text")
+
+
+def _readings(text: str) -> Iterator[System]:
+    for name, rest in _splits(text, "="):
+        yield System(name, _files(rest) or [rest], None)
+        for files, checkpoint in reversed(_splits(rest, ",")):
+            yield System(name, _files(files) or [files], checkpoint)
+
+
+def _files(text: str) -> list[str]:
+    """Split at colons into existing files, the first as long as it can be; empty if that cannot be done."""
+    if os.path.isfile(text):
+        return [text]
+    for first, rest in reversed(_splits(text, os.pathsep)):
+        if os.path.isfile(first) and (others := _files(rest)):
+            return [first, *others]
+    return []
+
+
+def _splits(text: str, separator: str) -> list[tuple[str, str]]:
+    """Return both sides of each separator that has something on either side."""
+    places = (k for k in range(1, len(text) - 1) if text[k] == separator)
+    return [(text[:k], text[k + 1 :]) for k in places]
 
 
 def environment() -> dict:
@@ -167,19 +212,22 @@ def read_seconds(folder: str) -> dict[str, float]:
     return seconds
 
 
-def _check(args: argparse.Namespace, systems: Sequence[str]) -> None:
-    if not systems or not args.reference:
+def _check(args: argparse.Namespace) -> None:
+    if not args.systems or not args.reference:
         raise ArtifactError("nothing to score: name at least one NAME=FILE and the --reference")
+    names = [system.name for system in args.systems]
+    for option, given in (("system", names), ("--metrics", args.metrics)):
+        if twice := sorted({name for name in given if given.count(name) > 1}):
+            raise ArtifactError(f"{option} {', '.join(twice)} is given twice")
     for flag, needs in (("tokenized_bleu", "language"), ("comet", "source")):
         if getattr(args, flag) and not getattr(args, needs):
             raise ArtifactError(f"--{flag.replace('_', '-')} needs --{needs}")
+    if args.separator == "":
+        raise ArtifactError("--separator is empty; give the text between segments, e.g. '<sep>'")
     if args.samples is not None and (args.significance is None or args.samples < 1):
         raise ArtifactError(f"--samples {args.samples} takes at least 1 and goes with --significance")
-    if args.significance and len(systems) < 2:
-        raise ArtifactError(f"--significance compares two systems or more, got {len(systems)}")
-    for _, _, checkpoint in map(_parse_system, systems):
-        if checkpoint and not Path(checkpoint).is_file():
-            raise ArtifactError(f"checkpoint {checkpoint} does not exist")
+    if args.significance and len(names) < 2:
+        raise ArtifactError(f"--significance compares two systems or more, got {len(names)}")
 
 
 @command
@@ -191,12 +239,13 @@ def main(argv: list[str]) -> None:
     if args.latex:
         print(format_latex(read_results(args.latex)))
         return
-    _check(args, args.systems)
+    args.systems = [parse_system(text) for text in args.systems]
+    _check(args)
     if args.output:
         refuse_existing(args.output, args.overwrite)
     seconds = read_seconds(args.stages) if args.stages else {}  # what is wrong with it is said before the scoring
     document = {"command": shlex.join(["ap-evaluate", *argv]), **evaluate(args), **environment()}
-    print(format_results(document))
+    print(format_plain(document))
     if seconds:
         document["seconds"] = seconds
         print("seconds: " + ", ".join(f"{name} {value:.0f}" for name, value in seconds.items()))

@@ -1,4 +1,4 @@
-"""Scores that others can trust: sacreBLEU's metrics and significance tests with their signatures.
+"""Score translations with sacreBLEU: metrics and significance tests, with their signatures.
 
 Hypotheses come from fairseq-generate's logs or from plain text; every function takes them detokenised, as lists of one
 text per line of the reference.
@@ -8,69 +8,115 @@ from __future__ import annotations
 
 import importlib
 import itertools
+import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from sacrebleu.metrics import BLEU, CHRF, TER
 from sacrebleu.significance import PairedTest
 
 from ap_fairseq.files import ArtifactError, read_lines
 
-METRICS = {"bleu": BLEU, "chrf": CHRF, "ter": TER}
+
+class Metric(NamedTuple):
+    """A metric of sacreBLEU and its title in tables."""
+
+    title: str
+    make: Callable[[], Any]
+
+
+METRICS = {"bleu": Metric("BLEU", BLEU), "chrf": Metric("chrF2", CHRF), "ter": Metric("TER", TER)}
 SIGNIFICANCE_TESTS = {"bootstrap": "bs", "randomization": "ar"}  # as sacreBLEU's --paired-bs and --paired-ar
 TOKENIZED_BLEU = ("cased", "lowercased", "compound-split")
 LENGTH_BUCKETS = (10, 20, 30, 40, 60)
 
 _LOG_LINE = re.compile(r"^([STHDP])-(\d+)\t(.*)$")
+_FINISHED = re.compile(r"^Generate \S+ with beam=|samples have invalid sizes and will be skipped")
 _COMPOUND = re.compile(r"(\S)-(\S)")
 
 
-def read_hypotheses(path) -> list[str]:
-    """Return the detokenised best hypotheses of a fairseq-generate log in the order of the data set, or plain lines.
+def read_hypotheses(files: Sequence[str | os.PathLike], sentences: int | None = None) -> list[str]:
+    """Return the detokenised best hypotheses of a translation in the order of the data set.
 
-    A file with lines as fairseq-generate writes them (``S-0``, ``T-0``, ``H-0``, ``D-0``, ``P-0``) is a log; any other
-    file is plain text.
+    Files with lines as fairseq-generate writes them (``S-0``, ``T-0``, ``H-0``, ``D-0``, ``P-0``) are logs; any others
+    are plain text with one hypothesis a line.
 
     Args:
-        path: a file, or the logs of all ranks of a translation joined by colons.
+        files: one file, or the logs of all ranks.
+        sentences: of the data set, if known.
 
     Raises:
-        ArtifactError: if a file is missing, or a log was cut off: its last line does not end, or its sentences are not
-            numbered 0 ... n-1.
+        ArtifactError: if a file is missing, a log was cut off, or a sentence is missing or was translated twice.
     """
-    lines, entries = [], []
-    for file in str(path).split(os.pathsep):
-        of_file = read_lines(file)
-        logged = [match for match in map(_LOG_LINE.match, of_file) if match]
-        if logged and not _ends(file):
-            raise ArtifactError(
-                f"{file} was cut off in its last line, {of_file[-1][:60]!r}; run fairseq-generate again"
-            )
-        lines += of_file
-        entries += logged
-    if not entries:
-        return lines
+    lines: list[str] = []
     found: dict[int, str] = {}
-    for entry in entries:
-        if entry[1] == "D":
-            found.setdefault(int(entry[2]), entry[3].partition("\t")[2])  # with --nbest, the best comes first
-    if sorted(found) != list(range(len(found))) or not found:
-        last = max(found, default=-1)
-        raise ArtifactError(
-            f"{path} holds {len(found)} hypotheses for sentences numbered 0 to {last}: fairseq-generate was cut off, "
-            "or dropped a last batch that was no multiple of 8; translate with --required-batch-size-multiple 1"
-        )
-    return [found[index] for index in range(len(found))]
+    first: dict[str, str] = {}  # sentence -> where it was translated
+    logged, finished = False, True
+    for file in map(str, files):
+        own = read_lines(file)
+        entries = [(n, *match.groups()) for n, line in enumerate(own, 1) if (match := _LOG_LINE.match(line))]
+        if entries and not _ends(file):
+            raise ArtifactError(f"{file} was cut off in its last line, {own[-1][:60]!r}; run fairseq-generate again")
+        lines += own
+        logged |= bool(entries)
+        for line, sentence in _translations(entries):
+            if sentence in first:
+                raise ArtifactError(
+                    f"sentence {sentence} was translated twice: {first[sentence]} and {file}:{line}; give the log of "
+                    "one run"
+                )
+            first[sentence] = f"{file}:{line}"
+        for _, letter, sentence, text in entries:
+            if letter == "D":
+                found.setdefault(int(sentence), text.partition("\t")[2])  # with --nbest, the best comes first
+        finished &= any(map(_FINISHED.search, own))
+    if not logged:
+        return lines
+    expected = range(max([sentences or 0, *(number + 1 for number in found)]))
+    if len(found) < max(len(expected), 1):
+        raise ArtifactError(f"{os.pathsep.join(map(str, files))} {_gap(found, expected, finished)}")
+    return [found[number] for number in expected]
 
 
-def _ends(file) -> bool:
+def _ends(file: str) -> bool:
     """Whether the last line of a text file is complete."""
     with open(file, "rb") as stream:
         stream.seek(-1, os.SEEK_END)
         return stream.read() == b"\n"
+
+
+def _translations(entries: Sequence[tuple[int, str, str, str]]) -> Iterator[tuple[int, str]]:
+    """Yield line number and sentence of each translation in a log.
+
+    A run logs the source of a sentence once. In a log without sources, hypotheses that follow each other, as those of
+    ``--nbest`` do, are one translation.
+    """
+    if any(letter == "S" for _, letter, *_ in entries):
+        yield from ((line, sentence) for line, letter, sentence, _ in entries if letter == "S")
+        return
+    hypotheses = [(line, sentence) for line, letter, sentence, _ in entries if letter == "D"]
+    for _, same in itertools.groupby(hypotheses, key=lambda entry: entry[-1]):
+        yield next(same)
+
+
+def _gap(found: Mapping[int, str], expected: range, finished: bool) -> str:
+    """Say which sentences a log lacks, why, and what to do."""
+    if not found:
+        return "holds no hypotheses (D- lines): fairseq-generate was cut off, or ran with --quiet; run it again"
+    missing = list(itertools.islice((number for number in expected if number not in found), 6))
+    listed = ", ".join([*map(str, missing[:5]), *["..."] * (len(missing) > 5)])
+    text = f"lacks {len(expected) - len(found)} of {len(expected)} sentences ({listed}): "
+    skipped = (
+        "fairseq-generate skipped what is longer than --max-source-positions or --max-target-positions "
+        "(--skip-invalid-size-inputs-valid-test), or a last batch; raise these limits, leave the flag out, and pass "
+        "--required-batch-size-multiple 1"
+    )
+    if finished:
+        return text + skipped
+    return text + f"fairseq-generate was cut off, so run it again; or {skipped}"
 
 
 # -- scores -----------------------------------------------------------------------------------------------------------
@@ -80,8 +126,8 @@ def require_parallel(name: str, hypotheses: Sequence[str], references: Sequence[
     """Raise :class:`ArtifactError` unless there is one hypothesis for each reference, and at least one."""
     if len(hypotheses) != len(references):
         raise ArtifactError(
-            f"{name}: {len(hypotheses)} hypotheses for {len(references)} references; they must come from the same "
-            "data, one line each, and a log must not be cut off"
+            f"{name}: {len(hypotheses)} hypotheses for {len(references)} references; give both of the same data set, "
+            "one sentence a line"
         )
     if not references:
         raise ArtifactError(f"{name}: nothing to score, hypotheses and references are empty")
@@ -106,7 +152,7 @@ def score(
     require_parallel("score", hypotheses, references)
     result: dict[str, Any] = {"sentences": len(hypotheses)}
     for name in metrics:
-        metric = METRICS[name]()
+        metric = METRICS[name].make()
         value = metric.corpus_score(list(hypotheses), [list(references)])
         result[name] = value.score
         result[f"{name}_signature"] = str(metric.get_signature())
@@ -146,7 +192,7 @@ def compare_systems(
         require_parallel(name, hypotheses, references)
     paired = PairedTest(
         [(name, list(hypotheses)) for name, hypotheses in systems.items()],
-        {name: METRICS[name]() for name in metrics},
+        {name: METRICS[name].make() for name in metrics},
         [list(references)],
         test_type=SIGNIFICANCE_TESTS[test],
         n_samples=samples or 0,
@@ -299,8 +345,8 @@ def comet_scores(model, sources: Sequence[str], systems: Mapping[str, Sequence[s
     """
     if not Path(model).is_file():
         raise ArtifactError(
-            f"COMET model {model} does not exist; ap-evaluate downloads none: fetch it with comet's download_model and "
-            "name its checkpoints/model.ckpt"
+            f"COMET model {model} does not exist, and ap-evaluate does not download one: fetch it with comet's "
+            "download_model and pass its checkpoints/model.ckpt"
         )
     # Read by transformers when comet imports it: its encoder must come from the local cache.
     os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1")
@@ -318,4 +364,6 @@ def comet_scores(model, sources: Sequence[str], systems: Mapping[str, Sequence[s
         data = [{"src": s, "mt": h, "ref": r} for s, h, r in zip(sources, hypotheses, references, strict=True)]
         prediction = loaded.predict(data, batch_size=16, gpus=int(torch.cuda.is_available()))
         scores[name] = float(prediction.system_score)
+        if not math.isfinite(scores[name]):
+            raise ArtifactError(f"COMET of {name} is {scores[name]}; check the model file {model}")
     return scores

@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 from scipy import stats as distributions
 
+from ap_fairseq.evaluation import scores
 from ap_fairseq.files import ArtifactError
 from ap_fairseq.sites import AttentionKind
 
-METRICS = {"BLEU": "bleu", "chrF2": "chrf"}  # the name in sacreBLEU's vocabulary, and the field of ap-evaluate
+METRICS = {scores.METRICS[key].title: key for key in ("bleu", "chrf")}  # title -> field of a results file
 
 
 @dataclass(frozen=True)

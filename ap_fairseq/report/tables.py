@@ -2,28 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import numpy as np
 
+from ap_fairseq.evaluation import tables as render
+from ap_fairseq.evaluation.tables import Table
 from ap_fairseq.pruning.summary import LayerSummary
 from ap_fairseq.report.analysis import Concentration, KeptMass
 from ap_fairseq.report.results import METRICS, System
 from ap_fairseq.sites import AttentionKind
-
-_TEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
-_TEX |= {character: "\\" + character for character in "&%$#_{}"}
-
-
-@dataclass(frozen=True)
-class Table:
-    """A caption, a header, and rows of plain text; columns after the first are set flush right."""
-
-    caption: str
-    header: list[str]
-    rows: list[list[str]]
 
 
 def kinds_table(measured: Mapping[AttentionKind, Concentration], kept: Mapping[AttentionKind, KeptMass]) -> Table:
@@ -40,7 +28,7 @@ def kinds_table(measured: Mapping[AttentionKind, Concentration], kept: Mapping[A
         )
     header = ["kind", "entropy (bits)", "of uniform", "within ±1", "first column", "last source token"]
     header += ["kept mass at 50%", "at 80%", "at 90%"]
-    return Table("Attention of the dense model; averages over heads, shares of attention mass.", header, rows)
+    return Table(header, rows, "Attention of the dense model; averages over heads, shares of attention mass.")
 
 
 def heads_table(measured: Mapping[AttentionKind, Concentration]) -> Table:
@@ -54,9 +42,8 @@ def heads_table(measured: Mapping[AttentionKind, Concentration]) -> Table:
         uniform = [f"{c.uniform[name]:.3f}" if name in c.uniform else "–" for name in names]
         rows.append([kind.value, "–", "–", "evenly spread", *uniform])
     header = ["kind", "layer", "head", "pattern", *(name.replace("_", " ") for name in names)]
-    return Table(
-        "Entropy in bits and relative to evenly spread attention; else shares of attention mass.", header, rows
-    )
+    caption = "Entropy in bits and relative to evenly spread attention; all other columns are shares of attention mass."
+    return Table(header, rows, caption)
 
 
 def masks_table(summaries: Mapping[str, list[LayerSummary]]) -> Table:
@@ -69,7 +56,7 @@ def masks_table(summaries: Mapping[str, list[LayerSummary]]) -> Table:
         if row.layer is None
     ]  # fmt: skip
     header = ["masks", "kind", "effective", "nominal", "kept mass", "guaranteed rows"]
-    return Table("Pruning masks. Effective sparsity: share of the recorded pairs that is pruned.", header, rows)
+    return Table(header, rows, "Pruning masks. Effective sparsity: share of the recorded pairs that is pruned.")
 
 
 def systems_table(systems: list[System]) -> Table:
@@ -89,36 +76,18 @@ def systems_table(systems: list[System]) -> Table:
     header = ["system", "series", *(kind.value for kind in AttentionKind), *METRICS, "seed"]
     signatures = {f"{name} {text}" for system in systems for name, text in system.signatures.items()}
     caption = "Translation scores and effective sparsity; ± is half of the 95% bootstrap interval over test sentences."
-    return Table(" ".join([caption, *(f"{text}." for text in sorted(signatures))]), header, rows)
+    return Table(header, rows, " ".join([caption, *(f"{text}." for text in sorted(signatures))]))
 
 
 def markdown(tables: list[Table]) -> str:
-    """Render as GitHub-flavoured Markdown."""
-    parts = []
-    for table in tables:
-        lines = [table.header, ["---"] + ["---:"] * (len(table.header) - 1), *table.rows]
-        body = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
-        parts.append(f"{body}\n\n{table.caption}\n")
-    return "\n".join(parts)
+    """Render as GitHub-flavoured Markdown with captions."""
+    return "\n".join(f"{render.markdown(table)}\n\n{table.caption}\n" for table in tables)
 
 
 def latex(tables: list[Table]) -> str:
     """Render as ``table`` environments; the document needs ``\\usepackage{booktabs}``."""
     parts = ["% \\usepackage{booktabs}"]
     for table in tables:
-        columns = "l" + "r" * (len(table.header) - 1)
-        lines = ["\\begin{table}", "  \\centering", f"  \\begin{{tabular}}{{{columns}}}", "    \\toprule"]
-        lines += [_tex_line(table.header), "    \\midrule", *map(_tex_line, table.rows), "    \\bottomrule"]
-        lines += ["  \\end{tabular}", f"  \\caption{{{escape_tex(table.caption)}}}", "\\end{table}"]
-        parts.append("\n".join(lines))
+        caption = f"\\caption{{{render.escape_latex(table.caption)}}}"
+        parts.append("\n".join(["\\begin{table}", "\\centering", render.latex(table), caption, "\\end{table}"]))
     return "\n\n".join(parts) + "\n"
-
-
-def _tex_line(cells: list[str]) -> str:
-    return "    " + " & ".join(map(escape_tex, cells)) + r" \\"
-
-
-def escape_tex(text: str) -> str:
-    """Escape what LaTeX reads as a command, and set ± and – for every input encoding."""
-    escaped = re.sub(r"[\\~^&%$#_{}]", lambda match: _TEX[match[0]], text)
-    return escaped.replace("±", r"$\pm$").replace("–", "--")

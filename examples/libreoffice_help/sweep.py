@@ -56,6 +56,7 @@ from ap_fairseq.cli import record as ap_record
 from ap_fairseq.cli.common import exit_on_sigterm
 from ap_fairseq.cli.prune_schedule import prune_gradually
 from ap_fairseq.evaluation.scores import compare_systems, score, score_documents
+from ap_fairseq.evaluation.tables import Table, markdown
 from ap_fairseq.experiments.stages import StageError, Stages, fairseq_train, run_together
 from ap_fairseq.experiments.translation import Search, Translation, translate
 from ap_fairseq.files import ArtifactError, atomic_output, file_sha256, read_lines, write_json
@@ -455,9 +456,9 @@ def format_table(results: Sequence[dict[str, Any]]) -> str:
     kinds = [kind.value for kind in AttentionKind]
     scored = [(key, name, form) for key, name, form in SCORES if any(key in result for result in results)]
     tests = [name for name in ("against_dense", "against_dense_tuned") if any(name in result for result in results)]
-    columns = ["seeds", "updates", *kinds, "all pairs", "kept mass", *(name for _, name, _ in scored)]
-    columns += [f"{name.replace('_', ' ')} (p)" for name in tests]
-    lines = [f"| system | {' | '.join(columns)} |", "|---|" + "---:|" * len(columns)]
+    header = ["system", "seeds", "updates", *kinds, "all pairs", "kept mass", *(name for _, name, _ in scored)]
+    header += [f"{name.replace('_', ' ')} (p)" for name in tests]
+    rows = []
     groups: dict[str, list[dict[str, Any]]] = {}
     several = len({result.get("subset") for result in results}) > 1
     for result in results:
@@ -473,7 +474,7 @@ def format_table(results: Sequence[dict[str, Any]]) -> str:
             compared = [r[name]["bleu"] for r in runs if name in r]
             p_values = ", ".join(_p(test["p"]) for test in compared)
             cells.append(f"{_mean([test['difference'] for test in compared], '+.2f')} ({p_values})" if compared else "")
-        lines.append("| " + " | ".join(cells) + " |")
+        rows.append(cells)
     first = results[0]
     made = f"{first['device']}, torch {first['versions']['torch']}"
     if "bleu" in first:
@@ -482,7 +483,7 @@ def format_table(results: Sequence[dict[str, Any]]) -> str:
             f"chrF2 `{first['chrf_signature']}`; differences in BLEU with sacreBLEU's paired bootstrap, one p for each "
             "seed"
         )
-    return "\n".join([*lines, "", f"Effective sparsity per kind and over all pairs; {made}."])
+    return f"{markdown(Table(header, rows))}\n\nEffective sparsity per kind and over all pairs; {made}."
 
 
 def _mean(values: Sequence[float], form: str) -> str:

@@ -10,7 +10,7 @@ import sacrebleu
 from plugin.commands import sentence_pairs
 
 from ap_fairseq.cli import evaluate
-from ap_fairseq.evaluation import scores
+from ap_fairseq.evaluation import results, scores
 from ap_fairseq.evaluation.scores import compare_systems, read_hypotheses, score, score_by_length, score_documents
 from ap_fairseq.files import ArtifactError, read_lines
 
@@ -30,29 +30,90 @@ def test_only_line_feeds_end_a_line(tmp_path):
     assert read_lines(path) == ["one\u2028still one", "two\x85"]
 
 
+def write(path, text: str) -> str:
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+def log(*numbers, text="text", finished=True) -> str:
+    """A log of fairseq-generate with one hypothesis for each sentence."""
+    entries = [f"S-{n}\tsource\nT-{n}\ttarget\nH-{n}\t-0.1\tx\nD-{n}\t-0.1\t{text} {n}\nP-{n}\t-0.1\n" for n in numbers]
+    return "".join(entries) + "Generate test with beam=5: BLEU4 = 1.00\n" * finished
+
+
 def test_the_best_hypothesis_of_each_sentence_in_order(tmp_path):
-    path = tmp_path / "log"
-    path.write_text("D-1\t-0.1\tb\nH-1\t-0.1\tx\nD-1\t-0.9\tworse\nD-0\t-0.2\ta\n")
-    assert read_hypotheses(path) == ["a", "b"]
+    path = write(tmp_path / "log", "D-1\t-0.1\tb\nH-1\t-0.1\tx\nD-1\t-0.9\tworse\nD-0\t-0.2\ta\n")
+    assert read_hypotheses([path]) == ["a", "b"]
 
 
 @pytest.mark.parametrize(
-    ("log", "found"),
-    [("D-0\t-0.1\ta\nD-2\t-0.1\tc\n", "2 hypotheses for sentences numbered 0 to 2"), ("S-0\ta\nT-0\tb\n", "0 hypo")],
+    ("text", "found"),
+    [
+        (
+            "D-0\t-0.1\ta\nD-2\t-0.1\tc\n",
+            r"lacks 1 of 3 sentences \(1\): fairseq-generate was cut off, so run it again",
+        ),
+        ("S-0\ta\nT-0\tb\n", "holds no hypotheses"),
+        (log(0, 2, finished=False), "was cut off, so run it again; or fairseq-generate skipped"),
+    ],
 )
-def test_a_log_with_gaps_is_refused(tmp_path, log, found):
-    path = tmp_path / "log"
-    path.write_text(log)
+def test_a_log_with_gaps_is_refused(tmp_path, text, found):
     with pytest.raises(ArtifactError, match=found):
-        read_hypotheses(path)
+        read_hypotheses([write(tmp_path / "log", text)])
+
+
+@pytest.mark.parametrize("numbers", [(0, 2, 3), (0, 1, 2)])
+def test_skipped_sentences_are_not_blamed_on_a_cut_log(tmp_path, numbers):
+    """Sentences beyond --max-source-positions are left out of a whole log, which was called cut off.
+
+    If the last sentence was skipped, only the number of sentences shows it.
+    """
+    whole = write(tmp_path / "log", log(*numbers))
+    gap = ({*range(4)} - {*numbers}).pop()
+    with pytest.raises(
+        ArtifactError, match=rf"lacks 1 of 4 sentences \({gap}\): fairseq-generate skipped .* raise"
+    ) as error:
+        read_hypotheses([whole], 4)
+    assert "cut off" not in str(error.value)
+    ranks = [write(tmp_path / "rank0", log(0, 2)), write(tmp_path / "rank1", log(3, finished=False))]
+    with pytest.raises(ArtifactError, match="rank0:.*rank1 lacks 1 of 4 .* was cut off"):
+        read_hypotheses(ranks, 4)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "places"),
+    [
+        (log(0, 1), log(0, 1, text="other"), "run:1 and .*run:12"),
+        (log(0), log(0, text="other"), "run:1 and .*run:7"),  # one sentence: neighbours, as those of --nbest
+        ("D-0\t-1\ta\nD-1\t-1\tb\n", "D-0\t-1\tc\nD-1\t-1\td\n", "run:1 and .*run:3"),
+    ],
+)
+def test_a_log_with_two_runs_is_refused(tmp_path, first, second, places):
+    """``tee -a`` appended a second run, of which the first was scored."""
+    run = write(tmp_path / "run", first + second)
+    with pytest.raises(ArtifactError, match=f"sentence 0 was translated twice: .*{places}; give the log of one run"):
+        read_hypotheses([run])
+
+
+@pytest.mark.parametrize("second", [log(1, 2), "D-2\t-1\tc\nD-1\t-1\tb\n"])
+def test_logs_of_the_same_sentences_are_refused(tmp_path, second):
+    """Two translations joined by a colon instead of the shards of one: the first was scored."""
+    files = [write(tmp_path / "a", log(0, 1)), write(tmp_path / "b", second)]
+    with pytest.raises(ArtifactError, match="sentence 1 was translated twice: .*a:6 and .*b:"):
+        read_hypotheses(files)
+
+
+def test_hypotheses_of_nbest_are_one_translation(tmp_path):
+    hypotheses = ["S-1\ts\nT-1\tt\n", *(f"H-1\t-{k}\tx\nD-1\t-{k}\t{k}\nP-1\t-1\n" for k in (1, 2)), "D-0\t-1\tother\n"]
+    path = write(tmp_path / "log", "".join([*hypotheses[:3], "S-0\ts\n", hypotheses[3]]))
+    assert read_hypotheses([path]) == ["other", "1"]
 
 
 @pytest.mark.parametrize("end", ["D-1", "D-1\t-0.4", "D-1\t-0.4\tonly ha", "P-1\t-0.1 -0."])
 def test_a_log_cut_in_a_line_is_refused(tmp_path, end):
-    path = tmp_path / "log"
-    path.write_text(f"D-0\t-0.1\twhole\n{end}")
+    path = write(tmp_path / "log", f"D-0\t-0.1\twhole\n{end}")
     with pytest.raises(ArtifactError, match="was cut off in its last line, '[DP]-1"):
-        read_hypotheses(path)
+        read_hypotheses([path])
 
 
 def test_empty_references_can_be_scored():
@@ -61,9 +122,8 @@ def test_empty_references_can_be_scored():
 
 
 def test_plain_text_is_read_line_by_line(tmp_path):
-    path = tmp_path / "text"
-    path.write_text("a D-0\n\nD-1 no log\n")
-    assert read_hypotheses(path) == ["a D-0", "", "D-1 no log"]
+    path = write(tmp_path / "text", "a D-0\n\nD-1 no log\n")
+    assert read_hypotheses([path]) == ["a D-0", "", "D-1 no log"]
 
 
 def test_scores_are_sacrebleus():
@@ -142,7 +202,7 @@ def test_tokenized_bleu_of_old_tables():
 def test_comet_uses_a_local_model_and_nothing_else(tmp_path, monkeypatch):
     """Without the file or the package: an error; with both, the model gets all three texts, offline."""
     model = tmp_path / "wmt22-comet-da" / "checkpoints" / "model.ckpt"
-    with pytest.raises(ArtifactError, match="downloads none"):
+    with pytest.raises(ArtifactError, match="does not download one"):
         scores.comet_scores(model, ["s"], {"x": ["h"]}, ["r"])
     model.parent.mkdir(parents=True)
     model.touch()
@@ -158,6 +218,9 @@ def test_comet_uses_a_local_model_and_nothing_else(tmp_path, monkeypatch):
     loader = types.SimpleNamespace(load_from_checkpoint=lambda path: Model() if path == str(model) else None)
     monkeypatch.setitem(sys.modules, "comet", loader)
     assert scores.comet_scores(model, ["s", "t"], {"x": ["a", "b"]}, ["a", "c"]) == {"x": 0.5}
+    monkeypatch.setattr(Model, "predict", lambda *_, **__: types.SimpleNamespace(system_score=float("nan")))
+    with pytest.raises(ArtifactError, match="COMET of x is nan"):
+        scores.comet_scores(model, ["s"], {"x": ["a"]}, ["a"])
 
 
 def test_command_writes_json_markdown_and_latex(tmp_path, capsys):
@@ -190,9 +253,79 @@ def test_command_writes_json_markdown_and_latex(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("x=log", ("x", ["log"], None)),
+        ("x=log,model.pt", ("x", ["log"], "model.pt")),
+        ("x=rank0:rank1,model.pt", ("x", ["rank0", "rank1"], "model.pt")),
+        ("lr=0.1=log", ("lr=0.1", ["log"], None)),
+        ("x=a=b", ("x", ["a=b"], None)),
+        ("x=a,b", ("x", ["a,b"], None)),
+        ("x=a,b,b,c.pt", ("x", ["a,b"], "b,c.pt")),
+        ("x=a:b:rank0:a,b,b,c.pt", ("x", ["a:b", "rank0", "a,b"], "b,c.pt")),
+        ("a,b:c=rank0,model.pt", ("a,b:c", ["rank0"], "model.pt")),
+        ("x=log,./b", ("x", ["log"], "./b")),  # "log,b" exists, "log,./b" does not
+        ("x=log,b", ("x", ["log,b"], None)),
+        ("x==", ("x", ["="], None)),
+        ("x=,", ("x", [","], None)),
+    ],
+)
+def test_any_existing_file_can_be_named(tmp_path, monkeypatch, text, expected):
+    """Names and paths were cut at the first ``=``, ``,`` and ``:`` they hold."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("log", "log,b", "rank0", "rank1", "model.pt", "a=b", "a,b", "b,c.pt", "a:b", "b", "=", ","):
+        (tmp_path / name).touch()
+    assert evaluate.parse_system(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda d: d.pop("systems"), "has no entry 'systems'"),
+        (lambda d: d.update(systems={"x": 1}), "'systems' is not a list"),
+        (lambda d: d["systems"].append("x"), "system 2 has no name"),
+        (lambda d: d["systems"].append(d["systems"][0]), "has two systems of one name"),
+        (lambda d: d["systems"][0].update(bleu="12"), r"system 1 \(x\): bleu is '12', not a number"),
+        (lambda d: d["systems"][0].update(bleu=float("nan")), "holds NaN, which is not a number"),
+        (lambda d: d["systems"][0].update(comet=float("-inf")), "holds -Infinity, which is not a number"),
+        (lambda d: d["systems"][0].update(sparsity={"cross": {"effective": 1}}), "sparsity of cross lacks"),
+        (lambda d: d["systems"][0].update(by_length=[{}]), "'by_length' is damaged"),
+        (lambda d: d.pop("versions"), "lacks 'versions'"),
+        (lambda d: d.update(significance={"systems": {}}), "'significance' does not cover every system"),
+    ],
+)
+def test_damage_inside_a_results_file_is_named(tmp_path, capsys, change, message):
+    """What json reads, but ap-evaluate did not write, ended in a KeyError that did not name the file."""
+    (tmp_path / "ref").write_text("\n".join(REFERENCES) + "\n")
+    path = tmp_path / "results.json"
+    evaluate.main([f"x={tmp_path / 'ref'}", "--reference", str(tmp_path / "ref"), "-o", str(path)])
+    document = json.loads(path.read_text())
+    change(document)
+    path.write_text(json.dumps(document))
+    capsys.readouterr()
+    for flag in ("--markdown", "--latex"):
+        with pytest.raises(SystemExit) as stop:
+            evaluate.main([flag, str(path)])
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and re.search(f"error: .*results.json.*{message}", error), error
+
+
+def test_two_entries_of_one_name_in_a_results_file_are_refused(tmp_path):
+    """json takes the last one silently."""
+    path = write(tmp_path / "results.json", '{"systems": [{"system": "x", "bleu": 1, "bleu": 2}]}')
+    with pytest.raises(ArtifactError, match="results.json has two entries 'bleu' in one object"):
+        results.read_results(path)
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["x=ref", "x=ref"], "two systems have the same name"),
+        (["x=ref", "x=ref"], "system x is given twice"),
+        (["x=ref", "--metrics", "bleu", "bleu"], "--metrics bleu is given twice"),
+        (["x=ref", "--separator", ""], "--separator is empty"),
+        (["ref"], "system 'ref' is not of the form NAME=FILE"),
+        (["x=."], "system 'x=.': . is not a file"),
+        (["x=ref:gone"], "system 'x=ref:gone': gone is not a file"),
         (["x=ref", "--significance", "bootstrap"], "compares two systems or more, got 1"),
         (["x=short"], "x: 1 hypotheses for 120 references"),
         (["x=ref", "--comet", "m"], "--comet needs --source"),
@@ -202,7 +335,7 @@ def test_command_writes_json_markdown_and_latex(tmp_path, capsys):
         (["x=ref,gone.pt"], "checkpoint gone.pt does not exist"),
         (["x=ref", "--stages", "gone"], "--stages gone holds no stage marks"),
         (["x=ref", "--stages", "."], "is no stage mark of scripts/stages.sh"),
-        (["--markdown", "ref"], "no JSON file"),
+        (["--markdown", "ref"], "ref is not JSON"),
         (["x=latin"], "latin is not UTF-8"),
         (["x=ref,latin"], "latin cannot be read as a checkpoint"),
     ],

@@ -178,6 +178,6 @@ def test_shards_of_a_translation_are_scored_together(data_bin, dense, tmp_path):
     for k, shard in enumerate(shards):
         flags = ["--batch-size", 8, "--distributed-world-size", 2, "--distributed-rank", k]
         shard.write_text(generate(data_bin, dense, *flags, subset="valid"))
-    assert len(read_hypotheses(os.pathsep.join(map(str, shards)))) == 60
+    assert len(read_hypotheses(shards)) == 60
     with pytest.raises(ArtifactError, match="was cut off"):
-        read_hypotheses(shards[0])
+        read_hypotheses(shards[:1])

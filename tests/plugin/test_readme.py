@@ -8,7 +8,7 @@ import sys
 import pytest
 from plugin.commands import ROOT
 
-from ap_fairseq.evaluation.tables import format_markdown
+from ap_fairseq.evaluation.results import format_markdown
 
 EXAMPLE = ROOT / "examples" / "libreoffice_help"
 SYSTEMS = (  # of the main README's table

@@ -27,7 +27,7 @@ from ap_fairseq.pruning.build import build_masks
 from ap_fairseq.pruning.spec import MaskSpec
 from ap_fairseq.pruning.summary import summarize
 from ap_fairseq.recording.recorder import occupancy_of
-from ap_fairseq.report import analysis, build, export, page, plots, results, statements, tables
+from ap_fairseq.report import analysis, build, export, page, plots, results, statements
 from ap_fairseq.sites import AttentionKind
 
 ENCODER, DECODER, CROSS = AttentionKind
@@ -423,11 +423,11 @@ def test_the_summary_says_what_the_files_say(folder, stats_file, masks_file):
 
 def test_tables_for_papers(folder):
     markdown, latex = (folder / "table.md").read_text(), (folder / "table.tex").read_text()
-    assert re.search(r"\| masks \| cross \| (49|50)\.\d% \|", markdown)
-    assert "| dense | dense | – | – | – | 19.52 ± 1.25 | 48.33 | – |" in markdown
-    assert r"</script><b>joint\_\&.untuned & mean, untuned & 50.0\% &" in latex
+    assert re.search(r"\| masks +\| +cross \| +(49|50)\.\d% \|", markdown)
+    assert re.search(r"\| dense +\| +dense \|( +– \|){3} +19.52 ± 1.25 \| +48.33 \| +– \|", markdown)
+    name = r"\ensuremath{<}/script\ensuremath{>}\ensuremath{<}b\ensuremath{>}joint\_\&.untuned"
+    assert re.search(re.escape(name) + r" +& +mean, untuned +& +50.0\\% +&", latex)
     assert latex.count(r"\begin{table}") == latex.count(r"\end{table}") == latex.count(r"\toprule") == 3
-    assert tables.escape_tex("\\~^{}") == r"\textbackslash{}\textasciitilde{}\textasciicircum{}\{\}"
 
 
 def test_the_page_is_one_file(folder):
