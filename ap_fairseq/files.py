@@ -14,6 +14,14 @@ from pathlib import Path
 from typing import Any
 
 
+class UserError(Exception):
+    """A fault that the user can mend, such as a bad option; commands print the message alone, without a traceback."""
+
+
+class ArtifactError(UserError):
+    """A file is missing or damaged, cannot be written, or does not belong to what it is used with."""
+
+
 def read_lines(path) -> list[str]:
     """Return the lines of a text file; only a line feed ends one, as for fairseq, not every Unicode separator.
 
@@ -33,10 +41,6 @@ def write_json(path, document: Any, overwrite: bool = False) -> None:
     """Write *document* as indented JSON to a temporary name and rename it."""
     with atomic_output(path, overwrite) as temporary:
         Path(temporary).write_text(json.dumps(document, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-class ArtifactError(ValueError):
-    """A statistics, mask or checkpoint file is missing, damaged, or does not belong to what it is used with."""
 
 
 def refuse_existing(path: str | os.PathLike, overwrite: bool, inputs: Iterable[str | os.PathLike] = ()) -> None:

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from enum import StrEnum
 from typing import TYPE_CHECKING, NamedTuple
 
+from ap_fairseq.files import UserError
+
 if TYPE_CHECKING:  # what only reads files needs neither
     from fairseq.modules import MultiheadAttention
     from torch import nn
@@ -66,7 +68,7 @@ def per_kind(name: str, text: str | float | None) -> dict[AttentionKind, float]:
     """Parse ``8``, for all kinds, or ``encoder_self=4,cross=3``.
 
     Raises:
-        ValueError: for anything else, naming the option *name*.
+        UserError: for anything else, naming the option *name*.
     """
     if text in (None, ""):
         return {}
@@ -77,6 +79,6 @@ def per_kind(name: str, text: str | float | None) -> dict[AttentionKind, float]:
         return {AttentionKind(kind.strip()): float(value) for kind, value in pairs}
     except ValueError as error:
         kinds = ", ".join(AttentionKind)
-        raise ValueError(
+        raise UserError(
             f"{name} is {text!r}, expected a number, or numbers per kind such as cross=4 (kinds: {kinds})"
         ) from error

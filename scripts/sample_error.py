@@ -22,7 +22,7 @@ import numpy as np
 
 from ap_fairseq.artifacts import AttentionStats, PruningMasks
 from ap_fairseq.evaluation.tables import Table, markdown
-from ap_fairseq.files import ArtifactError, refuse_existing, write_json
+from ap_fairseq.files import ArtifactError, UserError, refuse_existing, write_json
 from ap_fairseq.provenance import versions
 from ap_fairseq.pruning.build import build_masks
 from ap_fairseq.pruning.spec import GRANULARITIES, MaskSpec
@@ -120,5 +120,5 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except ArtifactError as error:
+    except UserError as error:
         sys.exit(f"sample_error.py: error: {error}")

@@ -7,12 +7,16 @@ import functools
 import logging
 import multiprocessing
 import os
+import select
 import shlex
 import signal
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import contextmanager
+from typing import NoReturn
 
+from ap_fairseq.files import UserError
 from ap_fairseq.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -30,8 +34,37 @@ def exit_on_sigterm() -> None:
         signal.signal(signal.SIGTERM, end)
 
 
+def _fail(program: str, error: Exception) -> NoReturn:
+    print(f"{program}: error: {error}", file=sys.stderr)
+    raise SystemExit(2) from error
+
+
+@contextmanager
+def _without_reader():
+    """End the program silently if nobody reads standard output any more, as after ``| head -1``."""
+    try:
+        try:
+            yield
+        except SystemExit:  # argparse has printed its help
+            sys.stdout.flush()
+            raise
+        sys.stdout.flush()
+    except BrokenPipeError:
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), 0)
+        if not any(event & select.POLLERR for _, event in poll.poll(0)):
+            raise  # another pipe
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it once more at its end
+        sys.exit(128 + signal.SIGPIPE)
+
+
 def command(main: Callable[[list[str]], None]) -> Callable[[], None]:
-    """Turn ``main(argv)`` into an entry point that logs the call and reports bad input in one line with status 2."""
+    """Turn ``main(argv)`` into an entry point that logs the call.
+
+    What the user can mend, a :class:`UserError` or an ``OSError`` about a file, is one line and status 2; any other
+    exception is a bug and keeps its traceback. If the reader of standard output leaves, as ``head`` does, the command
+    ends silently with the status of a program that died of SIGPIPE.
+    """
 
     @functools.wraps(main)
     def entry_point(argv: list[str] | None = None) -> None:
@@ -46,11 +79,15 @@ def command(main: Callable[[list[str]], None]) -> Callable[[], None]:
         )
         exit_on_sigterm()
         logger.info(f"ap_fairseq {__version__}: {shlex.join([program, *argv])}")
-        try:
-            main(argv)
-        except (ValueError, OSError) as error:  # bad input and files; anything else is a fault and keeps its traceback
-            print(f"{program}: error: {error}", file=sys.stderr)
-            raise SystemExit(2) from error
+        with _without_reader():
+            try:
+                main(argv)
+            except UserError as error:
+                _fail(program, error)
+            except OSError as error:
+                if error.filename is None:
+                    raise
+                _fail(program, error)
 
     return entry_point
 

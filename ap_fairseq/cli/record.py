@@ -20,7 +20,7 @@ from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 import ap_fairseq.plugin  # noqa: F401  (registers with fairseq)
 from ap_fairseq.cli.common import add_output, command
 from ap_fairseq.compat import GATHERED_BYTES
-from ap_fairseq.files import ArtifactError, refuse_existing
+from ap_fairseq.files import ArtifactError, UserError, refuse_existing
 from ap_fairseq.model.checkpoints import load_checkpoint
 from ap_fairseq.provenance import dictionary_sha256
 
@@ -116,10 +116,10 @@ def main(argv: list[str]) -> None:
         )
     except ProcessRaisedException as error:  # the other ranks are stopped by then
         reported = str(error).strip().rsplit("\n", 1)[-1]
-        prefix = f"{ArtifactError.__module__}.{ArtifactError.__name__}: "
-        if not reported.startswith(prefix):
+        kinds = tuple(f"{kind.__module__}.{kind.__name__}: " for kind in (UserError, ArtifactError))
+        if not reported.startswith(kinds):
             raise
-        raise ArtifactError(reported.removeprefix(prefix)) from error
+        raise UserError(reported.partition(": ")[2]) from error
     except ProcessExitedException as error:
         raise ArtifactError(
             f"rank {error.error_index} of the recording died ({error}); the others were stopped, {args.output} was not "

@@ -23,7 +23,7 @@ from typing import Any
 
 from fairseq_cli import train
 
-from ap_fairseq.files import ArtifactError, read_lines, write_json
+from ap_fairseq.files import ArtifactError, UserError, read_lines, write_json
 
 # Asking whether there is a GPU must not open it: an opened GPU cannot be used after a fork.
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
@@ -136,7 +136,7 @@ def run_together(jobs: int, tasks: Iterable[tuple[Callable, Sequence[Any]]]) -> 
 def _report_errors(function: Callable, args: Sequence[Any]) -> None:
     try:
         function(*args)
-    except (StageError, ArtifactError) as error:
+    except (StageError, UserError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(1)
 

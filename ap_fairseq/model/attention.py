@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ap_fairseq.artifacts import CELLS_PER_WORD
-from ap_fairseq.files import ArtifactError
+from ap_fairseq.files import ArtifactError, UserError
 from ap_fairseq.model.dynamic import DynamicPruning
 from ap_fairseq.model.kv_cache import CrossAttentionCache, SelfAttentionCache, stored_columns
 from ap_fairseq.sites import AttentionKind
@@ -38,13 +38,13 @@ class PrunedMultiheadAttention(MultiheadAttention):
         embed_dim, num_heads: as in fairseq.
         kind: the attention kind, which decides causality and where keys come from.
         backend: ``eager`` (torch, any device), ``triton`` (block-sparse kernels) or ``auto``, which takes the kernels
-            for half and single precision on a GPU. ``triton`` raises ValueError where they cannot run.
+            for half and single precision on a GPU. ``triton`` raises UserError where they cannot run.
         dynamic: what is discarded anew for every sentence, on top of the mask; eager only.
         max_rows: decoding takes at most so many steps. The caches drop what no mask row below keeps; None: unknown, so
             they keep all. A generator that knows better lowers it (see :func:`decoding_at_most`).
 
     Raises:
-        ValueError: for options that have no meaning under a mask (quant-noise, xFormers, bias_kv, zero_attn), or a
+        UserError: for options that have no meaning under a mask (quant-noise, xFormers, bias_kv, zero_attn), or a
             head size that ``triton`` does not support.
     """
 
@@ -67,14 +67,14 @@ class PrunedMultiheadAttention(MultiheadAttention):
         }
         for name, option in unsupported.items():
             if kwargs.get(name):
-                raise ValueError(f"{option} is set ({name}={kwargs[name]!r}); pruned attention does not support it")
+                raise UserError(f"{option} is set ({name}={kwargs[name]!r}); pruned attention does not support it")
         if backend == "triton" and embed_dim // num_heads not in HEAD_SIZES:
-            raise ValueError(
+            raise UserError(
                 f"--attention-backend triton: heads of {embed_dim} / {num_heads} = {embed_dim // num_heads} elements; "
                 f"the kernels take {', '.join(map(str, HEAD_SIZES))}; choose another number of heads, or eager"
             )
         if dynamic is not None and backend == "triton":
-            raise ValueError(
+            raise UserError(
                 "--attention-backend triton with --attention-top-k or --attention-threshold: these need all scores, "
                 "which the kernels never form; use eager"
             )
@@ -301,7 +301,7 @@ class PrunedMultiheadAttention(MultiheadAttention):
             cache = cache or self._cross_cache(key, key_padding, q.size(0))
             cache.advance()
         if self.max_rows is not None and not torch.is_tensor(cache.row) and cache.row >= self.max_rows:
-            raise ValueError(
+            raise UserError(
                 f"decoding step {cache.row} of a search of at most {self.max_rows} steps (--max-target-positions, or "
                 "the maximum length of the batch): the caches hold nothing for it; use --task pruned_translation, or "
                 "raise the former: --model-overrides \"{'max_target_positions': N}\""
@@ -311,7 +311,7 @@ class PrunedMultiheadAttention(MultiheadAttention):
         dropout_p = self._dropout_p()
         kernels = self.dynamic is None and use_kernels(self.backend, q)
         if kernels and dropout_p and self.backend == "triton":
-            raise ValueError(
+            raise UserError(
                 f"dropout {dropout_p} while decoding (--retain-dropout) with --attention-backend triton: the decoding "
                 "kernel has none; use auto or eager"
             )

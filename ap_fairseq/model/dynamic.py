@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ap_fairseq.files import UserError
 from ap_fairseq.sites import AttentionKind, per_kind
 
 
@@ -38,12 +39,12 @@ class DynamicPruning:
 
     def __post_init__(self):
         if self.top_k < 0 or self.top_k != int(self.top_k):
-            raise ValueError(f"attention_top_k is {self.top_k}, expected a number of keys, or 0 for all")
+            raise UserError(f"attention_top_k is {self.top_k}, expected a number of keys, or 0 for all")
         self.top_k = int(self.top_k)
         if not 0 <= self.threshold < 1:
-            raise ValueError(f"attention_threshold is {self.threshold}, expected a probability in [0, 1)")
+            raise UserError(f"attention_threshold is {self.threshold}, expected a probability in [0, 1)")
         if self.log_bits and (not self.threshold or not 2 <= self.log_bits <= 8):
-            raise ValueError(
+            raise UserError(
                 f"attention_log_bits is {self.log_bits} with attention_threshold {self.threshold}: the scale reaches "
                 "from the threshold to 1 in 2 to 8 bits, so set both"
             )

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ap_fairseq.artifacts import PruningMasks
 from ap_fairseq.compat import drop_bettertransformer_copies
-from ap_fairseq.files import ArtifactError, file_sha256
+from ap_fairseq.files import ArtifactError, UserError, file_sha256
 from ap_fairseq.model.attention import MASK_BUFFERS
 from ap_fairseq.model.config import PrunedTransformerConfig, is_interpolation
 from ap_fairseq.model.kv_cache import peak_share
@@ -73,12 +73,10 @@ class PrunedTransformerModel(TransformerModelBase):
 
         Raises:
             ArtifactError: if the masks cannot be read or were made for another architecture or dictionary.
-            ValueError: for ``--left-pad-target``.
+            UserError: for ``--left-pad-target``.
         """
         if getattr(task.cfg, "left_pad_target", False):
-            raise ValueError(
-                "--left-pad-target is set; masks count tokens from column 0, so leave targets right-padded"
-            )
+            raise UserError("--left-pad-target is set; masks count tokens from column 0, so leave targets right-padded")
         path = cfg.attention_masks
         _erase_mask_path(cfg)
         flat = OmegaConf.to_container(cfg, resolve=True, enum_to_str=True) if OmegaConf.is_config(cfg) else vars(cfg)

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ap_fairseq.artifacts import AttentionStats, PruningMasks
+from ap_fairseq.files import UserError
 from ap_fairseq.pruning import criteria
 from ap_fairseq.pruning.select import prune_lowest
 from ap_fairseq.pruning.spec import Granularity, MaskSpec
@@ -33,11 +34,11 @@ def build_masks(stats: AttentionStats, spec: MaskSpec) -> tuple[PruningMasks, li
         cannot split a unit, and guaranteed cells are never pruned).
 
     Raises:
-        ValueError: for a spec that names a kind the statistics lack.
+        UserError: for a spec that names a kind the statistics lack.
     """
     for kind in spec.budgets:
         if kind not in stats.mass:
-            raise ValueError(
+            raise UserError(
                 f"a budget is given for {kind.value}, but the statistics hold only "
                 f"{', '.join(k.value for k in stats.kinds)}"
             )
@@ -168,10 +169,10 @@ def _always_in_best_heads(score: np.ndarray, heads: tuple[int, int], count: int,
         float64 (layers, heads, units).
 
     Raises:
-        ValueError: if there are fewer heads.
+        UserError: if there are fewer heads.
     """
     if count > np.prod(heads):
-        raise ValueError(
+        raise UserError(
             f"min_heads for {kind.value} is {count}, but it has {heads[0]} layers of {heads[1]} heads; lower it"
         )
     of_head = np.broadcast_to(score, (*heads, score.shape[2])).reshape(-1, score.shape[2]).copy()

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from ap_fairseq.files import UserError
 from ap_fairseq.pruning import criteria
 from ap_fairseq.sites import AttentionKind
 
@@ -71,19 +72,19 @@ class MaskSpec:
             ("extrapolate", self.extrapolate, EXTRAPOLATIONS),
         ):
             if value not in valid:
-                raise ValueError(f"{name} {value!r} is not one of {', '.join(map(str, valid))}")
+                raise UserError(f"{name} {value!r} is not one of {', '.join(map(str, valid))}")
         for kind, budget in self.budgets.items():
             if not 0 <= budget < 1:
-                raise ValueError(f"budget for {kind.value} is {budget}, expected 0 <= budget < 1")
+                raise UserError(f"budget for {kind.value} is {budget}, expected 0 <= budget < 1")
         if not 0 <= self.min_kept <= 1:
-            raise ValueError(f"min_kept is {self.min_kept}, expected a share of pairs in [0, 1]")
+            raise UserError(f"min_kept is {self.min_kept}, expected a share of pairs in [0, 1]")
         for kind, count in self.min_heads.items():
             if count < 0 or count != int(count):
-                raise ValueError(f"min_heads for {kind.value} is {count:g}, expected a number of heads")
+                raise UserError(f"min_heads for {kind.value} is {count:g}, expected a number of heads")
         if self.keep_first < 0 or (self.keep_diagonal or 0) < 0:
-            raise ValueError(f"keep_diagonal {self.keep_diagonal} and keep_first {self.keep_first} cannot be negative")
+            raise UserError(f"keep_diagonal {self.keep_diagonal} and keep_first {self.keep_first} cannot be negative")
         if self.smooth and (self.smooth < 0 or self.criterion not in criteria.OF_CELLS):
-            raise ValueError(
+            raise UserError(
                 f"smooth is {self.smooth} for the criterion {self.criterion}; expected a number of positions, and one "
                 f"of {', '.join(criteria.OF_CELLS)}"
             )
@@ -95,7 +96,7 @@ class MaskSpec:
                 if field.name != "criterion" and getattr(self, field.name) != getattr(own, field.name)
             ]
             if changed:
-                raise ValueError(
+                raise UserError(
                     "percentile decides single cells per layer over its heads and keeps nothing else; leave "
                     f"{' and '.join(changed)} at the default"
                 )

@@ -13,6 +13,7 @@ from fairseq.modules import MultiheadAttention
 from torch import Tensor, nn
 
 from ap_fairseq.artifacts import AttentionStats
+from ap_fairseq.files import UserError
 from ap_fairseq.sites import AttentionKind, AttentionSite, attention_sites
 
 INITIAL_LOSS_SCALE = 128.0  # as fairseq's training in half precision; halved when gradients overflow
@@ -68,7 +69,7 @@ class AttentionRecorder:
         layers = {kind: sum(site.kind is kind for site, _ in self.sites) for kind in AttentionKind}
         for site, module in self.sites:
             if getattr(module, "use_xformers", False):
-                raise ValueError(f"{site.kind.value} layer {site.layer} uses xFormers attention, which has no weights")
+                raise UserError(f"{site.kind.value} layer {site.layer} uses xFormers attention, which has no weights")
             if site.kind not in self._mass:
                 shape = (layers[site.kind], module.num_heads, *self._limits(site.kind))
                 self._mass[site.kind] = torch.zeros(shape, dtype=torch.float64, device=module.out_proj.weight.device)
@@ -172,7 +173,7 @@ class AttentionRecorder:
             loss: scalar, summed over sentences (not averaged), so that a batch counts as its sentences would alone.
 
         Raises:
-            ValueError: if the gradients are not finite at any scale of the loss.
+            UserError: if the gradients are not finite at any scale of the loss.
         """
         attended, self._attended = self._attended, {}
         gradients = self._gradients(loss, [site.output for site in attended.values()])
@@ -190,7 +191,7 @@ class AttentionRecorder:
                 break
             self._loss_scale /= 2
             if self._loss_scale < SMALLEST_LOSS_SCALE:
-                raise ValueError(
+                raise UserError(
                     f"the gradients of a loss of {loss.item()} are not finite, even of {SMALLEST_LOSS_SCALE} of it"
                 )
         wide = [g if g.dtype is torch.float64 else g.float() for g in gradients]
@@ -204,7 +205,7 @@ class AttentionRecorder:
             metadata: provenance to store with the statistics.
 
         Raises:
-            ValueError: if no sentence was recorded.
+            UserError: if no sentence was recorded.
         """
         lengths = dict(self.lengths)
         mass = self._mass
@@ -218,7 +219,7 @@ class AttentionRecorder:
             for total in (*mass.values(), *self._end_mass.values(), *self._importance.values()):
                 dist.all_reduce(total, group=group)
         if not lengths:
-            raise ValueError("no sentence was recorded; the subset is empty or every sentence was skipped")
+            raise UserError("no sentence was recorded; the subset is empty or every sentence was skipped")
 
         support = {kind: occupancy_of(kind, lengths) for kind in mass}
         beyond, recorded, importance = {}, {}, {}

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ap_fairseq.artifacts import AttentionStats
-from ap_fairseq.files import atomic_output
+from ap_fairseq.files import UserError, atomic_output
 from ap_fairseq.report.analysis import check_stats
 from ap_fairseq.sites import AttentionKind
 
@@ -32,11 +32,11 @@ def export(stats: AttentionStats, path, file_format: str, positions: int | None,
 
     Raises:
         ArtifactError: if the statistics are empty or the file cannot be written.
-        ValueError: for an unknown format or less than one position.
+        UserError: for an unknown format or less than one position.
     """
     check_stats(stats)
     if positions is not None and positions < 1:
-        raise ValueError(f"the number of positions is {positions}, expected at least 1")
+        raise UserError(f"the number of positions is {positions}, expected at least 1")
     shown = np.s_[..., :positions, :positions]
     if file_format == "npz":
         arrays = {f"{kind.value}.mean": stats.mean(kind)[shown] for kind in stats.kinds}
@@ -48,7 +48,7 @@ def export(stats: AttentionStats, path, file_format: str, positions: int | None,
         with atomic_output(path, overwrite) as temporary:
             Path(temporary).write_text(json.dumps(document, allow_nan=False), encoding="utf-8")
     else:
-        raise ValueError(f"format {file_format!r} is not one of {', '.join(FORMATS)}")
+        raise UserError(f"format {file_format!r} is not one of {', '.join(FORMATS)}")
 
 
 _BERTVIZ = {

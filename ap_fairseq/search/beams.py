@@ -13,6 +13,8 @@ import math
 import torch
 from torch import Tensor
 
+from ap_fairseq.files import UserError
+
 MAX_KERNEL_BEAM = 64  # beams that the kernels take: all candidates of a sentence are in the registers of one program
 
 
@@ -164,14 +166,14 @@ class BeamSearchState:
             len_penalty: scores are divided by the length to the power of it.
 
         Raises:
-            ValueError: a sentence has none.
+            UserError: a sentence has none.
         """
         final_step, final_beam, final_score = (
             x[:n, : self.beam].cpu() for x in (self.final_step, self.final_beam, self.final_score)
         )
         endless = (final_step < 0).all(1)
         if endless.any():
-            raise ValueError(
+            raise UserError(
                 f"sentence {int(endless.nonzero()[0])} of the batch has no hypothesis: all scores are NaN or -inf; the "
                 "parameters are damaged, or too large for this precision"
             )

@@ -10,6 +10,7 @@ import torch
 from fairseq.search import BeamSearch
 from fairseq.sequence_generator import SequenceGenerator
 
+from ap_fairseq.files import UserError
 from ap_fairseq.model.attention import PrunedMultiheadAttention, decoding_at_most
 from ap_fairseq.model.transformer import PrunedTransformerModel
 from ap_fairseq.search.static_decoder import AT_MAX_LEN, BEFORE_MIN_LEN, Capacity, StaticDecoder, bucket
@@ -101,7 +102,7 @@ class PrunedSequenceGenerator(SequenceGenerator):
                 return super()._generate(sample, prefix_tokens, constraints, bos_token)
 
         if self.min_len > max_len:
-            raise ValueError(f"--min-len {self.min_len} is above the maximum length {max_len} of this batch")
+            raise UserError(f"--min-len {self.min_len} is above the maximum length {max_len} of this batch")
         encoder_outs = self.model.forward_encoder(net_input)
         needed = Capacity(
             sentences=bucket(source.size(0)),

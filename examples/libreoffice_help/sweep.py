@@ -59,7 +59,7 @@ from ap_fairseq.evaluation.scores import compare_systems, score, score_documents
 from ap_fairseq.evaluation.tables import Table, markdown
 from ap_fairseq.experiments.stages import StageError, Stages, fairseq_train, run_together
 from ap_fairseq.experiments.translation import Search, Translation, translate
-from ap_fairseq.files import ArtifactError, atomic_output, file_sha256, read_lines, write_json
+from ap_fairseq.files import ArtifactError, UserError, atomic_output, file_sha256, read_lines, write_json
 from ap_fairseq.model.dynamic import top_k_for
 from ap_fairseq.pruning.spec import CRITERIA
 from ap_fairseq.sites import AttentionKind
@@ -539,7 +539,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             dense[int(seed)] = path
         description = yaml.safe_load(args.sweep.read_text(encoding="utf-8"))
         Sweep(description, args.data.resolve(), args.out.resolve(), args.jobs, dense, args.only).run(args.until)
-    except (ValueError, OSError, StageError) as error:
+    except (UserError, yaml.YAMLError, OSError, StageError) as error:
         print(f"sweep.py: error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
 

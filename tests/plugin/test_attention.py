@@ -6,7 +6,7 @@ import torch
 from plugin.builders import batch, dense_model, dictionary, pruned_model, random_masks
 
 from ap_fairseq.artifacts import PruningMasks
-from ap_fairseq.files import ArtifactError
+from ap_fairseq.files import ArtifactError, UserError
 from ap_fairseq.model.attention import PrunedMultiheadAttention
 from ap_fairseq.model.layers import left_padding, rotate_left
 from ap_fairseq.provenance import dictionary_sha256
@@ -226,13 +226,13 @@ def test_a_model_without_masks_refuses_to_run():
     ],
 )
 def test_unsupported_options_are_refused_when_the_model_is_built(options, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         pruned_model(None, WORDS, **options)
 
 
 @pytest.mark.parametrize("option", ["add_bias_kv", "add_zero_attn"])
 def test_extra_keys_are_refused(option):
-    with pytest.raises(ValueError, match=f"{option} is set"):
+    with pytest.raises(UserError, match=f"{option} is set"):
         PrunedMultiheadAttention(16, 2, kind=AttentionKind.DECODER_SELF, **{option: True})
 
 
@@ -331,7 +331,7 @@ def test_reading_weights_does_not_change_the_output_of_the_kernels():
 
 
 def test_kernels_asked_for_by_name_are_used_or_refused():
-    with pytest.raises(ValueError, match=r"heads of 16 / 2 = 8 elements.*16, 32, 64, 96, 128"):
+    with pytest.raises(UserError, match=r"heads of 16 / 2 = 8 elements.*16, 32, 64, 96, 128"):
         pruned_model(None, WORDS, attention_backend="triton")
     model = pruned_model(random_masks(0.6), WORDS, attention_backend="triton", **WIDE).double().to(DEVICE)
     with pytest.raises(ValueError, match=r"'triton' cannot run on dtype torch.float64"):
@@ -340,5 +340,5 @@ def test_kernels_asked_for_by_name_are_used_or_refused():
     for _, module in attention_sites(model):
         module.dropout_module.apply_during_inference = True
     encoder_out = model.encoder(batch([5], WORDS, left=True).to(DEVICE))
-    with pytest.raises(ValueError, match="dropout 0.1 while decoding.*use auto or eager"):
+    with pytest.raises(UserError, match="dropout 0.1 while decoding.*use auto or eager"):
         model.decoder(targets([1]).to(DEVICE), encoder_out=encoder_out, incremental_state={})

@@ -10,6 +10,7 @@ from plugin.builders import batch, dictionary, pruned_model, random_masks
 from plugin.test_generation import assert_same, plain
 
 from ap_fairseq.artifacts import PruningMasks
+from ap_fairseq.files import UserError
 from ap_fairseq.model import kv_cache
 from ap_fairseq.model.kv_cache import CrossAttentionCache, SelfAttentionCache, peak_share
 from ap_fairseq.search import static_decoder
@@ -142,7 +143,7 @@ def test_a_step_beyond_what_the_caches_were_made_for_is_refused():
     query = torch.randn(1, 3, 32, device=DEVICE)
     for _ in range(2):
         module(query, incremental_state=state, need_weights=False)
-    with pytest.raises(ValueError, match="step 2 of a search of at most 2 steps"):
+    with pytest.raises(UserError, match="step 2 of a search of at most 2 steps"):
         module(query, incremental_state=state, need_weights=False)
 
 

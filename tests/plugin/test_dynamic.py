@@ -5,6 +5,7 @@ import pytest
 import torch
 from plugin.builders import batch, dictionary, pruned_model, random_masks
 
+from ap_fairseq.files import UserError
 from ap_fairseq.model.dynamic import DynamicPruning, top_k_for
 from ap_fairseq.recording.recorder import occupancy_of
 from ap_fairseq.sites import AttentionKind, attention_sites, per_kind
@@ -121,7 +122,7 @@ def test_a_model_translates_with_top_k_as_teacher_forcing_says():
     ],
 )
 def test_bad_options_name_the_fault(options, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         pruned_model(random_masks(0.0), WORDS, **options)
 
 

@@ -10,6 +10,7 @@ from fairseq.search import Sampling
 from fairseq.sequence_generator import SequenceGenerator
 from plugin.builders import batch, dense_model, dictionary, pruned_model, random_masks
 
+from ap_fairseq.files import UserError
 from ap_fairseq.search import beams, generator, static_decoder
 from ap_fairseq.search.generator import PrunedSequenceGenerator
 
@@ -184,7 +185,7 @@ def test_what_is_not_covered_is_left_to_fairseq_and_said_once(reason, systems, o
 def test_scores_that_are_no_numbers_are_an_error():
     (model,) = made = models()
     model.decoder.layers[0].fc1.weight.data[0, 0] = math.nan
-    with pytest.raises(ValueError, match=r"sentence 0 of the batch has no hypothesis: all scores are NaN or -inf"):
+    with pytest.raises(UserError, match=r"sentence 0 of the batch has no hypothesis: all scores are NaN or -inf"):
         PrunedSequenceGenerator(made, WORDS, beam_size=3, max_len_b=5).generate([], sample(LENGTHS))
 
 

@@ -10,7 +10,7 @@ from plugin.builders import batch, dense_model, dictionary, pruned_model, random
 
 from ap_fairseq.artifacts import AttentionStats, PruningMasks
 from ap_fairseq.cli import masks as cli_masks
-from ap_fairseq.files import ArtifactError
+from ap_fairseq.files import ArtifactError, UserError
 from ap_fairseq.pruning import criteria
 from ap_fairseq.pruning.build import build_masks
 from ap_fairseq.pruning.spec import MaskSpec
@@ -150,7 +150,7 @@ def test_half_precision_is_near_and_an_overflow_halves_the_scale():
         recorder.add_importance(1e6 * loss_of(model, source, inputs, labels))
         scaled = recorder.finish()
         recorder.begin(source, inputs, PAD)
-        with pytest.raises(ValueError, match=f"inf are not finite, even of {SMALLEST_LOSS_SCALE} of it"):
+        with pytest.raises(UserError, match=f"inf are not finite, even of {SMALLEST_LOSS_SCALE} of it"):
             recorder.add_importance(torch.inf * loss_of(model, source, inputs, labels))
     kind = AttentionKind.CROSS
     large = expected.importance[kind] > np.quantile(expected.importance[kind], 0.9)
@@ -243,8 +243,8 @@ def test_the_minimum_of_heads_are_those_of_the_highest_score():
     keep = masks.keep[cross].reshape(6, 12, 12)
     np.testing.assert_array_equal(keep[:, observed], best[:, observed])
     assert len(missed) == 1 and "min_heads" in missed[0]
-    with pytest.raises(ValueError, match="min_heads for cross is 7, but it has 2 layers of 3 heads"):
+    with pytest.raises(UserError, match="min_heads for cross is 7, but it has 2 layers of 3 heads"):
         build_masks(stats, MaskSpec({cross: 0.5}, min_heads={cross: 7}))
     for count in (-1, 0.5):
-        with pytest.raises(ValueError, match=f"min_heads for cross is {count}, expected a number of heads"):
+        with pytest.raises(UserError, match=f"min_heads for cross is {count}, expected a number of heads"):
             MaskSpec({}, min_heads={cross: count})

@@ -11,6 +11,7 @@ from plugin.builders import random_stats
 
 from ap_fairseq.artifacts import AttentionStats, PruningMasks
 from ap_fairseq.cli import masks as cli_masks
+from ap_fairseq.files import UserError
 from ap_fairseq.pruning import criteria, select
 from ap_fairseq.pruning.build import build_masks
 from ap_fairseq.pruning.spec import CRITERIA, MaskSpec
@@ -275,20 +276,20 @@ def test_the_summary_counts_rows_that_only_the_guarantee_keeps():
         (dict(budgets={}, keep_first=-1), "keep_first -1 cannot be negative"),
         (dict(budgets={}, criterion="percentile", min_kept=0.1), "leave min_kept 0.1 at the default"),
         (dict(budgets={}, criterion="percentile", granularity=16), "leave granularity 16 at the default"),
-        (dict(budgets={}, criterion="percentile", smooth=2), "pool is 2 for the criterion percentile"),
-        (dict(budgets={}, criterion="window", smooth=2), "expected a number of positions, and one of effective"),
-        (dict(budgets={}, smooth=-1), "pool is -1"),
+        (dict(budgets={}, criterion="percentile", smooth=2), "smooth is 2 for the criterion percentile"),
+        (dict(budgets={}, criterion="window", smooth=2), "expected a number of positions, and one of mean"),
+        (dict(budgets={}, smooth=-1), "smooth is -1"),
     ],
 )
 def test_bad_specs_name_the_fault(spec, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         MaskSpec(**spec)
 
 
 def test_a_budget_for_a_kind_that_was_not_recorded_is_an_error():
     stats = random_stats()
     del stats.mass[AttentionKind.CROSS], stats.support[AttentionKind.CROSS]
-    with pytest.raises(ValueError, match="budget is given for cross, but the statistics hold only encoder_self"):
+    with pytest.raises(UserError, match="budget is given for cross, but the statistics hold only encoder_self"):
         build(stats, kinds=[AttentionKind.CROSS])
 
 
@@ -375,10 +376,10 @@ def test_normalised_scores_do_not_depend_on_how_peaked_a_head_is():
         np.testing.assert_allclose((score**2 * n).sum((-2, -1)) / n.sum(), 1)
 
 
-def test_relative_scores_average_the_diagonal_by_pairs():
+def test_diagonal_means_average_the_diagonal_by_pairs():
     stats = random_stats()
     for kind in ALL:
-        score = criteria.relative_attention(stats, kind)
+        score = criteria.diagonal_mean_attention(stats, kind)
         n, s = stats.support[kind], stats.mass[kind]
         for offset in range(1 - n.shape[0], n.shape[1]):
             if np.diagonal(n, offset).any():
@@ -481,7 +482,7 @@ def test_masks_say_how_far_their_statistics_were_pooled(tmp_path):
     for pool in (0, 8):
         ap_masks(tmp_path / "stats.st", "--total", 0.5, "--smooth", pool, "-o", tmp_path / f"{pool}.st")
     masks = [PruningMasks.load(tmp_path / f"{pool}.st") for pool in (0, 8)]
-    assert [m.metadata["criterion"]["pool"] for m in masks] == [0, 8]
+    assert [m.metadata["criterion"]["smooth"] for m in masks] == [0, 8]
     assert not np.array_equal(*(m.keep[AttentionKind.CROSS] for m in masks))
 
 
@@ -492,7 +493,7 @@ def test_masks_say_how_far_their_statistics_were_pooled(tmp_path):
         (["--total", 0.5, "--scope", "layer"], "--scope layer would split it"),
         (["--keep-first", "-1"], "expected one argument|-1 is no number of positions"),
         (["--total", 0.5, "--criterion", "percentile"], "leave scope 'global' at the default"),
-        (["--total", 0.5, "--criterion", "window", "--smooth", 8], "pool is 8 for the criterion window"),
+        (["--total", 0.5, "--criterion", "window", "--smooth", 8], "smooth is 8 for the criterion window"),
         (["--like", "ours.st", "--criterion", "percentile"], "--like ours.st gives effective sparsity"),
     ],
 )

@@ -17,7 +17,7 @@ from plugin.commands import ROOT, run
 
 from ap_fairseq.artifacts import AttentionStats
 from ap_fairseq.cli import record as record_command
-from ap_fairseq.files import ArtifactError
+from ap_fairseq.files import ArtifactError, UserError
 from ap_fairseq.model.checkpoints import load_checkpoint
 from ap_fairseq.recording.recorder import AttentionRecorder, occupancy_of, sample_by_length
 from ap_fairseq.sites import AttentionKind, attention_sites
@@ -179,7 +179,7 @@ def test_left_padded_batches_are_refused():
 
 
 def test_an_empty_recording_is_an_error():
-    with pytest.raises(ValueError, match="no sentence was recorded"):
+    with pytest.raises(UserError, match="no sentence was recorded"):
         AttentionRecorder(dense_model(WORDS), (20, 20)).finish()
 
 

@@ -22,7 +22,7 @@ from plugin.commands import ROOT
 
 from ap_fairseq.artifacts import AttentionStats, PruningMasks
 from ap_fairseq.cli import report as cli
-from ap_fairseq.files import ArtifactError
+from ap_fairseq.files import ArtifactError, UserError
 from ap_fairseq.pruning.build import build_masks
 from ap_fairseq.pruning.spec import MaskSpec
 from ap_fairseq.pruning.summary import summarize
@@ -585,9 +585,9 @@ def test_exported_json_has_the_shape_of_bertviz_and_the_example_reads_both(stats
 
 
 def test_bad_exports_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="number of positions is 0, expected at least 1"):
+    with pytest.raises(UserError, match="number of positions is 0, expected at least 1"):
         export.export(random_stats(), tmp_path / "x", "npz", 0)
-    with pytest.raises(ValueError, match="format 'xml' is not one of npz, bertviz-json"):
+    with pytest.raises(UserError, match="format 'xml' is not one of npz, bertviz-json"):
         export.export(random_stats(), tmp_path / "x", "xml", None)
     assert os.listdir(tmp_path) == []
 
