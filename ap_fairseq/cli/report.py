@@ -8,6 +8,7 @@ import logging
 
 from ap_fairseq.artifacts import AttentionStats
 from ap_fairseq.cli.common import add_output, command
+from ap_fairseq.report import build
 from ap_fairseq.report.export import FORMATS, export
 
 logger = logging.getLogger(__name__)
@@ -92,8 +93,6 @@ def _export(argv: list[str]) -> None:
 
 
 def _figures(argv: list[str]) -> None:
-    from ap_fairseq.report import build  # needs matplotlib, which an export does not
-
     args = get_figures_parser().parse_args(argv)
     report = build.load(_load_stats(args.stats), args.stats, args.masks, args.results, args.benchmark)
     figures = report.figures()
@@ -104,8 +103,6 @@ def _figures(argv: list[str]) -> None:
 
 
 def _report(argv: list[str]) -> None:
-    from ap_fairseq.report import build
-
     args = get_parser().parse_args(argv)
     folder = build.check_folder(args.output, _REPORT_FILES, args.overwrite)
     report = build.load(_load_stats(args.stats), args.stats, args.masks, args.results, args.benchmark)

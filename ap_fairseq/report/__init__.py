@@ -2,10 +2,11 @@
 
 analysis.py    the numbers: concentration, patterns, kept-mass curves; pure functions
 results.py     scores (ap-evaluate, sweeps) and kernel benchmarks, read and grouped
-statements.py  what the numbers say about the kinds of attention, in sentences
+statements.py  how the kinds of attention differ, in sentences
 plots.py       matplotlib figures with alternative texts
-tables.py      Markdown and LaTeX
+tables.py      tables of kinds, heads, masks and systems
+content.py     the content of a report, computed once
 page.py        report.html from template/
+build.py       reads the inputs, writes the folder
 export.py      mean attention for numpy and BertViz-style tools
-build.py       all of it together
 """

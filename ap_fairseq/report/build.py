@@ -1,210 +1,27 @@
-"""Everything a report says, computed once from its inputs, and the folder it is written to."""
+"""From files to a report, and from a report to the folder it is written to."""
 
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Callable, Mapping
-from functools import cached_property
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 from ap_fairseq.artifacts import AttentionStats, PruningMasks
 from ap_fairseq.files import ArtifactError, atomic_output, file_sha256, write_json
-from ap_fairseq.provenance import versions
-from ap_fairseq.pruning.summary import LayerSummary, summarize, vanished_heads
-from ap_fairseq.report import analysis, page, plots, results, statements, tables
-from ap_fairseq.sites import AttentionKind
-
-FORMAT = "ap-report-1"
-NOMINAL = np.linspace(0, 0.99, 100)
-
-
-class Report:
-    """The content of a report.
-
-    Args:
-        stats: what a dense model did.
-        masks: by name; made from *stats*.
-        systems: scores, or none.
-        benchmark: kernel measurements, or None.
-        files: what to say about the inputs, e.g. {"stats.safetensors": sha256}.
-
-    Raises:
-        ArtifactError: if the statistics are empty or damaged, or masks belong to others.
-    """
-
-    def __init__(
-        self,
-        stats: AttentionStats,
-        masks: Mapping[str, PruningMasks],
-        systems: list[results.System],
-        benchmark: Mapping[str, Any] | None = None,
-        files: Mapping[str, str] | None = None,
-    ):
-        analysis.check_stats(stats)
-        for name, one in masks.items():
-            analysis.check_masks(one, stats, name)
-        self.stats, self.masks, self.systems, self.benchmark = stats, dict(masks), systems, benchmark
-        self.files = dict(files or {})
-        self.concentration = {kind: analysis.concentration(stats, kind) for kind in stats.kinds}
-        self.kept = {kind: analysis.kept_mass(stats, kind) for kind in stats.kinds}
-        self.nominal = {kind: analysis.effective_at_nominal(stats, kind, NOMINAL) for kind in stats.kinds}
-        self.summaries: dict[str, list[LayerSummary]] = {name: summarize(one, stats) for name, one in masks.items()}
-
-    @property
-    def title(self) -> str:
-        languages = [language for language in self.stats.metadata.get("languages", []) if language]
-        return "Attention report" + (f": {' to '.join(languages)}" if languages else "")
-
-    @property
-    def lead(self) -> str:
-        """One sentence about the recording."""
-        shapes = [
-            f"{kind.value} {layers} layers × {heads} heads, {queries} × {keys} positions"
-            for kind in self.stats.kinds
-            for layers, heads, queries, keys in [self.stats.mass[kind].shape]
-        ]
-        return f"Recorded on {analysis.sentences(self.stats):,} sentence pairs: {'; '.join(shapes)}."
-
-    @cached_property
-    def maps(self) -> dict[AttentionKind, analysis.Maps]:
-        """Mean attention and support, binned where the recording is larger than the page can hold."""
-        factor = analysis.bin_factor((mass.shape for mass in self.stats.mass.values()), page.MOST_CELLS)
-        return {kind: analysis.maps(self.stats, kind, factor) for kind in self.stats.kinds}
-
-    @cached_property
-    def colour_scale(self) -> tuple[float, float]:
-        """The (low, high) mean attention of the one colour scale of all heat maps."""
-        return plots.log_scale(list(self.maps.values()))
-
-    @cached_property
-    def differences(self) -> dict[str, str]:
-        """How the kinds differ, in words; see :mod:`ap_fairseq.report.statements`."""
-        half = {kind: float(np.interp(0.5, NOMINAL, values)) for kind, values in self.nominal.items()}
-        return statements.differences(self.concentration, self.kept, half, self.systems)
-
-    @cached_property
-    def vanished(self) -> list[str]:
-        """One sentence for each mask and kind of which whole heads are gone."""
-        sentences = []
-        for name, masks in self.masks.items():
-            for kind, gone in vanished_heads(masks, self.stats).items():
-                heads = ", ".join(f"{layer}.{head}" for layer, head in gone)
-                left = f"{name} leaves {len(gone)} heads of {kind} nothing but guaranteed cells"
-                sentences.append(f"{left} (layer.head): {heads}.")
-        return sentences
-
-    @property
-    def provenance(self) -> dict[str, Any]:
-        criteria = {name: masks.metadata.get("criterion") for name, masks in self.masks.items()}
-        benchmark = {key: value for key, value in (self.benchmark or {}).items() if key != "rows"}
-        return {
-            "files": self.files,
-            "recording": self.stats.metadata,
-            "criteria": criteria,
-            "benchmark": benchmark,
-            "versions": versions(),
-        }
-
-    @property
-    def tables(self) -> list[tables.Table]:
-        found = [tables.kinds_table(self.concentration, self.kept)]
-        found += [tables.masks_table(self.summaries)] if self.masks else []
-        return found + ([tables.systems_table(self.systems)] if self.systems else [])
-
-    def figures(self) -> list[plots.Figure]:
-        """Draw every figure for which there are data."""
-        stats, scale, drawn = self.stats, self.colour_scale, []
-        for kind in stats.kinds:
-            drawn += [
-                plots.attention(stats, kind, scale, one, name) for name, one in (self.masks or {"": None}).items()
-            ]
-        drawn += [plots.support(stats), plots.kept_mass(self.kept, self.summaries)]
-        drawn += [plots.nominal(NOMINAL, self.nominal, self.summaries)]
-        drawn += [plots.concentration(self.concentration), plots.patterns(self.concentration)]
-        if self.masks:
-            drawn.append(plots.layer_sparsity(self.summaries, stats.kinds))
-        if self.systems:
-            drawn.append(plots.quality(self.systems))
-        if self.benchmark:
-            device = self.benchmark.get("device", "an unnamed device")
-            for name, title, label, problems in (
-                ("speed", "Speed over effective sparsity", "milliseconds", results.times(self.benchmark)),
-                ("memory", "Memory over effective sparsity", "MiB", results.memory(self.benchmark)),
-            ):
-                if problems:
-                    drawn.append(plots.measurements(name, title, label, problems, device))
-        return drawn
-
-    def summary(self) -> dict[str, Any]:
-        """Return all numbers as a JSON document without NaN; shares are in [0, 1]."""
-        return {
-            "format": FORMAT,
-            "sentences": analysis.sentences(self.stats),
-            "provenance": self.provenance,
-            "kinds": {kind.value: self._kind(kind) for kind in self.stats.kinds},
-            "masks": {name: self._mask(name) for name in self.masks},
-            "systems": [vars(system) for system in self.systems],
-            "differences": self.differences,
-        }
-
-    def _kind(self, kind: AttentionKind) -> dict[str, Any]:
-        measured, kept = self.concentration[kind], self.kept[kind]
-        layers, heads, queries, keys = self.stats.mass[kind].shape
-        return {
-            "layers": layers,
-            "heads": heads,
-            "positions": [queries, keys],
-            "pairs": int(self.stats.support[kind].sum()) * layers * heads,
-            "concentration": {
-                name: {
-                    "mean": float(values.mean()),
-                    "uniform": float(measured.uniform[name]),
-                    "heads": values.round(6).tolist(),
-                }
-                for name, values in measured.heads.items()
-            },
-            "patterns": measured.patterns.tolist(),
-            "kept_mass": {
-                "kind": _curve(kept.kind),
-                "layers": [_curve(one) for one in kept.layers],
-                "heads": [[_curve(one) for one in row] for row in kept.heads],
-                "even": _curve(kept.even),
-            },
-            "percentile": {"nominal": NOMINAL.round(6).tolist(), "effective": self.nominal[kind].round(6).tolist()},
-        }
-
-    def _mask(self, name: str) -> dict[str, Any]:
-        masks = self.masks[name]
-        return {
-            "rows": [vars(row) for row in self.summaries[name]],
-            "heads": {
-                kind.value: analysis.head_sparsity(masks, self.stats, kind).round(6).tolist()
-                for kind in self.stats.kinds
-            },
-            "vanished_heads": vanished_heads(masks, self.stats),
-        }
-
-
-def _curve(curve: analysis.Curve) -> dict[str, list[float]]:
-    return {"sparsity": curve.sparsity.round(5).tolist(), "kept": curve.kept.round(5).tolist()}
-
-
-# -- reading and writing ----------------------------------------------------------------------------------------------
+from ap_fairseq.report import page, plots, results, tables
+from ap_fairseq.report.content import Report
 
 
 def load(
     stats: AttentionStats, files: list[str], mask_files: list[str], result_files: list[str], benchmark: str | None
-):
+) -> Report:
     """Return the :class:`Report` of *stats* (read from *files*) and the named files.
 
     Raises:
         ArtifactError: if a file is missing, damaged or belongs to others, or two masks have one name.
     """
-    analysis.check_stats(stats)
     masks: dict[str, PruningMasks] = {}
     for path in mask_files:
         name = mask_name(path)
@@ -213,7 +30,7 @@ def load(
                 f"two mask files are called {name}; rename {path}, as masks are named after their files"
             )
         masks[name] = PruningMasks.load(path)
-    pairs = {kind.value: int(stats.support[kind].sum()) * stats.mass[kind][..., 0, 0].size for kind in stats.kinds}
+    pairs = {kind.value: int(stats.support[kind].sum()) * math.prod(stats.mass[kind].shape[:2]) for kind in stats.kinds}
     systems = [system for path in result_files for system in results.read_results(path, pairs)]
     read = [*files, *mask_files, *result_files, *([benchmark] if benchmark else [])]
     hashes = {str(path): file_sha256(path) for path in read}

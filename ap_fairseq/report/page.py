@@ -5,19 +5,15 @@ from __future__ import annotations
 import base64
 import gzip
 import json
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jinja2
 import numpy as np
 
 from ap_fairseq.report import analysis, plots, tables
+from ap_fairseq.report.content import Report
 from ap_fairseq.sites import AttentionKind
 
-if TYPE_CHECKING:
-    from ap_fairseq.report.build import Report
-
-# Cells of all heads and kinds together; larger recordings are binned. Three kinds of 6 x 8 heads x 256 x 256 fit.
-MOST_CELLS = 3 * 6 * 8 * 256**2
 _STEPS = 254  # of the logarithmic scale in which mean attention is stored: codes 1 to 255; 0 is 0
 
 

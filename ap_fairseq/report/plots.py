@@ -7,20 +7,15 @@ colour of its text.
 
 from __future__ import annotations
 
+import functools
 import io
+import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import matplotlib
 import numpy as np
-
-from ap_fairseq.files import ArtifactError
-
-try:
-    import matplotlib
-except ImportError as error:  # a minimal installation
-    raise ArtifactError(f"the report needs matplotlib ({error}); install it with: pip install matplotlib") from error
-
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure as Canvas
 from matplotlib.patches import Patch
@@ -119,11 +114,11 @@ def _figure(columns: int, rows: int = 1, width: float = 3.1, height: float = 2.7
 def _styled(draw):
     """Run a drawing function under the report's style."""
 
+    @functools.wraps(draw)
     def styled(*args, **kwargs):
         with matplotlib.rc_context(_STYLE):
             return draw(*args, **kwargs)
 
-    styled.__doc__, styled.__name__ = draw.__doc__, draw.__name__
     return styled
 
 
@@ -250,7 +245,7 @@ def kept_mass(kept: dict[AttentionKind, analysis.KeptMass], summaries: dict[str,
             axis.plot(one.sparsity, one.kept, color=colour, lw=1.1, ls="--", label=label)
         axis.plot(curve.kind.sparsity, curve.kind.kept, color=colour, lw=2.4, label="kind")
         axis.plot(curve.even.sparsity, curve.even.kept, color=INK, lw=1, ls=":", label="even attention")
-        for marker, (name, rows) in zip(_cycle(MARKERS), summaries.items()):  # noqa: B905 (endless)
+        for marker, (name, rows) in zip(itertools.cycle(MARKERS), summaries.items()):
             row = next(row for row in rows if row.kind == kind.value and row.layer is None)
             axis.plot(row.effective, row.kept_mass, marker, color=INK, mfc="none", ms=6, label=name)
         axis.set(title=kind.value, xlim=(0, 1), ylim=(0, 1.02))
@@ -276,10 +271,10 @@ def nominal(
     canvas, axes = _figure(1, width=4.6, height=3.2)
     axis, texts = axes[0, 0], []
     axis.plot([0, 1], [0, 1], color=INK, lw=0.8, ls=":", label="equal")
-    for dash, (kind, values) in zip(_cycle(DASHES), effective.items()):  # noqa: B905 (endless)
+    for dash, (kind, values) in zip(itertools.cycle(DASHES), effective.items()):
         axis.plot(nominal, values, color=KIND_COLOURS[kind], ls=dash, lw=2, label=f"{kind.value}, percentile")
         texts.append(f"{kind.value} {np.interp(0.5, nominal, values):.1%}")
-    for marker, (name, rows) in zip(_cycle(MARKERS), summaries.items()):  # noqa: B905 (endless)
+    for marker, (name, rows) in zip(itertools.cycle(MARKERS), summaries.items()):
         totals = [row for row in rows if row.layer is None]
         colours = [KIND_COLOURS[AttentionKind(row.kind)] for row in totals]
         axis.scatter(
@@ -477,9 +472,3 @@ def measurements(name: str, title: str, label: str, problems: list[Measurements]
         axis.grid(True)
         axis.legend(fontsize=6.5)
     return Figure(name, title, f"{label}, measured on {device}.", "; ".join(texts) + ".", canvas)
-
-
-def _cycle(values):
-    """Repeat *values* without end."""
-    while True:
-        yield from values

@@ -27,7 +27,7 @@ from ap_fairseq.pruning.build import build_masks
 from ap_fairseq.pruning.spec import MaskSpec
 from ap_fairseq.pruning.summary import summarize
 from ap_fairseq.recording.recorder import occupancy_of
-from ap_fairseq.report import analysis, build, export, page, plots, results, statements
+from ap_fairseq.report import analysis, content, export, page, plots, results, statements
 from ap_fairseq.sites import AttentionKind
 
 ENCODER, DECODER, CROSS = AttentionKind
@@ -507,8 +507,8 @@ def test_unusual_recordings_give_a_whole_report(name, tmp_path):
 def test_large_recordings_are_binned_with_a_note(monkeypatch):
     stats = random_stats(layers=1, longest=(40, 40))
     masks, _ = build_masks(stats, MaskSpec({CROSS: 0.5}))
-    monkeypatch.setattr(page, "MOST_CELLS", 3 * 2 * 20 * 20)
-    report = build.Report(stats, {"m": masks}, [])
+    monkeypatch.setattr(content, "MOST_CELLS", 3 * 2 * 20 * 20)
+    report = content.Report(stats, {"m": masks}, [])
     parsed = Page(page.render(report, []))
     data = json.loads(parsed.scripts["data"])
     assert [k["factor"] for k in data["kinds"]] == [2, 2, 2]
@@ -524,7 +524,7 @@ def test_vanished_heads_are_named():
     stats = random_stats(layers=1)
     masks, _ = build_masks(stats, MaskSpec({}))
     masks.keep[CROSS][0, 1, :, 1:] = False
-    report = build.Report(stats, {"m": masks}, [])
+    report = content.Report(stats, {"m": masks}, [])
     assert report.vanished == ["m leaves 1 heads of cross nothing but guaranteed cells (layer.head): 0.1."]
 
 
@@ -623,15 +623,6 @@ def test_bad_calls_end_with_one_clear_line(folder, stats_file, masks_file, tmp_p
         assert stop.value.code == 2 and re.search(f"error: .*{message}", printed), printed
         assert "Traceback" not in printed
     assert not new.exists()
-
-
-def test_a_missing_matplotlib_is_named(stats_file, tmp_path):
-    code = "import sys; sys.modules['matplotlib'] = None; from ap_fairseq.cli.report import main; main(sys.argv[1:])"
-    command = [sys.executable, "-c", code, "--stats", stats_file, "-o", tmp_path / "r"]
-    failed = subprocess.run([str(part) for part in command], capture_output=True, text=True, cwd=ROOT)
-    assert failed.returncode == 2
-    assert "the report needs matplotlib" in failed.stderr and "pip install matplotlib" in failed.stderr
-    assert "Traceback" not in failed.stderr
 
 
 # -- in a browser -----------------------------------------------------------------------------------------------------
