@@ -251,3 +251,7 @@ def main(argv: list[str]) -> None:
         print("seconds: " + ", ".join(f"{name} {value:.0f}" for name, value in seconds.items()))
     if args.output:
         write_json(args.output, document, args.overwrite)
+
+
+if __name__ == "__main__":
+    main()

@@ -107,9 +107,7 @@ def _report(argv: list[str]) -> None:
     folder = build.check_folder(args.output, _REPORT_FILES, args.overwrite)
     report = build.load(_load_stats(args.stats), args.stats, args.masks, args.results, args.benchmark)
     build.write_report(report, folder)
-    for aspect, text in report.differences.items():
-        print(f"{aspect}. {text}")
-    print(f"report: {folder / 'report.html'}")
+    print(*report.digest, f"report: {folder / 'report.html'}", sep="\n")
 
 
 @command

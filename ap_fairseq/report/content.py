@@ -10,7 +10,7 @@ import numpy as np
 
 from ap_fairseq.artifacts import AttentionStats, PruningMasks
 from ap_fairseq.provenance import versions
-from ap_fairseq.pruning.summary import LayerSummary, summarize, vanished_heads
+from ap_fairseq.pruning.summary import LayerSummary, summarize, total_of, vanished_heads
 from ap_fairseq.report import analysis, plots, results, statements, tables
 from ap_fairseq.sites import AttentionKind
 
@@ -60,12 +60,13 @@ class Report:
     @property
     def lead(self) -> str:
         """One sentence about the recording."""
-        shapes = [
-            f"{kind.value} {layers} layers × {heads} heads, {queries} × {keys} positions"
-            for kind in self.stats.kinds
-            for layers, heads, queries, keys in [self.stats.mass[kind].shape]
-        ]
-        return f"Recorded on {analysis.sentences(self.stats):,} sentence pairs: {'; '.join(shapes)}."
+        shapes: dict[str, list[str]] = {}
+        for kind in self.stats.kinds:
+            layers, heads, queries, keys = self.stats.mass[kind].shape
+            shape = f"{layers} layers × {heads} heads, {queries} × {keys} positions"
+            shapes.setdefault(shape, []).append(kind.value)
+        listed = "; ".join(f"{', '.join(kinds)}: {shape}" for shape, kinds in shapes.items())
+        return f"Recorded on {analysis.sentences(self.stats):,} sentence pairs. {listed}."
 
     @cached_property
     def maps(self) -> dict[AttentionKind, analysis.Maps]:
@@ -78,6 +79,12 @@ class Report:
         """The (low, high) mean attention of the one colour scale of all heat maps."""
         return plots.log_scale(list(self.maps.values()))
 
+    @property
+    def overview(self) -> dict[AttentionKind, str]:
+        """One sentence about each kind, under the first masks if there are any."""
+        name = next(iter(self.masks), None)
+        return statements.overview(self.concentration, self.kept, name, self.summaries.get(name, []))
+
     @cached_property
     def differences(self) -> dict[str, str]:
         """How the kinds differ, in words; see :mod:`ap_fairseq.report.statements`."""
@@ -86,14 +93,27 @@ class Report:
 
     @cached_property
     def vanished(self) -> list[str]:
-        """One sentence for each mask and kind of which whole heads are gone."""
+        """One sentence for each mask and kind with heads that keep nothing but guaranteed cells."""
         sentences = []
         for name, masks in self.masks.items():
             for kind, gone in vanished_heads(masks, self.stats).items():
                 heads = ", ".join(f"{layer}.{head}" for layer, head in gone)
-                left = f"{name} leaves {len(gone)} heads of {kind} nothing but guaranteed cells"
+                left = f"{name} leaves nothing but guaranteed cells of {len(gone)} heads of {kind}"
                 sentences.append(f"{left} (layer.head): {heads}.")
         return sentences
+
+    @property
+    def digest(self) -> list[str]:
+        """The report in about ten lines, for terminals."""
+        lines = [self.lead, *(f"{kind.value}: {text}" for kind, text in self.overview.items())]
+        for name, summary in self.summaries.items():
+            total = total_of([row for row in summary if row.layer is None])
+            lines.append("{}: effective sparsity {effective:.1%}, kept mass {kept_mass:.1%}".format(name, **total))
+        if self.systems:
+            by_bleu = sorted(self.systems, key=lambda system: system.scores["BLEU"])
+            low, high = (f"{system.scores['BLEU']:.2f} ({system.name})" for system in (by_bleu[0], by_bleu[-1]))
+            lines.append(f"{len(by_bleu)} systems: BLEU {low} to {high}")
+        return lines
 
     @property
     def provenance(self) -> dict[str, Any]:
@@ -113,9 +133,19 @@ class Report:
         found += [tables.masks_table(self.summaries)] if self.masks else []
         return found + ([tables.systems_table(self.systems)] if self.systems else [])
 
+    def overview_figures(self) -> list[plots.Figure]:
+        """Draw the mean attention of each kind and what the first masks keep of it."""
+        name = next(iter(self.masks), None)
+        means = {kind: plots.head_average(self.stats, kind) for kind in self.stats.kinds}
+        scale = plots.log_scale(list(means.values()))
+        return [
+            plots.overview(self.stats, kind, means[kind], scale, self.masks.get(name), text)
+            for kind, text in self.overview.items()
+        ]
+
     def figures(self) -> list[plots.Figure]:
         """Draw every figure for which there are data."""
-        stats, scale, drawn = self.stats, self.colour_scale, []
+        stats, scale, drawn = self.stats, self.colour_scale, self.overview_figures()
         for kind in stats.kinds:
             drawn += [
                 plots.attention(stats, kind, scale, one, name) for name, one in (self.masks or {"": None}).items()

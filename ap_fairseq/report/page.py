@@ -32,9 +32,11 @@ def render(report: Report, figures: list[plots.Figure]) -> str:
         differences=report.differences,
         kinds=tables.kinds_table(report.concentration, report.kept),
         explorer_note=_note(data),
+        overview=[figure for figure in figures if figure.name.startswith("overview_")],
         # The explorer shows what the heat maps show.
-        figures=[figure for figure in figures if not figure.name.startswith(("attention_", "support"))],
+        figures=[figure for figure in figures if not figure.name.startswith(("overview_", "attention_", "support"))],
         masks=tables.masks_table(report.summaries) if report.masks else None,
+        masks_shown=len(report.masks),
         vanished=report.vanished,
         systems=tables.systems_table(report.systems) if report.systems else None,
         heads=tables.heads_table(report.concentration),

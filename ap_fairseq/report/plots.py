@@ -27,6 +27,11 @@ from ap_fairseq.report.results import Measurements, System, curves
 from ap_fairseq.sites import AttentionKind
 
 INK = "#1b1f24"
+KIND_TITLES = {
+    AttentionKind.ENCODER_SELF: "encoder self-attention",
+    AttentionKind.DECODER_SELF: "decoder self-attention",
+    AttentionKind.CROSS: "cross-attention",
+}
 KIND_COLOURS = {
     AttentionKind.ENCODER_SELF: "#0072b2",
     AttentionKind.DECODER_SELF: "#d55e00",
@@ -204,6 +209,53 @@ def attention(
     )
 
 
+def head_average(stats: AttentionStats, kind: AttentionKind) -> analysis.Maps:
+    """Return the mean attention averaged over layers and heads, binned to at most 160 positions."""
+    factor = -(-max(analysis.busy_positions(stats.support[kind])) // 160)
+    maps = analysis.maps(stats, kind, factor)
+    return analysis.Maps(maps.mean.mean((0, 1), keepdims=True), maps.support, factor)
+
+
+@_styled
+def overview(
+    stats: AttentionStats,
+    kind: AttentionKind,
+    average: analysis.Maps,
+    scale: tuple[float, float],
+    masks: PruningMasks | None,
+    caption: str,
+) -> Figure:
+    """Draw the mean attention of one kind over all heads and, below it, the share of heads that keep each pair."""
+    support, factor = stats.support[kind], average.factor
+    rows, columns = analysis.busy_positions(support)
+    if kind is not AttentionKind.CROSS:
+        rows = columns = max(rows, columns)
+    shown = np.s_[: -(-rows // factor), : -(-columns // factor)]
+    unseen = average.support == 0
+    mean = np.ma.array(np.maximum(average.mean[0, 0], scale[0]), mask=unseen)
+    panels = [("mean attention, averaged over heads", mean, KEPT_MAP, LogNorm(*scale), None)]
+    if masks is not None:
+        kept = np.ma.array(analysis.kept_share(masks.keep[kind].mean((0, 1)), support, factor), mask=unseen)
+        share = 1 - analysis.head_sparsity(masks, stats, kind).mean()
+        shades = matplotlib.colors.LinearSegmentedColormap.from_list("kept", ["#ededed", KIND_COLOURS[kind]])
+        title = f"kept: {share:.1%} of the pairs (shade: share of heads)"
+        panels.append((title, kept, shades, Normalize(0, 1), matplotlib.ticker.PercentFormatter(1.0, decimals=0)))
+    canvas, axes = _figure(1, len(panels), width=4.0, height=2.9)
+    for axis, (title, values, colours, norm, percent) in zip(axes[:, 0], panels, strict=True):
+        extent = (-0.5, columns - 0.5, rows - 0.5, -0.5)
+        image = axis.imshow(
+            values[shown], cmap=colours, norm=norm, extent=extent, interpolation="nearest", aspect="auto"
+        )
+        axis.set(xlabel="key position (tokens)", ylabel="query position (tokens)")
+        axis.set_title(title, fontsize=9)
+        for each in (axis.xaxis, axis.yaxis):
+            each.set_major_locator(matplotlib.ticker.MaxNLocator(6, integer=True))
+        canvas.colorbar(image, ax=axis, pad=0.02, format=percent)
+    drawn = "; ".join(title for title, *_ in panels)
+    alt = f"Heat maps of {KIND_TITLES[kind]} by query and key position: {drawn}. {caption}"
+    return Figure(f"overview_{kind.value}", KIND_TITLES[kind], caption, alt, canvas)
+
+
 @_styled
 def support(stats: AttentionStats) -> Figure:
     """Draw in how many sentences each cell is attendable."""
@@ -244,7 +296,7 @@ def kept_mass(kept: dict[AttentionKind, analysis.KeptMass], summaries: dict[str,
             label = "layers" if layer == 0 else None
             axis.plot(one.sparsity, one.kept, color=colour, lw=1.1, ls="--", label=label)
         axis.plot(curve.kind.sparsity, curve.kind.kept, color=colour, lw=2.4, label="kind")
-        axis.plot(curve.even.sparsity, curve.even.kept, color=INK, lw=1, ls=":", label="even attention")
+        axis.plot(curve.even.sparsity, curve.even.kept, color=INK, lw=1, ls=":", label="uniform attention")
         for marker, (name, rows) in zip(itertools.cycle(MARKERS), summaries.items()):
             row = next(row for row in rows if row.kind == kind.value and row.layer is None)
             axis.plot(row.effective, row.kept_mass, marker, color=INK, mfc="none", ms=6, label=name)
@@ -258,7 +310,7 @@ def kept_mass(kept: dict[AttentionKind, analysis.KeptMass], summaries: dict[str,
     text = "; ".join(texts) + "."
     caption = (
         f"The most attention mass that can be kept when cells are pruned by mean attention: {text} Dotted: the same "
-        "for attention spread evenly over each sentence. Curves end where only guaranteed cells are left."
+        "for attention spread uniformly over each sentence. Curves end where only guaranteed cells are left."
     )
     return Figure("kept_mass", "Kept mass over effective sparsity", caption, f"Falling curves. {text}", canvas)
 
@@ -290,7 +342,7 @@ def nominal(
     _percent_axis(axis.yaxis, "effective sparsity")
     axis.grid(True)
     axis.legend(fontsize=7, loc="upper left")
-    text = f"A nominal 50% removes of the pairs that exist: {', '.join(texts)}."
+    text = f"Share of the existing pairs that a nominal 50% prunes: {', '.join(texts)}."
     return Figure("nominal", "Effective against nominal sparsity", text, text, canvas)
 
 
@@ -322,7 +374,7 @@ def concentration(measured: dict[AttentionKind, analysis.Concentration]) -> Figu
     return Figure(
         "concentration",
         "Concentration of each head",
-        f"Averages over heads: {text} Above each table, what evenly spread attention would give.",
+        f"Averages over heads: {text} Above each table: uniform attention.",
         f"Tables of layers by heads. {text}",
         canvas,
     )
@@ -363,8 +415,9 @@ def patterns(measured: dict[AttentionKind, analysis.Concentration]) -> Figure:
         texts.append(f"{kind.value}: {', '.join(counts)}")
     text = "; ".join(texts) + "."
     caption = (
-        f"A head is named after what holds the largest share of its mass, if that is at least {analysis.NAMED_FROM:.0%}"
-        f" and {analysis.NAMED_OVER_UNIFORM:g} times the share of evenly spread attention; else broad. {text}"
+        f"A head is named after the position with the largest share of its mass if that share is at least "
+        f"{analysis.NAMED_FROM:.0%} and {analysis.NAMED_OVER_UNIFORM:g} times that of uniform attention; all others "
+        f"are broad. {text}"
     )
     return Figure("patterns", "Named patterns", caption, f"Name of each head's pattern. {text}", canvas)
 

@@ -1,16 +1,49 @@
-"""How the attention kinds of one model differ, said in sentences whose every clause depends on its numbers."""
+"""How the attention kinds of one model differ, in sentences made from its numbers."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 
+from ap_fairseq.pruning.summary import LayerSummary
 from ap_fairseq.report.analysis import BROAD, PATTERNS, Concentration, KeptMass
 from ap_fairseq.report.results import System
 from ap_fairseq.sites import AttentionKind
 
 ALIKE = 0.02  # shares that differ by less are called alike
+
+
+def overview(
+    measured: Mapping[AttentionKind, Concentration],
+    kept: Mapping[AttentionKind, KeptMass],
+    masks: str | None,
+    summary: Iterable[LayerSummary],
+) -> dict[AttentionKind, str]:
+    """Return one sentence about each kind: what pruning it costs, and how many of its heads follow positions.
+
+    Args:
+        masks: name of the masks that *summary* is about, or None.
+    """
+    rows = {row.kind: row for row in summary if row.layer is None}
+    sentences = {}
+    for kind, c in measured.items():
+        half, limit = kept[kind].kind.at(0.5), kept[kind].kind.sparsity[-1]
+        if masks is not None:
+            row = rows[kind.value]
+            cost = (
+                f"{masks} prunes {row.effective:.1%} of the pairs and keeps {row.kept_mass:.1%} of the attention mass"
+            )
+        elif half is not None:
+            cost = f"Half of the pairs hold {half:.1%} of the attention mass"
+        else:
+            cost = f"At most {limit:.1%} of the pairs can be pruned"
+        counts = _pattern_counts(c)
+        named = c.patterns.size - counts.pop(BROAD, 0)
+        listed = ", ".join(f"{count} {name}" for name, count in counts.items())
+        patterns = f" ({listed})" if named else ""
+        sentences[kind] = f"{cost}; {named} of {c.patterns.size} heads have a positional pattern{patterns}."
+    return sentences
 
 
 def differences(
@@ -26,13 +59,13 @@ def differences(
     """
     paragraphs = {
         "What can be pruned": _prunability(kept),
-        "Breadth": _breadth(measured),
-        "Places": _places(measured),
-        "Patterns": _named(measured),
+        "Entropy": _entropy(measured),
+        "Positions": _positions(measured),
+        "Patterns": _patterns(measured),
         "Heads": _heads(kept),
         "Layers": _layers(kept),
         "Nominal sparsity": _nominal(nominal_half),
-        "Translation": _scores(systems),
+        "Translation quality": _scores(systems),
     }
     return {aspect: text for aspect, text in paragraphs.items() if text}
 
@@ -45,9 +78,9 @@ def _prunability(kept: Mapping[AttentionKind, KeptMass]) -> str:
         if shares:
             parts.append(f"At {sparsity:.0%} effective sparsity, {_ranking(shares, 'keeps', 'of its attention mass')}.")
     limits = {kind.value: curve.kind.sparsity[-1] for kind, curve in kept.items()}
-    limited = [f"{name} by more than {limit:.0%}" for name, limit in limits.items() if limit < 0.9]
+    limited = [f"{limit:.0%} of {name}" for name, limit in limits.items() if limit < 0.9]
     if limited:
-        parts.append(f"As guaranteed cells are never pruned, one cannot prune {_join(limited)}.")
+        parts.append(f"As guaranteed cells are never pruned, at most {_join(limited)} can be pruned.")
     gains = {}
     for kind, curve in kept.items():
         half, even = curve.kind.at(0.5), curve.even.at(0.5)
@@ -55,30 +88,27 @@ def _prunability(kept: Mapping[AttentionKind, KeptMass]) -> str:
             gains[kind.value] = half - even
     if gains:
         listed = ", ".join(f"{100 * gain:+.0f} points for {name}" for name, gain in gains.items())
-        parts.append(
-            f"Against attention spread evenly over each sentence, for which short sentences alone decide what is kept, "
-            f"that is {listed} at 50%."
-        )
+        parts.append(f"Compared with uniform attention, that is {listed} at 50%.")
     return " ".join(parts)
 
 
-def _breadth(measured: Mapping[AttentionKind, Concentration]) -> str:
+def _entropy(measured: Mapping[AttentionKind, Concentration]) -> str:
     relative = {kind.value: float(c.heads["relative_entropy"].mean()) for kind, c in measured.items()}
     order = sorted(relative, key=relative.get)
     bits = ", ".join(
         f"{name} {measured[AttentionKind(name)].heads['entropy'].mean():.2f} bits ({relative[name]:.0%})"
         for name in order
     )
-    text = f"Entropy of the mean attention, and its share of the entropy of evenly spread attention: {bits}."
+    text = f"Entropy of the mean attention, in brackets relative to uniform attention: {bits}."
     if len(order) > 1:
         if relative[order[-1]] - relative[order[0]] < ALIKE:
             text += " The kinds are about equally concentrated."
         else:
-            text += f" {order[0]} is the most concentrated kind and {order[-1]} the broadest."
+            text += f" {order[0]} is the most concentrated kind, {order[-1]} the least."
     return text
 
 
-def _places(measured: Mapping[AttentionKind, Concentration]) -> str:
+def _positions(measured: Mapping[AttentionKind, Concentration]) -> str:
     names = {
         "near_diagonal": "within one position of the diagonal",
         "first": "on the first column",
@@ -92,31 +122,30 @@ def _places(measured: Mapping[AttentionKind, Concentration]) -> str:
             if place in c.heads
         ]
         if shares:
-            parts.append(f"Mass {words}: {', '.join(shares)}.")
+            parts.append(f"Attention mass {words}: {', '.join(shares)}.")
     return " ".join(parts)
 
 
 def _against(share: float, uniform: float) -> str:
     if uniform <= 0:
-        return "evenly spread attention would put none there"
+        return "uniform attention: 0%"
     ratio = share / uniform
     if 0.9 <= ratio <= 1.1:
-        return f"as evenly spread attention, {uniform:.0%}"
-    return f"{ratio:.1f} times the {uniform:.0%} of evenly spread attention"
+        return f"uniform attention: {uniform:.0%}"
+    return f"{ratio:.1f} times the {uniform:.0%} of uniform attention"
 
 
-def _named(measured: Mapping[AttentionKind, Concentration]) -> str:
+def _patterns(measured: Mapping[AttentionKind, Concentration]) -> str:
     parts = []
     for kind, c in measured.items():
-        counts = {name: int((c.patterns == name).sum()) for name in PATTERNS}
-        found = [f"{count} {name}" for name, count in counts.items() if count]
-        broad = int((c.patterns == BROAD).sum())
-        if found:
-            parts.append(f"{kind.value} has {', '.join(found)} and {broad} broad of {c.patterns.size} heads")
-        else:
-            parts.append(f"all {c.patterns.size} heads of {kind.value} are broad")
-    text = "; ".join(parts) + "."
-    return text if text.startswith(tuple(AttentionKind)) else text[0].upper() + text[1:]
+        found = [f"{count} {name}" for name, count in _pattern_counts(c).items()]
+        parts.append(f"{kind.value} {', '.join(found)}")
+    return f"Heads by pattern: {'; '.join(parts)}."
+
+
+def _pattern_counts(c: Concentration) -> dict[str, int]:
+    counts = {name: int((c.patterns == name).sum()) for name in (*PATTERNS, BROAD)}
+    return {name: count for name, count in counts.items() if count}
 
 
 def _heads(kept: Mapping[AttentionKind, KeptMass]) -> str:
@@ -129,11 +158,11 @@ def _heads(kept: Mapping[AttentionKind, KeptMass]) -> str:
             continue
         low, high = min(flat, key=lambda e: e[2]), max(flat, key=lambda e: e[2])
         if high[2] - low[2] < ALIKE:
-            parts.append(f"heads of {kind.value} are alike ({low[2]:.0%} to {high[2]:.0%})")
+            parts.append(f"{kind.value} {low[2]:.0%} to {high[2]:.0%}, all alike")
         else:
             least, most = (f"{share:.0%} (layer {layer}, head {head})" for layer, head, share in (low, high))
-            parts.append(f"heads of {kind.value} range from {least} to {most}")
-    return f"Mass that single heads keep when half of their own pairs go: {'; '.join(parts)}." if parts else ""
+            parts.append(f"{kind.value} {least} to {most}")
+    return f"Kept mass of single heads with half of their pairs pruned: {'; '.join(parts)}." if parts else ""
 
 
 def _layers(kept: Mapping[AttentionKind, KeptMass]) -> str:
@@ -142,19 +171,18 @@ def _layers(kept: Mapping[AttentionKind, KeptMass]) -> str:
         shares = [one.at(0.5) for one in curve.layers]
         if len(shares) < 2 or None in shares:
             continue
-        spread = max(shares) - min(shares)
-        if spread < ALIKE:
-            parts.append(f"layers of {kind.value} are alike ({min(shares):.0%} to {max(shares):.0%})")
+        if max(shares) - min(shares) < ALIKE:
+            parts.append(f"{kind.value} {min(shares):.0%} to {max(shares):.0%}, all alike")
             continue
         steps = np.diff(shares)
-        trend = "rising with depth" if (steps > 0).all() else "falling with depth" if (steps < 0).all() else "unevenly"
-        parts.append(f"{kind.value} goes from {shares[0]:.0%} in layer 0 to {shares[-1]:.0%} in the last, {trend}")
-    return f"By layer, kept mass at 50%: {'; '.join(parts)}." if parts else ""
+        trend = "rising" if (steps > 0).all() else "falling" if (steps < 0).all() else "without a trend"
+        parts.append(f"{kind.value} {shares[0]:.0%} in the first layer, {shares[-1]:.0%} in the last, {trend}")
+    return f"Kept mass of layers with half of their pairs pruned: {'; '.join(parts)}." if parts else ""
 
 
 def _nominal(nominal_half: Mapping[AttentionKind, float]) -> str:
     shares = ", ".join(f"{share:.1%} of {kind.value}" for kind, share in nominal_half.items())
-    return f"The authors' percentile at a nominal 50% would prune {shares} of the pairs that exist."
+    return f"At a nominal sparsity of 50%, the published percentile criterion would prune {shares}, in existing pairs."
 
 
 def _scores(systems: list[System]) -> str:
@@ -170,7 +198,7 @@ def _scores(systems: list[System]) -> str:
             parts.append(
                 f"{kind} at {system.sparsity[kind]:.0%} {change:+.2f} ({system.name} against {reference.name})"
             )
-    return f"Change of BLEU when one kind alone is pruned: {'; '.join(parts)}." if parts else ""
+    return f"Change in BLEU with a single kind pruned: {'; '.join(parts)}." if parts else ""
 
 
 def _ranking(shares: Mapping[str, float], verb: str, what: str) -> str:

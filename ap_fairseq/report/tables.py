@@ -26,7 +26,7 @@ def kinds_table(measured: Mapping[AttentionKind, Concentration], kept: Mapping[A
             [kind.value, f"{c.heads['entropy'].mean():.2f}", f"{c.heads['relative_entropy'].mean():.2f}", *shares]
             + ["–" if share is None else f"{share:.1%}" for share in at]
         )
-    header = ["kind", "entropy (bits)", "of uniform", "within ±1", "first column", "last source token"]
+    header = ["kind", "entropy (bits)", "relative to uniform", "within ±1", "first column", "last source token"]
     header += ["kept mass at 50%", "at 80%", "at 90%"]
     return Table(header, rows, "Attention of the dense model; averages over heads, shares of attention mass.")
 
@@ -40,9 +40,9 @@ def heads_table(measured: Mapping[AttentionKind, Concentration]) -> Table:
             values = [f"{c.heads[name][layer, head]:.3f}" if name in c.heads else "–" for name in names]
             rows.append([kind.value, str(layer), str(head), c.patterns[layer, head], *values])
         uniform = [f"{c.uniform[name]:.3f}" if name in c.uniform else "–" for name in names]
-        rows.append([kind.value, "–", "–", "evenly spread", *uniform])
+        rows.append([kind.value, "–", "–", "uniform", *uniform])
     header = ["kind", "layer", "head", "pattern", *(name.replace("_", " ") for name in names)]
-    caption = "Entropy in bits and relative to evenly spread attention; all other columns are shares of attention mass."
+    caption = "Entropy in bits and relative to uniform attention; all other columns are shares of attention mass."
     return Table(header, rows, caption)
 
 

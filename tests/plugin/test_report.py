@@ -398,7 +398,12 @@ def no_constant(name):
 def test_every_figure_is_a_picture_and_a_vector_drawing(folder):
     names = {path.stem for path in (folder / "figures").iterdir()}
     expected = {"support", "kept_mass", "nominal", "concentration", "patterns", "layer_sparsity", "quality", "speed"}
-    assert names == expected | {"memory"} | {f"attention_{kind.value}_masks" for kind in AttentionKind}
+    by_kind = {
+        f"{what}_{kind.value}{end}"
+        for what, end in (("attention", "_masks"), ("overview", ""))
+        for kind in AttentionKind
+    }
+    assert names == expected | {"memory"} | by_kind
     for name in names:
         pixels = matplotlib.image.imread(folder / "figures" / f"{name}.png")
         assert min(pixels.shape[:2]) > 200 and pixels.std() > 0.01
@@ -418,7 +423,7 @@ def test_the_summary_says_what_the_files_say(folder, stats_file, masks_file):
     assert summary["provenance"]["recording"]["checkpoint"] == stats.metadata["checkpoint"]
     shares = summary["kinds"]["encoder_self"]["concentration"]["end"]
     assert 0 < shares["mean"] < 1
-    assert set(summary["differences"]) >= {"What can be pruned", "Breadth", "Places", "Patterns", "Heads", "Layers"}
+    assert set(summary["differences"]) >= {"What can be pruned", "Entropy", "Positions", "Patterns", "Heads"}
 
 
 def test_tables_for_papers(folder):
@@ -442,6 +447,30 @@ def test_the_page_is_one_file(folder):
     assert len(labelled) == len(parsed.alternatives) - 1  # the script labels the heat map, by the head in view
     assert all(len(text) > 20 for text in labelled)
     json.loads(parsed.scripts["data"], parse_constant=no_constant)
+
+
+def test_the_page_opens_with_a_picture_and_a_sentence_for_each_kind(folder, stats_file, masks_file):
+    text = (folder / "report.html").read_text(encoding="utf-8")
+    stats, masks = AttentionStats.load(stats_file), PruningMasks.load(masks_file)
+    opening = text[text.index("<main>") : text.index('<section id="explorer">')]
+    for row in (row for row in summarize(masks, stats) if row.layer is None):
+        figure = re.search(rf'<figure id="figure-overview_{row.kind}">(.*?)</figure>', opening, re.DOTALL)[1]
+        assert figure.count("<image ") >= 2  # mean attention and mask; their colour bars may be images, too
+        assert f"kept: {1 - row.effective:.1%} of the pairs" in re.search(r'aria-label="([^"]*)"', figure)[1]
+        caption = re.search(r"<figcaption>(.*?)</figcaption>", figure)[1]
+        assert f"prunes {row.effective:.1%} of the pairs and keeps {row.kept_mass:.1%} of the attention mass" in caption
+        assert caption.count(".") - len(re.findall(r"\d\.\d", caption)) == 1  # one sentence
+    assert "<details open" not in text and text.count("<details>") >= 8  # long paragraphs are folded
+
+
+def test_the_terminal_shows_about_ten_lines(tmp_path, masks_file, stats_file, scores_file, capsys):
+    """It printed the eight paragraphs of the page."""
+    ap_report("--stats", stats_file, "--masks", masks_file, "--results", scores_file, "-o", tmp_path / "r")
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) <= 10 and max(map(len, lines)) <= 130
+    assert lines[0].startswith("Recorded on 33,025 sentence pairs") and lines[-1].endswith("report.html")
+    assert [line.split(":")[0] for line in lines[1:5]] == [*AttentionKind, "masks"]
+    assert "3 systems: BLEU 19.00" in lines[-2] and "to 21.06 (joint.tuned)" in lines[-2]
 
 
 def array(parsed: Page, name: str, dtype) -> np.ndarray:
@@ -525,7 +554,7 @@ def test_vanished_heads_are_named():
     masks, _ = build_masks(stats, MaskSpec({}))
     masks.keep[CROSS][0, 1, :, 1:] = False
     report = content.Report(stats, {"m": masks}, [])
-    assert report.vanished == ["m leaves 1 heads of cross nothing but guaranteed cells (layer.head): 0.1."]
+    assert report.vanished == ["m leaves nothing but guaranteed cells of 1 heads of cross (layer.head): 0.1."]
 
 
 # -- colours ----------------------------------------------------------------------------------------------------------
@@ -739,6 +768,18 @@ def test_the_keyboard_suffices(browser, folder):
     reader.settle()
     assert button.get_attribute("aria-pressed") == "true" and "layer 1, head 1" in reader.text()
     assert "layer 1, head 1" in cells.get_attribute("aria-label")
+
+
+def test_folded_paragraphs_open_with_the_keyboard(browser, folder):
+    from selenium.webdriver.common.keys import Keys
+
+    reader = Reader(browser, folder / "report.html", 390, "dark")
+    details = reader.find("#differences details")
+    paragraph = details.find_element("css selector", "p")
+    assert not paragraph.is_displayed()
+    details.find_element("css selector", "summary").send_keys(Keys.ENTER)
+    assert paragraph.is_displayed() and "effective sparsity" in paragraph.text
+    assert reader.run("return document.documentElement.scrollWidth <= innerWidth")
 
 
 def test_choices_of_map_masks_and_positions(browser, folder):
