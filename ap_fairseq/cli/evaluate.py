@@ -14,7 +14,7 @@ import torch
 from ap_fairseq.cli.common import command
 from ap_fairseq.evaluation import scores as evaluation
 from ap_fairseq.evaluation.results import format_latex, format_markdown, format_plain, read_results
-from ap_fairseq.files import ArtifactError, file_sha256, read_lines, refuse_existing, write_json
+from ap_fairseq.files import ArtifactError, UserError, file_sha256, read_lines, refuse_existing, write_json
 from ap_fairseq.provenance import decode_provenance, versions
 
 
@@ -146,20 +146,20 @@ def parse_system(text: str) -> System:
     long ones and long paths before short ones. ``./`` before a path selects another reading.
 
     Raises:
-        ArtifactError: if there is none.
+        UserError: if there is none.
     """
     readings = list(_readings(text))
     if not readings:
-        raise ArtifactError(f"system {text!r} is not of the form NAME=FILE or NAME=FILE,CHECKPOINT")
+        raise UserError(f"system {text!r} is not of the form NAME=FILE or NAME=FILE,CHECKPOINT")
     found = [reading for reading in readings if all(map(os.path.isfile, reading.files))]
     for reading in found:
         if reading.checkpoint is None or os.path.isfile(reading.checkpoint):
             return reading
     if found:
-        raise ArtifactError(f"system {text!r}: checkpoint {found[0].checkpoint} does not exist")
+        raise UserError(f"system {text!r}: checkpoint {found[0].checkpoint} does not exist")
     files = text.partition("=")[2].partition(",")[0].split(os.pathsep)
     missing = next((file for file in files if not os.path.isfile(file)), files[0])
-    raise ArtifactError(f"system {text!r}: {missing} is not a file; name a log of fairseq-generate or plain text")
+    raise UserError(f"system {text!r}: {missing} is not a file; name a log of fairseq-generate or plain text")
 
 
 def _readings(text: str) -> Iterator[System]:
@@ -214,20 +214,20 @@ def read_seconds(folder: str) -> dict[str, float]:
 
 def _check(args: argparse.Namespace) -> None:
     if not args.systems or not args.reference:
-        raise ArtifactError("nothing to score: name at least one NAME=FILE and the --reference")
+        raise UserError("nothing to score: name at least one NAME=FILE and the --reference")
     names = [system.name for system in args.systems]
     for option, given in (("system", names), ("--metrics", args.metrics)):
         if twice := sorted({name for name in given if given.count(name) > 1}):
-            raise ArtifactError(f"{option} {', '.join(twice)} is given twice")
+            raise UserError(f"{option} {', '.join(twice)} is given twice")
     for flag, needs in (("tokenized_bleu", "language"), ("comet", "source")):
         if getattr(args, flag) and not getattr(args, needs):
-            raise ArtifactError(f"--{flag.replace('_', '-')} needs --{needs}")
+            raise UserError(f"--{flag.replace('_', '-')} needs --{needs}")
     if args.separator == "":
-        raise ArtifactError("--separator is empty; give the text between segments, e.g. '<sep>'")
+        raise UserError("--separator is empty; give the text between segments, e.g. '<sep>'")
     if args.samples is not None and (args.significance is None or args.samples < 1):
-        raise ArtifactError(f"--samples {args.samples} takes at least 1 and goes with --significance")
+        raise UserError(f"--samples {args.samples} takes at least 1 and goes with --significance")
     if args.significance and len(names) < 2:
-        raise ArtifactError(f"--significance compares two systems or more, got {len(names)}")
+        raise UserError(f"--significance compares two systems or more, got {len(names)}")
 
 
 @command
@@ -245,12 +245,13 @@ def main(argv: list[str]) -> None:
         refuse_existing(args.output, args.overwrite)
     seconds = read_seconds(args.stages) if args.stages else {}  # what is wrong with it is said before the scoring
     document = {"command": shlex.join(["ap-evaluate", *argv]), **evaluate(args), **environment()}
-    print(format_plain(document))
     if seconds:
         document["seconds"] = seconds
-        print("seconds: " + ", ".join(f"{name} {value:.0f}" for name, value in seconds.items()))
-    if args.output:
+    if args.output:  # before printing, which ends the program if nobody reads it
         write_json(args.output, document, args.overwrite)
+    print(format_plain(document))
+    if seconds:
+        print("seconds: " + ", ".join(f"{name} {value:.0f}" for name, value in seconds.items()))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from sacrebleu.metrics import BLEU, CHRF, TER
 from sacrebleu.significance import PairedTest
 
-from ap_fairseq.files import ArtifactError, read_lines
+from ap_fairseq.files import ArtifactError, UserError, read_lines
 
 
 class Metric(NamedTuple):
@@ -184,10 +184,10 @@ def compare_systems(
         the resampled scores, with ``bootstrap`` only. The seed is sacreBLEU's (12345, or ``SACREBLEU_SEED``).
 
     Raises:
-        ArtifactError: if there are fewer than two systems, or numbers of sentences differ.
+        UserError: if there are fewer than two systems, or numbers of sentences differ.
     """
     if len(systems) < 2:
-        raise ArtifactError(f"a significance test compares two systems or more, got {len(systems)}")
+        raise UserError(f"a significance test compares two systems or more, got {len(systems)}")
     for name, hypotheses in systems.items():
         require_parallel(name, hypotheses, references)
     paired = PairedTest(
@@ -231,7 +231,7 @@ def score_by_length(
     """
     require_parallel("by length", hypotheses, references)
     if list(edges) != sorted(set(edges)) or not edges or edges[0] < 1:
-        raise ArtifactError(f"length buckets {list(edges)} are not ascending numbers of words from 1")
+        raise UserError(f"length buckets {list(edges)} are not ascending numbers of words from 1")
     lengths = [len(reference.split()) for reference in references]
     buckets = []
     for least, most in itertools.pairwise([0, *[edge + 1 for edge in edges], None]):
@@ -309,13 +309,13 @@ def tokenized_bleu(hypotheses: Sequence[str], references: Sequence[str], style: 
         ``tokenized_bleu`` and ``tokenized_bleu_signature``, which names style and tokenizer.
 
     Raises:
-        ArtifactError: if sacremoses is not installed.
+        UserError: if sacremoses is not installed.
     """
     require_parallel("tokenised BLEU", hypotheses, references)
     try:
         sacremoses = importlib.import_module("sacremoses")
     except ImportError as error:
-        raise ArtifactError("tokenised BLEU needs the package sacremoses: pip install sacremoses") from error
+        raise UserError("tokenised BLEU needs the package sacremoses: pip install sacremoses") from error
     tokenizer = sacremoses.MosesTokenizer(lang=language)
 
     def tokenized(text: str) -> str:
@@ -341,7 +341,7 @@ def comet_scores(model, sources: Sequence[str], systems: Mapping[str, Sequence[s
         name -> score.
 
     Raises:
-        ArtifactError: if the package or the model is not there.
+        UserError: if the package or the model is not there.
     """
     if not Path(model).is_file():
         raise ArtifactError(
@@ -353,7 +353,7 @@ def comet_scores(model, sources: Sequence[str], systems: Mapping[str, Sequence[s
     try:
         comet = importlib.import_module("comet")
     except ImportError as error:
-        raise ArtifactError("COMET needs the package unbabel-comet: pip install unbabel-comet") from error
+        raise UserError("COMET needs the package unbabel-comet: pip install unbabel-comet") from error
     import torch
 
     loaded = comet.load_from_checkpoint(str(model))

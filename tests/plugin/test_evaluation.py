@@ -2,17 +2,18 @@
 
 import json
 import re
+import subprocess
 import sys
 import types
 
 import pytest
 import sacrebleu
-from plugin.commands import sentence_pairs
+from plugin.commands import ROOT, sentence_pairs
 
 from ap_fairseq.cli import evaluate
 from ap_fairseq.evaluation import results, scores
 from ap_fairseq.evaluation.scores import compare_systems, read_hypotheses, score, score_by_length, score_documents
-from ap_fairseq.files import ArtifactError, read_lines
+from ap_fairseq.files import ArtifactError, UserError, read_lines
 
 REFERENCES = [target for _, target in sentence_pairs(120, seed=5)]
 
@@ -166,7 +167,7 @@ def test_length_buckets_hold_every_sentence_once():
     short = [k for k, n in enumerate(lengths) if n <= 7]
     alone = score([hypotheses[k] for k in short], [REFERENCES[k] for k in short])
     assert buckets[0]["bleu"] == alone["bleu"] < 100
-    with pytest.raises(ArtifactError, match=r"\[15, 7\] are not ascending"):
+    with pytest.raises(UserError, match=r"\[15, 7\] are not ascending"):
         score_by_length(hypotheses, REFERENCES, (15, 7))
 
 
@@ -207,7 +208,7 @@ def test_comet_uses_a_local_model_and_nothing_else(tmp_path, monkeypatch):
     model.parent.mkdir(parents=True)
     model.touch()
     monkeypatch.setitem(sys.modules, "comet", None)
-    with pytest.raises(ArtifactError, match="pip install unbabel-comet"):
+    with pytest.raises(UserError, match="pip install unbabel-comet"):
         scores.comet_scores(model, ["s"], {"x": ["h"]}, ["r"])
 
     class Model:
@@ -276,6 +277,17 @@ def test_any_existing_file_can_be_named(tmp_path, monkeypatch, text, expected):
     for name in ("log", "log,b", "rank0", "rank1", "model.pt", "a=b", "a,b", "b,c.pt", "a:b", "b", "=", ","):
         (tmp_path / name).touch()
     assert evaluate.parse_system(text) == expected
+
+
+def test_a_reader_that_leaves_does_not_cost_the_results(tmp_path):
+    """``ap-evaluate -o results.json | head -1`` printed first and then ended without the file."""
+    reference, output = write(tmp_path / "ref", "\n".join(REFERENCES) + "\n"), tmp_path / "results.json"
+    code = "import sys; from ap_fairseq.cli.evaluate import main; main(sys.argv[1:])"
+    command = [sys.executable, "-c", code, f"x={reference}", "--reference", reference, "-o", str(output)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT) as program:
+        program.stdout.close()
+        assert b"Traceback" not in program.stderr.read()
+    assert results.read_results(output)["systems"][0]["bleu"] == pytest.approx(100)
 
 
 @pytest.mark.parametrize(
