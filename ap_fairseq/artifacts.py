@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +17,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from ap_fairseq.files import ArtifactError, atomic_output, not_written
+from ap_fairseq.files import ArtifactError, atomic_output, file_sha256, not_written, require_file
 from ap_fairseq.sites import AttentionKind
 
 CELLS_PER_WORD = 32
@@ -33,19 +34,62 @@ def _write(path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, Any],
 
 
 def _read(path, expected_format: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    if not os.path.exists(path):
-        raise ArtifactError(f"{path} does not exist; expected a file of format {expected_format!r}")
+    expected = CONTENTS[expected_format]
+    require_file(path, expected)
+    if not os.path.getsize(path):
+        raise ArtifactError(f"{path} is empty; expected {expected}")
     try:
         with safetensors.safe_open(str(path), framework="numpy") as archive:
             header = archive.metadata() or {}
             tensors = {name: archive.get_tensor(name) for name in archive.keys()}
-    except (safetensors.SafetensorError, OSError) as error:
-        raise ArtifactError(f"{path} cannot be read as a safetensors file ({error}); write it again") from error
-    metadata = json.loads(header.get("ap_fairseq", "{}"))
-    found = metadata.get("format")
+    except safetensors.SafetensorError as error:
+        raise ArtifactError(
+            f"{path} cannot be read as a safetensors file ({error}): it is cut off, damaged or of another kind; "
+            f"expected {expected}"
+        ) from error
+    try:
+        metadata = json.loads(header["ap_fairseq"])
+        found = metadata["format"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ArtifactError(f"{path} is a safetensors file of another program; expected {expected}") from error
     if found != expected_format:
-        raise ArtifactError(f"{path} has format {found!r}, expected {expected_format!r}")
+        raise ArtifactError(f"{path} has format {found!r}, expected {expected_format!r}: {expected}")
     return tensors, metadata
+
+
+CONTENTS = {
+    "ap-attention-stats-2": "attention statistics, which ap-record writes",
+    "ap-pruning-masks-2": "pruning masks, which ap-masks writes",
+}
+
+
+@contextmanager
+def _naming(path):
+    """Put the file's name before what is wrong with its contents."""
+    try:
+        yield
+    except ArtifactError as error:
+        raise ArtifactError(f"{path}: {error}") from error
+
+
+def _kinds(metadata: Mapping[str, Any]) -> list[AttentionKind]:
+    """Return the kinds that a file claims to hold."""
+    named = metadata.get("architecture")
+    if not isinstance(named, dict) or not named or set(named) - set(AttentionKind):
+        raise ArtifactError(f"its architecture is {named!r}, expected some of the kinds {', '.join(AttentionKind)}")
+    return [kind for kind in AttentionKind if kind in named]
+
+
+def _tensor(tensors: Mapping[str, np.ndarray], name: str, dtype: type[np.generic], ndim: int) -> np.ndarray:
+    if name not in tensors:
+        raise ArtifactError(f"the tensor {name} is missing; write the file again")
+    tensor = tensors[name]
+    if tensor.dtype != dtype or tensor.ndim != ndim:
+        raise ArtifactError(
+            f"{name} is {tensor.dtype} of {tensor.ndim} dimensions, expected {dtype.__name__} of {ndim}; "
+            "write the file again"
+        )
+    return tensor
 
 
 # -- bit packing ------------------------------------------------------------------------------------------------------
@@ -68,6 +112,11 @@ def pack_cells(keep: np.ndarray) -> np.ndarray:
     return bits.view("<u4").astype(np.int64)
 
 
+def _words(n: int) -> int:
+    """Words that hold *n* cells."""
+    return -(-n // CELLS_PER_WORD)
+
+
 def unpack_cells(words: np.ndarray, n: int) -> np.ndarray:
     """Invert :func:`pack_cells`: int64 (..., w) -> bool (..., n)."""
     bits = np.ascontiguousarray(words.astype("<u4")).view(np.uint8)
@@ -75,6 +124,8 @@ def unpack_cells(words: np.ndarray, n: int) -> np.ndarray:
 
 
 # -- attention statistics ---------------------------------------------------------------------------------------------
+
+ROUNDING = 1e-3  # by which a sum of probabilities may exceed their number
 
 
 @dataclass
@@ -103,18 +154,34 @@ class AttentionStats:
     importance: dict[AttentionKind, np.ndarray] = field(default_factory=dict)
 
     def __post_init__(self):
-        for kind, importance in self.importance.items():
-            if importance.shape != self.mass[kind].shape:
-                raise ArtifactError(
-                    f"{kind.value}: importance has shape {importance.shape}, mass {self.mass[kind].shape}; "
-                    "they must be equal"
-                )
-        for kind, mass in self.mass.items():
-            if mass.ndim != 4 or mass.shape[2:] != self.support[kind].shape:
-                raise ArtifactError(
-                    f"{kind.value}: mass has shape {mass.shape}, support {self.support[kind].shape}; "
-                    "expected (layers, heads, Tq, Tk) and (Tq, Tk)"
-                )
+        self.require_valid()
+
+    def require_valid(self) -> None:
+        """Raise :class:`ArtifactError` unless shapes agree and every number is one that a recording can give."""
+        for kind, support in self.support.items():
+            layers_heads = self.mass[kind].shape[:2]
+            cells = (*layers_heads, *support.shape)
+            for name, array, shape in (
+                ("mass", self.mass[kind], cells),
+                ("end_mass", self.end_mass.get(kind), layers_heads),
+                ("importance", self.importance.get(kind), cells),
+            ):
+                if array is not None and (array.shape != shape or len(cells) != 4):
+                    raise ArtifactError(
+                        f"{kind.value}: {name} has shape {array.shape}, support {support.shape}; expected (layers, "
+                        "heads, Tq, Tk) for mass and importance, (layers, heads) for end_mass, (Tq, Tk) for support"
+                    )
+            if support.min(initial=0) < 0:
+                raise ArtifactError(f"{kind.value}: support is {support.min()} somewhere; it counts sentences")
+            most = support * (1 + ROUNDING)
+            for layer, head in np.ndindex(layers_heads):
+                where = f"{kind.value} layer {layer} head {head}"
+                mass = self.mass[kind][layer, head]
+                _require_between(mass, most, f"{where}: the attention mass")
+                if kind in self.importance:
+                    _require_between(self.importance[kind][layer, head], np.inf, f"{where}: the importance")
+                if kind in self.end_mass:
+                    _require_between(self.end_mass[kind][layer, head], np.inf, f"{where}: the mass on the last token")
 
     @property
     def kinds(self) -> list[AttentionKind]:
@@ -129,6 +196,29 @@ class AttentionStats:
         """Mean attention s/n, float64 (layers, heads, Tq, Tk); 0 where a cell was never attendable."""
         return self.mass[kind] / np.maximum(self.support[kind], 1)
 
+    @classmethod
+    def load_merged(cls, paths: Sequence[str | os.PathLike]) -> AttentionStats:
+        """Read one or more files of the same model and merge them.
+
+        Raises:
+            ArtifactError: if a file cannot be read, is given twice, or does not belong with the first.
+        """
+        seen: dict[str, str | os.PathLike] = {}
+        for path in paths:
+            require_file(path, CONTENTS[cls.FORMAT])
+            digest = file_sha256(path)
+            if digest in seen:
+                raise ArtifactError(
+                    f"{path} and {seen[digest]} are the same statistics, which would count twice; name them once"
+                )
+            seen[digest] = path
+        merged = cls.load(paths[0])
+        for path in paths[1:]:
+            other = cls.load(path)
+            with _naming(f"{paths[0]} and {path} cannot be merged"):
+                merged = merged.merge(other)
+        return merged
+
     def merge(self, other: AttentionStats) -> AttentionStats:
         """Return the statistics of both recordings together, as if recorded in one run.
 
@@ -136,19 +226,27 @@ class AttentionStats:
         pairs add up; ``data``, ``sample`` and ``versions`` become lists, one entry for each recording.
 
         Raises:
-            ArtifactError: if the two belong to different models or dictionaries, or were cut at different positions.
+            ArtifactError: if they belong to different models, dictionaries, languages or losses, or were cut at
+                different positions.
         """
         if self.architecture != other.architecture:
             raise ArtifactError(
-                f"cannot merge statistics of different architectures: {self.architecture} and {other.architecture}"
+                f"different architectures: {describe_architecture(self.architecture)} and "
+                f"{describe_architecture(other.architecture)}"
             )
         both = self.metadata, other.metadata
         beyond = {k.value: sum(m.get("pairs_beyond_range", {}).get(k.value, 0) for m in both) for k in self.kinds}
-        # What is beyond the smaller limit would be counted in one recording and not in the other.
-        for key in ("checkpoint", "dictionaries", *(["max_positions"] if any(beyond.values()) else [])):
-            ours, theirs = self.metadata.get(key), other.metadata.get(key)
+        same = ["checkpoint", "dictionaries"]
+        if any(beyond.values()):  # pairs between the two limits would be counted in one recording alone
+            same.append("max_positions")
+        if self.importance and other.importance:
+            same.append("loss")
+        if all("languages" in metadata for metadata in both):
+            same.append("languages")
+        for key in same:
+            ours, theirs = (metadata.get(key) for metadata in both)
             if ours != theirs:
-                raise ArtifactError(f"cannot merge statistics with different {key}: {ours} and {theirs}")
+                raise ArtifactError(f"different {key}: {ours} and {theirs}")
         mass, support = {}, {}
         for kind in self.kinds:
             shape = np.maximum(self.support[kind].shape, other.support[kind].shape)
@@ -167,7 +265,8 @@ class AttentionStats:
         return AttentionStats(mass, support, metadata, end_mass, importance)
 
     def save(self, path, overwrite: bool = False) -> None:
-        """Write the statistics; raises :class:`ArtifactError` if *path* exists and *overwrite* is not set."""
+        """Write the statistics; raises :class:`ArtifactError` for invalid ones, or if *path* may not be written."""
+        self.require_valid()
         tensors = {f"{kind.value}.mass": self.mass[kind] for kind in self.kinds}
         tensors |= {f"{kind.value}.support": self.support[kind] for kind in self.kinds}
         tensors |= {f"{kind.value}.end_mass": mass for kind, mass in self.end_mass.items()}
@@ -178,14 +277,44 @@ class AttentionStats:
     def load(cls, path) -> AttentionStats:
         """Read statistics; raises :class:`ArtifactError` if the file is missing, damaged or of another format."""
         tensors, metadata = _read(path, cls.FORMAT)
-        kinds = [AttentionKind(name) for name in metadata["architecture"]]
 
-        def of_kinds(name: str) -> dict[AttentionKind, np.ndarray]:
-            return {kind: tensors[f"{kind.value}.{name}"] for kind in kinds if f"{kind.value}.{name}" in tensors}
+        def of_kinds(name: str, dtype: type[np.generic], ndim: int, optional: bool = False):
+            present = [k for k in _kinds(metadata) if not optional or f"{k.value}.{name}" in tensors]
+            return {kind: _tensor(tensors, f"{kind.value}.{name}", dtype, ndim) for kind in present}
 
-        mass = {kind: tensors[f"{kind.value}.mass"] for kind in kinds}
-        support = {kind: tensors[f"{kind.value}.support"] for kind in kinds}
-        return cls(mass, support, metadata, of_kinds("end_mass"), of_kinds("importance"))
+        with _naming(path):
+            stats = cls(
+                of_kinds("mass", np.float64, 4),
+                of_kinds("support", np.int64, 2),
+                metadata,
+                of_kinds("end_mass", np.float64, 2, optional=True),
+                of_kinds("importance", np.float64, 4, optional=True),
+            )
+            _require_architecture(metadata, stats.architecture)
+            return stats
+
+
+def _require_architecture(metadata: Mapping[str, Any], found: Mapping[str, list[int]]) -> None:
+    if metadata["architecture"] != found:
+        raise ArtifactError(f"its tensors are of {found}, its metadata says {metadata['architecture']}; write it again")
+
+
+def _require_between(values: np.ndarray, most: np.ndarray | float, what: str) -> None:
+    """Raise :class:`ArtifactError` unless *values*, a cell or (Tq, Tk), are finite and in [0, *most*]."""
+    infinite = ~np.isfinite(values)
+    wrong = infinite | (values < 0) | (values > most)
+    if not wrong.any():
+        return
+    cell = np.argwhere(infinite if infinite.any() else wrong)[0]
+    where = f" at query {cell[0]}, key {cell[1]}" if len(cell) else ""
+    value = values[tuple(cell)]
+    if infinite.any():
+        raise ArtifactError(
+            f"{what} is {value}{where}: the model diverged, or its numbers overflow in this precision; record in fp32 "
+            "(without --fp16) or with --bf16, or take a checkpoint from before it diverged"
+        )
+    limit = np.broadcast_to(most, values.shape)[tuple(cell)]
+    raise ArtifactError(f"{what} is {value:g}{where}, expected 0 to {limit:g}; the file is damaged, record again")
 
 
 def _grown(array: np.ndarray, shape) -> np.ndarray:
@@ -268,11 +397,24 @@ class PruningMasks:
         """Read masks; raises :class:`ArtifactError` if the file is missing, damaged or of another format."""
         tensors, metadata = _read(path, cls.FORMAT)
         keep, extrapolation = {}, {}
-        for kind in map(AttentionKind, metadata["architecture"]):
-            n_queries, n_keys = tensors[f"{kind.value}.range"].tolist()
-            keep[kind] = unpack_cells(tensors[f"{kind.value}.keep"], n_keys)
-            extrapolation[kind] = unpack_cells(tensors[f"{kind.value}.extrapolation"], n_queries + n_keys - 1)
-        return cls(keep, extrapolation, metadata)
+        with _naming(path):
+            for kind in _kinds(metadata):
+                words, offsets = (
+                    _tensor(tensors, f"{kind.value}.{name}", np.int64, ndim)
+                    for name, ndim in (("keep", 4), ("extrapolation", 3))
+                )
+                size = _tensor(tensors, f"{kind.value}.range", np.int64, 1)
+                n_queries, n_keys = size.tolist() if size.shape == (2,) else (0, 0)
+                stored = words.shape[2:], offsets.shape[2:]
+                if (words >> CELLS_PER_WORD).any() or (offsets >> CELLS_PER_WORD).any():
+                    raise ArtifactError(f"{kind.value}: bits beyond those of {CELLS_PER_WORD} cells are set in a word")
+                if stored != ((n_queries, _words(n_keys)), (_words(n_queries + n_keys - 1),)):
+                    raise ArtifactError(f"{kind.value}: masks of shapes {stored} for the range {size.tolist()}")
+                keep[kind] = unpack_cells(words, n_keys)
+                extrapolation[kind] = unpack_cells(offsets, n_queries + n_keys - 1)
+            masks = cls(keep, extrapolation, metadata)
+            _require_architecture(metadata, masks.architecture)
+            return masks
 
     def require_model(self, shape: Mapping[str, list[int]], dictionaries: Mapping[str, str], path) -> None:
         """Raise :class:`ArtifactError` unless the masks were made for this model shape and these dictionaries.

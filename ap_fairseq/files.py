@@ -1,4 +1,4 @@
-"""Files that are whole or absent: atomic output, hashes, lines and JSON; and the errors a user can mend."""
+"""Reading and writing whole files, and the errors that a user can mend."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import errno
 import hashlib
 import json
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterable
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 class UserError(Exception):
@@ -26,10 +28,9 @@ def read_lines(path) -> list[str]:
     """Return the lines of a text file; only a line feed ends one, as for fairseq, not every Unicode separator.
 
     Raises:
-        ArtifactError: if the file does not exist or is not UTF-8.
+        ArtifactError: if there is no such file or it is not UTF-8.
     """
-    if not Path(path).is_file():
-        raise ArtifactError(f"{path} does not exist; expected a text file with one sentence or log entry a line")
+    require_file(path, "a text file with one sentence or log entry a line")
     try:
         with open(path, encoding="utf-8", newline="\n") as lines:
             return [line.rstrip("\n") for line in lines]
@@ -43,8 +44,28 @@ def write_json(path, document: Any, overwrite: bool = False) -> None:
         Path(temporary).write_text(json.dumps(document, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
+def require_file(path: str | os.PathLike, expected: str) -> None:
+    """Raise :class:`ArtifactError` unless *path* is a file that can be read and is no Git LFS pointer.
+
+    Args:
+        expected: what the file should be, for the message.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise ArtifactError(f"{path} does not exist; expected {expected}")
+    if path.is_dir():
+        raise ArtifactError(f"{path} is a folder; expected {expected}")
+    if not path.is_file():
+        raise ArtifactError(f"{path} is not a regular file; expected {expected}")
+    with open(path, "rb") as stream:
+        if stream.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise ArtifactError(
+                f"{path} is a Git LFS pointer, which stands for {expected}; fetch the file itself with: git lfs pull"
+            )
+
+
 def refuse_existing(path: str | os.PathLike, overwrite: bool, inputs: Iterable[str | os.PathLike] = ()) -> None:
-    """Raise :class:`ArtifactError` if *path* exists and *overwrite* is not set, or if it can never be written.
+    """Raise :class:`ArtifactError` if *path* exists and *overwrite* is not set, or if it cannot be written.
 
     Called before hours of work as well as by the writers, so that a bad output path costs nothing.
 
@@ -57,9 +78,15 @@ def refuse_existing(path: str | os.PathLike, overwrite: bool, inputs: Iterable[s
             raise ArtifactError(f"output {path} is the input {file}; choose another name")
     if path.is_dir():
         raise ArtifactError(f"output {path} is a directory; name a file")
+    if path.exists() and not path.is_file():
+        raise ArtifactError(f"output {path} is not a regular file; name a file")
+    if path.is_symlink() and not path.exists():
+        raise ArtifactError(
+            f"output {path} is a broken symbolic link (to {os.readlink(path)}); remove it or choose another name"
+        )
     if path.exists() and not overwrite:
         raise ArtifactError(f"output {path} exists; pass --overwrite to replace it or choose another name")
-    parent = path.parent
+    parent = path.resolve().parent if path.exists() else path.parent
     if not parent.is_dir():
         raise ArtifactError(f"cannot write {path}: folder {parent} does not exist; create it first")
     if not os.access(parent, os.W_OK):
@@ -68,23 +95,27 @@ def refuse_existing(path: str | os.PathLike, overwrite: bool, inputs: Iterable[s
 
 @contextmanager
 def atomic_output(path: str | os.PathLike, overwrite: bool = False):
-    """Yield a temporary path beside *path* that becomes *path* when the block ends without an exception.
+    """Yield a temporary path that becomes *path* when the block ends without an exception.
+
+    As with ``cp``, a symbolic link stays one and the file that it points to is replaced, and a replaced file's
+    permissions stay; a new file has those of the user's umask.
 
     Raises:
         ArtifactError: also if the disk is full.
     """
     refuse_existing(path, overwrite)
-    path = Path(path)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    os.close(handle)
+    target = Path(path).resolve()
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+    os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
     try:
-        yield Path(temporary)
-        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes private files; users expect their umask
-        os.replace(temporary, path)
+        yield temporary
+        if target.exists():
+            shutil.copymode(target, temporary)
+        os.replace(temporary, target)
     except BaseException as error:
         full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         reported = not_written(path, error) if full else None  # before the file makes room
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         if reported:
             raise reported from error
         raise
@@ -92,14 +123,8 @@ def atomic_output(path: str | os.PathLike, overwrite: bool = False):
 
 def not_written(path: str | os.PathLike, reason: object) -> ArtifactError:
     """Return the error for a file whose writing failed, with the space on its disk."""
-    free = shutil.disk_usage(Path(path).parent).free
+    free = shutil.disk_usage(Path(path).resolve().parent).free
     return ArtifactError(f"{path} could not be written: {reason}; {free:,} bytes are free on its disk")
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def file_sha256(path: str | os.PathLike) -> str:

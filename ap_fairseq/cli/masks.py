@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import functools
 import logging
 from collections.abc import Mapping
 
@@ -184,5 +183,5 @@ def write_masks(stats: AttentionStats, spec: MaskSpec, output, overwrite: bool =
 def main(argv: list[str]) -> None:
     args = get_parser().parse_args(argv)
     refuse_existing(args.output, args.overwrite, filter(None, [*args.stats, args.like]))
-    stats = functools.reduce(AttentionStats.merge, map(AttentionStats.load, args.stats))
+    stats = AttentionStats.load_merged(args.stats)
     write_masks(stats, spec_from(args, stats), args.output, args.overwrite)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import functools
 import logging
 
 from ap_fairseq.artifacts import AttentionStats
@@ -82,19 +81,15 @@ def get_export_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _load_stats(paths: list[str]) -> AttentionStats:
-    return functools.reduce(AttentionStats.merge, map(AttentionStats.load, paths))
-
-
 def _export(argv: list[str]) -> None:
     args = get_export_parser().parse_args(argv)
-    export(_load_stats(args.stats), args.output, args.format, args.positions, args.overwrite)
+    export(AttentionStats.load_merged(args.stats), args.output, args.format, args.positions, args.overwrite)
     logger.info(f"mean attention -> {args.output}")
 
 
 def _figures(argv: list[str]) -> None:
     args = get_figures_parser().parse_args(argv)
-    report = build.load(_load_stats(args.stats), args.stats, args.masks, args.results, args.benchmark)
+    report = build.load(AttentionStats.load_merged(args.stats), args.stats, args.masks, args.results, args.benchmark)
     figures = report.figures()
     names = [f"{figure.name}.{ending}" for figure in figures for ending in ("png", "svg")]
     folder = build.check_folder(args.output, names, args.overwrite)
@@ -105,7 +100,7 @@ def _figures(argv: list[str]) -> None:
 def _report(argv: list[str]) -> None:
     args = get_parser().parse_args(argv)
     folder = build.check_folder(args.output, _REPORT_FILES, args.overwrite)
-    report = build.load(_load_stats(args.stats), args.stats, args.masks, args.results, args.benchmark)
+    report = build.load(AttentionStats.load_merged(args.stats), args.stats, args.masks, args.results, args.benchmark)
     build.write_report(report, folder)
     print(*report.digest, f"report: {folder / 'report.html'}", sep="\n")
 

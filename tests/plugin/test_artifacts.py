@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from plugin.builders import random_masks, random_stats
 
 from ap_fairseq.artifacts import AttentionStats, PruningMasks, pack_cells, unpack_cells
-from ap_fairseq.files import ArtifactError, atomic_output
+from ap_fairseq.files import ArtifactError, atomic_output, refuse_existing
 from ap_fairseq.model import attention
 from ap_fairseq.model.checkpoints import save_checkpoint
 from ap_fairseq.sites import AttentionKind
@@ -61,6 +61,54 @@ def test_an_existing_file_is_replaced_only_on_demand(tmp_path):
     assert path.read_bytes() == before
     random_masks(0.2).save(path, overwrite=True)
     assert path.read_bytes() != before
+
+
+def test_a_link_stays_a_link(tmp_path):
+    """`-o LINK --overwrite` replaced the link by a file and left the file behind it as it was; cp writes through."""
+    (tmp_path / "data").mkdir()
+    target, middle, link = tmp_path / "data" / "file", tmp_path / "middle", tmp_path / "link"
+    target.write_text("old")
+    target.chmod(0o640)
+    middle.symlink_to(os.path.join("data", "file"))
+    link.symlink_to(middle)
+    with pytest.raises(ArtifactError, match="link exists; pass --overwrite"):
+        refuse_existing(link, overwrite=False)
+    with atomic_output(link, overwrite=True) as temporary:
+        temporary.write_text("new")
+    assert link.is_symlink() and middle.is_symlink() and target.read_text() == "new"
+    assert target.stat().st_mode & 0o777 == 0o640
+    assert os.listdir(target.parent) == ["file"] and sorted(os.listdir(tmp_path)) == ["data", "link", "middle"]
+    with pytest.raises(ArtifactError, match="output .*link is the input .*file"):
+        refuse_existing(link, overwrite=True, inputs=[target])
+
+
+@pytest.mark.parametrize("to", ["nowhere", "link"])
+def test_a_link_that_leads_nowhere_is_refused(tmp_path, to):
+    """A broken link, or one in a loop, was replaced without --overwrite."""
+    link = tmp_path / "link"
+    link.symlink_to(to)
+    with pytest.raises(ArtifactError, match=f"link is a broken symbolic link .to {to}."):
+        refuse_existing(link, overwrite=True)
+
+
+def test_a_device_is_no_output(tmp_path):
+    """`-o /dev/null --overwrite` as root replaced the device by a file."""
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ArtifactError, match="pipe is not a regular file"):
+        refuse_existing(tmp_path / "pipe", overwrite=True)
+
+
+def test_new_files_have_the_permissions_of_the_umask_which_is_left_alone(tmp_path, monkeypatch):
+    """The umask was set to 0 and back for the whole process, while other threads wrote files."""
+    before = os.umask(0o027)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "umask", None)
+            with atomic_output(tmp_path / "file") as temporary:
+                assert temporary.stat().st_mode & 0o777 == 0o640
+        assert (tmp_path / "file").stat().st_mode & 0o777 == 0o640
+    finally:
+        os.umask(before)
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
@@ -113,25 +161,187 @@ def test_a_folder_that_does_not_exist_is_named(tmp_path):
         random_masks(0.5).save(tmp_path / "nowhere" / "m.safetensors")
 
 
-@pytest.mark.parametrize("damage", ["missing", "empty", "truncated", "garbage", "other format"])
-@pytest.mark.parametrize("artifact", [AttentionStats, PruningMasks])
-def test_damaged_files_are_named(tmp_path, damage, artifact):
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 12345\n"
+OTHER_FORMAT = {"ap_fairseq": json.dumps({"format": "something-else"})}
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda path, whole: path.unlink(), "does not exist; expected {expected}"),
+        (lambda path, whole: (path.unlink(), path.mkdir()), "is a folder; expected {expected}"),
+        (lambda path, whole: (path.unlink(), os.mkfifo(path)), "is not a regular file; expected {expected}"),
+        (lambda path, whole: path.write_bytes(b""), "is empty; expected {expected}"),
+        (
+            lambda path, whole: path.write_bytes(whole[: len(whole) // 2]),
+            "cannot be read .* is cut off.* {expected}",
+        ),
+        (lambda path, whole: path.write_bytes(b"\xff" * 500), "cannot be read as a safetensors file"),
+        (lambda path, whole: path.write_bytes(LFS), "is a Git LFS pointer, which stands for {expected}.*git lfs pull"),
+        (
+            lambda path, whole: safetensors.numpy.save_file({"x": np.zeros(1)}, path),
+            "is a safetensors file of another program; expected {expected}",
+        ),
+        (
+            lambda path, whole: safetensors.numpy.save_file({"x": np.zeros(1)}, path, OTHER_FORMAT),
+            "has format 'something-else', expected 'ap-.*: {expected}",
+        ),
+    ],
+    ids=["missing", "folder", "fifo", "empty", "cut off", "garbage", "lfs", "other program", "other format"],
+)
+@pytest.mark.parametrize(
+    ("artifact", "expected"),
+    [
+        (AttentionStats, "attention statistics, which ap-record writes"),
+        (PruningMasks, "pruning masks, which ap-masks writes"),
+    ],
+)
+def test_damaged_files_are_named(tmp_path, damage, message, artifact, expected):
     path = tmp_path / "file.safetensors"
     (random_stats() if artifact is AttentionStats else random_masks(0.5)).save(path)
-    whole = path.read_bytes()
-    message = "cannot be read as a safetensors file"
-    if damage == "missing":
-        path.unlink()
-        message = "does not exist"
-    elif damage == "other format":
-        header = {"ap_fairseq": json.dumps({"format": "something-else"})}
-        safetensors.numpy.save_file({"x": np.zeros(1)}, path, header)
-        message = "has format 'something-else', expected 'ap-"
-    else:
-        path.write_bytes({"empty": b"", "truncated": whole[: len(whole) // 2], "garbage": b"\xff" * 500}[damage])
-    with pytest.raises(ArtifactError, match=message) as error:
+    damage(path, path.read_bytes())
+    with pytest.raises(ArtifactError, match=f"file.safetensors {message.format(expected=expected)}"):
         artifact.load(path)
-    assert "file.safetensors" in str(error.value)
+
+
+def rewritten(path, change) -> None:
+    """Write a file again after *change* of its tensors and metadata."""
+    with safetensors.safe_open(str(path), framework="numpy") as archive:
+        tensors = {name: archive.get_tensor(name) for name in archive.keys()}
+        metadata = json.loads(archive.metadata()["ap_fairseq"])
+    change(tensors, metadata)
+    safetensors.numpy.save_file(tensors, path, {"ap_fairseq": json.dumps(metadata)})
+
+
+@pytest.mark.parametrize(
+    ("artifact", "change", "message"),
+    [
+        (AttentionStats, lambda t, m: t.pop("cross.mass"), "the tensor cross.mass is missing"),
+        (AttentionStats, lambda t, m: m.pop("architecture"), "its architecture is None, expected some of the kinds"),
+        (
+            AttentionStats,
+            lambda t, m: m["architecture"].update(other=[1, 1]),
+            "its architecture is .*'other'.*, expected some of the kinds encoder_self",
+        ),
+        (
+            AttentionStats,
+            lambda t, m: m["architecture"].update(cross=[2, 4]),
+            r"its tensors are of .*'cross': \[2, 2\].*, its metadata says .*'cross': \[2, 4\]",
+        ),
+        (
+            AttentionStats,
+            lambda t, m: t.update({"cross.support": t["cross.support"].astype(np.float64)}),
+            "cross.support is float64 of 2 dimensions, expected int64 of 2",
+        ),
+        (
+            AttentionStats,
+            lambda t, m: t.update({"cross.mass": t["cross.mass"][:, :, 1:].copy()}),
+            r"cross: mass has shape \(2, 2, 8, 11\), support \(9, 11\)",
+        ),
+        (PruningMasks, lambda t, m: t.pop("cross.range"), "the tensor cross.range is missing"),
+        (PruningMasks, lambda t, m: t["cross.range"].fill(70), r"cross: masks of shapes .* for the range \[70, 70\]"),
+        (PruningMasks, lambda t, m: t["cross.range"].fill(-1), r"cross: masks of shapes .* for the range \[-1, -1\]"),
+        (PruningMasks, lambda t, m: t["cross.keep"].fill(-1), "cross: bits beyond those of 32 cells"),
+        (PruningMasks, lambda t, m: t["cross.keep"].fill(0), "cross: column 0 must be kept"),
+    ],
+)
+def test_damage_inside_a_readable_file_is_named_with_the_file(tmp_path, artifact, change, message):
+    """A missing tensor was a KeyError, and a range of the wrong size pruned cells silently."""
+    path = tmp_path / "file.safetensors"
+    (random_stats() if artifact is AttentionStats else random_masks(0.5)).save(path)
+    rewritten(path, change)
+    with pytest.raises(ArtifactError, match=f"file.safetensors: {message}"):
+        artifact.load(path)
+
+
+# -- values -----------------------------------------------------------------------------------------------------------
+
+
+def _set(name: str, cell: tuple[int, ...], value: float):
+    def change(stats: AttentionStats) -> None:
+        stats.end_mass = {AttentionKind.CROSS: np.ones((2, 2))}
+        getattr(stats, name)[AttentionKind.CROSS][cell] = value
+
+    return change
+
+
+DIVERGED = ": the model diverged, or its numbers overflow in this precision; record in fp32 .* or with --bf16"
+IMPOSSIBLE = [
+    (
+        _set("mass", (1, 0, 2, 3), np.nan),
+        f"cross layer 1 head 0: the attention mass is nan at query 2, key 3{DIVERGED}",
+    ),
+    (
+        _set("mass", (0, 1, 0, 1), np.inf),
+        f"cross layer 0 head 1: the attention mass is inf at query 0, key 1{DIVERGED}",
+    ),
+    (
+        _set("importance", (0, 0, 1, 1), np.nan),
+        f"cross layer 0 head 0: the importance is nan at query 1, key 1{DIVERGED}",
+    ),
+    (_set("importance", (0, 0, 1, 1), -np.inf), "the importance is -inf"),
+    (_set("end_mass", (1, 1), np.nan), f"cross layer 1 head 1: the mass on the last token is nan{DIVERGED}"),
+    (_set("end_mass", (1, 1), -1), "the mass on the last token is -1, expected 0 to inf; the file is damaged"),
+    (_set("mass", (0, 0, 4, 4), -0.5), "the attention mass is -0.5 at query 4, key 4, expected 0 to"),
+    (_set("mass", (0, 0, 0, 0), 1e6), r"the attention mass is 1e\+06 at query 0, key 0, expected 0 to 41.041"),
+    (_set("support", (3, 3), -2), "cross: support is -2 somewhere"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), IMPOSSIBLE)
+def test_values_that_no_recording_gives_are_refused_where_they_are_made_and_read(tmp_path, change, message):
+    """A diverged model gave NaN statistics and masks that pruned 23% for --total 0.5, with status 0."""
+    stats, path = random_stats(), tmp_path / "file.safetensors"
+    change(stats)
+    parts = stats.mass, stats.support, stats.metadata, stats.end_mass, stats.importance
+    with pytest.raises(ArtifactError, match=message):
+        AttentionStats(*parts)
+    with pytest.raises(ArtifactError, match=message):
+        stats.save(path)
+    assert not path.exists()
+
+    def damage(tensors, metadata):
+        for name in ("mass", "support", "end_mass", "importance"):
+            tensors[f"cross.{name}"] = getattr(stats, name)[AttentionKind.CROSS]
+
+    random_stats().save(path)
+    rewritten(path, damage)
+    with pytest.raises(ArtifactError, match=f"file.safetensors: .*{message}"):
+        AttentionStats.load(path)
+
+
+# -- merging ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("key", ["checkpoint", "dictionaries", "languages", "loss"])
+def test_recordings_that_do_not_belong_together_are_refused(tmp_path, key):
+    """Importances of different losses and statistics of different languages were summed silently."""
+    for seed, name in enumerate("ab"):
+        stats = random_stats(seed)
+        stats.metadata[key] = f"{key} of {name}"
+        stats.save(tmp_path / name)
+    message = f"a and .*b cannot be merged: different {key}: {key} of a and {key} of b"
+    with pytest.raises(ArtifactError, match=message):
+        AttentionStats.load_merged([tmp_path / "a", tmp_path / "b"])
+
+
+def test_recordings_of_which_one_has_no_importance_merge_whatever_the_loss():
+    first, second = random_stats(0), random_stats(1)
+    first.metadata["loss"], second.metadata["loss"] = "LabelSmoothedCrossEntropyCriterion", None
+    second.importance = {}
+    assert not first.merge(second).importance
+
+
+@pytest.mark.parametrize("again", ["same name", "link", "copy"])
+def test_statistics_given_twice_are_refused(tmp_path, again):
+    """`ap-masks stats.st stats.st` counted every sentence twice."""
+    first = second = tmp_path / "a"
+    random_stats().save(first)
+    if again != "same name":
+        second = tmp_path / "b"
+        second.symlink_to(first) if again == "link" else second.write_bytes(first.read_bytes())
+    with pytest.raises(ArtifactError, match="a are the same statistics, which would count twice; name them once"):
+        AttentionStats.load_merged([first, second])
 
 
 def test_masks_with_an_empty_row_or_future_cells_are_refused():

@@ -169,7 +169,7 @@ def test_importance_survives_files_and_merging(tmp_path):
     second.importance = {}
     second.save(tmp_path / "without")
     assert not first.merge(AttentionStats.load(tmp_path / "without")).importance
-    with pytest.raises(ArtifactError, match=r"cross: importance has shape \(1, 1\), mass \(2, 2, .*they must be equal"):
+    with pytest.raises(ArtifactError, match=r"cross: importance has shape \(1, 1\), support \("):
         AttentionStats(first.mass, first.support, importance={AttentionKind.CROSS: np.zeros((1, 1))})
 
 
@@ -202,9 +202,9 @@ def test_the_command_ranks_by_importance_where_it_was_recorded(tmp_path, capsys)
         "cross": 2,
     }
     assert masks.metadata["total"]["effective"] == pytest.approx(0.6, abs=0.01)
-    for name in ("without", "with"):  # merged, only one has it
+    for names in (["without"], ["with", "without"]):
         with pytest.raises(SystemExit):
-            cli_masks.main([str(tmp_path / name), str(tmp_path / "without"), *flags, "-o", str(tmp_path / "none")])
+            cli_masks.main([*(str(tmp_path / name) for name in names), *flags, "-o", str(tmp_path / "none")])
         printed = capsys.readouterr().err
         assert (
             "needs the importance of encoder_self cells, which these statistics lack; record with ap-record" in printed

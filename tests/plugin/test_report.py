@@ -634,7 +634,7 @@ def test_bad_calls_end_with_one_clear_line(folder, stats_file, masks_file, tmp_p
         (["--stats", stats_file, "-o", folder], "already holds report.html, summary.json, .*pass --overwrite"),
         (["--stats", stats_file, "-o", tmp_path / "file"], "is a file; name a folder"),
         (["--stats", stats_file, "-o", tmp_path / "a" / "b"], "folder .*a does not exist; create it first"),
-        (["--stats", tmp_path / "no", "-o", new], "no does not exist; expected a file of format"),
+        (["--stats", tmp_path / "no", "-o", new], "no does not exist; expected attention statistics"),
         (["--stats", masks_file, "-o", new], "has format 'ap-pruning-masks-2', expected 'ap-attention-stats-2'"),
         (
             ["--stats", tmp_path / "other.safetensors", "--masks", masks_file, "-o", new],
