@@ -20,7 +20,7 @@ def load(
     """Return the :class:`Report` of *stats* (read from *files*) and the named files.
 
     Raises:
-        ArtifactError: if a file is missing, damaged or belongs to others, or two masks have one name.
+        ArtifactError: if a file is missing, damaged or belongs to others, or two masks or systems have one name.
     """
     masks: dict[str, PruningMasks] = {}
     for path in mask_files:
@@ -31,10 +31,20 @@ def load(
             )
         masks[name] = PruningMasks.load(path)
     pairs = {kind.value: int(stats.support[kind].sum()) * math.prod(stats.mass[kind].shape[:2]) for kind in stats.kinds}
-    systems = [system for path in result_files for system in results.read_results(path, pairs)]
+    systems: dict[tuple, tuple[str, results.System]] = {}
+    for path in result_files:
+        for system in results.read_results(path, pairs):
+            key = (system.name, system.seed, system.settings)
+            if key in systems:
+                raise ArtifactError(
+                    f"system {system.name} has two results, in {systems[key][0]} and in {path}; rename it in one, or "
+                    "add a seed"
+                )
+            systems[key] = (path, system)
     read = [*files, *mask_files, *result_files, *([benchmark] if benchmark else [])]
     hashes = {str(path): file_sha256(path) for path in read}
-    return Report(stats, masks, systems, results.read_benchmark(benchmark) if benchmark else None, hashes)
+    scored = [system for _, system in systems.values()]
+    return Report(stats, masks, scored, results.read_benchmark(benchmark) if benchmark else None, hashes)
 
 
 def mask_name(path) -> str:

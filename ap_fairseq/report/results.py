@@ -1,4 +1,4 @@
-"""What others measured, read back: translation scores (ap-evaluate, sweeps) and kernel benchmarks."""
+"""Translation scores (ap-evaluate, sweeps) and kernel benchmarks, read and grouped."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from scipy import stats as distributions
 
 from ap_fairseq.evaluation import scores
+from ap_fairseq.evaluation.results import parse_json, read_text
 from ap_fairseq.files import ArtifactError
 from ap_fairseq.sites import AttentionKind
 
+VARIANTS = {"untuned": "no fine-tuning", "tuned": "fine-tuned", "scratch": "from scratch"}
 METRICS = {scores.METRICS[key].title: key for key in ("bleu", "chrf")}  # title -> field of a results file
 
 
@@ -93,33 +94,34 @@ def read_results(path, pairs: Mapping[str, int]) -> list[System]:
 
 
 def _records(path) -> list[Any]:
-    text = _text(path)
+    text = read_text(path)
     try:
-        document = json.loads(text)
-    except ValueError:
-        document = [_line(path, number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+        json.loads(text)
+    except json.JSONDecodeError:
+        lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+        document = [parse_json(line, f"{path}, line {number}") for number, line in lines]
+    else:
+        document = parse_json(text, path)
     if isinstance(document, dict):
-        tested = (document.get("significance") or {}).get("systems", {})
+        tested = _object(document, "significance", path)
         document = document.get("systems", [document])
-        for record in document:
-            for key, values in tested.get(record.get("system"), {}).items():
-                record.setdefault(f"{key}_ci", values.get("ci95"))
+        for record in document if isinstance(document, list) else []:
+            name = record.get("system") if isinstance(record, dict) else None
+            if isinstance(name, str):
+                found = _object(_object(tested, "systems", path), name, path)
+                for key in found:
+                    record.setdefault(f"{key}_ci", _object(found, key, path).get("ci95"))
     if not isinstance(document, list) or not document:
         raise ArtifactError(f"{path} holds no systems; give a file that ap-evaluate -o wrote")
     return document
 
 
-def _text(path) -> str:
-    if not Path(path).is_file():
-        raise ArtifactError(f"{path} does not exist; expected a JSON file")
-    return Path(path).read_text(encoding="utf-8")
-
-
-def _line(path, number: int, line: str) -> Any:
-    try:
-        return json.loads(line)
-    except ValueError as error:
-        raise ArtifactError(f"{path}, line {number} is neither JSON nor part of a JSON document: {error}") from error
+def _object(parent: Mapping[str, Any], key: str, where: object) -> Mapping[str, Any]:
+    """Return the object at *key*, an empty one if there is none."""
+    value = parent.get(key)
+    if not isinstance(value, dict | None):
+        raise ArtifactError(f"{where}: {key} is {value!r}, expected an object; give a file that ap-evaluate -o wrote")
+    return value or {}
 
 
 def _system(record: Any, where: str, pairs: Mapping[str, int]) -> System:
@@ -129,7 +131,7 @@ def _system(record: Any, where: str, pairs: Mapping[str, int]) -> System:
     where = f"{where} ({name})"
     scores, half_widths, signatures = {}, {}, {}
     for metric, key in METRICS.items():
-        nested = record.get("scores", {}).get(metric, {})
+        nested = _object(_object(record, "scores", where), metric, where)
         scores[metric] = _number(record.get(key, nested.get("score")), f"{where}: {key}", 0, 100)
         signature = record.get(f"{key}_signature", nested.get("signature"))
         if signature is not None:
@@ -147,6 +149,8 @@ def _system(record: Any, where: str, pairs: Mapping[str, int]) -> System:
     variant = str(record.get("schedule") or (name.rpartition(".")[2] if "." in name else ""))
     series = _series(record, sparsity, pruned, variant)
     seed, settings = record.get("seed"), _settings(record)
+    if not isinstance(seed, int | str | None):
+        raise ArtifactError(f"{where}: seed is {seed!r}, expected a number")
     return System(name, series, variant, pruned, sparsity, total, scores, half_widths, signatures, seed, settings)
 
 
@@ -162,7 +166,7 @@ def _sparsity(record: dict, where: str) -> tuple[dict[str, float], float]:
     """Return the effective sparsity of each kind, where given, and the total, 0 if it is not given."""
     given = record.get("effective_sparsity")
     if given is None:
-        parts = {**(record.get("sparsity") or {}), "total": record.get("total") or 0.0}
+        parts = {**_object(record, "sparsity", where), "total": record.get("total") or 0.0}
         given = {name: part.get("effective") if isinstance(part, dict) else part for name, part in parts.items()}
     if not isinstance(given, dict):
         return {}, _number(given, f"{where}: effective_sparsity", 0, 1)
@@ -186,21 +190,21 @@ def _series(record: dict, sparsity: Mapping[str, float], pruned: list[str], vari
         return None
     details = criterion if isinstance(criterion, dict) else {"criterion": criterion}
     if criterion == "dense" or (sparsity and not pruned):
-        parts = ["nothing pruned"]
+        parts = ["no pruning"]
     else:
         parts = [str(details.get("criterion", "unnamed"))]
-        parts += ["one budget"] if record.get("kinds") == "global" else []
+        parts += ["global budget"] if record.get("kinds") == "global" else []
         parts += [] if len(pruned) == len(sparsity) else ["+".join(pruned) + " only"]
         granularity = details.get("granularity", record.get("granularity", 1))
         parts += [] if granularity == 1 else [f"granularity {granularity}"]
         parts += [record["options"]] if record.get("options") else []
-    return ", ".join(parts + ([variant] if variant else []))
+    return ", ".join(parts + ([VARIANTS.get(variant, variant)] if variant else []))
 
 
 def _settings(record: dict) -> tuple[str, ...]:
     """Return the settings of a system that neither its series nor its budgets and seed say."""
     criterion = record.get("criterion")
-    given = {key: record.get(key) for key in ("log_bits", "updates")}
+    given = {key: record.get(key) for key in ("log_bits", "updates", "subset")}
     given["rounds"] = record.get("rounds") if record.get("schedule") == "gradual" else None
     if isinstance(criterion, dict):
         given |= {key: criterion[key] for key in criterion.keys() - {"criterion", "granularity", "budgets", "seed"}}
@@ -267,19 +271,23 @@ def read_benchmark(path) -> dict[str, Any]:
     Raises:
         ArtifactError: if the file is no such JSON.
     """
-    try:
-        document = json.loads(_text(path))
-    except ValueError as error:
-        raise ArtifactError(f"{path} is no JSON: {error}") from error
+    document = parse_json(read_text(path), path)
     rows = document.get("rows") if isinstance(document, dict) else None
     if not isinstance(rows, list) or not rows:
         raise ArtifactError(f"{path} holds no 'rows'; give a file that scripts/bench_attention.py --out wrote")
     for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict):
+            raise ArtifactError(f"{path}, row {number} is {row!r}, expected an object")
         missing = [key for key in ("case", "method") if key not in row]
         # A rival that could not run has an error; host times are not of a problem. Neither is drawn.
         if missing or not ({"median_ms", "peak_bytes", "error", "median_us"} & row.keys()):
             needed = ", ".join(missing) or "median_ms or peak_bytes"
             raise ArtifactError(f"{path}, row {number} lacks {needed}; give a file of scripts/bench_attention.py")
+        for key in ("median_ms", "peak_bytes", "sparsity"):
+            if row.get(key) is not None:
+                _number(row[key], f"{path}, row {number}: {key}", 0, math.inf)
+        for part, size in _object(row, "layout_bytes", f"{path}, row {number}").items():
+            _number(size, f"{path}, row {number}: layout_bytes of {part}", 0, math.inf)
     return document
 
 

@@ -1,6 +1,7 @@
 """Scores and significance tests, from logs and plain text; gaps and mismatches are refused."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -284,7 +285,8 @@ def test_a_reader_that_leaves_does_not_cost_the_results(tmp_path):
     reference, output = write(tmp_path / "ref", "\n".join(REFERENCES) + "\n"), tmp_path / "results.json"
     code = "import sys; from ap_fairseq.cli.evaluate import main; main(sys.argv[1:])"
     command = [sys.executable, "-c", code, f"x={reference}", "--reference", reference, "-o", str(output)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT) as program:
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    with subprocess.Popen(command, **pipes, cwd=ROOT, env={**os.environ, "PYTHONUNBUFFERED": "1"}) as program:
         program.stdout.close()
         assert b"Traceback" not in program.stderr.read()
     assert results.read_results(output)["systems"][0]["bleu"] == pytest.approx(100)

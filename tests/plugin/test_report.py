@@ -190,10 +190,10 @@ PAIRS = {"encoder_self": 100, "decoder_self": 60, "cross": 100}
 def test_results_of_the_committed_run():
     systems = {s.name: s for s in results.read_results(ROOT / "examples/libreoffice_help/results/h200.json", PAIRS)}
     assert systems["dense"].series is None and systems["dense"].total == 0
-    assert systems["joint.tuned"].series == "mean, tuned" and systems["random.untuned"].series == "random, untuned"
-    assert systems["cross.tuned"].series == "mean, cross only, tuned"
+    assert systems["joint.tuned"].series == "mean, fine-tuned" and systems["random.untuned"].series == "random, no fine-tuning"
+    assert systems["cross.tuned"].series == "mean, cross only, fine-tuned"
     assert systems["cross.tuned"].total == pytest.approx(0.5, abs=1e-3)
-    assert systems["all-kept.tuned"].series == "nothing pruned, tuned" and systems["all-kept.tuned"].total == 0
+    assert systems["all-kept.tuned"].series == "no pruning, fine-tuned" and systems["all-kept.tuned"].total == 0
     assert systems["percentile.tuned"].total < 0.01
     differences = statements._scores(list(systems.values()))
     assert "cross at 50% +1.67 (cross.tuned against all-kept.tuned)" in differences
@@ -227,8 +227,8 @@ def test_lines_of_a_sweep_and_their_intervals(tmp_path):
     assert window.sparsity == 0.9 and window.interval is None
     (single,) = curves["mean, cross only, granularity 16, --scope head, one-shot"]
     assert single.sparsity == 0.9
-    assert [point.score for point in curves["mean, one budget"]] == [6]
-    (tuned,) = curves["nothing pruned, one-shot"]
+    assert [point.score for point in curves["mean, global budget"]] == [6]
+    (tuned,) = curves["no pruning, one-shot"]
     assert (tuned.sparsity, tuned.score) == (0, 31)
 
 
@@ -275,10 +275,17 @@ def test_a_kind_alone_is_compared_with_the_dense_model_of_its_seed():
     [
         ("", "holds no systems"),
         ("[]", "holds no systems"),
-        ('{"system": "a"}\nx', "line 2 is neither JSON"),
+        ('{"system": "a"}\nx', "results.json, line 2 is not JSON"),
+        ("{'system': 1}", "results.json, line 1 is not JSON"),
+        ('{"systems": {"a": 1}}', "holds no systems"),
+        ('{"systems": ["a"]}', "system 1 has no name"),
+        ('{"systems": [{"system": "a"}], "significance": [1]}', r"significance is \[1\], expected an object"),
+        ('[{"system": "a", "scores": 1}]', r"system 1 \(a\): scores is 1, expected an object"),
+        ('[{"system": "a", "bleu": 1, "chrf": 1, "seed": [1]}]', r"seed is \[1\], expected a number"),
+        ('[{"system": "a", "bleu": 1, "bleu": 2, "chrf": 1}]', "has two entries 'bleu'"),
         ('[{"bleu": 1}]', "system 1 has no name in 'system'"),
         ('[{"system": "a", "chrf": 1}]', r"system 1 \(a\): bleu is None, expected a number from 0 to 100"),
-        ('[{"system": "a", "bleu": NaN, "chrf": 1}]', "bleu is nan, expected a number"),
+        ('[{"system": "a", "bleu": NaN, "chrf": 1}]', "holds NaN, which is not a number"),
         ('[{"system": "a", "bleu": 1, "chrf": 1, "effective_sparsity": 80}]', "is 80, expected a number from 0 to 1"),
     ],
 )
@@ -319,13 +326,16 @@ def test_rivals_that_could_not_run_and_host_times_are_left_out(tmp_path):
 def test_broken_benchmarks_are_named(tmp_path):
     path = tmp_path / "bench.json"
     for text, message in [
-        ("x", "is no JSON"),
+        ("x", "is not JSON"),
+        ('{"rows": [1]}', "row 1 is 1, expected an object"),
+        ('{"rows": [{"case": "a", "method": "b", "median_ms": "2"}]}', "row 1: median_ms is '2', expected a number"),
+        ('{"rows": [{"case": "a", "method": "b", "median_ms": -Infinity}]}', "holds -Infinity"),
         ("{}", "holds no 'rows'"),
         ('{"rows": [{"case": "a", "median_ms": 1}]}', "row 1 lacks method"),
         ('{"rows": [{"case": "a", "method": "b"}]}', "row 1 lacks median_ms or peak_bytes"),
     ]:
         path.write_text(text)
-        with pytest.raises(ArtifactError, match=message):
+        with pytest.raises(ArtifactError, match=f"bench.json.*{message}"):
             results.read_benchmark(path)
 
 
@@ -431,7 +441,7 @@ def test_tables_for_papers(folder):
     assert re.search(r"\| masks +\| +cross \| +(49|50)\.\d% \|", markdown)
     assert re.search(r"\| dense +\| +dense \|( +– \|){3} +19.52 ± 1.25 \| +48.33 \| +– \|", markdown)
     name = r"\ensuremath{<}/script\ensuremath{>}\ensuremath{<}b\ensuremath{>}joint\_\&.untuned"
-    assert re.search(re.escape(name) + r" +& +mean, untuned +& +50.0\\% +&", latex)
+    assert re.search(re.escape(name) + r" +& +mean, no fine-tuning +& +50.0\\% +&", latex)
     assert latex.count(r"\begin{table}") == latex.count(r"\end{table}") == latex.count(r"\toprule") == 3
 
 
@@ -624,8 +634,9 @@ def test_bad_exports_are_refused(tmp_path):
 # -- the command ------------------------------------------------------------------------------------------------------
 
 
-def test_bad_calls_end_with_one_clear_line(folder, stats_file, masks_file, tmp_path, capsys):
+def test_bad_calls_end_with_one_clear_line(folder, stats_file, masks_file, scores_file, tmp_path, capsys):
     (tmp_path / "file").touch()
+    shutil.copy(scores_file, tmp_path / "again.json")
     shutil.copy(masks_file, tmp_path / "masks.safetensors")
     other = random_stats()
     other.save(tmp_path / "other.safetensors")
@@ -645,6 +656,10 @@ def test_bad_calls_end_with_one_clear_line(folder, stats_file, masks_file, tmp_p
             "two mask files are called masks; rename",
         ),
         (["--stats", stats_file, "--results", tmp_path / "no.json", "-o", new], "no.json does not exist"),
+        (
+            ["--stats", stats_file, "--results", scores_file, "--results", tmp_path / "again.json", "-o", new],
+            "system dense has two results, in .*results.json and in .*again.json; rename it",
+        ),
     ]:
         with pytest.raises(SystemExit) as stop:
             ap_report(*argv)
