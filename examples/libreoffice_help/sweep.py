@@ -451,18 +451,44 @@ def expand(entries: Iterable[dict[str, Any]]) -> list[System]:
     return systems
 
 
+def title(result: dict[str, Any]) -> str:
+    """Return a group's name in words, e.g. ``importance 80%, smooth 32, fine-tuned``."""
+    criterion, kinds, schedule, group = (result[key] for key in ("criterion", "kinds", "schedule", "group"))
+    text = {"percentile": "published percentile"}.get(criterion, criterion)
+    text = f"sentence-level {text}" if group.startswith("sentence-level.") else text
+    masked = criterion not in ("dense", "top-k", "threshold")
+    if criterion == "threshold":
+        text += f" {result['threshold']:g}" + (f", {result['log_bits']} log bits" if result.get("log_bits") else "")
+    elif criterion != "dense" and kinds != "own":
+        share = re.search(rf"\.{re.escape(kinds)}\.(\d+(\.\d+)?)\b", group)[1]
+        text += (f" {100 * result['start']:g}% → " if result.get("start") else " ") + f"{share}%"
+        text += {"global": "", "per-kind": " per kind"}.get(kinds, f" of {kinds}")
+    if masked and result["granularity"] != 1:
+        text += f", blocks of {result['granularity']}"
+    text += f", {result['options'].replace('--', '')}" if result["options"] else ""
+    rounds = result.get("rounds", 1)
+    text += {
+        "untuned": ", no fine-tuning" if masked else "",
+        "one-shot": ", fine-tuned",
+        "scratch": ", from scratch",
+        "gradual": f", gradual in {rounds} round{'s' if rounds > 1 else ''}",
+    }[schedule]
+    own_updates = re.search(r"\.u(\d+)$", group)
+    return text + (f", {int(own_updates[1]) / 1000:g}k updates" if own_updates else "")
+
+
 def format_table(results: Sequence[dict[str, Any]]) -> str:
     """Render results as a Markdown table: mean over seeds, ± sample standard deviation where there are several."""
     kinds = [kind.value for kind in AttentionKind]
     scored = [(key, name, form) for key, name, form in SCORES if any(key in result for result in results)]
     tests = [name for name in ("against_dense", "against_dense_tuned") if any(name in result for result in results)]
     header = ["system", "seeds", "updates", *kinds, "all pairs", "kept mass", *(name for _, name, _ in scored)]
-    header += [f"{name.replace('_', ' ')} (p)" for name in tests]
+    header += [{"against_dense": "against dense (p)"}.get(name, "against dense, fine-tuned (p)") for name in tests]
     rows = []
     groups: dict[str, list[dict[str, Any]]] = {}
     several = len({result.get("subset") for result in results}) > 1
     for result in results:
-        name = f"{result['group']} ({result['subset']})" if several else result["group"]
+        name = f"{title(result)} ({result['subset']})" if several else title(result)
         groups.setdefault(name, []).append(result)
     for group, runs in groups.items():
         shares = [[r["sparsity"].get(kind, {"effective": 0.0})["effective"] for r in runs] for kind in kinds]

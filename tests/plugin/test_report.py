@@ -190,7 +190,10 @@ PAIRS = {"encoder_self": 100, "decoder_self": 60, "cross": 100}
 def test_results_of_the_committed_run():
     systems = {s.name: s for s in results.read_results(ROOT / "examples/libreoffice_help/results/h200.json", PAIRS)}
     assert systems["dense"].series is None and systems["dense"].total == 0
-    assert systems["joint.tuned"].series == "mean, fine-tuned" and systems["random.untuned"].series == "random, no fine-tuning"
+    assert (
+        systems["joint.tuned"].series == "mean, fine-tuned"
+        and systems["random.untuned"].series == "random, no fine-tuning"
+    )
     assert systems["cross.tuned"].series == "mean, cross only, fine-tuned"
     assert systems["cross.tuned"].total == pytest.approx(0.5, abs=1e-3)
     assert systems["all-kept.tuned"].series == "no pruning, fine-tuned" and systems["all-kept.tuned"].total == 0

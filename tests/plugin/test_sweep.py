@@ -148,9 +148,10 @@ def test_the_tuned_baseline_has_as_many_updates(corpus, tmp_path):
 def test_the_table_shows_means_over_seeds(swept):
     folder, printed = swept
     found = results(folder)
-    rows = {line.split(" | ")[0].strip("| "): line.split(" | ") for line in printed.splitlines() if "|" in line}
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines() if line.startswith("|")]
+    rows = {cells[0]: cells for cells in lines}
     bleu = [found[f"mean.global.50.g1.one-shot.s{seed}"]["bleu"] for seed in (1, 2)]
-    row = rows["mean.global.50.g1.one-shot"]
+    row = rows["mean 50%, fine-tuned"]
     assert row[1] == "2" and row[2] == "4" and row[8].startswith(f"{sum(bleu) / 2:.2f} ± ")
     assert sweep.format_table(list(found.values())) in printed
 
@@ -386,3 +387,32 @@ def test_the_loss_is_that_of_fairseq_and_can_be_all(corpus, dense, tmp_path):
     assert not list((tmp_path / "out" / "translations").glob("*.txt"))
     table = sweep.format_table(list(found.values()))
     assert "validation perplexity |" in table and "BLEU" not in table
+
+
+@pytest.mark.parametrize(
+    ("settings", "title"),
+    [
+        (dict(criterion="dense"), "dense"),
+        (dict(criterion="dense", schedule="scratch", updates=12000), "dense, from scratch, 12k updates"),
+        (dict(criterion="mean", sparsity=0.5), "mean 50%, no fine-tuning"),
+        (
+            dict(criterion="importance", sparsity=0.9, options="--smooth 32", schedule="gradual", rounds=1, start=0.8),
+            "importance 80% → 90%, smooth 32, gradual in 1 round",
+        ),
+        (
+            dict(criterion="importance", sparsity=0.925, granularity=16, schedule="one-shot", updates=7500),
+            "importance 92.5%, blocks of 16, fine-tuned, 7.5k updates",
+        ),
+        (
+            dict(criterion="percentile", kinds="per-kind", sparsity=0.8),
+            "published percentile 80% per kind, no fine-tuning",
+        ),
+        (dict(criterion="mean", kinds="cross", sparsity=0.95), "mean 95% of cross, no fine-tuning"),
+        (dict(criterion="top-k", sparsity=0.8), "top-k 80%"),
+        (dict(criterion="threshold", threshold=0.01, log_bits=3), "threshold 0.01, 3 log bits"),
+        (dict(criterion="mean", kinds="own", options="--encoder-self 0.7"), "mean, encoder-self 0.7, no fine-tuning"),
+    ],
+)
+def test_tables_name_systems_in_words(settings, title):
+    system = sweep.System(**settings)
+    assert sweep.title({**dataclasses.asdict(system), "group": system.group}) == title
