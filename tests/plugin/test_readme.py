@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import re
 import sys
 
 import pytest
@@ -11,11 +10,6 @@ from plugin.commands import ROOT
 from ap_fairseq.evaluation.results import format_markdown
 
 EXAMPLE = ROOT / "examples" / "libreoffice_help"
-SYSTEMS = (  # of the main README's table
-    r"^dense|^importance\.global\.(80|90)\.g1\.smooth-32\.(?!untuned)|^importance\.global\.(80|90)\.g16.*one-shot"
-    r"|^(mean|window|gaussian|random|percentile)\.(global|per-kind)\.(80|90)\.g1\.(one-shot|scratch)|^top-k.*\.(80|90)"
-)
-PLUGIN = ("stock", "kept", "90")
 
 
 def script(path):
@@ -35,21 +29,17 @@ def tables():
     yield "cpu", lambda: format_markdown(json.loads((EXAMPLE / "results/cpu.json").read_text(encoding="utf-8")))
     for name in "h100-converged h100-pages h100-scratch h100-pool cpu-short cpu-scratch cpu-sweep".split():
         yield name, lambda name=name: script(EXAMPLE / "sweep.py").format_table(lines(name))
-    digest = [line for line in lines("h100-converged") if re.search(SYSTEMS, line["system"])]
-    yield "h100-converged-digest", lambda: script(EXAMPLE / "sweep.py").format_table(digest)
     samples = json.loads((ROOT / "scripts/sample_error.cpu.json").read_text(encoding="utf-8"))
     yield "sample", lambda: script(ROOT / "scripts/sample_error.py").format_markdown(samples)
     for path in sorted((ROOT / "scripts").glob("*_*.*.json")):
         name, report = path.name.split(".")[0], json.loads(path.read_text(encoding="utf-8"))
         if name != "sample_error":
             yield path.stem, lambda name=name, report=report: script(ROOT / f"scripts/{name}.py").table(report)
-    report = json.loads((ROOT / "scripts/bench_fairseq.h100.json").read_text(encoding="utf-8"))
-    yield "bench_fairseq.h100-digest", lambda: script(ROOT / "scripts/bench_fairseq.py").table(report, PLUGIN)
 
 
 @pytest.mark.parametrize(("name", "make"), tables(), ids=lambda value: value if isinstance(value, str) else "")
 def test_result_tables_are_generated_from_the_committed_results(name, make):
-    readmes = [folder / "README.md" for folder in (ROOT, EXAMPLE, ROOT / "scripts")]
+    readmes = [path for path in ROOT.rglob("README.md") if not set(path.parts) & {".venv", ".pytest_cache"}]
     texts = [path.read_text(encoding="utf-8") for path in readmes]
     (readme,) = (text for text in texts if f"<!-- results: {name} -->" in text)
     table = readme.split(f"<!-- results: {name} -->\n")[1].split("\n<!-- end -->")[0]
