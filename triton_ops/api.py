@@ -24,23 +24,23 @@ def interpreted() -> bool:
     return INTERPRETED
 
 
-def use_kernels(backend: str, q: Tensor) -> bool:
-    """Resolve a back end for inputs like q (.., D): whether the kernels run.
+def use_kernels(backend: str, dtype: torch.dtype, head_size: int, device: torch.device) -> bool:
+    """Resolve a back end for inputs of a type, a head size and a device: whether the kernels run.
 
     `auto` takes the kernels for tensors on a GPU whose dtype and head size they support. `triton` by name is used or
     refused with a ValueError that says why, never replaced.
     """
     if backend not in BACKENDS:
         raise ValueError(f"unknown attention backend {backend!r}; choose one of {', '.join(BACKENDS)}")
-    if backend == "eager" or (backend == "auto" and not q.is_cuda):
+    if backend == "eager" or (backend == "auto" and device.type != "cuda"):
         return False
     problem = None
-    if q.dtype not in KERNEL_DTYPES:
-        problem = f"dtype {q.dtype}; the kernels take {', '.join(str(t) for t in KERNEL_DTYPES)}"
-    elif q.size(-1) not in HEAD_SIZES:
-        problem = f"head size {q.size(-1)}; the kernels take {', '.join(map(str, HEAD_SIZES))}"
-    elif not q.is_cuda and not interpreted():
-        problem = f"tensors on {q.device}; move them to a GPU, or set TRITON_INTERPRET=1 before the first import"
+    if dtype not in KERNEL_DTYPES:
+        problem = f"dtype {dtype}; the kernels take {', '.join(str(t) for t in KERNEL_DTYPES)}"
+    elif head_size not in HEAD_SIZES:
+        problem = f"head size {head_size}; the kernels take {', '.join(map(str, HEAD_SIZES))}"
+    elif device.type != "cuda" and not interpreted():
+        problem = f"tensors on {device}; move them to a GPU, or set TRITON_INTERPRET=1 before the first import"
     if problem is None:
         return True
     if backend == "triton":
@@ -204,7 +204,7 @@ def block_sparse_attention(
         if not isinstance(seed, Tensor):
             seed = torch.full((1,), (seed + 2**63) % 2**64 - 2**63, dtype=torch.int64, device=q.device)
 
-    if not use_kernels(backend, q):
+    if not use_kernels(backend, q.dtype, dim, q.device):
         out, lse = attention_reference(
             q, k, v, layout.keep_mask(q_size, k_size), scale=scale, q_lengths=q_lengths, k_lengths=k_lengths,
             causal=causal, dropout_p=dropout_p, seed=seed,
@@ -312,7 +312,7 @@ def decode_attention(
     if not isinstance(step, Tensor):
         step = torch.full((1,), step, dtype=torch.int64, device=q.device)
 
-    if not use_kernels(backend, q):
+    if not use_kernels(backend, q.dtype, dim, q.device):
         row = layout.keep_row(step)[:, :k_size]
         return decode_reference(
             q, k, v, row, scale=scale, k_lengths=k_lengths, cache_rows=cache_rows, cache_starts=cache_starts,
@@ -354,7 +354,7 @@ def append_to_pool(kv: Tensor, pool: Tensor, offsets: Tensor, step: Tensor) -> N
             f"tensors on one device, got {kv.device}, {pool.device}, {offsets.device} and {step.device}"
         )
     _one_integer("step", step, INTEGERS, kv.device)
-    use_kernels("triton", kv)
+    use_kernels("triton", kv.dtype, dim, kv.device)
     from .ops import append_step
 
     append_step(_rows(kv), pool, offsets, step)

@@ -251,6 +251,10 @@ class PrunedMultiheadAttention(MultiheadAttention):
         dropout = self.dropout_module
         return dropout.p if self.training or dropout.apply_during_inference else 0.0
 
+    def runs_kernels(self, dtype: torch.dtype, device: torch.device) -> bool:
+        """Whether attention to tensors of that type on that device runs on the kernels."""
+        return self.dynamic is None and use_kernels(self.backend, dtype, self.head_dim, device)
+
     def _eager(self, want_weights: bool) -> Callable:
         if want_weights or self.dynamic is not None:
             return functools.partial(attend_with_weights, dynamic=self.dynamic)
@@ -262,7 +266,7 @@ class PrunedMultiheadAttention(MultiheadAttention):
         """Whole sentences: (B, H, T, D) each -> output (B, H, Tq, D), and weights (B, H, Tq, Tk) or None."""
         n_queries, n_keys = q.size(2), k.size(2)
         query_padding = key_padding if self.self_attention else None
-        kernels = self.dynamic is None and use_kernels(self.backend, q)
+        kernels = self.runs_kernels(q.dtype, q.device)
         output = weights = None
         if want_weights or not kernels:
             attend = self._eager(want_weights)
@@ -309,7 +313,7 @@ class PrunedMultiheadAttention(MultiheadAttention):
         self.set_incremental_state(incremental_state, "attn_state", {"cache": cache})
 
         dropout_p = self._dropout_p()
-        kernels = self.dynamic is None and use_kernels(self.backend, q)
+        kernels = self.runs_kernels(q.dtype, q.device)
         if kernels and dropout_p and self.backend == "triton":
             raise UserError(
                 f"dropout {dropout_p} while decoding (--retain-dropout) with --attention-backend triton: the decoding "

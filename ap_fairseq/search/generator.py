@@ -15,7 +15,6 @@ from ap_fairseq.model.attention import PrunedMultiheadAttention, decoding_at_mos
 from ap_fairseq.model.transformer import PrunedTransformerModel
 from ap_fairseq.search.static_decoder import AT_MAX_LEN, BEFORE_MIN_LEN, Capacity, StaticDecoder, bucket
 from ap_fairseq.sites import AttentionKind, attention_sites
-from triton_ops import use_kernels
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +74,7 @@ class PrunedSequenceGenerator(SequenceGenerator):
     def runs_kernels(self, device: torch.device) -> bool:
         """Whether steps of decoding on *device* run on the kernels."""
         module, dtype = self._decoder_modules()[0], next(self.model.models[0].parameters()).dtype
-        return use_kernels(module.backend, torch.empty(0, module.head_dim, dtype=dtype, device=device))
+        return module.runs_kernels(dtype, device)
 
     def _pruned_models(self) -> list[PrunedTransformerModel]:
         return [model for model in self.model.models if isinstance(model, PrunedTransformerModel)]
