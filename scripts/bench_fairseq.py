@@ -2,8 +2,8 @@
 """Benchmark training and translation: stock fairseq against the plugin, one process per system, in turns (--rounds).
 
     python scripts/bench_fairseq.py DATA_BIN --out scripts/bench_fairseq.h100.json    # every system, default cases
-    python scripts/bench_fairseq.py DATA_BIN --systems stock kept --cases sentences --profile
-    python scripts/bench_fairseq.py DATA_BIN --device cpu --limit 20 --systems stock kept --cases sentences
+    python scripts/bench_fairseq.py DATA_BIN --systems stock all-ones --cases sentences --profile
+    python scripts/bench_fairseq.py DATA_BIN --device cpu --limit 20 --systems stock all-ones --cases sentences
     python scripts/bench_fairseq.py --table scripts/bench_fairseq.h100.json           # Markdown, no GPU needed
 
 Nothing else should run on the host: stock fairseq waits for it, and its rate doubles where the host is idle.
@@ -15,8 +15,8 @@ training sentences, joined up to the length of the case. Systems:
                 (SDPA) wherever it sees whole sentences, with a float mask; cross-attention and every step of decoding
                 multiply, take the softmax in float32, and multiply
     stock-sdpa  the same with SDPA also in cross-attention; training only, since a step of decoding has one query
-    eager       the plugin with SDPA under all-kept masks (--attention-backend eager); training only
-    kept        the plugin's kernels under all-kept masks, with --task pruned_translation
+    eager       the plugin with SDPA under all-ones masks (--attention-backend eager); training only
+    all-ones    the plugin's kernels under all-ones masks, with --task pruned_translation
     50, 80, 90  the same under random masks of that sparsity (per cent): cells at sentence length, 64-blocks on pages
 
 Parameters are those of a checkpoint (--path, a dense transformer) or random, the same in all systems. With random
@@ -61,7 +61,7 @@ from provenance import git_commit
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-SYSTEMS = ("stock", "stock-sdpa", "eager", "kept", "50", "80", "90")
+SYSTEMS = ("stock", "stock-sdpa", "eager", "all-ones", "50", "80", "90")
 TRAIN_ONLY = ("stock-sdpa", "eager")
 PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 TRAIN_TOKENS = 16384

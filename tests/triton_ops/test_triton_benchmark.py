@@ -53,13 +53,13 @@ def test_every_section_runs_and_is_tabulated(bench):
     rows += [dict(case="ceiling", method="product", median_ms=1.0, tflops=700.0)]
     report = dict(device="CPU", torch="2", triton="3", commit="0", command="none", rows=rows)
     report = json.loads(json.dumps(report))
-    printed = bench.table(report) + bench.details(report)
+    printed = " ".join((bench.table(report) + bench.details(report)).split())
     for text in (
         "| square | 1, 1, 40 |",
         "| sentence | 2, 1, 16 |",
         "| decode self | 1x2, 1, 30 |",
-        "| forward | 2 | 0 |  |  |  |  | 1.00 |  |  | 1.00 |",  # ours in ms; a dense mask and eager take as long here
-        "| step | 2 |  |  |  |  |  |  | 1.00 | 1.00 |  |",
+        "| forward | 2 | 0 | | | | | 1.00 | | | 1.00 |",  # ours in ms; a dense mask and eager take as long here
+        "| step | 2 | | | | | | | 1.00 | 1.00 | |",
         "bytes per cell",
         "Ceiling, product: 700",
     ):
@@ -97,12 +97,12 @@ def test_tuning_covers_every_kernel_with_candidates_that_can_launch(monkeypatch)
 def test_committed_tuning_can_be_printed(monkeypatch):
     tuning = script("tune_attention", monkeypatch)
     for path in (ROOT / "scripts").glob("tune_attention.*.json"):
-        assert "| forward 16 |" in tuning.table(json.loads(path.read_text(encoding="utf-8")))
+        assert "| forward 16 " in tuning.table(json.loads(path.read_text(encoding="utf-8")))
 
 
 def test_committed_results_can_be_printed(bench):
     for path in (ROOT / "scripts").glob("bench_attention.*.json"):
-        assert "| square |" in bench.table(json.loads(path.read_text(encoding="utf-8")))
+        assert "| square " in bench.table(json.loads(path.read_text(encoding="utf-8")))
 
 
 def test_block_masks_have_the_sparsity_they_are_asked_for(bench):
