@@ -41,6 +41,7 @@ setup(
             "tensorboardX",
             "sacremoses",
             "ruff",
+            "mypy",
         ],
     },
     entry_points={
