@@ -149,19 +149,40 @@ def gate() -> None:
             lengths = dict(q_lengths=torch.tensor([300, 170]), k_lengths=torch.tensor([90, 260]))
             assert_within_budget(
                 make_case(
-                    batch=2, heads=2, q_size=300, k_size=260, dim=64, dtype=BFLOAT16, keep=keep, tile=tile,
-                    scale=0.125, dropout_p=0.1, device=DEVICE, **lengths,
+                    batch=2,
+                    heads=2,
+                    q_size=300,
+                    k_size=260,
+                    dim=64,
+                    dtype=BFLOAT16,
+                    keep=keep,
+                    tile=tile,
+                    scale=0.125,
+                    dropout_p=0.1,
+                    device=DEVICE,
+                    **lengths,
                 )
-            )  # fmt: skip
+            )
     for size in (32, 64, 128):
         keep = torch.rand(2, size, size, generator=torch.Generator().manual_seed(2)) < 0.7
         lengths = torch.tensor([size, size // 2, 0])
         assert_within_budget(
             make_case(
-                batch=3, heads=2, q_size=size, k_size=size, dim=64, dtype=BFLOAT16, keep=keep, scale=0.125,
-                dropout_p=0.1, q_lengths=lengths, k_lengths=lengths, causal=True, device=DEVICE,
+                batch=3,
+                heads=2,
+                q_size=size,
+                k_size=size,
+                dim=64,
+                dtype=BFLOAT16,
+                keep=keep,
+                scale=0.125,
+                dropout_p=0.1,
+                q_lengths=lengths,
+                k_lengths=lengths,
+                causal=True,
+                device=DEVICE,
             )
-        )  # fmt: skip
+        )
 
     keep = torch.rand(2, 90, 100, device=DEVICE) < 0.3
     layout, step = AttentionLayout.from_keep_mask(keep), torch.tensor([60], device=DEVICE)
@@ -202,10 +223,18 @@ def square_case(
             run = functools.partial(method, q, k, v) if direction == "forward" else training_step(method, q, k, v, grad)
             timing = measure(run, repeats)
             row = dict(
-                case="square", batch=batch, heads=heads, size=size, dim=dim, dtype="bfloat16", direction=direction,
-                method=name, tile=layout.tile if name == "ours" else None, **(masked if name not in DENSE else {}),
+                case="square",
+                batch=batch,
+                heads=heads,
+                size=size,
+                dim=dim,
+                dtype="bfloat16",
+                direction=direction,
+                method=name,
+                tile=layout.tile if name == "ours" else None,
+                **(masked if name not in DENSE else {}),
                 **timing,
-            )  # fmt: skip
+            )
             if "median_ms" in timing:
                 computed = kept if name not in DENSE else batch * keep.numel()
                 flop = computed * dim * (4 if direction == "forward" else 14)
@@ -250,11 +279,21 @@ def sentence_case(batch: int, heads: int, size: int, repeats: int) -> list[dict]
             run = functools.partial(method, q, k, v) if direction == "forward" else training_step(method, q, k, v, grad)
             rows.append(
                 dict(
-                    case="sentence", batch=batch, heads=heads, size=size, dim=q.size(-1), dtype="bfloat16", block=1,
-                    sparsity=1 - float(keep.float().mean()), direction=direction, method=name,
-                    mean_length=float(lengths.float().mean()), dropout=dropout_p, **measure(run, repeats),
+                    case="sentence",
+                    batch=batch,
+                    heads=heads,
+                    size=size,
+                    dim=q.size(-1),
+                    dtype="bfloat16",
+                    block=1,
+                    sparsity=1 - float(keep.float().mean()),
+                    direction=direction,
+                    method=name,
+                    mean_length=float(lengths.float().mean()),
+                    dropout=dropout_p,
+                    **measure(run, repeats),
                 )
-            )  # fmt: skip
+            )
     return rows
 
 
@@ -294,10 +333,18 @@ def decode_case(batch: int, beam: int, heads: int, size: int, sparsity: float, r
         for name, run in methods.items():
             rows.append(
                 dict(
-                    case=f"decode {kind}", batch=batch, beam=beam, heads=heads, size=size, dim=dim, dtype="bfloat16",
-                    sparsity=1 - float(keep.float().mean()), method=name, **measure(run, repeats),
+                    case=f"decode {kind}",
+                    batch=batch,
+                    beam=beam,
+                    heads=heads,
+                    size=size,
+                    dim=dim,
+                    dtype="bfloat16",
+                    sparsity=1 - float(keep.float().mean()),
+                    method=name,
+                    **measure(run, repeats),
                 )
-            )  # fmt: skip
+            )
     return rows
 
 
@@ -320,10 +367,15 @@ def memory_case(batch: int, heads: int, size: int) -> list[dict]:
         peak = torch.cuda.max_memory_allocated() - before
         rows.append(
             dict(
-                case="memory", batch=batch, heads=heads, size=size, method=name, peak_bytes=peak,
+                case="memory",
+                batch=batch,
+                heads=heads,
+                size=size,
+                method=name,
+                peak_bytes=peak,
                 layout_bytes=layout.memory() if name == "ours" else None,
             )
-        )  # fmt: skip
+        )
     return rows
 
 
@@ -424,10 +476,14 @@ def sections(repeats: int) -> dict[str, list[Callable[[], list[dict]]]]:
 
 def provenance() -> dict[str, object]:
     return dict(
-        device=torch.cuda.get_device_name(), torch=torch.__version__, triton=triton.__version__,
-        cuda=torch.version.cuda, commit=git_commit(), command=" ".join(["python", *sys.argv]),
+        device=torch.cuda.get_device_name(),
+        torch=torch.__version__,
+        triton=triton.__version__,
+        cuda=torch.version.cuda,
+        commit=git_commit(),
+        command=" ".join(["python", *sys.argv]),
         time=datetime.now(UTC).isoformat(timespec="seconds"),
-    )  # fmt: skip
+    )
 
 
 def group_key(row: dict) -> tuple:

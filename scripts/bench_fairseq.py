@@ -116,12 +116,12 @@ class Workload:
         arch = self.options.arch if self.stock else f"pruned_{self.options.arch}"
         positions = str(max(1024, page + 2))
         flags = [
-            self.options.data, "--arch", arch, "--share-all-embeddings",
-            "--task", "translation" if self.stock or train else "pruned_translation",
-            "--max-source-positions", positions, "--max-target-positions", positions, "--dropout", "0.3",
-            "--optimizer", "adam", "--lr", "5e-4", "--criterion", "label_smoothed_cross_entropy",
-            "--label-smoothing", "0.1", "--max-tokens", "16384", "--seed", "1",
-        ]  # fmt: skip
+            *[self.options.data, "--arch", arch, "--share-all-embeddings"],
+            *["--task", "translation" if self.stock or train else "pruned_translation"],
+            *["--max-source-positions", positions, "--max-target-positions", positions],
+            *"--dropout 0.3 --optimizer adam --lr 5e-4 --criterion label_smoothed_cross_entropy".split(),
+            *"--label-smoothing 0.1 --max-tokens 16384 --seed 1".split(),
+        ]
         flags += ["--cpu"] if self.device.type == "cpu" else []
         flags += [f"--{self.options.precision}"] if self.options.precision != "fp32" else []
         if not self.stock:
@@ -214,9 +214,14 @@ class Workload:
         memory, seconds, tokens = self.peak(), statistics.median(time for time, _ in passes), passes[-1][1]
         n_sentences = sum(len(batch["id"]) for batch in batches)
         result = dict(
-            seconds=seconds, cold_seconds=cold, tokens=tokens, sentences=n_sentences,
-            tokens_per_s=tokens / seconds, sentences_per_s=n_sentences / seconds, **memory,
-        )  # fmt: skip
+            seconds=seconds,
+            cold_seconds=cold,
+            tokens=tokens,
+            sentences=n_sentences,
+            tokens_per_s=tokens / seconds,
+            sentences_per_s=n_sentences / seconds,
+            **memory,
+        )
         if self.options.profile:
             few = dict(max_len_a=0, max_len_b=PROFILED_STEPS)
             short = task.build_generator([model], argparse.Namespace(beam=5, lenpen=1, **few))
@@ -243,9 +248,13 @@ class Workload:
         memory = self.peak()
         seconds, tokens = statistics.median(times), sum(batch["ntokens"] for batch in batches)
         result = dict(
-            seconds=seconds, updates=len(batches), tokens=tokens, tokens_per_s=tokens / seconds,
-            updates_per_s=len(batches) / seconds, **memory,
-        )  # fmt: skip
+            seconds=seconds,
+            updates=len(batches),
+            tokens=tokens,
+            tokens_per_s=tokens / seconds,
+            updates_per_s=len(batches) / seconds,
+            **memory,
+        )
         if self.options.profile:
             chosen = batches[:PROFILED_UPDATES]
             result["profile"] = self.profiled("update", len(chosen), run, chosen)
@@ -447,9 +456,13 @@ def main() -> None:
     parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=SYSTEMS)
     default = [case for case in CASES if case not in NOT_BY_DEFAULT]
     parser.add_argument(
-        "--cases", nargs="+", choices=CASES, default=default, metavar="CASE",
+        "--cases",
+        nargs="+",
+        choices=CASES,
+        default=default,
+        metavar="CASE",
         help=f"{', '.join(CASES)}; default: all but {', '.join(NOT_BY_DEFAULT)}",
-    )  # fmt: skip
+    )
     parser.add_argument("--rounds", type=int, default=3, help="of all systems in turns (default: 3)")
     parser.add_argument("--repeats", type=int, default=1, help="timed passes of each round (default: 1)")
     parser.add_argument("--limit", type=int, help="at most so many sentences or pages in every case")
@@ -473,11 +486,18 @@ def main() -> None:
         work(options)
         return
     report = dict(
-        device=torch.cuda.get_device_name() if options.device == "cuda" else cpu_name(), torch=torch.__version__,
-        triton=metadata.version("triton"), python=platform.python_version(), arch=options.arch,
-        precision=options.precision, parameters=options.path or "random", command=shlex.join(["python", *sys.argv]),
-        time=datetime.now(UTC).isoformat(timespec="seconds"), commit=options.commit, rows=[],
-    )  # fmt: skip
+        device=torch.cuda.get_device_name() if options.device == "cuda" else cpu_name(),
+        torch=torch.__version__,
+        triton=metadata.version("triton"),
+        python=platform.python_version(),
+        arch=options.arch,
+        precision=options.precision,
+        parameters=options.path or "random",
+        command=shlex.join(["python", *sys.argv]),
+        time=datetime.now(UTC).isoformat(timespec="seconds"),
+        commit=options.commit,
+        rows=[],
+    )
     rows = []
     for row in measure(options):
         rows.append(row)

@@ -275,9 +275,16 @@ class PrunedMultiheadAttention(MultiheadAttention):
         if kernels:  # also where weights are read: the output must not depend on that
             lengths = None if key_padding is None else real_lengths(key_padding)
             output = block_sparse_attention(
-                q, k, v, self.layout(n_queries, n_keys), q_lengths=lengths if self.self_attention else None,
-                k_lengths=lengths, dropout_p=self._dropout_p(), scale=self.scaling, backend=self.backend,
-            )  # fmt: skip
+                q,
+                k,
+                v,
+                self.layout(n_queries, n_keys),
+                q_lengths=lengths if self.self_attention else None,
+                k_lengths=lengths,
+                dropout_p=self._dropout_p(),
+                scale=self.scaling,
+                backend=self.backend,
+            )
         return output, weights
 
     # -- decoding -----------------------------------------------------------------------------------------------------

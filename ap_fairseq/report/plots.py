@@ -180,9 +180,13 @@ def attention(
             pruned = np.ma.array(mean, mask=~(seen & ~kept))[shown]
             axis.imshow(pruned, cmap=grey, norm=norm, extent=extent, interpolation="nearest", aspect="auto")
         image = axis.imshow(
-            np.ma.array(mean, mask=~kept)[shown], cmap=KEPT_MAP, norm=norm, extent=extent, interpolation="nearest",
+            np.ma.array(mean, mask=~kept)[shown],
+            cmap=KEPT_MAP,
+            norm=norm,
+            extent=extent,
+            interpolation="nearest",
             aspect="auto",
-        )  # fmt: skip
+        )
         axis.set_title(f"layer {layer}, head {head}", fontsize=8)
         axis.tick_params(labelsize=7)
         axis.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(3, integer=True))
@@ -385,8 +389,15 @@ def _number_table(axis, values: np.ndarray, title: str) -> None:
     axis.imshow(values, cmap="cividis", norm=Normalize(0, 1), aspect="auto")
     for (layer, head), value in np.ndenumerate(values):
         colour = "white" if value < 0.5 else "black"
-        axis.text(head, layer, f"{value:.2f}".lstrip("0") if value < 1 else "1", ha="center", va="center", color=colour,
-                  fontsize=6.5)  # fmt: skip
+        axis.text(
+            head,
+            layer,
+            f"{value:.2f}".lstrip("0") if value < 1 else "1",
+            ha="center",
+            va="center",
+            color=colour,
+            fontsize=6.5,
+        )
     axis.set_xticks(range(heads))
     axis.set_yticks(range(layers))
     axis.tick_params(labelsize=7, length=0)

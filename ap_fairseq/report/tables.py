@@ -49,12 +49,18 @@ def heads_table(measured: Mapping[AttentionKind, Concentration]) -> Table:
 def masks_table(summaries: Mapping[str, list[LayerSummary]]) -> Table:
     """Effective and nominal sparsity and kept mass of each mask and kind."""
     rows = [
-        [name, row.kind, f"{row.effective:.1%}", f"{row.nominal:.1%}", f"{row.kept_mass:.1%}",
-         f"{row.guaranteed_rows:,}/{row.rows:,}"]
+        [
+            name,
+            row.kind,
+            f"{row.effective:.1%}",
+            f"{row.nominal:.1%}",
+            f"{row.kept_mass:.1%}",
+            f"{row.guaranteed_rows:,}/{row.rows:,}",
+        ]
         for name, summary in summaries.items()
         for row in summary
         if row.layer is None
-    ]  # fmt: skip
+    ]
     header = ["masks", "kind", "effective", "nominal", "kept mass", "guaranteed rows"]
     return Table(header, rows, "Pruning masks. Effective sparsity: share of the recorded pairs that is pruned.")
 

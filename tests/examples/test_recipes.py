@@ -176,8 +176,9 @@ def test_prepared_text_is_the_text_of_the_archives(data_mirror, tmp_path, use_mi
 def test_documents_are_talks_cut_at_sentence_ends(data_mirror, tmp_path, use_mirror):
     """The segments of a split's documents are its sentences, in order, and no document crosses a talk."""
     use_mirror(data_mirror)
-    done = prepare("iwslt17_documents", tmp_path / "out", "--archives", tmp_path / "a", "--bpe-size", 600,
-                   "--document-tokens", 200)  # fmt: skip
+    done = prepare(
+        "iwslt17_documents", tmp_path / "out", "--archives", tmp_path / "a", "--bpe-size", 600, "--document-tokens", 200
+    )
     assert done.returncode == 0, done.stderr
     out = tmp_path / "out"
     for split, held_out in (("train", False), ("valid", True), ("test", True)):

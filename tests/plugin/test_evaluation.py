@@ -176,8 +176,9 @@ def test_document_scores_join_lines_and_pair_segments():
     hypotheses = damaged(3)[:6]
     references = REFERENCES[:6]
     joined = score_documents(hypotheses, references, ["a", "a", "a", "b", "b", "a"])
-    documents = [[" ".join(side[k] for k in part) for part in ((0, 1, 2), (3, 4), (5,))]
-                 for side in (hypotheses, references)]  # fmt: skip
+    documents = [
+        [" ".join(side[k] for k in part) for part in ((0, 1, 2), (3, 4), (5,))] for side in (hypotheses, references)
+    ]
     assert joined["documents"] == 3 and joined["d_bleu"] == score(*documents)["bleu"]
     assert joined["d_bleu"] != score(hypotheses, references)["bleu"]  # n-grams cross the segments
 

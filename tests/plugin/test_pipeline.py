@@ -216,8 +216,10 @@ def test_interactive_and_from_pretrained_translate_alike(data_bin, tuned, toy_te
     """fairseq-interactive always pads on the left; the hub interface loads by the registered model."""
     source = (toy_text / "test.en").read_text().splitlines()[:6]
     flags = ["--path", tuned / "checkpoint_last.pt", "--cpu", "--beam", 3, "--buffer-size", 6, "--max-tokens", 500]
-    log = run("fairseq-interactive", data_bin, *PLUGIN, *flags, "--source-lang", "en", "--target-lang", "de",
-              input="\n".join(source) + "\n")  # fmt: skip
+    log = run(
+        *["fairseq-interactive", data_bin, *PLUGIN, *flags, "--source-lang", "en", "--target-lang", "de"],
+        input="\n".join(source) + "\n",
+    )
     generated = hypotheses(generate(data_bin, tuned / "checkpoint_last.pt"))
     interactive = hypotheses(log)
     assert [interactive[n][1] for n in range(6)] == [generated[n][1] for n in range(6)]

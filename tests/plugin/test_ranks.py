@@ -79,8 +79,10 @@ def train_command(data_bin, folder, updates, *flags):
     options = "--optimizer adam --lr 1e-3 --lr-scheduler fixed --criterion label_smoothed_cross_entropy --cpu --seed 7"
     options += " --label-smoothing 0.1 --max-tokens 1000 --num-workers 0 --no-epoch-checkpoints --log-format json"
     options += " --log-interval 1 --ddp-backend legacy_ddp"  # pytorch_ddp wants a GPU
-    return ["fairseq-train", data_bin, "--arch", "pruned_transformer", *TINY, "--save-dir", folder,
-            "--max-update", updates, *options.split(), *flags]  # fmt: skip
+    return [
+        *["fairseq-train", data_bin, "--arch", "pruned_transformer", *TINY, "--save-dir", folder],
+        *["--max-update", updates, *options.split(), *flags],
+    ]
 
 
 def saving_plugin(folder: Path) -> Path:

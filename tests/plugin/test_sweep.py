@@ -183,10 +183,17 @@ def test_a_finished_sweep_repeats_nothing_and_refuses_other_settings(swept, corp
     printed = capfd.readouterr().out
     changed = [path for path, time in before.items() if path.stat().st_mtime_ns != time]
     assert [path.name for path in changed] == ["results.jsonl"] and " s\n" not in printed.split("| system")[0]
-    (folder / "other.yaml").write_text(yaml.safe_dump(description(tune="--dropout 0.3", systems=[
-        {"criterion": "mean", "sparsity": 0.5, "schedule": "one-shot"},
-        {"criterion": "random", "sparsity": 0.5},
-    ])))  # fmt: skip
+    (folder / "other.yaml").write_text(
+        yaml.safe_dump(
+            description(
+                tune="--dropout 0.3",
+                systems=[
+                    {"criterion": "mean", "sparsity": 0.5, "schedule": "one-shot"},
+                    {"criterion": "random", "sparsity": 0.5},
+                ],
+            )
+        )
+    )
     with pytest.raises(SystemExit) as stop:
         sweep.main([str(word) for word in command(folder, corpus, dense, "other.yaml")[1:]])
     message = capfd.readouterr().err
