@@ -369,6 +369,19 @@ class PruningMasks:
             if kind.causal and np.triu(keep, 1).any():
                 raise ArtifactError(f"{kind.value}: cells with key position > query position cannot be kept")
 
+    @classmethod
+    def all_ones(cls, shape: Mapping[str, list[int]], dictionaries: Mapping[str, str]) -> PruningMasks:
+        """Return masks that keep every cell of a model: ``--attention-masks none``.
+
+        Args:
+            shape: ``{kind: [layers, heads]}`` (:func:`ap_fairseq.sites.architecture`).
+            dictionaries: ``{"source": sha256, "target": sha256}``.
+        """
+        keep = {AttentionKind(kind): np.ones((*size, 1, 1), dtype=bool) for kind, size in shape.items()}
+        nothing = {"effective": 0.0, "kept_mass": 1.0}
+        metadata = {"dictionaries": dict(dictionaries), "sparsity": dict.fromkeys(shape, nothing), "total": nothing}
+        return cls(keep, {kind: cells[..., 0] for kind, cells in keep.items()}, metadata)
+
     @property
     def kinds(self) -> list[AttentionKind]:
         return [kind for kind in AttentionKind if kind in self.keep]

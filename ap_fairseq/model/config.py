@@ -54,8 +54,9 @@ _PLUGIN_FIELDS = [
         dataclasses.field(
             default=None,
             metadata={
-                "help": "pruning masks to start training with (ap-masks); checkpoints carry them from then on. Given "
-                "together with a pruned checkpoint, the file replaces the checkpoint's masks"
+                "help": "pruning masks to start training with (a file of ap-masks); checkpoints carry them from then "
+                "on. Given together with a pruned checkpoint, the file replaces the checkpoint's masks. none: keep "
+                "every cell, as a dense model does, or what the masks of the checkpoint keep"
             },
         ),
     ),

@@ -83,7 +83,11 @@ class PrunedTransformerModel(TransformerModelBase):
         args = argparse.Namespace(**{name: value for name, value in flat.items() if not is_interpolation(value)})
         transformer_legacy.base_architecture(args)
         model = super().build_model(TransformerConfig.from_namespace(args), task)
-        if path:
+        if path == "none":
+            model.set_masks(PruningMasks.all_ones(architecture(model), dictionary_hashes(task)))
+            model.prefer_masks_of_checkpoint()
+            logger.info("attention masks: none; every cell is kept, unless a checkpoint brings masks")
+        elif path:
             masks = PruningMasks.load(path)
             masks.require_model(architecture(model), dictionary_hashes(task), path)
             model.set_masks(masks, file_sha256(path))
@@ -153,6 +157,12 @@ class PrunedTransformerModel(TransformerModelBase):
         self.mask_metadata = encode_provenance(provenance).to(self.mask_metadata.device)
         self._masks_are_explicit = True
         self._logged_sparsity = effective_sparsity(provenance)
+
+    def prefer_masks_of_checkpoint(self) -> None:
+        """Let the masks of a checkpoint that is loaded from now on replace those of :meth:`set_masks`."""
+        self._masks_are_explicit = False
+        for _, module in attention_sites(self):
+            module.mask_is_explicit = False
 
     def prepare_for_inference_(self, cfg):
         """fairseq's hook before generation: logs what the masks save in the caches."""

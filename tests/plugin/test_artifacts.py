@@ -366,3 +366,16 @@ def test_masks_of_another_architecture_or_dictionary_are_refused():
         masks.require_model({"encoder_self": [2, 2]}, masks.metadata["dictionaries"], "m")
     with pytest.raises(ArtifactError, match="target dictionary with SHA-256 bbbbbbbbbbbb, the data has cccccccccccc"):
         masks.require_model(shape, {"source": "a" * 64, "target": "c" * 64}, "m")
+
+
+@pytest.mark.parametrize("kind", [AttentionKind.DECODER_SELF, AttentionKind.CROSS])
+def test_masks_of_none_keep_every_cell_of_any_size(kind):
+    """--attention-masks none: a recorded range of one position, and all that lies beyond it is kept."""
+    packed = PruningMasks.all_ones({kind.value: [1, 4]}, {"source": "a", "target": "b"}).packed()
+    module = attention.PrunedMultiheadAttention(64, 4, kind=kind)
+    module.set_mask(
+        *(torch.from_numpy(packed[f"{kind.value}.{name}"][0]) for name in ("keep", "extrapolation")),
+        torch.tensor([1, 1]),
+    )
+    cells = torch.ones(4, 9, 7, dtype=torch.bool)
+    assert torch.equal(module.keep_mask(9, 7), cells.tril() if kind.causal else cells)
