@@ -14,6 +14,7 @@ import torch
 from ap_fairseq.cli.common import command
 from ap_fairseq.evaluation import scores as evaluation
 from ap_fairseq.evaluation.results import format_latex, format_markdown, format_plain, read_results
+from ap_fairseq.experiments.stages import read_mark
 from ap_fairseq.files import ArtifactError, UserError, file_sha256, read_lines, refuse_existing, write_json
 from ap_fairseq.provenance import decode_provenance, versions
 
@@ -192,7 +193,7 @@ def environment() -> dict:
 
 
 def read_seconds(folder: str) -> dict[str, float]:
-    """Read the stage marks of ``scripts/stages.sh``: the first line of each file is its duration in seconds.
+    """Return the seconds of the finished stages of a run, in the order in which they ended.
 
     Raises:
         ArtifactError: if there are none, or files of another kind.
@@ -200,16 +201,7 @@ def read_seconds(folder: str) -> dict[str, float]:
     marks = sorted(Path(folder).glob("*"), key=lambda mark: mark.stat().st_mtime)
     if not marks:
         raise ArtifactError(f"--stages {folder} holds no stage marks; they are in the folder `stages` of a run")
-    seconds = {}
-    for mark in marks:
-        first = mark.read_text(encoding="utf-8").partition("\n")[0]
-        try:
-            seconds[mark.name] = float(first)
-        except ValueError as error:
-            raise ArtifactError(
-                f"{mark} is no stage mark of scripts/stages.sh: it starts with {first[:40]!r}, not with seconds"
-            ) from error
-    return seconds
+    return {mark.stem: read_mark(mark)[1] for mark in marks}
 
 
 def _check(args: argparse.Namespace) -> None:

@@ -13,9 +13,8 @@ from pathlib import Path
 import ap_fairseq.plugin  # noqa: F401  (registers with fairseq)
 from ap_fairseq.artifacts import AttentionStats
 from ap_fairseq.cli import masks as cli_masks
-from ap_fairseq.cli import record
 from ap_fairseq.cli.common import command
-from ap_fairseq.experiments.stages import StageError, Stages, fairseq_train
+from ap_fairseq.experiments.stages import PLUGIN, Stages
 from ap_fairseq.files import ArtifactError
 
 logger = logging.getLogger(__name__)
@@ -103,13 +102,14 @@ def prune_gradually(
         folder = Path(output) / f"round-{number}"
         folder.mkdir(parents=True, exist_ok=True)
         stats, masks = str(folder / "stats.safetensors"), str(folder / "masks.safetensors")
-        recording = [data, "--path", current, "--subset", "train", "-o", stats, "--overwrite", *record_flags]
-        stages.run(f"round-{number}.record", record.main, recording)
+        recording = ["--path", current, "--subset", "train", "-o", stats, "--overwrite", *record_flags]
+        stages.run(f"round-{number}.record", "ap-record", data, *recording)
         share = share_of_round(number, rounds, shape)
         stages.run(f"round-{number}.masks", write_round_masks, stats, masks, list(mask_flags), share)
         of_round = updates * number // rounds - updates * (number - 1) // rounds
         own = ["--attention-masks", masks, "--finetune-from-model", current, "--save-dir", str(folder)]
-        stages.run(f"round-{number}.train", fairseq_train, [data, *train_flags, *own, "--max-update", of_round])
+        training = [*train_flags, *own, "--max-update", of_round]
+        stages.run(f"round-{number}.train", "fairseq-train", data, *PLUGIN, *training)
         current = str(folder / "checkpoint_last.pt")
     return current, masks
 
@@ -132,11 +132,8 @@ def main(argv: list[str]) -> None:
         raise ArtifactError(
             f"--masks '{args.masks}' ranks by importance, but --record '{args.record}' lacks --importance"
         )
-    try:
-        checkpoint, masks = prune_gradually(
-            *(args.data, args.path, args.output, mask_flags, train_flags, record_flags),
-            *(args.rounds, args.updates, args.shape),
-        )
-    except StageError as error:
-        raise ArtifactError(str(error)) from error
+    checkpoint, masks = prune_gradually(
+        *(args.data, args.path, args.output, mask_flags, train_flags, record_flags),
+        *(args.rounds, args.updates, args.shape),
+    )
     logger.info(f"checkpoint {checkpoint}, masks {masks}")

@@ -1,4 +1,4 @@
-"""Resumable stages of a long experiment: fairseq's and this package's commands, run as functions.
+"""Resumable stages of an experiment, each a console command or a function, with live progress.
 
 A stage runs in a forked child, so that the seconds of importing torch and fairseq are spent once, and a stage can leave
 its GPU memory, its random state and fairseq's globals behind. The parent must not have used the GPU; importing fairseq
@@ -10,10 +10,13 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import importlib.metadata
 import json
+import logging
 import multiprocessing
 import multiprocessing.connection
 import os
+import shlex
 import sys
 import time
 import traceback
@@ -21,90 +24,178 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from fairseq_cli import train
-
+import ap_fairseq
+from ap_fairseq.experiments.progress import Progress
 from ap_fairseq.files import ArtifactError, UserError, read_lines, write_json
 
 # Asking whether there is a GPU must not open it: an opened GPU cannot be used after a fork.
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 
+PLUGIN = ("--user-dir", str(Path(ap_fairseq.__file__).parent))
+"""The flags with which fairseq's commands load this package."""
+
+POLL_SECONDS = 0.25
+
 _processes = multiprocessing.get_context(os.environ.get("AP_START_METHOD", "fork"))
+_slot = 0  # of a process of run_together: the line of the terminal that its progress bars take
 
 
-class StageError(RuntimeError):
+class StageError(UserError):
     """A stage failed; its log says why."""
 
 
 class Stages:
-    """The stages of a run folder: ``logs/NAME.log`` and, once done, ``stages/NAME.json`` (settings, seconds)."""
+    """The stages of a run folder: ``logs/NAME.log`` and, once done, ``stages/NAME.json`` (command, seconds)."""
 
     def __init__(self, folder: str | os.PathLike):
         self.folder = Path(folder)
 
-    def run(self, name: str, function: Callable, *args: Any) -> None:
-        """Call ``function(*args)`` in a child process, unless it was done before with the same arguments.
+    def run(self, name: str, program: str | Callable, *args: Any) -> None:
+        """Run a stage unless it was done before with the same arguments.
 
-        If another program is at this stage, wait for it.
+        If another process is at this stage, wait for it.
+
+        Args:
+            program: the name of an installed console command, called as with *args* on its command line, or a function.
 
         Raises:
             ArtifactError: if the stage was done with other arguments: its results would mix with the old ones.
             StageError: if it fails.
         """
-        mark, log = self.folder / "stages" / f"{name}.json", self.log(name)
-        settings = [function.__qualname__, *json.loads(json.dumps(args, default=str))]
-        if not mark.exists():
-            for file in (mark, log):
-                file.parent.mkdir(parents=True, exist_ok=True)
-            with _locked(log.with_name(f".{name}.lock")):
-                if not mark.exists():  # nor was it done meanwhile
-                    seconds = self.run_always(name, function, *args)
-                    write_json(mark, {"settings": settings, "seconds": seconds})
-                    return
-        done = json.loads(mark.read_text(encoding="utf-8"))["settings"]
-        if done != settings:
+        mark, log = self._mark(name), self.log(name)
+        command = json.loads(json.dumps([_name(program), *args], default=str))
+        for file in (mark, log):
+            file.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(log.with_name(f".{name}.lock")):
+            if not mark.exists():
+                seconds = self.run_always(name, program, *args)
+                write_json(mark, {"command": command, "seconds": seconds})
+                return
+        done, seconds = read_mark(mark)
+        if done != command:
             raise ArtifactError(
                 f"stage {name} in {self.folder} was done with other settings:\n  then {json.dumps(done)}\n  now  "
-                f"{json.dumps(settings)}\nname another output folder, or remove {mark} and what it made"
+                f"{json.dumps(command)}\nname another output folder, or remove {mark} and what it made"
             )
+        _say(f"{name}: done before, {seconds} s")
+
+    def forget(self, name: str) -> None:
+        """Let the next call run the stage again."""
+        self._mark(name).unlink(missing_ok=True)
 
     def log(self, name: str) -> Path:
         return self.folder / "logs" / f"{name}.log"
 
-    def run_always(self, name: str, function: Callable, *args: Any) -> float:
-        """Call ``function(*args)``, which knows itself what was done before, in a child process; return the seconds.
+    def _mark(self, name: str) -> Path:
+        return self.folder / "stages" / f"{name}.json"
+
+    def run_always(self, name: str, program: str | Callable, *args: Any) -> float:
+        """Run a stage that knows itself what was done before; return the seconds.
 
         Raises:
             StageError: if it fails.
         """
         log = self.log(name)
         log.parent.mkdir(parents=True, exist_ok=True)
+        if log.exists():  # never two runs in one log: its translations would be read twice
+            log.replace(log.with_suffix(".previous.log"))
+        words = [str(arg) for arg in args]
+        if isinstance(program, str):
+            log.write_text(f"$ {shlex.join([program, *words])}\n", encoding="utf-8")
+            _load(program)  # here, so that all stages share the import
         started = time.monotonic()
-        child = _processes.Process(target=_call, args=(log, function, args))
+        _say(f"{name}: running, log in {log}")
+        child = _processes.Process(target=_call, args=(log, program, args))
         child.start()
-        child.join()
+        with Progress(name, words, log, _slot) as progress:
+            while child.is_alive():
+                child.join(POLL_SECONDS)
+                progress.update()
         if child.exitcode != 0:
             tail = "\n".join(read_lines(log)[-12:])
             raise StageError(f"stage {name} failed with status {child.exitcode}; the end of {log}:\n{tail}")
         seconds = round(time.monotonic() - started, 1)
-        print(f"{name}: {seconds} s", flush=True)
+        _say(f"{name}: {seconds} s")
         return seconds
+
+
+def read_mark(mark: Path) -> tuple[list[Any], float]:
+    """Return the command and the seconds of a finished stage.
+
+    Raises:
+        ArtifactError: if the file is not a stage mark.
+    """
+    try:
+        document = json.loads(mark.read_text(encoding="utf-8"))
+        return document["command"], float(document["seconds"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ArtifactError(
+            f"{mark} is not the mark of a finished stage (JSON with command and seconds): {error!r}; remove it to run "
+            "the stage again"
+        ) from error
 
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Hold a lock meanwhile. Children inherit it: it is free when the last of them has ended, however that came."""
+    """Hold a lock in the block. Children inherit it: it is free when the last of them has ended, however that came."""
     with open(path, "w") as stream:
         fcntl.flock(stream, fcntl.LOCK_EX)
         yield
 
 
-def _call(log: Path, function: Callable, args: Sequence[Any]) -> None:
+def _say(text: str) -> None:
+    """Print a line, over a progress bar that another process may have drawn there."""
+    print(f"\r\x1b[K{text}" if sys.stdout.isatty() else text, flush=True)
+
+
+def _name(program: str | Callable) -> str:
+    return program if isinstance(program, str) else program.__qualname__
+
+
+def _load(program: str) -> Callable[[], Any]:
+    """Return the function of an installed console command."""
+    found = importlib.metadata.entry_points(group="console_scripts", name=program)
+    if not found:
+        raise StageError(f"no command {program} is installed in the environment of {sys.executable}")
+    return next(iter(found)).load()
+
+
+def call(program: str, *args: Any) -> None:
+    """Run a console command in a child process that prints where this one does.
+
+    Raises:
+        StageError: if it fails.
+    """
+    _load(program)
+    child = _processes.Process(target=_run, args=(program, args))
+    child.start()
+    child.join()
+    if child.exitcode != 0:
+        raise StageError(f"{program} failed with status {child.exitcode}")
+
+
+def _run(program: str | Callable, args: Sequence[Any]) -> None:
+    if isinstance(program, str):
+        sys.argv = [program, *map(str, args)]
+        _load(program)()
+    else:
+        program(*args)
+
+
+def _call(log: Path, program: str | Callable, args: Sequence[Any]) -> None:
     """Run in the child: everything printed goes to the log, faults with their traceback."""
     sys.stdout = sys.stderr = stream = open(log, "a", encoding="utf-8", buffering=1)
     os.dup2(stream.fileno(), 1)
     os.dup2(stream.fileno(), 2)
+    logging.basicConfig(  # as fairseq's commands do where they are first imported, which may have been in the parent
+        format="%(asctime)s | %(levelname)s | %(name)s | %(message)s",
+        datefmt="%Y-%m-%d %H:%M:%S",
+        level=os.environ.get("LOGLEVEL", "INFO").upper(),
+        stream=stream,
+        force=True,
+    )
     try:
-        function(*args)
+        _run(program, args)
     except SystemExit:
         raise
     except BaseException:
@@ -115,33 +206,36 @@ def _call(log: Path, function: Callable, args: Sequence[Any]) -> None:
 def run_together(jobs: int, tasks: Iterable[tuple[Callable, Sequence[Any]]]) -> None:
     """Run ``function(*args)`` for each task, *jobs* at a time, each in a process of its own; wait for all.
 
+    The tasks that run at the same time share torch's threads.
+
     Raises:
         StageError: naming how many failed, after the others have ended.
     """
     waiting, running, failed = list(reversed(list(tasks))), {}, 0
+    jobs = min(jobs, len(waiting))
     while waiting or running:
         while waiting and len(running) < jobs:
             function, args = waiting.pop()
-            process = _processes.Process(target=_report_errors, args=(function, args))
+            slot = min(set(range(jobs)) - {slot for _, slot in running.values()})
+            process = _processes.Process(target=_work, args=(slot, jobs, function, args))
             process.start()
-            running[process.sentinel] = process
+            running[process.sentinel] = process, slot
         for sentinel in multiprocessing.connection.wait(list(running)):
-            process = running.pop(sentinel)
+            process, _ = running.pop(sentinel)
             process.join()
             failed += process.exitcode != 0
     if failed:
         raise StageError(f"{failed} jobs failed; run the same command again to resume with what is missing")
 
 
-def _report_errors(function: Callable, args: Sequence[Any]) -> None:
+def _work(slot: int, jobs: int, function: Callable, args: Sequence[Any]) -> None:
+    global _slot
+    _slot = slot
+    if jobs > 1 and "torch" in sys.modules:
+        torch = sys.modules["torch"]
+        torch.set_num_threads(max(1, torch.get_num_threads() // jobs))
     try:
         function(*args)
-    except (StageError, UserError) as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(1)
-
-
-def fairseq_train(argv: Sequence[Any]) -> None:
-    """``fairseq-train`` with the plugin loaded."""
-    sys.argv = ["fairseq-train", *map(str, argv)]
-    train.cli_main()

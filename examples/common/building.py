@@ -190,11 +190,11 @@ def run_steps(out: Path, steps: Sequence[Step], report: Callable[[str], None] = 
     markers = out / ".steps"
     work = out / ".work"
     counts: dict[str, Any] = {}
-    for number, step in enumerate(steps):
+    for number, step in enumerate(steps, 1):
         marker = markers / f"{step.name}.json"
         done = json.loads(marker.read_text("utf-8")) if marker.exists() else None
         if done and done["options"] == step.options and all((out / product).exists() for product in step.products):
-            report(f"{step.name}: done before")
+            report(f"progress: {number} / {len(steps)} steps, {step.name} done before")
             counts.update(done["counts"])
             continue
         if done:
@@ -206,7 +206,7 @@ def run_steps(out: Path, steps: Sequence[Step], report: Callable[[str], None] = 
             values = [f"{name}: {done['options'].get(name)} -> {step.options.get(name)}" for name in sorted(changed)]
             report(f"{step.name}: again ({'; '.join(values) or 'its products are gone'})")
         (out / "counts.json").unlink(missing_ok=True)
-        for later in steps[number:]:
+        for later in steps[number - 1 :]:
             (markers / f"{later.name}.json").unlink(missing_ok=True)
             for product in later.products:
                 _remove(out / product)
@@ -220,7 +220,7 @@ def run_steps(out: Path, steps: Sequence[Step], report: Callable[[str], None] = 
         seconds = round(time.monotonic() - start, 1)
         step_counts = {**step_counts, f"seconds_{step.name}": seconds}
         write_json(marker, {"options": step.options, "counts": step_counts})
-        report(f"{step.name}: {seconds} s")
+        report(f"progress: {number} / {len(steps)} steps, {step.name} {seconds} s")
         counts.update(step_counts)
     return counts
 
@@ -236,10 +236,10 @@ def open_folder(out: Path) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
         if any(out.iterdir()) and not (out / ".steps").is_dir():
-            raise PrepareError(f"{out} is not empty and was not made by prepare.sh: choose another --out")
+            raise PrepareError(f"{out} is not empty and holds no data of this program: choose another folder")
         (out / ".steps").mkdir(exist_ok=True)
     except OSError as error:
-        raise PrepareError(f"cannot write to --out {out}: {error}") from error
+        raise PrepareError(f"cannot write to {out}: {error}") from error
 
 
 def build(out: Path, steps: Sequence[Step], options: Mapping[str, Any]) -> dict[str, Any]:
@@ -252,11 +252,11 @@ def build(out: Path, steps: Sequence[Step], options: Mapping[str, Any]) -> dict[
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise PrepareError(f"another run is working in {out}: wait for it, or choose another --out") from error
+            raise PrepareError(f"another run is working in {out}: wait for it, or choose another folder") from error
         counts = run_steps(out, steps)
         finished = out / "counts.json"
         if not finished.exists():
             plain = {name: str(value) if isinstance(value, Path) else value for name, value in options.items()}
-            record = {"command": shlex.join(["prepare.sh", *sys.argv[1:]]), "options": plain, "versions": versions()}
+            record = {"options": plain, "versions": versions()}
             write_json(finished, {**record, **counts})
         return json.loads(finished.read_text("utf-8"))

@@ -1,6 +1,6 @@
-"""Builds the corpus of a data set: archives -> text -> SentencePiece -> data-bin, as its data.toml says.
+"""Builds the corpus of a data set: archives -> text -> SentencePiece -> data-bin, as its recipe.toml says.
 
-Run by the ``prepare.sh`` of each data set. Raw cased text with a joint SentencePiece model; held-out text as sacreBLEU
+Run by ``run.sh prepare`` of each data set. Raw cased text with a joint SentencePiece model; held-out text as sacreBLEU
 reads it. Everything is streamed, so that 40 million pairs need no more memory than 400.
 """
 
@@ -41,7 +41,7 @@ BLOCK_LINES = 100_000  # encoded at once
 
 
 class Recipe:
-    """What a data set's data.toml says, for one of its variants.
+    """What a data set's recipe.toml says of its text, for one of its variants.
 
     Attributes:
         pair: (source, target) language.
@@ -299,14 +299,14 @@ def steps_of(recipe: Recipe, args: argparse.Namespace, archives: dict[str, Any])
 
 
 def parse_args(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="prepare.sh", description=__doc__.split("\n")[0])
-    parser.add_argument("data_set", type=Path, help="folder with data.toml (prepare.sh gives it)")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="output folder (default: data/VARIANT in the example)")
+    parser = argparse.ArgumentParser(prog="run.sh prepare", description=__doc__.split("\n")[0])
+    parser.add_argument("data_set", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path, metavar="DIR", help="output folder (run.sh gives it)")
     parser.add_argument("--archives", type=Path, metavar="DIR", help="downloaded archives (default: examples/archives)")
     parser.add_argument("--variant", help="which training data, where data.toml has several (default: its first)")
-    parser.add_argument("--bpe-size", type=int, metavar="N", help="size of the joint dictionary (default: data.toml)")
+    parser.add_argument("--bpe-size", type=int, metavar="N", help="size of the joint dictionary (default: recipe.toml)")
     parser.add_argument("--valid-every", type=int, metavar="N", help="which training lines are for validation")
-    parser.add_argument("--document-tokens", type=int, metavar="N", help="longest document (default: data.toml)")
+    parser.add_argument("--document-tokens", type=int, metavar="N", help="longest document (default: recipe.toml)")
     parser.add_argument(
         "--spm-lines",
         type=int,
@@ -323,23 +323,32 @@ def parse_args(arguments: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
+def languages(args: argparse.Namespace) -> tuple[str, str]:
+    """Source and target language, as they stand in file names.
+
+    Raises:
+        PrepareError: for an unknown --variant.
+    """
+    return Recipe(args.data_set / "recipe.toml", args.variant).pair
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     args = parse_args(arguments)
     try:
         with tempfile.TemporaryDirectory() as cache:
             # Read when sacreBLEU is imported; a fresh cache, so that test sets come from the verified archives.
             os.environ["SACREBLEU"] = cache
-            recipe = Recipe(args.data_set.resolve() / "data.toml", args.variant)
+            recipe = Recipe(args.data_set.resolve() / "recipe.toml", args.variant)
             for name in ("bpe_size", "valid_every", "document_tokens"):
                 if getattr(args, name) and not getattr(recipe, name):
-                    raise PrepareError(f"{recipe.name} has no {name} in its data.toml: leave the option out")
+                    raise PrepareError(f"{recipe.name} has no {name} in its recipe.toml: leave the option out")
                 setattr(recipe, name, getattr(args, name) or getattr(recipe, name))
-            args.out = (args.out or args.data_set / "data" / (recipe.variant or "default")).absolute()
+            args.out = args.out.absolute()
             args.archives = (args.archives or Path(__file__).parents[1] / "archives").absolute()
             archives = {name: downloads.fetch(part, args.archives) for name, part in recipe.archives.items()}
             counts = build(args.out, steps_of(recipe, args, archives), {**vars(args), "archives": archives})
     except (PrepareError, OSError) as error:
-        sys.exit(f"prepare.sh: error: {error}")
+        sys.exit(f"run.sh prepare: error: {error}")
     print(f"pairs: {counts['sentences']}")
     print(f"counts: {args.out / 'counts.json'}; data: {args.out / 'data-bin'}")
 

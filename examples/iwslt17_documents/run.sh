@@ -1,2 +1,3 @@
 #!/usr/bin/env bash
-exec bash "$(dirname "${BASH_SOURCE[0]}")/../common/recipe.sh" "$(dirname "${BASH_SOURCE[0]}")" run "$@"
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+exec python3 "$here/../common/recipe.py" "$here" "$@"

@@ -543,6 +543,11 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def languages(args: argparse.Namespace) -> tuple[str, str]:
+    """Source and target language, as they stand in file names."""
+    return fairseq_language(args.source), fairseq_language(args.target)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     args = parse_args(arguments)
     missing = [name for name in ("sentencepiece", "fairseq") if importlib.util.find_spec(name) is None]

@@ -51,13 +51,11 @@ from typing import Any
 import yaml
 
 from ap_fairseq.artifacts import AttentionStats
-from ap_fairseq.cli import masks as ap_masks
-from ap_fairseq.cli import record as ap_record
 from ap_fairseq.cli.common import exit_on_sigterm
 from ap_fairseq.cli.prune_schedule import prune_gradually
 from ap_fairseq.evaluation.scores import compare_systems, score, score_documents
 from ap_fairseq.evaluation.tables import Table, markdown
-from ap_fairseq.experiments.stages import StageError, Stages, fairseq_train, run_together
+from ap_fairseq.experiments.stages import PLUGIN, Stages, run_together
 from ap_fairseq.experiments.translation import Search, Translation, translate
 from ap_fairseq.files import ArtifactError, UserError, atomic_output, file_sha256, read_lines, write_json
 from ap_fairseq.model.dynamic import top_k_for
@@ -267,10 +265,10 @@ class Sweep:
             updates = self.description["dense_updates"]
             settings = [*self.training("dense", seed, updates), "--max-update", updates]
             save = ["--save-dir", str(self.out / f"dense.s{seed}")]
-            self.stages.run(f"dense.s{seed}.train", fairseq_train, [self.bin, *settings, *save])
+            self.stages.run(f"dense.s{seed}.train", "fairseq-train", self.bin, *PLUGIN, *settings, *save)
         flags = ["--path", self.checkpoint(seed), "--subset", "train", "-o", self.stats(seed), "--overwrite"]
-        recording = [self.bin, *flags, *shlex.split(self.description["record"])]
-        self.stages.run(f"dense.s{seed}.record", ap_record.main, recording)
+        recording = [*flags, *shlex.split(self.description["record"])]
+        self.stages.run(f"dense.s{seed}.record", "ap-record", self.bin, *recording)
 
     def training(self, recipe: str, seed: int, updates: int) -> list[str]:
         """Flags of fairseq-train: the common ones and those of *recipe*, dense or tune; a decay takes all *updates*."""
@@ -281,7 +279,7 @@ class Sweep:
     def build_masks(self, system: System) -> None:
         output = self.masks(system)
         flags = [self.stats(self.dense_seed(system)), *system.mask_flags(), "-o", output, "--overwrite"]
-        self.stages.run(f"masks.{Path(output).stem}", ap_masks.main, flags)
+        self.stages.run(f"masks.{Path(output).stem}", "ap-masks", *flags)
 
     def updates(self, system: System) -> int:
         """Updates after the dense model's, or all of them from scratch."""
@@ -304,7 +302,7 @@ class Sweep:
         own = ["--attention-masks", self.masks(system), "--save-dir", str(folder), "--max-update", updates]
         if system.schedule == "one-shot":
             own += ["--finetune-from-model", start]
-        self.stages.run(f"{system.name}.train", fairseq_train, [self.bin, *flags, *own])
+        self.stages.run(f"{system.name}.train", "fairseq-train", self.bin, *PLUGIN, *flags, *own)
 
     def translations(self, systems: Sequence[System]) -> list[tuple]:
         """Tasks that translate: as many as there are jobs, each loading the model once."""
@@ -565,7 +563,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             dense[int(seed)] = path
         description = yaml.safe_load(args.sweep.read_text(encoding="utf-8"))
         Sweep(description, args.data.resolve(), args.out.resolve(), args.jobs, dense, args.only).run(args.until)
-    except (UserError, yaml.YAMLError, OSError, StageError) as error:
+    except (UserError, yaml.YAMLError, OSError) as error:
         print(f"sweep.py: error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
 

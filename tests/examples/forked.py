@@ -1,109 +1,37 @@
-"""Console commands without their start-up: a server imports fairseq and the plugin once and forks for each command.
+"""Recipes without their start-up: a server imports fairseq and the plugin once, and each call is a fork of it.
 
-The examples run a dozen commands, each of which spends seconds on imports. ``make_commands`` writes stand-ins that hand
-arguments, folder, environment and open files to the server; what runs is the real ``main`` in a process of its own.
+Python's forkserver, and not a fork of pytest: autograd refuses to run in a child of a process that has used it.
 """
 
-import json
+import multiprocessing
 import os
-import signal
-import socket
-import subprocess
 import sys
-import traceback
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-MAINS = {
-    "fairseq-train": ("fairseq_cli.train", "cli_main"),
-    "fairseq-generate": ("fairseq_cli.generate", "cli_main"),
-    "ap-record": ("ap_fairseq.cli.record", "main"),
-    "ap-masks": ("ap_fairseq.cli.masks", "main"),
-    "ap-apply": ("ap_fairseq.cli.apply", "main"),
-    "ap-average": ("ap_fairseq.cli.average", "main"),
-    "ap-evaluate": ("ap_fairseq.cli.evaluate", "main"),
-}
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
-CLIENT = """#!{python} -IS
-import json, os, socket, sys
-with socket.socket(socket.AF_UNIX) as server:
-    server.connect({address!r})
-    request = json.dumps([os.path.basename(sys.argv[0]), sys.argv[1:], os.getcwd(), dict(os.environ)]).encode()
-    socket.send_fds(server, [len(request).to_bytes(8, "big")], [1, 2])
-    server.sendall(request)
-    status = server.recv(1)
-sys.exit(status[0] if status else 70)
-"""
+server = multiprocessing.get_context("forkserver")
+server.set_forkserver_preload(["ap_fairseq.plugin", "fairseq_cli.train", "fairseq_cli.generate", "matplotlib.pyplot"])
 
 
-def make_commands(folder: Path, address: Path) -> None:
-    folder.mkdir()
-    for name in MAINS:
-        (folder / name).write_text(CLIENT.format(python=sys.executable, address=str(address)))
-        (folder / name).chmod(0o755)
+def run_recipe(arguments: Sequence[object], output: Path, environment: Mapping[str, str]) -> int:
+    """What run.sh runs, with its output in a file; returns its exit status."""
+    process = server.Process(target=_run, args=([str(word) for word in arguments], str(output), dict(environment)))
+    process.start()
+    process.join(timeout=300)
+    if process.exitcode is None:
+        process.terminate()
+        raise TimeoutError(f"{arguments} has run for 300 s: {output.read_text()}")
+    return process.exitcode
 
 
-def start_server(address: Path) -> subprocess.Popen:
-    server = subprocess.Popen([sys.executable, __file__, str(address)], stdout=subprocess.PIPE)
-    server.stdout.readline()  # it listens
-    return server
-
-
-def receive(connection: socket.socket):
-    size, (out, err), _, _ = socket.recv_fds(connection, 8, 2)
-    size, data = int.from_bytes(size, "big"), b""
-    while len(data) < size:
-        data += connection.recv(size - len(data))
-    return json.loads(data), out, err
-
-
-def run_command(request, out: int, err: int) -> int:
-    """The command, in a process that was forked for it; returns its exit status."""
-    name, arguments, folder, environment = request
-    os.dup2(out, 1)
-    os.dup2(err, 2)
-    os.chdir(folder)
-    os.environ.clear()
+def _run(arguments: list[str], output: str, environment: dict[str, str]) -> None:
+    with open(output, "w") as stream:
+        os.dup2(stream.fileno(), 1)
+        os.dup2(stream.fileno(), 2)
     os.environ.update(environment)
-    sys.argv = [name, *arguments]
-    module, main = MAINS[name]
-    try:
-        getattr(sys.modules[module], main)()
-        status = 0
-    except SystemExit as end:
-        status = end.code if isinstance(end.code, int) else int(end.code is not None)
-    except BaseException:
-        traceback.print_exc()
-        status = 1
-    sys.stdout.flush()
-    sys.stderr.flush()
-    return status
+    sys.path.insert(0, str(EXAMPLES / "common"))
+    import recipe
 
-
-def serve(address: str) -> None:
-    for module, _ in MAINS.values():
-        __import__(module)
-    with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(address)
-        listener.listen()
-        signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # no one waits for the forked processes
-        print("ready", flush=True)
-        while True:
-            connection, _ = listener.accept()
-            request, out, err = receive(connection)
-            if os.fork() == 0:
-                listener.close()
-                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-                os._exit(answer(connection, request, out, err))
-            for file in (out, err):
-                os.close(file)
-            connection.close()
-
-
-def answer(connection: socket.socket, request, out: int, err: int) -> int:
-    status = run_command(request, out, err)
-    connection.sendall(bytes([status]))
-    return 0
-
-
-if __name__ == "__main__":
-    serve(sys.argv[1])
+    recipe.main(arguments)

@@ -1,28 +1,15 @@
-"""A mirror of the WMT and IWSLT archives, with their names and inner layout, filled with real text of the test suite.
-
-``sentences.tsv`` holds pages of LibreOffice's help (page, English, German, French; Mozilla Public License 2.0), from
-Debian's packages libreoffice-help-{en-us,de,fr}.
-"""
+"""A mirror of the WMT and IWSLT archives, with their names and inner layout, filled with text of our own."""
 
 import gzip
 import hashlib
 import io
-import itertools
 import tarfile
 from html import escape
 from pathlib import Path
 
+from sentences import Pages, write_pages
+
 STATMT, DATA_STATMT = "www.statmt.org", "data.statmt.org"
-LANGUAGES = ("en", "de", "fr")
-
-Pages = list[tuple[str, list[dict[str, str]]]]
-
-
-def read_pages() -> Pages:
-    """(page, segments) of sentences.tsv; a segment maps languages to texts."""
-    rows = [line.split("\t") for line in Path(__file__).with_name("sentences.tsv").read_text("utf-8").splitlines()]
-    grouped = itertools.groupby(rows, key=lambda row: row[0])
-    return [(page, [dict(zip(LANGUAGES, row[1:], strict=True)) for row in part]) for page, part in grouped]
 
 
 def plain(pages: Pages, language: str) -> str:
@@ -68,7 +55,7 @@ def parallel(stem: str, pages: Pages, languages=("en", "de"), pair="de-en", end=
 
 def build_mirror(folder: Path) -> Path:
     """Writes all archives as ``folder/HOST/PATH`` and their checksums as ``folder/SHA256SUMS``, which it returns."""
-    pages = read_pages()
+    pages = write_pages()
     held_out, train = pages[:4], pages[4:]
     parts = [train[k::3] for k in range(3)]
     statmt = folder / STATMT

@@ -1,15 +1,20 @@
-"""The WMT and IWSLT examples: every script, on a mirror of archives with the real names and layout, on the CPU."""
+"""The recipes: every stage of every data set, on a mirror of archives with the real names and layout, on the CPU."""
 
 import hashlib
 import http.server
 import json
 import os
+import shlex
+import shutil
 import subprocess
 import sys
 import threading
+import tomllib
 from pathlib import Path
 
 import pytest
+from fairseq import options
+from fairseq.models import ARCH_MODEL_REGISTRY
 
 HERE = Path(__file__).resolve().parent
 EXAMPLES = HERE.parents[1] / "examples"
@@ -19,11 +24,13 @@ import corpora  # noqa: E402
 import downloads  # noqa: E402
 import forked  # noqa: E402
 import mirror  # noqa: E402
+import recipe as recipe_program  # noqa: E402
 from building import PrepareError  # noqa: E402
 from downloads import Archive, fetch  # noqa: E402
+from sentences import write_pages  # noqa: E402
 
 DATA_SETS = ("wmt14_en_de", "wmt14_en_fr", "iwslt14_de_en", "iwslt17_documents")
-STAGES = ("prepare", "train_dense", "record", "prune", "train_pruned", "evaluate")
+STAGES = ("prepare", "train_dense", "record", "prune", "train_pruned", "evaluate", "report")
 
 
 @pytest.fixture(scope="session")
@@ -33,101 +40,138 @@ def data_mirror(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="session")
-def commands(tmp_path_factory):
-    """A folder of commands that start at once; see forked.py."""
-    folder = tmp_path_factory.mktemp("commands")
-    forked.make_commands(folder / "bin", folder / "socket")
-    server = forked.start_server(folder / "socket")
-    yield folder / "bin"
-    server.terminate()
-    server.wait()
-
-
 @pytest.fixture
-def script(data_mirror, commands, tmp_path):
-    """script(data set, stage, *options) runs one script of an example; returns its output."""
+def recipe(data_mirror, tmp_path):
+    """recipe(data set, stage, *options) runs a stage of a data set as its run.sh does; returns what it printed."""
 
-    def run(data_set, stage, *options, expect=0, **environment):
-        folders = ["--data", tmp_path / "data", "--archives", tmp_path / "archives", "--out", tmp_path / "run"]
-        command = [EXAMPLES / data_set / f"{stage}.sh", "--size", "tiny", "--gpus", 0, *folders, *options]
-        done = subprocess.run(
-            [str(word) for word in command],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=300,
-            env={
-                **os.environ,
-                "PATH": os.pathsep.join([str(commands), str(Path(sys.executable).parent), os.environ["PATH"]]),
-                "PYTHONPATH": str(EXAMPLES.parent),
-                "AP_DATA_MIRROR": data_mirror.as_uri(),
-                "AP_DATA_CHECKSUMS": str(data_mirror / "SHA256SUMS"),
-                "OMP_NUM_THREADS": "1",
-                **environment,
-            },
-        )
-        logs = "".join(f"\n{log}:\n{log.read_text()[-1500:]}" for log in (tmp_path / "run").glob("logs/*.log"))
-        assert done.returncode == expect, done.stdout + logs
-        return done.stdout
+    def run(data_set, stage, *options, expect=0):
+        folders = [
+            "--data",
+            tmp_path / "the data",
+            "--archives",
+            tmp_path / "archives",
+            "--out",
+            tmp_path / "run's folder",
+        ]
+        words = [EXAMPLES / data_set, stage, "--size", "tiny", "--gpus", 0, "--jobs", 2, *folders, *options]
+        mirrored = {"AP_DATA_MIRROR": data_mirror.as_uri(), "AP_DATA_CHECKSUMS": str(data_mirror / "SHA256SUMS")}
+        status = forked.run_recipe(words, tmp_path / "printed", {**mirrored, "OMP_NUM_THREADS": "1"})
+        printed = (tmp_path / "printed").read_text()
+        logs = "".join(f"\n{log}:\n{log.read_text()[-1500:]}" for log in tmp_path.glob("run's folder/logs/*.log"))
+        assert status == expect, printed + logs
+        return printed
 
     return run
 
 
 @pytest.mark.parametrize("data_set", DATA_SETS)
-def test_all_stages(script, tmp_path, data_set):
-    """Stage by stage, then run.sh, which finds everything done; the results have all systems and signatures."""
-    name = "importance" if data_set == "iwslt14_de_en" else "joint"
-    options = ["--systems", name, "--bpe-size", 600]
+def test_all_stages(recipe, tmp_path, data_set):
+    """The second call finds everything done; the results have all systems and signatures. One recipe stage by stage.
+
+    Folders have spaces and a quote in their names, which scripts of the shell once split into words.
+    """
+    name = "importance" if data_set == "iwslt14_de_en" else "per-kind"
+    options = ["--systems", name, "--bpe-size", 600, "--metrics", "bleu", "chrf", "ter"]
     options += [] if data_set == "iwslt17_documents" else ["--valid-every", 20]
     if data_set == "wmt14_en_de":
-        options += ["--tokenized-bleu", "--sample", 100]
-    for stage in STAGES:
-        assert ": running, log in" in script(data_set, stage, *options)
-    again = script(data_set, "run", *options)
-    assert "running" not in again and again.count("done before") >= 11
-    document = json.loads((tmp_path / "run/results.json").read_text())
-    assert [system["system"] for system in document["systems"]] == ["dense", f"{name}.untuned", f"{name}.tuned"]
-    counts = json.loads((tmp_path / "data/counts.json").read_text())
+        options += ["--tokenized-bleu", "--sample", 100, "--scratch"]
+    for stage in STAGES if data_set == "wmt14_en_de" else ["all"]:
+        assert (": running, log in" in recipe(data_set, stage, *options)) == (stage != "report")
+    run, data = tmp_path / "run's folder", tmp_path / "the data"
+    again = recipe(data_set, "all", *options)
+    assert "running" not in again and again.count("done before") >= 13
+    document = json.loads((run / "results.json").read_text())
+    ways = ["untuned", "tuned", "scratch"] if data_set == "wmt14_en_de" else ["untuned", "tuned"]
+    names = ["dense.tuned", "dense", *(f"{name}.{way}" for way in ways)]
+    assert [system["system"] for system in document["systems"]] == names
+    counts = json.loads((data / "counts.json").read_text())
     for system in document["systems"]:
         assert {"bleu_signature", "chrf_signature", "ter_signature", "checkpoint_sha256"} <= system.keys()
         lines = counts["documents"]["test"]["documents"] if "documents" in counts else counts["text_pairs"]["test"]
         assert system["sentences"] == lines
-    shares = {kind: share["effective"] for kind, share in document["systems"][2]["sparsity"].items()}
+    assert {"prepare", "dense.train", "dense.tune", f"{name}.masks", f"{name}.tuned.generate.0"} <= document[
+        "seconds"
+    ].keys()
+    shares = {kind: share["effective"] for kind, share in document["systems"][3]["sparsity"].items()}
     assert len(shares) == 3
-    if name == "joint":  # each kind at the default share; importance has one budget for all
+    if name == "per-kind":  # each kind at the default share; importance has one budget for all
         assert shares == pytest.approx(dict.fromkeys(shares, 0.5), abs=0.02)
     else:
         assert min(shares.values()) < 0.5 < max(shares.values())
-    assert document["significance"]["baseline"] == "dense"
+    assert document["significance"]["baseline"] == "dense.tuned"
     assert ("tokenized_bleu" in document["systems"][0]) == (data_set == "wmt14_en_de")
     assert ("d_bleu" in document["systems"][0]) == (data_set == "iwslt17_documents")
     for table in ("results.md", "results.tex"):
-        assert f"{document['systems'][2]['chrf']:.2f}" in (tmp_path / "run" / table).read_text()
+        assert f"{document['systems'][3]['chrf']:.2f}" in (run / table).read_text()
+    assert (run / "report" / "report.html").exists()
     assert all(part["verified"] == "sha256" for part in counts["options"]["archives"].values())
-    averaged = sorted((tmp_path / "run/dense").glob("checkpoint_*_*.pt"))
-    assert len(averaged) == 2 and (tmp_path / "run/dense/average.pt").exists()
+    averaged = sorted((run / "dense").glob("checkpoint_*_*.pt"))
+    assert len(averaged) == 2 and (run / "dense/average.pt").exists()
 
 
-def test_stages_out_of_order_and_unknown_options_are_refused(script, tmp_path):
-    assert "prepare.sh with the same options first" in script("iwslt14_de_en", "train_dense", expect=1)
-    assert "train_dense.sh with the same options first" in script("iwslt14_de_en", "record", expect=1)
-    assert "--size huge is unknown; wmt14_en_de has big base tiny" in script(
-        "wmt14_en_de", "record", "--size", "huge", expect=2
+def test_stages_out_of_order_and_unknown_options_are_refused(recipe):
+    def refused(*words, status=1):
+        return recipe(*words, expect=status)
+
+    assert "run.sh prepare with the same options first" in refused("iwslt14_de_en", "train_dense")
+    assert "run.sh train_dense with the same options first" in refused("iwslt14_de_en", "record")
+    assert "--size huge is unknown; wmt14_en_de has big base tiny" in refused("wmt14_en_de", "record", "--size", "huge")
+    assert "--systems x is unknown; known are importance" in refused("wmt14_en_de", "prune", "--systems", "x")
+    assert "unrecognized arguments: --frobnicate" in refused("wmt14_en_de", "all", "--frobnicate", status=2)
+    assert "invalid choice: 'training'" in refused("wmt14_en_de", "training", status=2)
+    big = ["--size", "big", "--gpus", 3]
+    assert "--gpus 3 does not divide the 128 batches" in refused("wmt14_en_de", "record", *big)
+    assert "--variant wmt99 is unknown; wmt14_en_de has wmt14 wmt17" in refused(
+        "wmt14_en_de", "prepare", "--variant", "wmt99"
     )
-    assert "unknown system x" in script("wmt14_en_de", "prune", "--systems", "x", expect=2)
-    assert "unknown option --frobnicate" in script("wmt14_en_de", "run", "--frobnicate", expect=2)
-    assert "--gpus 3 does not divide the 128 batches" in script(
-        "wmt14_en_de", "record", "--size", "big", "--gpus", 3, expect=2
+    assert "--pair: wmt14_en_de has one pair of languages, en de" in refused(
+        "wmt14_en_de", "prepare", "--pair", "en", "fr"
     )
-    assert "--variant wmt99 is unknown; wmt14_en_de has wmt14 wmt17" in script(
-        "wmt14_en_de", "prepare", "--variant", "wmt99", expect=1
-    )
-    assert "train_pruned   fine-tuning" in script("wmt14_en_fr", "run", "--help")
+
+
+def test_a_stage_with_other_settings_is_refused_with_both(recipe, tmp_path):
+    recipe("wmt14_en_fr", "prepare", "--bpe-size", 600, "--valid-every", 20)
+    message = recipe("wmt14_en_fr", "prepare", "--bpe-size", 600, "--valid-every", 30, expect=1)
+    assert "was done with other settings" in message and '"20"' in message and '"30"' in message
+
+
+def test_data_that_were_removed_are_made_again(recipe, tmp_path):
+    """A mark said that they were made, and the next stage failed."""
+    recipe("wmt14_en_fr", "prepare", "--bpe-size", 600, "--valid-every", 20)
+    shutil.rmtree(tmp_path / "the data")
+    recipe("wmt14_en_fr", "prepare", "--bpe-size", 600, "--valid-every", 20)
+    assert (tmp_path / "the data/counts.json").exists()
+
+
+@pytest.mark.parametrize("data_set", [*DATA_SETS, "libreoffice_help"])
+def test_recipes_name_flags_that_the_commands_know(data_set, tmp_path):
+    """What no test runs to its end: the real sizes."""
+    toml = tomllib.loads((EXAMPLES / data_set / "recipe.toml").read_text("utf-8"))
+    for size in toml["sizes"].values():
+        size = recipe_program.Size(**size)
+        for flags in (size.dense, size.tune, *filter(None, [size.warm])):
+            words = ["data", "--task", "translation", "--optimizer", "adam", "--lr-scheduler", "inverse_sqrt"]
+            words += [*shlex.split(f"{size.model} {size.training} {flags}")]
+            args = options.parse_args_and_arch(options.get_training_parser(), words)
+            assert args.lr and args.encoder_layers
+            assert f"pruned_{args.arch}" in ARCH_MODEL_REGISTRY
+        options.parse_args_and_arch(options.get_generation_parser(), ["data", *shlex.split(size.search)])
+        options.parse_args_and_arch(options.get_validation_parser("translation"), ["data", *shlex.split(size.record)])
+
+
+@pytest.mark.parametrize("data_set", [*DATA_SETS, "libreoffice_help"])
+def test_run_sh_shows_the_stages_and_options(data_set, tmp_path):
+    """From any folder, through a link with a space in its path; the options of the preparation are there, too."""
+    (tmp_path / "my examples").symlink_to(EXAMPLES)
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    command = [str(tmp_path / "my examples" / data_set / "run.sh"), "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "train_pruned   fine-tuning" in done.stdout and "--bpe-size" in done.stdout and "--systems" in done.stdout
 
 
 def prepare(data_set, out, *options):
-    """prepare.sh without fairseq-preprocess, which takes seconds to start."""
+    """run.sh prepare without fairseq-preprocess, which takes seconds to start."""
     program = (
         f"import sys; sys.path.insert(0, {str(EXAMPLES / 'common')!r}); import prepare_corpus\n"
         "prepare_corpus.preprocess = lambda pair, folders, dictionary, destination, *rest: destination.mkdir()\n"
@@ -153,7 +197,7 @@ def use_mirror(monkeypatch):
 def test_prepared_text_is_the_text_of_the_archives(data_mirror, tmp_path, use_mirror):
     """wmt17 has the newer news commentary; every 20th line is validation; the test set is sacreBLEU's, unchanged."""
     use_mirror(data_mirror)
-    pages = mirror.read_pages()
+    pages = write_pages()
     for variant, extra in (("wmt14", []), ("wmt17", pages[4:5])):
         options = ["--archives", tmp_path / "archives", "--variant", variant, "--bpe-size", 600, "--valid-every", 20]
         done = prepare("wmt14_en_de", tmp_path / variant, *options)

@@ -349,7 +349,7 @@ def test_two_entries_of_one_name_in_a_results_file_are_refused(tmp_path):
         (["x=ref", "--documents", "short"], "1 document names for 120 references"),
         (["x=ref,gone.pt"], "checkpoint gone.pt does not exist"),
         (["x=ref", "--stages", "gone"], "--stages gone holds no stage marks"),
-        (["x=ref", "--stages", "."], "is no stage mark of scripts/stages.sh"),
+        (["x=ref", "--stages", "."], "is not the mark of a finished stage"),
         (["--markdown", "ref"], "ref is not JSON"),
         (["x=latin"], "latin is not UTF-8"),
         (["x=ref,latin"], "latin cannot be read as a checkpoint"),

@@ -7,7 +7,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -17,7 +16,6 @@ from plugin.commands import PLUGIN, ROOT, TINY, generate, run
 from ap_fairseq.artifacts import AttentionStats, PruningMasks
 from ap_fairseq.cli import prune_schedule
 from ap_fairseq.cli.prune_schedule import share_of_round
-from ap_fairseq.experiments.stages import StageError, Stages
 from ap_fairseq.experiments.translation import Search, Translation, translate
 from ap_fairseq.files import ArtifactError
 
@@ -286,62 +284,6 @@ def test_a_sweep_by_importance_records_it(corpus, tmp_path):
 def test_lists_stand_for_all_combinations():
     systems = sweep.expand([{"criterion": "random", "sparsity": [0.5, 0.8], "granularity": [1, 16], "seed": [1, 2]}])
     assert len(systems) == 8 and systems[0].mask_flags()[:2] == ["--total", "0.5"]
-
-
-def test_a_failed_stage_shows_its_log_and_runs_again(tmp_path):
-    stages = Stages(tmp_path)
-    with pytest.raises(StageError, match="stage x failed(.|\n)*No such file(.|\n)*missing"):
-        stages.run("x", read, str(tmp_path / "missing"))
-    (tmp_path / "missing").write_text("now")
-    stages.run("x", read, str(tmp_path / "missing"))
-    (tmp_path / "missing").unlink()
-    stages.run("x", read, str(tmp_path / "missing"))  # done before
-    with pytest.raises(ArtifactError, match="stage x in .* was done with other settings"):
-        stages.run("x", read, str(tmp_path / "other"))
-
-
-def test_a_stage_runs_once_for_programs_that_want_it_at_the_same_time(tmp_path):
-    code = f"""
-import sys; sys.path.insert(0, {str(ROOT)!r})
-from ap_fairseq.experiments.stages import Stages
-def slow(path):
-    import time
-    time.sleep(1)
-    open(path, "a").write("done\\n")
-Stages({str(tmp_path)!r}).run("x", slow, {str(tmp_path / "made")!r})
-"""
-    programs = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(2)]
-    assert [program.wait(timeout=100) for program in programs] == [0, 0]
-    assert (tmp_path / "made").read_text() == "done\n"
-
-
-def test_a_terminated_program_takes_its_stages_with_it(tmp_path):
-    code = f"""
-import sys; sys.path.insert(0, {str(ROOT)!r})
-from ap_fairseq.files import atomic_output
-from ap_fairseq.cli.common import exit_on_sigterm
-from ap_fairseq.experiments.stages import Stages, run_together
-def slow(path):
-    import time
-    with atomic_output(path) as temporary:
-        temporary.write_text("half")
-        time.sleep(60)
-exit_on_sigterm()
-run_together(1, [(Stages({str(tmp_path)!r}).run, ["x", slow, {str(tmp_path / "made")!r}])])
-"""
-    with subprocess.Popen([sys.executable, "-c", code]) as program:
-        while not list(tmp_path.glob(".made.*.tmp")) and program.poll() is None:
-            time.sleep(0.1)
-        started = time.monotonic()
-        program.terminate()
-        assert program.wait(timeout=60) == 143 and time.monotonic() - started < 20
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["logs", "stages"] and not os.listdir(
-        tmp_path / "stages"
-    )
-
-
-def read(path):
-    Path(path).read_text()
 
 
 def test_a_translation_of_other_files_is_not_taken_for_this_one(swept, data_bin, dense):
