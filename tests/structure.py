@@ -1,7 +1,7 @@
 """Imports between the rooms of the package: arrows, arrows that run upward, circles.
 
 A room is a folder of ap_fairseq, a module beside the folders, or triton_ops. `FLOORS` puts every room on a floor; a
-module imports from its own room and from lower floors only. Imports inside functions and for type checkers count as well.
+module imports from its own room and from lower floors only. Imports inside functions and for type checkers count too.
 
     python tests/structure.py [ROOT]
 """
