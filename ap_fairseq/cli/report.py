@@ -1,4 +1,4 @@
-"""``ap-report``: pages, pictures, tables and exports of what was recorded, pruned and scored."""
+"""``ap-report``: page, figures, tables and exports of statistics, masks and scores."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ def _input_options(parser: argparse.ArgumentParser) -> None:
         help="scores: files of ap-evaluate -o, or JSON lines with one system each",
     )
     parser.add_argument("--benchmark", metavar="JSON", help="file of scripts/bench_attention.py: adds speed and memory")
-    parser.add_argument("-o", "--output", required=True, metavar="DIR", help="folder to write to; made if need be")
+    parser.add_argument("-o", "--output", required=True, metavar="DIR", help="output folder; created if missing")
     parser.add_argument(
-        "--overwrite", action="store_true", help="replace the files of an earlier report in it; others stay"
+        "--overwrite", action="store_true", help="replace the files of an earlier report in this folder"
     )
 
 
@@ -59,7 +59,7 @@ def get_parser() -> argparse.ArgumentParser:
 
 def get_figures_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="ap-report figures", description="Write the figures of the report as PNG and SVG, and nothing else."
+        prog="ap-report figures", description="Write only the figures of the report, as PNG and SVG."
     )
     _input_options(parser)
     return parser

@@ -1,4 +1,4 @@
-"""AttentionStats and PruningMasks -> the numbers of the report: pure functions, no files and no pictures.
+"""AttentionStats and PruningMasks -> the numbers of the report; pure functions.
 
 All shares are of attention *mass* (s, see :mod:`ap_fairseq.artifacts`), so that a cell counts as often as it occurs.
 """
@@ -19,9 +19,9 @@ from ap_fairseq.sites import AttentionKind
 # 2020, arXiv 2002.10260, section 3), as the mass that lies on one cell of each row.
 PATTERNS = ("previous", "next", "diagonal", "first", "end")
 BROAD = "broad"
-# A head carries the name of the pattern that holds most of its mass if that is at least this share ...
+# A head is named after the pattern that holds most of its mass if that is at least this share ...
 NAMED_FROM = 0.4
-# ... and at least this many times what attention spread evenly over each sentence would put there.
+# ... and at least this many times the share of uniform attention.
 NAMED_OVER_UNIFORM = 2.0
 
 GRID = np.linspace(0, 1, 101)  # effective sparsities at which curves are reported
@@ -32,7 +32,7 @@ _KNOTS = 2048  # points that stand for the sorted cells of one head
 
 
 def check_stats(stats: AttentionStats) -> None:
-    """Raise :class:`ArtifactError` if there is nothing to report on, or if numbers are damaged."""
+    """Raise :class:`ArtifactError` if there is nothing to report on."""
     remedy = "record it again with ap-record, on a subset that has sentences"
     if not stats.kinds:
         raise ArtifactError(f"the statistics hold no attention kind; {remedy}")
@@ -42,9 +42,6 @@ def check_stats(stats: AttentionStats) -> None:
                 f"the statistics of {kind.value} are empty: mass of shape {stats.mass[kind].shape}, "
                 f"{int(stats.support[kind].sum())} recorded pairs; {remedy}"
             )
-        for name, values in (("mass", stats.mass[kind]), ("support", stats.support[kind])):
-            if not np.isfinite(values).all() or values.min() < 0:
-                raise ArtifactError(f"the {name} of {kind.value} holds negative or non-finite numbers; {remedy}")
 
 
 def check_masks(masks: PruningMasks, stats: AttentionStats, name: str) -> None:
@@ -90,10 +87,10 @@ def busy_positions(support: np.ndarray, share: float = 0.95) -> tuple[int, int]:
 
 
 def uniform_mass(kind: AttentionKind, support: np.ndarray) -> np.ndarray:
-    """Attention mass of a head that spreads its attention evenly over each sentence: float64 (Tq, Tk).
+    """Mass of a head with uniform attention over each sentence, the baseline of all shares: float64 (Tq, Tk).
 
-    The baseline against which shares are read. Sentence lengths are recovered from the support, which counts the
-    sentences longer than i and j; sentences cut at the recorded range count as ending there.
+    Sentence lengths are recovered from the support, which counts the sentences longer than i and j; sentences cut at
+    the recorded range count as ending there.
     """
     rows, columns = support.shape
     if kind is AttentionKind.DECODER_SELF:
@@ -112,7 +109,7 @@ def _pair_counts(support: np.ndarray) -> np.ndarray:
 
 
 def _uniform_end_share(kind: AttentionKind, support: np.ndarray) -> float:
-    """Share of evenly spread attention that falls on the last source token."""
+    """Share of uniform attention that falls on the last source token."""
     if kind is AttentionKind.ENCODER_SELF:
         return float(support[0, 0] / np.trace(support))  # each of a sentence's L rows puts 1/L there
     counts = _pair_counts(support)
@@ -132,14 +129,14 @@ class Concentration:
         heads: per measure float64 (layers, heads):
             ``entropy``: bits, of a row's mean attention, averaged over rows by their mass. It includes the variation
             between sentences, so it is an upper bound of the mean entropy within a sentence (Jensen).
-            ``relative_entropy``: that over the entropy of evenly spread attention on the same sentences; 1 = as broad.
+            ``relative_entropy``: the same, divided by that of uniform attention over the same sentences; 1 = as broad.
             ``near_diagonal``: share of the mass within one position of the diagonal; in cross-attention of the mean
             source/target length slope.
             ``previous``, ``diagonal``, ``next``: share of the mass at offset -1, 0, +1 from it.
             ``first``: share of the mass on key position 0.
             ``end``: share of the mass on each sentence's last source token; absent for ``decoder_self`` and for
             statistics that do not hold it.
-        uniform: the same measures for attention spread evenly over each sentence.
+        uniform: the same measures for uniform attention.
         patterns: (layers, heads) names from ``PATTERNS`` or ``broad``.
     """
 
@@ -173,7 +170,7 @@ def concentration(stats: AttentionStats, kind: AttentionKind) -> Concentration:
         uniform["end"] = _uniform_end_share(kind, support)
     entropy = _per_head(mass, row_entropy)
     uniform_entropy = row_entropy(uniform_head)
-    # Where every sentence leaves a single choice, attention is as broad as it can be.
+    # Where sentences have a single token, attention is as broad as it can be.
     relative = _ratio(entropy, np.full_like(entropy, uniform_entropy), 1.0)
     heads = {"entropy": entropy, "relative_entropy": relative, **heads}
     uniform = {"entropy": uniform_entropy, "relative_entropy": 1.0, **uniform}
@@ -230,8 +227,8 @@ class Curve:
 class KeptMass:
     """The curves of one kind: one threshold for the whole kind, for each layer, for each head.
 
-    ``even`` is the curve of a head that spreads its attention evenly over each sentence: what masks of the kind could
-    keep of attention without structure. It lies above 1 - sparsity because short sentences give their pairs more mass.
+    ``even`` is the curve of uniform attention: what masks could keep of attention without structure. It lies above
+    1 - sparsity because short sentences give their pairs more mass.
     """
 
     kind: Curve

@@ -1,4 +1,4 @@
-"""``report.html``: one file with its style, its script and its data inside; it opens from disk and asks no server."""
+"""``report.html``: one file with style, script and data inside, which makes no network requests."""
 
 from __future__ import annotations
 
@@ -49,11 +49,12 @@ def render(report: Report, figures: list[plots.Figure]) -> str:
 def _note(data: dict[str, Any]) -> str:
     error = (data["high"] / data["low"]) ** (0.5 / _STEPS) - 1
     note = (
-        f"Mean attention is stored in {_STEPS + 1} steps, so it reads to within {error:.1%}; ap-report export is exact."
+        f"Mean attention is stored in {_STEPS + 1} logarithmic steps, accurate to {error:.1%}; ap-report export writes "
+        "exact values."
     )
     factor = data["kinds"][0]["factor"]
     if factor > 1:
-        note += f" The recording is large, so each cell here is the mean of up to {factor} x {factor} positions."
+        note += f" The recording is large: each cell shown is the mean of up to {factor} x {factor} positions."
     return note
 
 

@@ -1,8 +1,7 @@
-"""The figures of the report, as matplotlib figures; each comes with an alternative text made of its own numbers.
+"""The figures of the report, drawn with matplotlib, each with an alternative text made from its numbers.
 
 Colours are the Okabe-Ito palette, which readers with the common kinds of colour blindness can tell apart; lines differ
-by marker or style as well. Everything that is not data is drawn in ``INK``, so that the page can replace it by the
-colour of its text.
+by marker or style as well. Everything that is not data is drawn in ``INK``, which the page replaces by its text colour.
 """
 
 from __future__ import annotations
@@ -199,7 +198,7 @@ def attention(
         canvas.legend(handles=[Patch(color="#b8b8b8", label=f"pruned by {name}")], loc="outside upper right")
         share = analysis.head_sparsity(masks, stats, kind)
         pruned_text = (
-            f" Pruned by {name}, in grey: {share.mean():.1%} of the pairs, from {share.min():.1%} to {share.max():.1%} "
+            f" Grey: pairs pruned by {name}, {share.mean():.1%} in all, {share.min():.1%} to {share.max():.1%} of the pairs "
             "of a head."
         )
     part = f"positions below {rows} x {columns} of {support.shape[0]} x {support.shape[1]}, 95% of pairs"
@@ -472,7 +471,7 @@ def quality(systems: list[System]) -> Figure:
         series = curves(systems, metric)
         dense = series.pop(None, [])
         for point in dense:
-            name = "dense" if len(dense) == 1 else f"without masks, {point.name}"
+            name = "dense" if len(dense) == 1 else f"dense, {point.name}"
             axis.axhline(point.score, color=INK, lw=1, ls=":", label=name)
             texts.append(f"{name} {metric} {point.score:.1f}")
             if point.interval:
@@ -503,7 +502,9 @@ def quality(systems: list[System]) -> Figure:
     handles, labels = axes[0, 0].get_legend_handles_labels()
     canvas.legend(handles, labels, fontsize=7, loc="outside lower center", ncols=min(3, len(labels)))
     bands = (
-        f"Bars and bands: 95% intervals ({'; '.join(sorted(sources))})." if sources else "No intervals in the files."
+        f"Bars and bands: 95% intervals ({'; '.join(sorted(sources))})."
+        if sources
+        else "The results files hold no intervals."
     )
     return Figure("quality", "Translation quality over effective sparsity", bands, "; ".join(texts) + ".", canvas)
 

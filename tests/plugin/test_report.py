@@ -38,8 +38,8 @@ ENCODER, DECODER, CROSS = AttentionKind
 
 @settings(max_examples=25)
 @given(st.dictionaries(st.tuples(st.integers(1, 6), st.integers(1, 6)), st.integers(1, 4), min_size=1, max_size=6))
-def test_even_attention_is_recovered_from_the_occupancy(lengths):
-    """What a head would hold that spreads its attention evenly over each sentence, against a sum over sentences."""
+def test_uniform_attention_is_recovered_from_the_support(lengths):
+    """Against a sum over sentences."""
     for kind in AttentionKind:
         support = occupancy_of(kind, lengths)
         expected, on_end = np.zeros(support.shape), 0.0
@@ -81,7 +81,7 @@ def test_large_heads_are_thinned_out_without_changing_the_curve(monkeypatch):
 
 
 @pytest.mark.parametrize("nominal", [0.0, 0.5, 0.8, 0.97])
-def test_nominal_sparsity_agrees_with_the_as_published_procedure(nominal):
+def test_nominal_sparsity_agrees_with_the_percentile_criterion(nominal):
     stats = random_stats(seed=5)
     for kind in AttentionKind:
         masks, _ = build_masks(stats, MaskSpec({kind: nominal}, criterion="percentile", extrapolate="keep"))
@@ -148,16 +148,12 @@ def test_bins_keep_mass_and_pairs():
 # -- what does not belong together ------------------------------------------------------------------------------------
 
 
-def test_empty_and_damaged_statistics_are_refused():
+def test_empty_statistics_are_refused():
     with pytest.raises(ArtifactError, match="hold no attention kind; record it again"):
         analysis.check_stats(AttentionStats({}, {}))
     empty = AttentionStats({CROSS: np.zeros((1, 1, 2, 2))}, {CROSS: np.zeros((2, 2), dtype=np.int64)})
     with pytest.raises(ArtifactError, match=r"of cross are empty: mass of shape \(1, 1, 2, 2\), 0 recorded pairs"):
         analysis.check_stats(empty)
-    damaged = random_stats()
-    damaged.mass[DECODER][0, 0, 3, 1] = np.nan
-    with pytest.raises(ArtifactError, match="the mass of decoder_self holds negative or non-finite numbers"):
-        analysis.check_stats(damaged)
 
 
 @pytest.mark.parametrize(
@@ -554,7 +550,7 @@ def test_large_recordings_are_binned_with_a_note(monkeypatch):
     parsed = Page(page.render(report, []))
     data = json.loads(parsed.scripts["data"])
     assert [k["factor"] for k in data["kinds"]] == [2, 2, 2]
-    assert "each cell here is the mean of up to 2 x 2 positions" in page.render(report, [])
+    assert "each cell shown is the mean of up to 2 x 2 positions" in page.render(report, [])
     kept = array(parsed, "kept-0-cross-0", np.uint8).reshape(2, 20, 20) / 255
     pairs = analysis._binned(stats.support[CROSS], 2)
     assert (kept * pairs).sum() / (2 * pairs.sum()) == pytest.approx(

@@ -63,14 +63,14 @@ function palette() {
 }
 
 // Support as codes of a logarithmic scale from one sentence to the most.
-const occupancyCodes = new Map();
+const supportCodes = new Map();
 function codesOf(head, k) {
   if (state.map === "mean") return head.mean;
-  if (!occupancyCodes.has(k)) {
+  if (!supportCodes.has(k)) {
     const most = Math.log(Math.max(2, k.most));
-    occupancyCodes.set(k, Uint8Array.from(head.support, (n) => Math.round((255 * Math.log(Math.max(1, n))) / most)));
+    supportCodes.set(k, Uint8Array.from(head.support, (n) => Math.round((255 * Math.log(Math.max(1, n))) / most)));
   }
-  return occupancyCodes.get(k);
+  return supportCodes.get(k);
 }
 
 function paint(canvas, head, k, rows, columns, colours) {
