@@ -198,8 +198,8 @@ def attention(
         canvas.legend(handles=[Patch(color="#b8b8b8", label=f"pruned by {name}")], loc="outside upper right")
         share = analysis.head_sparsity(masks, stats, kind)
         pruned_text = (
-            f" Grey: pairs pruned by {name}, {share.mean():.1%} in all, {share.min():.1%} to {share.max():.1%} of the pairs "
-            "of a head."
+            f" Grey: pairs pruned by {name}, {share.mean():.1%} in all, {share.min():.1%} to {share.max():.1%} of a "
+            "head."
         )
     part = f"positions below {rows} x {columns} of {support.shape[0]} x {support.shape[1]}, 95% of pairs"
     return Figure(
@@ -501,11 +501,7 @@ def quality(systems: list[System]) -> Figure:
         axis.grid(True)
     handles, labels = axes[0, 0].get_legend_handles_labels()
     canvas.legend(handles, labels, fontsize=7, loc="outside lower center", ncols=min(3, len(labels)))
-    bands = (
-        f"Bars and bands: 95% intervals ({'; '.join(sorted(sources))})."
-        if sources
-        else "The results files hold no intervals."
-    )
+    bands = f"Bars and bands: 95% intervals ({'; '.join(sorted(sources))})." if sources else "Without intervals."
     return Figure("quality", "Translation quality over effective sparsity", bands, "; ".join(texts) + ".", canvas)
 
 
