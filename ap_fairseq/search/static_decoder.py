@@ -13,10 +13,9 @@ from __future__ import annotations
 
 import itertools
 import math
-import weakref
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -34,16 +33,11 @@ from ap_fairseq.model.kv_cache import (
 )
 from ap_fairseq.model.transformer import PrunedTransformerModel
 from ap_fairseq.search.beams import BeamSearchState
+from ap_fairseq.search.rules import SearchRules
 from ap_fairseq.sites import AttentionKind, attention_sites
 from triton_ops import AttentionLayout, append_to_pool
 
-if TYPE_CHECKING:
-    from ap_fairseq.search.generator import PrunedSequenceGenerator
-
 HOST_LAG_STEPS = 3  # steps that the host may run ahead of the device
-
-
-NORMAL, BEFORE_MIN_LEN, AT_MAX_LEN = range(3)
 
 
 def bucket(n: int) -> int:
@@ -105,14 +99,13 @@ class _StaticCrossAttentionCache(CrossAttentionCache):
 class StaticDecoder:
     """Buffers of one capacity, the decoders bound to them, and the graphs that were captured over them."""
 
-    def __init__(self, generator: PrunedSequenceGenerator, capacity: Capacity, device: torch.device):
-        self.generator = weakref.proxy(generator)  # no cycle: GPU memory goes with the generator
-        self.capacity = capacity
-        self.models = list(generator.model.models)
-        self.beam = generator.beam_size
-        self.penalty = generator.penalty.to(device)
+    def __init__(
+        self, models: Iterable[PrunedTransformerModel], rules: SearchRules, capacity: Capacity, device: torch.device
+    ):
+        self.models, self.rules, self.capacity = list(models), rules, capacity
+        self.penalties = rules.token_penalties(device)
         self.positions = [_position_table(model.decoder, capacity.positions, device) for model in self.models]
-        modules = generator._decoder_modules()
+        modules = decoder_modules(self.models)
         self.self_sites, self.cross_sites = (
             [module for module in modules if module.self_attention is own] for own in (True, False)
         )
@@ -127,7 +120,7 @@ class StaticDecoder:
         def empty(*shape: int) -> Tensor:
             return torch.empty(shape, dtype=dtype, device=device)
 
-        n_rows = capacity.sentences * self.beam * min(INITIAL_CAPACITY, capacity.positions)
+        n_rows = capacity.sentences * rules.beam * min(INITIAL_CAPACITY, capacity.positions)
         self.pools = {module: empty(n_rows * module.num_heads, 2, module.head_dim) for module in self.self_sites}
         self.pools |= {module: empty(0, 2, module.head_dim) for module in self.cross_sites}  # of the first batch's size
         self.projections = {
@@ -136,14 +129,14 @@ class StaticDecoder:
         }
         self.used: dict[PrunedMultiheadAttention, int] = {}  # rows of each pool, as the host counts them
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
-        self.pool = GraphPool()
+        self.graph_pool = GraphPool()
         self.layouts: list[AttentionLayout] = []
         # Graphs hold addresses: of the parameters, and of the layouts, which must not be dropped before them.
         self.addresses = self._addresses()
-        kernels = generator.runs_kernels(device)
+        kernels = modules[0].runs_kernels(dtype, device)
         self.capture = kernels and device.type == "cuda"
         sizes = (capacity.sentences, capacity.positions, capacity.source_length)
-        self.beams = BeamSearchState(sizes, self.beam, self_heads, cross_heads, device, kernels)
+        self.beams = BeamSearchState(sizes, rules.beam, self_heads, cross_heads, device, kernels)
         self.phases = torch.empty(capacity.positions, dtype=torch.int64, device=device)
 
     def _addresses(self) -> list[int]:
@@ -153,13 +146,13 @@ class StaticDecoder:
         n, size = self.capacity.positions, self.capacity.source_length
         return [module.layout(n, n if module.self_attention else size) for module in self.pools]
 
-    def serves(self, needed: Capacity) -> bool:
-        """Whether a batch fits, and the models are still where the graphs found them."""
-        return self.capacity.covers(needed) and self.addresses == self._addresses()
+    def serves(self, rules: SearchRules, needed: Capacity) -> bool:
+        """Whether a batch fits, the rules are the same, and the models are still where the graphs found them."""
+        return self.rules == rules and self.capacity.covers(needed) and self.addresses == self._addresses()
 
     def _forget_graphs(self) -> None:
         self.graphs.clear()
-        self.pool = GraphPool()
+        self.graph_pool = GraphPool()
 
     # -- a batch ------------------------------------------------------------------------------------------------------
 
@@ -176,14 +169,13 @@ class StaticDecoder:
         finally:
             for module in self.projections:
                 module.step_projection = None
-        len_penalty = self.generator.len_penalty if self.generator.normalize_scores else 0
-        return self.beams.hypotheses(n_sentences, self.generator.eos, len_penalty)
+        return self.beams.hypotheses(n_sentences, self.rules.eos, self.rules.len_penalty)
 
     def _search(self, n: int, max_len: int) -> None:
         counts = deque()
         self.used = dict.fromkeys(self.self_sites, 0)
         for step in range(max_len + 1):
-            rows = {module: n * self.beam * module.num_heads for module in self.self_sites}
+            rows = {module: n * self.rules.beam * module.num_heads for module in self.self_sites}
             if any(self.used[module] + rows[module] > self.pools[module].size(0) for module in rows):
                 self._make_room(n, step, max_len)
             self._run(n)
@@ -205,8 +197,7 @@ class StaticDecoder:
         size, batch, _ = encoder_outs[0]["encoder_out"][0].shape
         real = ~padding[0] if padding else torch.ones(batch, size, dtype=torch.bool, device=beams.starts.device)
         beams.begin(real.sum(1), max_len, first_token)
-        self.phases.fill_(NORMAL)[: max(0, self.generator.min_len)] = BEFORE_MIN_LEN
-        self.phases[max_len:] = AT_MAX_LEN
+        self.rules.fill_phases(self.phases, max_len)
         self._store_sources(encoder_outs, real, max_len)
         for module, stacked in self.projections.items():
             for kept, fresh in zip(stacked, module.stacked_projection(), strict=True):
@@ -257,12 +248,12 @@ class StaticDecoder:
 
         Pools are enlarged if that frees less than half of them.
         """
-        live = renumber_live(self.beams.rows[: n * self.beam, :length])
+        live = renumber_live(self.beams.rows[: n * self.rules.beam, :length])
         positions = self.capacity.positions
         for module in self.self_sites:
             readable = self._last_use(module, max_len, positions)[:, :length] >= length
             offsets = self.beams.offsets[self.heads[module], :length]
-            n_new = n * self.beam * module.num_heads
+            n_new = n * self.rules.beam * module.num_heads
             pool, used = compact(self.pools[module], offsets, live, readable, n_new, max_len + 1 - length)
             if pool is not self.pools[module]:
                 self._forget_graphs()
@@ -294,7 +285,7 @@ class StaticDecoder:
         states = [self._incremental_state(model, n) for model in self.models]
         self._step(n, states)
         if self.capture:
-            self.graphs[n], _ = self.pool.capture(lambda: self._step(n, states))
+            self.graphs[n], _ = self.graph_pool.capture(lambda: self._step(n, states))
 
     def _incremental_state(self, model: PrunedTransformerModel, n: int) -> dict:
         state: dict = {}
@@ -304,28 +295,36 @@ class StaticDecoder:
             if kind is AttentionKind.CROSS:
                 cache = _StaticCrossAttentionCache(self.pools[module], self.beams, n, self.heads[module])
             else:
-                cache = _StaticSelfAttentionCache(self.pools[module], self.beams, n * self.beam, self.heads[module])
+                cache = _StaticSelfAttentionCache(
+                    self.pools[module], self.beams, n * self.rules.beam, self.heads[module]
+                )
             module.set_incremental_state(state, "attn_state", {"cache": cache})
         return state
 
     def _step(self, n: int, states: list[dict]) -> None:
         """Decode one token of every hypothesis and choose how to go on. No shape and no branch depends on a value."""
         self.beams.number_rows(n)
-        logits = self._logits(n * self.beam, states)
-        self.beams.advance(n, logits, self.penalty[self.phases[self.beams.step]][0], self.generator.eos)
+        logits = self._logits(n * self.rules.beam, states)
+        self.beams.advance(n, logits, self.penalties[self.phases[self.beams.step]][0], self.rules.eos)
 
     def _logits(self, n: int, states: list[dict]) -> Tensor:
         """Logits (n, V) of the next token; of an ensemble, logarithms of the average probabilities."""
         results = []
         for model, positions, state in zip(self.models, self.positions, states, strict=True):
             logits = decoder_step(model.decoder, self.beams.tokens[:n], positions[self.beams.step], state)
-            if self.generator.temperature != 1:
-                logits = logits.div_(self.generator.temperature)
+            if self.rules.temperature != 1:
+                logits = logits.div_(self.rules.temperature)
             results.append(logits)
         if len(results) == 1:
             return results[0]
         log_probs = [model.get_normalized_probs((x, None), True) for model, x in zip(self.models, results, strict=True)]
         return torch.logsumexp(torch.stack(log_probs), 0) - math.log(len(results))
+
+
+def decoder_modules(models: Iterable[PrunedTransformerModel]) -> list[PrunedMultiheadAttention]:
+    """Return the attention modules that a step of decoding runs."""
+    sites = (site for model in models for site in attention_sites(model))
+    return [module for (kind, _), module in sites if kind is not AttentionKind.ENCODER_SELF]
 
 
 def _position_table(decoder, n: int, device: torch.device) -> Tensor | None:

@@ -1,8 +1,10 @@
 """The plugin's beam search gives fairseq's hypotheses and scores; what it does not cover, it leaves to fairseq."""
 
 import copy
+import gc
 import logging
 import math
+import weakref
 
 import pytest
 import torch
@@ -22,7 +24,7 @@ SIZES = dict(encoder_embed_dim=32, decoder_embed_dim=32, decoder_input_dim=32, d
 @pytest.fixture(autouse=True)
 def _also_without_kernels(monkeypatch):
     """The rules of the search, which are faster to test without the interpreter."""
-    monkeypatch.setattr(PrunedSequenceGenerator, "needs_kernels", False)
+    monkeypatch.setattr(PrunedSequenceGenerator, "_unprofitable", lambda self, device: None)
     generator.log_fallback.cache_clear()
 
 
@@ -140,6 +142,29 @@ def test_full_pools_drop_dead_rows_and_grow(monkeypatch):
     assert len(dropped) >= 2
 
 
+def test_rules_changed_after_the_first_batch_hold_for_the_next():
+    """The table of penalties was made once, so that another eos or minimum length changed half of the rules."""
+    systems = models()
+    generator = PrunedSequenceGenerator(systems, WORDS, beam_size=3, max_len_b=12)
+    generator.generate([], sample(LENGTHS))
+    generator.min_len, generator.unk_penalty, generator.len_penalty, generator.temperature = 6, 2.0, 0.2, 1.2
+    options = dict(beam_size=3, max_len_b=12, min_len=6, unk_penalty=2.0, len_penalty=0.2, temperature=1.2)
+    expected = SequenceGenerator(systems, WORDS, **options).generate([], sample(LENGTHS))
+    assert_same(generator.generate([], sample(LENGTHS)), expected)
+
+
+def test_buffers_on_the_device_go_with_the_generator():
+    generator = PrunedSequenceGenerator(models(), WORDS, beam_size=3, max_len_b=5)
+    generator.generate([], sample([3, 4]))
+    decoder = weakref.ref(generator._decoder)
+    gc.disable()  # no cycle keeps them until the next collection
+    try:
+        del generator
+        assert decoder() is None
+    finally:
+        gc.enable()
+
+
 def test_the_batch_shrinks_when_sentences_finish(monkeypatch):
     sizes = []
     real = static_decoder.StaticDecoder._run
@@ -159,12 +184,12 @@ def test_half_precision_translates_as_fairseq_does():
 @pytest.mark.parametrize(
     ("reason", "systems", "options", "inputs"),
     [
-        ("Sampling", models, dict(search_strategy=Sampling(WORDS, sampling_topk=2)), {}),
+        ("the search Sampling (--sampling)", models, dict(search_strategy=Sampling(WORDS, sampling_topk=2)), {}),
         ("models other than", lambda: [dense_model(WORDS).to(DEVICE)], {}, {}),
         ("--prefix-size", models, {}, dict(prefix_tokens=torch.full((13, 1), WORDS.index("w5"), device=DEVICE))),
         ("--match-source-len", models, dict(match_source_len=True, max_len_b=3), {}),
         ("--no-repeat-ngram-size", models, dict(no_repeat_ngram_size=2), {}),
-        ("a beam of 20 with 34 words", models, dict(beam_size=20), {}),
+        ("--beam 20 with a vocabulary of 34 tokens", models, dict(beam_size=20), {}),
     ],
     ids=["sampling", "stock model", "prefix", "length of the source", "n-gram block", "large beam"],
 )

@@ -92,7 +92,7 @@ def test_the_task_pruned_translation_translates_as_stock_fairseq_does(data_bin, 
     for flags, told in [
         (kernels, None),
         (task, "decoding on a CPU without Triton kernels"),
-        ([*kernels, "--match-source-len"], "the search LengthConstrainedBeamSearch"),
+        ([*kernels, "--match-source-len"], "the search LengthConstrainedBeamSearch (--match-source-len)"),
         ([*task, "--print-alignment"], "--print-alignment"),
     ]:
         log = generate(data_bin, all_kept, *short, *flags, subset="valid")

@@ -1,0 +1,70 @@
+"""The rules of a beam search, as plain numbers that a device needs no generator for."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from fairseq.sequence_generator import SequenceGenerator
+from torch import Tensor
+
+NORMAL, BEFORE_MIN_LEN, AT_MAX_LEN = range(3)  # phases of a search
+
+
+@dataclass(frozen=True)
+class SearchRules:
+    """What decides a beam search, in the meaning of ``fairseq.sequence_generator``.
+
+    Attributes:
+        beam: hypotheses of a sentence.
+        vocab_size, pad, unk, eos: size and special tokens of the target dictionary.
+        suppressed: tokens that are never chosen.
+        unk_penalty: subtracted from the score of every *unk*.
+        temperature: divides the logits.
+        min_len: tokens of a hypothesis before *eos* at least.
+        len_penalty: hypotheses are ranked by score / length ** len_penalty; 0 ranks by the score.
+    """
+
+    beam: int
+    vocab_size: int
+    pad: int
+    unk: int
+    eos: int
+    suppressed: tuple[int, ...]
+    unk_penalty: float
+    temperature: float
+    min_len: int
+    len_penalty: float
+
+    @classmethod
+    def of_generator(cls, generator: SequenceGenerator) -> SearchRules:
+        """Read them off fairseq's generator."""
+        suppressed = generator.token_indices_to_suppress
+        return cls(
+            beam=generator.beam_size,
+            vocab_size=generator.vocab_size,
+            pad=generator.pad,
+            unk=generator.unk,
+            eos=generator.eos,
+            suppressed=() if suppressed is None else tuple(suppressed.tolist()),
+            unk_penalty=generator.unk_penalty,
+            temperature=generator.temperature,
+            min_len=generator.min_len,
+            len_penalty=generator.len_penalty if generator.normalize_scores else 0,
+        )
+
+    def token_penalties(self, device: torch.device) -> Tensor:
+        """Penalties of all tokens in every phase, float32 (3, V): added to log-probabilities of all hypotheses."""
+        penalties = torch.zeros(3, self.vocab_size)
+        penalties[:, self.pad] = -math.inf
+        penalties[:, self.unk] -= self.unk_penalty
+        penalties[:, list(self.suppressed)] = -math.inf
+        penalties[BEFORE_MIN_LEN, self.eos] = -math.inf
+        penalties[AT_MAX_LEN, torch.arange(self.vocab_size) != self.eos] = -math.inf
+        return penalties.to(device)
+
+    def fill_phases(self, phases: Tensor, max_len: int) -> None:
+        """Write the phase of every step of a search to *phases*, int64 (T,), with T > *max_len*."""
+        phases.fill_(NORMAL)[: max(0, self.min_len)] = BEFORE_MIN_LEN
+        phases[max_len:] = AT_MAX_LEN
