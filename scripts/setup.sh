@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Makes the virtual environment .venv and installs the package with its development tools; quick when it is all there.
-# Sourced by quickstart.sh and test.sh. AP_PYTHON names another interpreter than python3 (3.11 or 3.12).
+# Sourced by test.sh, and by quickstart.sh, which sets `extras` to nothing and so does without those tools.
+# AP_PYTHON names another interpreter than python3 (3.11 or 3.12).
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python=${AP_PYTHON:-python3}
@@ -20,12 +21,13 @@ fi
 source "$root/.venv/bin/activate"
 
 wanted=$(sha256sum "$root/setup.py" "${BASH_SOURCE[0]}" | sha256sum)
-if [ "$(cat "$root/.venv/ap-fairseq.installed" 2>/dev/null)" != "$wanted" ]; then
+extras=${extras-[dev]}
+if ! grep -qsF "$wanted $extras" "$root/.venv/ap-fairseq.installed"; then
   if ! command -v nvidia-smi >/dev/null && ! python -c 'import torch' 2>/dev/null; then
     echo "setup: no GPU here, installing torch 2.13.0 first (a plain 'torch' may pull gigabytes of CUDA)"
     python -m pip install -q torch==2.13.0
   fi
   echo "setup: installing ap-fairseq"
-  python -m pip install -q -e "$root[dev]"
-  echo "$wanted" > "$root/.venv/ap-fairseq.installed"
+  python -m pip install -q -e "$root$extras"
+  echo "$wanted $extras" > "$root/.venv/ap-fairseq.installed"
 fi

@@ -90,7 +90,8 @@ def translate(
     model.make_generation_fast_(beamable_mm_beam_size=None, need_attn=False)
     batches, validation_batches = (_batches(model, task, name, search.max_tokens) for name in (subset, validation))
     limits = GenerationConfig(beam=search.beam, max_len_a=search.max_len_a, max_len_b=search.max_len_b)
-    for system in systems:
+    for number, system in enumerate(systems):
+        print(f"progress: {number} / {len(systems)} systems, {Path(system.output).stem}", flush=True)
         started = time.monotonic()
         if system.checkpoint != loaded:
             model.load_state_dict(load_checkpoint(system.checkpoint)["model"], strict=True)

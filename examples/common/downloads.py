@@ -8,7 +8,7 @@ https://HOST/PATH as HOST/PATH, as ``wget -x`` lays it out. ``AP_DATA_CHECKSUMS`
 import hashlib
 import http.client
 import os
-import shutil
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
@@ -21,6 +21,7 @@ MIRROR, CHECKSUMS = "AP_DATA_MIRROR", "AP_DATA_CHECKSUMS"
 ATTEMPTS_WITHOUT_PROGRESS = 3
 TIMEOUT_SECONDS = 60
 CHUNK = 1 << 20
+SECONDS_BETWEEN_REPORTS = 2
 
 
 class Archive(NamedTuple):
@@ -135,11 +136,17 @@ def _continue(address: str, part: Path, start: int) -> bool:
     with response:
         continued = response.status == 206 if not local else False
         length = response.headers.get("Content-Length")
+        expected = None if length is None else int(length) + (start if continued else 0)
         with part.open("ab" if continued else "wb") as stream:
-            shutil.copyfileobj(response, stream, CHUNK)
+            shown = time.monotonic()
+            while block := response.read(CHUNK):
+                stream.write(block)
+                if expected and time.monotonic() - shown > SECONDS_BETWEEN_REPORTS:
+                    shown = time.monotonic()
+                    name = part.name.removesuffix(".part")
+                    print(f"progress: {stream.tell() >> 20} / {expected >> 20} MiB, {name}", flush=True)
             stream.flush()
             os.fsync(stream.fileno())
-    expected = None if length is None else int(length) + (start if continued else 0)
     return expected is None or part.stat().st_size == expected
 
 

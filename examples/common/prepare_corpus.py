@@ -303,7 +303,7 @@ def parse_args(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("data_set", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, metavar="DIR", help="output folder (run.sh gives it)")
     parser.add_argument("--archives", type=Path, metavar="DIR", help="downloaded archives (default: examples/archives)")
-    parser.add_argument("--variant", help="which training data, where data.toml has several (default: its first)")
+    parser.add_argument("--variant", help="which training data, where recipe.toml has several (default: its first)")
     parser.add_argument("--bpe-size", type=int, metavar="N", help="size of the joint dictionary (default: recipe.toml)")
     parser.add_argument("--valid-every", type=int, metavar="N", help="which training lines are for validation")
     parser.add_argument("--document-tokens", type=int, metavar="N", help="longest document (default: recipe.toml)")

@@ -138,7 +138,7 @@ class Recipe:
             raise UserError(f"--systems {unknown[0]} is unknown; known are {' '.join(SYSTEMS)}")
 
         visible = 0 if self.size.cpu else torch.cuda.device_count()
-        self.gpus = math.gcd(visible, self.size.batches) if args.gpus is None else args.gpus
+        self.gpus = args.gpus if args.gpus is not None else visible and math.gcd(visible, self.size.batches)
         self.ranks = max(1, self.gpus)
         if self.size.batches % self.ranks:
             raise UserError(

@@ -159,6 +159,15 @@ def test_recipes_name_flags_that_the_commands_know(data_set, tmp_path):
         options.parse_args_and_arch(options.get_validation_parser("translation"), ["data", *shlex.split(size.record)])
 
 
+@pytest.mark.parametrize(("visible", "used", "size"), [(0, 0, "base"), (6, 2, "base"), (8, 8, "base"), (8, 8, "big")])
+def test_all_gpus_are_used_that_divide_the_batch(monkeypatch, visible, used, size):
+    """Without a GPU, the greatest common divisor of 0 and 8 batches gave eight of them."""
+    monkeypatch.setattr(recipe_program.torch.cuda, "device_count", lambda: visible)
+    folder = EXAMPLES / "wmt14_en_de"
+    args = recipe_program.get_parser().parse_args([str(folder), "--size", size])
+    assert recipe_program.Recipe(folder, args, []).gpus == used
+
+
 @pytest.mark.parametrize("data_set", [*DATA_SETS, "libreoffice_help"])
 def test_run_sh_shows_the_stages_and_options(data_set, tmp_path):
     """From any folder, through a link with a space in its path; the options of the preparation are there, too."""
