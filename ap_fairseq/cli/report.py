@@ -7,6 +7,7 @@ import logging
 
 from ap_fairseq.artifacts import AttentionStats
 from ap_fairseq.cli.common import add_output, command
+from ap_fairseq.files import refuse_existing
 from ap_fairseq.report import build
 from ap_fairseq.report.export import FORMATS, export
 
@@ -83,6 +84,7 @@ def get_export_parser() -> argparse.ArgumentParser:
 
 def _export(argv: list[str]) -> None:
     args = get_export_parser().parse_args(argv)
+    refuse_existing(args.output, args.overwrite, args.stats)
     export(AttentionStats.load_merged(args.stats), args.output, args.format, args.positions, args.overwrite)
     logger.info(f"mean attention -> {args.output}")
 

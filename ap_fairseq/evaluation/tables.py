@@ -26,6 +26,11 @@ class Table:
     caption: str = ""
     align: str = ""
 
+    @property
+    def alignment(self) -> str:
+        """The letters of all columns."""
+        return self.align or "l" + "r" * (len(self.header) - 1)
+
 
 def plain(table: Table) -> str:
     """Render for terminals."""
@@ -38,8 +43,8 @@ def markdown(table: Table) -> str:
     def escape(text: str) -> str:
         return _MARKDOWN.sub(lambda match: _ENTITIES.get(match[0], "\\" + match[0]), text)
 
-    escaped = Table([escape(cell) for cell in table.header], [[escape(c) for c in row] for row in table.rows])
-    return _render(escaped, "pipe", table.align)
+    rows = [[escape(cell) for cell in row] for row in table.rows]
+    return _render(Table([escape(cell) for cell in table.header], rows, align=table.align), "pipe")
 
 
 def latex(table: Table) -> str:
@@ -58,12 +63,11 @@ def _replace_symbols(text: str) -> str:
     return text.replace("±", r"$\pm$").replace("–", "--")
 
 
-def _render(table: Table, form: str, align: str = "") -> str:
-    align = align or table.align or "l" + "r" * (len(table.header) - 1)
+def _render(table: Table, form: str) -> str:
     return tabulate.tabulate(
         [[" ".join(cell.split()) for cell in row] for row in table.rows],
         table.header,
         form,
         disable_numparse=True,  # the numbers are formatted already
-        colalign=[{"l": "left", "r": "right"}[letter] for letter in align],
+        colalign=[{"l": "left", "r": "right"}[letter] for letter in table.alignment],
     )

@@ -43,7 +43,7 @@ def heads_table(measured: Mapping[AttentionKind, Concentration]) -> Table:
         rows.append([kind.value, "–", "–", "uniform", *uniform])
     header = ["kind", "layer", "head", "pattern", *(name.replace("_", " ") for name in names)]
     caption = "Entropy in bits and relative to uniform attention; all other columns are shares of attention mass."
-    return Table(header, rows, caption)
+    return Table(header, rows, caption, align="lrrl" + "r" * len(names))
 
 
 def masks_table(summaries: Mapping[str, list[LayerSummary]]) -> Table:
@@ -62,7 +62,8 @@ def masks_table(summaries: Mapping[str, list[LayerSummary]]) -> Table:
         if row.layer is None
     ]
     header = ["masks", "kind", "effective", "nominal", "kept mass", "guaranteed rows"]
-    return Table(header, rows, "Pruning masks. Effective sparsity: share of the recorded pairs that is pruned.")
+    caption = "Pruning masks. Effective sparsity: share of the recorded pairs that is pruned."
+    return Table(header, rows, caption, align="ll" + "r" * (len(header) - 2))
 
 
 def systems_table(systems: list[System]) -> Table:
@@ -82,7 +83,8 @@ def systems_table(systems: list[System]) -> Table:
     header = ["system", "series", *(kind.value for kind in AttentionKind), *METRICS, "seed"]
     signatures = {f"{name} {text}" for system in systems for name, text in system.signatures.items()}
     caption = "Translation scores and effective sparsity; ± is half of the 95% bootstrap interval over test sentences."
-    return Table(header, rows, " ".join([caption, *(f"{text}." for text in sorted(signatures))]))
+    caption = " ".join([caption, *(f"{text}." for text in sorted(signatures))])
+    return Table(header, rows, caption, align="ll" + "r" * (len(header) - 2))
 
 
 def markdown(tables: list[Table]) -> str:

@@ -336,6 +336,7 @@ def test_two_entries_of_one_name_in_a_results_file_are_refused(tmp_path):
     ("arguments", "message"),
     [
         (["x=ref", "x=ref"], "system x is given twice"),
+        (["x=ref", "-o", "ref", "--overwrite"], "output ref is the input ref"),
         (["x=ref", "--metrics", "bleu", "bleu"], "--metrics bleu is given twice"),
         (["x=ref", "--separator", ""], "--separator is empty"),
         (["ref"], "system 'ref' is not of the form NAME=FILE"),
