@@ -391,6 +391,14 @@ class PruningMasks:
         """``{kind: [layers, heads]}``."""
         return {kind.value: list(self.keep[kind].shape[:2]) for kind in self.kinds}
 
+    def grown(self, kind: AttentionKind, shape: tuple[int, int]) -> np.ndarray:
+        """Return the keep mask up to *shape*, which may lie beyond the recorded range: bool (layers, heads, *shape)."""
+        keep = self.keep[kind]
+        n_queries, n_keys = (min(a, b) for a, b in zip(keep.shape[2:], shape, strict=True))
+        cells = extrapolated(self.extrapolation[kind], keep.shape[2], shape)
+        cells[:, :, :n_queries, :n_keys] = keep[:, :, :n_queries, :n_keys]
+        return cells
+
     def packed(self) -> dict[str, np.ndarray]:
         """Return the tensors as stored: int64 words of 32 cells and int64 (2,) ranges (Tq, Tk)."""
         tensors = {}
@@ -449,6 +457,21 @@ class PruningMasks:
                     f"masks of {path} belong to a {side} dictionary with SHA-256 {str(expected.get(side))[:12]}, the "
                     f"data has {sha[:12]}; a mask is tied to its tokenizer: use the data-bin it was recorded on"
                 )
+
+
+def extrapolated(pattern: np.ndarray, n_queries: int, shape: tuple[int, int]) -> np.ndarray:
+    """Spread a pattern over offsets to cells; offsets outside the pattern are kept.
+
+    Args:
+        pattern: bool (..., offsets), True = kept: offset j - i at j - i + *n_queries* - 1.
+
+    Returns:
+        bool (..., *shape).
+    """
+    row, column = np.ogrid[: shape[0], : shape[1]]
+    offset = column - row + n_queries - 1
+    inside = (offset >= 0) & (offset < pattern.shape[-1])
+    return np.where(inside, pattern[..., offset.clip(0, pattern.shape[-1] - 1)], True)
 
 
 def describe_architecture(shape: Mapping[str, list[int]]) -> str:

@@ -44,11 +44,34 @@ def effective_sparsity(provenance: dict[str, Any] | None) -> dict[str, float]:
     return {kind: value["effective"] for kind, value in (provenance or {}).get("sparsity", {}).items()}
 
 
+_WORDS_OF_0_1 = {
+    "procedure": "criterion",
+    "pool": "smooth",
+    "beyond": "extrapolate",
+    "effective": "mean",
+    "relative": "diagonal-mean",
+    "as-published": "percentile",
+}
+
+
+def mask_spec(provenance: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of the :class:`~ap_fairseq.pruning.spec.MaskSpec` of the masks; empty if they have none.
+
+    Checkpoints of version 0.1 stored them as ``procedure``, in other words.
+    """
+    if "spec" in provenance:
+        return provenance["spec"]
+    old = provenance.get("procedure", {})
+    words = {key: _WORDS_OF_0_1.get(value, value) if isinstance(value, str) else value for key, value in old.items()}
+    return {_WORDS_OF_0_1.get(key, key): value for key, value in words.items()}
+
+
 def describe_sparsity(provenance: dict[str, Any]) -> str:
-    """Return e.g. ``effective sparsity encoder_self 50.0%, cross 49.9% (effective, granularity 1)``."""
-    criterion = provenance.get("criterion", {})
+    """Return e.g. ``effective sparsity encoder_self 50.0%, cross 49.9% (mean, granularity 1)``."""
+    spec = mask_spec(provenance)
     shares = ", ".join(f"{kind} {share:.1%}" for kind, share in effective_sparsity(provenance).items())
-    return f"effective sparsity {shares} ({criterion.get('criterion')}, granularity {criterion.get('granularity')})"
+    details = f" ({spec['criterion']}, granularity {spec['granularity']})" if spec else ""
+    return f"effective sparsity {shares}{details}"
 
 
 def dictionary_sha256(dictionary) -> str:

@@ -72,11 +72,17 @@ def per_kind(name: str, text: str | float | None) -> dict[AttentionKind, float]:
     """
     if text in (None, ""):
         return {}
+    values: dict[AttentionKind, float] = {}
     try:
         if "=" not in str(text):
             return dict.fromkeys(AttentionKind, float(text))
-        pairs = (part.split("=") for part in str(text).split(","))
-        return {AttentionKind(kind.strip()): float(value) for kind, value in pairs}
+        for part in str(text).split(","):
+            kind, value = part.split("=")
+            site_kind = AttentionKind(kind.strip())
+            if site_kind in values:
+                raise UserError(f"{name} is {text!r}, which gives {site_kind} twice; give it once")
+            values[site_kind] = float(value)
+        return values
     except ValueError as error:
         kinds = ", ".join(AttentionKind)
         raise UserError(

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ap_fairseq.artifacts import AttentionStats, PruningMasks
+from ap_fairseq.artifacts import AttentionStats
 from ap_fairseq.evaluation.tables import Table, markdown
 from ap_fairseq.files import ArtifactError, UserError, refuse_existing, write_json
 from ap_fairseq.provenance import versions
@@ -29,28 +29,13 @@ from ap_fairseq.pruning.spec import GRANULARITIES, MaskSpec
 from ap_fairseq.sites import AttentionKind
 
 
-def grown(masks: PruningMasks, kind: AttentionKind, shape: tuple[int, int]) -> np.ndarray:
-    """The keep mask of a kind up to *shape*: bool (layers, heads, Tq, Tk), True = kept.
-
-    Cells outside the recorded range follow the pattern beyond it, by their offset, as in the model; offsets that the
-    pattern does not have are kept.
-    """
-    keep, beyond = masks.keep[kind], masks.extrapolation[kind]
-    queries, keys = (min(a, b) for a, b in zip(keep.shape[2:], shape, strict=True))
-    offset = np.arange(shape[1])[None, :] - np.arange(shape[0])[:, None] + keep.shape[2] - 1
-    inside = (offset >= 0) & (offset < beyond.shape[-1])
-    result = np.where(inside, beyond[..., offset.clip(0, beyond.shape[-1] - 1)], True)
-    result[:, :, :queries, :keys] = keep[:, :, :queries, :keys]
-    return result
-
-
 def compare(full: AttentionStats, sample: AttentionStats, spec: MaskSpec) -> dict[str, dict[str, float]]:
     """Compare the masks of both recordings on the pairs of the full one, by kind."""
-    whole, drawn = (build_masks(stats, spec)[0] for stats in (full, sample))
+    whole, drawn = (build_masks(stats, spec).masks for stats in (full, sample))
     result = {}
     for kind in full.kinds:
         support, mass = full.support[kind], full.mass[kind]
-        expected, found = whole.keep[kind], grown(drawn, kind, support.shape)
+        expected, found = whole.keep[kind], drawn.grown(kind, support.shape)
         pairs = support.sum() * np.prod(expected.shape[:2])
         result[kind.value] = {
             "overlap": float((support * (expected & found)).sum() / (support * expected).sum()),

@@ -16,7 +16,7 @@ from ap_fairseq.evaluation import scores as evaluation
 from ap_fairseq.evaluation.results import format_latex, format_markdown, format_plain, read_results
 from ap_fairseq.experiments.stages import read_mark
 from ap_fairseq.files import ArtifactError, UserError, file_sha256, read_lines, refuse_existing, write_json
-from ap_fairseq.provenance import decode_provenance, versions
+from ap_fairseq.provenance import decode_provenance, mask_spec, versions
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -92,7 +92,7 @@ def describe_checkpoint(checkpoint: str) -> dict:
     result = {"checkpoint_sha256": file_sha256(checkpoint)}
     provenance = decode_provenance(load_checkpoint(checkpoint)["model"].get("mask_metadata"))
     if provenance is not None:
-        result |= {key: provenance[key] for key in ("masks_sha256", "criterion", "sparsity")}
+        result |= {key: provenance[key] for key in ("masks_sha256", "sparsity")} | {"spec": mask_spec(provenance)}
     return result
 
 

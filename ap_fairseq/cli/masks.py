@@ -4,37 +4,42 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 from collections.abc import Mapping
 
 from ap_fairseq.artifacts import AttentionStats, PruningMasks
 from ap_fairseq.cli.common import add_output, command
-from ap_fairseq.files import ArtifactError, refuse_existing
-from ap_fairseq.pruning.build import build_masks
-from ap_fairseq.pruning.spec import CRITERIA, EXTRAPOLATIONS, GRANULARITIES, SCOPES, Granularity, MaskSpec
-from ap_fairseq.pruning.summary import format_summary, summarize
+from ap_fairseq.evaluation.tables import Table, plain
+from ap_fairseq.files import UserError, refuse_existing
+from ap_fairseq.pruning.build import BuiltMasks, build_masks
+from ap_fairseq.pruning.criteria import CRITERIA
+from ap_fairseq.pruning.spec import EXTRAPOLATIONS, GRANULARITIES, SCOPES, Granularity, MaskSpec
 from ap_fairseq.sites import AttentionKind, per_kind
 
 logger = logging.getLogger(__name__)
 
 
-def _budget(text: str) -> float:
-    value = float(text)
+def _share(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
     if not 0 <= value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is outside [0, 1): it is a share of pairs, e.g. 0.5 for 50%")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a share in [0, 1), e.g. 0.5 for 50%")
     return value
 
 
-def _count(text: str) -> int:
-    if not text.isdigit():
-        raise argparse.ArgumentTypeError(f"{text} is no number of positions")
+def _positions(text: str) -> int:
+    if not (text.isascii() and text.isdigit()):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of positions")
     return int(text)
 
 
 def _granularity(text: str) -> Granularity:
-    value = int(text) if text.isdigit() else text
-    if value not in GRANULARITIES:
-        raise argparse.ArgumentTypeError(f"{text} is not one of {', '.join(map(str, GRANULARITIES))}")
-    return value
+    valid = {str(value): value for value in GRANULARITIES}
+    if text not in valid:
+        raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(valid)}")
+    return valid[text]
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -44,6 +49,9 @@ def get_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("stats", nargs="+", help="files written by ap-record; several are merged")
     add_mask_options(parser)
+    parser.add_argument(
+        "--per-layer", action="store_true", help="print a row for each layer, with the rows that keep one cell only"
+    )
     add_output(parser, "the masks")
     return parser
 
@@ -52,25 +60,25 @@ def add_mask_options(parser: argparse.ArgumentParser) -> None:
     """Add the flags that :func:`spec_from` reads."""
     for kind in AttentionKind:
         help_text = f"share of {kind.value} pairs to prune, in [0, 1); default: prune none"
-        parser.add_argument(f"--{kind.flag}", type=_budget, metavar="SHARE", help=help_text)
+        parser.add_argument(f"--{kind.flag}", type=_share, metavar="SHARE", help=help_text)
     parser.add_argument(
         "--total",
-        type=_budget,
+        type=_share,
         metavar="SHARE",
-        help="share of the pairs of all kinds together to prune, distributed over kinds, layers and heads by what the "
-        "criterion ranks by (one threshold; instead of budgets per kind)",
+        help="share of the pairs of all kinds together to prune: one threshold of the criterion decides how much of it "
+        "falls to each kind, layer and head (instead of budgets per kind)",
     )
     parser.add_argument(
-        "--like", metavar="MASKS", help="budgets per kind as in this file: for controls at equal effective sparsity"
+        "--like", metavar="MASKS", help="budgets per kind as in this file, for controls of equal effective sparsity"
     )
     parser.add_argument(
         "--criterion",
         choices=CRITERIA,
         default="mean",
-        help="mean: by mean attention; normalised: relative to the head's own; diagonal-mean: averaged along the "
-        "diagonal; importance: by the effect on the loss, of statistics of ap-record --importance; percentile: the "
-        "authors' percentile (budgets are nominal then); random, window, gaussian, fixed: controls at equal effective "
-        "sparsity (default: %(default)s)",
+        help="mean: mean attention; normalised: mean attention in units of the head's root mean square; diagonal-mean: "
+        "mean attention along the diagonal; importance: effect on the loss, which ap-record --importance records; "
+        "percentile: the authors' percentile, with nominal budgets; random, window, gaussian, fixed: controls "
+        "(default: %(default)s)",
     )
     parser.add_argument(
         "--scope",
@@ -88,38 +96,38 @@ def add_mask_options(parser: argparse.ArgumentParser) -> None:
         "--extrapolate",
         choices=EXTRAPOLATIONS,
         default="diagonal",
-        help="cells that no recorded sentence reaches: continue each head's diagonal pattern, or keep "
-        "(default: %(default)s)",
+        help="what happens to cells that no recorded sentence reaches: diagonal continues each head's pattern along "
+        "the diagonals, keep keeps them (default: %(default)s)",
     )
     parser.add_argument(
         "--min-kept",
-        type=_budget,
+        type=_share,
         default=0.0,
         metavar="SHARE",
-        help="share of its pairs that every head keeps at least (default: %(default)s)",
+        help="minimum share of its pairs that every head keeps (default: %(default)s)",
     )
     parser.add_argument(
         "--min-heads",
         metavar="N",
-        help="heads, over all layers of a kind, that keep each pair of positions at least: a number for all kinds, or "
-        "e.g. decoder_self=1,cross=2 (default: none)",
+        help="minimum number of heads, over all layers of a kind, that keep each pair of positions: one number, or one "
+        "for each kind, e.g. decoder_self=1,cross=2 (default: none)",
     )
     parser.add_argument(
         "--keep-diagonal",
-        type=_count,
+        type=_positions,
         metavar="W",
         help="always keep cells up to W key positions from the diagonal",
     )
     parser.add_argument(
-        "--keep-first", type=_count, default=0, metavar="N", help="always keep the first N columns (default: none)"
+        "--keep-first", type=_positions, default=0, metavar="N", help="always keep the first N columns (default: none)"
     )
     parser.add_argument(
         "--smooth",
-        type=_count,
+        type=_positions,
         default=0,
         metavar="N",
-        help="score a cell by the statistics of all cells up to N positions away along its diagonal, so that late "
-        "positions, which few sentences reach, are not ranked by chance (default: the cell's own)",
+        help="score a cell by the mean of all cells up to N positions away along its diagonal, so that late positions, "
+        "which few sentences reach, are not ranked by chance (default: 0, the cell alone)",
     )
     parser.add_argument("--seed", type=int, default=1, help="for random masks and ties (default: %(default)s)")
 
@@ -130,19 +138,17 @@ def _budgets(args: argparse.Namespace, stats: AttentionStats) -> Mapping[Attenti
     given = [name for name, value in (("--total", args.total), ("--like", args.like)) if value is not None]
     given += [f"--{kind.flag}" for kind in own][:1]
     if len(given) > 1:
-        raise ArtifactError(f"{' and '.join(given)} both name budgets; give one of them")
+        raise UserError(f"{' and '.join(given)} all give budgets; choose one of them")
+    if args.criterion == "percentile" and given and not own:
+        raise UserError(
+            f"{given[0]} gives effective sparsity, --criterion percentile takes nominal sparsity; give that with "
+            f"{', '.join(f'--{kind.flag}' for kind in AttentionKind)}"
+        )
     if args.total is not None:
         if args.scope not in (None, "global"):
-            raise ArtifactError(
-                f"--total is one budget for all kinds, --scope {args.scope} would split it; leave it out"
-            )
+            raise UserError(f"--total is one budget for all kinds, --scope {args.scope} splits it; leave that out")
         return dict.fromkeys(stats.kinds, args.total)
     if args.like is not None:
-        if args.criterion == "percentile":
-            raise ArtifactError(
-                f"--like {args.like} gives effective sparsity, --criterion percentile takes nominal percentiles; "
-                "name those with --encoder-self, --decoder-self and --cross"
-            )
         shares = PruningMasks.load(args.like).metadata.get("sparsity", {})
         return {AttentionKind(name): share["effective"] for name, share in shares.items() if share["effective"] > 0}
     return own
@@ -165,18 +171,33 @@ def spec_from(args: argparse.Namespace, stats: AttentionStats) -> MaskSpec:
     )
 
 
-def write_masks(stats: AttentionStats, spec: MaskSpec, output, overwrite: bool = False) -> None:
-    """Build masks, print what came out, and save them."""
-    result, missed = build_masks(stats, spec)
-    result.save(output, overwrite=overwrite)
-    print(format_summary(summarize(result, stats)))
-    print("all kinds together: effective {effective:.1%}, kept mass {kept_mass:.1%}".format(**result.metadata["total"]))
-    for kind, heads in result.metadata["vanished_heads"].items():
-        names = ", ".join(f"{layer}.{head}" for layer, head in heads)
-        logger.warning(f"{kind}: {len(heads)} heads (layer.head) keep nothing but the guaranteed cells: {names}")
-    for message in missed:
+def format_summary(built: BuiltMasks, per_layer: bool = False) -> str:
+    """Render the effect of masks as a table for terminals: one row for each kind, or also for each layer, and all."""
+    nominal = built.masks.metadata["spec"]["criterion"] == "percentile"
+    header = ["kind", *(["layer"] if per_layer else []), "effective", *(["nominal"] if nominal else []), "kept mass"]
+    rows = []
+    for row in built.summary:
+        if row.layer is None or per_layer:
+            layer = ["all" if row.layer is None else str(row.layer)] if per_layer else []
+            shares = [row.effective, *([row.nominal] if nominal else []), row.kept_mass]
+            cells = [row.kind, *layer, *(f"{share:.1%}" for share in shares)]
+            rows.append([*cells, f"{row.guaranteed_rows}/{row.rows}"] if per_layer else cells)
+    total = built.masks.metadata["total"]
+    shares = [f"{total['effective']:.1%}", *([""] if nominal else []), f"{total['kept_mass']:.1%}"]
+    rows.append(["all kinds", *(["all"] if per_layer else []), *shares, *([""] if per_layer else [])])
+    return plain(Table([*header, *(["guaranteed rows"] if per_layer else [])], rows))
+
+
+def write_masks(
+    stats: AttentionStats, spec: MaskSpec, output, overwrite: bool = False, per_layer: bool = False
+) -> None:
+    """Build masks, save them, and print their effect on the recorded data."""
+    built = build_masks(stats, spec)
+    built.masks.save(output, overwrite=overwrite)
+    for message in built.warnings:
         logger.warning(message)
     logger.info(f"masks -> {output}")
+    print(format_summary(built, per_layer))
 
 
 @command
@@ -184,4 +205,4 @@ def main(argv: list[str]) -> None:
     args = get_parser().parse_args(argv)
     refuse_existing(args.output, args.overwrite, filter(None, [*args.stats, args.like]))
     stats = AttentionStats.load_merged(args.stats)
-    write_masks(stats, spec_from(args, stats), args.output, args.overwrite)
+    write_masks(stats, spec_from(args, stats), args.output, args.overwrite, args.per_layer)

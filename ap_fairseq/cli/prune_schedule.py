@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import logging
-import os
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from ap_fairseq.artifacts import AttentionStats
 from ap_fairseq.cli import masks as cli_masks
 from ap_fairseq.cli.common import command
 from ap_fairseq.experiments.stages import PLUGIN, Stages
-from ap_fairseq.files import ArtifactError
+from ap_fairseq.files import UserError, require_file
 
 logger = logging.getLogger(__name__)
 
@@ -114,24 +113,29 @@ def prune_gradually(
     return current, masks
 
 
+def _split(name: str, flags: str) -> list[str]:
+    """Split the argument of the option *name* into words, as a shell does."""
+    try:
+        return shlex.split(flags)
+    except ValueError as error:
+        raise UserError(f"{name} {flags!r} cannot be split into flags: {error}") from error
+
+
 @command
 def main(argv: list[str]) -> None:
     split = argv.index("--") if "--" in argv else len(argv)
     args, train_flags = get_parser().parse_args(argv[:split]), argv[split + 1 :]
-    if not os.path.isfile(args.path):
-        raise ArtifactError(f"checkpoint {args.path} does not exist")
+    require_file(args.path, "a fairseq checkpoint")
     if not 1 <= args.rounds <= args.updates:
-        raise ArtifactError(f"--rounds {args.rounds} and --updates {args.updates}: each round needs an update")
+        raise UserError(f"--rounds {args.rounds} and --updates {args.updates}: each round needs an update")
     given = {flag.split("=")[0] for flag in train_flags}
     taken = {"--save-dir", "--max-update", "--attention-masks", "--finetune-from-model"} & given
     if taken or not {"--arch", "-a"} & given:
         fault = f"{', '.join(sorted(taken))} given" if taken else "no --arch given"
-        raise ArtifactError(f"fairseq-train flags after --: {fault}; the rounds set these themselves, all but --arch")
-    mask_flags, record_flags = shlex.split(args.masks), shlex.split(args.record)
+        raise UserError(f"fairseq-train flags after --: {fault}; give --arch, and leave the others to the rounds")
+    mask_flags, record_flags = _split("--masks", args.masks), _split("--record", args.record)
     if parse_mask_flags(mask_flags).criterion == "importance" and "--importance" not in record_flags:
-        raise ArtifactError(
-            f"--masks '{args.masks}' ranks by importance, but --record '{args.record}' lacks --importance"
-        )
+        raise UserError(f"--masks '{args.masks}' ranks by importance, but --record '{args.record}' lacks --importance")
     checkpoint, masks = prune_gradually(
         *(args.data, args.path, args.output, mask_flags, train_flags, record_flags),
         *(args.rounds, args.updates, args.shape),

@@ -38,15 +38,15 @@ class DynamicPruning:
     kept: int | Tensor = field(default=0, repr=False)
 
     def __post_init__(self):
-        if self.top_k < 0 or self.top_k != int(self.top_k):
-            raise UserError(f"attention_top_k is {self.top_k}, expected a number of keys, or 0 for all")
+        if self.top_k < 0 or not float(self.top_k).is_integer():
+            raise UserError(f"--attention-top-k is {self.top_k}, expected a number of keys, or 0 for all")
         self.top_k = int(self.top_k)
         if not 0 <= self.threshold < 1:
-            raise UserError(f"attention_threshold is {self.threshold}, expected a probability in [0, 1)")
+            raise UserError(f"--attention-threshold is {self.threshold}, expected a probability in [0, 1)")
         if self.log_bits and (not self.threshold or not 2 <= self.log_bits <= 8):
             raise UserError(
-                f"attention_log_bits is {self.log_bits} with attention_threshold {self.threshold}: the scale reaches "
-                "from the threshold to 1 in 2 to 8 bits, so set both"
+                f"--attention-log-bits is {self.log_bits} with --attention-threshold {self.threshold}: the scale "
+                "reaches from the threshold to 1 in 2 to 8 bits, so set both"
             )
 
     @classmethod
@@ -54,7 +54,7 @@ class DynamicPruning:
         cls, kind: AttentionKind, top_k: str | None, threshold: str | None, log_bits: int
     ) -> DynamicPruning | None:
         """Read the model's options for one kind; None if they discard nothing there."""
-        k, probability = per_kind("attention_top_k", top_k), per_kind("attention_threshold", threshold)
+        k, probability = per_kind("--attention-top-k", top_k), per_kind("--attention-threshold", threshold)
         options = cls(k.get(kind, 0), probability.get(kind, 0.0), log_bits if probability.get(kind) else 0)
         if log_bits and not probability:
             cls(log_bits=log_bits)  # its error: there is no threshold at all

@@ -15,35 +15,52 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ap_fairseq.artifacts import AttentionStats, PruningMasks
-from ap_fairseq.files import UserError
+from ap_fairseq.artifacts import AttentionStats, PruningMasks, extrapolated
+from ap_fairseq.files import ArtifactError, UserError
 from ap_fairseq.pruning import criteria
 from ap_fairseq.pruning.select import prune_lowest
 from ap_fairseq.pruning.spec import Granularity, MaskSpec
-from ap_fairseq.pruning.summary import missed_budgets, summarize, total_of, vanished_heads
+from ap_fairseq.pruning.summary import LayerSummary, missed_budgets, summarize, total_of, vanished_heads
 from ap_fairseq.sites import AttentionKind
+
+Cells = dict[AttentionKind, np.ndarray]
 
 TIES = 1e-6  # weight of the draw among equal scores, in key positions: distances from a sloped diagonal differ by more
 
 
-def build_masks(stats: AttentionStats, spec: MaskSpec) -> tuple[PruningMasks, list[str]]:
+@dataclass(frozen=True)
+class BuiltMasks:
+    """Masks and what they do to the recorded data.
+
+    Attributes:
+        masks: the masks, with their provenance.
+        summary: one row for each kind and each of its layers, the kind's own first.
+        warnings: one sentence for each budget missed by more than one percentage point (a threshold cannot split a
+            unit, and guaranteed cells are never pruned), and for each kind with heads that keep nothing else.
+    """
+
+    masks: PruningMasks
+    summary: list[LayerSummary]
+    warnings: list[str]
+
+
+def build_masks(stats: AttentionStats, spec: MaskSpec) -> BuiltMasks:
     """Derive pruning masks from attention statistics.
 
-    Returns:
-        The masks, and one sentence for each budget that could not be met within one percentage point (a threshold
-        cannot split a unit, and guaranteed cells are never pruned).
-
     Raises:
-        UserError: for a spec that names a kind the statistics lack.
+        UserError: for statistics without pairs or scores, or a spec that does not fit them.
     """
     for kind in spec.budgets:
         if kind not in stats.mass:
             raise UserError(
-                f"a budget is given for {kind.value}, but the statistics hold only "
-                f"{', '.join(k.value for k in stats.kinds)}"
+                f"--{kind.flag}: a budget is given for {kind.value}, but the statistics hold only "
+                f"{', '.join(stats.kinds)}; leave it out"
             )
+    for kind in stats.kinds:
+        if not stats.mass[kind].any():
+            raise ArtifactError(f"the statistics of {kind.value} are empty; record again, on a subset with sentences")
     if spec.criterion == "percentile":
-        keep, extrapolation = _as_published(stats, spec)
+        keep, extrapolation = _by_percentile(stats, spec)
     else:
         keep, extrapolation = _ranked(stats, spec)
     for kind in stats.kinds:
@@ -51,9 +68,10 @@ def build_masks(stats: AttentionStats, spec: MaskSpec) -> tuple[PruningMasks, li
     masks = PruningMasks(keep, extrapolation)
     summary = summarize(masks, stats)
     kinds = [row for row in summary if row.layer is None]
+    vanished = vanished_heads(masks, stats)
     masks.metadata = {
         **{key: value for key, value in stats.metadata.items() if key not in ("format", "architecture")},
-        "criterion": {
+        "spec": {
             **dataclasses.asdict(spec),
             "budgets": {kind.value: budget for kind, budget in spec.budgets.items()},
             "min_heads": {kind.value: int(count) for kind, count in spec.min_heads.items()},
@@ -62,21 +80,29 @@ def build_masks(stats: AttentionStats, spec: MaskSpec) -> tuple[PruningMasks, li
             row.kind: {"effective": row.effective, "nominal": row.nominal, "kept_mass": row.kept_mass} for row in kinds
         },
         "total": total_of(kinds),
-        "vanished_heads": vanished_heads(masks, stats),
+        "vanished_heads": vanished,
     }
-    return masks, missed_budgets(summary, spec)
+    warnings = missed_budgets(summary, spec)
+    for name, heads in vanished.items():
+        listed = ", ".join(f"{layer}.{head}" for layer, head in heads)
+        warnings.append(f"{name}: {len(heads)} heads (layer.head) keep nothing but the guaranteed cells: {listed}")
+    return BuiltMasks(masks, summary, warnings)
+
+
+def _all_kept(stats: AttentionStats) -> tuple[Cells, Cells]:
+    """Return keep masks and extrapolation patterns that keep everything."""
+    keep = {kind: np.ones(mass.shape, dtype=bool) for kind, mass in stats.mass.items()}
+    patterns = {kind: np.ones((*k.shape[:2], sum(k.shape[2:]) - 1), dtype=bool) for kind, k in keep.items()}
+    return keep, patterns
 
 
 # -- criteria -------------------------------------------------------------------------------------------------------
 
 
-def _ranked(stats: AttentionStats, spec: MaskSpec):
+def _ranked(stats: AttentionStats, spec: MaskSpec) -> tuple[Cells, Cells]:
     """Prune units in ascending order of score until each scope's budget of pairs is reached."""
     units = {kind: _Units.of(stats, kind, spec) for kind in stats.kinds if kind in spec.budgets}
-    keep = {kind: np.ones(stats.mass[kind].shape, dtype=bool) for kind in stats.kinds}
-    extrapolation = {
-        kind: np.ones((*cells.shape[:2], sum(cells.shape[2:]) - 1), dtype=bool) for kind, cells in keep.items()
-    }
+    keep, extrapolation = _all_kept(stats)
     for members, target in _scopes(units, stats, spec):
         parts = [(units[kind].score[index], units[kind].weight) for kind, index in members]
         pruned, threshold = prune_lowest(parts, target)
@@ -86,7 +112,7 @@ def _ranked(stats: AttentionStats, spec: MaskSpec):
             if spec.granularity == 1:
                 cells[:] = whole.reshape(*whole.shape[:2], *cells.shape[2:])
             else:
-                cells[:] = whole[..., units[kind].of_cell]
+                cells[:] = whole[..., units[kind].unit_of_cell]
             extrapolation[kind][index] = units[kind].offset_score[index] > threshold
     return keep, extrapolation
 
@@ -120,42 +146,43 @@ class _Units:
             out.
         offset_score: float64 (layers or 1, heads or 1, Tq + Tk - 1): the score along each diagonal, +inf where never
             observed.
-        of_cell: int64 (Tq, Tk): the unit of each cell.
+        unit_of_cell: int64 (Tq, Tk): the unit of each cell.
     """
 
     score: np.ndarray
     weight: np.ndarray
     offset_score: np.ndarray
-    of_cell: np.ndarray
+    unit_of_cell: np.ndarray
 
     @classmethod
     def of(cls, stats: AttentionStats, kind: AttentionKind, spec: MaskSpec) -> _Units:
         support, heads = stats.support[kind], stats.mass[kind].shape[:2]
-        of_cell = _unit_of_cell(support.shape, spec.granularity)
+        criterion = criteria.CRITERIA[spec.criterion]
+        unit_of_cell = _number_units(support.shape, spec.granularity)
         prunable = np.where(_always_kept(stats, kind, spec), 0, support)
-        pairs = criteria.sum_by(of_cell, prunable)
-        seen = criteria.sum_by(criteria.offset_of_cell(support.shape), support)
-        if spec.criterion == "random":
+        pairs = criteria.sum_by(unit_of_cell, prunable)
+        if criterion.score is None:
             draw = np.random.default_rng([spec.seed, list(AttentionKind).index(kind)])
-            score, offset_score = draw.random((*heads, len(pairs))), draw.random((*heads, len(seen)))
+            score, offset_score = draw.random((*heads, len(pairs))), draw.random((*heads, sum(support.shape) - 1))
+            offset_score[..., criteria.unseen_offsets(support)] = np.inf
         else:
-            name = "mean" if spec.criterion == "percentile" else spec.criterion
-            cells = criteria.SCORES[name](stats, kind)
+            cells = criterion.score(stats, kind)
             if spec.smooth:
                 cells = criteria.smoothed(cells, support, spec.smooth)
-            offset_score = criteria.mean_along_diagonals(cells * support, support)
-            score = criteria.sum_by(of_cell, cells * prunable) / np.maximum(pairs, 1)
-            if name in criteria.WITH_TIES:
-                score = score - TIES * np.random.default_rng(spec.seed).random(len(pairs))
+            offset_score = criteria.offset_scores(cells, support)
+            score = criteria.sum_by(unit_of_cell, cells * prunable) / np.maximum(pairs, 1)
+        if not np.isfinite(score).all():
+            raise ArtifactError(f"{kind.value}: scores by --criterion {spec.criterion} overflow; record again")
+        if criterion.ties:
+            score = score - TIES * np.random.default_rng(spec.seed).random(len(pairs))
         if count := int(spec.min_heads.get(kind, 0)):
             score, offset_score = (_always_in_best_heads(s, heads, count, kind) for s in (score, offset_score))
-        offset_score[..., seen == 0] = np.inf
         for layer, head in np.ndindex(score.shape[:2]) if spec.min_kept else ():
             share = [(score[layer, head], pairs)]
             (free,), _ = prune_lowest(share, (1 - spec.min_kept) * support.sum(), at_most=True)
             score[layer, head, ~free] = np.inf
         sharing = np.prod(heads) // np.prod(score.shape[:2])
-        return cls(score, pairs * sharing, offset_score, of_cell)
+        return cls(score, pairs * sharing, offset_score, unit_of_cell)
 
 
 def _always_in_best_heads(score: np.ndarray, heads: tuple[int, int], count: int, kind: AttentionKind) -> np.ndarray:
@@ -172,32 +199,21 @@ def _always_in_best_heads(score: np.ndarray, heads: tuple[int, int], count: int,
         UserError: if there are fewer heads.
     """
     if count > np.prod(heads):
-        raise UserError(
-            f"min_heads for {kind.value} is {count}, but it has {heads[0]} layers of {heads[1]} heads; lower it"
-        )
+        raise UserError(f"--min-heads {kind.value}={count}, but it has {heads[0]} layers of {heads[1]} heads; lower it")
     of_head = np.broadcast_to(score, (*heads, score.shape[2])).reshape(-1, score.shape[2]).copy()
     best = np.argpartition(of_head, -count, axis=0)[-count:]
     np.put_along_axis(of_head, best, np.inf, axis=0)
     return of_head.reshape(*heads, -1)
 
 
-def _as_published(stats: AttentionStats, spec: MaskSpec):
-    """The authors' percentile; see :class:`MaskSpec`."""
-    keep, extrapolation = {}, {}
-    for kind in stats.kinds:
-        mean, shape = stats.mean(kind), stats.support[kind].shape
-        keep[kind] = np.ones(mean.shape, dtype=bool)
-        extrapolation[kind] = np.ones((*mean.shape[:2], sum(shape) - 1), dtype=bool)
-        if kind not in spec.budgets:
-            continue
-        longest = max(shape)
-        offsets = _Units.of(stats, kind, spec).offset_score
-        for layer in range(mean.shape[0]):
-            square = np.zeros((mean.shape[1], longest, longest))
-            square[:, : shape[0], : shape[1]] = mean[layer]
-            threshold = np.percentile(square, 100 * spec.budgets[kind])
-            keep[kind][layer] = mean[layer] > threshold
-            extrapolation[kind][layer] = offsets[layer] > threshold
+def _by_percentile(stats: AttentionStats, spec: MaskSpec) -> tuple[Cells, Cells]:
+    """Prune, in each layer of a kind, what does not exceed the authors' percentile."""
+    keep, extrapolation = _all_kept(stats)
+    for kind, budget in spec.budgets.items():
+        mean = stats.mean(kind)
+        threshold = criteria.percentile_thresholds(mean, budget)[:, None, None]
+        keep[kind] = mean > threshold[..., None]
+        extrapolation[kind] = criteria.offset_scores(mean, stats.support[kind]) > threshold
     return keep, extrapolation
 
 
@@ -210,7 +226,7 @@ def _finish(keep, extrapolation, stats: AttentionStats, kind: AttentionKind, spe
         middle = support.shape[0] - 1
         extrapolation[..., max(0, middle - spec.keep_diagonal) : middle + spec.keep_diagonal + 1] = True
     unseen = support == 0
-    keep[..., unseen] = extrapolation[..., criteria.offset_of_cell(support.shape)[unseen]]
+    keep[..., unseen] = extrapolated(extrapolation, len(support), support.shape)[..., unseen]
     keep[..., _always_kept(stats, kind, spec)] = True
     if kind.causal:
         keep &= np.tri(*support.shape, dtype=bool)
@@ -225,8 +241,8 @@ def _always_kept(stats: AttentionStats, kind: AttentionKind, spec: MaskSpec) -> 
     return cells
 
 
-def _unit_of_cell(shape: tuple[int, int], granularity: Granularity) -> np.ndarray:
-    """Number the units: int64 (Tq, Tk)."""
+def _number_units(shape: tuple[int, int], granularity: Granularity) -> np.ndarray:
+    """Return the number of each cell's unit: int64 (Tq, Tk)."""
     if granularity == "diagonal":
         return criteria.offset_of_cell(shape)
     row, column = np.ogrid[: shape[0], : shape[1]]

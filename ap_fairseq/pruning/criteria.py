@@ -1,10 +1,14 @@
-"""How much each cell is worth: the scores by which masks are pruned, lowest first.
+"""Pruning criteria: scores of cells, of which the lowest are pruned first.
 
-A score function takes the statistics and a kind and returns float64 (layers or 1, heads or 1, Tq, Tk), higher = keep;
-an axis of 1 means that all layers or heads share the score. Cells that no recorded sentence reaches may hold anything.
+A score function takes the statistics and a kind and returns finite float64 (layers or 1, heads or 1, Tq, Tk), higher =
+keep; an axis of 1 means that all layers or heads share the score. Cells that no recorded sentence reaches may hold any
+number.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -53,7 +57,7 @@ def importance(stats: AttentionStats, kind: AttentionKind) -> np.ndarray:
     """
     if kind not in stats.importance:
         raise ArtifactError(
-            f"the criterion importance needs the importance of {kind.value} cells, which these statistics lack; "
+            f"--criterion importance needs the importance of {kind.value} cells, which these statistics lack; "
             "record with ap-record --importance (each file, where several are merged)"
         )
     return stats.importance[kind] / np.maximum(stats.support[kind], 1)
@@ -93,19 +97,52 @@ def fixed_patterns(stats: AttentionStats, kind: AttentionKind) -> np.ndarray:
     return np.stack([patterns[head % len(patterns)] for head in range(stats.mass[kind].shape[1])])[None]
 
 
-SCORES = {
-    "mean": mean_attention,
-    "normalised": normalised_attention,
-    "diagonal-mean": diagonal_mean_attention,
-    "importance": importance,
-    "window": window,
-    "gaussian": gaussian,
-    "fixed": fixed_patterns,
+@dataclass(frozen=True)
+class Criterion:
+    """What ranks cells.
+
+    Attributes:
+        score: the score function; None where each unit draws its own.
+        smoothable: whether the score rests on what was recorded of the single cell, so that its neighbours can add to
+            it.
+        ties: whether many scores are equal, so that a seed decides their order.
+    """
+
+    score: Callable[[AttentionStats, AttentionKind], np.ndarray] | None
+    smoothable: bool = False
+    ties: bool = False
+
+
+CRITERIA = {
+    "mean": Criterion(mean_attention, smoothable=True),
+    "normalised": Criterion(normalised_attention, smoothable=True),
+    "diagonal-mean": Criterion(diagonal_mean_attention),
+    "importance": Criterion(importance, smoothable=True),
+    "window": Criterion(window, ties=True),
+    "gaussian": Criterion(gaussian, ties=True),
+    "fixed": Criterion(fixed_patterns, ties=True),
+    "random": Criterion(None),
+    "percentile": Criterion(mean_attention),
 }
-# Those that rest on what was recorded of the single cell, so that its neighbours can add to it.
-OF_CELLS = ("mean", "normalised", "importance")
-# Controls by distance have many equal scores, whose order a seed decides.
-WITH_TIES = ("window", "gaussian", "fixed")
+
+
+def percentile_thresholds(mean: np.ndarray, nominal: float | np.ndarray) -> np.ndarray:
+    """The authors' thresholds: percentiles of each layer's mean attention over its heads.
+
+    They are taken over the square up to the longest sentence, where cells that cannot exist count as zeros (Rugina et
+    al. 2020, arXiv 2012.02030, and its code). Cells up to and including the threshold are pruned.
+
+    Args:
+        mean: float64 (layers, heads, Tq, Tk), mean attention.
+        nominal: nominal sparsity in [0, 1], a number or (n,).
+
+    Returns:
+        float64 (layers,) or (layers, n).
+    """
+    layers, heads, n_queries, n_keys = mean.shape
+    cells = heads * max(n_queries, n_keys) ** 2
+    squares = (np.append(layer, np.zeros(cells - layer.size)) for layer in mean)
+    return np.stack([np.percentile(square, 100 * np.asarray(nominal)) for square in squares])
 
 
 # -- geometry ---------------------------------------------------------------------------------------------------------
@@ -131,6 +168,18 @@ def mean_along_diagonals(mass: np.ndarray, support: np.ndarray) -> np.ndarray:
     """Sum of *mass* over sum of *support* on each diagonal: (..., Tq, Tk) -> (..., Tq + Tk - 1); 0 where unseen."""
     diagonal = offset_of_cell(support.shape)
     return sum_by(diagonal, mass) / np.maximum(sum_by(diagonal, support), 1)
+
+
+def unseen_offsets(support: np.ndarray) -> np.ndarray:
+    """Diagonals that no recorded sentence reaches: bool (Tq + Tk - 1,)."""
+    return sum_by(offset_of_cell(support.shape), support) == 0
+
+
+def offset_scores(cells: np.ndarray, support: np.ndarray) -> np.ndarray:
+    """Mean score of the pairs on each diagonal: (..., Tq, Tk) -> (..., Tq + Tk - 1); infinite where unseen."""
+    scores = mean_along_diagonals(cells * support, support)
+    scores[..., unseen_offsets(support)] = np.inf
+    return scores
 
 
 def sum_of_neighbours(cells: np.ndarray, distance: int) -> np.ndarray:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 _SORTED_AT_ONCE = 1 << 20
 _BINS = 1 << 16
 
+Rows = list[tuple[np.ndarray, np.ndarray]]  # scores and weights (units,) of each head
 
-def prune_lowest(parts: Sequence[tuple[np.ndarray, np.ndarray]], target: float, at_most: bool = False):
+
+def prune_lowest(
+    parts: Sequence[tuple[np.ndarray, np.ndarray]], target: float, at_most: bool = False
+) -> tuple[list[np.ndarray], float]:
     """Mark units in ascending order of score until their weight comes nearest to *target*, or the last below it.
 
     Args:
@@ -23,57 +28,76 @@ def prune_lowest(parts: Sequence[tuple[np.ndarray, np.ndarray]], target: float, 
         none).
     """
     rows = [(row, weight) for score, weight in parts for row in score.reshape(-1, score.shape[-1])]
-
-    def candidates():  # row by row, because 10^8 units and their indices would take gigabytes
-        for row, weight in rows:
-            index = np.flatnonzero((weight > 0) & (row >= low) & (row <= high))
-            yield row[index], weight[index], index
-
-    # Sorting 10^8 units takes minutes. A histogram finds the few whose order matters: all below them go.
-    low, high, spent = -np.inf, np.finfo(float).max, 0.0
-    while True:
-        counts, lows, highs = zip(
-            *((len(score), score.min(initial=np.inf), score.max(initial=-np.inf)) for score, _, _ in candidates()),
-            strict=True,
-        )
-        if sum(counts):
-            low, high = min(lows), max(highs)
-        if sum(counts) <= _SORTED_AT_ONCE or low == high:
-            break
-        histogram = sum(
-            np.bincount(_bin(score, low, high), weights=weight, minlength=_BINS + 1)
-            for score, weight, _ in candidates()
-        )
-        below = spent + np.cumsum(histogram)
-        critical = int(np.searchsorted(below, target, side="right"))
-        if critical > _BINS:  # the target exceeds all weight
-            low, high = np.inf, -np.inf
-            break
-        inside = [score[_bin(score, low, high) == critical] for score, _, _ in candidates()]
-        spent = below[critical - 1] if critical else spent
-        low, high = min(part.min(initial=np.inf) for part in inside), max(part.max(initial=-np.inf) for part in inside)
-
-    undecided = list(candidates())
+    low, high, spent = _critical_range(rows, target)
+    undecided = list(_candidates(rows, low, high))
     score, weight = (np.concatenate([part[k] for part in undecided]) for k in (0, 1))
-    order = np.argsort(score, kind="stable")
-    below = spent + np.cumsum(weight[order], dtype=np.float64)
-    count = int(np.searchsorted(below, target, side="right"))
-    if count < len(order) and not at_most:
-        before = below[count - 1] if count else spent
-        if below[count] - target < target - before:
-            count += 1
-    chosen = np.zeros(len(order), dtype=bool)
-    chosen[order[:count]] = True
+    chosen = _take(score, weight, target - spent, at_most)
+
     marks, threshold = [], -np.inf
-    decided = np.split(chosen, np.cumsum([len(index) for _, _, index in undecided])[:-1])
-    for (row, row_weight), (_, _, index), part in zip(rows, undecided, decided, strict=True):
+    decided = np.split(chosen, np.cumsum([len(index) for *_, index in undecided])[:-1])
+    for (row, row_weight), (*_, index), part in zip(rows, undecided, decided, strict=True):
         mark = (row < low) & (row_weight > 0)
         mark[index] = part
         marks.append(mark)
         threshold = max(threshold, row.max(where=mark, initial=-np.inf))
-    of_row = iter(marks)
-    pruned = [np.stack([next(of_row) for _ in range(s.size // s.shape[-1])]).reshape(s.shape) for s, _ in parts]
-    return pruned, threshold
+    of_rows = iter(marks)
+    shapes = [score.shape for score, _ in parts]
+    pruned = [np.stack(list(itertools.islice(of_rows, int(np.prod(s[:-1]))))).reshape(s) for s in shapes]
+    return pruned, float(threshold)
+
+
+def _candidates(rows: Rows, low: float, high: float) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Yield score, weight and index of each row's candidates in [low, high].
+
+    Row by row, because 10^8 units and their indices would take gigabytes.
+    """
+    for row, weight in rows:
+        index = np.flatnonzero((weight > 0) & (row >= low) & (row <= high))
+        yield row[index], weight[index], index
+
+
+def _critical_range(rows: Rows, target: float) -> tuple[float, float, float]:
+    """Find the few candidates whose order matters by histograms: sorting 10^8 units takes minutes.
+
+    Returns:
+        (low, high, spent): all candidates below low are pruned, none above high, those between are undecided; spent is
+        the weight of those below.
+    """
+    low, high, spent = -np.inf, float(np.finfo(float).max), 0.0
+    while True:
+        extents = [(len(s), s.min(initial=np.inf), s.max(initial=-np.inf)) for s, *_ in _candidates(rows, low, high)]
+        counts, lows, highs = zip(*extents, strict=True)
+        count = sum(counts)
+        if count:
+            low, high = float(min(lows)), float(max(highs))
+        if count <= _SORTED_AT_ONCE or low == high:
+            return low, high, spent
+        histogram = sum(
+            np.bincount(_bin(score, low, high), weights=weight, minlength=_BINS + 1)
+            for score, weight, _ in _candidates(rows, low, high)
+        )
+        below = spent + np.cumsum(histogram)
+        critical = int(np.searchsorted(below, target, side="right"))
+        if critical > _BINS:  # the target exceeds all weight
+            return np.inf, -np.inf, float(below[-1])
+        spent = float(below[critical - 1]) if critical else spent
+        inside = [score[_bin(score, low, high) == critical] for score, *_ in _candidates(rows, low, high)]
+        low = float(min(part.min(initial=np.inf) for part in inside))
+        high = float(max(part.max(initial=-np.inf) for part in inside))
+
+
+def _take(score: np.ndarray, weight: np.ndarray, target: float, at_most: bool) -> np.ndarray:
+    """Choose units in ascending order of score up to a weight of *target*: bool, the shape of the scores."""
+    order = np.argsort(score, kind="stable")
+    sums = np.cumsum(weight[order], dtype=np.float64)
+    count = int(np.searchsorted(sums, target, side="right"))
+    if count < len(order) and not at_most:
+        before = sums[count - 1] if count else 0.0
+        if sums[count] - target < target - before:
+            count += 1
+    chosen = np.zeros(len(order), dtype=bool)
+    chosen[order[:count]] = True
+    return chosen
 
 
 def _bin(score: np.ndarray, low: float, high: float) -> np.ndarray:

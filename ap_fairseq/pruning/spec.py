@@ -1,4 +1,4 @@
-"""What is asked for: how masks are derived from statistics."""
+"""The specification of masks: how they are derived from statistics."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ap_fairseq.files import UserError
-from ap_fairseq.pruning import criteria
+from ap_fairseq.pruning.criteria import CRITERIA
 from ap_fairseq.sites import AttentionKind
 
-CRITERIA = (*criteria.SCORES, "random", "percentile")
 SCOPES = ("kind", "layer", "head", "global")
 GRANULARITIES = (1, 16, 32, 64, 128, "diagonal")
 EXTRAPOLATIONS = ("diagonal", "keep")
@@ -24,32 +23,35 @@ class MaskSpec:
 
     Attributes:
         budgets: per kind the share of attendable pairs to prune, in [0, 1); for ``percentile`` the nominal
-            percentile. Kinds without an entry are kept whole.
+            sparsity. Kinds without an entry are not pruned.
         criterion: what ranks the units. ``mean`` (attention), ``normalised``, ``diagonal-mean``, ``importance``
             (effect on the loss) and the controls ``window``, ``gaussian`` and ``fixed`` are the scores of
-            :mod:`ap_fairseq.pruning.criteria`; ``random`` is a seeded draw. ``percentile`` prunes, per layer over its
-            heads, everything up to a percentile of the mean attention in the square up to the longest sentence,
-            non-existing cells counting as zeros (Rugina et al. 2020, arXiv 2012.02030, and its code).
+            :mod:`ap_fairseq.pruning.criteria`; ``random`` is a seeded draw. ``percentile`` is the authors' own rule:
+            per layer over its heads, everything up to a percentile of mean attention is pruned
+            (:func:`ap_fairseq.pruning.criteria.percentile_thresholds`).
         scope: what shares one threshold: all sites of a ``kind``, each ``layer`` of a kind, each ``head``, or all kinds
             together (``global``; the budget is then the sum of the kinds' budgets in pairs, and kinds, layers and heads
             that are cheap to prune pay for the others). ``percentile`` has its own scope.
         granularity: 1 (cells), 16, 32, 64, 128 (square blocks) or ``diagonal`` (offsets j - i).
-        extrapolate: cells that no recorded sentence reaches: ``diagonal`` continues each head's scores along the
-            diagonal against the same threshold, ``keep`` keeps them.
-        min_kept: the share of its attendable pairs that every head keeps, its best, in [0, 1].
-        min_heads: per kind how many heads, over all its layers, keep each unit at least: those in which its score is
-            highest. A pair of positions that every head loses is lost to the model. Kinds without an entry or a budget
-            have no minimum.
+        extrapolate: for cells that no recorded sentence reaches, ``diagonal`` compares the head's mean score along
+            their diagonal with the same threshold, ``keep`` keeps them.
+        min_kept: the share of its attendable pairs, the best of them, that every head keeps at least, in [0, 1].
+        min_heads: per kind, the number of heads, over all its layers, that keep each unit at least: those in which its
+            score is highest. A pair of positions that no head keeps is lost to the model. Kinds without an entry or a
+            budget have no minimum.
         keep_diagonal: also keep every cell at most this many key positions from the diagonal (in cross-attention from
             the mean source/target length slope); None for no such set.
         keep_first: also keep this many first columns.
         smooth: score each cell by the mean over the cells up to this many positions away along its diagonal
-            (:func:`ap_fairseq.pruning.criteria.smoothed`): late positions, which few sentences reach, are else
+            (:func:`ap_fairseq.pruning.criteria.smoothed`); without it, late positions, which few sentences reach, are
             ranked by chance.
-        seed: for ``random``, and for ties of the controls by distance.
+        seed: for ``random``, and for ties in the controls by distance.
 
-    What these sets and minima keep counts against the budget. *keep_diagonal* and *keep_first* are cells also where the
-    granularity is coarser. They hold within the recorded range, and the diagonal of self-attention beyond it.
+    Cells kept by these sets and minima count against the budget. *keep_diagonal* and *keep_first* keep single cells at
+    any granularity. They apply within the recorded range; the diagonal of self-attention is also kept beyond it.
+
+    Raises:
+        UserError: for values that are out of range or do not go together, named by the flags of ``ap-masks``.
     """
 
     budgets: Mapping[AttentionKind, float]
@@ -72,31 +74,37 @@ class MaskSpec:
             ("extrapolate", self.extrapolate, EXTRAPOLATIONS),
         ):
             if value not in valid:
-                raise UserError(f"{name} {value!r} is not one of {', '.join(map(str, valid))}")
+                raise UserError(f"--{name} {value} is not one of {', '.join(map(str, valid))}")
         for kind, budget in self.budgets.items():
             if not 0 <= budget < 1:
-                raise UserError(f"budget for {kind.value} is {budget}, expected 0 <= budget < 1")
+                raise UserError(f"--{kind.flag} {budget} is not a share of pairs in [0, 1)")
         if not 0 <= self.min_kept <= 1:
-            raise UserError(f"min_kept is {self.min_kept}, expected a share of pairs in [0, 1]")
+            raise UserError(f"--min-kept {self.min_kept} is not a share of pairs in [0, 1]")
         for kind, count in self.min_heads.items():
-            if count < 0 or count != int(count):
-                raise UserError(f"min_heads for {kind.value} is {count:g}, expected a number of heads")
-        if self.keep_first < 0 or (self.keep_diagonal or 0) < 0:
-            raise UserError(f"keep_diagonal {self.keep_diagonal} and keep_first {self.keep_first} cannot be negative")
-        if self.smooth and (self.smooth < 0 or self.criterion not in criteria.OF_CELLS):
+            if count < 0 or not float(count).is_integer():
+                raise UserError(f"--min-heads {kind.value}={count:g} is not a number of heads")
+        for name, number in (("keep-diagonal", self.keep_diagonal or 0), ("keep-first", self.keep_first)):
+            if number < 0:
+                raise UserError(f"--{name} {number} is not a number of positions")
+        if self.smooth < 0:
+            raise UserError(f"--smooth {self.smooth} is not a number of positions")
+        if self.smooth and not CRITERIA[self.criterion].smoothable:
+            smoothable = ", ".join(name for name, criterion in CRITERIA.items() if criterion.smoothable)
             raise UserError(
-                f"smooth is {self.smooth} for the criterion {self.criterion}; expected a number of positions, and one "
-                f"of {', '.join(criteria.OF_CELLS)}"
+                f"--smooth {self.smooth} does not go with --criterion {self.criterion}, only with {smoothable}; leave "
+                "it out"
             )
+        if self.seed < 0:
+            raise UserError(f"--seed {self.seed} is negative; expected 0 or more")
         if self.criterion == "percentile":
             own = MaskSpec(self.budgets, extrapolate=self.extrapolate, seed=self.seed)
             changed = [
-                f"{field.name} {getattr(self, field.name)!r}"
+                f"--{field.name.replace('_', '-')}"
                 for field in dataclasses.fields(self)
                 if field.name != "criterion" and getattr(self, field.name) != getattr(own, field.name)
             ]
             if changed:
                 raise UserError(
-                    "percentile decides single cells per layer over its heads and keeps nothing else; leave "
-                    f"{' and '.join(changed)} at the default"
+                    f"--criterion percentile decides single cells, per layer over its heads, and keeps nothing else; "
+                    f"leave out {', '.join(changed)}"
                 )

@@ -1,4 +1,4 @@
-"""What masks do: sparsity and kept mass per kind and layer."""
+"""The effect of masks on the recorded data: sparsity and kept mass per kind and layer."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ap_fairseq.sites import AttentionKind
 
 @dataclass(frozen=True)
 class LayerSummary:
-    """What a mask does to one kind (``layer`` is None) or one layer of it; shares in [0, 1]."""
+    """The effect of a mask on one kind (``layer`` is None) or one layer of it; shares in [0, 1]."""
 
     kind: str
     layer: int | None
@@ -92,20 +92,8 @@ def vanished_heads(masks: PruningMasks, stats: AttentionStats) -> dict[str, list
     return vanished
 
 
-def format_summary(rows: Iterable[LayerSummary]) -> str:
-    """Render the summary as a table for terminals, shares in percent."""
-    lines = [f"{'kind':<14}{'layer':>6}{'effective':>11}{'nominal':>9}{'kept mass':>11}{'guaranteed rows':>20}"]
-    for row in rows:
-        layer = "all" if row.layer is None else str(row.layer)
-        guaranteed = f"{row.guaranteed_rows}/{row.rows}"
-        lines.append(
-            f"{row.kind:<14}{layer:>6}{row.effective:>10.1%} {row.nominal:>8.1%}{row.kept_mass:>10.1%} {guaranteed:>19}"
-        )
-    return "\n".join(lines)
-
-
 def missed_budgets(summary: Iterable[LayerSummary], spec: MaskSpec) -> list[str]:
-    """Say why an effective sparsity is more than one percentage point off its budget."""
+    """Explain, in one sentence each, effective sparsities more than one percentage point off their budget."""
     if spec.criterion == "percentile":
         return []  # its budgets are nominal
     totals = [row for row in summary if row.layer is None and AttentionKind(row.kind) in spec.budgets]
@@ -116,7 +104,7 @@ def missed_budgets(summary: Iterable[LayerSummary], spec: MaskSpec) -> list[str]
     if spec.granularity == 1:
         reason = "every row keeps one guaranteed cell, and rows of short sentences have few others"
         if spec.min_kept or spec.min_heads or spec.keep_first or spec.keep_diagonal is not None:
-            reason = f"{reason}; what min_kept, min_heads, keep_first and keep_diagonal keep is never pruned either"
+            reason += "; cells kept by --min-kept, --min-heads, --keep-first and --keep-diagonal are not pruned either"
     else:
         unit = "diagonals" if spec.granularity == "diagonal" else f"{spec.granularity}x{spec.granularity} blocks"
         reason = f"the recorded pairs fall into few {unit}, and a unit is pruned whole; use a finer --granularity"

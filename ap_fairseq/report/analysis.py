@@ -12,7 +12,7 @@ import numpy as np
 
 from ap_fairseq.artifacts import AttentionStats, PruningMasks, describe_architecture
 from ap_fairseq.files import ArtifactError
-from ap_fairseq.pruning.criteria import guaranteed, slope
+from ap_fairseq.pruning.criteria import guaranteed, percentile_thresholds, slope
 from ap_fairseq.sites import AttentionKind
 
 # The named patterns of heads in machine translation (Voita et al. 2019, arXiv 1905.09418, section 4; Raganato et al.
@@ -294,24 +294,15 @@ def _sort_head(mass: np.ndarray, support: np.ndarray, prunable: np.ndarray) -> _
 
 
 def effective_at_nominal(stats: AttentionStats, kind: AttentionKind, nominal: np.ndarray) -> np.ndarray:
-    """Effective sparsity that the authors' percentile has at each *nominal* sparsity: float64, the shape of *nominal*.
-
-    The percentile of :class:`~ap_fairseq.pruning.spec.MaskSpec`'s ``percentile``: per layer over the heads' squares
-    up to the longest sentence, in which non-existing cells count as zeros.
-    """
-    mass, support = stats.mass[kind], stats.support[kind]
-    longest, heads = max(support.shape), mass.shape[1]
+    """Effective sparsity of the authors' percentile at each *nominal* sparsity: float64, the shape of *nominal*."""
+    mean, support = stats.mean(kind), stats.support[kind]
     weights = np.where(guaranteed(support.shape, kind), 0, support).ravel()
     pruned = np.zeros(len(nominal))
-    for layer in mass:
-        mean = layer / np.maximum(support, 1)
-        square = np.zeros(heads * longest**2)
-        square[: mean.size] = mean.ravel()
-        thresholds = np.percentile(square, 100 * nominal)
-        first = np.searchsorted(thresholds, mean.reshape(heads, -1), side="left")  # first percentile that prunes a cell
-        for head in first:
-            pruned += np.bincount(head, weights=weights, minlength=len(nominal) + 1)[: len(nominal)].cumsum()
-    return pruned / (support.sum() * heads * mass.shape[0])
+    for layer, thresholds in zip(mean, percentile_thresholds(mean, nominal), strict=True):
+        for head in layer:
+            first = np.searchsorted(thresholds, head.ravel(), side="left")  # first percentile that prunes a cell
+            pruned += np.bincount(first, weights=weights, minlength=len(nominal) + 1)[: len(nominal)].cumsum()
+    return pruned / (support.sum() * mean.shape[0] * mean.shape[1])
 
 
 # -- masks ------------------------------------------------------------------------------------------------------------

@@ -59,7 +59,7 @@ from ap_fairseq.experiments.stages import PLUGIN, Stages, run_together
 from ap_fairseq.experiments.translation import Search, Translation, translate
 from ap_fairseq.files import ArtifactError, UserError, atomic_output, file_sha256, read_lines, write_json
 from ap_fairseq.model.dynamic import top_k_for
-from ap_fairseq.pruning.spec import CRITERIA
+from ap_fairseq.pruning.criteria import CRITERIA
 from ap_fairseq.sites import AttentionKind
 
 STEPS = ("dense", "masks", "train", "translate", "score")

@@ -79,7 +79,7 @@ def random_stats(
 def random_masks(sparsity: float, seed: int = 0, kinds=tuple(AttentionKind), **shape) -> PruningMasks:
     """Random masks of the given effective sparsity in *kinds*; the other kinds are kept whole."""
     spec = MaskSpec({kind: sparsity for kind in kinds}, criterion="random", seed=seed, extrapolate="keep")
-    return build_masks(random_stats(**shape), spec)[0]
+    return build_masks(random_stats(**shape), spec).masks
 
 
 def batch(lengths, words: Dictionary, left: bool, seed: int = 0) -> torch.Tensor:

@@ -113,12 +113,12 @@ def test_a_model_translates_with_top_k_as_teacher_forcing_says():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(attention_top_k="-1"), "attention_top_k is -1"),
-        (dict(attention_top_k="2.5"), "attention_top_k is 2.5, expected a number of keys"),
-        (dict(attention_top_k="encoder=3"), "attention_top_k is 'encoder=3', expected a number, or numbers per kind"),
-        (dict(attention_threshold="1.5"), "attention_threshold is 1.5, expected a probability"),
-        (dict(attention_log_bits=3), "attention_log_bits is 3 with attention_threshold 0.0"),
-        (dict(attention_threshold="0.1", attention_log_bits=1), "attention_log_bits is 1"),
+        (dict(attention_top_k="-1"), "--attention-top-k is -1"),
+        (dict(attention_top_k="2.5"), "--attention-top-k is 2.5, expected a number of keys"),
+        (dict(attention_top_k="encoder=3"), "--attention-top-k is 'encoder=3', expected a number, or numbers per kind"),
+        (dict(attention_threshold="1.5"), "--attention-threshold is 1.5, expected a probability"),
+        (dict(attention_log_bits=3), "--attention-log-bits is 3 with --attention-threshold 0.0"),
+        (dict(attention_threshold="0.1", attention_log_bits=1), "--attention-log-bits is 1"),
     ],
 )
 def test_bad_options_name_the_fault(options, message):

@@ -180,7 +180,7 @@ def test_masks_by_importance_keep_the_most_of_it():
     budgets = dict.fromkeys(ALL, 0.6)
 
     def kept(criterion):
-        masks, _ = build_masks(stats, MaskSpec(budgets, criterion=criterion, scope="global"))
+        masks = build_masks(stats, MaskSpec(budgets, criterion=criterion, scope="global")).masks
         return masks, sum((stats.importance[kind] * masks.keep[kind]).sum() for kind in ALL)
 
     masks, ours = kept("importance")
@@ -197,7 +197,7 @@ def test_the_command_ranks_by_importance_where_it_was_recorded(tmp_path, capsys)
     flags = ["--total", "0.6", "--criterion", "importance", "--min-heads", "decoder_self=1,cross=2"]
     cli_masks.main([str(tmp_path / "with"), *flags, "-o", str(tmp_path / "masks")])
     masks = PruningMasks.load(tmp_path / "masks")
-    assert masks.metadata["criterion"]["criterion"] == "importance" and masks.metadata["criterion"]["min_heads"] == {
+    assert masks.metadata["spec"]["criterion"] == "importance" and masks.metadata["spec"]["min_heads"] == {
         "decoder_self": 1,
         "cross": 2,
     }
@@ -218,8 +218,9 @@ def test_every_pair_stays_in_a_minimum_of_heads_within_the_budget(criterion, gra
     stats = random_stats(longest=(40, 40), sentences=300, layers=3, heads=4)
     spec = dict(criterion=criterion, scope="global", granularity=granularity)
     minimum = {AttentionKind.DECODER_SELF: 2, AttentionKind.CROSS: 3}
-    masks, missed = build_masks(stats, MaskSpec(dict.fromkeys(ALL, 0.7), min_heads=minimum, **spec))
-    free, _ = build_masks(stats, MaskSpec(dict.fromkeys(ALL, 0.7), **spec))
+    built = build_masks(stats, MaskSpec(dict.fromkeys(ALL, 0.7), min_heads=minimum, **spec))
+    masks, missed = built.masks, built.warnings
+    free = build_masks(stats, MaskSpec(dict.fromkeys(ALL, 0.7), **spec)).masks
     for kind in ALL:
         heads = masks.keep[kind].sum((0, 1))
         exists = np.tri(*heads.shape, dtype=bool) if kind.causal else np.ones(heads.shape, dtype=bool)
@@ -235,7 +236,8 @@ def test_the_minimum_of_heads_are_those_of_the_highest_score():
     """At a sparsity that leaves nothing else, exactly the best head of each cell and what is always kept remain."""
     stats = random_stats(longest=(12, 12), layers=2, heads=3)
     cross = AttentionKind.CROSS
-    masks, missed = build_masks(stats, MaskSpec({cross: 0.99}, criterion="importance", min_heads={cross: 1}))
+    built = build_masks(stats, MaskSpec({cross: 0.99}, criterion="importance", min_heads={cross: 1}))
+    masks, missed = built.masks, built.warnings
     observed = stats.support[cross] > 0
     observed[:, 0] = False
     score = criteria.importance(stats, cross).reshape(6, 12, 12)
@@ -243,8 +245,8 @@ def test_the_minimum_of_heads_are_those_of_the_highest_score():
     keep = masks.keep[cross].reshape(6, 12, 12)
     np.testing.assert_array_equal(keep[:, observed], best[:, observed])
     assert len(missed) == 1 and "min_heads" in missed[0]
-    with pytest.raises(UserError, match="min_heads for cross is 7, but it has 2 layers of 3 heads"):
+    with pytest.raises(UserError, match="--min-heads cross=7, but it has 2 layers of 3 heads"):
         build_masks(stats, MaskSpec({cross: 0.5}, min_heads={cross: 7}))
     for count in (-1, 0.5):
-        with pytest.raises(UserError, match=f"min_heads for cross is {count}, expected a number of heads"):
+        with pytest.raises(UserError, match=f"--min-heads cross={count:g} is not a number of heads"):
             MaskSpec({}, min_heads={cross: count})

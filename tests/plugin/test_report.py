@@ -59,7 +59,7 @@ def test_curves_agree_with_the_masks_that_are_really_built():
         kept = analysis.kept_mass(stats, kind)
         for scope, curves in {"kind": [kept.kind], "layer": kept.layers, "head": sum(kept.heads, [])}.items():
             for sparsity in (0.0, 0.3, 0.6):
-                masks, _ = build_masks(stats, MaskSpec({kind: sparsity}, scope=scope))
+                masks = build_masks(stats, MaskSpec({kind: sparsity}, scope=scope)).masks
                 kept_cells = masks.keep[kind]
                 heads = [np.sum(stats.mass[kind][index], where=kept_cells[index]) for index in np.ndindex(2, 2)]
                 groups = np.reshape(heads, (len(curves), -1)).sum(1)
@@ -84,7 +84,7 @@ def test_large_heads_are_thinned_out_without_changing_the_curve(monkeypatch):
 def test_nominal_sparsity_agrees_with_the_percentile_criterion(nominal):
     stats = random_stats(seed=5)
     for kind in AttentionKind:
-        masks, _ = build_masks(stats, MaskSpec({kind: nominal}, criterion="percentile", extrapolate="keep"))
+        masks = build_masks(stats, MaskSpec({kind: nominal}, criterion="percentile", extrapolate="keep")).masks
         total = next(row for row in summarize(masks, stats) if row.kind == kind.value and row.layer is None)
         found = analysis.effective_at_nominal(stats, kind, np.array([nominal]))
         assert found[0] == pytest.approx(total.effective, abs=1e-12)
@@ -169,7 +169,7 @@ def test_empty_statistics_are_refused():
 def test_masks_of_other_statistics_are_refused(change, message):
     stats = random_stats()
     stats.metadata = {"checkpoint": "a"}
-    masks, _ = build_masks(stats, MaskSpec({}))
+    masks = build_masks(stats, MaskSpec({})).masks
     analysis.check_masks(masks, stats, "m")
     shape = {key: change[key] for key in ("layers", "longest") if key in change}
     other = random_stats(**shape)
@@ -354,7 +354,7 @@ def stats_file():
 @pytest.fixture(scope="module")
 def masks_file(stats_file, tmp_path_factory):
     path = tmp_path_factory.mktemp("masks") / "masks.safetensors"
-    build_masks(AttentionStats.load(stats_file), MaskSpec({kind: 0.5 for kind in AttentionKind}))[0].save(path)
+    build_masks(AttentionStats.load(stats_file), MaskSpec({kind: 0.5 for kind in AttentionKind})).masks.save(path)
     return path
 
 
@@ -532,7 +532,7 @@ UNUSUAL["a head without mass"].mass[ENCODER][0, 1] = 0
 def test_unusual_recordings_give_a_whole_report(name, tmp_path):
     stats = UNUSUAL[name]
     stats.save(tmp_path / "s.safetensors")
-    build_masks(stats, MaskSpec({CROSS: 0.5}))[0].save(tmp_path / "m.safetensors")
+    build_masks(stats, MaskSpec({CROSS: 0.5})).masks.save(tmp_path / "m.safetensors")
     ap_report("--stats", tmp_path / "s.safetensors", "--masks", tmp_path / "m.safetensors", "-o", tmp_path / "report")
     json.loads((tmp_path / "report/summary.json").read_text(), parse_constant=no_constant)
     text = (tmp_path / "report/report.html").read_text(encoding="utf-8")
@@ -544,7 +544,7 @@ def test_unusual_recordings_give_a_whole_report(name, tmp_path):
 
 def test_large_recordings_are_binned_with_a_note(monkeypatch):
     stats = random_stats(layers=1, longest=(40, 40))
-    masks, _ = build_masks(stats, MaskSpec({CROSS: 0.5}))
+    masks = build_masks(stats, MaskSpec({CROSS: 0.5})).masks
     monkeypatch.setattr(content, "MOST_CELLS", 3 * 2 * 20 * 20)
     report = content.Report(stats, {"m": masks}, [])
     parsed = Page(page.render(report, []))
@@ -560,7 +560,7 @@ def test_large_recordings_are_binned_with_a_note(monkeypatch):
 
 def test_vanished_heads_are_named():
     stats = random_stats(layers=1)
-    masks, _ = build_masks(stats, MaskSpec({}))
+    masks = build_masks(stats, MaskSpec({})).masks
     masks.keep[CROSS][0, 1, :, 1:] = False
     report = content.Report(stats, {"m": masks}, [])
     assert report.vanished == ["m leaves nothing but guaranteed cells of 1 heads of cross (layer.head): 0.1."]
