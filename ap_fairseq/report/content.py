@@ -117,12 +117,12 @@ class Report:
 
     @property
     def provenance(self) -> dict[str, Any]:
-        criteria = {name: masks.metadata.get("criterion") for name, masks in self.masks.items()}
+        specs = {name: masks.metadata.get("spec") for name, masks in self.masks.items()}
         benchmark = {key: value for key, value in (self.benchmark or {}).items() if key != "rows"}
         return {
             "files": self.files,
             "recording": self.stats.metadata,
-            "criteria": criteria,
+            "specs": specs,
             "benchmark": benchmark,
             "versions": versions(),
         }

@@ -178,24 +178,29 @@ def _sparsity(record: dict, where: str) -> tuple[dict[str, float], float]:
     return sparsity, _number(given.get("total", 0.0), f"{where}: total effective sparsity", 0, 1)
 
 
+def _spec(record: dict) -> dict[str, Any]:
+    """Return how the masks were made: the whole of it, as ap-evaluate writes, or the criterion, as sweeps write."""
+    spec = record.get("spec")
+    return spec if isinstance(spec, dict) else {"criterion": record.get("criterion")}
+
+
 def _pruned_kinds(record: dict, sparsity: Mapping[str, float]) -> list[str]:
-    criterion = record.get("criterion")
-    budgets = criterion.get("budgets") if isinstance(criterion, dict) else None
+    budgets = _spec(record).get("budgets")
     return [kind for kind in sparsity if (budgets.get(kind, 0) > 0 if budgets else sparsity[kind] > 0)]
 
 
 def _series(record: dict, sparsity: Mapping[str, float], pruned: list[str], variant: str) -> str | None:
-    criterion = record.get("criterion")
+    spec = _spec(record)
+    criterion = spec.get("criterion")
     if criterion is None or (criterion == "dense" and record.get("schedule", "untuned") == "untuned"):
         return None
-    details = criterion if isinstance(criterion, dict) else {"criterion": criterion}
     if criterion == "dense" or (sparsity and not pruned):
         parts = ["no pruning"]
     else:
-        parts = [str(details.get("criterion", "unnamed"))]
+        parts = [str(criterion)]
         parts += ["global budget"] if record.get("kinds") == "global" else []
         parts += [] if len(pruned) == len(sparsity) else ["+".join(pruned) + " only"]
-        granularity = details.get("granularity", record.get("granularity", 1))
+        granularity = spec.get("granularity", record.get("granularity", 1))
         parts += [] if granularity == 1 else [f"granularity {granularity}"]
         parts += [record["options"]] if record.get("options") else []
     return ", ".join(parts + ([VARIANTS.get(variant, variant)] if variant else []))
@@ -203,11 +208,10 @@ def _series(record: dict, sparsity: Mapping[str, float], pruned: list[str], vari
 
 def _settings(record: dict) -> tuple[str, ...]:
     """Return the settings of a system that neither its series nor its budgets and seed say."""
-    criterion = record.get("criterion")
     given = {key: record.get(key) for key in ("log_bits", "updates", "subset")}
     given["rounds"] = record.get("rounds") if record.get("schedule") == "gradual" else None
-    if isinstance(criterion, dict):
-        given |= {key: criterion[key] for key in criterion.keys() - {"criterion", "granularity", "budgets", "seed"}}
+    spec = _spec(record)
+    given |= {key: spec[key] for key in spec.keys() - {"criterion", "granularity", "budgets", "seed"}}
     return tuple(f"{key.replace('_', ' ')} {value}" for key, value in sorted(given.items()) if value)
 
 

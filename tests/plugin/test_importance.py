@@ -244,7 +244,7 @@ def test_the_minimum_of_heads_are_those_of_the_highest_score():
     best = np.arange(6)[:, None, None] == score.argmax(0)
     keep = masks.keep[cross].reshape(6, 12, 12)
     np.testing.assert_array_equal(keep[:, observed], best[:, observed])
-    assert len(missed) == 1 and "min_heads" in missed[0]
+    assert len(missed) == 1 and "--min-heads" in missed[0]
     with pytest.raises(UserError, match="--min-heads cross=7, but it has 2 layers of 3 heads"):
         build_masks(stats, MaskSpec({cross: 0.5}, min_heads={cross: 7}))
     for count in (-1, 0.5):

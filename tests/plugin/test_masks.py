@@ -13,6 +13,7 @@ from plugin.builders import random_stats
 from ap_fairseq.artifacts import AttentionStats, PruningMasks
 from ap_fairseq.cli import masks as cli_masks
 from ap_fairseq.files import ArtifactError, UserError
+from ap_fairseq.provenance import describe_sparsity, mask_spec
 from ap_fairseq.pruning import criteria, select
 from ap_fairseq.pruning.build import build_masks
 from ap_fairseq.pruning.criteria import CRITERIA
@@ -534,6 +535,18 @@ def test_always_kept_sets_hold_at_any_budget(granularity):
         assert effective(masks, stats, kind) == pytest.approx(0.6, abs=0.01 if granularity == 1 else 0.1)
     middle = stats.support[AttentionKind.ENCODER_SELF].shape[0] - 1
     assert masks.extrapolation[AttentionKind.ENCODER_SELF][..., middle - 2 : middle + 3].all()
+
+
+def test_masks_are_described_in_todays_words():
+    """Checkpoints of version 0.1 hold the specification of their masks under other names."""
+    masks = build(random_stats(longest=(20, 20)), 0.5, kinds=[AttentionKind.CROSS], scope="head").masks
+    expected = "effective sparsity encoder_self 0.0%, decoder_self 0.0%, cross 50.0% (mean, granularity 1)"
+    assert describe_sparsity(masks.metadata) == expected
+    old = {"procedure": "effective", "scope": "head", "granularity": 1, "beyond": "diagonal", "pool": 0, "seed": 1}
+    provenance = {"procedure": old, "sparsity": masks.metadata["sparsity"]}
+    assert describe_sparsity(provenance) == expected
+    spec = mask_spec(provenance)
+    assert {key: masks.metadata["spec"][key] for key in spec} == spec
 
 
 # -- the command ------------------------------------------------------------------------------------------------------

@@ -241,8 +241,8 @@ def test_only_systems_that_differ_in_their_seed_are_runs_of_one_point(tmp_path):
         line("a1", 20, **gradual, rounds=2, seed=1, share=0.8049),
         line("a2", 22, **gradual, rounds=2, seed=2, share=0.8051),
         line("b1", 30, **gradual, rounds=4, seed=1),
-        line("pool", 40, criterion={"criterion": "importance", "pool": 32, "seed": 1}),
-        line("none", 42, criterion={"criterion": "importance", "pool": 0, "seed": 1}),
+        line("pool", 40, spec={"criterion": "importance", "pool": 32, "seed": 1}),
+        line("none", 42, spec={"criterion": "importance", "pool": 0, "seed": 1}),
         {"system": "text", "bleu": 5, "chrf": 9},
         {"system": "other", "bleu": 7, "chrf": 9},
     ]
