@@ -540,7 +540,7 @@ def test_always_kept_sets_hold_at_any_budget(granularity):
 def test_masks_are_described_in_todays_words():
     """Checkpoints of version 0.1 hold the specification of their masks under other names."""
     masks = build(random_stats(longest=(20, 20)), 0.5, kinds=[AttentionKind.CROSS], scope="head").masks
-    expected = "effective sparsity encoder_self 0.0%, decoder_self 0.0%, cross 50.0% (mean, granularity 1)"
+    expected = "effective sparsity encoder_self 0.0%, decoder_self 0.0%, cross 49.9% (mean, granularity 1)"
     assert describe_sparsity(masks.metadata) == expected
     old = {"procedure": "effective", "scope": "head", "granularity": 1, "beyond": "diagonal", "pool": 0, "seed": 1}
     provenance = {"procedure": old, "sparsity": masks.metadata["sparsity"]}

@@ -243,6 +243,11 @@ def test_the_schedule_as_a_command_names_what_is_wrong(dense, data_bin, tmp_path
         (common, "no --arch given"),
         ([*common, "--rounds", 5, "--", "--arch", "x"], "each round needs an update"),
         ([*common[:-1], "--sparsity 0.5", "--", "--arch", "x"], "unrecognized arguments: --sparsity"),
+        (
+            [*common, "--record", "--user-dir 'x", "--", "--arch", "x"],
+            "cannot be split into flags: No closing quotation",
+        ),
+        ([*common, "--path", tmp_path, "--", "--arch", "x"], "is a folder; expected a fairseq checkpoint"),
         ([*common, "--masks", "--total 0.5 --criterion importance", "--", "--arch", "x"], "but --record '--max-tokens"),
     ):
         with pytest.raises(SystemExit) as stop:
