@@ -42,6 +42,7 @@ setup(
             "sacremoses",
             "ruff",
             "mypy",
+            "setuptools>=70.1",  # builds a wheel in the tests
         ],
     },
     entry_points={
