@@ -234,14 +234,9 @@ def main(argv: list[str]) -> None:
     args.systems = [parse_system(text) for text in args.systems]
     _check(args)
     if args.output:
-        read = [
-            args.reference,
-            args.source,
-            args.documents,
-            *(file for system in args.systems for file in system.files),
-        ]
-        checkpoints = [system.checkpoint for system in args.systems]
-        refuse_existing(args.output, args.overwrite, filter(None, [*read, *checkpoints]))
+        read = [args.reference, args.source, args.documents]
+        read += [file for system in args.systems for file in (*system.files, system.checkpoint)]
+        refuse_existing(args.output, args.overwrite, filter(None, read))
     seconds = read_seconds(args.stages) if args.stages else {}  # what is wrong with it is said before the scoring
     document = {"command": shlex.join(["ap-evaluate", *argv]), **evaluate(args), **environment()}
     if seconds:

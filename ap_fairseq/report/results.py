@@ -95,10 +95,8 @@ def read_results(path, pairs: Mapping[str, int]) -> list[System]:
 
 def _records(path) -> list[Any]:
     text = read_text(path)
-    try:
-        json.loads(text)
-    except json.JSONDecodeError:
-        lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    if len(lines) > 1 and _is_json(lines[0][1]):
         document = [parse_json(line, f"{path}, line {number}") for number, line in lines]
     else:
         document = parse_json(text, path)
@@ -114,6 +112,14 @@ def _records(path) -> list[Any]:
     if not isinstance(document, list) or not document:
         raise ArtifactError(f"{path} holds no systems; give a file that ap-evaluate -o wrote")
     return document
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except json.JSONDecodeError:
+        return False
+    return True
 
 
 def _object(parent: Mapping[str, Any], key: str, where: object) -> Mapping[str, Any]:

@@ -272,10 +272,11 @@ def test_a_kind_alone_is_compared_with_the_dense_model_of_its_seed():
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("", "holds no systems"),
+        ("", "results.json is not JSON"),
+        ('{\n "systems": [\n', "results.json is not JSON: .*line 3"),
         ("[]", "holds no systems"),
         ('{"system": "a"}\nx', "results.json, line 2 is not JSON"),
-        ("{'system': 1}", "results.json, line 1 is not JSON"),
+        ("{'system': 1}", "results.json is not JSON"),
         ('{"systems": {"a": 1}}', "holds no systems"),
         ('{"systems": ["a"]}', "system 1 has no name"),
         ('{"systems": [{"system": "a"}], "significance": [1]}', r"significance is \[1\], expected an object"),
