@@ -72,8 +72,9 @@ def get_parser() -> argparse.ArgumentParser:
         "--comet", metavar="FILE", help="add COMET with this local model (needs unbabel-comet and --source)"
     )
     parser.add_argument("--source", help="raw source text, for --comet")
-    parser.add_argument("--markdown", metavar="JSON", help="only print a results file as Markdown tables")
-    parser.add_argument("--latex", metavar="JSON", help="only print a results file as LaTeX tables")
+    tables = parser.add_mutually_exclusive_group()
+    tables.add_argument("--markdown", metavar="JSON", help="only print a results file as Markdown tables")
+    tables.add_argument("--latex", metavar="JSON", help="only print a results file as LaTeX tables")
     parser.add_argument(
         "--stages", metavar="DIR", help="folder `stages` of an example's run: adds the seconds of each stage"
     )
