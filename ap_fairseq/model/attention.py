@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +14,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from ap_fairseq.artifacts import CELLS_PER_WORD
 from ap_fairseq.files import ArtifactError, UserError
 from ap_fairseq.model.dynamic import DynamicPruning
-from ap_fairseq.model.kv_cache import CrossAttentionCache, SelfAttentionCache, stored_columns
+from ap_fairseq.model.kv_cache import CrossAttentionCache, KVCache, SelfAttentionCache, step_limit, stored_columns
 from ap_fairseq.sites import AttentionKind
 from triton_ops import AttentionLayout, block_sparse_attention, use_kernels
 from triton_ops.api import HEAD_SIZES
@@ -40,8 +39,8 @@ class PrunedMultiheadAttention(MultiheadAttention):
         backend: ``eager`` (torch, any device), ``triton`` (block-sparse kernels) or ``auto``, which takes the kernels
             for half and single precision on a GPU. ``triton`` raises UserError where they cannot run.
         dynamic: what is discarded anew for every sentence, on top of the mask; eager only.
-        max_rows: decoding takes at most so many steps. The caches drop what no mask row below keeps; None: unknown, so
-            they keep all. A generator that knows better lowers it (see :func:`decoding_at_most`).
+        max_steps: decoding takes at most so many steps. The caches drop what no mask row below keeps; None: unknown, so
+            they keep all. A search that knows better says so (see :func:`ap_fairseq.model.kv_cache.limit_steps`).
 
     Raises:
         UserError: for options that have no meaning under a mask (quant-noise, xFormers, bias_kv, zero_attn), or a
@@ -56,7 +55,7 @@ class PrunedMultiheadAttention(MultiheadAttention):
         kind: AttentionKind,
         backend: str = "auto",
         dynamic: DynamicPruning | None = None,
-        max_rows: int | None = None,
+        max_steps: int | None = None,
         **kwargs,
     ):
         unsupported = {
@@ -88,15 +87,13 @@ class PrunedMultiheadAttention(MultiheadAttention):
         self.kind = kind
         self.backend = backend
         self.dynamic = dynamic
-        self.max_rows = max_rows
+        self.max_steps = max_steps
         # The name that --retain-dropout-modules knows.
         self.dropout_module.module_name = MultiheadAttention.__name__
         self.register_buffer("keep_words", torch.zeros(num_heads, 0, 0, dtype=torch.int64))
         self.register_buffer("extrapolation_words", torch.zeros(num_heads, 0, dtype=torch.int64))
         self.register_buffer("mask_range", torch.zeros(2, dtype=torch.int64))
         self.mask_is_explicit = False
-        # What `stacked_projection` returns, kept while `generation` decodes with this module.
-        self.step_projection: tuple[Tensor, Tensor] | None = None
         self._forget_derived()
 
     # -- the mask -----------------------------------------------------------------------------------------------------
@@ -304,20 +301,15 @@ class PrunedMultiheadAttention(MultiheadAttention):
         it is not read).
         """
         cache = self._cache(incremental_state)
-        q, kv = self._project_step(query)
-        if self.self_attention:
-            cache = cache or SelfAttentionCache.empty_like(kv, self._column_ends())
-            cache.append(kv)
-        else:
-            cache = cache or self._cross_cache(key, key_padding, q.size(0))
-            cache.advance()
-        if self.max_rows is not None and not torch.is_tensor(cache.row) and cache.row >= self.max_rows:
-            raise UserError(
-                f"decoding step {cache.row} of a search of at most {self.max_rows} steps (--max-target-positions, or "
-                "the maximum length of the batch): the caches hold nothing for it; use --task pruned_translation, or "
-                "raise the former: --model-overrides \"{'max_target_positions': N}\""
-            )
-        self.set_incremental_state(incremental_state, "attn_state", {"cache": cache})
+        q, kv = self._project_step(query, None if cache is None else cache.projection)
+        if cache is None:
+            max_steps = step_limit(incremental_state, self.max_steps)
+            if self.self_attention:
+                cache = SelfAttentionCache.empty_like(kv, self.last_use, max_steps)
+            else:
+                cache = self._cross_cache(key, key_padding, q.size(0), max_steps)
+            self.set_incremental_state(incremental_state, "attn_state", {"cache": cache})
+        cache.advance(kv)
 
         dropout_p = self._dropout_p()
         kernels = self.runs_kernels(q.dtype, q.device)
@@ -329,8 +321,8 @@ class PrunedMultiheadAttention(MultiheadAttention):
         kernels = kernels and not dropout_p
         output = weights = None
         if want_weights or not kernels:
-            row = int(cache.row)
-            keep = self.keep_mask(row + 1, cache.size)[:, row]
+            row = cache.mask_row()
+            keep = self.keep_mask(row + 1, cache.n_columns())[:, row]
             k, v, padding = cache.dense(keep)
             by_sentence = q.unflatten(0, (k.size(0), -1)).transpose(1, 2)  # (B, H, beam, D): a step's beams are queries
             attend = self._eager(want_weights)
@@ -338,25 +330,26 @@ class PrunedMultiheadAttention(MultiheadAttention):
             output = output.transpose(1, 2).flatten(0, 1)
             weights = None if weights is None else weights.transpose(1, 2).flatten(0, 1).unsqueeze(2)
         if kernels:
-            output = cache.attend(q, self.layout(*cache.extent), self.scaling)
+            output = cache.attend(q, self.layout(*cache.layout_size()), self.scaling)
         return output.unsqueeze(2), weights
 
-    def _column_ends(self) -> Callable[[int], Tensor] | None:
-        """Return what tells, when asked, the last row that keeps each of so many columns of self-attention."""
-        return None if self.max_rows is None else functools.partial(self.last_use, self.max_rows)
+    def _cross_cache(
+        self, key: Tensor, key_padding: Tensor | None, n_hypotheses: int, max_steps: int | None
+    ) -> CrossAttentionCache:
+        size = key.size(0)
+        last_use = None if max_steps is None else self.last_use(max_steps, size)
+        stored = stored_columns(last_use, size, self.num_heads, key.device)
+        return CrossAttentionCache.of_encoder_output(
+            self.project_source, stored, key, key_padding, n_hypotheses, max_steps
+        )
 
-    def _cross_cache(self, key: Tensor, key_padding: Tensor | None, n_hypotheses: int) -> CrossAttentionCache:
-        last_use = None if self.max_rows is None else self.last_use(self.max_rows, key.size(0))
-        stored = stored_columns(last_use, key.size(0), self.num_heads, key.device)
-        return CrossAttentionCache.of_encoder_output(self.project_source, stored, key, key_padding, n_hypotheses)
-
-    def _project_step(self, query: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _project_step(self, query: Tensor, projection: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor | None]:
         """(N, C) -> q (N, H, D), and in self-attention keys and values (N, 2, H, D)."""
         sizes = (self.num_heads, self.head_dim)
         if not self.self_attention:
             return self.q_proj(query).unflatten(-1, sizes), None
-        if self.step_projection is not None:
-            qkv = F.linear(query, *self.step_projection).unflatten(-1, (3, *sizes))
+        if projection is not None:
+            qkv = F.linear(query, *projection).unflatten(-1, (3, *sizes))
         else:  # to stack the weights for the few rows of a step takes longer than two more products
             parts = (self.q_proj, self.k_proj, self.v_proj)
             qkv = torch.stack([part(query) for part in parts], 1).unflatten(-1, sizes)
@@ -372,8 +365,9 @@ class PrunedMultiheadAttention(MultiheadAttention):
         kv = torch.stack([self.k_proj(source), self.v_proj(source)], 1)
         return kv.unflatten(-1, (self.num_heads, self.head_dim))
 
-    def _cache(self, incremental_state: dict) -> SelfAttentionCache | CrossAttentionCache | None:
-        return (self.get_incremental_state(incremental_state, "attn_state") or {}).get("cache")
+    def _cache(self, incremental_state: dict) -> KVCache | None:
+        state = self.get_incremental_state(incremental_state, "attn_state")
+        return None if state is None else state["cache"]
 
     def reorder_incremental_state(self, incremental_state: dict, new_order: Tensor) -> dict:
         """fairseq's hook after each step of a search: hypothesis i continues hypothesis new_order[i]."""
@@ -381,19 +375,6 @@ class PrunedMultiheadAttention(MultiheadAttention):
         if cache is not None:
             cache.reorder(new_order)
         return incremental_state
-
-
-@contextlib.contextmanager
-def decoding_at_most(n_rows: int, modules: Iterable[PrunedMultiheadAttention]) -> Iterator[None]:
-    """Decode at most *n_rows* steps with *modules* meanwhile: the less, the more their caches can drop."""
-    before = {module: module.max_rows for module in modules}
-    for module in before:
-        module.max_rows = n_rows
-    try:
-        yield
-    finally:
-        for module, max_rows in before.items():
-            module.max_rows = max_rows
 
 
 def real_lengths(padding: Tensor) -> Tensor:

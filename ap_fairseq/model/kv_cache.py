@@ -1,16 +1,17 @@
-"""Incremental state of pruned attention: what decoding caches, and which mask row a step reads.
+"""The KV caches of decoding: keys and values of earlier steps and of the source, and which mask row a step reads.
 
-Both caches are pools of rows, one row for one position of one head of one hypothesis or sentence, that never move:
+Keys and values lie in the slots of a pool, one slot for one position of one head, and never move:
 
-- decoder self-attention writes every step's keys and values to fresh rows; a table says which of a position's rows a
-  hypothesis consists of, and offsets where the rows of a position and head begin. Reordering beams permutes the table,
-  and beams with a common prefix share its rows. When the pool is full, rows are dropped that no hypothesis refers to
-  any more, or whose position no later mask row of their head keeps; it grows if that frees less than half of it.
-- cross-attention projects the encoder output once per sentence, but for source columns that no mask row keeps; all
-  beams of a sentence share its rows, and neither padding is stored nor what the mask of a head never reads.
+- decoder self-attention writes every step's keys and values to fresh slots. A block table says which of a position's
+  slots belongs to a hypothesis, and offsets say where the slots of a position and head begin. Reordering beams permutes
+  the table, and beams with a common prefix share its slots. When the pool is full, slots are dropped that no hypothesis
+  refers to any more, or whose position no later mask row of their head keeps; it grows if that frees less than half.
+- cross-attention projects the encoder output once per sentence. All beams of a sentence share its slots, and neither
+  padding nor columns that no mask row of a head keeps are stored.
 
-The mask does not depend on the sentence, so what dies is known ahead. Rows belong to single heads because heads differ:
-in masks made from attention a local head needs the last few positions, and the union over a layer's heads most of them.
+The mask does not depend on the sentence, so the last use of a position is known ahead. Slots belong to single heads
+because heads differ: in masks made from attention a local head needs the last few positions, and the union over a
+layer's heads most of them.
 
 Stock fairseq copies every cache in every step to append to it and again to reorder it, and stores the cross-attention
 cache once per beam.
@@ -19,59 +20,160 @@ cache once per beam.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from ap_fairseq.files import UserError
 from triton_ops import AttentionLayout, decode_attention
 
-INITIAL_CAPACITY = 24  # positions per hypothesis that a new pool has rows for
+INITIAL_CAPACITY = 24  # positions per hypothesis that a new pool has slots for
+
+
+# -- the interface ----------------------------------------------------------------------------------------------------
+
+
+class KVCache(ABC):
+    """The cache of one attention site, as a step of decoding uses it.
+
+    Attributes:
+        projection: stacked weight (3C, C) and bias (3C,) of q, k and v, by which self-attention projects a step in one
+            product; None: by three.
+    """
+
+    projection: tuple[Tensor, Tensor] | None = None
+
+    @abstractmethod
+    def advance(self, kv: Tensor | None) -> None:
+        """Begin a step; self-attention caches its keys and values *kv* (N, 2, H, D)."""
+
+    @abstractmethod
+    def step(self) -> int | Tensor:
+        """Return the mask row of the step: a number, or a one-element tensor if the device counts the steps."""
+
+    def mask_row(self) -> int:
+        """Return the mask row of the step as a number, which waits for the device if that counts the steps."""
+        return int(self.step())
+
+    @abstractmethod
+    def n_columns(self) -> int:
+        """Return the number of mask columns that the step sees."""
+
+    @abstractmethod
+    def layout_size(self) -> tuple[int, int]:
+        """Return the rows and columns of the layout that `attend` needs, known without waiting."""
+
+    @abstractmethod
+    def attend(self, q: Tensor, layout: AttentionLayout, scale: float) -> Tensor:
+        """Attend with the queries q (N, H, D) of the step, by the kernel; (N, H, D)."""
+
+    @abstractmethod
+    def dense(self, keep: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Gather keys and values (B, H, columns, D), and their padding (B, columns), True = padded, or None.
+
+        B is the number of hypotheses in self-attention, and of sentences in cross-attention.
+
+        Args:
+            keep: bool (H, columns), the mask row of the step. Other cells may have no slot: they get one that exists.
+        """
+
+
+def limit_steps(incremental_state: dict, max_steps: int) -> None:
+    """Bound the steps of the search that *incremental_state* belongs to: the fewer, the more its caches can drop."""
+    incremental_state["step_limit"] = {"max_steps": max_steps}
+
+
+def step_limit(incremental_state: dict, default: int | None) -> int | None:
+    """Return the bound that `limit_steps` set."""
+    return incremental_state.get("step_limit", {}).get("max_steps", default)
+
+
+def _check_step(step: int, max_steps: int | None) -> None:
+    if max_steps is not None and step >= max_steps:
+        raise UserError(
+            f"decoding step {step} of a search of at most {max_steps} steps (--max-target-positions, or the maximum "
+            "length of the batch): the caches hold nothing for it; use --task pruned_translation, or raise the former: "
+            "--model-overrides \"{'max_target_positions': N}\""
+        )
 
 
 # -- decoder self-attention -------------------------------------------------------------------------------------------
 
 
 @dataclass(eq=False)
-class SelfAttentionCache:
-    """Keys and values of one decoder self-attention site.
+class PagedSelfAttention(KVCache):
+    """How a step reads the slots of one decoder self-attention site.
 
     Attributes:
-        pool: (R, 2, D), keys and values.
-        rows: int32 (N, S): hypothesis n consists of row number rows[n, s] of each position s < length.
-        offsets: int32 (H, S): row number 0 of position s and head h is this row of the pool.
-        last_use: returns the last mask row that keeps each of the first S columns, int64 (H, S), for an S; None if all
-            may be kept for ever.
-        length: cached positions, so the mask row of the next step.
-        used: rows taken so far, from the start of the pool.
+        pool: (R, 2, D), keys and values of the slots.
+        block_table: int32 (N, S): position s of hypothesis n is in slot number block_table[n, s] of that position.
+        offsets: int32 (H, S): slot number 0 of position s and head h is this slot of the pool.
     """
 
     pool: Tensor
-    rows: Tensor
+    block_table: Tensor
     offsets: Tensor
-    last_use: Callable[[int], Tensor] | None = None
+
+    def n_columns(self) -> int:
+        return self.mask_row() + 1
+
+    def layout_size(self) -> tuple[int, int]:  # until the table grows
+        return self.block_table.size(1), self.block_table.size(1)
+
+    def attend(self, q: Tensor, layout: AttentionLayout, scale: float) -> Tensor:
+        k, v = self.pool.unbind(1)
+        tables = dict(cache_rows=self.block_table[None], cache_offsets=self.offsets)
+        return decode_attention(q[None], k, v, layout, self.step(), scale=scale, **tables)[0]
+
+    def dense(self, keep: Tensor) -> tuple[Tensor, Tensor, None]:
+        slots = self.block_table[:, None, : keep.size(1)] + self.offsets[:, : keep.size(1)]
+        slots = torch.where(keep, slots, slots[..., -1:]).long()  # (N, H, columns)
+        k, v = self.pool[slots].unbind(3)
+        return k, v, None
+
+
+@dataclass(eq=False)
+class SelfAttentionCache(PagedSelfAttention):
+    """The cache of fairseq's search loop, which grows, and whose steps are counted on the host.
+
+    Attributes:
+        last_use: returns the last of the first *rows* mask rows that keeps each of so many columns, int64 (H, columns).
+        max_steps: at most so many steps come; None: unknown, so that nothing is dropped that a hypothesis refers to.
+        length: cached positions.
+        used: slots taken so far, from the start of the pool.
+    """
+
+    last_use: Callable[[int, int], Tensor]
+    max_steps: int | None
     length: int = 0
     used: int = 0
 
     @classmethod
-    def empty_like(cls, kv: Tensor, last_use: Callable[[int], Tensor] | None) -> SelfAttentionCache:
+    def empty_like(
+        cls, kv: Tensor, last_use: Callable[[int, int], Tensor], max_steps: int | None
+    ) -> SelfAttentionCache:
         """Make a cache for hypotheses with keys and values like *kv* (N, 2, H, D)."""
         n, _, heads, dim = kv.shape
-        rows, offsets = (
+        block_table, offsets = (
             torch.zeros(size, INITIAL_CAPACITY, dtype=torch.int32, device=kv.device) for size in (n, heads)
         )
-        return cls(kv.new_empty(n * heads * INITIAL_CAPACITY, 2, dim), rows, offsets, last_use)
+        pool = kv.new_empty(n * heads * INITIAL_CAPACITY, 2, dim)
+        return cls(pool, block_table, offsets, last_use, max_steps)
 
-    def append(self, kv: Tensor) -> None:
-        """Cache this step's keys and values (N, 2, H, D)."""
+    def advance(self, kv: Tensor) -> None:
+        _check_step(self.length, self.max_steps)
         n, _, heads, _ = kv.shape
-        if self.length == self.rows.size(1):
-            self.rows, self.offsets = (torch.cat([x, torch.zeros_like(x)], 1) for x in (self.rows, self.offsets))
+        if self.length == self.block_table.size(1):
+            self.block_table, self.offsets = (
+                torch.cat([x, torch.zeros_like(x)], 1) for x in (self.block_table, self.offsets)
+            )
         if self.used + n * heads > self.pool.size(0):
             self._make_room(n * heads)
         self.pool[self.used : self.used + n * heads].unflatten(0, (heads, n)).copy_(kv.permute(2, 0, 1, 3))
-        self.rows[:, self.length] = torch.arange(n, dtype=torch.int32, device=kv.device)
+        self.block_table[:, self.length] = torch.arange(n, dtype=torch.int32, device=kv.device)
         begins = torch.arange(self.used, self.used + n * heads, n, dtype=torch.int32, device=kv.device)
         self.offsets[:, self.length] = begins
         self.length += 1
@@ -79,55 +181,26 @@ class SelfAttentionCache:
 
     def _make_room(self, n_new: int) -> None:
         readable = torch.ones_like(self.offsets[:, : self.length], dtype=torch.bool)
-        if self.last_use is not None:
-            readable = self.last_use(self.length) >= self.length
-        live = renumber_live(self.rows[:, : self.length])
+        if self.max_steps is not None:
+            readable = self.last_use(self.max_steps, self.length) >= self.length
+        live = renumber_live(self.block_table[:, : self.length])
         self.pool, self.used = compact(self.pool, self.offsets[:, : self.length], live, readable, n_new)
+
+    def step(self) -> int:
+        return self.length - 1
 
     def reorder(self, new_order: Tensor) -> None:
         """Make hypothesis i continue hypothesis new_order[i]; hypotheses that are not named leave the batch."""
-        self.rows = self.rows.index_select(0, new_order)
-
-    @property
-    def row(self) -> int:
-        """Mask row of the position that was appended last."""
-        return self.length - 1
-
-    @property
-    def size(self) -> int:
-        """Columns of the mask that this step sees."""
-        return int(self.row) + 1
-
-    @property
-    def extent(self) -> tuple[int, int]:
-        """Rows and columns of the mask that steps ask for before the table grows."""
-        return self.rows.size(1), self.rows.size(1)
-
-    def attend(self, q: Tensor, layout: AttentionLayout, scale: float) -> Tensor:
-        """Attend with the queries q (N, H, D) of this step, by the kernel; (N, H, D)."""
-        k, v = self.pool.unbind(1)
-        tables = dict(cache_rows=self.rows[None], cache_offsets=self.offsets)
-        return decode_attention(q[None], k, v, layout, self.row, scale=scale, **tables)[0]
-
-    def dense(self, keep: Tensor) -> tuple[Tensor, Tensor, None]:
-        """Gather keys and values (N, H, size, D); there is no padding.
-
-        Args:
-            keep: bool (H, size), the mask row of this step. Other cells may have no row: they get one that exists.
-        """
-        rows = self.rows[:, None, : keep.size(1)] + self.offsets[:, : keep.size(1)]
-        rows = torch.where(keep, rows, rows[..., -1:]).long()  # (N, H, size)
-        k, v = self.pool[rows].unbind(3)
-        return k, v, None
+        self.block_table = self.block_table.index_select(0, new_order)
 
 
 @dataclass(frozen=True)
-class LiveRows:
-    """The rows that hypotheses refer to, by position and by number within it.
+class LiveSlots:
+    """The slots that hypotheses refer to, by position and by number within it.
 
     Attributes:
-        position, number: int64 (E,), of each row as it was numbered before.
-        counts: int64 (S,), rows of each position.
+        position, number: int64 (E,), of each slot as it was numbered before.
+        counts: int64 (S,), slots of each position.
     """
 
     position: Tensor
@@ -135,34 +208,34 @@ class LiveRows:
     counts: Tensor
 
 
-def renumber_live(rows: Tensor) -> LiveRows:
-    """Renumber the table *rows* (N, S) in place, so that it uses the numbers 0, 1, ... of each position.
+def renumber_live(block_table: Tensor) -> LiveSlots:
+    """Renumber *block_table* (N, S) in place, so that it uses the numbers 0, 1, ... of each position.
 
     One synchronisation of the host.
     """
-    n, size = rows.shape
-    position = torch.arange(size, device=rows.device)
-    base = rows.max().long() + 1 if rows.numel() else 1
-    keys, renumbered = (position * base + rows).unique(return_inverse=True)
-    counts = torch.zeros(size, dtype=torch.int64, device=rows.device)
+    n, size = block_table.shape
+    position = torch.arange(size, device=block_table.device)
+    base = block_table.max().long() + 1 if block_table.numel() else 1
+    keys, renumbered = (position * base + block_table).unique(return_inverse=True)
+    counts = torch.zeros(size, dtype=torch.int64, device=block_table.device)
     counts.index_add_(0, keys // base, torch.ones_like(keys))
-    rows.copy_(renumbered - (counts.cumsum(0) - counts))
-    return LiveRows(keys // base, keys % base, counts)
+    block_table.copy_(renumbered - (counts.cumsum(0) - counts))
+    return LiveSlots(keys // base, keys % base, counts)
 
 
 def compact(
-    pool: Tensor, offsets: Tensor, live: LiveRows, readable: Tensor, n_new: int, n_steps: int | None = None
+    pool: Tensor, offsets: Tensor, live: LiveSlots, readable: Tensor, n_new: int, n_steps: int | None = None
 ) -> tuple[Tensor, int]:
-    """Move the rows that are live and readable to the start of *pool*, or of a larger one if they fill half of it.
+    """Move the slots that are live and readable to the start of *pool*, or of a larger one if they fill half of it.
 
     Args:
-        offsets: int32 (H, S), changed in place; 0 for positions that lose their rows.
+        offsets: int32 (H, S), changed in place; 0 for positions that lose their slots.
         readable: bool (H, S), whether a coming mask row of the head keeps the position.
-        n_new: rows that the next step needs.
-        n_steps: how many steps may come, each with at most as many rows; a pool never has more than they can fill.
+        n_new: slots that the next step needs.
+        n_steps: how many steps may come, each with at most as many slots; a pool never has more than they can fill.
 
     Returns:
-        The pool, *pool* itself unless it grew, and the number of rows in use.
+        The pool, *pool* itself unless it grew, and the number of slots in use.
     """
     kept = (offsets[:, live.position] + live.number)[readable[:, live.position]]
     sizes = (readable * live.counts).flatten()
@@ -180,24 +253,24 @@ def compact(
 
 
 @dataclass(frozen=True)
-class SourceRows:
+class SourceSlots:
     """Which source columns a cross-attention site stores, and where.
 
     Attributes:
         projected: int64 (P,) twice, sentence and column of those that some head stores.
-        row, head: int64 (R,): row r of the pool is head[r] of the projected column number row[r].
-        starts: int64 (B, H), the first row of each sentence and head.
+        column, head: int64 (R,): slot r of the pool is head[r] of the projected column number column[r].
+        starts: int64 (B, H), the first slot of each sentence and head.
         offsets: int32 (H, S): where a column comes after it.
     """
 
     projected: tuple[Tensor, Tensor]
-    row: Tensor
+    column: Tensor
     head: Tensor
     starts: Tensor
     offsets: Tensor
 
     @classmethod
-    def of_mask(cls, stored: Tensor, real: Tensor) -> SourceRows:
+    def of_mask(cls, stored: Tensor, real: Tensor) -> SourceSlots:
         """Lay out the columns *stored* (H, S) of sentences with tokens *real* (B, S); both bool. Synchronises."""
         cells = real[:, None] & stored  # (B, H, S)
         sentence, head, column = cells.nonzero(as_tuple=True)
@@ -212,9 +285,9 @@ class SourceRows:
             (stored.cumsum(1) - 1).clamp_min(0).to(torch.int32),
         )
 
-    def pool(self, projected: Tensor) -> Tensor:
-        """Lay out keys and values (P, 2, H, D) of the projected columns as a pool (R, 2, D)."""
-        return projected[self.row, :, self.head]
+    def gather(self, projected: Tensor) -> Tensor:
+        """Return the slots (R, 2, D) with the keys and values (P, 2, H, D) of the projected columns."""
+        return projected[self.column, :, self.head]
 
 
 def stored_columns(last_use: Tensor | None, size: int, heads: int, device: torch.device) -> Tensor:
@@ -227,29 +300,54 @@ def stored_columns(last_use: Tensor | None, size: int, heads: int, device: torch
 
 
 @dataclass(eq=False)
-class CrossAttentionCache:
-    """Keys and values of one cross-attention site.
+class PagedCrossAttention(KVCache):
+    """How a step reads the slots of one cross-attention site.
 
     Attributes:
-        pool: (R, 2, D), keys and values of the stored columns: sentence by sentence, head by head.
-        starts: int64 (B, H), the first row of each sentence and head.
+        pool: (R, 2, D), keys and values of the slots: sentence by sentence, head by head.
+        starts: int64 (B, H), the first slot of each sentence and head.
         offsets: int32 (H, S), where a column comes after it.
-        lengths: int64 (B,), tokens of each sentence.
-        size: at least the longest length.
-        row: mask row of the step: its number, counted from 0. (The authors' code used the source length here, one
-            wrong row for every step.)
-        stored: bool (H, S), the columns that have a row; None if that is not known, as where the pool is shared.
+        lengths: int64 (B,), tokens of each sentence, at most S.
     """
 
     pool: Tensor
     starts: Tensor
     offsets: Tensor
     lengths: Tensor
-    size: int
+
+    def n_columns(self) -> int:
+        return self.offsets.size(1)
+
+    def attend(self, q: Tensor, layout: AttentionLayout, scale: float) -> Tensor:
+        by_sentence = q.unflatten(0, (self.lengths.numel(), -1))
+        k, v = self.pool.unbind(1)
+        tables = dict(k_lengths=self.lengths, cache_starts=self.starts, cache_offsets=self.offsets)
+        return decode_attention(by_sentence, k, v, layout, self.step(), scale=scale, **tables).flatten(0, 1)
+
+    def dense(self, keep: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        padding = torch.arange(self.n_columns(), device=self.pool.device) >= self.lengths[:, None]
+        starts = self.starts[..., None]
+        slots = torch.where(keep & ~padding[:, None], starts + self.offsets, starts)
+        k, v = self.pool[slots].unbind(3)
+        return k, v, padding
+
+
+@dataclass(eq=False)
+class CrossAttentionCache(PagedCrossAttention):
+    """The cache of fairseq's search loop, whose steps are counted on the host.
+
+    Attributes:
+        stored: bool (H, S), the columns that have a slot.
+        beam: hypotheses of each sentence; they follow one another.
+        max_steps: as in `SelfAttentionCache`.
+        row: mask row of the step, which is its number and not the source length.
+    """
+
+    stored: Tensor
+    beam: int
+    max_steps: int | None
     row: int = -1
-    beam: int = 1
-    stored: Tensor | None = None
-    _dense: tuple[Tensor, Tensor, Tensor] | None = None  # what `dense` returns, until sentences leave
+    _dense: tuple[Tensor, Tensor, Tensor] | None = None  # all columns, which serve all steps until sentences leave
 
     @classmethod
     def of_encoder_output(
@@ -259,6 +357,7 @@ class CrossAttentionCache:
         key: Tensor,
         padding: Tensor | None,
         n_hypotheses: int,
+        max_steps: int | None,
     ) -> CrossAttentionCache:
         """Project the encoder output.
 
@@ -271,18 +370,19 @@ class CrossAttentionCache:
         """
         size, batch, _ = key.shape
         real = torch.ones(batch, size, dtype=torch.bool, device=key.device) if padding is None else ~padding.bool()
-        rows = SourceRows.of_mask(stored, real)
-        pool = rows.pool(project(key.transpose(0, 1)[rows.projected]))
-        return cls(pool, rows.starts, rows.offsets, real.sum(1), size, beam=n_hypotheses // batch, stored=stored)
+        slots = SourceSlots.of_mask(stored, real)
+        pool = slots.gather(project(key.transpose(0, 1)[slots.projected]))
+        return cls(pool, slots.starts, slots.offsets, real.sum(1), stored, n_hypotheses // batch, max_steps)
 
-    def advance(self) -> None:
-        """Begin a step."""
+    def advance(self, kv: None = None) -> None:
         self.row += 1
+        _check_step(self.row, self.max_steps)
 
-    @property
-    def extent(self) -> tuple[int, int]:
-        """Rows and columns of the mask that this step asks for."""
-        return self.row + 1, self.size
+    def step(self) -> int:
+        return self.row
+
+    def layout_size(self) -> tuple[int, int]:
+        return self.row + 1, self.n_columns()
 
     def reorder(self, new_order: Tensor) -> None:
         """Keep the sentences of the hypotheses *new_order*; the *beam* hypotheses of a sentence stay together."""
@@ -290,28 +390,10 @@ class CrossAttentionCache:
             sentences = new_order[:: self.beam] // self.beam
             self.starts, self.lengths, self._dense = self.starts[sentences], self.lengths[sentences], None
 
-    def attend(self, q: Tensor, layout: AttentionLayout, scale: float) -> Tensor:
-        """Attend with the queries q (N, H, D) of this step, by the kernel; (N, H, D)."""
-        by_sentence = q.unflatten(0, (self.lengths.numel(), -1))
-        k, v = self.pool.unbind(1)
-        tables = dict(k_lengths=self.lengths, cache_starts=self.starts, cache_offsets=self.offsets)
-        return decode_attention(by_sentence, k, v, layout, self.row, scale=scale, **tables).flatten(0, 1)
-
     def dense(self, keep: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Gather keys and values (B, H, size, D), and their padding (B, size), True = padded.
-
-        Args:
-            keep: bool (H, size), the mask row of this step. Other cells may have no row: they get one that exists.
-        """
-        if self._dense is not None:
-            return self._dense
-        padding = torch.arange(self.size, device=self.pool.device) >= self.lengths[:, None]
-        starts, exists = self.starts[..., None], keep if self.stored is None else self.stored
-        rows = torch.where(exists & ~padding[:, None], starts + self.offsets[:, : self.size], starts)
-        k, v = self.pool[rows].unbind(3)
-        if self.stored is not None:  # then they serve all steps
-            self._dense = k, v, padding
-        return k, v, padding
+        if self._dense is None:
+            self._dense = super().dense(self.stored)
+        return self._dense
 
 
 # -- what the mask saves ----------------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ def _attention(embed_dim: int, cfg: TransformerConfig, kind: AttentionKind, **kw
         kind=kind,
         backend=cfg.attention_backend,
         dynamic=DynamicPruning.from_options(kind, cfg.attention_top_k, cfg.attention_threshold, cfg.attention_log_bits),
-        max_rows=None if kind is AttentionKind.ENCODER_SELF else cfg.max_target_positions,
+        max_steps=None if kind is AttentionKind.ENCODER_SELF else cfg.max_target_positions,
         dropout=cfg.attention_dropout,
         q_noise=cfg.quant_noise.pq,
         qn_block_size=cfg.quant_noise.pq_block_size,

@@ -7,10 +7,10 @@ import logging
 
 import torch
 from fairseq.search import BeamSearch
-from fairseq.sequence_generator import SequenceGenerator
+from fairseq.sequence_generator import EnsembleModel, SequenceGenerator
 
 from ap_fairseq.files import UserError
-from ap_fairseq.model.attention import decoding_at_most
+from ap_fairseq.model.kv_cache import limit_steps
 from ap_fairseq.model.transformer import PrunedTransformerModel
 from ap_fairseq.search.rules import SearchRules
 from ap_fairseq.search.static_decoder import Capacity, StaticDecoder, bucket, decoder_modules
@@ -28,6 +28,18 @@ SEARCH_OPTIONS = {  # that choose another search than BeamSearch
 }
 
 
+class LimitedEnsemble(EnsembleModel):
+    """fairseq's ensemble, which tells pruned decoders how many steps a search takes at most."""
+
+    max_steps: int | None = None
+
+    def forward_decoder(self, tokens, encoder_outs, incremental_states, temperature=1.0):
+        for model, state in zip(self.models, incremental_states, strict=True):
+            if self.max_steps is not None and isinstance(model, PrunedTransformerModel):
+                limit_steps(state, self.max_steps)
+        return super().forward_decoder(tokens, encoder_outs, incremental_states, temperature)
+
+
 class PrunedSequenceGenerator(SequenceGenerator):
     """fairseq's generator; beam search over pruned transformers runs on static buffers and CUDA graphs.
 
@@ -37,6 +49,7 @@ class PrunedSequenceGenerator(SequenceGenerator):
 
     def __init__(self, models, tgt_dict, **kwargs):
         super().__init__(models, tgt_dict, **kwargs)
+        self.model = LimitedEnsemble(list(self.model.models))
         self._decoder: StaticDecoder | None = None
 
     def _not_covered(self, prefix_tokens, constraints) -> str | None:
@@ -89,8 +102,8 @@ class PrunedSequenceGenerator(SequenceGenerator):
         reason = self._not_covered(prefix_tokens, constraints) or self._unprofitable(source.device)
         if reason is not None:
             log_fallback(reason)
-            with decoding_at_most(max_len + 1, decoder_modules(pruned)):
-                return super()._generate(sample, prefix_tokens, constraints, bos_token)
+            self.model.max_steps = max_len + 1
+            return super()._generate(sample, prefix_tokens, constraints, bos_token)
 
         if self.min_len > max_len:
             raise UserError(f"--min-len {self.min_len} is above the maximum length {max_len} of this batch")

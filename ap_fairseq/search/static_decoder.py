@@ -24,9 +24,9 @@ from ap_fairseq.cuda_graphs import GraphPool
 from ap_fairseq.model.attention import PrunedMultiheadAttention
 from ap_fairseq.model.kv_cache import (
     INITIAL_CAPACITY,
-    CrossAttentionCache,
-    SelfAttentionCache,
-    SourceRows,
+    PagedCrossAttention,
+    PagedSelfAttention,
+    SourceSlots,
     compact,
     renumber_live,
     stored_columns,
@@ -61,39 +61,40 @@ class Capacity:
         return Capacity(*(max(getattr(self, name), getattr(other, name)) for name in self.__dataclass_fields__))
 
 
-class _StaticSelfAttentionCache(SelfAttentionCache):
-    """The first hypotheses of a shared table; the step is a number on the device."""
+class StaticSelfAttentionCache(PagedSelfAttention):
+    """The first *n* hypotheses of a search on the device, of the heads of one site; the device counts the steps."""
 
-    def __init__(self, pool: Tensor, beams: BeamSearchState, n: int, heads: slice):
+    def __init__(self, pool: Tensor, beams: BeamSearchState, n: int, heads: slice, projection: tuple[Tensor, Tensor]):
         super().__init__(pool, beams.rows[:n], beams.offsets[heads])
-        self.step, self.kernels = beams.step, beams.kernels
+        self.projection, self.device_step, self.kernels = projection, beams.step, beams.kernels
 
-    def append(self, kv: Tensor) -> None:
+    def advance(self, kv: Tensor) -> None:
         if self.kernels:
-            append_to_pool(kv, self.pool, self.offsets, self.step)
+            append_to_pool(kv, self.pool, self.offsets, self.device_step)
         else:
             number = torch.arange(kv.size(0), device=kv.device)
-            self.pool.index_put_((self.offsets.index_select(1, self.step) + number,), kv.permute(2, 0, 1, 3))
+            begins = self.offsets.index_select(1, self.device_step)
+            self.pool.index_put_((begins + number,), kv.permute(2, 0, 1, 3))
 
-    @property
-    def row(self) -> Tensor:
-        return self.step
+    def step(self) -> Tensor:
+        return self.device_step
 
 
-class _StaticCrossAttentionCache(CrossAttentionCache):
-    """The first sentences of a shared pool; the step is a number on the device."""
+class StaticCrossAttentionCache(PagedCrossAttention):
+    """The first *n* sentences of a search on the device, of the heads of one site; the device counts the steps."""
 
     def __init__(self, pool: Tensor, beams: BeamSearchState, n: int, heads: slice):
-        offsets = beams.source_offsets[heads]
-        super().__init__(pool, beams.starts[:n, heads], offsets, beams.lengths[:n], offsets.size(1))
-        self.row, self.positions = beams.step, beams.rows.size(1)
+        super().__init__(pool, beams.starts[:n, heads], beams.source_offsets[heads], beams.lengths[:n])
+        self.device_step, self.positions = beams.step, beams.rows.size(1)
 
-    def advance(self) -> None:
-        pass
+    def advance(self, kv: None = None) -> None:
+        """Nothing: the search counts the steps."""
 
-    @property
-    def extent(self) -> tuple[int, int]:
-        return self.positions, self.size
+    def step(self) -> Tensor:
+        return self.device_step
+
+    def layout_size(self) -> tuple[int, int]:
+        return self.positions, self.n_columns()
 
 
 class StaticDecoder:
@@ -120,14 +121,16 @@ class StaticDecoder:
         def empty(*shape: int) -> Tensor:
             return torch.empty(shape, dtype=dtype, device=device)
 
-        n_rows = capacity.sentences * rules.beam * min(INITIAL_CAPACITY, capacity.positions)
-        self.pools = {module: empty(n_rows * module.num_heads, 2, module.head_dim) for module in self.self_sites}
-        self.pools |= {module: empty(0, 2, module.head_dim) for module in self.cross_sites}  # of the first batch's size
+        n_slots = capacity.sentences * rules.beam * min(INITIAL_CAPACITY, capacity.positions)
+        self.kv_pools = {module: empty(n_slots * module.num_heads, 2, module.head_dim) for module in self.self_sites}
+        self.kv_pools |= {
+            module: empty(0, 2, module.head_dim) for module in self.cross_sites
+        }  # of the first batch's size
         self.projections = {
             module: (empty(3 * module.embed_dim, module.embed_dim), empty(3 * module.embed_dim))
             for module in self.self_sites
         }
-        self.used: dict[PrunedMultiheadAttention, int] = {}  # rows of each pool, as the host counts them
+        self.used: dict[PrunedMultiheadAttention, int] = {}  # slots of each pool in use, as the host counts them
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self.graph_pool = GraphPool()
         self.layouts: list[AttentionLayout] = []
@@ -144,7 +147,7 @@ class StaticDecoder:
 
     def _layouts(self) -> list[AttentionLayout]:
         n, size = self.capacity.positions, self.capacity.source_length
-        return [module.layout(n, n if module.self_attention else size) for module in self.pools]
+        return [module.layout(n, n if module.self_attention else size) for module in self.kv_pools]
 
     def serves(self, rules: SearchRules, needed: Capacity) -> bool:
         """Whether a batch fits, the rules are the same, and the models are still where the graphs found them."""
@@ -162,24 +165,18 @@ class StaticDecoder:
             self._forget_graphs()
             self.layouts = layouts
         n_sentences = encoder_outs[0]["encoder_out"][0].size(1)
-        for module, weights in self.projections.items():
-            module.step_projection = weights
-        try:
-            self._search(self._begin(encoder_outs, n_sentences, max_len, first_token), max_len)
-        finally:
-            for module in self.projections:
-                module.step_projection = None
+        self._search(self._begin(encoder_outs, n_sentences, max_len, first_token), max_len)
         return self.beams.hypotheses(n_sentences, self.rules.eos, self.rules.len_penalty)
 
     def _search(self, n: int, max_len: int) -> None:
         counts = deque()
         self.used = dict.fromkeys(self.self_sites, 0)
         for step in range(max_len + 1):
-            rows = {module: n * self.rules.beam * module.num_heads for module in self.self_sites}
-            if any(self.used[module] + rows[module] > self.pools[module].size(0) for module in rows):
+            new = {module: n * self.rules.beam * module.num_heads for module in self.self_sites}
+            if any(self.used[module] + new[module] > self.kv_pools[module].size(0) for module in new):
                 self._make_room(n, step, max_len)
             self._run(n)
-            for module, number in rows.items():
+            for module, number in new.items():
                 self.used[module] += number
             counts.append(self._count_unfinished())
             if len(counts) > HOST_LAG_STEPS:
@@ -214,9 +211,10 @@ class StaticDecoder:
         stored = [stored_columns(rows, real.size(1), n, real.device) for rows, n in zip(last_use, heads, strict=True)]
         on_host = torch.cat(stored).cpu().split(heads)  # one wait for all
         keys = {module: columns.numpy().tobytes() for module, columns in zip(sites, on_host, strict=True)}
-        layouts: dict[bytes, SourceRows] = {}  # sites often store the same columns
+        layouts: dict[bytes, SourceSlots] = {}  # sites often store the same columns
         for module, columns in zip(sites, stored, strict=True):
-            layouts[keys[module]] = layouts.get(keys[module]) or SourceRows.of_mask(columns, real)
+            if keys[module] not in layouts:
+                layouts[keys[module]] = SourceSlots.of_mask(columns, real)
         for model, encoder_out in zip(self.models, encoder_outs, strict=True):
             source = encoder_out["encoder_out"][0].transpose(0, 1)
             chosen: dict[bytes, Tensor] = {}
@@ -231,20 +229,20 @@ class StaticDecoder:
         """As the module's, of some steps more, so that most batches find what one before them made."""
         return module.last_use(min(bucket(max_len + 1), self.capacity.positions), n_keys)
 
-    def _store_source(self, module: PrunedMultiheadAttention, rows: SourceRows, source: Tensor) -> None:
-        (n_sentences, _), size = rows.starts.shape, rows.offsets.size(1)
-        if self.pools[module].size(0) < rows.row.numel():
+    def _store_source(self, module: PrunedMultiheadAttention, slots: SourceSlots, source: Tensor) -> None:
+        (n_sentences, _), size, n_slots = slots.starts.shape, slots.offsets.size(1), slots.column.numel()
+        if self.kv_pools[module].size(0) < n_slots:
             self._forget_graphs()
             with torch.inference_mode(False):
-                nothing = self.pools[module] = self.pools[module].new_empty(0)  # frees what the next one may take
-                self.pools[module] = nothing.new_empty(bucket(rows.row.numel()), 2, module.head_dim)
-        self.pools[module][: rows.row.numel()] = rows.pool(module.project_source(source))
-        self.beams.starts[:n_sentences, self.heads[module]] = rows.starts
-        self.beams.source_offsets[self.heads[module], :size] = rows.offsets
+                nothing = self.kv_pools[module] = self.kv_pools[module].new_empty(0)  # frees what the next one may take
+                self.kv_pools[module] = nothing.new_empty(bucket(n_slots), 2, module.head_dim)
+        self.kv_pools[module][:n_slots] = slots.gather(module.project_source(source))
+        self.beams.starts[:n_sentences, self.heads[module]] = slots.starts
+        self.beams.source_offsets[self.heads[module], :size] = slots.offsets
 
     @torch.inference_mode(False)
     def _make_room(self, n: int, length: int, max_len: int) -> None:
-        """Drop pool rows that no hypothesis refers to or no coming mask row keeps any more.
+        """Drop slots that no hypothesis refers to or no coming mask row keeps any more.
 
         Pools are enlarged if that frees less than half of them.
         """
@@ -254,10 +252,10 @@ class StaticDecoder:
             readable = self._last_use(module, max_len, positions)[:, :length] >= length
             offsets = self.beams.offsets[self.heads[module], :length]
             n_new = n * self.rules.beam * module.num_heads
-            pool, used = compact(self.pools[module], offsets, live, readable, n_new, max_len + 1 - length)
-            if pool is not self.pools[module]:
+            pool, used = compact(self.kv_pools[module], offsets, live, readable, n_new, max_len + 1 - length)
+            if pool is not self.kv_pools[module]:
                 self._forget_graphs()
-            self.pools[module], self.used[module] = pool, used
+            self.kv_pools[module], self.used[module] = pool, used
             self.beams.used[self.heads[module]] = used
 
     def _count_unfinished(self):
@@ -292,12 +290,12 @@ class StaticDecoder:
         for (kind, _), module in attention_sites(model):
             if kind is AttentionKind.ENCODER_SELF:
                 continue
+            pool, heads = self.kv_pools[module], self.heads[module]
             if kind is AttentionKind.CROSS:
-                cache = _StaticCrossAttentionCache(self.pools[module], self.beams, n, self.heads[module])
+                cache = StaticCrossAttentionCache(pool, self.beams, n, heads)
             else:
-                cache = _StaticSelfAttentionCache(
-                    self.pools[module], self.beams, n * self.rules.beam, self.heads[module]
-                )
+                n_hypotheses, projection = n * self.rules.beam, self.projections[module]
+                cache = StaticSelfAttentionCache(pool, self.beams, n_hypotheses, heads, projection)
             module.set_incremental_state(state, "attn_state", {"cache": cache})
         return state
 

@@ -12,7 +12,7 @@ from plugin.test_generation import assert_same, plain
 from ap_fairseq.artifacts import PruningMasks
 from ap_fairseq.files import UserError
 from ap_fairseq.model import kv_cache
-from ap_fairseq.model.kv_cache import CrossAttentionCache, SelfAttentionCache, peak_share
+from ap_fairseq.model.kv_cache import CrossAttentionCache, SelfAttentionCache, limit_steps, peak_share
 from ap_fairseq.search import static_decoder
 from ap_fairseq.search.generator import PrunedSequenceGenerator
 from ap_fairseq.sites import AttentionKind, attention_sites
@@ -89,7 +89,7 @@ def test_pruned_caches_give_the_results_of_caches_that_keep_all(generator, backe
     ours = generator([system], WORDS, **options).generate([], sample(lengths))
     assert caches
     for _, module in attention_sites(system):
-        module.max_rows = None
+        module.max_steps = None
     assert_same(ours, SequenceGenerator([system], WORDS, **options).generate([], sample(lengths)))
     assert all(torch.isfinite(scores).all() for hypotheses in plain(ours) for _, _, scores in hypotheses)
 
@@ -125,7 +125,7 @@ def test_columns_that_no_row_keeps_are_neither_projected_nor_stored():
         projected.append(rows.size(0))
         return module.project_source(rows)
 
-    cache = CrossAttentionCache.of_encoder_output(project, stored, poisoned, padding, 3)
+    cache = CrossAttentionCache.of_encoder_output(project, stored, poisoned, padding, 3, STEPS)
     assert projected == [5 + 3 + 5] and cache.pool.size(0) == 3 * 1 + 5 + 3 + 5
     keep = module.keep_mask(1, SOURCE)[:, 0]
     k, v, _ = cache.dense(keep)
@@ -139,7 +139,7 @@ def test_columns_that_no_row_keeps_are_neither_projected_nor_stored():
 def test_a_step_beyond_what_the_caches_were_made_for_is_refused():
     module = next(m for (kind, _), m in attention_sites(model(masks(4))) if kind is AttentionKind.DECODER_SELF)
     state = {}
-    module.max_rows = 2
+    limit_steps(state, 2)
     query = torch.randn(1, 3, 32, device=DEVICE)
     for _ in range(2):
         module(query, incremental_state=state, need_weights=False)
@@ -147,15 +147,32 @@ def test_a_step_beyond_what_the_caches_were_made_for_is_refused():
         module(query, incremental_state=state, need_weights=False)
 
 
+def test_a_search_of_few_steps_keeps_only_the_source_columns_of_their_mask_rows(monkeypatch):
+    """The bound travels with the incremental state of the search; the modules of the model stay as they are."""
+    keep = masks(4)
+    keep.keep[AttentionKind.CROSS][:, :, :12, 1:] = False
+    keep.keep[AttentionKind.CROSS][:, :, 12:] = True
+    system, stored = model(keep), []
+    real = CrossAttentionCache.of_encoder_output
+    monkeypatch.setattr(
+        CrossAttentionCache, "of_encoder_output", lambda *args: stored.append(args[1].sum().item()) or real(*args)
+    )
+    for max_len, columns in ((10, 1), (20, SOURCE)):
+        search = PrunedSequenceGenerator([system], WORDS, beam_size=2, max_len_b=max_len, no_repeat_ngram_size=5)
+        search.generate([], sample([SOURCE, 3]))
+        assert stored == [2 * columns] * 2  # of two heads, in two layers
+        stored.clear()
+
+
 def test_beams_that_share_a_prefix_share_its_rows():
     """Of three hypotheses that all continue the first, one row per head and position is live."""
-    cache = SelfAttentionCache.empty_like(torch.zeros(3, 2, 2, 4), None)
+    cache = SelfAttentionCache.empty_like(torch.zeros(3, 2, 2, 4), None, max_steps=None)
     for step in range(kv_cache.INITIAL_CAPACITY):
-        cache.append(torch.full((3, 2, 2, 4), float(step)) + torch.arange(3)[:, None, None, None] / 10)
+        cache.advance(torch.full((3, 2, 2, 4), float(step)) + torch.arange(3)[:, None, None, None] / 10)
         cache.reorder(torch.tensor([1, 1, 1]))
-    cache.append(torch.zeros(3, 2, 2, 4))
+    cache.advance(torch.zeros(3, 2, 2, 4))
     assert cache.used == 2 * (kv_cache.INITIAL_CAPACITY + 3)
-    k, _, _ = cache.dense(torch.ones(2, cache.size, dtype=torch.bool))
+    k, _, _ = cache.dense(torch.ones(2, cache.n_columns(), dtype=torch.bool))
     expected = torch.tensor([step + 0.1 for step in range(kv_cache.INITIAL_CAPACITY)] + [0.0])
     torch.testing.assert_close(k, expected[:, None].expand(3, 2, -1, 4))
 
