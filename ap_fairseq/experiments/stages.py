@@ -231,8 +231,7 @@ def run_together(jobs: int, tasks: Iterable[tuple[Callable, Sequence[Any]]]) -> 
 def _work(slot: int, jobs: int, function: Callable, args: Sequence[Any]) -> None:
     global _slot
     _slot = slot
-    if jobs > 1 and "torch" in sys.modules:
-        torch = sys.modules["torch"]
+    if jobs > 1 and (torch := sys.modules.get("torch")):
         torch.set_num_threads(max(1, torch.get_num_threads() // jobs))
     try:
         function(*args)

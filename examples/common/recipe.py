@@ -146,6 +146,9 @@ class Recipe:
             )
         self.jobs = args.jobs or (1 if self.gpus else min(2, os.cpu_count() or 1))
 
+        if not self.gpus:  # the models are small: more threads wait for each other, and other jobs need the cores
+            torch.set_num_threads(1)
+
         self.prepare_program = load_module(
             folder / toml["prepare"] if "prepare" in toml else COMMON / "prepare_corpus.py"
         )
