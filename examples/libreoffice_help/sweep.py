@@ -20,6 +20,8 @@ in a system stands for one system of each value (of several lists, one of each c
                  round records and continues that one, instead of the dense model
     seed         of the dense model (the first one if there is none of this seed), of training and of random masks
     updates      of training; default: the sweep's tune_updates, or dense_updates from scratch
+    flags        further flags of fairseq-train, which win: --dropout 0.3; systems are compared with a dense one of
+                 the same flags
 
 `level` is the data-bin folder and `subset` its part to translate, by default sentences and test. At other levels a line
 is a page or a part of one; scores and tests are then of whole pages (d-BLEU), with s-BLEU of the segments beside them.
@@ -91,6 +93,7 @@ class System:
     start: float = 0.0
     seed: int = 1
     updates: int | None = None
+    flags: str = ""
 
     def __post_init__(self):
         for name, value, valid in (
@@ -107,6 +110,10 @@ class System:
             raise ArtifactError("a system of criterion threshold needs a threshold, e.g. threshold: 0.01")
         if self.start and self.schedule != "gradual":
             raise ArtifactError(f"start {self.start} is for systems of schedule gradual, not {self.schedule}")
+        if self.flags and self.schedule == "untuned":
+            raise ArtifactError(
+                f"flags {self.flags!r} are for fairseq-train, and a system of schedule untuned has none"
+            )
         self.budget_kinds()  # reports unknown kinds
         masked = self.criterion not in ("dense", "top-k", "threshold")
         if self.kinds == "own" and (self.sparsity or not masked or not self.budget_kinds()):
@@ -152,6 +159,7 @@ class System:
             parts.append(self.options.replace("--", "").replace(" ", "-"))
         parts += [f"from-{100 * self.start:g}"] if self.start else []
         parts += [self.schedule] + ([f"r{self.rounds}"] if self.schedule == "gradual" else [])
+        parts += [self.flags.replace("--", "").replace(" ", "-").replace("/", "_")] if self.flags else []
         return ".".join(parts + ([f"u{self.updates}"] if self.updates else []))
 
     @property
@@ -165,7 +173,8 @@ class System:
 
     @property
     def masks_name(self) -> str:
-        return dataclasses.replace(self, schedule="untuned", updates=None).name if self.mask_flags() else "all-kept"
+        untrained = dataclasses.replace(self, schedule="untuned", updates=None, flags="")
+        return untrained.name if self.mask_flags() else "all-ones"
 
 
 class Sweep:
@@ -292,6 +301,7 @@ class Sweep:
         updates = self.updates(system)
         flags = self.training(recipe, system.seed, updates // (system.rounds if system.schedule == "gradual" else 1))
         flags = [f"pruned_{word}" if word.startswith("transformer") else word for word in flags]
+        flags += shlex.split(system.flags)
         folder = self.out / "systems" / system.name
         start = self.trained(system.started_from) if system.start else self.checkpoint(self.dense_seed(system))
         if system.schedule == "gradual":
@@ -399,7 +409,8 @@ class Sweep:
         updates = self.updates(system) if tuned else self.description["tune_updates"]
 
         def alike(dense: System) -> bool:
-            return dense.seed == system.seed and self.updates(dense) == updates
+            same = dense.seed == system.seed and dense.flags == system.flags
+            return same and self.updates(dense) == updates
 
         dense = [s for s in self.systems if s.criterion == "dense" and self.dense_seed(s) == self.dense_seed(system)]
         found = {
@@ -471,6 +482,7 @@ def title(result: dict[str, Any]) -> str:
         "scratch": ", from scratch",
         "gradual": f", gradual in {rounds} round{'s' if rounds > 1 else ''}",
     }[schedule]
+    text += f", {result['flags'].replace('--', '')}" if result.get("flags") else ""
     own_updates = re.search(r"\.u(\d+)$", group)
     return text + (f", {int(own_updates[1]) / 1000:g}k updates" if own_updates else "")
 

@@ -16,6 +16,7 @@ from plugin.commands import PLUGIN, ROOT, TINY, generate, run
 from ap_fairseq.artifacts import AttentionStats, PruningMasks
 from ap_fairseq.cli import prune_schedule
 from ap_fairseq.cli.prune_schedule import share_of_round
+from ap_fairseq.experiments.progress import last_value
 from ap_fairseq.experiments.translation import Search, Translation, translate
 from ap_fairseq.files import ArtifactError
 
@@ -123,6 +124,26 @@ def test_a_decay_of_the_learning_rate_ends_with_the_training(corpus, tmp_path):
     flags = made.training("tune", 1, 7)
     assert flags[flags.index("--total-num-update") + 1] == "7"
     assert "--total-num-update" not in sweep.Sweep(description(), corpus, tmp_path, 1, {}).training("tune", 1, 7)
+
+
+def test_flags_of_a_system_reach_its_training_its_name_and_its_baseline(corpus, tmp_path, monkeypatch):
+    dropout = {"schedule": "one-shot", "flags": "--dropout 0.3 --weight-decay 0.1"}
+    listed = [{"criterion": "dense", **dropout}, {"criterion": "mean", "sparsity": 0.5, **dropout}]
+    listed.append({"criterion": "mean", "sparsity": 0.5, "schedule": "one-shot"})
+    made = sweep.Sweep(description(systems=listed), corpus, tmp_path, 1, {})
+    dense, pruned, plain = made.systems
+    assert pruned.name == "mean.global.50.g1.one-shot.dropout-0.3-weight-decay-0.1.s1" and made.masks(
+        pruned
+    ) == made.masks(plain)
+    assert made.baselines(pruned) == {"against_dense_tuned": dense} and made.baselines(plain) == {}
+    result = dataclasses.asdict(pruned) | {"group": pruned.group}
+    assert sweep.title(result) == "mean 50%, fine-tuned, dropout 0.3 weight-decay 0.1"
+    commands = []
+    monkeypatch.setattr(made.stages, "run", lambda name, *command: commands.append([str(word) for word in command]))
+    for system in made.systems:
+        made.tune(system)
+    assert [last_value("--dropout", words) for words in commands] == ["0.3", "0.3", "0.1"]
+    assert [last_value("--weight-decay", words) for words in commands] == ["0.1", "0.1", None]
 
 
 def test_the_tuned_baseline_has_as_many_updates(corpus, tmp_path):
@@ -271,6 +292,7 @@ def test_shares_grow_to_one():
         (dict(criterion="mean", kinds="encoder"), "kinds 'encoder' is not global, per-kind, own, or some of"),
         (dict(criterion="mean", kinds="own", options="--min-heads 1"), "names its budgets in options"),
         (dict(criterion="mean", kinds="own", options="--cross 0.5", sparsity=0.5), "and no sparsity"),
+        (dict(criterion="mean", flags="--dropout 0.3"), "are for fairseq-train, and a system of schedule untuned has"),
         (dict(criterion="mean", sparsitty=0.5), "only the keys"),
         (dict(criterion="mean", sparsity=[0.5, 0.5]), "named twice: mean.global.50.g1.untuned.s1"),
     ],
@@ -294,7 +316,7 @@ def test_lists_stand_for_all_combinations():
 def test_a_translation_of_other_files_is_not_taken_for_this_one(swept, data_bin, dense):
     out = swept[0] / "out"
     system = Translation(
-        str(out / "translations" / "dense.untuned.s1.txt"), str(dense), str(out / "masks" / "all-kept.d1.safetensors")
+        str(out / "translations" / "dense.untuned.s1.txt"), str(dense), str(out / "masks" / "all-ones.d1.safetensors")
     )
     translate([system], str(data_bin), Search(beam=2, max_tokens=1500, cpu=True, on_device=True))
     others = dataclasses.replace(system, dynamic={"top_k": "cross=2"})
