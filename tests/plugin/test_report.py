@@ -184,7 +184,7 @@ PAIRS = {"encoder_self": 100, "decoder_self": 60, "cross": 100}
 
 
 def test_results_of_the_committed_run():
-    systems = {s.name: s for s in results.read_results(ROOT / "examples/libreoffice_help/results/h200.json", PAIRS)}
+    systems = {s.name: s for s in results.read_results(ROOT / "tests/plugin/scored_run.json", PAIRS)}
     assert systems["dense"].series is None and systems["dense"].total == 0
     assert (
         systems["joint.tuned"].series == "mean, fine-tuned"

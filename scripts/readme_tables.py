@@ -1,0 +1,291 @@
+#!/usr/bin/env python3
+"""Regenerate the tables and numbers of all READMEs from the committed results.
+
+    python scripts/readme_tables.py             # lists what is stale; exit status 1 if anything is
+    python scripts/readme_tables.py --write     # rewrites it in place
+
+A table stands between ``<!-- results: NAME -->`` and ``<!-- end -->``; TABLES says what makes it. A number in running
+text stands in a span, ``<!-- n: FILE KEY [OP KEY] FORMAT -->31.6<!-- /n -->``:
+
+    FILE    a .json or .jsonl file, relative to the repository's root
+    KEY     keys joined by /; KEY=VALUE (several joined by &) selects from a list; several results are averaged
+    OP      - or /, between two keys of the file
+    FORMAT  as of Python's format(), e.g. .1f or ,.0f
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import importlib.util
+import json
+import operator
+import re
+import shlex
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ap_fairseq.evaluation.results import format_markdown
+from ap_fairseq.evaluation.tables import Table, markdown
+from ap_fairseq.sites import AttentionKind
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = ROOT / "scripts"
+EXAMPLE = ROOT / "examples" / "libreoffice_help"
+RESULTS = EXAMPLE / "results"
+TABLE = re.compile(r"(<!-- results: (\S+) -->\n)((?:(?!<!-- ).*\n)*)(<!-- end -->)")
+SPAN = re.compile(r"(<!-- n: (.*?) -->)(.*?)(<!-- /n -->)", re.DOTALL)
+DIGEST = (  # of the results by system
+    r"^dense\.(untuned|one-shot|scratch)"
+    r"|^importance\.global\.(80|90)\.g1\.smooth-32\.(one-shot|scratch|from-80)|^importance\.global\.80\.g16.*one-shot"
+    r"|^(mean|window|gaussian|random)\.global\.(80|90)\.g1\.one-shot|^gaussian.*scratch|^percentile.*one-shot"
+    r"|^top-k\.global\.(80|90)"
+)
+
+
+def readmes() -> list[Path]:
+    """Return every README of the repository: not those of environments, caches, data and runs."""
+    skipped = {"build", "data", "runs", "archives"}
+    found = (path.relative_to(ROOT) for path in ROOT.rglob("README.md"))
+    return sorted(
+        ROOT / path for path in found if not any(part.startswith(".") or part in skipped for part in path.parts)
+    )
+
+
+def load(path: Path) -> Any:
+    """Return the document of a JSON file, or a list of those of a JSON-lines file."""
+    text = path.read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()] if path.suffix == ".jsonl" else json.loads(text)
+
+
+def script(path: Path) -> Any:
+    """Import a script, which is in no package."""
+    sys.path.insert(0, str(path.parent))  # scripts import each other
+    try:
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)  # dataclasses look their module up
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(path.parent))
+    return module
+
+
+# -- numbers ----------------------------------------------------------------------------------------------------------
+
+
+def lookup(document: Any, key: str) -> float:
+    """Return the mean of the numbers that *key* selects."""
+    values = [document]
+    for part in key.split("/"):
+        if "=" in part:
+            wanted = dict(condition.split("=", 1) for condition in part.split("&"))
+            values = [
+                item for value in values for item in value if all(str(item.get(k)) == v for k, v in wanted.items())
+            ]
+        else:
+            values = [value[int(part)] if isinstance(value, list) else value[part] for value in values]
+    if not values:
+        raise KeyError(f"nothing matches {key}")
+    return statistics.fmean(values)
+
+
+def number(arguments: str) -> str:
+    """Return the text of a span, from the arguments in its mark."""
+    path, key, *operation, form = shlex.split(arguments)
+    document = load(ROOT / path)
+    value = lookup(document, key)
+    if operation:
+        name, other = operation
+        value = {"-": operator.sub, "/": operator.truediv}[name](value, lookup(document, other))
+    return format(value, form)
+
+
+# -- tables -----------------------------------------------------------------------------------------------------------
+
+
+def _quality(rows: list[dict[str, Any]]) -> str:
+    scores = {"BLEU": ("bleu", ".2f"), "chrF2": ("chrf", ".2f"), "length ratio": ("length_ratio", ".3f")}
+    scores |= {"validation perplexity": ("valid_ppl", ".2f")}
+    scores = {title: score for title, score in scores.items() if any(score[0] in row for row in rows)}
+    body = []
+    for row in rows:
+        columns = [row["system"], row["dropout"], f"{row['updates']:,}", f"{row['pruned']:.0%}"]
+        body.append(columns + [format(row[key], form) if key in row else "" for key, form in scores.values()])
+    header = ["system", "dropout", "updates", "pairs pruned", *scores]
+    return markdown(Table(header, body, align="ll" + "r" * (len(header) - 2)))
+
+
+def quality(pair: str) -> str:
+    """All systems of a language pair that the maintainers measured."""
+    return _quality([row for row in load(RESULTS / "en-fr-es.json")["rows"] if row["pair"] == pair])
+
+
+def quality_digest() -> str:
+    """The five rows of the main README."""
+    titles = {
+        ("dense", 6000, "0.2 / 0 / 0"): "dense",
+        ("importance 80%, from scratch", 6000, "0.2 / 0 / 0"): "Attention Pruning, 80%",
+        ("dense", 12000, "0.3 / 0.1 / 0.1"): "dense, well regularised",
+        ("importance 80%, from scratch", 12000, "0.3 / 0.1 / 0.1"): "Attention Pruning, 80%",
+        ("importance 80% → 90%, one round of 1,500", 7500, "0.2 / 0 / 0"): "Attention Pruning, 80% → 90%",
+    }
+    rows = {
+        (r["system"], r["updates"], r["dropout"]): r
+        for r in load(RESULTS / "en-fr-es.json")["rows"]
+        if r["pair"] == "en-fr"
+    }
+    chosen = [{**rows[key], "system": title} for key, title in titles.items()]
+    return _quality([{k: v for k, v in row.items() if k != "valid_ppl"} for row in chosen])
+
+
+def by_length() -> str:
+    """BLEU of each system by the length of the reference."""
+    systems = load(RESULTS / "h100-by-length.json")["systems"]
+    buckets = systems[0]["by_length"]
+    header = ["system"]
+    for bucket in buckets:
+        words = f"{bucket['least']}–{bucket['most']}" if bucket["most"] else f"from {bucket['least']}"
+        header.append(f"{words} words ({bucket['sentences']:,})")
+    titles = {
+        "dense": "dense, fine-tuned",
+        "dense.12000": "dense, 12k updates",
+        "scratch.80": "importance 80%, from scratch",
+        "from-80.90": "importance 80% → 90%",
+        "one-shot.80": "importance 80%, fine-tuned",
+        "one-shot.90": "importance 90%, fine-tuned",
+        "gaussian.90": "gaussian 90%, from scratch",
+    }
+    rows = [[titles[s["system"]], *(f"{bucket['bleu']:.1f}" for bucket in s["by_length"])] for s in systems]
+    return markdown(Table(header, rows))
+
+
+def rivals_translation() -> str:
+    """Target tokens a second beside stock fairseq and CTranslate2."""
+    report = load(SCRIPTS / "rivals.json")["translation"]
+    header = ["tokens/s", "stock fairseq", "all-ones mask", "90% pruned", "CTranslate2", "memory, ours / CTranslate2"]
+    rows = []
+    for row in report["rows"]:
+        rates = (f"{row[key]:,}" for key in ("stock", "all_ones", "pruned_90", "ctranslate2"))
+        rows.append([row["case"], *rates, f"{row['memory_gib']} / {row['ctranslate2_memory_gib']} GiB"])
+    return markdown(Table(header, rows))
+
+
+def rivals_cpu() -> str:
+    """Speed on a CPU relative to stock fairseq."""
+    header = ["CPU", "ours", "CTranslate2, float32", "CTranslate2, int8"]
+    rows = []
+    for row in load(SCRIPTS / "rivals.json")["cpu"]["rows"]:
+        ours = f"{row['ours']:.2f}" + (f" to {row['ours_best']:.2f}" if "ours_best" in row else "")
+        rival = (f"{row[key]:g}" if key in row else "" for key in ("ctranslate2_float32", "ctranslate2_int8"))
+        rows.append([f"{row['model']}, {row['case']}", ours, *rival])
+    return markdown(Table(header, rows))
+
+
+def rivals_kernels() -> str:
+    """Milliseconds of block-sparse attention beside FlashAttention-4 and dense cuDNN."""
+    columns = {
+        "ours": "ours_ms",
+        "FlashAttention-4": "fa4_ms",
+        "cuDNN, dense": "cudnn_dense_ms",
+        "ours, with backward": "ours_backward_ms",
+        "FlashAttention-4, with backward": "fa4_backward_ms",
+        "cuDNN, with backward": "cudnn_dense_backward_ms",
+    }
+    rows = []
+    for row in load(SCRIPTS / "rivals.json")["kernels"]["rows"]:
+        times = (f"{row[key]:.3f}".rstrip("0") if key in row else "" for key in columns.values())
+        rows.append([row["shape"], f"{row['sparsity']:.1%}", row["block"], *times])
+    return markdown(Table(["B, H, T", "sparsity", "block", *columns], rows))
+
+
+def kinds() -> str:
+    """BLEU with one kind pruned, by share and training."""
+    bleu = {line["group"]: line["bleu"] for line in load(RESULTS / "h100-converged.jsonl") if line["seed"] == 1}
+    shares = (50, 80, 90, 95)
+    rows = []
+    for kind in AttentionKind:
+        name = f"importance.{kind.value}.{{}}.g1.smooth-32.{{}}"
+        cells = (" / ".join(f"{bleu[name.format(s, how)]:.1f}" for how in ("untuned", "one-shot")) for s in shares)
+        rows.append([kind.value, *cells])
+    return markdown(Table(["pruned", *(f"{share}%" for share in shares)], rows))
+
+
+def sweep(name: str, keep: Callable[[dict[str, Any]], Any]) -> str:
+    """Some systems of a sweep, without the columns of kinds and chrF2."""
+    table = script(EXAMPLE / "sweep.py").format_table([line for line in load(RESULTS / f"{name}.jsonl") if keep(line)])
+    rows, made = table.rsplit("\n\n", 1)
+    dropped = {*(kind.value for kind in AttentionKind), "chrF2", "validation perplexity", "against dense (p)"}
+    cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows.splitlines()]
+    kept = [column for column, title in enumerate(cells[0]) if title not in dropped]
+    cells[1] = [re.sub("-+", "---", cell) for cell in cells[1]]
+    lines = ["| " + " | ".join(row[column] for column in kept) + " |" for row in cells]
+    return "\n".join(lines) + "\n\n" + made
+
+
+def tables() -> dict[str, Callable[[], str]]:
+    """Return what makes each table, by the name in its mark."""
+    made = {
+        "en-fr": lambda: quality("en-fr"),
+        "en-es": lambda: quality("en-es"),
+        "en-fr-digest": quality_digest,
+        "h100-converged-digest": lambda: sweep("h100-converged", lambda line: re.search(DIGEST, line["system"])),
+        "h100-converged-kinds": kinds,
+        "h100-pages-digest": lambda: sweep("h100-pages", lambda line: line["subset"] in ("test", "test2")),
+        "h100-by-length": by_length,
+        "cpu": lambda: format_markdown(load(RESULTS / "cpu.json")),
+        "rivals.translation": rivals_translation,
+        "rivals.cpu": rivals_cpu,
+        "rivals.kernels": rivals_kernels,
+    }
+    for path in sorted(SCRIPTS.glob("*_*.*.json")):
+        name = path.name.split(".")[0]
+        render = "format_markdown" if name == "sample_error" else "table"
+        made[path.stem] = lambda path=path, name=name, render=render: getattr(script(SCRIPTS / f"{name}.py"), render)(
+            load(path)
+        )
+    return made
+
+
+# -- READMEs ----------------------------------------------------------------------------------------------------------
+
+
+def regenerate(text: str) -> str:
+    """Return *text* with its tables and numbers made anew.
+
+    Raises:
+        KeyError: for a table that nothing makes, or a number that the file does not hold.
+    """
+    made = tables()
+    text = TABLE.sub(lambda match: f"{match[1]}{made[match[2]]()}\n{match[4]}", text)
+    return SPAN.sub(lambda match: match[1] + number(match[2]) + match[4], text)
+
+
+def differences(old: str, new: str) -> list[str]:
+    """Return the new text of the lines that changed."""
+    lines = difflib.unified_diff(old.splitlines(), new.splitlines(), n=0, lineterm="")
+    return [line[1:].strip()[:110] for line in lines if line.startswith("+") and not line.startswith("+++")]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true", help="rewrite what is stale")
+    args = parser.parse_args()
+    stale = 0
+    for path in readmes():
+        old = path.read_text(encoding="utf-8")
+        new = regenerate(old)
+        if new == old:
+            continue
+        stale += 1
+        print(f"{path.relative_to(ROOT)}: {'rewritten' if args.write else 'stale'}")
+        print("\n".join(f"  {line}" for line in differences(old, new)))
+        if args.write:
+            path.write_text(new, encoding="utf-8")
+    sys.exit(bool(stale) and not args.write)
+
+
+if __name__ == "__main__":
+    main()
