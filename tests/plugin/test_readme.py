@@ -2,8 +2,10 @@
 
 import argparse
 import contextlib
+import functools
 import importlib
 import io
+import itertools
 import re
 import shlex
 
@@ -28,14 +30,6 @@ def prose(text):
     text = readme_tables.SPAN.sub("", readme_tables.TABLE.sub("", text))
     text = re.sub(r"(?m)^( {4}|\|).*$", "", text)
     return re.sub(r"`[^`]*`", "", text)
-
-
-def commands(text):
-    """The command lines of the indented blocks, continued lines joined, split into words."""
-    blocks = re.sub(r"\\\n\s*", " ", text)
-    for line in re.findall(r"(?m)^ {4,}(\S.*)$", blocks):
-        with contextlib.suppress(ValueError):  # a BibTeX entry or a listing, where quotes need not be closed
-            yield shlex.split(line, comments=True)
 
 
 @of_readmes
@@ -64,7 +58,7 @@ def test_stale_tables_and_numbers_are_rewritten():
 @of_readmes
 def test_measured_numbers_in_prose_are_generated(path):
     """A number that was typed by hand stays when the results change."""
-    unit = r"(BLEU|chrF2?|points|times|tokens/s|sentences/s|pairs a second|GPU hours|ms\b|TB/s|TFLOP/s|MB\b|GB\b|[GM]iB)"
+    unit = r"(?:BLEU|chrF2?|points|times|tokens/s|sentences/s|ms|TB/s|TFLOP/s|[GM]iB)\b"
     found = re.findall(rf"[^\n]*\b\d[\d.,]*\s+{unit}[^\n]*", prose(path.read_text(encoding="utf-8")))
     assert not found
 
@@ -89,40 +83,110 @@ def test_the_readme_is_one_page():
     assert len(re.sub(r"<!--.*?-->", "", text)) <= 11_500
 
 
-# -- flags ------------------------------------------------------------------------------------------------------------
+# -- commands ---------------------------------------------------------------------------------------------------------
+
+SOURCES = [path for folder in ("scripts", "examples", "ap_fairseq") for path in (ROOT / folder).rglob("*.py")]
+OTHERS = {"pip", "python3", "apt-get", "compute-sanitizer", "torchrun", "srun"}  # not of fairseq or of this package
+COMMANDS = [f"ap-{path.stem.replace('_', '-')}" for path in (ROOT / "ap_fairseq/cli").glob("*.py")]
+COMMANDS = sorted({*COMMANDS} - {"ap-common", "ap---init--"})
 
 
-def help_of(command):
-    """The help of one of this package's commands."""
+def commands(text):
+    """The commands of the indented blocks, split into words; continued lines are joined."""
+    for block in re.findall(r"(?m)(?:^ {4,}.*\n)+", text):
+        for line in re.sub(r"\\\n\s*", " ", block).splitlines():
+            with contextlib.suppress(ValueError):  # BibTeX and listings: not every quote is closed
+                words = shlex.split(line, comments=True)
+                while words and "=" in words[0]:  # settings of the environment
+                    words.pop(0)
+                if words:
+                    yield words
+
+
+def flags_of(words):
+    """The flags among *words*, with those that a word quotes (--record '--fp16 --max-tokens 16384')."""
+    split = itertools.chain.from_iterable(word.split() if word.startswith("-") else [word] for word in words)
+    return {word.split("=")[0] for word in split if re.match(r"--?[a-zA-Z]", word)}
+
+
+@functools.cache
+def own_flags(command):
+    """The flags in the help of one of this package's commands."""
     main = importlib.import_module(f"ap_fairseq.cli.{command.removeprefix('ap-').replace('-', '_')}").main
     shown = io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(shown), pytest.raises(SystemExit):
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(shown):
         patch.setattr("sys.argv", [command, "--help"])
-        main()
-    return shown.getvalue()
+        with pytest.raises(SystemExit):
+            main()
+    return set(re.findall(r"(?<![\w-])--?[a-zA-Z][\w-]*", shown.getvalue()))
 
 
-def flags_of(text):
-    return set(re.findall(r"(?<![\w-])--?[a-zA-Z][\w-]*", text))
+@functools.cache
+def source_flags(path):
+    """The flags that a script defines, by its source."""
+    return {"-h", "--help"} | set(re.findall(r"[\"'](--?[a-zA-Z][\w-]*)[\"']", path.read_text(encoding="utf-8")))
 
 
+@functools.cache
 def fairseq_flags():
-    """Every flag of fairseq's commands, with those of all its components."""
-    flags = set()
-    for parser in (
+    """Every flag of fairseq's commands, with those of all its components and ours."""
+    parsers = [
         options.get_training_parser(),
-        options.get_generation_parser(interactive=True),
+        options.get_interactive_generation_parser(),
         options.get_validation_parser(),
         options.get_preprocessing_parser(),
-    ):
-        flags |= set(parser._option_string_actions)
+    ]
     components = [ARCH_MODEL_REGISTRY["pruned_transformer"], *TASK_REGISTRY.values()]
     components += [component for registry in REGISTRIES.values() for component in registry["registry"].values()]
     for component in components:
-        parser = argparse.ArgumentParser(conflict_handler="resolve", allow_abbrev=False)
+        parsers.append(argparse.ArgumentParser(conflict_handler="resolve", allow_abbrev=False))
         if hasattr(component, "add_args"):
-            component.add_args(parser)
+            component.add_args(parsers[-1])
         elif getattr(component, "__dataclass", None):
-            gen_parser_from_dataclass(parser, getattr(component, "__dataclass")())
-        flags |= set(parser._option_string_actions)
-    return flags
+            gen_parser_from_dataclass(parsers[-1], getattr(component, "__dataclass")())
+    return set().union(*(parser._option_string_actions for parser in parsers))
+
+
+def allowed_flags(program, words):
+    """The flags that a command may have; None for programs of others."""
+    if program.startswith("fairseq-"):
+        return fairseq_flags()
+    if program.startswith("ap-"):
+        passed_on = {"ap-record": fairseq_flags(), "ap-prune-schedule": fairseq_flags()}.get(program, set())
+        quoted = own_flags("ap-masks") | own_flags("ap-record") if program == "ap-prune-schedule" else set()
+        subcommands = source_flags(ROOT / "ap_fairseq/cli/report.py") if program == "ap-report" else set()
+        return own_flags(program) | passed_on | quoted | subcommands
+    paths = [ROOT / word for word in words if word.endswith((".py", ".sh"))]
+    if paths and program not in OTHERS:
+        for path in paths:
+            assert path.exists(), f"{path} of {' '.join(words)}"
+        recipes = ROOT.glob("examples/*/*.py") if paths[0].suffix == ".sh" else []
+        return set().union(*map(source_flags, [*(path for path in paths if path.suffix == ".py"), *recipes]))
+    return None
+
+
+@of_readmes
+def test_flags_of_commands_exist(path):
+    for words in commands(path.read_text(encoding="utf-8")):
+        allowed = allowed_flags(words[0], words)
+        if allowed is not None:
+            assert flags_of(words[1:]) <= allowed, " ".join(words)
+
+
+def test_commands_are_found():
+    """Of the main README at least: a changed layout must not empty the test above."""
+    words = list(commands((ROOT / "README.md").read_text(encoding="utf-8")))
+    programs = {command[0] for command in words}
+    assert programs >= {"ap-record", "ap-masks", "fairseq-train", "fairseq-generate", "ap-evaluate", "bash"}
+    train = next(command for command in words if command[0] == "fairseq-train")
+    assert {"--user-dir", "--attention-masks", "--save-dir"} <= flags_of(train)
+    assert "--no-such-flag" not in fairseq_flags() | own_flags("ap-masks")
+
+
+@of_readmes
+def test_flags_in_prose_exist(path):
+    known = fairseq_flags().union(*map(source_flags, SOURCES))
+    known |= {flag for command in COMMANDS for flag in own_flags(command)}
+    text = re.sub(r"(?m)^ {4}.*$", "", readme_tables.TABLE.sub("", path.read_text(encoding="utf-8")))
+    quoted = re.findall(r"`([^`]*)`", text)
+    assert flags_of(itertools.chain.from_iterable(part.split() for part in quoted if "pip" not in part)) <= known
