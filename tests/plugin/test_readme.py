@@ -156,7 +156,8 @@ def allowed_flags(program, words):
         quoted = own_flags("ap-masks") | own_flags("ap-record") if program == "ap-prune-schedule" else set()
         subcommands = source_flags(ROOT / "ap_fairseq/cli/report.py") if program == "ap-report" else set()
         return own_flags(program) | passed_on | quoted | subcommands
-    paths = [ROOT / word for word in words if word.endswith((".py", ".sh"))]
+    named = [word for word in words if word.endswith((".py", ".sh"))]
+    paths = [ROOT / word if "/" in word else next(ROOT.glob(f"examples/*/{word}"), ROOT / word) for word in named]
     if paths and program not in OTHERS:
         for path in paths:
             assert path.exists(), f"{path} of {' '.join(words)}"
