@@ -145,16 +145,17 @@ def preprocess(
         command = [
             sys.executable, "-m", "fairseq_cli.preprocess",
             "--source-lang", pair[0], "--target-lang", pair[1],
-            *(word for split in SPLITS for word in (f"--{split}pref", str(folder / split))),
-            "--srcdict", str(dictionary), "--joined-dictionary",
-            "--destdir", str(destination / name), "--workers", str(workers),
+            *(word for split in SPLITS for word in (f"--{split}pref", split)),
+            "--srcdict", str(dictionary.absolute()), "--joined-dictionary",
+            "--destdir", str((destination / name).absolute()), "--workers", str(workers),
         ]
         # fmt: on
         log = logs / f"preprocess-{name}.log"
         log.write_text(f"{shlex.join(command)}\n")
         with log.open("a") as stream:
             # All at once: most of their time is the import of fairseq.
-            running[log] = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT)
+            # In the folder of the text, as a comma in a prefix would separate two.
+            running[log] = subprocess.Popen(command, cwd=folder, stdout=stream, stderr=subprocess.STDOUT)
     failed = {log: process.returncode for log, process in running.items() if process.wait()}
     for log, status in failed.items():
         tail = "\n".join(log.read_text(errors="replace").splitlines()[-5:])

@@ -163,6 +163,11 @@ class Recipe:
         names = [f"{self.source}-{self.target}", args.variant]
         self.data = args.data or folder / "data" / "-".join(filter(None, [*names, self.size.data]))
         self.run = args.out or folder / "runs" / "-".join(filter(None, [*names, name, f"seed{args.seed}"]))
+        for flag, path in (("--data", self.data), ("--out", self.run)):
+            if os.pathsep in str(path):
+                raise UserError(
+                    f"{flag} {path}: fairseq takes {os.pathsep!r} in a path for the end of it; name another"
+                )
         self.prepare_options = [*options, "--out", str(self.data)]
 
         self.stages = Stages(self.run)
@@ -416,6 +421,10 @@ def main(arguments: list[str] | None = None) -> None:
         for stage in STAGES if args.stage == "all" else (args.stage,):
             getattr(recipe, stage)()
     except (UserError, PrepareError) as error:
+        sys.exit(f"run.sh: error: {error}")
+    except OSError as error:
+        if error.filename is None:
+            raise
         sys.exit(f"run.sh: error: {error}")
 
 

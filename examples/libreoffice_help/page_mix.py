@@ -94,14 +94,15 @@ def build(data: Path, lengths: Sequence[int]) -> dict[str, int]:
             lines += encoded(chunks, side)
         write_lines(folder / f"train.bpe.{language}", lines)
         counts["train"] = len(lines)
-    tests = ",".join(str(folder / f"{name}.bpe") for name in subsets if name.startswith("test"))
+    tests = ",".join(f"{name}.bpe" for name in subsets if name.startswith("test"))
     # fmt: off
     subprocess.run(
         [
             sys.executable, "-m", "fairseq_cli.preprocess", "--source-lang", pair[0], "--target-lang", pair[1],
-            "--trainpref", folder / "train.bpe", "--validpref", folder / "valid.bpe", "--testpref", tests,
-            "--srcdict", data / "dict.txt", "--joined-dictionary", "--destdir", data / "data-bin" / "mix",
+            "--trainpref", "train.bpe", "--validpref", "valid.bpe", "--testpref", tests, "--joined-dictionary",
+            "--srcdict", data.absolute() / "dict.txt", "--destdir", data.absolute() / "data-bin" / "mix",
         ],
+        cwd=folder,  # a comma in its name would separate two prefixes
         check=True,
     )
     # fmt: on

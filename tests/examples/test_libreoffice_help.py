@@ -787,7 +787,7 @@ def test_the_mix_is_built_from_a_finished_corpus(run, tmp_path, monkeypatch, cap
     assert "holds no finished corpus" in capsys.readouterr().err
     run("--page-tokens", "60")
     commands = []
-    monkeypatch.setattr(page_mix.subprocess, "run", lambda command, check: commands.append(list(map(str, command))))
+    monkeypatch.setattr(page_mix.subprocess, "run", lambda command, **_: commands.append(list(map(str, command))))
     page_mix.main([str(tmp_path / "out"), "--lengths", "12", "25"])
     mix, sizes = tmp_path / "out" / "mix", {}
     for name in ("valid", "test", "test1", "test2", "test3", "train"):
@@ -800,4 +800,4 @@ def test_the_mix_is_built_from_a_finished_corpus(run, tmp_path, monkeypatch, cap
     texts = [(mix / f"{name}.de").read_text("utf-8") for name in ("test", "test1", "test3")]
     whole = [text.replace(" <sep> ", "\n").splitlines() for text in texts]
     assert whole[0] == whole[1] == whole[2]
-    assert f"{mix}/test.bpe,{mix}/test1.bpe,{mix}/test2.bpe,{mix}/test3.bpe" in commands[0]
+    assert "test.bpe,test1.bpe,test2.bpe,test3.bpe" in commands[0]

@@ -47,7 +47,7 @@ def recipe(data_mirror, tmp_path):
     def run(data_set, stage, *options, expect=0):
         folders = [
             "--data",
-            tmp_path / "the data",
+            tmp_path / "the data, ü",
             "--archives",
             tmp_path / "archives",
             "--out",
@@ -68,7 +68,7 @@ def recipe(data_mirror, tmp_path):
 def test_all_stages(recipe, tmp_path, data_set):
     """The second call finds everything done; the results have all systems and signatures. One recipe stage by stage.
 
-    Folders have spaces and a quote in their names, which scripts of the shell once split into words.
+    Folders have spaces, a quote, a comma and an umlaut in their names: fairseq-preprocess splits prefixes at commas.
     """
     name = "importance" if data_set == "iwslt14_de_en" else "per-kind"
     options = ["--systems", name, "--bpe-size", 600, "--metrics", "bleu", "chrf", "ter"]
@@ -77,7 +77,7 @@ def test_all_stages(recipe, tmp_path, data_set):
         options += ["--tokenized-bleu", "--sample", 100, "--scratch"]
     for stage in STAGES if data_set == "wmt14_en_de" else ["all"]:
         assert (": running, log in" in recipe(data_set, stage, *options)) == (stage != "report")
-    run, data = tmp_path / "run's folder", tmp_path / "the data"
+    run, data = tmp_path / "run's folder", tmp_path / "the data, ü"
     again = recipe(data_set, "all", *options)
     assert "running" not in again and again.count("done before") >= 13
     document = json.loads((run / "results.json").read_text())
@@ -129,6 +129,17 @@ def test_stages_out_of_order_and_unknown_options_are_refused(recipe):
     )
 
 
+def test_impossible_folders_are_named(recipe, tmp_path):
+    (tmp_path / "file").write_text("")
+    for folders, message in (
+        (["--out", tmp_path / "file"], "file"),
+        (["--out", tmp_path / "file" / "run"], "Not a directory"),
+        (["--data", tmp_path / "a:b"], "a:b: fairseq takes ':' in a path for the end of it"),
+    ):
+        printed = recipe("wmt14_en_fr", "prepare", *folders, expect=1)
+        assert message in printed and "run.sh: error: " in printed and "Traceback" not in printed
+
+
 def test_a_stage_with_other_settings_is_refused_with_both(recipe, tmp_path):
     recipe("wmt14_en_fr", "prepare", "--bpe-size", 600, "--valid-every", 20)
     message = recipe("wmt14_en_fr", "prepare", "--bpe-size", 600, "--valid-every", 30, expect=1)
@@ -138,9 +149,9 @@ def test_a_stage_with_other_settings_is_refused_with_both(recipe, tmp_path):
 def test_data_that_were_removed_are_made_again(recipe, tmp_path):
     """A mark said that they were made, and the next stage failed."""
     recipe("wmt14_en_fr", "prepare", "--bpe-size", 600, "--valid-every", 20)
-    shutil.rmtree(tmp_path / "the data")
+    shutil.rmtree(tmp_path / "the data, ü")
     recipe("wmt14_en_fr", "prepare", "--bpe-size", 600, "--valid-every", 20)
-    assert (tmp_path / "the data/counts.json").exists()
+    assert (tmp_path / "the data, ü/counts.json").exists()
 
 
 @pytest.mark.parametrize("data_set", [*DATA_SETS, "libreoffice_help"])
