@@ -44,13 +44,13 @@ def beam_search() -> None:
         beams = BeamSearchState((4, 40, 8), 5, [2, 3], [2], torch.device(DEVICE), kernels)
         beams.begin(torch.ones(3, dtype=torch.int64, device=DEVICE), 30, 2)
         for step in range(3):
-            beams.number_rows(4)
+            beams.number_slots(4)
             if kernels:
                 kv, pool = random(20, 2, 2, 64).to(DEVICE), torch.empty(1000, 2, 64, device=DEVICE)
-                append_to_pool(kv, pool, beams.offsets[:2], beams.step)
+                append_to_pool(kv, pool, beams.offsets[:2], beams.state.step)
             beams.advance(4, random(20, 500, seed=step).to(DEVICE), torch.zeros(500, device=DEVICE), 2)
         states.append(beams)
-    torch.testing.assert_close(states[0].scores, states[1].scores)
+    torch.testing.assert_close(states[0].state.scores, states[1].state.scores)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,7 @@
-"""A step of beam search after the decoder: from logits to the hypotheses that go on.
+"""A step of beam search after the decoder in two kernels, from logits to the hypotheses that go on.
 
-The reference is the same in some eighty operations of torch, each a launch:
-`ap_fairseq.search.beams.BeamSearchState.advance` without kernels. Here one kernel reads the logits once, and
-log-probabilities exist only for the few words that may be chosen.
+The reference, some eighty operations of torch with a launch each, is `beam_state`. Here one kernel reads the logits
+once, and log-probabilities exist only for the few tokens that may be chosen.
 """
 
 from __future__ import annotations
@@ -12,21 +11,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .beam_state import BeamState
 from .config import power_of_two
 
 LOWEST = tl.constexpr(-3.0e38)  # stands for -inf, so that what is taken already, or does not exist, is below it
-WORD_TILE = 4096  # words at a time
-TABLE_TILE = 1024  # cells of the table of rows that are moved at a time
+TOKEN_TILE = 4096  # tokens at a time
+TABLE_TILE = 1024  # cells of the block table that are moved at a time
 
 
-@triton.jit  # N_WORDS is a constant of a model; where it is a multiple of 16 the loads are wide
-def _group_kernel(
-    p_logits, p_penalty, p_maxima, p_lse, N_WORDS, SIZE: tl.constexpr, BS: tl.constexpr, BG: tl.constexpr
-):
+@triton.jit  # V is a constant of a model; where it is a multiple of 16 the loads are wide
+def _group_kernel(p_logits, p_penalty, p_maxima, p_lse, V, SIZE: tl.constexpr, BS: tl.constexpr, BG: tl.constexpr):
     """One hypothesis: log-sum-exp of its logits, and the largest of every group of SIZE <= BS penalized ones."""
     i_row = tl.program_id(0).to(tl.int64)
-    n_groups = N_WORDS // SIZE
-    p_logits += i_row * N_WORDS
+    n_groups = V // SIZE
+    p_logits += i_row * V
     b_m = tl.full([BG], float("-inf"), dtype=tl.float32)
     b_l = tl.zeros([BG], dtype=tl.float32)
     o_s = tl.arange(0, BS)
@@ -47,33 +45,33 @@ def _group_kernel(
 
 
 @triton.jit
-def _sum(p_logits, p_penalty, p_lse, p_scores, i_b, i_x, m_x, N_WORDS, BEAM: tl.constexpr):
-    """Scores of hypotheses with one more word; i_x counts through (BEAM, N_WORDS)."""
-    i_row, i_word = i_b * BEAM + i_x // N_WORDS, i_x % N_WORDS
-    b_x = tl.load(p_logits + i_row * N_WORDS + i_word, mask=m_x, other=0.0).to(tl.float32)
-    b_x = b_x - tl.load(p_lse + i_row, mask=m_x, other=0.0) + tl.load(p_penalty + i_word, mask=m_x, other=0.0)
+def _sum(p_logits, p_penalty, p_lse, p_scores, i_b, i_x, m_x, V, BEAM: tl.constexpr):
+    """Scores of hypotheses with one more token; i_x counts through (BEAM, V)."""
+    i_row, i_token = i_b * BEAM + i_x // V, i_x % V
+    b_x = tl.load(p_logits + i_row * V + i_token, mask=m_x, other=0.0).to(tl.float32)
+    b_x = b_x - tl.load(p_lse + i_row, mask=m_x, other=0.0) + tl.load(p_penalty + i_token, mask=m_x, other=0.0)
     return b_x + tl.load(p_scores + i_row, mask=m_x, other=0.0)
 
 
-@triton.jit(do_not_specialize=["N_WORDS", "EOS", "s_rows", "s_record", "s_final"])
+@triton.jit(do_not_specialize=["V", "EOS", "s_table", "s_record", "s_final"])
 def _choose_kernel(
     p_logits, p_penalty, p_lse, p_groups, p_step, p_max_len, p_sentence, p_unfinished,
-    p_scores, p_tokens, p_ignored, p_done, p_n_final, p_rows,
+    p_scores, p_tokens, p_ignored, p_done, p_n_final, p_table,
     p_chosen_beam, p_chosen_token, p_chosen_score, p_final_step, p_final_beam, p_final_score,
-    N_WORDS, EOS, s_rows, s_record, s_final,
+    V, EOS, s_table, s_record, s_final,
     BEAM: tl.constexpr, SIZE: tl.constexpr, BK: tl.constexpr, BS: tl.constexpr, BB: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """BK >= 2 BEAM candidates, BS >= SIZE words of a group, BB >= BEAM; BC columns of the table at a time."""
+    """BK >= 2 BEAM candidates, BS >= SIZE tokens of a group, BB >= BEAM; BC columns of the block table at a time."""
     i_b = tl.program_id(0).to(tl.int64)
     step = tl.load(p_step)
     last_step = step >= tl.load(p_max_len)
     K: tl.constexpr = 2 * BEAM
 
-    # The K best sums of a hypothesis and a word, among the words of the K best groups.
+    # The K best sums of a hypothesis and a token, among the tokens of the K best groups.
     o_x = tl.arange(0, BK * BS)
     m_x = (o_x // BS < K) & (o_x % BS < SIZE)
-    i_x = tl.load(p_groups + i_b * K + o_x // BS, mask=m_x, other=0) * SIZE + o_x % BS  # into BEAM * N_WORDS
-    b_x = _sum(p_logits, p_penalty, p_lse, p_scores, i_b, i_x, m_x, N_WORDS, BEAM)
+    i_x = tl.load(p_groups + i_b * K + o_x // BS, mask=m_x, other=0) * SIZE + o_x % BS  # into BEAM * V
+    b_x = _sum(p_logits, p_penalty, p_lse, p_scores, i_b, i_x, m_x, V, BEAM)
     b_x = tl.where(b_x >= LOWEST, b_x, LOWEST)  # NaN is not
     b_x = tl.where(m_x, b_x, float("-inf"))
     o_k = tl.arange(0, BK)
@@ -84,8 +82,8 @@ def _choose_kernel(
         b_x = tl.where(o_x == i_best, float("-inf"), b_x)
     m_k = o_k < K
     i_k = tl.load(p_groups + i_b * K + b_place // BS, mask=m_k, other=0) * SIZE + b_place % BS
-    b_parent, b_token = i_k // N_WORDS, i_k % N_WORDS
-    b_sum = _sum(p_logits, p_penalty, p_lse, p_scores, i_b, i_k, m_k, N_WORDS, BEAM)
+    b_parent, b_token = i_k // V, i_k % V
+    b_sum = _sum(p_logits, p_penalty, p_lse, p_scores, i_b, i_k, m_k, V, BEAM)
     b_sum = tl.where(b_sum >= LOWEST, b_sum, float("-inf"))
 
     # Those that end: recorded if they are among the first BEAM, while the sentence lacks hypotheses.
@@ -121,16 +119,16 @@ def _choose_kernel(
     tl.store(p_n_final + i_b, n_final)
     tl.store(p_done + i_b, ((done != 0) | ended).to(tl.int8))
 
-    # A hypothesis that goes on consists of the rows of its parent.
+    # A hypothesis that goes on consists of the slots of its parent.
     o_b = tl.arange(0, BB)
     b_from = tl.sum(tl.where((b_rank[None, :] == o_b[:, None]) & m_on[None, :], b_parent[None, :], 0), 1)
-    p_rows += i_b * BEAM * s_rows
+    p_table += i_b * BEAM * s_table
     for start in range(0, step + 1, BC):
         o_c = start + tl.arange(0, BC)
         m_bc = (o_b < BEAM)[:, None] & (o_c <= step)[None, :]
-        b_rows = tl.load(p_rows + b_from[:, None] * s_rows + o_c[None, :], mask=m_bc)
+        b_slots = tl.load(p_table + b_from[:, None] * s_table + o_c[None, :], mask=m_bc)
         tl.debug_barrier()
-        tl.store(p_rows + o_b[:, None] * s_rows + o_c[None, :], b_rows, mask=m_bc)
+        tl.store(p_table + o_b[:, None] * s_table + o_c[None, :], b_slots, mask=m_bc)
 
 
 def largest_of_groups(logits: Tensor, penalty: Tensor, size: int) -> tuple[Tensor, Tensor]:
@@ -144,34 +142,36 @@ def largest_of_groups(logits: Tensor, penalty: Tensor, size: int) -> tuple[Tenso
     Returns:
         float32 (N, V / size), the largest log-probability, penalized, of every group; float32 (N,), log-sum-exps.
     """
-    n, n_words = logits.shape
-    maxima = torch.empty(n, n_words // size, dtype=torch.float32, device=logits.device)
+    n, vocab_size = logits.shape
+    maxima = torch.empty(n, vocab_size // size, dtype=torch.float32, device=logits.device)
     lse = torch.empty(n, dtype=torch.float32, device=logits.device)
     width = power_of_two(size)
     _group_kernel[(n,)](
-        logits, penalty, maxima, lse, n_words, SIZE=size, BS=width, BG=max(WORD_TILE // width, 1), num_warps=8
+        logits, penalty, maxima, lse, vocab_size, SIZE=size, BS=width, BG=max(TOKEN_TILE // width, 1), num_warps=8
     )
     return maxima.sub_(lse[:, None]), lse
 
 
-def choose(beams, n: int, logits: Tensor, penalty: Tensor, lse: Tensor, groups: Tensor, size: int, eos: int) -> None:
-    """Launch `_choose_kernel`, which changes *beams* as `ap_fairseq.search.beams.BeamSearchState.choose` does.
+def choose(
+    state: BeamState, n: int, logits: Tensor, penalty: Tensor, lse: Tensor, groups: Tensor, size: int, eos: int
+) -> None:
+    """Launch `_choose_kernel`, which changes *state* as `beam_state.choose` does for the best continuations.
 
     Args:
-        beams: the state (`ap_fairseq.search.beams.BeamSearchState`), of which the first *n* sentences go on.
-        logits, penalty: of the next word, as in `largest_of_groups`; NaN counts as a log-probability of -inf.
+        state: its first *n* sentences go on.
+        logits, penalty: of the next token, as in `largest_of_groups`; NaN counts as a log-probability of -inf.
         lse: float32 (N,), from there.
-        groups: int64 (n, 2 * beam), the groups of *size* words with the best sums, counted through (beam, V / size).
+        groups: int64 (n, 2 * beam), the groups of *size* tokens with the best sums, counted through (beam, V / size).
     """
-    beam, n_words = beams.beam, logits.size(1)
+    beam, vocab_size = state.beam, logits.size(1)
     width = power_of_two(beam)
     _choose_kernel[(n,)](
-        logits, penalty, lse, groups, beams.step, beams.max_len, beams.sentence, beams.unfinished,
-        beams.scores, beams.tokens, beams.ignored.view(torch.int8), beams.done.view(torch.int8), beams.n_final,
-        beams.rows,
-        beams.chosen_beam, beams.chosen_token, beams.chosen_score,
-        beams.final_step, beams.final_beam, beams.final_score,
-        n_words, eos, beams.rows.stride(0), beams.chosen_beam.stride(0), beams.final_step.stride(0),
+        logits, penalty, lse, groups, state.step, state.max_len, state.sentence, state.unfinished,
+        state.scores, state.tokens, state.ignored.view(torch.int8), state.done.view(torch.int8), state.n_final,
+        state.block_table,
+        state.chosen_beam, state.chosen_token, state.chosen_score,
+        state.final_step, state.final_beam, state.final_score,
+        vocab_size, eos, state.block_table.stride(0), state.chosen_beam.stride(0), state.final_step.stride(0),
         BEAM=beam, SIZE=size, BK=2 * width, BS=power_of_two(size), BB=width, BC=max(TABLE_TILE // width, 16),
         num_warps=4,
     )  # fmt: skip

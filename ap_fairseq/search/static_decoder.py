@@ -65,8 +65,8 @@ class StaticSelfAttentionCache(PagedSelfAttention):
     """The first *n* hypotheses of a search on the device, of the heads of one site; the device counts the steps."""
 
     def __init__(self, pool: Tensor, beams: BeamSearchState, n: int, heads: slice, projection: tuple[Tensor, Tensor]):
-        super().__init__(pool, beams.rows[:n], beams.offsets[heads])
-        self.projection, self.device_step, self.kernels = projection, beams.step, beams.kernels
+        super().__init__(pool, beams.state.block_table[:n], beams.offsets[heads])
+        self.projection, self.device_step, self.kernels = projection, beams.state.step, beams.kernels
 
     def advance(self, kv: Tensor) -> None:
         if self.kernels:
@@ -85,7 +85,7 @@ class StaticCrossAttentionCache(PagedCrossAttention):
 
     def __init__(self, pool: Tensor, beams: BeamSearchState, n: int, heads: slice):
         super().__init__(pool, beams.starts[:n, heads], beams.source_offsets[heads], beams.lengths[:n])
-        self.device_step, self.positions = beams.step, beams.rows.size(1)
+        self.device_step, self.positions = beams.state.step, beams.state.block_table.size(1)
 
     def advance(self, kv: None = None) -> None:
         """Nothing: the search counts the steps."""
@@ -246,7 +246,7 @@ class StaticDecoder:
 
         Pools are enlarged if that frees less than half of them.
         """
-        live = renumber_live(self.beams.rows[: n * self.rules.beam, :length])
+        live = renumber_live(self.beams.state.block_table[: n * self.rules.beam, :length])
         positions = self.capacity.positions
         for module in self.self_sites:
             readable = self._last_use(module, max_len, positions)[:, :length] >= length
@@ -261,9 +261,9 @@ class StaticDecoder:
     def _count_unfinished(self):
         """Start reading the number of unfinished sentences; the result waits for it."""
         if not self.capture:
-            return self.beams.unfinished.item
+            return self.beams.state.unfinished.item
         host = torch.empty(1, dtype=torch.int64, pin_memory=True)
-        host.copy_(self.beams.unfinished, non_blocking=True)
+        host.copy_(self.beams.state.unfinished, non_blocking=True)
         event = torch.cuda.Event()
         event.record()
 
@@ -301,15 +301,15 @@ class StaticDecoder:
 
     def _step(self, n: int, states: list[dict]) -> None:
         """Decode one token of every hypothesis and choose how to go on. No shape and no branch depends on a value."""
-        self.beams.number_rows(n)
+        self.beams.number_slots(n)
         logits = self._logits(n * self.rules.beam, states)
-        self.beams.advance(n, logits, self.penalties[self.phases[self.beams.step]][0], self.rules.eos)
+        self.beams.advance(n, logits, self.penalties[self.phases[self.beams.state.step]][0], self.rules.eos)
 
     def _logits(self, n: int, states: list[dict]) -> Tensor:
         """Logits (n, V) of the next token; of an ensemble, logarithms of the average probabilities."""
         results = []
         for model, positions, state in zip(self.models, self.positions, states, strict=True):
-            logits = decoder_step(model.decoder, self.beams.tokens[:n], positions[self.beams.step], state)
+            logits = decoder_step(model.decoder, self.beams.tokens[:n], positions[self.beams.state.step], state)
             if self.rules.temperature != 1:
                 logits = logits.div_(self.rules.temperature)
             results.append(logits)

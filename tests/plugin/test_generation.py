@@ -13,7 +13,7 @@ from fairseq.sequence_generator import SequenceGenerator
 from plugin.builders import batch, dense_model, dictionary, pruned_model, random_masks
 
 from ap_fairseq.files import UserError
-from ap_fairseq.search import beams, generator, static_decoder
+from ap_fairseq.search import generator, static_decoder
 from ap_fairseq.search.generator import PrunedSequenceGenerator
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -93,7 +93,7 @@ def test_an_ensemble_is_averaged_as_in_fairseq(backend, lengths, options):
 
 
 def test_beams_wider_than_the_kernels_take_are_chosen_from_by_torch(monkeypatch):
-    monkeypatch.setattr(beams, "MAX_KERNEL_BEAM", 2)
+    monkeypatch.setattr("triton_ops.beam_state.MAX_KERNEL_BEAM", 2)
     monkeypatch.setattr("triton_ops.beam_search.choose", None)
     systems = models(attention_backend="triton")
     expected = SequenceGenerator(systems, WORDS, beam_size=3, max_len_b=5).generate([], sample([3, 4]))

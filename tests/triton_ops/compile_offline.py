@@ -12,8 +12,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from ap_fairseq.search.beams import BeamSearchState
 from triton_ops import AttentionLayout, backward, beam_search, decode, forward, ops, small
+from triton_ops.beam_state import BeamState, advance
 
 KERNELS = [
     forward._forward_kernel,
@@ -81,10 +81,10 @@ def decode_steps(dtype, dim, size, batch, beam=3):
 
 
 def search_step(size, batch, beam=3):
-    beams = BeamSearchState((batch, size, size), beam, [2], [2], torch.device("cpu"), kernels=True)
-    beams.advance(batch, torch.zeros(batch * beam, 96), torch.zeros(96), eos=2)
+    state = BeamState.empty(batch, size, beam, torch.device("cpu"))
+    advance(state, batch, torch.zeros(batch * beam, 96), torch.zeros(96), eos=2, kernels=True)
     kv, pool = torch.empty(batch * beam, 2, 2, 32), torch.empty(size, 2, 32)
-    ops.append_step(kv, pool, beams.offsets, beams.step)
+    ops.append_step(kv, pool, torch.zeros(2, size, dtype=torch.int32), state.step)
 
 
 def main():

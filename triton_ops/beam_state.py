@@ -1,0 +1,214 @@
+"""A step of beam search after the decoder: the state that it changes, and its definition in torch.
+
+The rules are those of ``fairseq.sequence_generator``. No tensor changes its place or shape and nothing waits for the
+device, so that a CUDA graph can do a step. `beam_search` does the same in two kernels.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+MAX_KERNEL_BEAM = 64  # beams that the kernels take: all candidates of a sentence are in the registers of one program
+
+
+class BeamState(NamedTuple):
+    """The hypotheses of up to B sentences in a search of T steps, on the device.
+
+    Sentence number B is a scratch slot, as place number `beam` of ended hypotheses is: what is written there is never
+    read.
+
+    Attributes:
+        step: int64 (1,), tokens of every hypothesis so far.
+        max_len: int64 (1,), the step in which all sentences end.
+        unfinished: int64 (1,), sentences that are not done.
+        tokens: int64 (B * beam,), the last token of every hypothesis that is continued.
+        scores: float32 (B, beam), of them, sums of log-probabilities.
+        ignored: bool (B, beam), whether a place holds an ended hypothesis, because fewer go on.
+        block_table: int32 (B * beam, T), where a KV cache holds their positions.
+        sentence: int64 (B,), the number of the sentence in every place of the batch.
+        n_final: int64 (B,), its ended hypotheses.
+        done: bool (B,), whether it has enough of them.
+        chosen_beam, chosen_token, chosen_score: int32, int32 and float32 (T, B + 1, beam), what every step chose: the
+            hypothesis that is continued, by which token, and the sum. Indexed by sentence, not by place.
+        final_step, final_beam, final_score: int32, int32 and float32 (B + 1, beam + 1), the step in which a hypothesis
+            ended, the hypothesis that it ended from, and the sum; a step of -1: none. Indexed by sentence.
+    """
+
+    step: Tensor
+    max_len: Tensor
+    unfinished: Tensor
+    tokens: Tensor
+    scores: Tensor
+    ignored: Tensor
+    block_table: Tensor
+    sentence: Tensor
+    n_final: Tensor
+    done: Tensor
+    chosen_beam: Tensor
+    chosen_token: Tensor
+    chosen_score: Tensor
+    final_step: Tensor
+    final_beam: Tensor
+    final_score: Tensor
+
+    @classmethod
+    def empty(cls, n_sentences: int, n_steps: int, beam: int, device: torch.device) -> BeamState:
+        """Allocate the state of *n_sentences* (B) and *n_steps* (T); `begin` makes it ready."""
+        b, t = n_sentences, n_steps
+        counter, places, record, final = (1,), (b, beam), (t, b + 1, beam), (b + 1, beam + 1)
+        kinds = {
+            torch.int64: dict(
+                step=counter, max_len=counter, unfinished=counter, tokens=(b * beam,), sentence=(b,), n_final=(b,)
+            ),
+            torch.int32: dict(
+                block_table=(b * beam, t), chosen_beam=record, chosen_token=record, final_step=final, final_beam=final
+            ),
+            torch.float32: dict(scores=places, chosen_score=record, final_score=final),
+            torch.bool: dict(ignored=places, done=(b,)),
+        }
+        return cls(
+            **{
+                name: torch.zeros(shape, dtype=dtype, device=device)
+                for dtype, shapes in kinds.items()
+                for name, shape in shapes.items()
+            }
+        )
+
+    @property
+    def beam(self) -> int:
+        return self.scores.size(1)
+
+    def begin(self, n: int, max_len: int, first_token: int) -> None:
+        """Start with *n* sentences, and hypotheses of at most *max_len* tokens before the one that ends them."""
+        for value in (self.step, self.ignored, self.n_final, self.block_table):
+            value.zero_()
+        self.max_len.fill_(max_len)
+        self.unfinished.fill_(n)
+        self.tokens.fill_(first_token)
+        self.scores.fill_(-math.inf)[:, 0] = 0  # at first all hypotheses are alike: only one is continued
+        self.final_step.fill_(-1)
+        # Empty places of the batch are done, and written to the scratch slot.
+        self.done.fill_(True)[:n] = False
+        torch.arange(n, out=self.sentence.fill_(self.done.numel())[:n])
+
+    def select(self, order: Tensor) -> None:
+        """Move the sentences in the places *order*, int64 (n,), to the first n places."""
+        n = order.numel()
+        hypotheses = (order[:, None] * self.beam + torch.arange(self.beam, device=order.device)).flatten()
+        for value in (self.scores, self.ignored, self.sentence, self.n_final, self.done):
+            value[:n] = value[order]
+        for value in (self.tokens, self.block_table):
+            value[: n * self.beam] = value[hypotheses]
+
+
+def advance(state: BeamState, n: int, logits: Tensor, penalty: Tensor, eos: int, kernels: bool) -> None:
+    """Choose how the first *n* sentences go on, and record it.
+
+    Args:
+        logits: (n * beam, V), of the next token; contiguous.
+        penalty: float32 (V,), added to log-probabilities. These count as -inf where they are NaN, as in fairseq.
+        eos: the token that ends a hypothesis.
+        kernels: whether the kernels do it, for beams that they take.
+    """
+    scores, k = state.scores[:n], 2 * state.beam
+    size = group_size(logits.size(1), 2)
+    if kernels and state.beam <= MAX_KERNEL_BEAM:
+        from . import beam_search  # imports triton
+
+        maxima, lse = beam_search.largest_of_groups(logits, penalty, size)
+        groups = best_groups(maxima.view(n, state.beam, -1), scores, k)
+        beam_search.choose(state, n, logits, penalty, lse, groups, size, eos)
+    else:
+        log_probs = logits.log_softmax(-1, dtype=torch.float32).add_(penalty).view(n, state.beam, -1)
+        groups = best_groups(log_probs.unflatten(2, (-1, size)).amax(-1), scores, k)
+        choose(state, n, *best_continuations(log_probs, scores, groups, size), eos)
+    state.step.add_(1)
+
+
+def choose(state: BeamState, n: int, sums: Tensor, parent: Tensor, token: Tensor, eos: int) -> None:
+    """Record the continuations of the first *n* sentences that end, and go on with the others.
+
+    Args:
+        sums: float32 (n, 2 * beam), of log-probabilities, best first.
+        parent, token: int64 (n, 2 * beam), the hypothesis that is continued, and by which token.
+    """
+    beam = state.beam
+    sentence, done, ignored, n_final = (x[:n] for x in (state.sentence, state.done, state.ignored, state.n_final))
+
+    ends = token.eq(eos) & sums.ne(-math.inf)
+    ends[:, :beam] &= ~ignored
+    counted = ends[:, :beam] & ~done[:, None]  # only among the first `beam` candidates
+    place = n_final[:, None] + counted.cumsum(1) - 1
+    place = torch.where(counted & (place < beam), place, beam)
+    where = (sentence[:, None].expand_as(place), place)
+    state.final_step.index_put_(where, state.step.to(torch.int32).expand_as(place))
+    state.final_beam.index_put_(where, parent[:, :beam].to(torch.int32))
+    state.final_score.index_put_(where, sums[:, :beam].contiguous())
+    n_final.copy_((n_final + counted.sum(1)).clamp_max(beam))
+    ended = (n_final == beam) | (state.step >= state.max_len)
+    state.unfinished.sub_((ended & ~done).sum())
+    done |= ended
+
+    ends[:, :beam] |= ignored
+    order = ends * (2 * beam) + torch.arange(2 * beam, device=ends.device)
+    order, active = order.topk(beam, largest=False)
+    ignored.copy_(order >= 2 * beam)
+    parent, token, sums = (x.gather(1, active) for x in (parent, token, sums))
+    at = (state.step.expand_as(sentence), sentence)
+    state.chosen_beam.index_put_(at, parent.to(torch.int32))
+    state.chosen_token.index_put_(at, token.to(torch.int32))
+    state.chosen_score.index_put_(at, sums)
+    state.scores[:n] = sums
+    state.tokens[: n * beam] = token.flatten()
+    parent = parent + beam * torch.arange(n, device=parent.device)[:, None]
+    state.block_table[: n * beam] = state.block_table.index_select(0, parent.flatten())
+
+
+def best_groups(maxima: Tensor, scores: Tensor, k: int) -> Tensor:
+    """Find the groups of tokens that hold the k best sums of a hypothesis and one more token, of each sentence.
+
+    They lie in the k groups with the best maxima. So the large tensor is read once, where ``topk`` of all sums reads it
+    once for every eight bits, and the sums need not be formed.
+
+    Args:
+        maxima: float32 (n, beam, groups), of the log-probabilities of a group's tokens.
+        scores: float32 (n, beam), of the hypotheses so far.
+
+    Returns:
+        int64 (n, k), counted through (beam, groups).
+    """
+    return _best(maxima + scores[..., None], k)[1]
+
+
+def best_continuations(log_probs: Tensor, scores: Tensor, groups: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Find the k best sums of a hypothesis and one more token among the k *groups* of each sentence, int64 (n, k).
+
+    Args:
+        log_probs: float32 (n, beam, V), of the next token.
+        size: of a group.
+
+    Returns:
+        Sums float32, hypotheses int64 and tokens int64, (n, k) each, best first.
+    """
+    vocab_size, k = log_probs.size(2), groups.size(1)
+    index = (groups[..., None] * size + torch.arange(size, device=groups.device)).flatten(1)  # into beam * V
+    parent, token = index // vocab_size, index % vocab_size
+    sums, place = _best(log_probs.flatten(1).gather(1, index) + scores.gather(1, parent), k)
+    return sums, parent.gather(1, place), token.gather(1, place)
+
+
+def _best(sums: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k best of each sentence, best first, and their places; NaN counts as -inf."""
+    return sums.nan_to_num_(-math.inf, posinf=math.inf, neginf=-math.inf).flatten(1).topk(k)
+
+
+@functools.cache
+def group_size(vocab_size: int, least: int) -> int:
+    """The divisor of *vocab_size* nearest to 64, up to 128, that leaves *least* groups or more."""
+    divisors = (size for size in range(1, min(vocab_size // least, 128) + 1) if vocab_size % size == 0)
+    return min(divisors, key=lambda size: abs(math.log2(size / 64)))
