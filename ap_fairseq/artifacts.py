@@ -259,7 +259,8 @@ class AttentionStats:
         ends = self.end_mass.keys() & other.end_mass.keys()
         end_mass = {kind: self.end_mass[kind] + other.end_mass[kind] for kind in ends}
         importance = {
-            kind: sum(_grown(part.importance[kind], support[kind].shape) for part in (self, other))
+            kind: _grown(self.importance[kind], support[kind].shape)
+            + _grown(other.importance[kind], support[kind].shape)
             for kind in self.importance.keys() & other.importance.keys()
         }
         return AttentionStats(mass, support, metadata, end_mass, importance)

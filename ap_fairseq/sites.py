@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from ap_fairseq.files import UserError
 
-if TYPE_CHECKING:  # what only reads files needs neither
+if TYPE_CHECKING:  # commands that only read files run without fairseq
+    from fairseq.models.transformer import TransformerModelBase
     from fairseq.modules import MultiheadAttention
-    from torch import nn
 
 
 class AttentionKind(StrEnum):
@@ -38,7 +38,7 @@ class AttentionSite(NamedTuple):
     layer: int
 
 
-def attention_sites(model: nn.Module) -> Iterator[tuple[AttentionSite, MultiheadAttention]]:
+def attention_sites(model: TransformerModelBase) -> Iterator[tuple[AttentionSite, MultiheadAttention]]:
     """Yield every attention module of a fairseq encoder-decoder transformer with its site.
 
     A decoder with ``cross_self_attention`` attends to source and target at once; such modules belong to none of the
@@ -55,7 +55,7 @@ def attention_sites(model: nn.Module) -> Iterator[tuple[AttentionSite, Multihead
             yield AttentionSite(AttentionKind.CROSS, layer), module.encoder_attn
 
 
-def architecture(model: nn.Module) -> dict[str, list[int]]:
+def architecture(model: TransformerModelBase) -> dict[str, list[int]]:
     """Return ``{kind: [layers, heads]}`` of a model, the shape that statistics and masks of it have."""
     shape: dict[str, list[int]] = {}
     for site, module in attention_sites(model):

@@ -15,13 +15,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
 
 from ap_fairseq.artifacts import AttentionStats
-from ap_fairseq.evaluation.tables import Table, markdown
+from ap_fairseq.cli.common import command
+from ap_fairseq.evaluation.tables import Table, markdown, plain
 from ap_fairseq.files import ArtifactError, UserError, refuse_existing, write_json
 from ap_fairseq.provenance import versions
 from ap_fairseq.pruning.build import build_masks
@@ -73,37 +73,34 @@ def get_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main() -> None:
-    args = get_parser().parse_args()
+@command
+def main(argv: list[str]) -> None:
+    args = get_parser().parse_args(argv)
     if args.markdown:
         print(format_markdown(json.loads(Path(args.markdown).read_text(encoding="utf-8"))))
         return
     if not args.samples:
-        raise ArtifactError("name the statistics of the whole data set and of at least one sample")
+        raise UserError("name the statistics of the whole data set and of at least one sample")
     if args.output:
-        refuse_existing(args.output, args.overwrite)
+        refuse_existing(args.output, args.overwrite, [args.full, *args.samples])
     full = AttentionStats.load(args.full)
     spec = MaskSpec(budgets={kind: args.share for kind in full.kinds}, granularity=args.granularity)
-    rows = []
-    print(f"{'sentences':>10}  {'kind':<13}{'overlap':>9}{'effective':>11}{'kept mass':>18}")
+    samples, rows = [], []
     for path in args.samples:
         sample = AttentionStats.load(path)
         if sample.metadata["checkpoint"] != full.metadata["checkpoint"]:
             raise ArtifactError(f"{path} and {args.full} were recorded from different checkpoints")
         kinds = compare(full, sample, spec)
-        rows.append({"sentences": sample.metadata["sentences"], "sample": sample.metadata["sample"], "kinds": kinds})
+        size = sample.metadata["sentences"]
+        samples.append({"sentences": size, "sample": sample.metadata["sample"], "kinds": kinds})
         for kind, row in kinds.items():
             masses = f"{row['kept_mass']:.2%} ({row['kept_mass_of_whole']:.2%})"
-            print(
-                f"{rows[-1]['sentences']:>10,}  {kind:<13}{row['overlap']:>9.2%}{row['effective']:>11.2%}{masses:>18}"
-            )
+            rows.append([f"{size:,}", kind, f"{row['overlap']:.2%}", f"{row['effective']:.2%}", masses])
     if args.output:
-        document = {"share": args.share, "granularity": args.granularity, "samples": rows, "versions": versions()}
+        document = {"share": args.share, "granularity": args.granularity, "samples": samples, "versions": versions()}
         write_json(args.output, {**document, "whole": full.metadata}, args.overwrite)
+    print(plain(Table(["sentences", "kind", "overlap", "effective", "kept mass"], rows, align="rlrrr")))
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        sys.exit(f"sample_error.py: error: {error}")
+    main()

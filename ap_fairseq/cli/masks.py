@@ -206,3 +206,7 @@ def main(argv: list[str]) -> None:
     refuse_existing(args.output, args.overwrite, filter(None, [*args.stats, args.like]))
     stats = AttentionStats.load_merged(args.stats)
     write_masks(stats, spec_from(args, stats), args.output, args.overwrite, args.per_layer)
+
+
+if __name__ == "__main__":
+    main()

@@ -141,3 +141,7 @@ def main(argv: list[str]) -> None:
         *(args.rounds, args.updates, args.shape),
     )
     logger.info(f"checkpoint {checkpoint}, masks {masks}")
+
+
+if __name__ == "__main__":
+    main()

@@ -229,7 +229,7 @@ def _finish(keep, extrapolation, stats: AttentionStats, kind: AttentionKind, spe
     keep[..., unseen] = extrapolated(extrapolation, len(support), support.shape)[..., unseen]
     keep[..., _always_kept(stats, kind, spec)] = True
     if kind.causal:
-        keep &= np.tri(*support.shape, dtype=bool)
+        keep &= np.tri(*support.shape, dtype=np.bool_)
 
 
 def _always_kept(stats: AttentionStats, kind: AttentionKind, spec: MaskSpec) -> np.ndarray:
@@ -243,7 +243,7 @@ def _always_kept(stats: AttentionStats, kind: AttentionKind, spec: MaskSpec) -> 
 
 def _number_units(shape: tuple[int, int], granularity: Granularity) -> np.ndarray:
     """Return the number of each cell's unit: int64 (Tq, Tk)."""
-    if granularity == "diagonal":
+    if isinstance(granularity, str):  # diagonal
         return criteria.offset_of_cell(shape)
     row, column = np.ogrid[: shape[0], : shape[1]]
     per_row = -(-shape[1] // granularity)
