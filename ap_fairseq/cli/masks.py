@@ -173,14 +173,15 @@ def spec_from(args: argparse.Namespace, stats: AttentionStats) -> MaskSpec:
 
 def format_summary(built: BuiltMasks, per_layer: bool = False) -> str:
     """Render the effect of masks as a table for terminals: one row for each kind, or also for each layer, and all."""
-    nominal = built.masks.metadata["spec"]["criterion"] == "percentile"
+    spec = built.masks.metadata["spec"]
+    nominal = spec["criterion"] == "percentile"
     header = ["kind", *(["layer"] if per_layer else []), "effective", *(["nominal"] if nominal else []), "kept mass"]
     rows = []
     for row in built.summary:
         if row.layer is None or per_layer:
             layer = ["all" if row.layer is None else str(row.layer)] if per_layer else []
-            shares = [row.effective, *([row.nominal] if nominal else []), row.kept_mass]
-            cells = [row.kind, *layer, *(f"{share:.1%}" for share in shares)]
+            square = [f"{row.nominal:.1%}" if row.kind in spec["budgets"] else ""] if nominal else []
+            cells = [row.kind, *layer, f"{row.effective:.1%}", *square, f"{row.kept_mass:.1%}"]
             rows.append([*cells, f"{row.guaranteed_rows}/{row.rows}"] if per_layer else cells)
     total = built.masks.metadata["total"]
     shares = [f"{total['effective']:.1%}", *([""] if nominal else []), f"{total['kept_mass']:.1%}"]

@@ -292,7 +292,9 @@ def test_the_table_has_a_row_for_each_kind_and_nominal_sparsity_only_where_it_is
     lines = cli_masks.format_summary(build(stats, 0.5)).splitlines()
     assert [line.split("  ")[0] for line in lines[2:]] == [*AttentionKind, "all kinds"]
     assert "nominal" not in lines[0] and lines[2].split()[1] == "50.0%"
-    assert "nominal" in cli_masks.format_summary(build(stats, 0.5, criterion="percentile")).splitlines()[0]
+    built = build(stats, 0.5, kinds=SELF, criterion="percentile")
+    header, _, encoder, _, cross, _ = cli_masks.format_summary(built).splitlines()
+    assert "nominal" in header and len(encoder.split()) == 4 and len(cross.split()) == 3  # no budget
     lines = cli_masks.format_summary(build(stats, 0.5), per_layer=True).splitlines()
     assert len(lines) == 2 + 3 * (1 + 3) + 1 and lines[0].endswith("guaranteed rows") and lines[4].split()[1] == "1"
 
