@@ -181,8 +181,8 @@ def _layers(kept: Mapping[AttentionKind, KeptMass]) -> str:
 
 
 def _nominal(nominal_half: Mapping[AttentionKind, float]) -> str:
-    shares = ", ".join(f"{share:.1%} of {kind.value}" for kind, share in nominal_half.items())
-    return f"At a nominal sparsity of 50%, the published percentile criterion would prune {shares}, in existing pairs."
+    shares = _join([f"{share:.1%} in {kind.value}" for kind, share in nominal_half.items()])
+    return f"At a nominal 50%, the published percentile criterion would prune these shares of existing pairs: {shares}."
 
 
 def _scores(systems: list[System]) -> str:
