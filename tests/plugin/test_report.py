@@ -187,16 +187,16 @@ def test_results_of_the_committed_run():
     systems = {s.name: s for s in results.read_results(ROOT / "tests/plugin/scored_run.json", PAIRS)}
     assert systems["dense"].series is None and systems["dense"].total == 0
     assert (
-        systems["joint.tuned"].series == "mean, fine-tuned"
+        systems["per-kind.tuned"].series == "mean, fine-tuned"
         and systems["random.untuned"].series == "random, no fine-tuning"
     )
     assert systems["cross.tuned"].series == "mean, cross only, fine-tuned"
     assert systems["cross.tuned"].total == pytest.approx(0.5, abs=1e-3)
-    assert systems["all-kept.tuned"].series == "no pruning, fine-tuned" and systems["all-kept.tuned"].total == 0
+    assert systems["all-ones.tuned"].series == "no pruning, fine-tuned" and systems["all-ones.tuned"].total == 0
     assert systems["percentile.tuned"].total < 0.01
     differences = statements._scores(list(systems.values()))
-    assert "cross at 50% +1.67 (cross.tuned against all-kept.tuned)" in differences
-    assert "joint" not in differences and "percentile" not in differences
+    assert "cross at 50% +1.67 (cross.tuned against all-ones.tuned)" in differences
+    assert "per-kind" not in differences and "percentile" not in differences
 
 
 def test_lines_of_a_sweep_and_their_intervals(tmp_path):
@@ -364,7 +364,7 @@ def scores_file(tmp_path_factory):
     """The committed scores of the CPU quickstart, with an interval and a hostile name."""
     document = json.loads((ROOT / "examples/libreoffice_help/results/cpu.json").read_text(encoding="utf-8"))
     document["significance"] = {"systems": {"dense": {"bleu": {"score": 19.52, "ci95": 1.25}}}}
-    document["systems"][1]["system"] = "</script><b>joint_&.untuned"
+    document["systems"][1]["system"] = "</script><b>per-kind_&.untuned"
     path = tmp_path_factory.mktemp("scores") / "results.json"
     path.write_text(json.dumps(document))
     return path
@@ -440,7 +440,7 @@ def test_tables_for_papers(folder):
     markdown, latex = (folder / "table.md").read_text(), (folder / "table.tex").read_text()
     assert re.search(r"\| masks +\| cross +\| +(49|50)\.\d% \|", markdown)
     assert re.search(r"\| dense +\| dense +\|( +– \|){3} +19.52 ± 1.25 \| +48.33 \| +– \|", markdown)
-    name = r"\ensuremath{<}/script\ensuremath{>}\ensuremath{<}b\ensuremath{>}joint\_\&.untuned"
+    name = r"\ensuremath{<}/script\ensuremath{>}\ensuremath{<}b\ensuremath{>}per-kind\_\&.untuned"
     assert re.search(re.escape(name) + r" +& mean, no fine-tuning +& +50.0\\% +&", latex)
     assert latex.count(r"\begin{table}") == latex.count(r"\end{table}") == latex.count(r"\toprule") == 3
 
@@ -451,7 +451,7 @@ def test_the_page_is_one_file(folder):
     assert {link for link in parsed.links if not link.startswith(("#", "data:"))} == set()
     assert "@import" not in text and "fetch(" not in text and not re.search(r"url\((?!#)", text)
     assert len(parsed.ids) == len(set(parsed.ids))
-    assert "</script><b>" not in text and "&lt;/script&gt;&lt;b&gt;joint_" in text
+    assert "</script><b>" not in text and "&lt;/script&gt;&lt;b&gt;per-kind_" in text
     assert len(parsed.alternatives) >= 8
     labelled = [text for text in parsed.alternatives if text is not None]
     assert len(labelled) == len(parsed.alternatives) - 1  # the script labels the heat map, by the head in view
@@ -480,7 +480,7 @@ def test_the_terminal_shows_about_ten_lines(tmp_path, masks_file, stats_file, sc
     assert len(lines) <= 10 and max(map(len, lines)) <= 130
     assert lines[0].startswith("Recorded on 33,025 sentence pairs") and lines[-1].endswith("report.html")
     assert [line.split(":")[0] for line in lines[1:5]] == [*AttentionKind, "masks"]
-    assert "3 systems: BLEU 19.00" in lines[-2] and "to 21.06 (joint.tuned)" in lines[-2]
+    assert "3 systems: BLEU 19.00" in lines[-2] and "to 21.06 (per-kind.tuned)" in lines[-2]
 
 
 def array(parsed: Page, name: str, dtype) -> np.ndarray:
