@@ -6,12 +6,13 @@
     python scripts/bench_attention.py --table scripts/bench_attention.h100.json         # Markdown, no GPU needed
 
 Rivals: SDPA with the flash, cuDNN and memory-efficient back ends (dense), SDPA with the mask as a dense float
-tensor (what stock fairseq computes), FlexAttention with the same block mask, and the eager definition. A rival
-that cannot run a case is recorded with its error. Everything is timed as CUDA-graph replays: at 90% sparsity even
-4 x 16 x 4096 takes no longer than its launch from Python, which the section `host` measures by itself. `tflops`
-counts kept cells only (all of a dense rival): 4 D FLOP per kept cell forward, 10 D more backward. `gathered` is what
-forward reads of keys and values, each kept block once per query tile, over its time. The section `ceilings` measures
-what the chip gives: a matrix product of 8192³, and reads of the same gathered blocks without any arithmetic.
+tensor (what stock fairseq computes), FlexAttention with the same block mask, and the definition step by step
+(reference). A rival that cannot run a case is recorded with its error. Everything is timed as CUDA-graph replays: at
+90% sparsity even 4 x 16 x 4096 takes no longer than its launch from Python, which the section `host` measures by
+itself. `tflops` counts kept cells only (all of a dense rival): 4 D FLOP per kept cell forward, 10 D more backward.
+`gathered` is what forward reads of keys and values, each kept block once per query tile, over its time. The section
+`ceilings` measures what the chip gives: a matrix product of 8192³, and reads of the same gathered blocks without any
+arithmetic.
 """
 
 from __future__ import annotations
@@ -38,10 +39,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from provenance import git_commit
 
 from triton_ops import AttentionLayout, block_sparse_attention, decode_attention
+from triton_ops.reference import attention_reference
 from triton_ops.testing import assert_decode_within_budget, assert_within_budget, block_mask, make_case
 
 DEVICE = "cuda"
-DENSE_MASK_LIMIT = 2048  # longest sequences for which a dense mask and eager scores are built
+DENSE_MASK_LIMIT = 2048  # longest sequences for which a dense mask and the scores of the reference are built
 DENSE = {
     "sdpa flash": SDPBackend.FLASH_ATTENTION,
     "sdpa cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -208,10 +210,10 @@ def square_case(
     }
     if rivals:
         methods |= {name: dense(backend) for name, backend in DENSE.items()}
-        if size <= DENSE_MASK_LIMIT:  # the mask alone takes heads x size² elements, the eager scores batch times that
+        if size <= DENSE_MASK_LIMIT:  # the mask alone takes heads x size² elements, scores batch times that
             float_mask = torch.zeros(keep.shape, device=DEVICE, dtype=BFLOAT16).masked_fill_(~keep, -torch.inf)
             methods["sdpa dense mask"] = dense_mask(float_mask[None])
-            methods["eager"] = lambda q, k, v: block_sparse_attention(q, k, v, layout, backend="eager")
+            methods["reference"] = lambda q, k, v: attention_reference(q, k, v, keep, scale=dim**-0.5)[0]
     if block == 128:
         methods["flex 128"] = flex(keep, 128, autotune=False)
     if block == 64 and rivals and size > DENSE_MASK_LIMIT:  # minutes of compilation: once
@@ -271,7 +273,7 @@ def sentence_case(batch: int, heads: int, size: int, repeats: int) -> list[dict]
     methods = {
         "ours": lambda q, k, v: block_sparse_attention(q, k, v, layout, backend="triton", **options),
         "sdpa dense mask": dense_mask(float_mask, dropout_p),
-        "eager": lambda q, k, v: block_sparse_attention(q, k, v, layout, backend="eager", **options),
+        "reference": lambda q, k, v: attention_reference(q, k, v, keep, scale=64**-0.5, **options)[0],
     }
     rows = []
     for direction in ("forward", "forward+backward"):
@@ -503,7 +505,7 @@ RIVALS = {  # column of the table: what is in it
     "dense mask": ("sdpa dense mask",),
     "bmm, softmax, bmm": ("bmm softmax bmm",),
     "SDPA of a step": ("sdpa of a step",),
-    "eager": ("eager",),
+    "reference": ("reference",),
 }
 
 

@@ -1,4 +1,4 @@
-"""Public functions: check the arguments, then hand over to the kernels or to the eager reference."""
+"""Public functions: check the arguments, then hand over to the kernels or to torch under a dense mask."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ import operator
 import torch
 from torch import Tensor
 
+from .dense import attend_dense, draw_seed
 from .layout import AttentionLayout
-from .reference import attention_reference, decode_reference
+from .reference import decode_reference, laid_out_as, without_padding
 
 HEAD_SIZES = (16, 32, 64, 96, 128)
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-BACKENDS = ("auto", "triton", "eager")
+BACKENDS = ("auto", "triton", "sdpa")
 INTEGERS = (torch.int32, torch.int64)
 
 
@@ -32,7 +33,7 @@ def use_kernels(backend: str, dtype: torch.dtype, head_size: int, device: torch.
     """
     if backend not in BACKENDS:
         raise ValueError(f"unknown attention backend {backend!r}; choose one of {', '.join(BACKENDS)}")
-    if backend == "eager" or (backend == "auto" and device.type != "cuda"):
+    if backend == "sdpa" or (backend == "auto" and device.type != "cuda"):
         return False
     problem = None
     if dtype not in KERNEL_DTYPES:
@@ -44,7 +45,7 @@ def use_kernels(backend: str, dtype: torch.dtype, head_size: int, device: torch.
     if problem is None:
         return True
     if backend == "triton":
-        raise ValueError(f"backend 'triton' cannot run on {problem}; or use backend 'eager'")
+        raise ValueError(f"backend 'triton' cannot run on {problem}; or use backend 'sdpa'")
     return False
 
 
@@ -84,6 +85,21 @@ def _one_integer(name: str, value: int | Tensor, dtypes: tuple[torch.dtype, ...]
         raise TypeError(f"{name} must be an integer, or a tensor that holds one, got {value!r}") from None
 
 
+def _checked_seed(seed: int | Tensor | None, device: torch.device) -> Tensor | None:
+    if seed is None:
+        return None
+    seed = _one_integer("seed", seed, (torch.int64,), device)
+    if isinstance(seed, Tensor):
+        return seed
+    return torch.full((1,), (seed + 2**63) % 2**64 - 2**63, dtype=torch.int64, device=device)
+
+
+def _results(out: Tensor, *details: Tensor | None) -> Tensor | tuple[Tensor, ...]:
+    """out, or a tuple of it and those details that are asked for."""
+    wanted = [x for x in details if x is not None]
+    return (out, *wanted) if wanted else out
+
+
 def check_length_values(name: str, lengths: Tensor, size: int) -> None:
     """Raise ValueError if a length is negative or above `size`.
 
@@ -108,7 +124,7 @@ def _check_kinds(q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout, heads
     if not q.dtype == k.dtype == v.dtype:
         raise TypeError(f"q, k, v must share one dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
     if q.dtype not in (*KERNEL_DTYPES, torch.float64):
-        raise TypeError(f"q, k, v must be float16, bfloat16, float32 or, in the eager back end, float64, got {q.dtype}")
+        raise TypeError(f"q, k, v must be float16, bfloat16, float32 or, in back end sdpa, float64, got {q.dtype}")
     if not q.device == k.device == v.device:
         raise ValueError(f"q, k, v must be on one device, got {q.device}, {k.device} and {v.device}")
     if layout.device != q.device:
@@ -149,28 +165,38 @@ def block_sparse_attention(
     scale: float | None = None,
     backend: str = "auto",
     return_lse: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """Attention over the kept cells of `layout`; skipped tiles are never read or computed.
+    return_probs: bool = False,
+) -> Tensor | tuple[Tensor, ...]:
+    """Attention over the kept cells of `layout`; tiles of which nothing is kept are skipped.
 
     q: (B, H, Tq, D); k, v: (B, H, Tk, D): float16, bfloat16 or float32, any strides (views of time-first
-        tensors need no copy as long as the D elements of a row are adjacent). D is 16, 32, 64, 96 or 128; the eager
-        back end takes any, and float64. Under autocast they take the autocast type.
+        tensors need no copy as long as the D elements of a row are adjacent). D is 16, 32, 64, 96 or 128; back end
+        sdpa takes any, and float64. Under autocast they take the autocast type.
     layout: of H heads or 1, with q_size >= Tq and k_size >= Tk; its upper left corner is used. Call its `prepare`
         before a trace (torch.compile) or a capture (CUDA graphs).
     q_lengths, k_lengths: (B,) int32 or int64, valid positions from the left (right padding). Padded query
-        rows give 0, padded keys and values are not read. On a GPU values are clamped to the sizes
-        (`check_length_values` checks them).
+        rows give 0. What padding holds has no effect, NaN and infinity included. On a GPU lengths are clamped to the
+        sizes (`check_length_values` checks them).
     causal: also drop the cells j > i.
     dropout_p, seed: dropout on the probabilities. `seed` is an int or a one-element int64 tensor on the
         device (read when the kernel runs, so a captured CUDA graph can change it); None draws one from
-        torch's generator. The same seed gives the same bits in both back ends.
+        torch's generator. The same seed gives the same bits in every back end.
     scale: of the scores; D ** -0.5 by default.
-    backend: "triton", "eager" or "auto" (triton for tensors on a GPU that the kernels take, else eager).
+    backend: "triton", the kernels; "sdpa", torch's attention under a dense mask; "auto", the kernels for tensors on a
+        GPU that they take, else sdpa. torch's fused attention has neither a seed nor lse or probabilities: where they
+        are asked for, sdpa computes the definition step by step.
     return_lse: also return log Σ exp of every row's scores, (B, H, Tq) float32 (float64 for float64 inputs), in natural
         units.
+    return_probs: also return the probabilities before dropout, (B, H, Tq, Tk) of the type of lse. The kernels never
+        form them: beside theirs, the definition is computed for these alone.
 
-    Returns out (B, H, Tq, D), laid out in memory as q, or (out, lse). Rows without a visible key are 0, with
-    lse -inf and gradient 0. Definition and references: `reference.py`.
+    Returns out (B, H, Tq, D), laid out in memory as q, or a tuple (out, lse if asked for, probabilities if asked for).
+    Rows without a visible key are 0, with lse -inf and gradient 0. Definition and references: `reference.py`.
+
+    Positions inside the lengths should be finite, pruned ones too. A pruned pair counts with probability 0, and
+    0 · NaN is NaN: in any back end a key or value that is not finite may reach every row of its head of its sentence,
+    but no other head or sentence. Skipped tiles are not read where tile lists are used, above 128 positions; up to 128
+    the kernels read everything inside the lengths.
 
     Raises ValueError or TypeError, naming both values, for shapes, types, devices, lengths or a back end that
     do not fit.
@@ -195,36 +221,38 @@ def block_sparse_attention(
     q_lengths = _checked_lengths("q_lengths", q_lengths, batch, q_size, q.device)
     k_lengths = _checked_lengths("k_lengths", k_lengths, batch, k_size, q.device)
     scale = _check_scale(scale, dim)
-    if dropout_p == 0.0:
-        seed = None
-    elif seed is None:
-        seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=q.device)
-    else:
-        seed = _one_integer("seed", seed, (torch.int64,), q.device)
-        if not isinstance(seed, Tensor):
-            seed = torch.full((1,), (seed + 2**63) % 2**64 - 2**63, dtype=torch.int64, device=q.device)
+    seed = _checked_seed(seed, q.device) if dropout_p > 0 else None
 
-    if not use_kernels(backend, q.dtype, dim, q.device):
-        out, lse = attention_reference(
-            q, k, v, layout.keep_mask(q_size, k_size), scale=scale, q_lengths=q_lengths, k_lengths=k_lengths,
-            causal=causal, dropout_p=dropout_p, seed=seed,
+    probs = None
+    kernels = use_kernels(backend, q.dtype, dim, q.device)
+    if return_probs or not kernels:
+        out, lse, probs = attend_dense(
+            without_padding(q, q_lengths), without_padding(k, k_lengths), without_padding(v, k_lengths),
+            layout.keep_mask(q_size, k_size), scale=scale, q_lengths=q_lengths, k_lengths=k_lengths, causal=causal,
+            dropout_p=dropout_p, seed=seed, details=return_lse or return_probs,
         )  # fmt: skip
-        return (out, lse) if return_lse else out
+        if not kernels:
+            return _results(out, lse if return_lse else None, probs if return_probs else None)
 
-    from .ops import attend  # imports triton, which the eager path does not need
+    from .ops import attend  # imports triton, which sdpa does not need
     from .small import small_size
 
+    if dropout_p > 0 and seed is None:
+        seed = draw_seed(q.device)
     layout = layout.causal() if causal else layout
     tables: list[Tensor] = []
     if small_size(q_size, k_size, dim, q.dtype) is None:
         tables += layout.query_table()[:2]
         if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
             tables += layout.key_table()[:2]
+    rows = _rows(q)
     out, lse = attend(
-        _rows(q), _rows(k), _rows(v), layout.words, layout.row_shift, tables, layout.tile,
+        rows, _rows(k), _rows(v), layout.words, layout.row_shift, tables, layout.tile,
         q_lengths, k_lengths, seed, dropout_p, scale,
     )  # fmt: skip
-    return (out, lse) if return_lse else out
+    if rows is not q:
+        out = laid_out_as(out, q)
+    return _results(out, lse if return_lse else None, probs)
 
 
 @torch.no_grad()

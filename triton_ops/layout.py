@@ -18,6 +18,7 @@ WORD = 32  # cells per packed word
 TILE_SIZES = (16, 32, 64, 128)
 COLUMN_GROUP = 64  # keys per step of the row pointers
 
+MOST_LISTED = 2**31 - 1 - 2 * COLUMN_GROUP  # int32 pointers; a decode step may count a group past the last cell
 MOST_BLOCKS = (1 << 15) - 1  # numbers of full and of partial blocks share an int32
 
 # Time per cell of a full tile relative to 128 x 128 tiles: small tiles load keys and values for fewer rows. Forward
@@ -53,26 +54,20 @@ class RowLists(NamedTuple):
     pointers: Tensor
 
 
-def _pack(keep: Tensor) -> Tensor:
-    """(M, Tq, Tk) bool -> (M, ceil(Tk / 32), Tq) int32; bit b of word w is key 32 w + b.
-
-    Query positions are innermost: the rows of a tile read consecutive words.
-    """
-    mask_heads, q_size, k_size = keep.shape
-    n_words = -(-k_size // WORD)
-    padded = torch.nn.functional.pad(keep, (0, n_words * WORD - k_size))
-    by_bit = padded.view(mask_heads, q_size, n_words, WORD)
-    words = torch.zeros(mask_heads, q_size, n_words, dtype=torch.int32, device=keep.device)
+def pack_cells(cells: Tensor) -> Tensor:
+    """bool (..., n) -> int32 (..., ceil(n / 32)): cell c is bit c % 32 of word c // 32."""
+    n_words = -(-cells.size(-1) // WORD)
+    by_bit = torch.nn.functional.pad(cells, (0, n_words * WORD - cells.size(-1))).unflatten(-1, (n_words, WORD))
+    words = torch.zeros(by_bit.shape[:-1], dtype=torch.int32, device=cells.device)
     for bit in range(WORD):
         words |= by_bit[..., bit].to(torch.int32) << bit
-    return words.transpose(1, 2).contiguous()
+    return words
 
 
-def _unpack(words: Tensor, q_size: int, k_size: int) -> Tensor:
-    """Inverse of `_pack`, cut to (q_size, k_size)."""
-    words = words[:, : -(-k_size // WORD), :q_size].transpose(1, 2)
-    bits = (words.unsqueeze(-1) >> torch.arange(WORD, device=words.device, dtype=torch.int32)) & 1
-    return bits.flatten(2)[..., :k_size].bool()
+def unpack_cells(words: Tensor, n: int) -> Tensor:
+    """Inverse of `pack_cells`, cut to n cells. Words of 32 cells in int64, as checkpoints hold them, will do too."""
+    bits = words[..., : -(-n // WORD), None] >> torch.arange(WORD, device=words.device, dtype=torch.int32) & 1
+    return bits.flatten(-2)[..., :n].bool()
 
 
 def _tile_status(words: Tensor, k_size: int, rows: int, cols: int) -> tuple[Tensor, Tensor]:
@@ -168,6 +163,7 @@ class AttentionLayout:
         self._tables: dict[str, TileTable] = {}
         self._row_lists: RowLists | None = None
         self._causal: AttentionLayout | None = None
+        self._keep: Tensor | None = None
 
     @classmethod
     @torch.inference_mode(False)  # may be saved for backward
@@ -185,7 +181,8 @@ class AttentionLayout:
             raise ValueError(f"keep mask must be (heads or 1, Tq, Tk) with no empty dimension, got {tuple(keep.shape)}")
         if tile is not None and tile not in TILE_SIZES:
             raise ValueError(f"tile must be one of {TILE_SIZES} or None, got {tile}")
-        words = _pack(keep.tril() if causal else keep)
+        # Query positions innermost: the rows of a tile read consecutive words.
+        words = pack_cells(keep.tril() if causal else keep).transpose(1, 2).contiguous()
         if tile is None:
             tile = _choose_tile(words, keep.size(2))
         row_group = _choose_row_group(words)
@@ -249,9 +246,14 @@ class AttentionLayout:
     def row_lists(self) -> RowLists:
         """Kept keys of every query position (decode). One host synchronisation, on the first call."""
         if self._row_lists is None:
-            keep = self.keep_mask()
+            keep = self._unpack()
             kind = torch.int16 if self.k_size <= 2**15 else torch.int32
             columns = keep.nonzero()[:, 2].to(kind)
+            if keep.numel() > MOST_LISTED and columns.numel() > MOST_LISTED:  # in a trace only the former is known
+                raise ValueError(
+                    f"{columns.numel()} kept cells, at most {MOST_LISTED} can be listed for decoding with int32 "
+                    "pointers; use a sparser or a smaller mask"
+                )
             n_groups = -(-self.k_size // COLUMN_GROUP)
             keep = torch.nn.functional.pad(keep, (0, n_groups * COLUMN_GROUP - self.k_size))
             per_group = keep.view(*keep.shape[:2], n_groups, COLUMN_GROUP).sum(3)
@@ -271,7 +273,7 @@ class AttentionLayout:
         return self
 
     def keep_mask(self, q_size: int | None = None, k_size: int | None = None) -> Tensor:
-        """The upper left corner (M, q_size, k_size) of the keep mask as bool, by default all of it.
+        """The upper left corner (M, q_size, k_size) of the keep mask as bool, by default all of it; kept unpacked.
 
         Raises ValueError for sizes beyond the mask.
         """
@@ -279,12 +281,18 @@ class AttentionLayout:
         k_size = self.k_size if k_size is None else k_size
         if q_size > self.q_size or k_size > self.k_size:
             raise ValueError(f"the mask has {self.q_size} x {self.k_size} positions, asked for {q_size} x {k_size}")
-        return _unpack(_spread(self.words, self.row_group, self.q_size), q_size, k_size)
+        if self._keep is None:
+            self._keep = self._unpack()
+        return self._keep[:, :q_size, :k_size]
+
+    @torch.inference_mode(False)  # kept, and saved for backward
+    def _unpack(self) -> Tensor:
+        return unpack_cells(_spread(self.words, self.row_group, self.q_size).transpose(1, 2), self.k_size)
 
     def keep_row(self, step: Tensor) -> Tensor:
         """Row `step` (one-element tensor) of the keep mask: (M, k_size) bool."""
         words = self.words.index_select(2, step.reshape(1) // self.row_group)
-        return _unpack(words, 1, self.k_size).squeeze(1)
+        return unpack_cells(words.squeeze(2), self.k_size)
 
     def last_use(self, n_rows: int) -> Tensor:
         """The last of the first `n_rows` >= 1 rows that keeps each column, int64 (M, k_size); -1 where none does."""
@@ -296,13 +304,14 @@ class AttentionLayout:
         return (last * self.row_group).clamp_max(min(n_rows, self.q_size)) - 1
 
     def memory(self) -> dict[str, int]:
-        """Bytes on the device: packed cells, tile lists and decode lists that exist so far."""
+        """Bytes on the device: packed cells, tile lists, decode lists and the dense mask, those that exist so far."""
 
         def size(tensors) -> int:
             return sum(t.numel() * t.element_size() for t in tensors)
 
         lists = [t for table in self._tables.values() for t in (table.entries, table.counts)]
         report = {"cells": size([self.words]), "tile_lists": size(lists), "row_lists": size(self._row_lists or [])}
+        report["dense_mask"] = 0 if self._keep is None else size([self._keep])
         if self._causal is not None:
             for name, nbytes in self._causal.memory().items():
                 report[name] += nbytes

@@ -1,4 +1,4 @@
-"""Eager attention under a keep mask: the definition that the kernels are tested against.
+"""Attention under a keep mask in plain torch: the definition that every back end is tested against.
 
 For one head, with S = scale · Q Kᵀ and M the cells that are kept and inside both lengths:
 
@@ -11,6 +11,8 @@ the softmax is taken in float32, as stock fairseq does; float64 inputs stay floa
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -61,21 +63,34 @@ def dropout_keep(seed: int | Tensor, heads: int, q_size: int, k_size: int, dropo
     return (bits >> 1) >= dropout_threshold(dropout_p)
 
 
-def visible_cells(
-    keep: Tensor, batch: int, heads: int, q_lengths: Tensor | None, k_lengths: Tensor | None, causal: bool
-) -> Tensor:
-    """Cells that are kept and exist, (batch, heads, Tq, Tk) bool (expanded where nothing depends on a dimension)."""
-    q_size, k_size = keep.shape[1:]
-    rows = torch.arange(q_size, device=keep.device)
-    cols = torch.arange(k_size, device=keep.device)
+def visible_cells(keep: Tensor, q_lengths: Tensor | None, k_lengths: Tensor | None, causal: bool = False) -> Tensor:
+    """Cells that are kept and exist: bool (B or 1, H or 1, Tq, Tk), True = visible; 1 where all share them.
+
+    keep: (H or 1, Tq, Tk). q_lengths, k_lengths: (B,), valid positions from the left. causal: no cell j > i.
+    """
     cells = keep[None]
     if causal:
-        cells = cells & (cols[None, :] <= rows[:, None])
+        cells = cells.tril()
     if q_lengths is not None:
-        cells = cells & (rows[None, :] < q_lengths[:, None])[:, None, :, None]
+        rows = torch.arange(keep.size(1), device=keep.device)
+        cells = cells & (rows < q_lengths[:, None])[:, None, :, None]
     if k_lengths is not None:
-        cells = cells & (cols[None, :] < k_lengths[:, None])[:, None, None, :]
-    return cells.expand(batch, heads, q_size, k_size)
+        cols = torch.arange(keep.size(2), device=keep.device)
+        cells = cells & (cols < k_lengths[:, None])[:, None, None, :]
+    return cells
+
+
+def without_padding(x: Tensor, lengths: Tensor | None) -> Tensor:
+    """x (B, H, T, D) with zeros from each length on. Padding may hold NaN, which a probability of 0 does not hide."""
+    if lengths is None:
+        return x
+    return x.masked_fill((torch.arange(x.size(2), device=x.device) >= lengths[:, None])[:, None, :, None], 0)
+
+
+def laid_out_as(x: Tensor, like: Tensor) -> Tensor:
+    """x in the order of memory that torch.empty_like gives to a tensor of its shape; differentiable."""
+    result = torch.empty_like(like, dtype=x.dtype)
+    return x if x.stride() == result.stride() else result.copy_(x)
 
 
 def attention_reference(
@@ -90,37 +105,32 @@ def attention_reference(
     causal: bool = False,
     dropout_p: float = 0.0,
     seed: int | Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+    softmax: Callable[[Tensor], Tensor] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Attention of q (B, H, Tq, D) over k, v (B, H, Tk, D) under keep (H or 1, Tq, Tk), True = kept.
 
-    Returns (out (B, H, Tq, D) in the type of q, lse (B, H, Tq) in float32, or float64 for float64 inputs).
-    Differentiable by autograd through both.
+    softmax: how probabilities come from scores (B, H, Tq, Tk) that are -inf where a cell is not visible, in place of
+        torch.softmax over the keys. What it gives for rows without a visible key is ignored.
+
+    Returns (out (B, H, Tq, D) in the type of q and laid out as q, lse (B, H, Tq), probabilities before dropout
+    (B, H, Tq, Tk)), the latter two in float32, or float64 for float64 inputs. Differentiable by autograd through all.
     """
     batch, heads, q_size = q.shape[:3]
     k_size = k.size(2)
-    cells = visible_cells(keep, batch, heads, q_lengths, k_lengths, causal)
-    if k_lengths is not None:  # padded keys may hold anything, also NaN
-        padding = (torch.arange(k_size, device=k.device) >= k_lengths[:, None])[:, None, :, None]
-        k, v = k.masked_fill(padding, 0), v.masked_fill(padding, 0)
-    if q_lengths is not None:
-        padding = (torch.arange(q_size, device=q.device) >= q_lengths[:, None])[:, None, :, None]
-        q = q.masked_fill(padding, 0)
+    hidden = ~visible_cells(keep, q_lengths, k_lengths, causal)
+    k, v, queries = without_padding(k, k_lengths), without_padding(v, k_lengths), without_padding(q, q_lengths)
     accumulate = torch.promote_types(q.dtype, torch.float32)
-    scores = (torch.matmul(q, k.transpose(-1, -2)).to(accumulate) * scale).masked_fill(~cells, -torch.inf)
-    # A finite pivot keeps exp() and its gradient free of NaN in rows without a visible key, or without any.
-    lowest = scores.new_full((*scores.shape[:3], 1), torch.finfo(accumulate).min)
-    pivot = torch.maximum(scores.detach().amax(-1, keepdim=True), lowest) if k_size else lowest
-    weights = torch.exp(scores - pivot)
-    total = weights.sum(-1, keepdim=True)
-    visible = total > 0
-    lse = torch.where(visible, pivot + torch.where(visible, total, 1).log(), -torch.inf).squeeze(-1)
-    probs = weights / torch.where(visible, total, 1)
+    scores = torch.matmul(queries, k.transpose(-1, -2)).to(accumulate) * scale
+    # Rows without a visible key come out of a softmax as NaN. Filled twice, neither they nor their gradient stay so.
+    scores = scores.masked_fill(hidden, -torch.inf)
+    probs = (torch.softmax(scores, -1) if softmax is None else softmax(scores)).masked_fill(hidden, 0)
+    dropped = probs
     if dropout_p > 0:
         if seed is None:
             raise ValueError(f"dropout_p = {dropout_p} needs a seed, got None")
         bits = dropout_keep(seed, batch * heads, q_size, k_size, dropout_p, q.device).view_as(probs)
-        probs = probs * bits / (1 - dropout_threshold(dropout_p) / DROPOUT_RESOLUTION)
-    return torch.matmul(probs.to(v.dtype), v), lse
+        dropped = probs * bits / (1 - dropout_threshold(dropout_p) / DROPOUT_RESOLUTION)
+    return laid_out_as(torch.matmul(dropped.to(v.dtype), v), q), torch.logsumexp(scores, -1), probs
 
 
 def decode_reference(
@@ -154,19 +164,15 @@ def decode_reference(
     elif cache_starts is not None:  # (R, H, D) -> (B, H, S, D)
         index = cache_starts[:, None].long() + torch.arange(size, device=k.device)
         k, v = (x[index.clamp(0, x.size(0) - 1)].transpose(1, 2) for x in (k, v))
-    if k.dim() == 4:
-        k, v = (x.unsqueeze(1).expand(-1, beam, -1, -1, -1) for x in (k, v))
+    per_beam = k.dim() == 5  # as sentences of their own; beams that share a cache are queries of one sentence
+    if per_beam:
+        q = q.flatten(0, 1)[:, :, None]
+        k, v = k.flatten(0, 1), v.flatten(0, 1)
+        k_lengths = None if k_lengths is None else k_lengths.repeat_interleave(beam)
+    else:
+        q = q.transpose(1, 2)
     # What is not read need not have a row, nor hold numbers.
-    unread = ~keep_row.expand(batch, 1, -1, size)
-    if k_lengths is not None:
-        unread = unread | (torch.arange(size, device=k.device) >= k_lengths[:, None, None, None])
-    k, v = (x[:, :, :, :size].masked_fill(unread[..., None], 0) for x in (k, v))
-    out, _ = attention_reference(
-        q.reshape(batch, beam * heads, 1, dim),
-        k.reshape(batch, beam * heads, size, dim),
-        v.reshape(batch, beam * heads, size, dim),
-        keep_row.expand(heads, size).repeat(beam, 1).unsqueeze(1),
-        scale=scale,
-        k_lengths=k_lengths,
-    )
-    return out.view(batch, beam, heads, dim)
+    k, v = (x[:, :, :size].masked_fill(~keep_row[..., None], 0) for x in (k, v))
+    keep = keep_row[:, None].expand(-1, q.size(2), -1)
+    out = attention_reference(q, k, v, keep, scale=scale, k_lengths=k_lengths)[0]
+    return out.view(batch, beam, heads, dim) if per_beam else out.transpose(1, 2)

@@ -114,10 +114,10 @@ def _clean(x: Tensor, lengths: Tensor | None) -> Tensor:
 
 
 def run_reference(case: Case, dtype: torch.dtype) -> dict[str, Tensor]:
-    """out, lse, dq, dk, dv of the eager definition computed in `dtype`."""
+    """out, lse, dq, dk, dv of the definition computed in `dtype`."""
     q, k, v = (x.detach().to(dtype).requires_grad_() for x in (case.q, case.k, case.v))
     keep = case.keep[:, : q.size(2), : k.size(2)]
-    out, lse = attention_reference(q, k, v, keep, **case.options())
+    out, lse, _ = attention_reference(q, k, v, keep, **case.options())
     outputs, grads = [out], [_clean(case.grad_out, case.q_lengths).to(dtype)]
     if case.grad_lse is not None:
         outputs.append(torch.where(lse.isfinite(), lse, 0.0))
@@ -147,7 +147,7 @@ def rounding_scale(case: Case) -> dict[str, float]:
     q, k, v, g = (torch.nan_to_num(x.double()) for x in (case.q, case.k, case.v, case.grad_out))
     batch, heads, q_size = q.shape[:3]
     keep = case.keep[:, :q_size, : k.size(2)]
-    cells = visible_cells(keep, batch, heads, case.q_lengths, case.k_lengths, case.causal)
+    cells = visible_cells(keep, case.q_lengths, case.k_lengths, case.causal)
     scores = (q @ k.transpose(-1, -2) * case.scale).masked_fill(~cells, -torch.inf)
     p = torch.nan_to_num(torch.softmax(scores, -1))
     z = torch.ones_like(p)

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from fairseq.modules import MultiheadAttention
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ap_fairseq.artifacts import CELLS_PER_WORD
+from ap_fairseq.artifacts import extrapolated
 from ap_fairseq.files import ArtifactError, UserError
 from ap_fairseq.model.dynamic import DynamicPruning
 from ap_fairseq.model.kv_cache import CrossAttentionCache, KVCache, SelfAttentionCache, step_limit, stored_columns
 from ap_fairseq.sites import AttentionKind
 from triton_ops import AttentionLayout, block_sparse_attention, use_kernels
 from triton_ops.api import HEAD_SIZES
+from triton_ops.dense import attend_dense
+from triton_ops.layout import unpack_cells
 
 MASK_BUFFERS = ("keep_words", "extrapolation_words", "mask_range")
 LAST_USE_MEMO = 16  # answers of `last_use` that a module remembers: searches ask for a few lengths again and again
@@ -36,9 +35,10 @@ class PrunedMultiheadAttention(MultiheadAttention):
     Args:
         embed_dim, num_heads: as in fairseq.
         kind: the attention kind, which decides causality and where keys come from.
-        backend: ``eager`` (torch, any device), ``triton`` (block-sparse kernels) or ``auto``, which takes the kernels
-            for half and single precision on a GPU. ``triton`` raises UserError where they cannot run.
-        dynamic: what is discarded anew for every sentence, on top of the mask; eager only.
+        backend: ``triton`` (block-sparse kernels), ``sdpa`` (torch's attention under a dense mask, any device) or
+            ``auto``, which takes the kernels for half and single precision on a GPU and else sdpa. ``triton`` raises
+            UserError where the kernels cannot run.
+        dynamic: what is discarded anew for every sentence, on top of the mask; not with ``triton``.
         max_steps: decoding takes at most so many steps. The caches drop what no mask row below keeps; None: unknown, so
             they keep all. A search that knows better says so (see :func:`ap_fairseq.model.kv_cache.limit_steps`).
 
@@ -70,12 +70,12 @@ class PrunedMultiheadAttention(MultiheadAttention):
         if backend == "triton" and embed_dim // num_heads not in HEAD_SIZES:
             raise UserError(
                 f"--attention-backend triton: heads of {embed_dim} / {num_heads} = {embed_dim // num_heads} elements; "
-                f"the kernels take {', '.join(map(str, HEAD_SIZES))}; choose another number of heads, or eager"
+                f"the kernels take {', '.join(map(str, HEAD_SIZES))}; choose another number of heads, or sdpa"
             )
         if dynamic is not None and backend == "triton":
             raise UserError(
                 "--attention-backend triton with --attention-top-k or --attention-threshold: these need all scores, "
-                "which the kernels never form; use eager"
+                "which the kernels never form; use sdpa"
             )
         super().__init__(
             embed_dim,
@@ -106,7 +106,6 @@ class PrunedMultiheadAttention(MultiheadAttention):
         self._forget_derived()
 
     def _forget_derived(self) -> None:
-        self._keep_cells: Tensor | None = None
         self._layout: AttentionLayout | None = None
         self._last_use: tuple[AttentionLayout | None, dict[int, Tensor]] = None, {}
 
@@ -120,32 +119,24 @@ class PrunedMultiheadAttention(MultiheadAttention):
         self._forget_derived()
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    @torch.inference_mode(False)
     def keep_mask(self, n_queries: int, n_keys: int) -> Tensor:
         """Return the keep mask, bool (heads, n_queries, n_keys), True = kept; the diagonal pattern beyond its range."""
-        cells = self._keep_cells
-        device = self.keep_words.device
-        if cells is None or cells.device != device:
-            cells = self._keep_cells = self._unpack(n_queries, n_keys)
-        elif cells.size(1) < n_queries or cells.size(2) < n_keys:  # either side only grows
-            cells = self._keep_cells = self._unpack(max(cells.size(1), n_queries), max(cells.size(2), n_keys))
-        return cells[:, :n_queries, :n_keys]
+        return self.layout(n_queries, n_keys).keep_mask(n_queries, n_keys)
 
     @torch.inference_mode(False)  # what is kept may be needed for training later
     def layout(self, n_queries: int, n_keys: int) -> AttentionLayout:
-        """Return what the kernels read for the keep mask: at least (n_queries, n_keys), built once and kept."""
+        """Return the keep mask as attention reads it: at least (n_queries, n_keys), built once and kept."""
         layout = self._layout
-        device = self.keep_words.device
-        if layout is None or layout.device != device:
+        if layout is None or layout.device != self.keep_words.device:
             layout = self._layout = AttentionLayout.from_keep_mask(self._unpack(n_queries, n_keys))
         elif layout.q_size < n_queries or layout.k_size < n_keys:  # either side only grows
             size = max(layout.q_size, n_queries), max(layout.k_size, n_keys)
             layout = self._layout = AttentionLayout.from_keep_mask(self._unpack(*size))
         return layout
 
-    def derived(self) -> tuple[Tensor | None, AttentionLayout | None]:
+    def derived(self) -> AttentionLayout | None:
         """Return what passes read in place of the masks now: to be kept by whoever captured its address."""
-        return self._keep_cells, self._layout
+        return self._layout
 
     @torch.inference_mode(False)
     def last_use(self, n_rows: int, n_keys: int) -> Tensor:
@@ -170,18 +161,16 @@ class PrunedMultiheadAttention(MultiheadAttention):
         keep = unpack_cells(self.keep_words, recorded_keys)
         if n_queries <= recorded_queries and n_keys <= recorded_keys:
             return keep
+        pattern = unpack_cells(self.extrapolation_words, recorded_queries + recorded_keys - 1)
         # Doubling, so that ever longer sentences unpack a mask only a few times.
         n_queries = max(recorded_queries, 1 << (n_queries - 1).bit_length())
         n_keys = max(recorded_keys, 1 << (n_keys - 1).bit_length())
-        row = torch.arange(n_queries, device=keep.device)[:, None]
-        column = torch.arange(n_keys, device=keep.device)[None, :]
-        pattern = unpack_cells(self.extrapolation_words, recorded_queries + recorded_keys - 1)
-        offset = column - row + recorded_queries - 1
-        known = (offset >= 0) & (offset < pattern.size(1))
-        cells = pattern[:, offset.clamp(0, pattern.size(1) - 1)] | ~known
-        cells |= column == (0 if self.kind is AttentionKind.CROSS else row)
+        beyond = extrapolated(pattern.cpu().numpy(), recorded_queries, (n_queries, n_keys))
+        cells = torch.from_numpy(beyond).to(keep.device)
+        every_row = cells[..., 0] if self.kind is AttentionKind.CROSS else cells.diagonal(dim1=1, dim2=2)
+        every_row.fill_(True)
         if self.kind.causal:
-            cells &= column <= row
+            cells.tril_()
         cells[:, :recorded_queries, :recorded_keys] = keep
         return cells
 
@@ -252,37 +241,20 @@ class PrunedMultiheadAttention(MultiheadAttention):
         """Whether attention to tensors of that type on that device runs on the kernels."""
         return self.dynamic is None and use_kernels(self.backend, dtype, self.head_dim, device)
 
-    def _eager(self, want_weights: bool) -> Callable:
-        if want_weights or self.dynamic is not None:
-            return functools.partial(attend_with_weights, dynamic=self.dynamic)
-        return attend_fused
-
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, key_padding: Tensor | None, want_weights: bool
     ) -> tuple[Tensor, Tensor | None]:
         """Whole sentences: (B, H, T, D) each -> output (B, H, Tq, D), and weights (B, H, Tq, Tk) or None."""
-        n_queries, n_keys = q.size(2), k.size(2)
-        query_padding = key_padding if self.self_attention else None
-        kernels = self.runs_kernels(q.dtype, q.device)
-        output = weights = None
-        if want_weights or not kernels:
-            attend = self._eager(want_weights)
-            keep = self.keep_mask(n_queries, n_keys)
-            output, weights = attend(q, k, v, keep, key_padding, query_padding, self.scaling, self._dropout_p())
-        if kernels:  # also where weights are read: the output must not depend on that
-            lengths = None if key_padding is None else real_lengths(key_padding)
-            output = block_sparse_attention(
-                q,
-                k,
-                v,
-                self.layout(n_queries, n_keys),
-                q_lengths=lengths if self.self_attention else None,
-                k_lengths=lengths,
-                dropout_p=self._dropout_p(),
-                scale=self.scaling,
-                backend=self.backend,
-            )
-        return output, weights
+        lengths = None if key_padding is None else real_lengths(key_padding)
+        q_lengths = lengths if self.self_attention else None
+        options = dict(q_lengths=q_lengths, k_lengths=lengths, dropout_p=self._dropout_p(), scale=self.scaling)
+        if self.dynamic is not None:
+            keep = self.keep_mask(q.size(2), k.size(2))
+            output, _, weights = attend_dense(q, k, v, keep, softmax=self.dynamic.probabilities, **options)
+            return output, weights
+        layout = self.layout(q.size(2), k.size(2))
+        attended = block_sparse_attention(q, k, v, layout, backend=self.backend, return_probs=want_weights, **options)
+        return attended if want_weights else (attended, None)
 
     # -- decoding -----------------------------------------------------------------------------------------------------
 
@@ -316,17 +288,18 @@ class PrunedMultiheadAttention(MultiheadAttention):
         if kernels and dropout_p and self.backend == "triton":
             raise UserError(
                 f"dropout {dropout_p} while decoding (--retain-dropout) with --attention-backend triton: the decoding "
-                "kernel has none; use auto or eager"
+                "kernel has none; use auto or sdpa"
             )
         kernels = kernels and not dropout_p
         output = weights = None
         if want_weights or not kernels:
             row = cache.mask_row()
             keep = self.keep_mask(row + 1, cache.n_columns())[:, row]
-            k, v, padding = cache.dense(keep)
+            k, v, lengths = cache.dense(keep)
             by_sentence = q.unflatten(0, (k.size(0), -1)).transpose(1, 2)  # (B, H, beam, D): a step's beams are queries
-            attend = self._eager(want_weights)
-            output, weights = attend(by_sentence, k, v, keep[:, None], padding, None, self.scaling, dropout_p)
+            softmax = None if self.dynamic is None else self.dynamic.probabilities
+            options = dict(k_lengths=lengths, dropout_p=dropout_p, scale=self.scaling, softmax=softmax)
+            output, _, weights = attend_dense(by_sentence, k, v, keep[:, None], details=want_weights, **options)
             output = output.transpose(1, 2).flatten(0, 1)
             weights = None if weights is None else weights.transpose(1, 2).flatten(0, 1).unsqueeze(2)
         if kernels:
@@ -390,78 +363,3 @@ def real_lengths(padding: Tensor) -> Tensor:
 
 
 _LENGTHS: WeakIdKeyDictionary = WeakIdKeyDictionary()
-
-
-def visible_cells(keep: Tensor, key_padding: Tensor | None, query_padding: Tensor | None) -> Tensor:
-    """Combine mask and padding: bool (1 or B, H, Tq, Tk), True = attend. Padded queries see everything.
-
-    They must see something, or their softmax would be NaN and its gradient poison the projections; their output is
-    zeroed instead. Real rows are never empty: the diagonal, or column 0 of cross-attention, is always kept.
-    """
-    visible = keep[None]
-    if key_padding is not None:
-        visible = visible & ~key_padding[:, None, None, :].bool()
-    if query_padding is not None:
-        visible = visible | query_padding[:, None, :, None].bool()
-    return visible
-
-
-def attend_with_weights(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    keep: Tensor,
-    key_padding: Tensor | None,
-    query_padding: Tensor | None,
-    scale: float,
-    dropout_p: float,
-    dynamic: DynamicPruning | None = None,
-) -> tuple[Tensor, Tensor]:
-    """The reference: softmax over the visible cells in float32, dropout, weighted sum of values.
-
-    Args:
-        q: (B, H, Tq, D).
-        k, v: (B, H, Tk, D).
-        keep: bool (H, Tq, Tk), True = kept.
-        key_padding: (B, Tk), query_padding: (B, Tq), True = padded, or None.
-        dynamic: inference-time pruning of the probabilities.
-
-    Returns:
-        Output (B, H, Tq, D), 0 for padded queries, and probabilities before dropout, float32 (B, H, Tq, Tk).
-    """
-    scores = torch.matmul(q * scale, k.transpose(-1, -2))
-    scores = scores.masked_fill(~visible_cells(keep, key_padding, query_padding), float("-inf"))
-    if dynamic is None:
-        weights = torch.softmax(scores, dim=-1, dtype=torch.float32)
-    else:
-        weights = dynamic.probabilities(scores, query_padding)
-    output = torch.matmul(F.dropout(weights.type_as(v), dropout_p, training=dropout_p > 0), v)
-    return _zero_padded(output, query_padding), weights
-
-
-def attend_fused(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    keep: Tensor,
-    key_padding: Tensor | None,
-    query_padding: Tensor | None,
-    scale: float,
-    dropout_p: float,
-) -> tuple[Tensor, None]:
-    """The same through torch's fused attention, which is faster and returns no weights."""
-    visible = visible_cells(keep, key_padding, query_padding)
-    output = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, dropout_p=dropout_p, scale=scale)
-    return _zero_padded(output, query_padding), None
-
-
-def _zero_padded(output: Tensor, query_padding: Tensor | None) -> Tensor:
-    if query_padding is None:
-        return output
-    return output.masked_fill(query_padding[:, None, :, None].bool(), 0)
-
-
-def unpack_cells(words: Tensor, n: int) -> Tensor:
-    """Invert :func:`ap_fairseq.artifacts.pack_cells` on the device of *words*: int64 (..., w) -> bool (..., n)."""
-    bits = torch.arange(CELLS_PER_WORD, device=words.device)
-    return (words.unsqueeze(-1) >> bits & 1).flatten(-2)[..., :n].bool()

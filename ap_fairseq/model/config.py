@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any, Optional  # fairseq's parser reads Optional[X], not X | None
 
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
+from fairseq.dataclass.constants import StrEnum
 from fairseq.models.transformer import (
     TransformerConfig,
 )
@@ -47,6 +48,9 @@ def _flat_fields() -> list[tuple[str, Any, Any]]:
     return flat
 
 
+# "eager" is what checkpoints of version 0.1 call sdpa: a second name of that choice, which the command line has not.
+_Backend = StrEnum("Choices", {name: name for name in BACKENDS} | {"eager": "sdpa"})
+
 _PLUGIN_FIELDS = [
     (
         "attention_masks",
@@ -62,10 +66,13 @@ _PLUGIN_FIELDS = [
     ),
     (
         "attention_backend",
-        ChoiceEnum(BACKENDS),
+        _Backend,
         dataclasses.field(
             default="auto",
-            metadata={"help": "what computes attention: triton kernels, eager torch, or whichever suits the device"},
+            metadata={
+                "help": "what computes attention: the Triton kernels, torch's attention under a dense mask (sdpa), or "
+                "whichever suits the device"
+            },
         ),
     ),
     (

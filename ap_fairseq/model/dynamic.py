@@ -1,7 +1,7 @@
 """Inference-time pruning from the literature, for comparison with global masks: decided anew for every sentence.
 
 These methods look at all scores before they discard some, so they say what quality a sparsity can have, not how fast it
-can be. They run on the eager path only, on top of the masks, and are options of the model: of ``fairseq-generate
+can be. They run without the kernels, on top of the masks, and are options of the model: of ``fairseq-generate
 --model-overrides`` as of training.
 """
 
@@ -60,26 +60,18 @@ class DynamicPruning:
             cls(log_bits=log_bits)  # its error: there is no threshold at all
         return options if options.top_k or options.threshold else None
 
-    def probabilities(self, scores: Tensor, query_padding: Tensor | None) -> Tensor:
-        """Return attention probabilities, float32 (B, H, Tq, Tk).
-
-        Args:
-            scores: (B, H, Tq, Tk), -inf where masked.
-            query_padding: (B, Tq), True = padded, or None; padded queries are not counted.
-        """
+    def probabilities(self, scores: Tensor) -> Tensor:
+        """Return attention probabilities for *scores* (B, H, Tq, Tk), -inf where masked."""
         visible = scores != float("-inf")
         if self.top_k and self.top_k < scores.size(-1):
             best = torch.zeros_like(visible).scatter_(-1, scores.topk(self.top_k, dim=-1).indices, True)
             scores = scores.masked_fill(~best, float("-inf"))
-        weights = torch.softmax(scores, dim=-1, dtype=torch.float32)
+        weights = torch.softmax(scores, dim=-1)
         if self.threshold:
             weights = torch.where(weights >= self.threshold, weights, 0.0)
         attended = (scores != float("-inf")) & (weights >= self.threshold)
         if self.log_bits:
             weights = torch.where(weights > 0, round_on_log_scale(weights, self.threshold, self.log_bits), 0.0)
-        if query_padding is not None:
-            real = ~query_padding[:, None, :, None].bool()
-            visible, attended = visible & real, attended & real
         self.pairs, self.kept = self.pairs + visible.sum(), self.kept + attended.sum()
         return weights
 

@@ -72,7 +72,7 @@ class KVCache(ABC):
 
     @abstractmethod
     def dense(self, keep: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Gather keys and values (B, H, columns, D), and their padding (B, columns), True = padded, or None.
+        """Gather keys and values (B, H, columns, D), and their lengths (B,), or None for all columns.
 
         B is the number of hypotheses in self-attention, and of sentences in cross-attention.
 
@@ -329,7 +329,7 @@ class PagedCrossAttention(KVCache):
         starts = self.starts[..., None]
         slots = torch.where(keep & ~padding[:, None], starts + self.offsets, starts)
         k, v = self.pool[slots].unbind(3)
-        return k, v, padding
+        return k, v, self.lengths
 
 
 @dataclass(eq=False)

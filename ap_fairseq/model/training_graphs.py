@@ -192,7 +192,7 @@ class _Graph:
         except BaseException:
             owner.forget()  # a pool whose only capture failed cannot be used again
             raise
-        # What the kernels read of the masks, which modules replace when longer sentences come.
+        # What attention reads of the masks, which modules replace when longer sentences come.
         self.derived = [module.derived() for _, module in attention_sites(owner.model)]
         self.passes = forward, backward
 

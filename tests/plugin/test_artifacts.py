@@ -16,9 +16,10 @@ from plugin.builders import random_masks, random_stats
 
 from ap_fairseq.artifacts import AttentionStats, PruningMasks, pack_cells, unpack_cells
 from ap_fairseq.files import ArtifactError, atomic_output, refuse_existing
-from ap_fairseq.model import attention
+from ap_fairseq.model.attention import PrunedMultiheadAttention
 from ap_fairseq.model.checkpoints import save_checkpoint
 from ap_fairseq.sites import AttentionKind
+from triton_ops import layout
 
 
 @given(st.integers(1, 100), st.integers(0, 2**32 - 1))
@@ -27,7 +28,8 @@ def test_packing_is_invertible_on_the_host_and_on_the_device(n, seed):
     words = pack_cells(keep)
     assert words.dtype == np.int64 and words.shape[-1] == -(-n // 32) and (words < 2**32).all() and (words >= 0).all()
     np.testing.assert_array_equal(unpack_cells(words, n), keep)
-    np.testing.assert_array_equal(attention.unpack_cells(torch.from_numpy(words), n).numpy(), keep)
+    np.testing.assert_array_equal(layout.unpack_cells(torch.from_numpy(words), n).numpy(), keep)
+    assert torch.equal(layout.pack_cells(torch.from_numpy(keep)), torch.from_numpy(words).to(torch.int32))
 
 
 def test_statistics_survive_a_round_trip(tmp_path):
@@ -372,7 +374,7 @@ def test_masks_of_another_architecture_or_dictionary_are_refused():
 def test_masks_of_none_keep_every_cell_of_any_size(kind):
     """--attention-masks none: a recorded range of one position, and all that lies beyond it is kept."""
     packed = PruningMasks.all_ones({kind.value: [1, 4]}, {"source": "a", "target": "b"}).packed()
-    module = attention.PrunedMultiheadAttention(64, 4, kind=kind)
+    module = PrunedMultiheadAttention(64, 4, kind=kind)
     module.set_mask(
         *(torch.from_numpy(packed[f"{kind.value}.{name}"][0]) for name in ("keep", "extrapolation")),
         torch.tensor([1, 1]),

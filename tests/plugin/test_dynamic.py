@@ -24,7 +24,7 @@ def scores(seed=0, masked=0.3):
 @pytest.mark.parametrize("k", [1, 3, 8, 9, 20])
 def test_top_k_is_the_softmax_over_the_k_best_visible_keys(k):
     dynamic, raw = DynamicPruning(top_k=k), scores()
-    weights = dynamic.probabilities(raw, None)
+    weights = dynamic.probabilities(raw)
     for row, found in zip(raw.reshape(-1, 9), weights.reshape(-1, 9), strict=True):
         order = [j for j in row.argsort(descending=True).tolist() if row[j] > float("-inf")][:k]
         expected = torch.zeros(9)
@@ -35,13 +35,13 @@ def test_top_k_is_the_softmax_over_the_k_best_visible_keys(k):
 
 
 def test_equal_scores_do_not_make_more_than_k():
-    weights = DynamicPruning(top_k=2).probabilities(torch.zeros(1, 1, 1, 6), None)
+    weights = DynamicPruning(top_k=2).probabilities(torch.zeros(1, 1, 1, 6))
     assert sorted(weights.flatten().tolist()) == [0, 0, 0, 0, 0.5, 0.5]
 
 
 def test_a_threshold_zeroes_what_is_below_and_leaves_the_rest_as_it_is():
     dynamic, raw = DynamicPruning(threshold=0.1), scores()
-    weights, dense = dynamic.probabilities(raw, None), raw.softmax(-1)
+    weights, dense = dynamic.probabilities(raw), raw.softmax(-1)
     torch.testing.assert_close(weights, torch.where(dense >= 0.1, dense, 0))
     assert (weights.sum(-1) < 0.999).any()  # not renormalised
     assert int(dynamic.kept) == int((weights > 0).sum()) < int(dynamic.pairs)
@@ -49,13 +49,13 @@ def test_a_threshold_zeroes_what_is_below_and_leaves_the_rest_as_it_is():
 
 @pytest.mark.parametrize("bits", [2, 3])
 def test_rounding_has_two_to_the_bits_values_nearest_on_a_log_scale(bits):
-    weights = DynamicPruning(threshold=0.01, log_bits=bits).probabilities(torch.randn(8, 4, 50, 30) * 3, None)
+    weights = DynamicPruning(threshold=0.01, log_bits=bits).probabilities(torch.randn(8, 4, 50, 30) * 3)
     values = weights.unique()
     assert len(values) == 2**bits and values[0] == 0
     torch.testing.assert_close(values[1:], torch.logspace(-2, 0, 2**bits - 1))
     raw = scores(masked=0.0)
     dense = raw.softmax(-1)
-    rounded = DynamicPruning(threshold=0.01, log_bits=bits).probabilities(raw, None)
+    rounded = DynamicPruning(threshold=0.01, log_bits=bits).probabilities(raw)
     kept = dense >= 0.01
     half_step = np.log(100) / (2**bits - 2) / 2
     assert ((rounded[kept].log() - dense[kept].log()).abs() <= half_step + 1e-5).all()
@@ -63,9 +63,9 @@ def test_rounding_has_two_to_the_bits_values_nearest_on_a_log_scale(bits):
 
 def test_padded_queries_are_not_counted():
     dynamic = DynamicPruning(top_k=1)
-    padding = torch.zeros(2, 5, dtype=torch.bool)
-    padding[1, 2:] = True
-    dynamic.probabilities(torch.zeros(2, 3, 5, 9), padding)
+    raw = torch.zeros(2, 3, 5, 9)
+    raw[1, :, 2:] = float("-inf")  # a padded query sees nothing
+    dynamic.probabilities(raw)
     assert int(dynamic.pairs) == (5 + 2) * 3 * 9 and int(dynamic.kept) == (5 + 2) * 3
 
 

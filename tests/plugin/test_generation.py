@@ -63,7 +63,7 @@ def assert_same(ours, fairseqs):
 LENGTHS = [5, 2, 7, 11, 3, 9, 4, 6, 8, 10, 12, 5, 7]
 
 
-@pytest.mark.parametrize("backend", ["eager", "triton"])
+@pytest.mark.parametrize("backend", ["sdpa", "triton"])
 @pytest.mark.parametrize(
     "options",
     [
@@ -77,14 +77,14 @@ LENGTHS = [5, 2, 7, 11, 3, 9, 4, 6, 8, 10, 12, 5, 7]
 def test_hypotheses_and_scores_are_those_of_fairseq(options, backend):
     options = {"max_len_b": 20, **options}
     systems = models(attention_backend=backend)
-    lengths = LENGTHS if backend == "eager" or DEVICE == "cuda" else LENGTHS[:4]  # the interpreter is slow
+    lengths = LENGTHS if backend == "sdpa" or DEVICE == "cuda" else LENGTHS[:4]  # the interpreter is slow
     generator = PrunedSequenceGenerator(systems, WORDS, **options)
     for seed in (0, 1):  # the second batch finds the buffers of the first
         expected = SequenceGenerator(systems, WORDS, **options).generate([], sample(lengths, seed))
         assert_same(generator.generate([], sample(lengths, seed)), expected)
 
 
-@pytest.mark.parametrize(("backend", "lengths"), [("eager", LENGTHS), ("triton", LENGTHS[:4])])
+@pytest.mark.parametrize(("backend", "lengths"), [("sdpa", LENGTHS), ("triton", LENGTHS[:4])])
 @pytest.mark.parametrize("options", [dict(max_len_b=15, min_len=-1), dict(max_len_b=5, min_len=5)])
 def test_an_ensemble_is_averaged_as_in_fairseq(backend, lengths, options):
     systems, options = models(3, attention_backend=backend), dict(beam_size=3, max_len_a=0, **options)
@@ -120,7 +120,7 @@ def test_batches_of_other_shapes_and_changed_weights_reuse_or_replace_the_buffer
 
 
 def test_inference_mode_leaves_nothing_behind_that_training_or_other_batches_cannot_use():
-    systems = models(attention_backend="triton" if DEVICE == "cuda" else "eager")
+    systems = models(attention_backend="triton" if DEVICE == "cuda" else "sdpa")
     generator = PrunedSequenceGenerator(systems, WORDS, beam_size=2, max_len_b=4)
     with torch.inference_mode():
         inside = generator.generate([], sample(LENGTHS))

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from triton_ops import AttentionLayout, block_sparse_attention
 from triton_ops.descriptors import tiles
 from triton_ops.reference import dropout_keep
-from triton_ops.testing import assert_within_budget, block_mask, make_case, run_kernels
+from triton_ops.testing import assert_within_budget, block_mask, make_case, run_kernels, run_reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
@@ -126,7 +126,7 @@ def test_gradient_through_the_log_sum_exp(size):
 
 
 @BOTH_SIZES
-@pytest.mark.parametrize("backend", ["triton", "eager"])
+@pytest.mark.parametrize("backend", ["triton", "sdpa"])
 def test_the_log_sum_exp_of_a_row_without_a_visible_key_has_no_gradient(size, backend):
     """Whatever comes for it: logaddexp, which merges parts of a row, makes NaN of two -inf."""
     keep = torch.ones(1, size, size, dtype=torch.bool)
@@ -254,7 +254,7 @@ def test_both_back_ends_agree_with_dropout(size):
     case = simple_case(size, size, dropout_p=0.35, causal=True)
     results = [
         block_sparse_attention(case.q, case.k, case.v, case.layout, backend=backend, **case.options())
-        for backend in ("triton", "eager")
+        for backend in ("triton", "sdpa")
     ]
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
 
@@ -269,6 +269,61 @@ def test_time_first_tensors_go_in_and_come_out_without_a_copy(size):
     expected = block_sparse_attention(q.contiguous(), k.contiguous(), v.contiguous(), layout, backend="triton")
     assert torch.equal(out, expected)
     assert out.permute(2, 0, 1, 3).is_contiguous()  # reshape(T, B, E) is a view
+
+
+LAYOUTS = {
+    "contiguous": lambda x: x.contiguous(),
+    "time first": lambda x: x.permute(2, 0, 1, 3).contiguous().permute(1, 2, 0, 3),
+    "head last": lambda x: x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2),
+    "with gaps": lambda x: torch.cat([x, x], 3)[..., : x.size(3)],
+}
+
+
+@pytest.mark.parametrize("options", [{}, dict(return_lse=True)], ids=["out", "lse"])
+@pytest.mark.parametrize("backend", ["triton", "sdpa"])
+@pytest.mark.parametrize("order", LAYOUTS)
+def test_the_output_is_laid_out_as_q(order, backend, options):
+    """The back end in torch returned a contiguous tensor whatever q was."""
+    q, k = (torch.randn(2, 3, size, 16, device=DEVICE) for size in (20, 30))
+    layout = AttentionLayout.from_keep_mask(torch.ones(1, 20, 30, dtype=torch.bool, device=DEVICE))
+    result = block_sparse_attention(LAYOUTS[order](q), k, k, layout, backend=backend, **options)
+    plain = block_sparse_attention(q, k, k, layout, backend=backend, **options)
+    out, expected = (x[0] if options else x for x in (result, plain))
+    assert out.stride() == torch.empty_like(LAYOUTS[order](q)).stride()
+    torch.testing.assert_close(out, expected)
+
+
+@BOTH_SIZES
+@pytest.mark.parametrize("backend", ["triton", "sdpa"])
+def test_gradients_of_sdpa_and_the_kernels_are_those_of_the_definition(size, backend):
+    """Also where a row sees nothing: in the mask, before any key of a sentence, in padding."""
+    keep = torch.rand(1, size, size, generator=torch.Generator().manual_seed(9)) < 0.5
+    keep[0, 5], keep[0, 7, :30] = False, False
+    lengths = dict(q_lengths=torch.tensor([size, size - 9]), k_lengths=torch.tensor([size, 30]))
+    case = simple_case(size, size, keep=keep, causal=True, **lengths)
+    inputs = [x.detach().requires_grad_() for x in (case.q, case.k, case.v)]
+    out = block_sparse_attention(*inputs, case.layout, backend=backend, **case.options())
+    grad = torch.nan_to_num(case.grad_out)
+    results = dict(zip(("dq", "dk", "dv"), torch.autograd.grad(out, inputs, grad), strict=True), out=out)
+    expected = run_reference(case, torch.float64)
+    for name, value in results.items():
+        torch.testing.assert_close(value.double(), expected[name], rtol=1e-4, atol=1e-5)
+
+
+@BOTH_SIZES
+@pytest.mark.parametrize("backend", ["triton", "sdpa"])
+def test_probabilities_are_those_of_the_definition_and_change_nothing(size, backend):
+    case = simple_case(size, size, dropout_p=0.3, k_lengths=torch.tensor([size, size // 2]))
+    attend = functools.partial(
+        block_sparse_attention, case.q, case.k, case.v, case.layout, backend=backend, **case.options()
+    )
+    plain, (out, probs) = attend(), attend(return_probs=True)
+    assert torch.equal(plain, out)
+    everything = attend(return_lse=True, return_probs=True)
+    assert len(everything) == 3 and torch.equal(everything[2], probs)
+    scores = (case.q.double() @ case.k.double().mT * case.scale).nan_to_num().exp() * case.keep
+    scores[1, :, :, size // 2 :] = 0
+    torch.testing.assert_close(probs.double(), scores / scores.sum(-1, keepdim=True), rtol=1e-5, atol=1e-6)
 
 
 @BOTH_SIZES
@@ -309,7 +364,7 @@ def test_tiles_come_by_descriptor_where_the_accelerator_can_read_them_and_else_b
     assert [x is not None for x in tiles(k, v, 64, 64)] == [by_descriptor and accelerated] * 2
     assert tiles(k, v, 64, 32) == (None, None)
     results = []
-    for backend in ("triton", "eager"):
+    for backend in ("triton", "sdpa"):
         inputs = [x.detach().requires_grad_() for x in (q, k, v)]
         out = block_sparse_attention(*inputs, layout, backend=backend)
         results.append([out, *torch.autograd.grad(out, inputs, g)])
@@ -346,7 +401,7 @@ def test_lengths_may_have_any_stride(size):
 def test_a_dropout_rate_of_nearly_one_drops_all_but_next_to_nothing():
     q = torch.randn(1, 1, 8, 16, device=DEVICE)
     layout = AttentionLayout.from_keep_mask(torch.ones(1, 8, 8, dtype=torch.bool, device=DEVICE))
-    for backend in ("triton", "eager"):
+    for backend in ("triton", "sdpa"):
         out = block_sparse_attention(q, q, q, layout, dropout_p=1 - 1e-12, seed=1, backend=backend)
         torch.testing.assert_close(out, torch.zeros_like(out))
 
@@ -356,7 +411,7 @@ def test_no_heads_no_rows_no_keys():
     for batch, q_size, k_size in [(0, 4, 4), (2, 0, 4), (2, 4, 0), (1, 150, 0)]:
         q = torch.randn(batch, 2, q_size, 16, device=DEVICE, requires_grad=True)
         k = torch.randn(batch, 2, k_size, 16, device=DEVICE, requires_grad=True)
-        for backend in ("triton", "eager"):
+        for backend in ("triton", "sdpa"):
             out = block_sparse_attention(q, k, k, layout, backend=backend)
             assert out.shape == q.shape and (out == 0).all()
             grads = torch.autograd.grad(out.sum(), (q, k))

@@ -58,7 +58,7 @@ def test_every_section_runs_and_is_tabulated(bench):
         "| square | 1, 1, 40 |",
         "| sentence | 2, 1, 16 |",
         "| decode self | 1x2, 1, 30 |",
-        "| forward | 2 | 0 | | | | | 1.00 | | | 1.00 |",  # ours in ms; a dense mask and eager take as long here
+        "| forward | 2 | 0 | | | | | 1.00 | | | 1.00 |",  # ours in ms; then dense mask and reference
         "| step | 2 | | | | | | | 1.00 | 1.00 | |",
         "bytes per cell",
         "Ceiling, product: 700",

@@ -80,7 +80,7 @@ def test_decode_stays_within_the_float64_budget(dtype, dim, shared):
     hypothesis.seed(VARIANTS.index((dtype, dim)) + shared * len(VARIANTS))(settings(max_examples=24)(random_cases))()
 
 
-@pytest.mark.parametrize("backend", ["triton", "eager"])
+@pytest.mark.parametrize("backend", ["triton", "sdpa"])
 def test_steps_reproduce_the_rows_of_the_full_forward(backend):
     batch, heads, size, dim = 2, 2, 20, 16
     keep = torch.rand(heads, 32, 32, generator=torch.Generator().manual_seed(4)).to(DEVICE) < 0.5
@@ -198,7 +198,7 @@ def test_a_step_that_does_not_fit_its_pool_is_refused_with_both_values(change, e
         append_to_pool(**(arguments | change))
 
 
-@pytest.mark.parametrize("backend", ["triton", "eager"])
+@pytest.mark.parametrize("backend", ["triton", "sdpa"])
 def test_a_step_of_nothing_has_an_output_of_zeros(backend):
     layout = AttentionLayout.from_keep_mask(torch.ones(1, 4, 5, dtype=torch.bool, device=DEVICE))
     for batch, beam, size in [(0, 2, 5), (2, 0, 5), (2, 2, 0)]:
@@ -211,7 +211,7 @@ def test_a_step_of_nothing_has_an_output_of_zeros(backend):
     assert out.shape == q.shape and (out == 0).all()
 
 
-@pytest.mark.parametrize("backend", ["triton", "eager"])
+@pytest.mark.parametrize("backend", ["triton", "sdpa"])
 def test_a_step_has_no_gradient_and_takes_the_autocast_type(backend):
     layout = AttentionLayout.from_keep_mask(torch.ones(1, 4, 5, dtype=torch.bool, device=DEVICE))
     q = torch.randn(2, 2, 2, 16, device=DEVICE, requires_grad=True)

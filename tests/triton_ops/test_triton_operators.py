@@ -222,12 +222,12 @@ def test_bad_arguments_are_refused_with_both_values():
     refused(TypeError, "float32", k_lengths=torch.zeros(2, device=DEVICE))
     refused(ValueError, r"\[0, 1\).*1\.0", dropout_p=1.0)
     refused(ValueError, "-0.5", scale=-0.5)
-    refused(ValueError, "'fastest'.*auto, triton, eager", backend="fastest")
+    refused(ValueError, "'fastest'.*auto, triton, sdpa", backend="fastest")
     refused(TypeError, "'5'", dropout_p=0.1, seed="5")
     refused(
         TypeError,
         "float64, got torch.int64",
-        backend="eager",
+        backend="sdpa",
         **{n: x.detach().long() for n, x in zip("qkv", (q, k, v), strict=True)},
     )
     refused(ValueError, "int32", dropout_p=0.1, seed=torch.tensor([1], dtype=torch.int32, device=DEVICE))
@@ -252,11 +252,11 @@ def test_lengths_beyond_the_tensor_are_clamped_on_a_gpu():
 
 
 @ON_GPU
-def test_auto_takes_the_eager_back_end_for_what_the_kernels_do_not_take():
+def test_auto_takes_sdpa_for_what_the_kernels_do_not_take():
     layout, (q, k, v) = problem(8)
     x = [t.double() for t in (q, k, v)]
     assert torch.equal(
-        block_sparse_attention(*x, layout), block_sparse_attention(*x, layout, backend="eager")
+        block_sparse_attention(*x, layout), block_sparse_attention(*x, layout, backend="sdpa")
     )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""The eager definition: its gradient, its agreement with torch's own attention, its random bits."""
+"""The definition: its gradient, its agreement with torch's own attention, its random bits."""
 
 import math
 
@@ -24,7 +24,7 @@ def test_gradient_of_the_definition(causal, dropout_p):
     lengths = dict(q_lengths=torch.tensor([4, 2]), k_lengths=torch.tensor([5, 3]))
 
     def outputs(q, k, v):
-        out, lse = attention_reference(
+        out, lse, _ = attention_reference(
             q, k, v, keep, scale=0.7, causal=causal, dropout_p=dropout_p, seed=5, **lengths
         )  # fmt: skip
         return out, torch.where(lse.isfinite(), lse, 0.0)
@@ -38,7 +38,7 @@ def test_agrees_with_scaled_dot_product_attention(q_size, k_size, seed):
     q, k, v = tensors(2, 3, q_size, k_size, 8, seed)
     keep = torch.rand(3, q_size, k_size, generator=torch.Generator().manual_seed(seed)) < 0.5
     keep[:, :, 0] = True
-    out, lse = attention_reference(q, k, v, keep, scale=8**-0.5)
+    out, lse, _ = attention_reference(q, k, v, keep, scale=8**-0.5)
     torch.testing.assert_close(out, torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=keep[None]))
     scores = (q @ k.mT * 8**-0.5).masked_fill(~keep, -torch.inf)
     torch.testing.assert_close(lse, torch.logsumexp(scores, -1))
@@ -50,7 +50,7 @@ def test_invisible_rows_are_zero_and_poisoned_padding_stays_out():
     keep = torch.ones(1, 3, 4, dtype=torch.bool)
     keep[0, 1] = False
     q.requires_grad_()
-    out, lse = attention_reference(
+    out, lse, _ = attention_reference(
         q, k, v, keep, scale=1.0, q_lengths=torch.tensor([3, 1]), k_lengths=torch.tensor([2, 4])
     )
     (grad,) = torch.autograd.grad(out.sum(), q)
@@ -107,3 +107,24 @@ def test_decode_reads_each_sentence_from_its_start():
     for b, (start, length) in enumerate(zip(starts, lengths, strict=True)):
         kk, vv = (x[start : start + length, 0] for x in (k, v))
         torch.testing.assert_close(got[b, :, 0], torch.softmax(q[b, :, 0] @ kk.T, -1) @ vv)
+
+
+def test_probabilities_come_with_the_output():
+    q, k, v = tensors(2, 2, 4, 5, 3)
+    keep = torch.rand(2, 4, 5, generator=torch.Generator().manual_seed(1)) < 0.6
+    keep[0, 1] = False
+    out, lse, probs = attention_reference(q, k, v, keep, scale=0.7, k_lengths=torch.tensor([5, 3]))
+    torch.testing.assert_close(probs @ v, out)
+    assert (probs[:, ~keep] == 0).all() and (probs[1, :, :, 3:] == 0).all()
+    torch.testing.assert_close(probs.sum(-1), lse.isfinite().double())
+
+
+def test_another_softmax_takes_the_place_of_torchs():
+    q, k, v = tensors(1, 1, 3, 4, 8)
+    keep = torch.ones(1, 3, 4, dtype=torch.bool)
+    keep[0, 1] = False
+    out, _, probs = attention_reference(
+        q, k, v, keep, scale=1.0, softmax=lambda scores: torch.softmax(scores, -1).round()
+    )
+    assert (probs[:, :, 1] == 0).all() and ((probs == 0) | (probs == 1)).all()
+    torch.testing.assert_close(out, probs @ v)
