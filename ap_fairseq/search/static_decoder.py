@@ -309,7 +309,7 @@ class StaticDecoder:
         """Logits (n, V) of the next token; of an ensemble, logarithms of the average probabilities."""
         results = []
         for model, positions, state in zip(self.models, self.positions, states, strict=True):
-            logits = decoder_step(model.decoder, self.beams.tokens[:n], positions[self.beams.state.step], state)
+            logits = decoder_step(model.decoder, self.beams.state.tokens[:n], positions[self.beams.state.step], state)
             if self.rules.temperature != 1:
                 logits = logits.div_(self.rules.temperature)
             results.append(logits)
