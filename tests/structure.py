@@ -19,6 +19,7 @@ FLOORS = (
     {"sites", "provenance"},
     {"artifacts"},  # statistics and masks: what the stages hand to each other
     {"recording", "pruning", "model", "evaluation"},
+    {"training"},
     {"search"},
     {"plugin"},  # registers tasks and models with fairseq
     {"experiments", "report"},

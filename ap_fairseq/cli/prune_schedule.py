@@ -11,14 +11,14 @@ from pathlib import Path
 
 import ap_fairseq.plugin  # noqa: F401  (registers with fairseq)
 from ap_fairseq.artifacts import AttentionStats
-from ap_fairseq.cli import masks as cli_masks
 from ap_fairseq.cli.common import command
+from ap_fairseq.cli.masks import write_masks
 from ap_fairseq.experiments.stages import PLUGIN, Stages
 from ap_fairseq.files import UserError, require_file
+from ap_fairseq.pruning.flags import parse_mask_flags, spec_from
+from ap_fairseq.training.schedule import SHAPES, share_of_round
 
 logger = logging.getLogger(__name__)
-
-SHAPES = {"cubic": 3, "linear": 1}
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -57,27 +57,12 @@ def get_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def parse_mask_flags(flags: Sequence[str]) -> argparse.Namespace:
-    """Read flags of ap-masks, without files."""
-    parser = argparse.ArgumentParser(prog="ap-masks")
-    cli_masks.add_mask_options(parser)
-    return parser.parse_args(list(flags))
-
-
-def share_of_round(number: int, rounds: int, shape: str = "cubic") -> float:
-    """Return the share of the final budget that round *number* (1 to *rounds*) prunes, in (0, 1].
-
-    1 - (1 - number / rounds)^3 for ``cubic``: s_t of Zhu and Gupta 2017, equation 1, from an initial sparsity of 0.
-    """
-    return 1 - (1 - number / rounds) ** SHAPES[shape]
-
-
 def write_round_masks(stats_file: str, output: str, flags: Sequence[str], share: float) -> None:
     """Build the masks of one round: those of the ap-masks *flags* with all budgets times *share*."""
     stats = AttentionStats.load(stats_file)
-    spec = cli_masks.spec_from(parse_mask_flags(flags), stats)
+    spec = spec_from(parse_mask_flags(flags), stats)
     budgets = {kind: budget * share for kind, budget in spec.budgets.items()}
-    cli_masks.write_masks(stats, dataclasses.replace(spec, budgets=budgets), output, overwrite=True)
+    write_masks(stats, dataclasses.replace(spec, budgets=budgets), output, overwrite=True)
 
 
 def prune_gradually(

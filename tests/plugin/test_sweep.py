@@ -15,10 +15,10 @@ from plugin.commands import PLUGIN, ROOT, TINY, generate, run
 
 from ap_fairseq.artifacts import AttentionStats, PruningMasks
 from ap_fairseq.cli import prune_schedule
-from ap_fairseq.cli.prune_schedule import share_of_round
 from ap_fairseq.experiments.progress import last_value
 from ap_fairseq.experiments.translation import Search, Translation, translate
 from ap_fairseq.files import ArtifactError
+from ap_fairseq.training.schedule import share_of_round
 
 SWEEP = ROOT / "examples/libreoffice_help/sweep.py"
 spec = importlib.util.spec_from_file_location("sweep", SWEEP)

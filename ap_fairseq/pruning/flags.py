@@ -1,0 +1,158 @@
+"""The flags of ``ap-masks``, which everything that derives masks understands, and the specification they name."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Mapping, Sequence
+
+from ap_fairseq.artifacts import AttentionStats, PruningMasks
+from ap_fairseq.files import UserError
+from ap_fairseq.pruning.criteria import CRITERIA
+from ap_fairseq.pruning.spec import EXTRAPOLATIONS, GRANULARITIES, SCOPES, Granularity, MaskSpec
+from ap_fairseq.sites import AttentionKind, per_kind
+
+
+def _share(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a share in [0, 1), e.g. 0.5 for 50%")
+    return value
+
+
+def _positions(text: str) -> int:
+    if not (text.isascii() and text.isdigit()):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of positions")
+    return int(text)
+
+
+def _granularity(text: str) -> Granularity:
+    valid = {str(value): value for value in GRANULARITIES}
+    if text not in valid:
+        raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(valid)}")
+    return valid[text]
+
+
+def add_mask_options(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that :func:`spec_from` reads."""
+    for kind in AttentionKind:
+        help_text = f"share of {kind.value} pairs to prune, in [0, 1); default: prune none"
+        parser.add_argument(f"--{kind.flag}", type=_share, metavar="SHARE", help=help_text)
+    parser.add_argument(
+        "--total",
+        type=_share,
+        metavar="SHARE",
+        help="share of the pairs of all kinds together to prune: one threshold of the criterion decides how much of it "
+        "falls to each kind, layer and head (instead of budgets per kind)",
+    )
+    parser.add_argument(
+        "--like", metavar="MASKS", help="budgets per kind as in this file, for controls of equal effective sparsity"
+    )
+    parser.add_argument(
+        "--criterion",
+        choices=CRITERIA,
+        default="mean",
+        help="mean: mean attention; normalised: mean attention in units of the head's root mean square; diagonal-mean: "
+        "mean attention along the diagonal; importance: effect on the loss, which ap-record --importance records; "
+        "percentile: the authors' percentile, with nominal budgets; random, window, gaussian, fixed: controls "
+        "(default: %(default)s)",
+    )
+    parser.add_argument(
+        "--scope",
+        choices=SCOPES,
+        help="what shares one threshold (default: kind; with --total: global)",
+    )
+    parser.add_argument(
+        "--granularity",
+        type=_granularity,
+        default=1,
+        metavar="{" + ",".join(map(str, GRANULARITIES)) + "}",
+        help="size of the square blocks in which the mask is decided, or whole diagonals (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--extrapolate",
+        choices=EXTRAPOLATIONS,
+        default="diagonal",
+        help="what happens to cells that no recorded sentence reaches: diagonal continues each head's pattern along "
+        "the diagonals, keep keeps them (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--min-kept",
+        type=_share,
+        default=0.0,
+        metavar="SHARE",
+        help="minimum share of its pairs that every head keeps (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--min-heads",
+        metavar="N",
+        help="minimum number of heads, over all layers of a kind, that keep each pair of positions: one number, or one "
+        "for each kind, e.g. decoder_self=1,cross=2 (default: none)",
+    )
+    parser.add_argument(
+        "--keep-diagonal",
+        type=_positions,
+        metavar="W",
+        help="always keep cells up to W key positions from the diagonal",
+    )
+    parser.add_argument(
+        "--keep-first", type=_positions, default=0, metavar="N", help="always keep the first N columns (default: none)"
+    )
+    parser.add_argument(
+        "--smooth",
+        type=_positions,
+        default=0,
+        metavar="N",
+        help="score a cell by the mean of all cells up to N positions away along its diagonal, so that late positions, "
+        "which few sentences reach, are not ranked by chance (default: 0, the cell alone)",
+    )
+    parser.add_argument("--seed", type=int, default=1, help="for random masks and ties (default: %(default)s)")
+
+
+def parse_mask_flags(flags: Sequence[str]) -> argparse.Namespace:
+    """Read flags of :func:`add_mask_options` alone, as another command's flag holds them."""
+    parser = argparse.ArgumentParser(prog="ap-masks", usage="flags of ap-masks", add_help=False)
+    add_mask_options(parser)
+    return parser.parse_args(list(flags))
+
+
+def _budgets(args: argparse.Namespace, stats: AttentionStats) -> Mapping[AttentionKind, float]:
+    """Return the budget of each kind from --total, --like or the kinds' own flags, of which one may be given."""
+    own = {kind: getattr(args, kind.value) for kind in AttentionKind if getattr(args, kind.value) is not None}
+    given = [name for name, value in (("--total", args.total), ("--like", args.like)) if value is not None]
+    given += [f"--{kind.flag}" for kind in own][:1]
+    if len(given) > 1:
+        raise UserError(f"{' and '.join(given)} all give budgets; choose one of them")
+    if args.criterion == "percentile" and given and not own:
+        raise UserError(
+            f"{given[0]} gives effective sparsity, --criterion percentile takes nominal sparsity; give that with "
+            f"{', '.join(f'--{kind.flag}' for kind in AttentionKind)}"
+        )
+    if args.total is not None:
+        if args.scope not in (None, "global"):
+            raise UserError(f"--total is one budget for all kinds, --scope {args.scope} splits it; leave that out")
+        return dict.fromkeys(stats.kinds, args.total)
+    if args.like is not None:
+        shares = PruningMasks.load(args.like).metadata.get("sparsity", {})
+        return {AttentionKind(name): share["effective"] for name, share in shares.items() if share["effective"] > 0}
+    return own
+
+
+def spec_from(args: argparse.Namespace, stats: AttentionStats) -> MaskSpec:
+    """Return what the flags of :func:`add_mask_options` ask for."""
+    return MaskSpec(
+        budgets=_budgets(args, stats),
+        criterion=args.criterion,
+        scope=args.scope or ("global" if args.total is not None else "kind"),
+        granularity=args.granularity,
+        extrapolate=args.extrapolate,
+        min_kept=args.min_kept,
+        min_heads=per_kind("--min-heads", args.min_heads),
+        keep_diagonal=args.keep_diagonal,
+        keep_first=args.keep_first,
+        smooth=args.smooth,
+        seed=args.seed,
+    )

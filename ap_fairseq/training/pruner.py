@@ -1,0 +1,153 @@
+"""Pruning while training: record the model as it is, derive masks for the share that is due, train on under them."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import dataclasses
+import logging
+import time
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from fairseq import checkpoint_utils, utils
+from fairseq.data import data_utils
+from fairseq.distributed import utils as distributed_utils
+from torch import nn
+
+from ap_fairseq.artifacts import AttentionStats
+from ap_fairseq.files import UserError
+from ap_fairseq.model.transformer import PrunedTransformerModel
+from ap_fairseq.provenance import dictionary_hashes, versions
+from ap_fairseq.pruning.build import build_masks
+from ap_fairseq.pruning.flags import spec_from
+from ap_fairseq.recording.recorder import AttentionRecorder, sample_by_length
+from ap_fairseq.training.schedule import PruningSchedule
+
+logger = logging.getLogger(__name__)
+
+MAX_POSITIONS = 1024  # as ap-record records by default
+
+
+class TrainingPruner:
+    """Prunes a model at the updates of a schedule.
+
+    A pruning depends on the parameters, the training data and the flags, and draws no random number of the training:
+    a training that resumes from any checkpoint gets the masks that it would have got.
+
+    Args:
+        task: the fairseq task, whose training data are recorded.
+        schedule: when, and which share of the budgets.
+        flags: parsed flags of ap-masks, with the final budgets.
+        sample: sentences to record, drawn evenly over all lengths.
+        batch: ``max_tokens`` and ``max_sentences`` of a recorded batch.
+    """
+
+    def __init__(
+        self, task, schedule: PruningSchedule, flags: argparse.Namespace, sample: int, batch: dict[str, int | None]
+    ):
+        self.task, self.schedule, self.flags = task, schedule, flags
+        self.sample, self.batch = sample, batch
+        self.importance = self.flags.criterion == "importance"
+        self.done: int | None = None  # the update at which masks were derived last: updates have several batches
+        self.seconds = 0.0
+        self.started = time.monotonic()
+
+    def before_batch(self, model: nn.Module, criterion: nn.Module, update: int) -> None:
+        """Prune *model* if that is due after *update* updates. Called by all ranks alike."""
+        if update == self.done or update not in self.schedule.updates:
+            return
+        try:
+            self.prune(unwrapped(model), criterion, update)
+        except torch.OutOfMemoryError as error:  # fairseq would skip the batch and come back for ever
+            raise UserError(
+                f"no memory to record attention after update {update} in batches of {self.batch}; train with smaller "
+                "batches (--max-tokens, with --update-freq to make up for it)"
+            ) from error
+        self.done = update
+
+    def prune(self, model: PrunedTransformerModel, criterion: nn.Module, update: int) -> None:
+        """Derive masks for the share that is due after *update* and give them to *model*."""
+        started = time.monotonic()
+        stats = self.record(model, criterion)
+        recorded = time.monotonic()
+        spec = spec_from(self.flags, stats)
+        share = self.schedule.share(update)
+        spec = dataclasses.replace(spec, budgets={kind: budget * share for kind, budget in spec.budgets.items()})
+        built = build_masks(stats, spec)
+        model.set_masks(built.masks)
+        # fairseq compares with the best loss so far, which a model had that was pruned less.
+        checkpoint_utils.save_checkpoint.__dict__.pop("best", None)
+        self.seconds += time.monotonic() - started
+        total = time.monotonic() - self.started
+        logger.info(
+            f"update {update}: {built.masks.metadata['total']['effective']:.1%} of the pairs pruned, "
+            f"{share:.1%} of the budget; {stats.metadata['sentences']:,} sentences recorded in "
+            f"{recorded - started:.1f} s, masks in {time.monotonic() - recorded:.1f} s; pruning took "
+            f"{self.seconds / total:.1%} of the time so far"
+        )
+        for message in built.warnings:
+            logger.warning(message)
+
+    def record(self, model: PrunedTransformerModel, criterion: nn.Module) -> AttentionStats:
+        """Record the attention of *model* on the sample of the training data; each rank records its part."""
+        dataset = copy.copy(self.task.dataset("train"))
+        dataset.left_pad_source = dataset.left_pad_target = False  # statistics are indexed by token position
+        device = next(model.parameters()).device
+        pad = self.task.source_dictionary.pad()
+        limits = tuple(min(int(sizes.max()), MAX_POSITIONS) for sizes in (dataset.src_sizes, dataset.tgt_sizes))
+        group = distributed_utils.get_data_parallel_group() if dist.is_initialized() else None
+        rank, ranks = (dist.get_rank(group), dist.get_world_size(group)) if group is not None else (0, 1)
+        with evaluating(model, criterion), AttentionRecorder(model, limits, self.importance) as recorder:
+            for indices in self.batches(dataset)[rank::ranks]:
+                batch = dataset.collater([dataset[index] for index in indices])
+                batch = utils.move_to_cuda(batch, device) if device.type == "cuda" else batch
+                inputs = batch["net_input"]
+                recorder.begin(inputs["src_tokens"], inputs["prev_output_tokens"], pad)
+                if self.importance:
+                    loss, _, _ = criterion(model, batch)
+                    recorder.add_importance(loss)
+                else:
+                    with torch.no_grad():
+                        model(**inputs)
+        return recorder.finish(
+            group if ranks > 1 else None,
+            data=[{"name": self.task.cfg.data, "subset": "train"}],
+            languages=[self.task.cfg.source_lang, self.task.cfg.target_lang],
+            dictionaries=dictionary_hashes(self.task),
+            max_positions=MAX_POSITIONS,
+            sample={"sentences": self.sample, "seed": 1},
+            loss=type(criterion).__name__ if self.importance else None,
+            versions=versions(),
+        )
+
+    def batches(self, dataset) -> list[np.ndarray]:
+        """Return the batches of the sample, the same ones in every call."""
+        with data_utils.numpy_seed(1):  # the order of equal lengths; also keeps the training's own random numbers
+            indices = dataset.ordered_indices()
+        indices, _ = dataset.filter_indices_by_size(indices, self.task.max_positions())
+        indices = sample_by_length(np.asarray(indices), self.sample, seed=1)
+        return list(dataset.batch_by_size(indices, **self.batch, required_batch_size_multiple=1))
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the model inside fairseq's wrappers for distributed training."""
+    while isinstance(getattr(model, "module", None), nn.Module):
+        model = model.module
+    return model
+
+
+@contextlib.contextmanager
+def evaluating(*modules: nn.Module) -> Iterator[None]:
+    """Put *modules* into evaluation mode, and back into the mode each of them was in."""
+    modes = [(part, part.training) for module in modules for part in module.modules()]
+    for module in modules:
+        module.eval()
+    try:
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode

@@ -1,0 +1,116 @@
+"""Pruning while training: one command from data to a pruned checkpoint."""
+
+import re
+
+import pytest
+import torch
+from plugin.commands import generate, train
+
+from ap_fairseq.files import UserError
+from ap_fairseq.model.checkpoints import load_checkpoint
+from ap_fairseq.provenance import decode_provenance
+from ap_fairseq.training.schedule import PruningSchedule, share_of_round
+
+SCHEDULE = ["--attention-sparsity", 0.6, "--prune-start", 18, "--prune-end", 34, "--prune-every", 8]
+ONE_COMMAND = ["--task", "pruned_translation", "--attention-masks", "none", *SCHEDULE]
+
+
+def masks(checkpoint) -> dict[str, torch.Tensor]:
+    return {name: value for name, value in load_checkpoint(checkpoint)["model"].items() if "_words" in name}
+
+
+def sparsity(checkpoint) -> float:
+    return decode_provenance(load_checkpoint(checkpoint)["model"]["mask_metadata"])["total"]["effective"]
+
+
+def prunings(log: str) -> list[tuple[int, float]]:
+    """Update and percentage of pruned pairs of each pruning that a log names."""
+    return [(int(u), float(p)) for u, p in re.findall(r"update (\d+): ([\d.]+)% of the pairs pruned", log)]
+
+
+@pytest.fixture(scope="module")
+def trained(data_bin, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("one-command")
+    log = train(data_bin, folder, *ONE_COMMAND, "--save-interval-updates", 26, arch="pruned_transformer", updates=40)
+    return folder, log
+
+
+def test_budgets_grow_to_the_last_update_of_the_schedule():
+    schedule = PruningSchedule(start=2000, end=4500, every=1000)
+    assert schedule.updates == [2000, 3000, 4000, 4500]
+    assert [round(schedule.share(update), 3) for update in schedule.updates] == [0.578, 0.875, 0.984, 1.0]
+    linear = PruningSchedule(start=10, end=30, every=10, shape="linear")
+    assert [linear.share(update) for update in linear.updates] == pytest.approx([1 / 3, 2 / 3, 1])
+    assert PruningSchedule(start=5, end=5, every=3).updates == [5]
+    assert share_of_round(1, 3) == pytest.approx(19 / 27)
+
+
+@pytest.mark.parametrize(
+    ("updates", "message"),
+    [
+        ((0, 10, 5), "--prune-start 0 and --prune-end 10"),
+        ((20, 10, 5), "--prune-start 20 and --prune-end 10"),
+        ((5, 10, 0), "--prune-every 0"),
+    ],
+)
+def test_schedules_that_cannot_be_are_refused(updates, message):
+    with pytest.raises(UserError, match=message):
+        PruningSchedule(*updates)
+
+
+def test_one_command_prunes_in_steps_and_leaves_an_ordinary_checkpoint(trained, data_bin):
+    folder, log = trained
+    assert prunings(log) == [(18, pytest.approx(42.2, abs=0.5)), (26, pytest.approx(57.8, abs=0.5)), (34, 60.0)]
+    assert sparsity(folder / "checkpoint_last.pt") == pytest.approx(0.6, abs=0.01)
+    shares = [float(x) for x in re.findall(r'train_inner \| .*?"pruned_cross": "([0-9.]+)"', log)]
+    assert shares[0] == 0 < shares[20] < shares[-1]  # what training logs and TensorBoard show
+    assert "Generate test with beam" in generate(data_bin, folder / "checkpoint_last.pt")
+
+
+def test_a_resumed_training_derives_the_masks_it_would_have_derived(trained, data_bin, tmp_path):
+    """Resumed with the same command, the masks of the checkpoint hold, not those of --attention-masks."""
+    folder, _ = trained
+    (before,) = folder.glob("checkpoint_*_26.pt")
+    (tmp_path / "checkpoint_last.pt").write_bytes(before.read_bytes())
+    log = train(data_bin, tmp_path, *ONE_COMMAND, arch="pruned_transformer", updates=27)
+    assert prunings(log) == [(26, pytest.approx(57.8, abs=0.5))]
+    resumed = masks(tmp_path / "checkpoint_last.pt")
+    train(data_bin, tmp_path / "straight", *ONE_COMMAND, arch="pruned_transformer", updates=27)
+    straight = masks(tmp_path / "straight" / "checkpoint_last.pt")
+    assert all(torch.equal(resumed[name], straight[name]) for name in straight)
+
+
+def test_the_best_checkpoint_is_one_under_the_last_masks(data_bin, tmp_path):
+    """A model is best while nothing is pruned: fairseq kept that one as checkpoint_best.pt."""
+    flags = [*ONE_COMMAND, "--attention-sparsity", 0.95, "--lr", 1e-4, "--validate-interval-updates", 8]
+    train(data_bin, tmp_path, *flags, arch="pruned_transformer", updates=40)
+    assert sparsity(tmp_path / "checkpoint_best.pt") > 0.9
+
+
+def test_budgets_by_kind_and_other_criteria(data_bin, tmp_path):
+    flags = ["--task", "pruned_translation", "--attention-masks", "none", "--prune-start", 4, "--prune-end", 4]
+    flags += ["--prune-flags", "--criterion mean --cross 0.5", "--prune-sample", 50]
+    log = train(data_bin, tmp_path, *flags, arch="pruned_transformer", updates=6)
+    assert "50 sentences recorded" in log
+    shares = decode_provenance(load_checkpoint(tmp_path / "checkpoint_last.pt")["model"]["mask_metadata"])["sparsity"]
+    assert shares["encoder_self"]["effective"] == 0 and shares["cross"]["effective"] == pytest.approx(0.5, abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("flags", "arch", "message"),
+    [
+        (["--attention-sparsity", 1.5], "pruned_transformer", "--attention-sparsity 1.5"),
+        (
+            ["--attention-sparsity", 0.5, "--prune-start", 50, "--prune-end", 40],
+            "pruned_transformer",
+            "--prune-start 50",
+        ),
+        (["--attention-sparsity", 0.5, "--prune-flags", "--cross 0.5"], "pruned_transformer", "both name budgets"),
+        (["--attention-sparsity", 0.5], "transformer", "pruned_transformer"),
+    ],
+)
+def test_flags_that_cannot_be_are_refused_at_the_start(data_bin, tmp_path, flags, arch, message):
+    masks = ["--attention-masks", "none"] if arch != "transformer" else []
+    log = train(data_bin, tmp_path, "--task", "pruned_translation", *masks, *flags, arch=arch, updates=2, expect=1)
+    assert re.search(f"UserError: .*{message}", log), log[-2000:]
+    assert not (tmp_path / "checkpoint_last.pt").exists()
