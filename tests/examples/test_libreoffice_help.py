@@ -12,19 +12,16 @@ import tarfile
 from collections import Counter
 from pathlib import Path
 
+import corpus
+import page_mix
+import prepare
 import pytest
+import segments
+from corpus import Block, Page, Pair
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "libreoffice_help"
-# The example's scripts import each other and the shared ones by name, as when prepare.sh runs them.
-sys.path[:0] = [str(EXAMPLE), str(EXAMPLE.parent / "common")]
-
-import corpus  # noqa: E402
-import page_mix  # noqa: E402
-import prepare  # noqa: E402
-import segments  # noqa: E402
-from corpus import Block, Page, Pair  # noqa: E402
 
 # ---------------------------------------------------------------- help pages
 

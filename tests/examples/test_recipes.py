@@ -12,22 +12,20 @@ import threading
 import tomllib
 from pathlib import Path
 
+import corpora
+import downloads
+import forked
+import mirror
 import pytest
+import recipe as recipe_program
+from building import PrepareError
+from downloads import Archive, fetch
 from fairseq import options
 from fairseq.models import ARCH_MODEL_REGISTRY
+from sentences import write_pages
 
 HERE = Path(__file__).resolve().parent
 EXAMPLES = HERE.parents[1] / "examples"
-sys.path[:0] = [str(HERE), str(EXAMPLES / "common")]
-
-import corpora  # noqa: E402
-import downloads  # noqa: E402
-import forked  # noqa: E402
-import mirror  # noqa: E402
-import recipe as recipe_program  # noqa: E402
-from building import PrepareError  # noqa: E402
-from downloads import Archive, fetch  # noqa: E402
-from sentences import write_pages  # noqa: E402
 
 DATA_SETS = ("wmt14_en_de", "wmt14_en_fr", "iwslt14_de_en", "iwslt17_documents")
 STAGES = ("prepare", "train_dense", "record", "prune", "train_pruned", "evaluate", "report")

@@ -1,6 +1,5 @@
 """A toy language pair, and fairseq's and our commands as functions."""
 
-import importlib.util
 import os
 import random
 import subprocess
@@ -9,15 +8,6 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 PLUGIN = ["--user-dir", str(ROOT / "ap_fairseq")]
-
-
-def load_script(path: Path):
-    """Import a script, which is in no package."""
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
 
 NOUNS = {"cell": "Zelle", "table": "Tabelle", "page": "Seite", "line": "Zeile", "window": "Ansicht", "list": "Liste"}
 VERBS = {"opens": "öffnet", "closes": "schließt", "moves": "bewegt", "deletes": "löscht", "shows": "zeigt"}

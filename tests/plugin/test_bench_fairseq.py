@@ -3,13 +3,12 @@
 import json
 import sys
 
+import bench_fairseq as bench
 import pytest
 import torch
 from plugin.builders import batch, dense_model, dictionary
 from plugin.commands import ROOT, run
-from plugin.test_readme import script
 
-bench = script(ROOT / "scripts/bench_fairseq.py")
 WORDS = dictionary()
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from fairseq.sequence_generator import SequenceGenerator
 from plugin.builders import batch, dictionary, pruned_model, random_masks
-from plugin.test_generation import assert_same, plain
+from plugin.hypotheses import assert_same, plain
 
 from ap_fairseq.artifacts import PruningMasks
 from ap_fairseq.files import UserError

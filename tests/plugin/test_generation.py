@@ -11,6 +11,7 @@ import torch
 from fairseq.search import Sampling
 from fairseq.sequence_generator import SequenceGenerator
 from plugin.builders import batch, dense_model, dictionary, pruned_model, random_masks
+from plugin.hypotheses import assert_same
 
 from ap_fairseq.files import UserError
 from ap_fairseq.search import generator, static_decoder
@@ -42,22 +43,6 @@ def models(n: int = 1, sparsity: float = 0.6, **options):
 def sample(lengths, seed: int = 0):
     source = batch(lengths, WORDS, left=True, seed=seed).to(DEVICE)
     return {"net_input": {"src_tokens": source, "src_lengths": torch.tensor(lengths, device=DEVICE)}}
-
-
-def plain(results):
-    """Hypotheses as comparable values: [[(tokens, score, positional scores)]]."""
-    return [
-        [(h["tokens"].tolist(), float(h["score"]), h["positional_scores"].cpu().float()) for h in hypotheses]
-        for hypotheses in results
-    ]
-
-
-def assert_same(ours, fairseqs):
-    for mine, theirs in zip(plain(ours), plain(fairseqs), strict=True):
-        assert [h[0] for h in mine] == [h[0] for h in theirs]
-        for (_, score, positional), (_, expected, expected_positional) in zip(mine, theirs, strict=True):
-            assert score == pytest.approx(expected, abs=2e-5)
-            torch.testing.assert_close(positional, expected_positional, atol=2e-5, rtol=1e-4)
 
 
 LENGTHS = [5, 2, 7, 11, 3, 9, 4, 6, 8, 10, 12, 5, 7]

@@ -10,14 +10,14 @@ import re
 import shlex
 
 import pytest
+import readme_tables
 from fairseq import options
 from fairseq.dataclass.utils import gen_parser_from_dataclass
 from fairseq.models import ARCH_MODEL_REGISTRY
 from fairseq.registry import REGISTRIES
 from fairseq.tasks import TASK_REGISTRY
-from plugin.commands import ROOT, load_script
+from plugin.commands import ROOT
 
-readme_tables = load_script(ROOT / "scripts/readme_tables.py")
 READMES = readme_tables.readmes()
 
 

@@ -1,17 +1,11 @@
 """scripts/sample_error.py: masks of samples against masks of the whole, by hand on small statistics."""
 
-import sys
-
 import pytest
+import sample_error
 from plugin.builders import random_stats
-from plugin.commands import ROOT
 
 from ap_fairseq.pruning.spec import MaskSpec
 from ap_fairseq.sites import AttentionKind
-
-sys.path.insert(0, str(ROOT / "scripts"))
-
-import sample_error
 
 SPEC = MaskSpec(budgets={kind: 0.5 for kind in AttentionKind})
 

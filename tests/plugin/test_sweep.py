@@ -1,7 +1,6 @@
 """Many systems in one process translate as single commands do; schedules and sweeps resume and say what differs."""
 
 import dataclasses
-import importlib.util
 import json
 import os
 import re
@@ -10,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import sweep
 import yaml
 from plugin.commands import PLUGIN, ROOT, TINY, generate, run
 
@@ -21,10 +21,6 @@ from ap_fairseq.files import ArtifactError
 from ap_fairseq.training.schedule import share_of_round
 
 SWEEP = ROOT / "examples/libreoffice_help/sweep.py"
-spec = importlib.util.spec_from_file_location("sweep", SWEEP)
-sweep = importlib.util.module_from_spec(spec)
-sys.modules["sweep"] = sweep
-spec.loader.exec_module(sweep)
 
 TRAINING = (
     f"{' '.join(TINY)} --optimizer adam --lr 1e-3 --lr-scheduler fixed --criterion cross_entropy --max-tokens 2000 "
