@@ -13,6 +13,7 @@ from collections import Counter
 from pathlib import Path
 
 import corpus
+import forked
 import page_mix
 import prepare
 import pytest
@@ -798,3 +799,26 @@ def test_the_mix_is_built_from_a_finished_corpus(run, tmp_path, monkeypatch, cap
     whole = [text.replace(" <sep> ", "\n").splitlines() for text in texts]
     assert whole[0] == whole[1] == whole[2]
     assert "test.bpe,test1.bpe,test2.bpe,test3.bpe" in commands[0]
+
+
+# ---------------------------------------------------------------- the recipe
+
+
+def test_the_recipe_runs_from_the_packages_to_the_report(deb_dir, commands, tmp_path):
+    """All stages of run.sh, for another direction than the default, with the options of prepare.sh."""
+    run, data = tmp_path / "run", tmp_path / "data"
+    options = ["--pair", "de", "en", "--size", "tiny", "--gpus", 0, "--systems", "per-kind", "window", "--jobs", 2]
+    options += ["--data", data, "--out", run, "--deb-dir", deb_dir, "--bpe-size", 150, "--page-tokens", 60]
+    environment = {"PATH": os.environ["PATH"], "OMP_NUM_THREADS": "1"}
+    status = forked.run_recipe([EXAMPLE, "all", *options], tmp_path / "printed", environment)
+    printed = (tmp_path / "printed").read_text()
+    assert status == 0, printed
+    document = json.loads((run / "results.json").read_text())
+    names = ["dense.tuned", "dense", "per-kind.untuned", "per-kind.tuned", "window.untuned", "window.tuned"]
+    assert [system["system"] for system in document["systems"]] == names
+    counts = json.loads((data / "counts.json").read_text())
+    assert {system["sentences"] for system in document["systems"]} == {counts["split_pairs"]["test"]}
+    assert (counts["options"]["source"], counts["options"]["page_tokens"]) == ("de", 60)
+    assert (run / "report" / "report.html").stat().st_size > 10_000
+    for stage in ("prepare", "dense.train", "dense.record", "window.tuned.generate.0"):
+        assert f"{stage}: running" in printed
