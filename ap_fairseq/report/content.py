@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ap_fairseq.artifacts import AttentionStats, PruningMasks
-from ap_fairseq.provenance import versions
+from ap_fairseq.provenance import mask_spec, versions
 from ap_fairseq.pruning.summary import LayerSummary, summarize, total_of, vanished_heads
 from ap_fairseq.report import analysis, plots, results, statements, tables
 from ap_fairseq.sites import AttentionKind
@@ -128,9 +128,16 @@ class Report:
         }
 
     @property
+    def masks_table(self) -> tables.Table:
+        specs = {name: mask_spec(masks.metadata) for name, masks in self.masks.items()}
+        return tables.masks_table(
+            self.summaries, [name for name, spec in specs.items() if spec.get("criterion") == "percentile"]
+        )
+
+    @property
     def tables(self) -> list[tables.Table]:
         found = [tables.kinds_table(self.concentration, self.kept)]
-        found += [tables.masks_table(self.summaries)] if self.masks else []
+        found += [self.masks_table] if self.masks else []
         return found + ([tables.systems_table(self.systems)] if self.systems else [])
 
     def overview_figures(self) -> list[plots.Figure]:

@@ -35,7 +35,7 @@ def render(report: Report, figures: list[plots.Figure]) -> str:
         overview=[figure for figure in figures if figure.name.startswith("overview_")],
         # The explorer shows what the heat maps show.
         figures=[figure for figure in figures if not figure.name.startswith(("overview_", "attention_", "support"))],
-        masks=tables.masks_table(report.summaries) if report.masks else None,
+        masks=report.masks_table if report.masks else None,
         masks_shown=len(report.masks),
         vanished=report.vanished,
         systems=tables.systems_table(report.systems) if report.systems else None,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import numpy as np
 
@@ -46,22 +46,20 @@ def heads_table(measured: Mapping[AttentionKind, Concentration]) -> Table:
     return Table(header, rows, caption, align="lrrl" + "r" * len(names))
 
 
-def masks_table(summaries: Mapping[str, list[LayerSummary]]) -> Table:
-    """Effective and nominal sparsity and kept mass of each mask and kind."""
-    rows = [
-        [
-            name,
-            row.kind,
-            f"{row.effective:.1%}",
-            f"{row.nominal:.1%}",
-            f"{row.kept_mass:.1%}",
-            f"{row.guaranteed_rows:,}/{row.rows:,}",
-        ]
-        for name, summary in summaries.items()
-        for row in summary
-        if row.layer is None
-    ]
-    header = ["masks", "kind", "effective", "nominal", "kept mass", "guaranteed rows"]
+def masks_table(summaries: Mapping[str, list[LayerSummary]], nominal: Collection[str]) -> Table:
+    """Effective sparsity and kept mass of each mask and kind.
+
+    Args:
+        nominal: names of the masks whose budgets are nominal; only theirs is shown.
+    """
+    header = ["masks", "kind", "effective", *["nominal"] * bool(nominal), "kept mass", "guaranteed rows"]
+    rows = []
+    for name, summary in summaries.items():
+        for row in (row for row in summary if row.layer is None):
+            shares = [f"{row.effective:.1%}"]
+            if nominal:
+                shares.append(f"{row.nominal:.1%}" if name in nominal else "–")
+            rows.append([name, row.kind, *shares, f"{row.kept_mass:.1%}", f"{row.guaranteed_rows:,}/{row.rows:,}"])
     caption = "Pruning masks. Effective sparsity: share of the recorded pairs that is pruned."
     return Table(header, rows, caption, align="ll" + "r" * (len(header) - 2))
 

@@ -445,6 +445,20 @@ def test_tables_for_papers(folder):
     assert latex.count(r"\begin{table}") == latex.count(r"\end{table}") == latex.count(r"\toprule") == 3
 
 
+def test_nominal_sparsity_is_shown_for_masks_with_nominal_budgets_alone():
+    """A mask that keeps everything was listed with a nominal sparsity: cells that never exist count as pruned."""
+    stats = random_stats(layers=1)
+    built = {
+        "mean": build_masks(stats, MaskSpec({CROSS: 0.5})).masks,
+        "published": build_masks(stats, MaskSpec({CROSS: 0.5}, criterion="percentile")).masks,
+    }
+    table = content.Report(stats, {"mean": built["mean"]}, []).masks_table
+    assert "nominal" not in table.header and len(table.rows[0]) == len(table.header)
+    table = content.Report(stats, built, []).masks_table
+    column = {row[0]: row[table.header.index("nominal")] for row in table.rows if row[1] == "cross"}
+    assert column["mean"] == "–" and column["published"].endswith("%")
+
+
 def test_the_page_is_one_file(folder):
     text = (folder / "report.html").read_text(encoding="utf-8")
     parsed = Page(text)
