@@ -8,6 +8,8 @@ import operator
 import torch
 from torch import Tensor
 
+from . import beam_state
+from .beam_state import BeamState
 from .dense import attend_dense, draw_seed
 from .layout import AttentionLayout
 from .reference import decode_reference, laid_out_as, without_padding
@@ -386,3 +388,27 @@ def append_to_pool(kv: Tensor, pool: Tensor, offsets: Tensor, step: Tensor) -> N
     from .ops import append_step
 
     append_step(_rows(kv), pool, offsets, step)
+
+
+def advance_beams(state: BeamState, n: int, logits: Tensor, penalty: Tensor, eos: int, kernels: bool) -> None:
+    """Choose how the first *n* sentences go on, and record it.
+
+    Args:
+        logits: (n * beam, V), of the next token; contiguous.
+        penalty: float32 (V,), added to log-probabilities. These count as -inf where they are NaN, as in fairseq.
+        eos: the token that ends a hypothesis.
+        kernels: whether the kernels do it, for beams that they take.
+    """
+    scores, k = state.scores[:n], 2 * state.beam
+    size = beam_state.group_size(logits.size(1), 2)
+    if kernels and state.beam <= beam_state.MAX_KERNEL_BEAM:
+        from . import beam_search  # imports triton
+
+        maxima, lse = beam_search.largest_of_groups(logits, penalty, size)
+        groups = beam_state.best_groups(maxima.view(n, state.beam, -1), scores, k)
+        beam_search.choose(state, n, logits, penalty, lse, groups, size, eos)
+    else:
+        log_probs = logits.log_softmax(-1, dtype=torch.float32).add_(penalty).view(n, state.beam, -1)
+        groups = beam_state.best_groups(log_probs.unflatten(2, (-1, size)).amax(-1), scores, k)
+        beam_state.choose(state, n, *beam_state.best_continuations(log_probs, scores, groups, size), eos)
+    state.step.add_(1)

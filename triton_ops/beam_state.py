@@ -106,30 +106,6 @@ class BeamState(NamedTuple):
             value[: n * self.beam] = value[hypotheses]
 
 
-def advance(state: BeamState, n: int, logits: Tensor, penalty: Tensor, eos: int, kernels: bool) -> None:
-    """Choose how the first *n* sentences go on, and record it.
-
-    Args:
-        logits: (n * beam, V), of the next token; contiguous.
-        penalty: float32 (V,), added to log-probabilities. These count as -inf where they are NaN, as in fairseq.
-        eos: the token that ends a hypothesis.
-        kernels: whether the kernels do it, for beams that they take.
-    """
-    scores, k = state.scores[:n], 2 * state.beam
-    size = group_size(logits.size(1), 2)
-    if kernels and state.beam <= MAX_KERNEL_BEAM:
-        from . import beam_search  # imports triton
-
-        maxima, lse = beam_search.largest_of_groups(logits, penalty, size)
-        groups = best_groups(maxima.view(n, state.beam, -1), scores, k)
-        beam_search.choose(state, n, logits, penalty, lse, groups, size, eos)
-    else:
-        log_probs = logits.log_softmax(-1, dtype=torch.float32).add_(penalty).view(n, state.beam, -1)
-        groups = best_groups(log_probs.unflatten(2, (-1, size)).amax(-1), scores, k)
-        choose(state, n, *best_continuations(log_probs, scores, groups, size), eos)
-    state.step.add_(1)
-
-
 def choose(state: BeamState, n: int, sums: Tensor, parent: Tensor, token: Tensor, eos: int) -> None:
     """Record the continuations of the first *n* sentences that end, and go on with the others.
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ap_fairseq.files import UserError
-from triton_ops import beam_state
+from triton_ops.api import advance_beams
 from triton_ops.beam_state import BeamState
 
 
@@ -71,8 +71,8 @@ class BeamSearchState:
         self.used.add_(self.n_heads, alpha=n_hypotheses)
 
     def advance(self, n: int, logits: Tensor, penalty: Tensor, eos: int) -> None:
-        """Choose how the first *n* sentences go on, and record it (see `triton_ops.beam_state.advance`)."""
-        beam_state.advance(self.state, n, logits, penalty, eos, self.kernels)
+        """Choose how the first *n* sentences go on, and record it (see `triton_ops.api.advance_beams`)."""
+        advance_beams(self.state, n, logits, penalty, eos, self.kernels)
 
     def shrink(self, n: int, smaller: int) -> None:
         """Move the unfinished ones of the first *n* sentences to the first *smaller* places."""

@@ -13,7 +13,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from triton_ops import AttentionLayout, backward, beam_search, decode, forward, ops, small
-from triton_ops.beam_state import BeamState, advance
+from triton_ops.api import advance_beams
+from triton_ops.beam_state import BeamState
 
 KERNELS = [
     forward._forward_kernel,
@@ -82,7 +83,7 @@ def decode_steps(dtype, dim, size, batch, beam=3):
 
 def search_step(size, batch, beam=3):
     state = BeamState.empty(batch, size, beam, torch.device("cpu"))
-    advance(state, batch, torch.zeros(batch * beam, 96), torch.zeros(96), eos=2, kernels=True)
+    advance_beams(state, batch, torch.zeros(batch * beam, 96), torch.zeros(96), eos=2, kernels=True)
     kv, pool = torch.empty(batch * beam, 2, 2, 32), torch.empty(size, 2, 32)
     ops.append_step(kv, pool, torch.zeros(2, size, dtype=torch.int32), state.step)
 

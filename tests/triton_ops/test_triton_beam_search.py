@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from triton_ops.beam_state import BeamState, advance, best_continuations, best_groups, group_size
+from triton_ops.api import advance_beams
+from triton_ops.beam_state import BeamState, best_continuations, best_groups, group_size
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EOS = 2
@@ -114,7 +115,7 @@ def test_the_kernels_change_the_state_as_torch_does(n, beam, step, vocab_size, c
         logits[-1] = -math.inf
     ours, expected = (random_state(n, beam, step, 9, seed) for _ in range(2))
     for state, kernels in ((ours, True), (expected, False)):
-        advance(state, n + 1, logits, penalty, EOS, kernels)
+        advance_beams(state, n + 1, logits, penalty, EOS, kernels)
     assert_alike(ours, expected, n + 1)
 
 
@@ -123,5 +124,5 @@ def test_the_kernels_take_wide_beams_long_texts_and_large_vocabularies(beam, voc
     ours, expected = (random_state(2, beam, 300, 500, seed=1) for _ in range(2))
     logits = torch.randn(3 * beam, vocab_size, generator=torch.Generator().manual_seed(2)).mul(3).to(DEVICE)
     for state, kernels in ((ours, True), (expected, False)):
-        advance(state, 3, logits, torch.zeros(vocab_size, device=DEVICE), EOS, kernels)
+        advance_beams(state, 3, logits, torch.zeros(vocab_size, device=DEVICE), EOS, kernels)
     assert_alike(ours, expected, 3)
