@@ -26,7 +26,7 @@ from typing import Any
 
 import ap_fairseq
 from ap_fairseq.experiments.progress import Progress
-from ap_fairseq.files import ArtifactError, UserError, read_lines, write_json
+from ap_fairseq.files import ArtifactError, UserError, write_json
 
 # Asking whether there is a GPU must not open it: an opened GPU cannot be used after a fork.
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
@@ -66,7 +66,7 @@ class Stages:
         command = json.loads(json.dumps([_name(program), *args], default=str))
         for file in (mark, log):
             file.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(log.with_name(f".{name}.lock")):
+        with _locked(log.with_name(f".{name}.lock"), name):
             if not mark.exists():
                 seconds = self.run_always(name, program, *args)
                 write_json(mark, {"command": command, "seconds": seconds})
@@ -90,7 +90,7 @@ class Stages:
         return self.folder / "stages" / f"{name}.json"
 
     def run_always(self, name: str, program: str | Callable, *args: Any) -> float:
-        """Run a stage that knows itself what was done before; return the seconds.
+        """Run a stage whatever was done before, for programs that skip finished work themselves; return the seconds.
 
         Raises:
             StageError: if it fails.
@@ -112,7 +112,7 @@ class Stages:
                 child.join(POLL_SECONDS)
                 progress.update()
         if child.exitcode != 0:
-            tail = "\n".join(read_lines(log)[-12:])
+            tail = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-12:])
             raise StageError(f"stage {name} failed with status {child.exitcode}; the end of {log}:\n{tail}")
         seconds = round(time.monotonic() - started, 1)
         _say(f"{name}: {seconds} s")
@@ -136,10 +136,14 @@ def read_mark(mark: Path) -> tuple[list[Any], float]:
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold a lock in the block. Children inherit it: it is free when the last of them has ended, however that came."""
+def _locked(path: Path, name: str) -> Iterator[None]:
+    """Hold a lock in the block. Children inherit it: it is free when the last of them has ended, for any reason."""
     with open(path, "w") as stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            _say(f"{name}: waiting for another program that runs this stage")
+            fcntl.flock(stream, fcntl.LOCK_EX)
         yield
 
 
@@ -225,7 +229,7 @@ def run_together(jobs: int, tasks: Iterable[tuple[Callable, Sequence[Any]]]) -> 
             process.join()
             failed += process.exitcode != 0
     if failed:
-        raise StageError(f"{failed} jobs failed; run the same command again to resume with what is missing")
+        raise StageError(f"{failed} jobs failed; run the same command again to resume")
 
 
 def _work(slot: int, jobs: int, function: Callable, args: Sequence[Any]) -> None:

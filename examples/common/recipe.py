@@ -149,9 +149,7 @@ class Recipe:
         if not self.gpus:  # the models are small: more threads wait for each other, and other jobs need the cores
             torch.set_num_threads(1)
 
-        self.prepare_program = load_module(
-            folder / toml["prepare"] if "prepare" in toml else COMMON / "prepare_corpus.py"
-        )
+        program = load_module(folder / toml["prepare"] if "prepare" in toml else COMMON / "prepare_corpus.py")
         options = [*shlex.split(self.size.prepare), *prepare_options]
         if "prepare" in toml:  # its own, for any pair
             options = [*(args.pair or (toml["source"], toml["target"])), *options]
@@ -159,7 +157,7 @@ class Recipe:
             raise UserError(f"--pair: {folder.name} has one pair of languages, {toml['source']} {toml['target']}")
         else:
             options = [str(folder), *(["--variant", args.variant] if args.variant else []), *options]
-        self.source, self.target = self.prepare_program.languages(self.prepare_program.parse_args(options))
+        self.prepare_data, (self.source, self.target) = program.main, program.languages(program.parse_args(options))
         names = [f"{self.source}-{self.target}", args.variant]
         self.data = args.data or folder / "data" / "-".join(filter(None, [*names, self.size.data]))
         self.run = args.out or folder / "runs" / "-".join(filter(None, [*names, name, f"seed{args.seed}"]))
@@ -190,7 +188,7 @@ class Recipe:
     def prepare(self) -> None:
         if not (self.data / "counts.json").exists():  # written last: the data are not there, whatever the marks say
             self.stages.forget("prepare")
-        self.stages.run("prepare", self.prepare_program.main, self.prepare_options)
+        self.stages.run("prepare", self.prepare_data, self.prepare_options)
 
     def train(
         self, name: str, folder: str, flags: str, updates: int, *own: Any, level: str = "", masks: Path | None = None

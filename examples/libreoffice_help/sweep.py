@@ -4,8 +4,8 @@
     sweep.py SWEEP.yaml --data DIR --out DIR [--jobs N] [--dense SEED=CHECKPOINT ...] [--only REGEX] [--until STEP]
     sweep.py --table results.jsonl [--only REGEX]
 
-SWEEP.yaml says everything that a result depends on: flags of training and recording, the search, and `systems`. A list
-in a system stands for one system of each value (of several lists, one of each combination):
+SWEEP.yaml holds everything that a result depends on: flags of training and recording, the search, and `systems`. A list
+in a system stands for one system per value (several lists: one per combination):
 
     criterion    dense (nothing pruned), any of ap-masks' --criterion, top-k, or threshold
     kinds        global (one budget for all kinds, spent by the scores of the criterion), per-kind (each kind at the
@@ -27,7 +27,7 @@ in a system stands for one system of each value (of several lists, one of each c
 is a page or a part of one; scores and tests are then of whole pages (d-BLEU), with s-BLEU of the segments beside them.
 
 Everything runs in folders of --out and is skipped when it is there; other settings under a finished name are an error,
-but for a folder that holds all translations: it is only scored.
+except that a folder with all translations is only scored.
 Fine-tuning runs side by side, --jobs at a time; translations are spread over --jobs processes that load the model once,
 and measure the loss on the validation data too. A search with beam: 0 measures that alone.
 --until translate stops before the scores, which need no GPU: copy --out elsewhere and run the same command there.
@@ -134,7 +134,7 @@ class System:
         return [AttentionKind(name) for name in names]
 
     def mask_flags(self) -> list[str]:
-        """Flags of ap-masks; none prune anything for what is no mask."""
+        """Flags of ap-masks; none for systems without masks."""
         if self.criterion in ("dense", "top-k", "threshold"):
             return []
         if self.kinds == "own":
@@ -340,7 +340,7 @@ class Sweep:
         return self.data / self.level / f"{self.subset}.{self.target}"
 
     def read_texts(self, path: Path) -> list[str]:
-        """Return what is scored: lines, or at other levels than sentences whole pages without separators."""
+        """Return the texts to score: sentences, or at other levels whole pages without separators."""
         lines = read_lines(path)
         if self.level == "sentences":
             return lines
@@ -389,7 +389,7 @@ class Sweep:
         write_json(output, result, overwrite=True)
 
     def scores(self, system: System) -> dict[str, Any]:
-        """What is scored of its translations, if the sweep translates."""
+        """Scores of the translations, if the sweep translates."""
         if not self.search.beam:
             return {}
         result = score(self.read_texts(self.translation(system)), self.read_texts(self.reference))
@@ -404,7 +404,7 @@ class Sweep:
         if not self.search.beam:
             return {}
 
-        # What is untuned, or trained from scratch, is compared with the usual fine-tuning.
+        # Systems without fine-tuning, or trained from scratch, are compared with the usual fine-tuning.
         tuned = system.schedule in ("one-shot", "gradual")
         updates = self.updates(system) if tuned else self.description["tune_updates"]
 
@@ -430,7 +430,7 @@ class Sweep:
         return result
 
     def report(self) -> None:
-        """Write and print what is scored: of all systems that the description lists, whichever ran now."""
+        """Write and print the scores of all listed systems, not only of those that ran now."""
         files = [self.out / "scores" / f"{system.name}.json" for system in self.listed]
         results = [json.loads(file.read_text(encoding="utf-8")) for file in files if file.exists()]
         with atomic_output(self.out / "results.jsonl", overwrite=True) as temporary:

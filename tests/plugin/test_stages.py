@@ -75,8 +75,11 @@ def slow(path):
     open(path, "a").write("done\\n")
 Stages({str(tmp_path)!r}).run("x", slow, {str(tmp_path / "made")!r})
 """
-    programs = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(2)]
-    assert [program.wait(timeout=100) for program in programs] == [0, 0]
+    command = [sys.executable, "-c", code]
+    programs = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    printed = "".join(program.communicate(timeout=100)[0] for program in programs)
+    assert [program.returncode for program in programs] == [0, 0]
+    assert printed.count("x: running") == 1 and printed.count("x: done before") == 1
     assert (tmp_path / "made").read_text() == "done\n"
 
 
