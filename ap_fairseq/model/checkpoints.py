@@ -16,6 +16,7 @@ from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq.models.transformer import transformer_legacy
 from omegaconf import OmegaConf
 
+from ap_fairseq.compat import allow_fairseq_checkpoints
 from ap_fairseq.files import ArtifactError, atomic_output, not_written, refuse_existing
 from ap_fairseq.model.config import PrunedTransformerConfig
 
@@ -162,6 +163,7 @@ def load_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
     """
     if not os.path.isfile(path):
         raise ArtifactError(f"checkpoint {path} does not exist")
+    allow_fairseq_checkpoints()
     try:
         state = torch.load(path, map_location="cpu")
     except Exception as error:  # the unpickler raises whatever the bytes lead it to

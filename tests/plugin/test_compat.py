@@ -1,9 +1,13 @@
 """What is checked when the package is imported, and what fairseq checkpoints of other versions bring along."""
 
+import argparse
 import importlib
+import subprocess
+import sys
 import types
 
 import pytest
+import torch
 
 from ap_fairseq import compat
 
@@ -28,3 +32,14 @@ def test_only_the_zero_filled_copies_of_0_12_2_are_dropped():
     state = dict.fromkeys([*kept, *copies], 0)
     compat.drop_bettertransformer_copies(state)
     assert list(state) == kept
+
+
+def test_checkpoints_are_read_before_the_plugin_is_registered(tmp_path):
+    """ap-evaluate, which loads fairseq late, refused every checkpoint that holds a Namespace."""
+    torch.save({"args": argparse.Namespace(arch="transformer"), "model": {}}, tmp_path / "model.pt")
+    program = (
+        "import sys; from ap_fairseq.model.checkpoints import load_checkpoint; "
+        "assert 'ap_fairseq.plugin' not in sys.modules; print(load_checkpoint(sys.argv[1])['args'].arch)"
+    )
+    done = subprocess.run([sys.executable, "-c", program, tmp_path / "model.pt"], capture_output=True, text=True)
+    assert done.stdout == "transformer\n", done.stderr
