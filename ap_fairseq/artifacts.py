@@ -130,7 +130,7 @@ ROUNDING = 1e-3  # by which a sum of probabilities may exceed their number
 
 @dataclass
 class AttentionStats:
-    """What a dense model did on a data set.
+    """Attention of a model, summed by position over the sentences of a data set.
 
     Attributes:
         mass: per kind float64 (layers, heads, Tq, Tk): sum of the attention probability of each cell over the
@@ -138,11 +138,11 @@ class AttentionStats:
         support: per kind int64 (Tq, Tk): number of recorded sentences in which the cell is attendable.
         metadata: provenance (checkpoint, dictionaries, data, versions, cells beyond the recorded range).
         end_mass: per kind with source keys (``encoder_self``, ``cross``) float64 (layers, heads): the part of the mass
-            on each sentence's last source token, whose position differs from sentence to sentence. Empty for files of
-            versions that did not record it.
-        importance: per kind float64 (layers, heads, Tq, Tk): sum over those sentences of how much the training loss
-            depends on the cell (:func:`ap_fairseq.recording.recorder.squared_removal_effect`). Empty unless recorded
-            with ``ap-record --importance``.
+            on each sentence's last source token, whose position differs from sentence to sentence. Empty where only
+            some of the merged recordings have it.
+        importance: per kind float64 (layers, heads, Tq, Tk): sum over those sentences of the estimated effect of the
+            cell's removal on the training loss (:func:`ap_fairseq.recording.recorder.squared_removal_effect`). Empty
+            unless recorded with ``ap-record --importance``.
     """
 
     FORMAT = "ap-attention-stats-2"
@@ -182,6 +182,18 @@ class AttentionStats:
                     _require_between(self.importance[kind][layer, head], np.inf, f"{where}: the importance")
                 if kind in self.end_mass:
                     _require_between(self.end_mass[kind][layer, head], np.inf, f"{where}: the mass on the last token")
+
+    def require_pairs(self) -> None:
+        """Raise :class:`ArtifactError` if there is no attention to speak of."""
+        remedy = "record it again with ap-record, on a subset that has sentences"
+        if not self.kinds:
+            raise ArtifactError(f"the statistics hold no attention kind; {remedy}")
+        for kind in self.kinds:
+            if not self.mass[kind].any():  # includes arrays of size 0
+                raise ArtifactError(
+                    f"the statistics of {kind.value} are empty: mass of shape {self.mass[kind].shape}, "
+                    f"{int(self.support[kind].sum())} recorded pairs; {remedy}"
+                )
 
     @property
     def kinds(self) -> list[AttentionKind]:
@@ -345,7 +357,7 @@ class PruningMasks:
             sentence, so no row is empty.
         extrapolation: per kind bool (layers, heads, Tq + Tk - 1), True = kept: what happens at offset j - i =
             d - (Tq - 1) outside the recorded range. Offsets outside this table are kept.
-        metadata: provenance of the statistics plus criterion, parameters and the sparsity that came out.
+        metadata: provenance of the statistics, the specification of the masks and the resulting sparsity.
     """
 
     FORMAT = "ap-pruning-masks-2"
@@ -357,6 +369,11 @@ class PruningMasks:
     def __post_init__(self):
         for kind, keep in self.keep.items():
             layers, heads, n_queries, n_keys = keep.shape
+            if min(n_queries, n_keys) < 1 or (kind is not AttentionKind.CROSS and n_queries != n_keys):
+                raise ArtifactError(
+                    f"{kind.value}: a mask of {n_queries} x {n_keys} positions; expected at least 1 x 1, and as many "
+                    "queries as keys in self-attention"
+                )
             expected = (layers, heads, n_queries + n_keys - 1)
             if self.extrapolation[kind].shape != expected:
                 raise ArtifactError(

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Reads what ``ap-report export`` wrote, and says where each head looks; start your own analysis from here.
+"""Read the output of ``ap-report export`` and print where each head looks: a start for your own analysis.
 
     ap-report export --stats stats.safetensors --format npz -o mean.npz
     python examples/mean_attention.py mean.npz
@@ -14,6 +14,7 @@ In a notebook with BertViz installed, the second file is shown by::
 """
 
 import json
+import signal
 import sys
 
 import numpy as np
@@ -59,4 +60,5 @@ def main(path: str) -> None:
 if __name__ == "__main__":
     if len(sys.argv) != 2:
         sys.exit(f"usage: {sys.argv[0]} FILE")
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # "| head" ends it silently
     main(sys.argv[1])

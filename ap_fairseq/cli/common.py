@@ -1,4 +1,4 @@
-"""What the console commands share: error reporting and the log line that makes a run repeatable."""
+"""Shared by the console commands: error reporting, and the log line that makes a run repeatable."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 def exit_on_sigterm() -> None:
-    """Let SIGTERM, with which schedulers end jobs, end the program's child processes and leave no unfinished file."""
+    """On SIGTERM, which schedulers send, end the program's child processes and leave no unfinished file."""
 
     def end(number: int, _) -> None:
         for child in multiprocessing.active_children():

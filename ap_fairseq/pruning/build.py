@@ -1,7 +1,7 @@
 """AttentionStats -> PruningMasks: pure functions.
 
-Every criterion gives each *unit* a score and prunes the units of lowest score. A unit is what is pruned together: one
-cell, one square block of cells, or one diagonal. The budget is *effective sparsity*: the share of the attendable pairs
+Every criterion scores *units*, and those of lowest score are pruned. A unit is pruned as a whole: one cell, one square
+block of cells, or one diagonal. The budget is *effective sparsity*: the share of the attendable pairs
 of the recorded data that the mask removes. Pruning in ascending order of mean attention s/n under a budget on n keeps
 the most attention mass that the budget allows: the fractional-knapsack greedy, with s as value and n as weight. The
 scores themselves are in :mod:`ap_fairseq.pruning.criteria`.
@@ -53,12 +53,10 @@ def build_masks(stats: AttentionStats, spec: MaskSpec) -> BuiltMasks:
     for kind in spec.budgets:
         if kind not in stats.mass:
             raise UserError(
-                f"--{kind.flag}: a budget is given for {kind.value}, but the statistics hold only "
-                f"{', '.join(stats.kinds)}; leave it out"
+                f"a budget is given for {kind.value}, but the statistics hold only {', '.join(stats.kinds)}; leave it "
+                "out"
             )
-    for kind in stats.kinds:
-        if not stats.mass[kind].any():
-            raise ArtifactError(f"the statistics of {kind.value} are empty; record again, on a subset with sentences")
+    stats.require_pairs()
     if spec.criterion == "percentile":
         keep, extrapolation = _by_percentile(stats, spec)
     else:
@@ -207,7 +205,7 @@ def _always_in_best_heads(score: np.ndarray, heads: tuple[int, int], count: int,
 
 
 def _by_percentile(stats: AttentionStats, spec: MaskSpec) -> tuple[Cells, Cells]:
-    """Prune, in each layer of a kind, what does not exceed the authors' percentile."""
+    """Prune, in each layer of a kind, the cells up to the authors' percentile."""
     keep, extrapolation = _all_kept(stats)
     for kind, budget in spec.budgets.items():
         mean = stats.mean(kind)
@@ -218,7 +216,7 @@ def _by_percentile(stats: AttentionStats, spec: MaskSpec) -> tuple[Cells, Cells]
 
 
 def _finish(keep, extrapolation, stats: AttentionStats, kind: AttentionKind, spec: MaskSpec) -> None:
-    """Apply, in place, what holds for every mask: extrapolation to unobserved cells, what is always kept, causality."""
+    """Apply to every mask, in place: extrapolation to unobserved cells, always-kept cells, causality."""
     support = stats.support[kind]
     if spec.extrapolate == "keep":
         extrapolation[:] = True

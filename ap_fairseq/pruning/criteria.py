@@ -20,7 +20,7 @@ from ap_fairseq.sites import AttentionKind
 def mean_attention(stats: AttentionStats, kind: AttentionKind) -> np.ndarray:
     """Mean attention s/n (Rugina et al. 2020, arXiv 2012.02030).
 
-    Each attention row sums to 1 in every sentence, so mean attention means the same in every head, layer and kind, and
+    Each attention row sums to 1 in every sentence, so mean attention is comparable across heads, layers and kinds, and
     pruning by it under a budget on n keeps the most attention mass, within a head as well as over all kinds.
     """
     return stats.mean(kind)
@@ -38,9 +38,9 @@ def normalised_attention(stats: AttentionStats, kind: AttentionKind) -> np.ndarr
 
 
 def diagonal_mean_attention(stats: AttentionStats, kind: AttentionKind) -> np.ndarray:
-    """Mean attention along the cell's diagonal, so that a score rests on all pairs of the same offset j - i.
+    """Mean attention along the cell's diagonal: one score for all pairs of the same offset j - i.
 
-    The pattern is the one that continues beyond the recorded range, and does not depend on how often a position occurs.
+    The same pattern continues beyond the recorded range; it does not depend on how often a position occurs.
     """
     of_cell = offset_of_cell(stats.support[kind].shape)
     return mean_along_diagonals(stats.mass[kind], stats.support[kind])[..., of_cell]
@@ -49,8 +49,8 @@ def diagonal_mean_attention(stats: AttentionStats, kind: AttentionKind) -> np.nd
 def importance(stats: AttentionStats, kind: AttentionKind) -> np.ndarray:
     """Mean squared effect of the cell's removal on the training loss, as ``ap-record --importance`` estimates it.
 
-    See :func:`ap_fairseq.recording.recorder.squared_removal_effect`. A loss means the same in every kind, so that a
-    budget over all kinds is spent where the model needs its attention, not where there is most attention mass.
+    See :func:`ap_fairseq.recording.recorder.squared_removal_effect`. The loss is the same for every kind, so a global
+    budget prunes where the model needs attention least, not where there is least attention mass.
 
     Raises:
         ArtifactError: for statistics without importance.
@@ -83,9 +83,9 @@ def gaussian(stats: AttentionStats, kind: AttentionKind) -> np.ndarray:
 def fixed_patterns(stats: AttentionStats, kind: AttentionKind) -> np.ndarray:
     """Control: the fixed patterns of Raganato et al. 2020 (arXiv 2002.10260), one to a head in turn.
 
-    Previous, current and next token, the context to the left and to the right with the nearer tokens first, and the
-    start of the sentence. Under causality those to the right do not exist. Their seventh, the end of the sentence, has
-    no fixed position, and so no place in a global mask.
+    Previous, current and next token, the context to the left and to the right (nearer tokens first), and the start of
+    the sentence; under causality, only those to the left. Their seventh pattern, the end of the sentence, has no fixed
+    position and cannot be part of a global mask.
     """
     displacement = _displacement(stats, kind)
     far = sum(displacement.shape)  # farther than any cell
@@ -99,13 +99,12 @@ def fixed_patterns(stats: AttentionStats, kind: AttentionKind) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Criterion:
-    """What ranks cells.
+    """A ranking of cells.
 
     Attributes:
         score: the score function; None where each unit draws its own.
-        smoothable: whether the score rests on what was recorded of the single cell, so that its neighbours can add to
-            it.
-        ties: whether many scores are equal, so that a seed decides their order.
+        smoothable: the score is an estimate from the single cell's recordings, which its neighbours can improve.
+        ties: many scores are equal; a seed decides their order.
     """
 
     score: Callable[[AttentionStats, AttentionKind], np.ndarray] | None
@@ -194,9 +193,9 @@ def sum_of_neighbours(cells: np.ndarray, distance: int) -> np.ndarray:
 def smoothed(score: np.ndarray, support: np.ndarray, distance: int) -> np.ndarray:
     """Mean score of the cells up to *distance* positions away along the diagonal, weighted by support.
 
-    Few sentences reach late positions, and a mean over a few says more about them than about the model. Attention
-    changes slowly along a diagonal, so the neighbours there are further observations of the same. A distance beyond the
-    longest sentence gives the mean of whole diagonals.
+    Few sentences reach late positions, and a mean over few sentences is noisy. Attention changes slowly along a
+    diagonal, so neighbours there are further observations of the same pattern. A distance beyond the longest sentence
+    gives the mean of whole diagonals.
 
     Args:
         score: float64 (..., Tq, Tk).

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from ap_fairseq.artifacts import AttentionStats, PruningMasks
-from ap_fairseq.files import UserError
+from ap_fairseq.files import ArtifactError, UserError
 from ap_fairseq.pruning.criteria import CRITERIA
 from ap_fairseq.pruning.spec import EXTRAPOLATIONS, GRANULARITIES, SCOPES, Granularity, MaskSpec
 from ap_fairseq.sites import AttentionKind, per_kind
@@ -136,7 +136,9 @@ def _budgets(args: argparse.Namespace, stats: AttentionStats) -> Mapping[Attenti
             raise UserError(f"--total is one budget for all kinds, --scope {args.scope} splits it; leave that out")
         return dict.fromkeys(stats.kinds, args.total)
     if args.like is not None:
-        shares = PruningMasks.load(args.like).metadata.get("sparsity", {})
+        shares = PruningMasks.load(args.like).metadata.get("sparsity")
+        if shares is None:
+            raise ArtifactError(f"--like {args.like} does not tell its sparsity; give a file that ap-masks wrote")
         return {AttentionKind(name): share["effective"] for name, share in shares.items() if share["effective"] > 0}
     return own
 

@@ -1,4 +1,4 @@
-"""Which units a budget prunes: those of lowest score."""
+"""Selection of the units that a budget prunes: those of lowest score."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ class MaskSpec:
     granularity: Granularity = 1
     extrapolate: str = "diagonal"
     min_kept: float = 0.0
-    min_heads: Mapping[AttentionKind, int] = dataclasses.field(default_factory=dict)
+    min_heads: Mapping[AttentionKind, float] = dataclasses.field(default_factory=dict)
     keep_diagonal: int | None = None
     keep_first: int = 0
     smooth: int = 0

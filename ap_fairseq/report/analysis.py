@@ -31,19 +31,6 @@ _KNOTS = 2048  # points that stand for the sorted cells of one head
 # -- do the files belong together? ------------------------------------------------------------------------------------
 
 
-def check_stats(stats: AttentionStats) -> None:
-    """Raise :class:`ArtifactError` if there is nothing to report on."""
-    remedy = "record it again with ap-record, on a subset that has sentences"
-    if not stats.kinds:
-        raise ArtifactError(f"the statistics hold no attention kind; {remedy}")
-    for kind in stats.kinds:
-        if not stats.mass[kind].size or not stats.support[kind].any():
-            raise ArtifactError(
-                f"the statistics of {kind.value} are empty: mass of shape {stats.mass[kind].shape}, "
-                f"{int(stats.support[kind].sum())} recorded pairs; {remedy}"
-            )
-
-
 def check_masks(masks: PruningMasks, stats: AttentionStats, name: str) -> None:
     """Raise :class:`ArtifactError` unless *masks* were made from these statistics.
 

@@ -42,7 +42,7 @@ class Report:
         benchmark: Mapping[str, Any] | None = None,
         files: Mapping[str, str] | None = None,
     ):
-        analysis.check_stats(stats)
+        stats.require_pairs()
         for name, one in masks.items():
             analysis.check_masks(one, stats, name)
         self.stats, self.masks, self.systems, self.benchmark = stats, dict(masks), systems, benchmark

@@ -10,7 +10,6 @@ import numpy as np
 
 from ap_fairseq.artifacts import AttentionStats
 from ap_fairseq.files import UserError, atomic_output
-from ap_fairseq.report.analysis import check_stats
 from ap_fairseq.sites import AttentionKind
 
 FORMATS = ("npz", "bertviz-json")
@@ -34,7 +33,7 @@ def export(stats: AttentionStats, path, file_format: str, positions: int | None,
         ArtifactError: if the statistics are empty or the file cannot be written.
         UserError: for an unknown format or less than one position.
     """
-    check_stats(stats)
+    stats.require_pairs()
     if positions is not None and positions < 1:
         raise UserError(f"the number of positions is {positions}, expected at least 1")
     shown = np.s_[..., :positions, :positions]

@@ -242,6 +242,11 @@ def rewritten(path, change) -> None:
         ),
         (PruningMasks, lambda t, m: t.pop("cross.range"), "the tensor cross.range is missing"),
         (PruningMasks, lambda t, m: t["cross.range"].fill(70), r"cross: masks of shapes .* for the range \[70, 70\]"),
+        (
+            PruningMasks,
+            lambda t, m: t["encoder_self.range"].__setitem__(1, 9),
+            "encoder_self: a mask of 11 x 9 positions",
+        ),
         (PruningMasks, lambda t, m: t["cross.range"].fill(-1), r"cross: masks of shapes .* for the range \[-1, -1\]"),
         (PruningMasks, lambda t, m: t["cross.keep"].fill(-1), "cross: bits beyond those of 32 cells"),
         (PruningMasks, lambda t, m: t["cross.keep"].fill(0), "cross: column 0 must be kept"),

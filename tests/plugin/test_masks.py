@@ -351,7 +351,7 @@ def test_bad_specs_name_the_flag(spec, message):
 def test_a_budget_for_a_kind_that_was_not_recorded_is_an_error():
     stats = random_stats()
     del stats.mass[AttentionKind.CROSS], stats.support[AttentionKind.CROSS]
-    with pytest.raises(UserError, match="--cross: a budget is given for cross, but the statistics hold only"):
+    with pytest.raises(UserError, match="a budget is given for cross, but the statistics hold only"):
         build(stats, kinds=[AttentionKind.CROSS])
 
 
@@ -359,7 +359,7 @@ def test_statistics_without_pairs_are_refused():
     """Shares of no pairs are NaN."""
     stats = random_stats()
     stats.mass[AttentionKind.CROSS][:], stats.support[AttentionKind.CROSS][:] = 0, 0
-    with pytest.raises(ArtifactError, match="the statistics of cross are empty; record again"):
+    with pytest.raises(ArtifactError, match="the statistics of cross are empty: .* 0 recorded pairs; record it again"):
         build(stats, kinds=SELF)
 
 
@@ -578,6 +578,17 @@ def test_masks_say_how_far_their_statistics_were_pooled(tmp_path):
     masks = [PruningMasks.load(tmp_path / f"{pool}.st") for pool in (0, 8)]
     assert [m.metadata["spec"]["smooth"] for m in masks] == [0, 8]
     assert not np.array_equal(*(m.keep[AttentionKind.CROSS] for m in masks))
+
+
+def test_budgets_are_not_taken_from_masks_that_do_not_tell_them(tmp_path, capsys):
+    """Such a file counted as masks that keep everything."""
+    random_stats().save(tmp_path / "stats.st")
+    masks = build(random_stats(), 0.5).masks
+    del masks.metadata["sparsity"]
+    masks.save(tmp_path / "m.st")
+    with pytest.raises(SystemExit):
+        ap_masks(tmp_path / "stats.st", "--like", tmp_path / "m.st", "-o", tmp_path / "out.st")
+    assert "m.st does not tell its sparsity" in capsys.readouterr().err and not (tmp_path / "out.st").exists()
 
 
 @pytest.mark.parametrize(

@@ -150,10 +150,10 @@ def test_bins_keep_mass_and_pairs():
 
 def test_empty_statistics_are_refused():
     with pytest.raises(ArtifactError, match="hold no attention kind; record it again"):
-        analysis.check_stats(AttentionStats({}, {}))
+        AttentionStats({}, {}).require_pairs()
     empty = AttentionStats({CROSS: np.zeros((1, 1, 2, 2))}, {CROSS: np.zeros((2, 2), dtype=np.int64)})
     with pytest.raises(ArtifactError, match=r"of cross are empty: mass of shape \(1, 1, 2, 2\), 0 recorded pairs"):
-        analysis.check_stats(empty)
+        empty.require_pairs()
 
 
 @pytest.mark.parametrize(
