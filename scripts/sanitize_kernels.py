@@ -1,4 +1,4 @@
-"""Run every kernel once on small cases, compared with the eager reference: for compute-sanitizer, on a GPU.
+"""Run every kernel once on small cases, compared with the reference: for compute-sanitizer, on a GPU.
 
 compute-sanitizer --tool memcheck python scripts/sanitize_kernels.py
 compute-sanitizer --tool racecheck python scripts/sanitize_kernels.py

@@ -61,7 +61,7 @@ class BeamState(NamedTuple):
         """Allocate the state of *n_sentences* (B) and *n_steps* (T); `begin` makes it ready."""
         b, t = n_sentences, n_steps
         counter, places, record, final = (1,), (b, beam), (t, b + 1, beam), (b + 1, beam + 1)
-        kinds = {
+        kinds: dict[torch.dtype, dict[str, tuple[int, ...]]] = {
             torch.int64: dict(
                 step=counter, max_len=counter, unfinished=counter, tokens=(b * beam,), sentence=(b,), n_final=(b,)
             ),

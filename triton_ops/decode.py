@@ -41,7 +41,7 @@ def _decode_kernel(
     i_b64, i_h64, i_w64 = i_b.to(tl.int64), i_h.to(tl.int64), tl.cast(i_w, tl.int64)
     k_length = sequence_length(p_k_lengths, i_b, TK)
     # A step outside the mask would read past the lists; the caller checks it where it can.
-    step = tl.minimum(tl.maximum(tl.load(p_step).to(tl.int32), 0), LQ - 1)
+    step = tl.minimum(tl.maximum(tl.load(p_step), 0), LQ - 1).to(tl.int32)
     p_pointers += (tl.where(MH > 1, i_h, 0) * LQ + step).to(tl.int64) * (N_GROUPS + 1)
     first = tl.load(p_pointers)
     last = tl.load(p_pointers + (k_length + GROUP - 1) // GROUP)

@@ -37,7 +37,8 @@ def sequence_length(p_lengths, i_b, T):
     """Valid positions of sentence i_b, at most T whatever the tensor says: never an address out of bounds."""
     length = T
     if p_lengths is not None:
-        length = tl.minimum(tl.maximum(tl.load(p_lengths + i_b).to(tl.int32), 0), T)
+        # Clamped in its own type: int64 beyond 2^31 would wrap.
+        length = tl.minimum(tl.maximum(tl.load(p_lengths + i_b), 0), T).to(tl.int32)
     return length
 
 

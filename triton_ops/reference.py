@@ -155,7 +155,12 @@ def decode_reference(
     if k.dim() <= 3 and k.size(0) == 0:  # an empty pool: a row that is not read takes its place
         k, v = (x.new_zeros(1, *x.shape[1:]) for x in (k, v))
     if cache_offsets is not None:  # (R, D) -> (B, beam, H, S, D), or (B, H, S, D) with starts
-        index = cache_starts[..., None] if cache_rows is None else cache_rows[:, :, None, :size]
+        if cache_rows is not None:
+            index = cache_rows[:, :, None, :size]
+        elif cache_starts is not None:
+            index = cache_starts[..., None]
+        else:
+            raise ValueError("cache_offsets needs cache_rows or cache_starts")
         index = (index.long() + cache_offsets[:, :size]).clamp(0, k.size(0) - 1)
         k, v = (x[index] for x in (k, v))
     elif cache_rows is not None:  # (R, H, D) -> (B, beam, H, S, D)

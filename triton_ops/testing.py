@@ -11,7 +11,7 @@ from .api import block_sparse_attention
 from .layout import AttentionLayout
 from .reference import attention_reference, decode_reference, dropout_keep, visible_cells
 
-# Roundings, in units of machine epsilon, that the kernels may add to the error of the eager result. Half precision: P
+# Roundings, in units of machine epsilon, that the kernels may add to the error of the reference. Half precision: P
 # (or dS) and the output, half an epsilon each. float32: products of three tf32 terms keep 22 bits of each factor
 # and drop the product of the low parts, 3 · 2^-22 in all, on top of the output's rounding.
 ROUNDING_BAND = {torch.float16: 1.0, torch.bfloat16: 1.0, torch.float32: 6.5}
@@ -176,11 +176,11 @@ def rounding_scale(case: Case) -> dict[str, float]:
 def error_report(case: Case) -> dict[str, dict[str, float]]:
     """For out, lse, dq, dk and dv: error of the kernels against float64, and the most it may be.
 
-    The allowance is the error of the eager result in the same type plus ROUNDING_BAND epsilons of
+    The allowance is the error of the reference in the same type plus ROUNDING_BAND epsilons of
     `rounding_scale`. Both are relative to the norm of the float64 result. lse is float32 in every type.
     """
     exact = run_reference(case, torch.float64)
-    eager = run_reference(case, case.q.dtype)
+    low = run_reference(case, case.q.dtype)
     got = run_kernels(case)
     scales = rounding_scale(case)
     report = {}
@@ -190,15 +190,15 @@ def error_report(case: Case) -> dict[str, dict[str, float]]:
             if not bool(same.all()):
                 report[name] = dict(error=float("inf"), allowed=0.0)
                 continue
-            reference, eager[name], got[name] = (
-                x.double().masked_fill(torch.isneginf(x), 0.0) for x in (reference, eager[name], got[name])
+            reference, low[name], got[name] = (
+                x.double().masked_fill(torch.isneginf(x), 0.0) for x in (reference, low[name], got[name])
             )
         epsilon = torch.finfo(torch.float32 if name == "lse" else case.q.dtype).eps
         band = ROUNDING_BAND[torch.float32 if name == "lse" else case.q.dtype] * epsilon * scales[name]
         norm = float(reference.norm()) or 1.0
         error = float((got[name].double() - reference).norm())
-        eager_error = float((eager[name].double() - reference).norm())
-        report[name] = dict(error=error / norm, allowed=(eager_error + band) / norm)
+        reference_error = float((low[name].double() - reference).norm())
+        report[name] = dict(error=error / norm, allowed=(reference_error + band) / norm)
     return report
 
 
@@ -211,14 +211,14 @@ def assert_within_budget(case: Case) -> None:
 
 
 def assert_decode_within_budget(got: Tensor, q: Tensor, k: Tensor, v: Tensor, keep_row: Tensor, **options) -> None:
-    """Raise AssertionError unless *got* is as near to float64 as the eager step in the same type, plus the band.
+    """Raise AssertionError unless *got* is as near to float64 as the reference in the same type, plus the band.
 
     Args:
         got: what the kernel gave for the other arguments, which are those of `reference.decode_reference`.
     """
-    exact = decode_reference(*(x.double() for x in (q, k, v)), keep_row, **options)
-    eager = decode_reference(q, k, v, keep_row, **options)
-    error, eager_error = (float((x.double() - exact).norm()) for x in (got, eager))
+    exact = decode_reference(q.double(), k.double(), v.double(), keep_row, **options)
+    low = decode_reference(q, k, v, keep_row, **options)
+    error, reference_error = (float((x.double() - exact).norm()) for x in (got, low))
     band = ROUNDING_BAND[q.dtype] * torch.finfo(q.dtype).eps * float(exact.norm())
-    if not error <= eager_error + band:
-        raise AssertionError(f"decode is not within the float64 budget: {error} > {eager_error} + {band}")
+    if not error <= reference_error + band:
+        raise AssertionError(f"decode is not within the float64 budget: {error} > {reference_error} + {band}")

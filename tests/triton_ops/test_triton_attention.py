@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from triton_ops import AttentionLayout, block_sparse_attention
 from triton_ops.descriptors import tiles
+from triton_ops.ops import attend
 from triton_ops.reference import dropout_keep
 from triton_ops.testing import assert_within_budget, block_mask, make_case, run_kernels, run_reference
 
@@ -324,6 +325,84 @@ def test_probabilities_are_those_of_the_definition_and_change_nothing(size, back
     scores = (case.q.double() @ case.k.double().mT * case.scale).nan_to_num().exp() * case.keep
     scores[1, :, :, size // 2 :] = 0
     torch.testing.assert_close(probs.double(), scores / scores.sum(-1, keepdim=True), rtol=1e-5, atol=1e-6)
+
+
+@BOTH_SIZES
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_lengths_are_clamped_whatever_they_are(size, dtype):
+    """The kernels cut int64 lengths to int32 before they clamped them: 2^32 + 3 became 3, and 2^31 became 0."""
+    keep = torch.rand(1, size, size, generator=torch.Generator().manual_seed(9)) < 0.5
+    wild = torch.tensor([2**31 - 1, -(2**31)] if dtype == torch.int32 else [2**32 + 3, -(2**32) + 3], dtype=dtype)
+    tame = torch.tensor([size, 0])
+    q = torch.randn(2, 1, size, 16, device=DEVICE)
+    layout = AttentionLayout.from_keep_mask(keep.to(DEVICE))
+    tables = list(layout.query_table()[:2])
+    results = []
+    for lengths in (wild.to(DEVICE), tame.to(DEVICE)):  # beneath the check, which the API makes for tensors on a CPU
+        mask = layout.words, layout.row_shift, tables, layout.tile
+        results.append(attend(q, q, q, *mask, lengths, lengths, None, 0.0, 0.25))
+    for ours, expected in zip(*results, strict=True):
+        assert torch.equal(ours, expected)
+    assert (results[0][0][0] != 0).any()
+
+
+def poisoned(x, value, *index):
+    result = x.clone()
+    result[index] = value
+    return result
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("backend", ["triton", "sdpa"])
+@BOTH_SIZES
+def test_what_padding_holds_has_no_effect(size, backend, value):
+    keep = torch.rand(2, size, size, generator=torch.Generator().manual_seed(9)) < 0.5
+    layout = AttentionLayout.from_keep_mask(keep.to(DEVICE), tile=32)
+    lengths = torch.tensor([size, size - 7], device=DEVICE)
+    clean = [torch.randn(2, 2, size, 16, device=DEVICE) for _ in range(3)]
+    dirty = [poisoned(x, value, 1, slice(None), slice(size - 7, None)) for x in clean]
+    results = []
+    for inputs in (clean, dirty):
+        inputs = [x.detach().requires_grad_() for x in inputs]
+        out = block_sparse_attention(*inputs, layout, q_lengths=lengths, k_lengths=lengths, backend=backend)
+        results.append([out, *torch.autograd.grad(out.square().sum(), inputs)])
+    for ours, expected in zip(*results, strict=True):
+        assert ours.isfinite().all() and torch.equal(ours, expected)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("backend", ["triton", "sdpa"])
+@BOTH_SIZES
+def test_a_pruned_value_that_is_not_finite_reaches_its_head_of_its_sentence_at_most(size, backend, value):
+    """No row keeps column 5. It was said that what is pruned is never read, which holds for tile lists alone."""
+    keep = torch.ones(2, size, size, dtype=torch.bool)
+    keep[:, :, 5] = False
+    layout = AttentionLayout.from_keep_mask(keep.to(DEVICE), tile=32)
+    q, k, v = (torch.randn(2, 2, size, 16, device=DEVICE) for _ in range(3))
+    attend = functools.partial(block_sparse_attention, layout=layout, backend=backend)
+    expected = attend(q, k, v)
+    for dirty in (attend(q, k, poisoned(v, value, 0, 1, 5)), attend(q, poisoned(k, value, 0, 1, 5), v)):
+        assert torch.equal(dirty[1], expected[1]) and torch.equal(dirty[0, 0], expected[0, 0])
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_skipped_tiles_are_not_read(value):
+    """Above the sizes of the sentence kernels, forward and backward."""
+    keep = torch.ones(1, 160, 160, dtype=torch.bool)
+    keep[:, :, 32:64], keep[:, 96:128, 64:96] = False, False
+    keep[0, 3, 1] = False  # a partial tile
+    layout = AttentionLayout.from_keep_mask(keep.to(DEVICE), tile=32)
+    clean = [torch.randn(1, 1, 160, 16, device=DEVICE) for _ in range(3)]
+    dirty = [clean[0], *(poisoned(x, value, slice(None), slice(None), slice(32, 64)) for x in clean[1:])]
+    results = []
+    for inputs in (clean, dirty):
+        inputs = [x.detach().requires_grad_() for x in inputs]
+        out = block_sparse_attention(*inputs, layout, backend="triton")
+        grads = torch.autograd.grad(out.square().sum(), inputs)
+        kept = [torch.cat([x[:, :, :32], x[:, :, 64:]], 2) for x in grads[1:]]
+        results.append([out, grads[0], *kept])
+    for ours, expected in zip(*results, strict=True):
+        assert ours.isfinite().all() and torch.equal(ours, expected)
 
 
 @BOTH_SIZES

@@ -23,7 +23,7 @@ def problems(draw):
 
 
 def check(dtype, dim, shared, problem):
-    """Within the eager error plus the rounding band of the kernels."""
+    """Within the error of the reference plus the rounding band of the kernels."""
     batch, beam, heads, size, rows, density, pool, number = problem
     generator = torch.Generator().manual_seed(number)
     keep = torch.rand(heads if number % 2 else 1, rows, size + number % 3, generator=generator) < density

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from triton_ops import AttentionLayout, block_sparse_attention
+from triton_ops import layout as layout_module
 from triton_ops.layout import COLUMN_GROUP, TILE_SIZES, WORD
 from triton_ops.testing import block_mask
 
@@ -171,3 +172,14 @@ def test_more_blocks_than_can_be_counted_are_refused():
     layout = AttentionLayout.from_keep_mask(torch.ones(1, 1, 16 * 32768, dtype=torch.bool, device=DEVICE), tile=16)
     with pytest.raises(ValueError, match="32768 blocks of 16 positions, at most 32767"):
         layout.query_table()
+
+
+def test_more_cells_than_pointers_can_count_are_refused(monkeypatch):
+    """Row pointers are int32 and would wrap beyond 2^31 kept cells, to addresses before the list."""
+    monkeypatch.setattr(layout_module, "MOST_LISTED", 99)
+    layout = AttentionLayout.from_keep_mask(torch.ones(1, 10, 10, dtype=torch.bool, device=DEVICE))
+    with pytest.raises(ValueError, match="100 kept cells, at most 99 can be listed"):
+        layout.row_lists()
+    keep = torch.ones(1, 10, 10, dtype=torch.bool, device=DEVICE)
+    keep[0, 0, 0] = False
+    assert AttentionLayout.from_keep_mask(keep).row_lists().columns.numel() == 99
