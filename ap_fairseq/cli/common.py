@@ -39,6 +39,11 @@ def _fail(program: str, error: Exception) -> NoReturn:
     raise SystemExit(2) from error
 
 
+def _flush() -> None:
+    if sys.stdout is not None:  # closed by the caller: >&-
+        sys.stdout.flush()
+
+
 @contextmanager
 def _without_reader():
     """End the program silently if nobody reads standard output any more, as after ``| head -1``."""
@@ -46,9 +51,9 @@ def _without_reader():
         try:
             yield
         except SystemExit:  # argparse has printed its help
-            sys.stdout.flush()
+            _flush()
             raise
-        sys.stdout.flush()
+        _flush()
     except BrokenPipeError:
         poll = select.poll()
         poll.register(sys.stdout.fileno(), 0)
@@ -88,6 +93,9 @@ def command(main: Callable[[list[str]], None]) -> Callable[[], None]:
                 if error.filename is None:
                     raise
                 _fail(program, error)
+            except KeyboardInterrupt:
+                print(f"{program}: interrupted", file=sys.stderr)
+                sys.exit(128 + signal.SIGINT)
 
     return entry_point
 

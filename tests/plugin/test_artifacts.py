@@ -93,6 +93,13 @@ def test_a_link_that_leads_nowhere_is_refused(tmp_path, to):
         refuse_existing(link, overwrite=True)
 
 
+def test_the_longest_names_can_be_written(tmp_path):
+    """The temporary name is longer than the file's."""
+    with atomic_output(tmp_path / ("n" * 255)) as temporary:
+        temporary.write_text("x")
+    assert os.listdir(tmp_path) == ["n" * 255]
+
+
 def test_a_device_is_no_output(tmp_path):
     """`-o /dev/null --overwrite` as root replaced the device by a file."""
     os.mkfifo(tmp_path / "pipe")

@@ -51,3 +51,19 @@ def test_a_reader_that_leaves_ends_the_command_silently(code):
         done = run(code, stdout=gone.stdin)
     assert done.returncode == 128 + 13
     assert len(done.stderr.splitlines()) == 1  # the call
+
+
+def test_a_closed_standard_output_is_no_fault():
+    """`>&-` leaves Python without sys.stdout."""
+    done = subprocess.run(
+        ["bash", "-c", '"$@" >&-', "bash", sys.executable, "-c", PROGRAM, "print('x')"],
+        text=True,
+        stderr=subprocess.PIPE,
+    )
+    assert done.returncode == 0 and "Traceback" not in done.stderr
+
+
+def test_an_interrupt_is_one_line():
+    done = run("raise KeyboardInterrupt")
+    assert done.returncode == 130 and done.stderr.splitlines()[-1].endswith(": interrupted")
+    assert "Traceback" not in done.stderr
