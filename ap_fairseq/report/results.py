@@ -23,7 +23,7 @@ METRICS = {scores.METRICS[key].title: key for key in ("bleu", "chrf")}  # title 
 
 @dataclass(frozen=True)
 class Interval:
-    """A 95% confidence interval; ``source`` says of what."""
+    """A 95% confidence interval; ``source`` says how it was estimated."""
 
     low: float
     high: float
@@ -36,10 +36,9 @@ class System:
 
     Attributes:
         name: as in the results file.
-        series: what it belongs to: criterion, kinds, granularity, and the part of the name after the last point (such
-            as ``tuned``) or the schedule; None for a dense system.
-        variant: that part or schedule, or "".
-        pruned: the kinds that it has a budget for, or of which pairs are missing where it names no budgets.
+        series: the curve it belongs to: criterion, kinds, granularity and variant; None for a dense system.
+        variant: its schedule, or the part of its name after the last point (such as ``tuned``), or "".
+        pruned: the kinds with a budget or, where no budgets are given, with pruned pairs.
         sparsity: effective sparsity of each kind, in [0, 1]; empty if the file only gives the total.
         total: effective sparsity over the kinds that the system prunes, in [0, 1].
         scores: {"BLEU": ..., "chrF2": ...}, 0 to 100.
@@ -47,7 +46,7 @@ class System:
             --significance bootstrap``).
         signatures: sacreBLEU signatures.
         seed: of the training run, if known.
-        settings: what else it was made with, e.g. ``smooth 32``, but for budgets and seed.
+        settings: its other settings, e.g. ``smooth 32``; neither budgets nor the seed.
     """
 
     name: str
@@ -80,15 +79,15 @@ def read_results(path, pairs: Mapping[str, int]) -> list[System]:
     Accepts what ``ap-evaluate -o`` writes (an object with ``systems`` and perhaps ``significance``), a list of such
     systems, or JSON lines with one system each, as sweeps write them. A system has ``system``, either ``bleu`` and
     ``chrf`` or ``scores: {"BLEU": {"score": ..., "ci": half of the 95% interval}, "chrF2": {...}}``, and unless it is
-    dense ``criterion`` and ``sparsity`` ({kind: {"effective": ...}}, with ``total`` beside it) or
-    ``effective_sparsity`` (a number, or {kind: number, "total": number}). A ``criterion`` called ``dense`` with a
-    ``schedule`` other than ``untuned`` is a dense system that was fine-tuned.
+    dense ``spec`` or ``criterion``, and ``sparsity`` ({kind: {"effective": ...}}, with ``total`` beside it) or
+    ``effective_sparsity`` (a number, or {kind: number, "total": number}). Criterion ``dense`` with a ``schedule`` other
+    than ``untuned`` is a dense system that was fine-tuned.
 
     Args:
         pairs: recorded pairs of each kind over all heads, the weights of the kinds in the total.
 
     Raises:
-        ArtifactError: if the file is no such JSON; the message names file, system and field.
+        ArtifactError: if the file is anything else; the message names file, system and field.
     """
     return [_system(record, f"{path}, system {index + 1}", pairs) for index, record in enumerate(_records(path))]
 
@@ -279,7 +278,7 @@ def read_benchmark(path) -> dict[str, Any]:
     """Read the JSON of ``scripts/bench_attention.py``: provenance and ``rows`` with ``case``, ``method`` and times.
 
     Raises:
-        ArtifactError: if the file is no such JSON.
+        ArtifactError: if the file is anything else.
     """
     document = parse_json(read_text(path), path)
     rows = document.get("rows") if isinstance(document, dict) else None

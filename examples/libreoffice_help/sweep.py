@@ -495,16 +495,16 @@ def format_table(results: Sequence[dict[str, Any]]) -> str:
     header = ["system", "seeds", "updates", *kinds, "all pairs", "kept mass", *(name for _, name, _ in scored)]
     header += [{"against_dense": "against dense (p)"}.get(name, "against dense, fine-tuned (p)") for name in tests]
     rows = []
-    groups: dict[str, list[dict[str, Any]]] = {}
-    several = len({result.get("subset") for result in results}) > 1
+    groups: dict[tuple[str, str | None], list[dict[str, Any]]] = {}
     for result in results:
-        name = f"{title(result)} ({result['subset']})" if several else title(result)
-        groups.setdefault(name, []).append(result)
-    for group, runs in groups.items():
+        groups.setdefault((result["group"], result.get("subset")), []).append(result)
+    several = len({subset for _, subset in groups}) > 1
+    for (_, subset), runs in groups.items():
+        name = f"{title(runs[0])} ({subset})" if several else title(runs[0])
         shares = [[r["sparsity"].get(kind, {"effective": 0.0})["effective"] for r in runs] for kind in kinds]
         shares.append([r["total"]["effective"] for r in runs])
         shares.append([r["total"]["kept_mass"] for r in runs if "kept_mass" in r["total"]])
-        cells = [group, str(len(runs)), str(runs[0]["updates"]), *(_mean(values, ".1%") for values in shares)]
+        cells = [name, str(len(runs)), str(runs[0]["updates"]), *(_mean(values, ".1%") for values in shares)]
         cells += [_mean([r[key] for r in runs if key in r], form) for key, _, form in scored]
         for name in tests:
             compared = [r[name]["bleu"] for r in runs if name in r]
