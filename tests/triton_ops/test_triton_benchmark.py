@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -64,6 +65,16 @@ def test_every_section_runs_and_is_tabulated(bench):
         "Ceiling, product: 700",
     ):
         assert text in printed
+
+
+def test_kernels_can_be_timed_where_only_torch_and_triton_are_installed():
+    code = """
+import sys
+for name in ("ap_fairseq", "fairseq", "sacrebleu", "safetensors", "tabulate"):
+    sys.modules[name] = None
+import bench_attention, tune_attention
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT / "scripts")
 
 
 def test_tuning_launches_the_candidate_and_puts_the_choice_back(monkeypatch):
