@@ -184,7 +184,7 @@ class AttentionStats:
                     _require_between(self.end_mass[kind][layer, head], np.inf, f"{where}: the mass on the last token")
 
     def require_pairs(self) -> None:
-        """Raise :class:`ArtifactError` if there is no attention to speak of."""
+        """Raise :class:`ArtifactError` unless pairs of every kind were recorded."""
         remedy = "record it again with ap-record, on a subset that has sentences"
         if not self.kinds:
             raise ArtifactError(f"the statistics hold no attention kind; {remedy}")
@@ -367,6 +367,10 @@ class PruningMasks:
     metadata: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
+        self.require_valid()
+
+    def require_valid(self) -> None:
+        """Raise :class:`ArtifactError` for masks of the wrong shape, with rows that may be empty or future cells."""
         for kind, keep in self.keep.items():
             layers, heads, n_queries, n_keys = keep.shape
             if min(n_queries, n_keys) < 1 or (kind is not AttentionKind.CROSS and n_queries != n_keys):
@@ -427,7 +431,8 @@ class PruningMasks:
         return tensors
 
     def save(self, path, overwrite: bool = False) -> None:
-        """Write the masks; raises :class:`ArtifactError` if *path* exists and *overwrite* is not set."""
+        """Write the masks; raises :class:`ArtifactError` for invalid ones, or if *path* may not be written."""
+        self.require_valid()
         metadata = {**self.metadata, "format": self.FORMAT, "architecture": self.architecture}
         _write(path, self.packed(), metadata, overwrite)
 

@@ -28,7 +28,7 @@ def read_lines(path) -> list[str]:
     """Return the lines of a text file; only a line feed ends one, as for fairseq, not every Unicode separator.
 
     Raises:
-        ArtifactError: if there is no such file or it is not UTF-8.
+        ArtifactError: for a missing file, or one that is not UTF-8.
     """
     require_file(path, "a text file with one sentence or log entry a line")
     try:
@@ -45,7 +45,7 @@ def write_json(path, document: Any, overwrite: bool = False) -> None:
 
 
 def require_file(path: str | os.PathLike, expected: str) -> None:
-    """Raise :class:`ArtifactError` unless *path* is a file that can be read and is no Git LFS pointer.
+    """Raise :class:`ArtifactError` unless *path* is a readable file and not a Git LFS pointer.
 
     Args:
         expected: what the file should be, for the message.

@@ -369,6 +369,14 @@ def test_masks_with_an_empty_row_or_future_cells_are_refused():
         PruningMasks(masks.keep, masks.extrapolation)
 
 
+def test_masks_that_became_invalid_are_not_written(tmp_path):
+    masks = random_masks(0.5)
+    masks.keep[AttentionKind.CROSS][0, 0, 2, 0] = False
+    with pytest.raises(ArtifactError, match="cross: column 0 must be kept in every row"):
+        masks.save(tmp_path / "m.st")
+    assert not os.listdir(tmp_path)
+
+
 def test_masks_of_another_architecture_or_dictionary_are_refused():
     masks = random_masks(0.5)
     masks.metadata["dictionaries"] = {"source": "a" * 64, "target": "b" * 64}

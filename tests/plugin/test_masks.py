@@ -87,7 +87,7 @@ def test_frequent_cells_count_for_what_they_cost():
     np.testing.assert_array_equal(masks.keep[AttentionKind.CROSS][0, 0], [[True, False, True], [True, True, False]])
 
 
-def test_pooled_scores_are_means_along_the_diagonal():
+def test_smoothed_scores_are_means_along_the_diagonal():
     stats = random_stats(longest=(9, 12), sentences=40)
     kind, distance = AttentionKind.CROSS, 2
     pairs, mass = (criteria.sum_of_neighbours(part[kind], distance) for part in (stats.support, stats.mass))
@@ -102,13 +102,13 @@ def test_pooled_scores_are_means_along_the_diagonal():
 
 
 @pytest.mark.parametrize("kind", SELF)
-def test_pooling_over_all_positions_ranks_whole_diagonals(kind):
-    """One far position more than there are makes every score that of its diagonal, as the criterion relative does."""
+def test_smoothing_over_all_positions_ranks_whole_diagonals(kind):
+    """One far position more than there are makes every score that of its diagonal, as in diagonal-mean."""
     stats = random_stats(longest=(20, 20), sentences=200)
     whole = build(stats, 0.6, kinds=[kind], smooth=100).masks
-    relative = build(stats, 0.6, kinds=[kind], criterion="diagonal-mean").masks
+    diagonal = build(stats, 0.6, kinds=[kind], criterion="diagonal-mean").masks
     observed = stats.support[kind] > 0
-    assert (whole.keep[kind] == relative.keep[kind])[..., observed].mean() > 0.99  # sums differ in their last bits
+    assert (whole.keep[kind] == diagonal.keep[kind])[..., observed].mean() > 0.99  # sums differ in their last bits
 
 
 def test_a_late_position_is_ranked_by_its_neighbours():
@@ -119,7 +119,7 @@ def test_a_late_position_is_ranked_by_its_neighbours():
     mean = np.eye(6, k=-1) * 0.9 + 0.02
     mean[4, 0], mean[5] = 0, [0.02, 0.9, 0.02, 0.02, 0.01, 0.04]
     stats = AttentionStats({kind: (mean * support[kind])[None, None]}, support)
-    kept = [build(stats, 0.6, kinds=[kind], smooth=pool).masks.keep[kind][0, 0, 5] for pool in (0, 2)]
+    kept = [build(stats, 0.6, kinds=[kind], smooth=distance).masks.keep[kind][0, 0, 5] for distance in (0, 2)]
     assert [keep[1] for keep in kept] == [True, False] and [keep[4] for keep in kept] == [False, True]
 
 
@@ -419,23 +419,23 @@ def peaked_stats(seed=0):
     return stats
 
 
-def test_a_joint_budget_keeps_more_mass_than_equal_budgets_per_kind():
+def test_a_global_budget_keeps_more_mass_than_equal_budgets_per_kind():
     """What it is for: cheap-to-prune sites pay for dear ones, at the same number of pruned pairs."""
     stats = peaked_stats()
     built = build(stats, 0.8, scope="global")
-    joint, missed = built.masks, built.warnings
+    shared, missed = built.masks, built.warnings
     equal = build(stats, 0.8).masks
-    (share, kept), (equal_share, equal_kept) = total_mass(joint, stats), total_mass(equal, stats)
+    (share, kept), (equal_share, equal_kept) = total_mass(shared, stats), total_mass(equal, stats)
     assert not missed and share == pytest.approx(0.8, abs=0.002) and equal_share == pytest.approx(0.8, abs=0.002)
     assert kept > equal_kept + 0.01
-    assert joint.metadata["total"] == pytest.approx({"effective": share, "kept_mass": kept})
-    assert len({round(effective(joint, stats, kind), 2) for kind in ALL}) == 3
-    rows = [row for row in summarize(joint, stats) if row.layer is None]
+    assert shared.metadata["total"] == pytest.approx({"effective": share, "kept_mass": kept})
+    assert len({round(effective(shared, stats, kind), 2) for kind in ALL}) == 3
+    rows = [row for row in summarize(shared, stats) if row.layer is None]
     assert total_of(rows)["kept_mass"] == pytest.approx(kept)
 
 
 @pytest.mark.parametrize("criterion", ["window", "gaussian", "fixed"])
-def test_a_joint_budget_counts_every_head_of_a_shared_score(criterion):
+def test_a_global_budget_counts_every_head_of_a_shared_score(criterion):
     """Kinds with fewer heads must not weigh as much as others only because their heads share one score."""
     stats = random_stats(longest=(30, 30), sentences=200)
     cross = AttentionKind.CROSS
@@ -571,11 +571,11 @@ def test_controls_take_the_budgets_of_other_masks(tmp_path, capsys):
     assert total_mass(control, stats)[1] < total_mass(ours, stats)[1]
 
 
-def test_masks_say_how_far_their_statistics_were_pooled(tmp_path):
+def test_masks_say_how_far_their_statistics_were_smoothed(tmp_path):
     random_stats(longest=(20, 20)).save(tmp_path / "stats.st")
-    for pool in (0, 8):
-        ap_masks(tmp_path / "stats.st", "--total", 0.5, "--smooth", pool, "-o", tmp_path / f"{pool}.st")
-    masks = [PruningMasks.load(tmp_path / f"{pool}.st") for pool in (0, 8)]
+    for distance in (0, 8):
+        ap_masks(tmp_path / "stats.st", "--total", 0.5, "--smooth", distance, "-o", tmp_path / f"{distance}.st")
+    masks = [PruningMasks.load(tmp_path / f"{distance}.st") for distance in (0, 8)]
     assert [m.metadata["spec"]["smooth"] for m in masks] == [0, 8]
     assert not np.array_equal(*(m.keep[AttentionKind.CROSS] for m in masks))
 
