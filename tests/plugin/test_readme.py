@@ -6,8 +6,14 @@ import functools
 import importlib
 import io
 import itertools
+import json
+import os
 import re
 import shlex
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
 
 import pytest
 import readme_tables
@@ -16,7 +22,7 @@ from fairseq.dataclass.utils import gen_parser_from_dataclass
 from fairseq.models import ARCH_MODEL_REGISTRY
 from fairseq.registry import REGISTRIES
 from fairseq.tasks import TASK_REGISTRY
-from plugin.commands import ROOT
+from plugin.commands import ROOT, TINY
 
 READMES = readme_tables.readmes()
 
@@ -191,3 +197,39 @@ def test_flags_in_prose_exist(path):
     text = re.sub(r"(?m)^ {4}.*$", "", readme_tables.TABLE.sub("", path.read_text(encoding="utf-8")))
     quoted = re.findall(r"`([^`]*)`", text)
     assert flags_of(itertools.chain.from_iterable(part.split() for part in quoted if "pip" not in part)) <= known
+
+
+def block(title):
+    """The code block of a section of the main README."""
+    section = (ROOT / "README.md").read_text(encoding="utf-8").split(f"## {title}\n")[1].split("\n## ")[0]
+    return textwrap.dedent("".join(re.findall(r"(?m)^ {4}.*\n", section)))
+
+
+def test_the_pipeline_and_the_masks_of_the_readme_run(data_bin, dense, toy_text, tmp_path):
+    """The commands as they stand, on a toy corpus; "..." stands for the usual flags of a training."""
+    sizes = [*TINY, "--decoder-embed-dim", "32", "--decoder-ffn-embed-dim", "64"]
+    flags = "--optimizer adam --lr 3e-3 --max-tokens 2000 --max-update 5 --cpu --num-workers 0".split()
+    pipeline = block("The pipeline in five commands")
+    assert pipeline.count(" ...") == 1
+    pipeline = pipeline.replace(" ...", " " + shlex.join([*sizes, *flags]))
+    (tmp_path / "data-bin").mkdir()
+    (tmp_path / "data-bin/sentences").symlink_to(data_bin)
+    (tmp_path / "dense").mkdir()
+    (tmp_path / "dense/checkpoint_best.pt").symlink_to(dense)
+    (tmp_path / "test.de").symlink_to(toy_text / "test.de")
+    masks = block("Which masks should I use?").replace(" masks.safetensors", " other.safetensors --overwrite")
+    environment = {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    for commands_of_block in (pipeline, masks):
+        bash = ["bash", "-euo", "pipefail", "-c", commands_of_block]
+        done = subprocess.run(bash, cwd=tmp_path, env=environment, text=True, capture_output=True, timeout=600)
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    (system,) = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))["systems"]
+    assert system["system"] == "pruned" and "bleu_signature" in system
+    shares = [system["sparsity"][kind]["effective"] for kind in ("encoder_self", "decoder_self", "cross")]
+    assert max(shares) > 0.8 > min(shares), "one budget for all kinds"
+    assert (tmp_path / "other.safetensors").exists()
