@@ -124,21 +124,37 @@ def quality(pair: str) -> str:
 
 
 def quality_digest() -> str:
-    """The five rows of the main README."""
-    titles = {
-        ("dense", 6000, "0.2 / 0 / 0"): "dense",
-        ("importance 80%, from scratch", 6000, "0.2 / 0 / 0"): "Attention Pruning, 80%",
-        ("dense", 12000, "0.3 / 0.1 / 0.1"): "dense, well regularised",
-        ("importance 80%, from scratch", 12000, "0.3 / 0.1 / 0.1"): "Attention Pruning, 80%",
-        ("importance 80% → 90%, one round of 1,500", 7500, "0.2 / 0 / 0"): "Attention Pruning, 80% → 90%",
-    }
-    rows = {
-        (r["system"], r["updates"], r["dropout"]): r
-        for r in load(RESULTS / "en-fr-es.json")["rows"]
-        if r["pair"] == "en-fr"
-    }
-    chosen = [{**rows[key], "system": title} for key, title in titles.items()]
-    return _quality([{k: v for k, v in row.items() if k != "valid_ppl"} for row in chosen])
+    """The five rows of the main README: dense models and pruned ones of the same regularisation and updates."""
+    header = ["pair", "system", "pairs pruned", "BLEU", "chrF2", "length ratio"]
+    titles = {"dense": "dense", "80%": "pruned while training", "90%": "pruned while training"}
+    rows = [("en-de", titles[s["system"]], s["pruned"]["total"], s) for s in one_command_systems()[:3]]
+    titles = {"dense": "dense", "importance 80%, from scratch": "trained from scratch under the masks"}
+    rows += [
+        (row["pair"], titles[row["system"]], row["pruned"], row)
+        for row in load(RESULTS / "en-fr-es.json")["rows"]
+        if (row["dropout"], row["updates"]) == ("0.3 / 0.1 / 0.1", 12000) and row["system"] in titles
+    ]
+    body = [
+        [pair, title, f"{pruned:.0%}", f"{s['bleu']:.2f}", f"{s['chrf']:.2f}", f"{s['length_ratio']:.3f}"]
+        for pair, title, pruned, s in rows
+    ]
+    return markdown(Table(header, body, align="llrrrr"))
+
+
+def one_command_systems() -> list[dict[str, Any]]:
+    """Systems that were pruned while training, after the dense one."""
+    return load(RESULTS / "one-command.json")["systems"]
+
+
+def one_command() -> str:
+    """Pruning while training against the dense model of the same recipe and updates."""
+    header = ["pruned", *(kind.value for kind in AttentionKind), "BLEU", "chrF2", "length ratio", "p of BLEU"]
+    body = []
+    for s in one_command_systems():
+        shares = [f"{s['pruned'][kind.value]:.0%}" for kind in AttentionKind]
+        scores = [f"{s['bleu']:.2f}", f"{s['chrf']:.2f}", f"{s['length_ratio']:.3f}", f"{s.get('p_bleu', '')}"]
+        body.append([s["system"], *shares, *scores])
+    return markdown(Table(header, body))
 
 
 def by_length() -> str:
@@ -230,7 +246,8 @@ def tables() -> dict[str, Callable[[], str]]:
     made = {
         "en-fr": lambda: quality("en-fr"),
         "en-es": lambda: quality("en-es"),
-        "en-fr-digest": quality_digest,
+        "digest": quality_digest,
+        "one-command": one_command,
         "h100-converged-digest": lambda: sweep("h100-converged", lambda line: re.search(DIGEST, line["system"])),
         "h100-converged-kinds": kinds,
         "h100-pages-digest": lambda: sweep("h100-pages", lambda line: line["subset"] in ("test", "test2")),
