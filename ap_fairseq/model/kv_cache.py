@@ -233,6 +233,7 @@ def compact(
         readable: bool (H, S), whether a coming mask row of the head keeps the position.
         n_new: slots that the next step needs.
         n_steps: how many steps may come, each with at most as many slots; a pool never has more than they can fill.
+            None: unknown.
 
     Returns:
         The pool, *pool* itself unless it grew, and the number of slots in use.
@@ -241,7 +242,7 @@ def compact(
     sizes = (readable * live.counts).flatten()
     offsets.copy_(((sizes.cumsum(0) - sizes).view_as(readable)) * readable)
     most = math.inf if n_steps is None else kept.numel() + n_steps * n_new
-    if min(2 * kept.numel(), most) <= pool.size(0):
+    if min(max(2 * kept.numel(), kept.numel() + n_new), most) <= pool.size(0):
         pool[: kept.numel()] = pool[kept]
         return pool, kept.numel()
     larger = pool.new_empty(min(2 * kept.numel() + n_new, most), *pool.shape[1:])
@@ -288,6 +289,25 @@ class SourceSlots:
     def gather(self, projected: Tensor) -> Tensor:
         """Return the slots (R, 2, D) with the keys and values (P, 2, H, D) of the projected columns."""
         return projected[self.column, :, self.head]
+
+
+def group_hypotheses(new_order: Tensor, n_sentences: int, beam: int) -> tuple[Tensor | None, int]:
+    """Find the sentences that the hypotheses *new_order* share, where *beam* in a row shared each of *n_sentences*.
+
+    One synchronisation, and a few more when sentences leave or are repeated.
+
+    Returns:
+        Sentences, int64 (B,), or None if all stay in their places; and how many hypotheses in a row share each. Where
+        these numbers differ, it is 1, and sentences come once for each hypothesis.
+    """
+    sentences = new_order // beam
+    places = torch.arange(n_sentences, device=new_order.device)
+    if sentences.numel() == n_sentences * beam and torch.equal(sentences, places.repeat_interleave(beam)):
+        return None, beam
+    distinct, sizes = sentences.unique_consecutive(return_counts=True)
+    if sizes.unique().numel() != 1:
+        return sentences, 1
+    return None if torch.equal(distinct, places) else distinct, int(sizes[0])
 
 
 def stored_columns(last_use: Tensor | None, size: int, heads: int, device: torch.device) -> Tensor:
@@ -385,9 +405,9 @@ class CrossAttentionCache(PagedCrossAttention):
         return self.row + 1, self.n_columns()
 
     def reorder(self, new_order: Tensor) -> None:
-        """Keep the sentences of the hypotheses *new_order*; the *beam* hypotheses of a sentence stay together."""
-        if self.beam == 1 or new_order.numel() != self.lengths.numel() * self.beam:
-            sentences = new_order[:: self.beam] // self.beam
+        """Make hypothesis i continue hypothesis new_order[i], of whatever sentence."""
+        sentences, self.beam = group_hypotheses(new_order, self.lengths.numel(), self.beam)
+        if sentences is not None:
             self.starts, self.lengths, self._dense = self.starts[sentences], self.lengths[sentences], None
 
     def dense(self, keep: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ap_fairseq.model.attention import PrunedMultiheadAttention
 from ap_fairseq.model.dynamic import DynamicPruning
+from ap_fairseq.model.kv_cache import group_hypotheses
 from ap_fairseq.sites import AttentionKind
 
 
@@ -124,24 +125,19 @@ class PrunedTransformerEncoder(TransformerEncoderBase):
     def reorder_encoder_out(self, encoder_out, new_order):
         """fairseq's hook, called once to repeat each sentence for its beams, then after each step of the search.
 
-        The repetition is only noted (``beam`` [int]): cross-attention serves all beams of a sentence from one copy.
-        Hypotheses of a sentence must stay together from then on, as every search of fairseq keeps them.
+        Repetitions are only noted (``beam`` [int]) where each sentence has as many hypotheses, one after the other:
+        cross-attention serves all of them from one copy. Orders of any other kind are followed by copying.
         """
-        n_sentences = encoder_out["source_shift"][0].numel()
-        beam = encoder_out.get("beam", [1])[0]
-        if beam > 1:
-            if new_order.numel() == n_sentences * beam:
-                return encoder_out
-            new_order = new_order[::beam] // beam
+        n_sentences, beam = encoder_out["encoder_out"][0].size(1), encoder_out.get("beam", [1])[0]
+        if self.cfg.cross_self_attention:  # the decoder joins it to every hypothesis
+            sentences, beam = new_order, 1
         else:
-            beam, remainder = divmod(new_order.numel(), n_sentences)
-            sentences = torch.arange(n_sentences, device=new_order.device)
-            repeated = remainder == 0 and beam > 1 and torch.equal(new_order, sentences.repeat_interleave(beam))
-            if repeated and not self.cfg.cross_self_attention:  # there the decoder joins it to every hypothesis
-                return {**encoder_out, "beam": [beam]}
-            beam = 1
-        shift = [part.index_select(0, new_order) for part in encoder_out["source_shift"]]
-        return {**super().reorder_encoder_out(encoder_out, new_order), "source_shift": shift, "beam": [beam]}
+            sentences, beam = group_hypotheses(new_order, n_sentences, beam)
+        if sentences is not None:
+            shift = [part.index_select(0, sentences) for part in encoder_out.get("source_shift", [])]
+            encoder_out = {**super().reorder_encoder_out(encoder_out, sentences), "source_shift": shift}
+        unrepeated = {name: value for name, value in encoder_out.items() if name != "beam"}
+        return unrepeated if beam == 1 else {**unrepeated, "beam": [beam]}
 
 
 class PrunedTransformerDecoder(TransformerDecoderBase):
@@ -167,7 +163,10 @@ class PrunedTransformerDecoder(TransformerDecoderBase):
     ):
         if alignment_layer is None and (self.training or not self.alignment_needed):
             alignment_layer = self.num_layers  # no layer: weights cost a slower path
-        ordinary = incremental_state is None and encoder_out is not None and not full_context_alignment
+        encoder_out = self._of_hypotheses(encoder_out, prev_output_tokens.size(0), incremental_state)
+        ordinary = (
+            incremental_state is None and encoder_out and encoder_out["encoder_out"] and not full_context_alignment
+        )
         if ordinary and alignment_layer == self.num_layers and not self.cross_self_attention:
             return self._features(prev_output_tokens, encoder_out)
         x, extra = super().extract_features(
@@ -181,10 +180,37 @@ class PrunedTransformerDecoder(TransformerDecoderBase):
         weights = extra["attn"][0]  # (B, T, S) over right-padded columns, or None
         if weights is not None and encoder_out is not None and encoder_out.get("source_shift"):
             columns = weights.transpose(1, 2)
-            shift = encoder_out["source_shift"][0]
-            shift = shift.repeat_interleave(weights.size(0) // shift.numel())  # beams share their sentence
+            shift = encoder_out["source_shift"][0].repeat_interleave(encoder_out.get("beam", [1])[0])
+            if shift.numel() != weights.size(0):
+                raise ValueError(
+                    f"alignments of {weights.size(0)} hypotheses need the source_shift of each, got {shift.numel()}: "
+                    "order and repeat the encoder's output with encoder.reorder_encoder_out"
+                )
             extra["attn"] = [rotate_left(columns, -shift).transpose(1, 2)]
         return x, extra
+
+    def _of_hypotheses(self, encoder_out: dict | None, n: int, incremental_state: dict | None) -> dict | None:
+        """Return the encoder output for *n* hypotheses: repeated, unless caches do without.
+
+        Raises:
+            ValueError: it is that of another number of hypotheses, of which nobody knows the sentences.
+        """
+        cross = self.layers[0].encoder_attn if len(self.layers) else None
+        if encoder_out is None or not encoder_out["encoder_out"] or not isinstance(cross, PrunedMultiheadAttention):
+            return encoder_out
+        if incremental_state is not None and cross.get_incremental_state(incremental_state, "attn_state") is not None:
+            return encoder_out  # it is not read any more
+        (source,), beam = encoder_out["encoder_out"], encoder_out.get("beam", [1])[0]
+        if n != source.size(1) * beam:
+            raise ValueError(
+                f"{n} hypotheses, but encoder output of {source.size(1) * beam} ({source.size(1)} sentences x {beam}): "
+                "repeat it with encoder.reorder_encoder_out, in the order of the hypotheses"
+            )
+        if incremental_state is not None or beam == 1:
+            return encoder_out
+        names = ("encoder_padding_mask", "source_shift")
+        repeated = {name: [x.repeat_interleave(beam, 0) for x in encoder_out.get(name, [])] for name in names}
+        return {**encoder_out, "encoder_out": [source.repeat_interleave(beam, 1)], **repeated, "beam": [1]}
 
     def _features(self, tokens: Tensor, encoder_out: dict[str, list[Tensor]]) -> tuple[Tensor, dict[str, Any]]:
         """What fairseq's decoder computes for whole sentences, without waiting for the device.
@@ -198,12 +224,12 @@ class PrunedTransformerDecoder(TransformerDecoderBase):
         positions = None if self.embed_positions is None else self.embed_positions(tokens)
         x = self.embed(tokens, positions).transpose(0, 1)
         padding, causal = padding_or_none(tokens.eq(self.padding_idx)), x.new_empty(0)  # only its presence is read
-        states = [x]
+        states, source_padding = [x], encoder_out["encoder_padding_mask"]
         for layer in self.layers:
             x = layer(
                 x,
                 encoder_out["encoder_out"][0],
-                encoder_out["encoder_padding_mask"][0],
+                source_padding[0] if source_padding else None,
                 self_attn_mask=causal,
                 self_attn_padding_mask=padding,
             )[0]

@@ -57,7 +57,7 @@ def pruned_model(masks: PruningMasks | None = None, words: Dictionary | None = N
 def dense_model(words: Dictionary | None = None, **options):
     """fairseq's own transformer with the same sizes and the same seed."""
     torch.manual_seed(3)
-    cfg = TransformerConfig.from_namespace(argparse.Namespace(**SIZES, **options))
+    cfg = TransformerConfig.from_namespace(argparse.Namespace(**{**SIZES, **options}))
     return TransformerModelBase.build_model(cfg, task(words or dictionary())).eval()
 
 
