@@ -69,7 +69,7 @@ def test_measured_numbers_in_prose_are_generated(path):
     assert not found
 
 
-@of_readmes
+@pytest.mark.parametrize("path", [*READMES, *sorted((ROOT / ".github").glob("*.md"))], ids=lambda path: path.name)
 def test_links_exist(path):
     for target in re.findall(r"\]\(([^)\s]+)\)", path.read_text(encoding="utf-8")):
         if target.startswith("http"):
