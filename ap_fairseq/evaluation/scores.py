@@ -109,14 +109,12 @@ def _gap(found: Mapping[int, str], expected: range, finished: bool) -> str:
     missing = list(itertools.islice((number for number in expected if number not in found), 6))
     listed = ", ".join([*map(str, missing[:5]), *["..."] * (len(missing) > 5)])
     text = f"lacks {len(expected) - len(found)} of {len(expected)} sentences ({listed}): "
-    skipped = (
+    reasons = (
         "fairseq-generate skipped what is longer than --max-source-positions or --max-target-positions "
-        "(--skip-invalid-size-inputs-valid-test), or a last batch; raise these limits, leave the flag out, and pass "
-        "--required-batch-size-multiple 1"
+        "(--skip-invalid-size-inputs-valid-test), so raise them and leave the flag out; or it dropped a last batch, so "
+        "pass --required-batch-size-multiple 1; or the logs of other ranks are missing, so join all by colons"
     )
-    if finished:
-        return text + skipped
-    return text + f"fairseq-generate was cut off, so run it again; or {skipped}"
+    return text + (reasons if finished else f"fairseq-generate was cut off, so run it again; or {reasons}")
 
 
 # -- scores -----------------------------------------------------------------------------------------------------------

@@ -73,7 +73,7 @@ def test_skipped_sentences_are_not_blamed_on_a_cut_log(tmp_path, numbers):
     whole = write(tmp_path / "log", log(*numbers))
     gap = ({*range(4)} - {*numbers}).pop()
     with pytest.raises(
-        ArtifactError, match=rf"lacks 1 of 4 sentences \({gap}\): fairseq-generate skipped .* raise"
+        ArtifactError, match=rf"lacks 1 of 4 sentences \({gap}\): fairseq-generate skipped .* so raise"
     ) as error:
         read_hypotheses([whole], 4)
     assert "cut off" not in str(error.value)
