@@ -178,6 +178,17 @@ def by_length() -> str:
     return markdown(Table(header, rows))
 
 
+def corpus() -> str:
+    """Sizes of the corpus for each language pair."""
+    pairs = load(RESULTS / "corpus.json")["pairs"]
+    names = next(iter(pairs.values()))
+    cells = (
+        [f"{counts[name]:,}" if isinstance(counts[name], int) else counts[name] for counts in pairs.values()]
+        for name in names
+    )
+    return markdown(Table(["", *pairs], [[name, *row] for name, row in zip(names, cells, strict=True)]))
+
+
 def rivals_translation() -> str:
     """Target tokens a second beside stock fairseq and CTranslate2."""
     report = load(SCRIPTS / "rivals.json")["translation"]
@@ -252,6 +263,7 @@ def tables() -> dict[str, Callable[[], str]]:
         "h100-converged-kinds": kinds,
         "h100-pages-digest": lambda: sweep("h100-pages", lambda line: line["subset"] in ("test", "test2")),
         "h100-by-length": by_length,
+        "corpus": corpus,
         "cpu": lambda: format_markdown(load(RESULTS / "cpu.json")),
         "rivals.translation": rivals_translation,
         "rivals.cpu": rivals_cpu,
