@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-FIRST_LINE_SECONDS, LONGEST_PAUSE_SECONDS = 15, 300
+FIRST_LINE_SECONDS, LONGEST_PAUSE_SECONDS = 15, 120
 
 # What names a line of fairseq's progress; a translation may hold any text.
 _TRAINING, _BATCHES = "train_inner", "fairseq.logging.progress_bar"
