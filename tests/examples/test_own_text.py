@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 CODE = ("*.py", "*.sh", "*.md", "*.toml", "*.yaml", "*.yml", "*.css", "*.js", "*.j2")
 CODE += ("LICENSE", "MANIFEST.in", "*.cfg", "*.cff", ".gitignore", ".gitattributes", ".ci/run", "py.typed")
-DATA = {  # pattern -> what made it
+DATA = {  # pattern -> what made it, or reads what was typed in
     "scripts/bench_attention.*.json": "scripts/bench_attention.py",
     "scripts/bench_fairseq.*.json": "scripts/bench_fairseq.py",
     "scripts/bench_ranks.*.json": "scripts/bench_ranks.py",
@@ -20,9 +20,11 @@ DATA = {  # pattern -> what made it
     "scripts/tune_attention.*.json": "scripts/tune_attention.py",
     "examples/libreoffice_help/results/*.json": "ap_fairseq/cli/evaluate.py",
     "examples/libreoffice_help/results/*.jsonl": "examples/libreoffice_help/sweep.py",
+    "scripts/rivals.json": "scripts/readme_tables.py",
+    "tests/plugin/scored_run.json": "ap_fairseq/cli/evaluate.py",
     "tests/plugin/quickstart_stats.safetensors": "ap_fairseq/recording/recorder.py",
 }
-LONGEST_STRING = 500  # of a results file: a command line, a note
+LONGEST_STRING = 1000  # of a results file: a command line, a note
 LONGEST_TEXT = 1500  # of a literal in code that is not a docstring: HTML of a test page, a script
 
 
