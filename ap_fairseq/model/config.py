@@ -1,7 +1,5 @@
 """The configuration of ``pruned_transformer``: fairseq's flags, flat, and those of this plugin."""
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Any, Optional  # fairseq's parser reads Optional[X], not X | None
 
@@ -51,81 +49,75 @@ def _flat_fields() -> list[tuple[str, Any, Any]]:
 # "eager" is what checkpoints of version 0.1 call sdpa: a second name of that choice, which the command line has not.
 _Backend = StrEnum("Choices", {name: name for name in BACKENDS} | {"eager": "sdpa"})
 
-_PLUGIN_FIELDS = [
-    (
-        "attention_masks",
-        Optional[str],
-        dataclasses.field(
-            default=None,
-            metadata={
-                "help": "pruning masks to start training with (a file of ap-masks); checkpoints carry them from then "
-                "on. Given together with a pruned checkpoint, the file replaces the checkpoint's masks. none: keep "
-                "every cell, as a dense model does, or what the masks of the checkpoint keep"
-            },
-        ),
-    ),
-    (
-        "attention_backend",
-        _Backend,
-        dataclasses.field(
-            default="auto",
-            metadata={
-                "help": "what computes attention: the Triton kernels, torch's attention under a dense mask (sdpa), or "
-                "whichever suits the device"
-            },
-        ),
-    ),
-    (
-        "cuda_graphs",
-        ChoiceEnum(("auto", "off")),
-        dataclasses.field(
-            default="auto",
-            metadata={
-                "help": "on a GPU, replay training updates as CUDA graphs, one for each shape of batch; off runs every "
-                "update directly"
-            },
-        ),
-    ),
-    (
-        "attention_top_k",
-        Optional[str],
-        dataclasses.field(
-            default=None,
-            metadata={
-                "help": "for analysis: each query attends to its k best keys only (Gupta et al. 2021); a number, or "
-                "numbers per kind such as encoder_self=4,cross=3"
-            },
-        ),
-    ),
-    (
-        "attention_threshold",
-        Optional[str],
-        dataclasses.field(
-            default=None,
-            metadata={
-                "help": "for analysis: attention probabilities below this become 0 (Ji et al. 2021); a number, or "
-                "numbers per kind"
-            },
-        ),
-    ),
-    (
-        "attention_log_bits",
-        int,
-        dataclasses.field(
-            default=0,
-            metadata={
-                "help": "for analysis: round the probabilities above --attention-threshold to 2^N - 1 values on a log "
-                "scale (Ji et al. 2021 use 3); 0 for no rounding"
-            },
-        ),
-    ),
-]
+InheritedConfig = dataclasses.make_dataclass("InheritedConfig", _flat_fields(), bases=(FairseqDataclass,))
+InheritedConfig.__module__ = __name__
 
-PrunedTransformerConfig = dataclasses.make_dataclass(
-    "PrunedTransformerConfig", _flat_fields() + _PLUGIN_FIELDS, bases=(FairseqDataclass,)
-)
-PrunedTransformerConfig.__module__ = __name__
-PrunedTransformerConfig.__doc__ = "fairseq's TransformerConfig with flat names, plus the flags of this plugin."
+
+@dataclasses.dataclass
+class PrunedTransformerConfig(InheritedConfig):
+    """fairseq's TransformerConfig with flat names, plus the flags of this plugin."""
+
+    attention_masks: Optional[str] = dataclasses.field(
+        default=None,
+        metadata={
+            "help": "pruning masks to start training with (a file of ap-masks); checkpoints carry them from then "
+            "on. Given together with a pruned checkpoint, the file replaces the checkpoint's masks. none: keep "
+            "every cell, as a dense model does, or what the masks of the checkpoint keep"
+        },
+    )
+    attention_backend: _Backend = dataclasses.field(
+        default="auto",
+        metadata={
+            "help": "what computes attention: the Triton kernels, torch's attention under a dense mask (sdpa), or "
+            "whichever suits the device"
+        },
+    )
+    alignment_layer: Optional[int] = dataclasses.field(
+        default=None,
+        metadata={
+            "help": "decoder layer whose cross-attention learns the alignments of --load-alignments, from 0 (default: "
+            "the last)"
+        },
+    )
+    alignment_heads: Optional[int] = dataclasses.field(
+        default=None,
+        metadata={"help": "how many heads of that layer learn alignments, from the first (default: all)"},
+    )
+    cuda_graphs: ChoiceEnum(("auto", "off")) = dataclasses.field(
+        default="auto",
+        metadata={
+            "help": "on a GPU, replay training updates as CUDA graphs, one for each shape of batch; off runs every "
+            "update directly"
+        },
+    )
+    attention_top_k: Optional[str] = dataclasses.field(
+        default=None,
+        metadata={
+            "help": "for analysis: each query attends to its k best keys only (Gupta et al. 2021); a number, or "
+            "numbers per kind such as encoder_self=4,cross=3"
+        },
+    )
+    attention_threshold: Optional[str] = dataclasses.field(
+        default=None,
+        metadata={
+            "help": "for analysis: attention probabilities below this become 0 (Ji et al. 2021); a number, or "
+            "numbers per kind"
+        },
+    )
+    attention_log_bits: int = dataclasses.field(
+        default=0,
+        metadata={
+            "help": "for analysis: round the probabilities above --attention-threshold to 2^N - 1 values on a log "
+            "scale (Ji et al. 2021 use 3); 0 for no rounding"
+        },
+    )
+
+
+OWN_DEFAULTS = {
+    field.name: field.default
+    for field in dataclasses.fields(PrunedTransformerConfig)
+    if field.name not in InheritedConfig.__dataclass_fields__
+}
 
 
 def is_interpolation(value: Any) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any  # fairseq's parser reads Optional[X], not X | None
 
 import torch
-from fairseq.distributed import fsdp_wrap
 from fairseq.models.transformer import (
     TransformerConfig,
     TransformerDecoderBase,
@@ -15,6 +14,7 @@ from fairseq.modules import transformer_layer
 from fairseq.modules.checkpoint_activations import checkpoint_wrapper
 from torch import Tensor, nn
 
+from ap_fairseq.files import UserError
 from ap_fairseq.model.attention import PrunedMultiheadAttention
 from ap_fairseq.model.dynamic import DynamicPruning
 from ap_fairseq.model.kv_cache import group_hypotheses
@@ -71,15 +71,25 @@ class PrunedTransformerDecoderLayer(transformer_layer.TransformerDecoderLayerBas
 
 
 def _wrap_layer(layer: nn.Module, cfg: TransformerConfig, stock_class: type) -> nn.Module:
-    """Apply activation checkpointing and FSDP as fairseq does, and keep the dropout names of the stock layer."""
+    """Apply activation checkpointing as fairseq does, and keep the dropout names of the stock layer."""
     for module in (layer.dropout_module, layer.activation_dropout_module):
         module.module_name = stock_class.__name__
     if cfg.checkpoint_activations:
         layer = checkpoint_wrapper(layer, offload_to_cpu=cfg.offload_activations)
-    return fsdp_wrap(layer, min_num_params=0 if cfg.checkpoint_activations else cfg.min_params_to_wrap)
+    return layer
 
 
-class PrunedTransformerEncoder(TransformerEncoderBase):
+class NotScriptable:
+    """A module that ``torch.jit.script`` refuses in one sentence: kernels and caches are Python."""
+
+    def __prepare_scriptable__(self):
+        raise UserError(
+            "pruned_transformer cannot be compiled with TorchScript; translate with fairseq-generate or the hub "
+            "interface, and script the dense checkpoint instead"
+        )
+
+
+class PrunedTransformerEncoder(NotScriptable, TransformerEncoderBase):
     """fairseq's encoder, which first moves each sentence to column 0: masks are indexed by token position.
 
     Its output adds ``source_shift`` [(B,) int64]: the padding that each sentence had on its left.
@@ -140,17 +150,22 @@ class PrunedTransformerEncoder(TransformerEncoderBase):
         return unrepeated if beam == 1 else {**unrepeated, "beam": [beam]}
 
 
-class PrunedTransformerDecoder(TransformerDecoderBase):
+class PrunedTransformerDecoder(NotScriptable, TransformerDecoderBase):
     """fairseq's decoder with pruned attention; alignments come back in the caller's own order of source columns."""
 
     def __init__(self, cfg, dictionary, embed_tokens, no_encoder_attn=False, output_projection=None):
         super().__init__(cfg, dictionary, embed_tokens, no_encoder_attn, output_projection)
         self.dropout_module.module_name = "TransformerDecoder"
         self.alignment_needed = False  # set while fairseq reads alignments (`compat`)
+        self.guided_alignment = False  # whole sentences: a criterion reads them
 
     def build_decoder_layer(self, cfg, no_encoder_attn=False):
         layer = PrunedTransformerDecoderLayer(cfg, no_encoder_attn)
         return _wrap_layer(layer, cfg, transformer_layer.TransformerDecoderLayerBase)
+
+    def returns_weights(self, incremental_state=None) -> bool:
+        """Whether a pass that names no layer returns the attention weights of one: they cost a slower path."""
+        return self.alignment_needed or (self.guided_alignment and incremental_state is None)
 
     def extract_features(
         self,
@@ -161,8 +176,15 @@ class PrunedTransformerDecoder(TransformerDecoderBase):
         alignment_layer=None,
         alignment_heads=None,
     ):
-        if alignment_layer is None and (self.training or not self.alignment_needed):
-            alignment_layer = self.num_layers  # no layer: weights cost a slower path
+        """As fairseq's, except that ``attn`` is None unless somebody reads it.
+
+        Weights come back where the caller names *alignment_layer*, while ``alignment_needed`` is set, and under
+        ``--load-alignments`` (``guided_alignment``): (B, T, S), the mean of *alignment_heads* (default: all), in the
+        caller's order of source columns. Guided, cells that every head prunes have the smallest positive number in
+        place of 0: a link there adds a constant to the criterion's logarithm, and no gradient.
+        """
+        if alignment_layer is None and not self.returns_weights(incremental_state):
+            alignment_layer = self.num_layers  # none of them
         encoder_out = self._of_hypotheses(encoder_out, prev_output_tokens.size(0), incremental_state)
         ordinary = (
             incremental_state is None and encoder_out and encoder_out["encoder_out"] and not full_context_alignment
@@ -186,7 +208,10 @@ class PrunedTransformerDecoder(TransformerDecoderBase):
                     f"alignments of {weights.size(0)} hypotheses need the source_shift of each, got {shift.numel()}: "
                     "order and repeat the encoder's output with encoder.reorder_encoder_out"
                 )
-            extra["attn"] = [rotate_left(columns, -shift).transpose(1, 2)]
+            weights = rotate_left(columns, -shift).transpose(1, 2).contiguous()
+            if self.guided_alignment and incremental_state is None:
+                weights = weights.masked_fill(weights == 0, torch.finfo(weights.dtype).tiny)
+            extra["attn"] = [weights]
         return x, extra
 
     def _of_hypotheses(self, encoder_out: dict | None, n: int, incremental_state: dict | None) -> dict | None:

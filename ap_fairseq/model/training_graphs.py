@@ -36,6 +36,7 @@ def not_captured(model: nn.Module) -> str | None:
     cfg = model.cfg
     options = {
         "--checkpoint-activations": cfg.checkpoint_activations,
+        "--load-alignments": model.decoder.guided_alignment,
         "LayerDrop": cfg.encoder.layerdrop or cfg.decoder.layerdrop,
         "--quant-noise-scalar": cfg.quant_noise.scalar,
         "--cross-self-attention": cfg.cross_self_attention,

@@ -9,6 +9,7 @@ from typing import Any  # fairseq's parser reads Optional[X], not X | None
 
 import numpy as np
 import torch
+from fairseq import distributed
 from fairseq.dataclass.utils import gen_parser_from_dataclass
 from fairseq.logging import metrics
 from fairseq.models import register_model, register_model_architecture
@@ -18,15 +19,15 @@ from fairseq.models.transformer import (
     transformer_legacy,
 )
 from omegaconf import DictConfig, OmegaConf
-from torch import Tensor
+from torch import Tensor, nn
 
 from ap_fairseq.artifacts import PruningMasks
 from ap_fairseq.compat import drop_bettertransformer_copies
 from ap_fairseq.files import ArtifactError, UserError, file_sha256
 from ap_fairseq.model.attention import MASK_BUFFERS
-from ap_fairseq.model.config import PrunedTransformerConfig, is_interpolation
+from ap_fairseq.model.config import OWN_DEFAULTS, PrunedTransformerConfig, is_interpolation
 from ap_fairseq.model.kv_cache import peak_share
-from ap_fairseq.model.layers import PrunedTransformerDecoder, PrunedTransformerEncoder
+from ap_fairseq.model.layers import NotScriptable, PrunedTransformerDecoder, PrunedTransformerEncoder
 from ap_fairseq.model.training_graphs import TrainingGraphs, not_captured
 from ap_fairseq.provenance import (
     DAMAGED_MASKS,
@@ -42,7 +43,7 @@ logger = logging.getLogger(__name__)
 
 
 @register_model("pruned_transformer", dataclass=PrunedTransformerConfig)
-class PrunedTransformerModel(TransformerModelBase):
+class PrunedTransformerModel(NotScriptable, TransformerModelBase):
     """fairseq's transformer whose attention is pruned by global masks.
 
     Parameters have the names of the stock model, so dense checkpoints are a warm start (``--finetune-from-model``).
@@ -73,16 +74,27 @@ class PrunedTransformerModel(TransformerModelBase):
 
         Raises:
             ArtifactError: if the masks cannot be read or were made for another architecture or dictionary.
-            UserError: for ``--left-pad-target``.
+            UserError: for ``--left-pad-target``, ``--ddp-backend fully_sharded``, and alignments of a layer or heads
+                that the model has not.
         """
         if getattr(task.cfg, "left_pad_target", False):
             raise UserError("--left-pad-target is set; masks count tokens from column 0, so leave targets right-padded")
-        path = cfg.attention_masks
+        if not isinstance(distributed.fsdp_wrap(nn.Linear(1, 1), min_num_params=0), nn.Linear):
+            raise UserError(
+                "--ddp-backend fully_sharded: pruned_transformer is not trained in shards; leave the flag out (every "
+                "rank holds the whole model)"
+            )
+        path = getattr(cfg, "attention_masks", None)
         _erase_mask_path(cfg)
         flat = OmegaConf.to_container(cfg, resolve=True, enum_to_str=True) if OmegaConf.is_config(cfg) else vars(cfg)
-        args = argparse.Namespace(**{name: value for name, value in flat.items() if not is_interpolation(value)})
+        given = {name: value for name, value in flat.items() if not is_interpolation(value)}
+        args = argparse.Namespace(**{**OWN_DEFAULTS, **given})
         transformer_legacy.base_architecture(args)
+        _require_alignment(args)
         model = super().build_model(TransformerConfig.from_namespace(args), task)
+        if getattr(task.cfg, "load_alignments", False):
+            model.decoder.guided_alignment = True
+            logger.info("guided alignment: links to cells that every head prunes add a constant to the loss")
         if path == "none":
             model.set_masks(PruningMasks.all_ones(architecture(model), dictionary_hashes(task)))
             model.prefer_masks_of_checkpoint()
@@ -112,9 +124,16 @@ class PrunedTransformerModel(TransformerModelBase):
         alignment_layer=None,
         alignment_heads=None,
     ):
-        """As fairseq's model; updates are replayed as CUDA graphs where that is possible, without states of layers."""
+        """As fairseq's model; updates are replayed as CUDA graphs where that is possible, without states of layers.
+
+        Attention weights are returned where somebody reads them (:meth:`PrunedTransformerDecoder.extract_features`),
+        by default those of ``--alignment-layer`` and ``--alignment-heads``.
+        """
+        weights = self.decoder.returns_weights()
+        if weights and alignment_layer is None and alignment_heads is None:
+            alignment_layer, alignment_heads = self.cfg.alignment_layer, self.cfg.alignment_heads
         graphs = self._training_graphs(src_tokens.device)
-        if graphs is not None and alignment_layer is None and alignment_heads is None:
+        if graphs is not None and not weights and alignment_layer is None and alignment_heads is None:
             features = graphs(src_tokens, prev_output_tokens)
             if features is not None:
                 output = features if features_only else self.decoder.output_layer(features)
@@ -163,6 +182,23 @@ class PrunedTransformerModel(TransformerModelBase):
         self._masks_are_explicit = False
         for _, module in attention_sites(self):
             module.mask_is_explicit = False
+
+    def max_positions(self):
+        """As fairseq's, which asks before it trains, validates or translates: the masks must be there by then.
+
+        Raises:
+            UserError: if the model has none.
+        """
+        if not any(module.mask_range.any() for _, module in attention_sites(self)):
+            raise UserError(
+                "this pruned_transformer has no masks: start training with --attention-masks FILE (of ap-masks), with "
+                "--attention-masks none for a dense model, or load a checkpoint that was trained so"
+            )
+        return super().max_positions()
+
+    def prepare_for_onnx_export_(self, **kwargs):
+        """fairseq's hook before an export, which is refused."""
+        self.__prepare_scriptable__()
 
     def prepare_for_inference_(self, cfg):
         """fairseq's hook before generation: logs what the masks save in the caches."""
@@ -274,6 +310,15 @@ def _erase_mask_path(cfg) -> None:
     parent = cfg._get_parent() if isinstance(cfg, DictConfig) else None
     if parent is not None and parent.get("model") is not None:
         parent.model.attention_masks = None
+
+
+def _require_alignment(args: argparse.Namespace) -> None:
+    for name, value, first, last in (
+        ("--alignment-layer", args.alignment_layer, 0, args.decoder_layers - 1),
+        ("--alignment-heads", args.alignment_heads, 1, args.decoder_attention_heads),
+    ):
+        if value is not None and not first <= value <= last:
+            raise UserError(f"{name} {value}: the decoder of this model has {first} to {last}")
 
 
 def describe_caches(model: PrunedTransformerModel) -> str:
