@@ -8,12 +8,12 @@ import contextlib
 import functools
 import importlib
 import importlib.metadata
+import os
 import re
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
-
-GATHERED_BYTES = 1 << 20  # of each rank; ap-record passes it as --all-gather-list-size
 
 _BETTERTRANSFORMER_KEY = re.compile(r"(^|\.)encoder\.layers\.\d+\.(in_proj|out_proj|fc1|fc2)_(weight|bias)$")
 
@@ -93,6 +93,49 @@ def patch_gloo_shutdown() -> None:
                 torch.distributed.destroy_process_group()
 
 
+def patch_ranks_without_gpu() -> None:
+    """Let fairseq infer its ranks from ``torchrun`` or SLURM on machines without a GPU, too.
+
+    It divides the rank by the number of GPUs to find its own, and selects it.
+    """
+    from fairseq.distributed import utils as distributed
+
+    stock = distributed.infer_init_method
+
+    @functools.wraps(stock)
+    def infer_init_method(cfg, force_distributed=False):
+        several = cfg.distributed_init_method is None and cfg.distributed_world_size > 1
+        if torch.cuda.is_available() or not several:
+            stock(cfg, force_distributed)
+        elif {"MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK"} <= os.environ.keys():
+            cfg.distributed_init_method = "env://"
+            cfg.distributed_world_size = int(os.environ["WORLD_SIZE"])
+            cfg.distributed_rank = int(os.environ["RANK"])
+            cfg.distributed_no_spawn = True
+        elif distributed._infer_slurm_init(cfg, None):
+            cfg.device_id = 0
+        else:
+            stock(cfg, force_distributed)
+
+    distributed.infer_init_method = infer_init_method
+
+
+def patch_user_dir() -> None:
+    """Let ``--user-dir`` name this package when it is imported already, under any path or as ``ap_fairseq``."""
+    from fairseq import utils
+
+    stock = utils.import_user_module
+    here = Path(__file__).resolve().parent
+
+    @functools.wraps(stock)
+    def import_user_module(args):
+        given = Path(getattr(args, "user_dir", None) or "/")
+        if given.resolve() != here and (given.exists() or given != Path(here.name)):
+            stock(args)
+
+    utils.import_user_module = import_user_module
+
+
 def patch_alignment_generators() -> None:
     """Let pruned decoders compute attention weights for ``--print-alignment``, and for nothing else.
 
@@ -128,16 +171,3 @@ def drop_bettertransformer_copies(state_dict: dict) -> None:
     """
     for key in [key for key in state_dict if _BETTERTRANSFORMER_KEY.search(key)]:
         del state_dict[key]
-
-
-def allow_gathering_on_cpu() -> None:
-    """Let ``fairseq-validate`` run on several ranks of a machine without a GPU (backend gloo).
-
-    fairseq gathers the logging outputs of all ranks in CUDA buffers, which it makes when there are none yet.
-    """
-    from fairseq.distributed.utils import all_gather_list
-
-    if torch.cuda.is_available() or not torch.distributed.is_initialized():
-        return
-    all_gather_list._buffer = torch.zeros(GATHERED_BYTES * torch.distributed.get_world_size(), dtype=torch.uint8)
-    all_gather_list._cpu_buffer = torch.zeros(GATHERED_BYTES, dtype=torch.uint8)

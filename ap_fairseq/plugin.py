@@ -1,5 +1,4 @@
-"""Registration with fairseq: the tasks ``attention_recording`` and ``pruned_translation``, and the model
-``pruned_transformer`` with its architectures.
+"""Registration with fairseq: task ``pruned_translation``, model ``pruned_transformer`` and its architectures.
 
 A Python program that uses fairseq's functions imports this module; ``--user-dir`` does so by way of the package.
 """
@@ -9,6 +8,8 @@ from ap_fairseq.compat import (
     patch_alignment_generators,
     patch_ema_integers,
     patch_gloo_shutdown,
+    patch_ranks_without_gpu,
+    patch_user_dir,
     require_fairseq,
 )
 
@@ -16,8 +17,9 @@ require_fairseq()
 allow_fairseq_checkpoints()
 patch_ema_integers()
 patch_gloo_shutdown()
+patch_ranks_without_gpu()
+patch_user_dir()
 patch_alignment_generators()
 
 import ap_fairseq.model.transformer  # noqa: E402  (registration needs a checked fairseq)
-import ap_fairseq.recording.task  # noqa: E402
 import ap_fairseq.search.task  # noqa: E402, F401

@@ -18,7 +18,8 @@ FLOORS = (
     {"version", "files", "compat", "cuda_graphs"},
     {"sites", "provenance"},
     {"artifacts"},  # statistics and masks: what the stages hand to each other
-    {"recording", "pruning", "model", "evaluation"},
+    {"pruning", "model", "evaluation"},
+    {"recording"},
     {"training"},
     {"search"},
     {"plugin"},  # registers tasks and models with fairseq

@@ -64,3 +64,7 @@ def main(argv: list[str]) -> None:
         paths = last_checkpoints(paths[0], args.last)
         logger.info(f"averaging {', '.join(path.name for path in paths)}")
     average_checkpoints(paths, args.output, args.overwrite)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,11 +1,12 @@
 """``ap-record``: run a dense checkpoint over a data set and write its attention statistics.
 
-A thin wrapper of ``fairseq_cli.validate``: batching, progress bars, half precision and distributed runs are fairseq's.
+The command line is checked here against checkpoint and data; :mod:`ap_fairseq.recording.run` records on each rank.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import os
 from pathlib import Path
 from typing import Any
@@ -13,18 +14,21 @@ from typing import Any
 from fairseq import distributed_utils, options
 from fairseq.data import Dictionary, data_utils
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
-from fairseq.models import ARCH_MODEL_REGISTRY, MODEL_REGISTRY
-from fairseq_cli import validate
-from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
+from torch.multiprocessing import ProcessExitedException, ProcessRaisedException, get_context
 
 import ap_fairseq.plugin  # noqa: F401  (registers with fairseq)
 from ap_fairseq.cli.common import add_output, command
-from ap_fairseq.compat import GATHERED_BYTES
-from ap_fairseq.files import ArtifactError, UserError, refuse_existing
-from ap_fairseq.model.checkpoints import load_checkpoint
+from ap_fairseq.files import ArtifactError, UserError
+from ap_fairseq.model.checkpoints import (
+    add_user_dir,
+    import_user_dir,
+    load_checkpoint,
+    recordable_architectures,
+    stored_model,
+)
 from ap_fairseq.provenance import dictionary_sha256
+from ap_fairseq.recording.run import Recording, record_on_rank
 
-TASK = "attention_recording"
 TASK_SETTINGS = {  # of fairseq's TranslationTask, which change what is recorded; with their short flags
     "source_lang": "-s",
     "target_lang": "-t",
@@ -32,14 +36,13 @@ TASK_SETTINGS = {  # of fairseq's TranslationTask, which change what is recorded
     "max_target_positions": None,
     "truncate_source": None,
 }
-MODELS = ("transformer", "transformer_align", "pruned_transformer")
 
 
 def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description="Record the attention statistics of a trained transformer. Further options are those of "
-        "fairseq-validate (--max-tokens, --batch-size, --fp16, --cpu, --num-workers, --log-format, ...). With "
-        "--distributed-world-size N, N GPUs share the work."
+        "fairseq-validate (--max-tokens, --batch-size, --fp16, --bf16, --cpu, --num-workers, --log-format, ...). All "
+        "GPUs of the machine share the work, or --distributed-world-size N of them."
     )
     parser.add_argument("data", help="binarised data (fairseq-preprocess)")
     parser.add_argument("--path", required=True, metavar="CHECKPOINT", help="checkpoint of a transformer* architecture")
@@ -64,6 +67,7 @@ def get_parser() -> argparse.ArgumentParser:
         help="also record how much the training loss depends on each cell, for ap-masks --criterion importance: a "
         "backward pass for each batch, and twice the size of the file",
     )
+    add_user_dir(parser)
     add_output(parser, "the statistics")
     return parser
 
@@ -71,90 +75,103 @@ def get_parser() -> argparse.ArgumentParser:
 @command
 def main(argv: list[str]) -> None:
     args, fairseq_argv = get_parser().parse_known_args(argv)
-    if not os.path.isfile(args.path):
-        raise ArtifactError(f"checkpoint {args.path} does not exist")
-    refuse_existing(args.output, args.overwrite, [args.path])
-    if not os.path.isdir(args.data):
-        raise ArtifactError(
-            f"data folder {args.data} does not exist; fairseq-preprocess makes it, and it goes before fairseq's flags"
-        )
+    _require_data(args.data, args.subset)
+    import_user_dir(args.user_dir)
+    cfg, given = _fairseq_configuration(args, fairseq_argv)
+    job = Recording(
+        checkpoint=args.path,
+        data=args.data,
+        subset=args.subset,
+        output=args.output,
+        max_positions=args.max_positions,
+        sample=args.sample,
+        importance=args.importance,
+        overwrite=args.overwrite,
+        model_overrides=_literal("--model-overrides", cfg.common_eval.model_overrides),
+    )
+    job.require_valid()
     state = load_checkpoint(args.path)
     _require_supported(state, args.path)
     _require_dictionaries(state, args)
-    if "," in args.subset:
-        raise ArtifactError(
-            f"--subset {args.subset} names several subsets; record each into a file of its own, ap-masks merges them"
-        )
-    flags = {word.split("=")[0] for word in fairseq_argv}
-    if not flags & {"--max-tokens", "--batch-size", "--max-sentences"}:
-        fairseq_argv += ["--max-tokens", "12000"]
-    # Before the caller's flags, which win. With its default of 8, fairseq main silently drops a last batch that is no
-    # multiple of it.
-    fairseq_argv = ["--required-batch-size-multiple", "1", *fairseq_argv]
-
-    parser = options.get_validation_parser()
-    fairseq_argv = [args.data, "--task", TASK, "--path", args.path, "--valid-subset", args.subset, *fairseq_argv]
-    fairseq_argv += ["--all-gather-list-size", str(GATHERED_BYTES)]
-    fairseq_args = options.parse_args_and_arch(parser, fairseq_argv)
-    _require_task(state, args.path, flags, fairseq_args)
-    recording = {
-        "data": args.data,
-        "stats_output": args.output,
-        "stats_max_positions": args.max_positions,
-        "stats_sample": args.sample,
-        "stats_sample_seed": fairseq_args.seed,
-        "stats_importance": args.importance,
-        "stats_overwrite": args.overwrite,
-        "stats_checkpoint": args.path,
-    }
-    overrides = argparse.Namespace(**_task_overrides(state, recording))
-    if fairseq_args.model_overrides:
-        overrides.model_overrides = fairseq_args.model_overrides
+    _require_task(state, args.path, given, cfg.task)
+    errors = get_context("spawn").SimpleQueue()
     try:
-        distributed_utils.call_main(
-            convert_namespace_to_omegaconf(fairseq_args), validate.main, override_args=overrides
-        )
-    except ProcessRaisedException as error:  # the other ranks are stopped by then
-        reported = str(error).strip().rsplit("\n", 1)[-1]
-        kinds = tuple(f"{kind.__module__}.{kind.__name__}: " for kind in (UserError, ArtifactError))
-        if not reported.startswith(kinds):
+        distributed_utils.call_main(cfg, record_on_rank, job=job, errors=errors)
+    except ProcessRaisedException as error:  # of a rank that fairseq spawned; the others are stopped by then
+        if errors.empty():
             raise
-        raise UserError(reported.partition(": ")[2]) from error
+        raise UserError(errors.get()) from error
     except ProcessExitedException as error:
-        raise ArtifactError(
+        raise UserError(
             f"rank {error.error_index} of the recording died ({error}); the others were stopped, {args.output} was not "
             "written. If it ran out of memory, lower --max-tokens or --max-positions; then run again"
         ) from error
 
 
-def _stored(state: dict[str, Any], group: str) -> dict[str, Any]:
-    """Return a group of a checkpoint's ``cfg``, or the flat ``args`` that fairseq stored before 0.10."""
-    settings = state["cfg"][group] if state.get("cfg") else state["args"]
-    return settings if isinstance(settings, dict) else vars(settings)
+def _fairseq_configuration(args: argparse.Namespace, argv: list[str]):
+    """Return fairseq's configuration, and the flags that the caller gave for it."""
+    given = {word.split("=")[0] for word in argv}
+    if not given & {"--max-tokens", "--batch-size", "--max-sentences"}:
+        argv = [*argv, "--max-tokens", "12000"]
+    # Before the caller's flags, which win. With its default of 8, fairseq main silently drops a last batch that is no
+    # multiple of it.
+    argv = [args.data, "--path", args.path, "--required-batch-size-multiple", "1", *argv]
+    if args.user_dir is not None:
+        argv += ["--user-dir", args.user_dir]
+    fairseq_args = options.parse_args_and_arch(options.get_validation_parser(default_task="translation"), argv)
+    fairseq_args.tpu = False  # fairseq's parser sets it for --bf16
+    return convert_namespace_to_omegaconf(fairseq_args), given
+
+
+def _literal(flag: str, text: str) -> dict[str, Any]:
+    try:
+        return dict(ast.literal_eval(text or "{}"))
+    except (SyntaxError, TypeError, ValueError) as error:
+        raise UserError(f"{flag} {text!r} is not a Python dictionary such as \"{{'name': 1}}\"") from error
+
+
+def _require_data(data: str, subset: str) -> None:
+    if "," in subset:
+        raise UserError(
+            f"--subset {subset} names several subsets; record each into a file of its own, ap-masks merges them"
+        )
+    if os.path.isdir(data):
+        return
+    shards = data.split(os.pathsep)
+    if len(shards) > 1 and all(map(os.path.isdir, shards)):
+        raise UserError(f"{data} names {len(shards)} shards; record each into a file of its own, ap-masks merges them")
+    raise ArtifactError(
+        f"data folder {data} does not exist; fairseq-preprocess makes it, and it goes before fairseq's flags"
+    )
+
+
+def _stored_task(state: dict[str, Any]) -> dict[str, Any]:
+    """Return the task of a checkpoint's ``cfg``, or the flat ``args`` that fairseq stored before 0.10."""
+    settings = state["cfg"]["task"] if state.get("cfg") else state["args"]
+    return dict(settings if isinstance(settings, dict) else vars(settings))
 
 
 def _require_supported(state: dict[str, Any], path: str) -> None:
-    settings = _stored(state, "model")
-    name = settings.get("arch") or settings.get("_name")
-    supported = {MODEL_REGISTRY[model] for model in MODELS}
-    architectures = [arch for arch, model in ARCH_MODEL_REGISTRY.items() if model in supported]
-    if name not in (*architectures, *MODELS):
+    name, model = stored_model(state)
+    architectures = recordable_architectures()
+    if model not in architectures.values():
         raise ArtifactError(
             f"{path} holds a model of architecture {name!r}; attention can be recorded from {', '.join(architectures)}"
+            + ("; an architecture of your own needs the --user-dir that registers it" if model is None else "")
         )
 
 
-def _require_task(state: dict[str, Any], path: str, given: set[str], args: argparse.Namespace) -> None:
+def _require_task(state: dict[str, Any], path: str, given: set[str], cfg) -> None:
     """Refuse settings of the task that are not those of the checkpoint's, which decide."""
-    stored = dict(_stored(state, "task"))
+    stored = _stored_task(state)
     if not stored.get("source_lang"):  # the pair was taken from the names of the data then, as it is now
-        stored["source_lang"], stored["target_lang"] = data_utils.infer_language_pair(args.data)
+        stored["source_lang"], stored["target_lang"] = data_utils.infer_language_pair(cfg.data)
     for name, short in TASK_SETTINGS.items():
         flag = f"--{name.replace('_', '-')}"
-        if given & {flag, short} and name in stored and getattr(args, name) != stored[name]:
-            raise ArtifactError(
-                f"{flag} {getattr(args, name)}: {path} was trained with {stored[name]}, and is recorded with the "
-                "settings of its task; leave the flag out"
+        if given & {flag, short} and name in stored and cfg[name] != stored[name]:
+            raise UserError(
+                f"{flag} {cfg[name]}: {path} was trained with {stored[name]}, and is recorded with the settings of its "
+                "task; leave the flag out"
             )
 
 
@@ -164,8 +181,15 @@ def _require_dictionaries(state: dict[str, Any], args: argparse.Namespace) -> No
     Dictionaries of another size do not fit the model; others of the same size would be recorded without a trace.
     """
     if not any(Path(args.data).glob("dict.*.txt")):
-        raise ArtifactError(f"{args.data} has no dictionary dict.*.txt; it is no folder made by fairseq-preprocess")
-    trained_on = str(_stored(state, "task").get("data") or "").split(os.pathsep)[0]
+        raise ArtifactError(f"{args.data} has no dictionary dict.*.txt; name a folder made by fairseq-preprocess")
+    task = _stored_task(state)
+    for side in ("source_lang", "target_lang"):
+        if task.get(side) and not (Path(args.data) / f"dict.{task[side]}.txt").is_file():
+            raise ArtifactError(
+                f"{args.data} has no dictionary dict.{task[side]}.txt, but {args.path} was trained with "
+                f"{task[side]!r}; record on the data-bin that it was trained with"
+            )
+    trained_on = str(task.get("data") or "").split(os.pathsep)[0]
     for file in sorted(Path(args.data).glob("dict.*.txt")):
         original = Path(trained_on) / file.name
         if not original.is_file():
@@ -178,13 +202,5 @@ def _require_dictionaries(state: dict[str, Any], args: argparse.Namespace) -> No
             )
 
 
-def _task_overrides(state: dict[str, Any], recording: dict[str, Any]) -> dict[str, Any]:
-    """Return the overrides that make a checkpoint's own task an ``attention_recording`` task.
-
-    ``fairseq-validate --task X`` silently runs the task stored in the checkpoint, so the stored one is replaced: a
-    nested config in checkpoints of fairseq >= 0.10, flat arguments in older ones.
-    """
-    stored = state.get("cfg")
-    if stored is not None and not isinstance(stored["task"], argparse.Namespace):
-        return {"task": {"_name": TASK, **recording}}
-    return {"task": TASK, **recording}
+if __name__ == "__main__":
+    main()

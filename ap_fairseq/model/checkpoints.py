@@ -13,14 +13,60 @@ from typing import Any
 import torch
 from fairseq import tasks, utils
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
-from fairseq.models.transformer import transformer_legacy
+from fairseq.models import ARCH_CONFIG_REGISTRY, ARCH_MODEL_REGISTRY, MODEL_REGISTRY
+from fairseq.models.nat.fairseq_nat_model import FairseqNATModel
+from fairseq.models.transformer import TransformerModel, TransformerModelBase, transformer_legacy
+from fairseq.models.transformer_align import TransformerAlignModel
+from fairseq.models.transformer_from_pretrained_xlm import TransformerFromPretrainedXLMModel
 from omegaconf import OmegaConf
+from torch import nn
 
-from ap_fairseq.compat import allow_fairseq_checkpoints
-from ap_fairseq.files import ArtifactError, atomic_output, not_written, refuse_existing
+from ap_fairseq.compat import allow_fairseq_checkpoints, drop_bettertransformer_copies
+from ap_fairseq.files import ArtifactError, UserError, atomic_output, not_written, refuse_existing, require_file
+from ap_fairseq.model.attention import MASK_BUFFERS
 from ap_fairseq.model.config import PrunedTransformerConfig
+from ap_fairseq.model.transformer import PrunedTransformerModel
 
 MODEL = "pruned_transformer"
+
+# Models whose parameters and function are those of fairseq's TransformerModel.
+CONVERTIBLE = (TransformerModel, TransformerModelBase, TransformerAlignModel, TransformerFromPretrainedXLMModel)
+
+# Options of theirs that say where parameters come from, which a trained checkpoint holds.
+INITIALISATION = ("pretrained_xlm_checkpoint", "init_encoder_only", "init_decoder_only")
+
+
+def add_user_dir(parser: argparse.ArgumentParser) -> None:
+    """Add fairseq's ``--user-dir``."""
+    parser.add_argument(
+        "--user-dir", metavar="DIR", help="your own fairseq plugin, if it registers the architecture; ours is loaded"
+    )
+
+
+def import_user_dir(folder: str | None) -> None:
+    """Import a plugin as fairseq does, before checkpoints are looked at: they may be of what it registers."""
+    try:
+        utils.import_user_module(argparse.Namespace(user_dir=folder))
+    except FileNotFoundError as error:
+        raise UserError(f"--user-dir {folder}: there is no such folder") from error
+
+
+def stored_model(state: dict[str, Any]) -> tuple[str | None, type | None]:
+    """Return the architecture that a checkpoint names, and the model class that is registered for it, if any."""
+    stored = state["cfg"]["model"] if state.get("cfg") else state["args"]
+    settings = stored if isinstance(stored, dict) else vars(stored)
+    name = settings.get("arch") or settings.get("_name")
+    return name, ARCH_MODEL_REGISTRY.get(name) or MODEL_REGISTRY.get(name)
+
+
+def recordable_architectures() -> dict[str, type]:
+    """Return the registered architectures whose attention has the three kinds, with their model classes."""
+    models = {**MODEL_REGISTRY, **ARCH_MODEL_REGISTRY}
+    return {
+        name: model
+        for name, model in models.items()
+        if issubclass(model, TransformerModelBase) and not issubclass(model, FairseqNATModel)
+    }
 
 
 def save_checkpoint(state: dict[str, Any], path, overwrite: bool) -> None:
@@ -43,6 +89,7 @@ def apply_masks(checkpoint, masks_file, output, data: str | None = None, overwri
 
     Args:
         checkpoint: path of a dense ``transformer*`` or a pruned checkpoint.
+        masks_file: path, or ``none`` to keep every cell.
         data: data-bin folder with the dictionaries; default: the one stored in the checkpoint.
 
     Returns:
@@ -82,9 +129,27 @@ def open_with_masks(checkpoint, masks_file, data: str | None = None):
         raise ArtifactError(f"the dictionaries of {checkpoint} are not in {folder}; pass --data DIR")
     task = tasks.setup_task(cfg.task, from_checkpoint=True)
     cfg.model.attention_masks = str(masks_file)
+    if str(masks_file) == "none":  # those of a pruned checkpoint are not kept
+        own = (*MASK_BUFFERS, "mask_metadata")
+        state["model"] = {name: value for name, value in state["model"].items() if not name.endswith(own)}
     model = task.build_model(cfg.model, from_checkpoint=True)
-    model.load_state_dict(state["model"], strict=True, model_cfg=cfg.model)
+    load_parameters(model, state["model"], checkpoint, cfg.model)
     return model, task, state
+
+
+def load_parameters(model: nn.Module, parameters: dict[str, torch.Tensor], path, model_cfg) -> None:
+    """Load *parameters* into a model.
+
+    Raises:
+        ArtifactError: if they do not fit, naming the first that does not.
+    """
+    try:
+        model.load_state_dict(parameters, strict=True, model_cfg=model_cfg)
+    except RuntimeError as error:
+        reasons = [line.strip() for line in str(error).splitlines()]
+        raise ArtifactError(
+            f"{path} is damaged, or of another model than it says: {reasons[min(1, len(reasons) - 1)]}"
+        ) from error
 
 
 def _with_pruned_config(state: dict[str, Any], checkpoint) -> dict[str, Any]:
@@ -92,20 +157,45 @@ def _with_pruned_config(state: dict[str, Any], checkpoint) -> dict[str, Any]:
     if state.get("cfg"):
         cfg = OmegaConf.to_container(OmegaConf.create(state["cfg"], flags={"allow_objects": True}))
     else:
-        legacy = convert_namespace_to_omegaconf(state["args"])
-        cfg = OmegaConf.to_container(legacy)
-    stored = cfg["model"]
-    name = stored.get("_name") if isinstance(stored, dict) else getattr(stored, "_name", getattr(stored, "arch", None))
-    if name is not None and name.startswith(MODEL):
-        return {**state, "cfg": cfg}
-    if name is None or not name.startswith("transformer") or name.startswith("transformer_lm"):
-        raise ArtifactError(
-            f"{checkpoint} holds a model {name!r}; masks apply to fairseq's encoder-decoder transformer* architectures"
-        )
-    sizes = argparse.Namespace(**_flattened(stored))
-    transformer_legacy.base_architecture(sizes)
-    cfg["model"] = {**dataclasses.asdict(PrunedTransformerConfig.from_namespace(sizes)), "_name": MODEL}
+        cfg = OmegaConf.to_container(convert_namespace_to_omegaconf(state["args"]))
+    name, model = stored_model(state)
+    try:
+        cfg["model"] = pruned_options(name, model, cfg["model"])
+    except UserError as error:
+        raise ArtifactError(f"{checkpoint}: {error}") from error
+    drop_bettertransformer_copies(state["model"])
     return {**state, "cfg": cfg}
+
+
+def pruned_options(name: str | None, model: type | None, stored) -> dict[str, Any]:
+    """Return the options of the ``pruned_transformer`` that computes what a stored model does.
+
+    Args:
+        name: its architecture.
+        model: the class registered for that.
+        stored: its options, as a Namespace or a (nested) dictionary.
+
+    Raises:
+        UserError: if no ``pruned_transformer`` does.
+    """
+    given = argparse.Namespace(**_flattened(stored))
+    if model is None or not issubclass(model, (PrunedTransformerModel, *CONVERTIBLE)):
+        hint = "; pass the --user-dir that registers it" if model is None else ""
+        raise UserError(f"it holds a model {name!r}; masks apply to fairseq's encoder-decoder transformer*{hint}")
+    if model not in (PrunedTransformerModel, *CONVERTIBLE):
+        raise UserError(
+            f"its model {name!r} is a class of its own ({model.__module__}.{model.__qualname__}), which "
+            "pruned_transformer may not compute"
+        )
+    if getattr(given, "full_context_alignment", False):
+        raise UserError(
+            "it was trained with --full-context-alignment, whose decoder reads words to come: masks of decoder_self "
+            "are defined for causal attention only, so it cannot be converted"
+        )
+    ARCH_CONFIG_REGISTRY.get(name, transformer_legacy.base_architecture)(given)
+    transformer_legacy.base_architecture(given)
+    options = PrunedTransformerConfig.from_namespace(given)
+    return {**dataclasses.asdict(options), "_name": MODEL}
 
 
 def _flattened(stored) -> dict[str, Any]:
@@ -161,16 +251,29 @@ def load_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
     Raises:
         ArtifactError: if the file is missing, unreadable or no fairseq checkpoint.
     """
-    if not os.path.isfile(path):
-        raise ArtifactError(f"checkpoint {path} does not exist")
+    require_file(path, "a fairseq checkpoint")
     allow_fairseq_checkpoints()
     try:
         state = torch.load(path, map_location="cpu")
     except Exception as error:  # the unpickler raises whatever the bytes lead it to
         # torch's safe loader wraps its reason in instructions to turn it off.
         reasons = [line.strip() for line in str(error).splitlines()] or [type(error).__name__]
-        reason = next((line for line in reasons if line.startswith("WeightsUnpickler error")), reasons[0])
-        raise ArtifactError(f"{path} cannot be read as a checkpoint: {reason}") from error
+        reason = next((line for line in reasons if line.startswith("WeightsUnpickler error")), None)
+        if reason is None:
+            reason = reasons[0] if "weights_only" not in reasons[0] else "its contents are not a checkpoint's"
+        raise ArtifactError(f"{path} cannot be read as a checkpoint: {reason}; copy it again") from error
+    _require_entries(state, path)
+    return state
+
+
+def _require_entries(state: Any, path) -> None:
     if not isinstance(state, dict) or "model" not in state or not (state.get("cfg") or state.get("args")):
         raise ArtifactError(f"{path} is no fairseq checkpoint: expected the entries 'model' and 'cfg' or 'args'")
-    return state
+    if not isinstance(state["model"], dict):
+        raise ArtifactError(f"{path} is damaged: its entry 'model' is a {type(state['model']).__name__}")
+    for name, value in state["model"].items():
+        if not isinstance(value, torch.Tensor):
+            raise ArtifactError(f"{path} is damaged: its parameter {name} is a {type(value).__name__}, not a tensor")
+    for group in ("model", "task"):
+        if state.get("cfg") and not state["cfg"].get(group):
+            raise ArtifactError(f"{path} is damaged: its entry 'cfg' has no {group!r}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+import collections
 from dataclasses import dataclass
 
 import numpy as np
@@ -57,7 +57,7 @@ class AttentionRecorder:
     def __init__(self, model: nn.Module, max_positions: tuple[int, int], importance: bool = False):
         self.limit_source, self.limit_target = max_positions
         self.sites = list(attention_sites(model))
-        self.lengths: dict[tuple[int, int], int] = defaultdict(int)  # (target, source) -> number of sentences
+        self.lengths: collections.Counter[tuple[int, int]] = collections.Counter()  # of (target, source) lengths
         self._mass: dict[AttentionKind, Tensor] = {}
         self._end_mass: dict[AttentionKind, Tensor] = {}
         self._query_padding: dict[AttentionKind, Tensor] = {}
@@ -117,11 +117,9 @@ class AttentionRecorder:
             AttentionKind.DECODER_SELF: target_padding,
             AttentionKind.CROSS: target_padding,
         }
-        self._last_source = (~source_padding).sum(1) - 1
-        target_lengths = (~target_padding).sum(1).tolist()
-        source_lengths = (~source_padding).sum(1).tolist()
-        for pair in zip(target_lengths, source_lengths, strict=True):
-            self.lengths[pair] += 1
+        source_lengths, target_lengths = (~source_padding).sum(1), (~target_padding).sum(1)
+        self._last_source = source_lengths - 1
+        self.lengths.update(zip(target_lengths.tolist(), source_lengths.tolist(), strict=True))
 
     def _hook(self, kind: AttentionKind, layer: int):
         def accumulate(module, args, output):
@@ -178,21 +176,26 @@ class AttentionRecorder:
         attended, self._attended = self._attended, {}
         gradients = self._gradients(loss, [site.output for site in attended.values()])
         for ((kind, layer), site), gradient in zip(attended.items(), gradients, strict=True):
-            of_output = gradient.unflatten(2, site.values.shape[2:])
-            of_weights = torch.einsum("qbhd,kbhd->hbqk", of_output, site.values.to(gradient.dtype))
-            self._add(self._importance[kind][layer], kind, squared_removal_effect(site.weights, of_weights))
+            output_gradient = gradient.unflatten(2, site.values.shape[2:])
+            weights_gradient = torch.einsum("qbhd,kbhd->hbqk", output_gradient, site.values.to(gradient.dtype))
+            self._add(self._importance[kind][layer], kind, squared_removal_effect(site.weights, weights_gradient))
 
     def _gradients(self, loss: Tensor, outputs: list[Tensor]) -> list[Tensor]:
         """Return d loss / d output, at least float32: the loss is scaled so that half precision can hold them."""
         while True:
             # The graph is kept for another try, and goes with the loss.
-            gradients = torch.autograd.grad(loss * self._loss_scale, outputs, retain_graph=True)
+            # Without cross-attention the loss does not depend on the encoder: its gradients are 0.
+            gradients = torch.autograd.grad(
+                loss * self._loss_scale, outputs, retain_graph=True, allow_unused=True, materialize_grads=True
+            )
             if all(bool(gradient.isfinite().all()) for gradient in gradients):
                 break
             self._loss_scale /= 2
             if self._loss_scale < SMALLEST_LOSS_SCALE:
                 raise UserError(
-                    f"the gradients of a loss of {loss.item()} are not finite, even of {SMALLEST_LOSS_SCALE} of it"
+                    f"the gradients of a loss of {loss.item()} are not finite, even of {SMALLEST_LOSS_SCALE} of it: "
+                    "the model diverged, or its numbers overflow in this precision; record in fp32 (without --fp16) or "
+                    "with --bf16, or take a checkpoint from before it diverged"
                 )
         wide = [g if g.dtype is torch.float64 else g.float() for g in gradients]
         return [gradient / self._loss_scale for gradient in wide]
@@ -206,39 +209,36 @@ class AttentionRecorder:
 
         Raises:
             UserError: if no sentence was recorded.
+            ArtifactError: if a probability or an importance is not finite.
         """
-        lengths = dict(self.lengths)
-        mass = self._mass
-        if group is not None:
-            gathered = [None] * dist.get_world_size(group)
-            dist.all_gather_object(gathered, lengths, group=group)
-            lengths = defaultdict(int)
-            for part in gathered:
-                for pair, count in part.items():
-                    lengths[pair] += count
-            for total in (*mass.values(), *self._end_mass.values(), *self._importance.values()):
-                dist.all_reduce(total, group=group)
+        lengths = self._sum_over(group)
         if not lengths:
             raise UserError("no sentence was recorded; the subset is empty or every sentence was skipped")
+        full = {kind: support_of(kind, lengths) for kind in self._mass}
+        cut = {kind: tuple(map(min, n.shape, self._limits(kind))) for kind, n in full.items()}
+        support = {kind: n[: cut[kind][0], : cut[kind][1]] for kind, n in full.items()}
 
-        support = {kind: occupancy_of(kind, lengths) for kind in mass}
-        beyond, recorded, importance = {}, {}, {}
-        for kind in mass:
-            full = support[kind]
-            n_queries, n_keys = (min(a, b) for a, b in zip(full.shape, self._limits(kind), strict=True))
-            support[kind] = full[:n_queries, :n_keys]
-            beyond[kind.value] = int(full.sum() - support[kind].sum())
-            recorded[kind] = mass[kind][:, :, :n_queries, :n_keys].cpu().numpy()
-            if kind in self._importance:
-                importance[kind] = self._importance[kind][:, :, :n_queries, :n_keys].cpu().numpy()
+        def recorded(cells: dict[AttentionKind, Tensor]) -> dict[AttentionKind, np.ndarray]:
+            return {kind: x[:, :, : cut[kind][0], : cut[kind][1]].cpu().numpy() for kind, x in cells.items()}
+
         metadata = {
             **metadata,
             "sentences": sum(lengths.values()),
-            "pairs_beyond_range": beyond,
-            "pairs_recorded": {kind.value: int(support[kind].sum()) for kind in mass},
+            "pairs_beyond_range": {kind.value: int(n.sum() - support[kind].sum()) for kind, n in full.items()},
+            "pairs_recorded": {kind.value: int(n.sum()) for kind, n in support.items()},
         }
         end_mass = {kind: total.cpu().numpy() for kind, total in self._end_mass.items()}
-        return AttentionStats(recorded, support, metadata, end_mass, importance)
+        return AttentionStats(recorded(self._mass), support, metadata, end_mass, recorded(self._importance))
+
+    def _sum_over(self, group: dist.ProcessGroup | None) -> collections.Counter[tuple[int, int]]:
+        """Add up the accumulators of all ranks in place, and return the lengths of all sentences."""
+        if group is None:
+            return self.lengths
+        gathered: list = [None] * dist.get_world_size(group)
+        dist.all_gather_object(gathered, self.lengths, group=group)
+        for total in (*self._mass.values(), *self._end_mass.values(), *self._importance.values()):
+            dist.all_reduce(total, group=group)
+        return sum(gathered, collections.Counter())
 
 
 def squared_removal_effect(weights: Tensor, gradient: Tensor) -> Tensor:
@@ -280,7 +280,7 @@ def sample_by_length(indices: np.ndarray, count: int, seed: int) -> np.ndarray:
     return indices[np.random.default_rng(seed).integers(edges[:-1], edges[1:])]
 
 
-def occupancy_of(kind: AttentionKind, lengths: dict[tuple[int, int], int]) -> np.ndarray:
+def support_of(kind: AttentionKind, lengths: dict[tuple[int, int], int]) -> np.ndarray:
     """Count the sentences in which each cell is attendable.
 
     Args:

@@ -12,7 +12,7 @@ from ap_fairseq.model.config import PrunedTransformerConfig
 from ap_fairseq.model.transformer import PrunedTransformerModel
 from ap_fairseq.pruning.build import build_masks
 from ap_fairseq.pruning.spec import MaskSpec
-from ap_fairseq.recording.recorder import occupancy_of
+from ap_fairseq.recording.recorder import support_of
 from ap_fairseq.sites import AttentionKind
 
 
@@ -70,7 +70,7 @@ def random_stats(
     for _ in range(sentences):
         pair = (int(draw.integers(1, longest[0] + 1)), int(draw.integers(1, longest[1] + 1)))
         lengths[pair] = lengths.get(pair, 0) + 1
-    support = {kind: occupancy_of(kind, lengths) for kind in AttentionKind}
+    support = {kind: support_of(kind, lengths) for kind in AttentionKind}
     mass = {kind: draw.random((layers, heads, *n.shape)) * n for kind, n in support.items()}
     importance = {kind: draw.random((layers, heads, *n.shape)) * n for kind, n in support.items()}
     return AttentionStats(mass, support, {}, importance=importance)

@@ -7,7 +7,7 @@ from plugin.builders import batch, dictionary, pruned_model, random_masks
 
 from ap_fairseq.files import UserError
 from ap_fairseq.model.dynamic import DynamicPruning, top_k_for
-from ap_fairseq.recording.recorder import occupancy_of
+from ap_fairseq.recording.recorder import support_of
 from ap_fairseq.sites import AttentionKind, attention_sites, per_kind
 
 WORDS = dictionary()
@@ -78,7 +78,7 @@ def test_top_k_of_a_budget_counts_the_pairs_of_each_query():
             row = {"encoder_self": [source] * source, "decoder_self": range(1, target + 1), "cross": [source] * target}
             keys += list(row[kind.value]) * count
         for budget in (0.0, 0.3, 0.6, 0.9):
-            k, share = top_k_for(occupancy_of(kind, lengths), budget)
+            k, share = top_k_for(support_of(kind, lengths), budget)
             pruned = [1 - sum(min(n, m) for n in keys) / sum(keys) for m in (k - 1, k)]
             assert share == pytest.approx(pruned[1]) and (share <= budget < pruned[0] or k == 1)
 

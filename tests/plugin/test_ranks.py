@@ -1,6 +1,6 @@
 """Several ranks: two gloo processes on the CPU record, train and resume as one process does."""
 
-import functools
+import dataclasses
 import os
 import re
 import signal
@@ -18,8 +18,9 @@ from plugin.commands import TINY, generate, run
 from ap_fairseq.artifacts import AttentionStats, PruningMasks
 from ap_fairseq.cli import record
 from ap_fairseq.evaluation.scores import read_hypotheses
-from ap_fairseq.files import ArtifactError, refuse_existing
+from ap_fairseq.files import ArtifactError
 from ap_fairseq.model.checkpoints import load_checkpoint
+from ap_fairseq.recording.run import record_on_rank
 from ap_fairseq.sites import AttentionKind
 
 RANKS = 2
@@ -151,21 +152,26 @@ def test_a_rank_that_dies_ends_the_recording(data_bin, dense, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def die(rank, cfg, job, errors):
+    os._exit(rank)
+
+
+def write_elsewhere(rank, cfg, job, errors):
+    record_on_rank(cfg, dataclasses.replace(job, output="missing/stats"), errors)
+
+
 @pytest.mark.parametrize(
     ("fails", "message"),
     [
-        (os._exit, "rank 1 of the recording died .*exit code 1.*was not written"),
-        (
-            functools.partial(refuse_existing, "missing/stats"),
-            "^cannot write missing/stats: folder missing does",
-        ),
+        (die, "rank 1 of the recording died .*exit code 1.*was not written"),
+        (write_elsewhere, "^cannot write missing/stats: folder missing does"),
     ],
 )
 def test_errors_of_spawned_ranks_are_one_line(monkeypatch, data_bin, dense, tmp_path, capsys, fails, message):
     """fairseq spawns one process for each GPU; what a process raises, or its death, reaches the user as an error."""
 
-    def spawn(cfg, main, **kwargs):
-        torch.multiprocessing.spawn(fails, nprocs=RANKS)
+    def spawn(cfg, main, job, errors):
+        torch.multiprocessing.spawn(fails, args=(cfg, job, errors), nprocs=RANKS)
 
     monkeypatch.setattr(record.distributed_utils, "call_main", spawn)
     with pytest.raises(SystemExit) as stop:

@@ -19,7 +19,7 @@ from ap_fairseq.artifacts import AttentionStats
 from ap_fairseq.cli import record as record_command
 from ap_fairseq.files import ArtifactError, UserError
 from ap_fairseq.model.checkpoints import load_checkpoint
-from ap_fairseq.recording.recorder import AttentionRecorder, occupancy_of, sample_by_length
+from ap_fairseq.recording.recorder import AttentionRecorder, sample_by_length, support_of
 from ap_fairseq.sites import AttentionKind, attention_sites
 
 WORDS = dictionary()
@@ -185,7 +185,7 @@ def test_an_empty_recording_is_an_error():
 
 @settings(max_examples=50)
 @given(st.lists(st.tuples(st.integers(1, 6), st.integers(1, 7)), min_size=1, max_size=8))
-def test_occupancy_counts_the_sentences_of_each_cell(pairs):
+def test_support_counts_the_sentences_of_each_cell(pairs):
     lengths = {pair: pairs.count(pair) for pair in pairs}
     longest_target, longest_source = (max(pair[side] for pair in pairs) for side in (0, 1))
     exists = {
@@ -195,7 +195,7 @@ def test_occupancy_counts_the_sentences_of_each_cell(pairs):
     }
     for kind, (n_queries, n_keys, attendable) in exists.items():
         expected = [[sum(attendable(i, j, *pair) for pair in pairs) for j in range(n_keys)] for i in range(n_queries)]
-        np.testing.assert_array_equal(occupancy_of(kind, lengths), expected)
+        np.testing.assert_array_equal(support_of(kind, lengths), expected)
 
 
 def test_a_sample_has_the_lengths_of_the_whole():
@@ -275,6 +275,16 @@ def test_what_cannot_be_recorded_is_refused_at_once(data_bin, other_data_bin, de
     for side in ("en", "de"):
         with (larger / f"dict.{side}.txt").open("a") as dictionary:
             dictionary.write("newword 1\n")
+
+    def diverge(state):
+        state["model"]["encoder.layers.0.self_attn.q_proj.weight"][0, 0] = float("nan")
+
+    diverged = changed_checkpoint(dense, tmp_path / "diverged.pt", diverge)
+    source_only = tmp_path / "source-only"
+    shutil.copytree(data_bin, source_only)
+    for file in source_only.glob("test.en-de.de.*"):
+        file.unlink()
+    (source_only / "valid.en-de.en.bin").write_bytes(b"")  # as fairseq-preprocess writes it for an empty text
     moved = changed_checkpoint(dense, tmp_path / "moved.pt", forget_data)
     lstm = changed_checkpoint(dense, tmp_path / "lstm.pt", other_architecture)
     cases = [
@@ -292,6 +302,20 @@ def test_what_cannot_be_recorded_is_refused_at_once(data_bin, other_data_bin, de
             "data folder 500 does not exist;.* before fairseq's flags",
         ),
         ([data_bin, "--path", dense, "--sample", 0], "--sample must be at least 1 sentence, got 0"),
+        ([f"{data_bin}:{data_bin}", "--path", dense], "names 2 shards; record each into a file of its own"),
+        (
+            [data_bin, "--path", dense, "--max-tokens", 6],
+            r"--max-tokens 6: a sentence of subset 'train' has \d+ tokens",
+        ),
+        ([source_only, "--path", dense, "--subset", "test"], r"has no target side \(de\).*without --only-source"),
+        ([source_only, "--path", dense, "--subset", "valid"], "subset 'valid' of .* has no sentences"),
+        (
+            [data_bin, "--path", diverged],
+            "encoder_self layer 0 head 0: the attention mass is nan .*in fp32 .*or with --bf16",
+        ),
+        ([data_bin, "--path", diverged, "--importance"], "gradients of a loss of nan are not finite.*or with --bf16"),
+        ([data_bin, "--path", dense, "--user-dir", tmp_path / "gone"], "--user-dir .*gone: there is no such folder"),
+        ([data_bin, "--path", dense, "--model-overrides", "{"], "--model-overrides '{' is not a Python dictionary"),
     ]
     for arguments, message in cases:
         with pytest.raises(SystemExit) as stop:
@@ -321,3 +345,96 @@ def test_sentences_longer_than_the_model_takes_are_left_out(data_bin, dense, tmp
     left_out = every.metadata["sentences"] - short.metadata["sentences"]
     assert left_out > 0 and short.support[AttentionKind.ENCODER_SELF].shape[-1] <= 12
     assert f"{left_out} sentences were not recorded: longer than the model's positions" in printed
+
+
+def test_half_precision_is_asked_for_by_either_flag(data_bin, dense, tmp_path):
+    """--bf16, the remedy for what overflows in fp16, was ignored: fairseq-validate has no such mode."""
+    recorded = {}
+    for flags in ([], ["--fp16"], ["--bf16"]):
+        output = tmp_path / f"stats{''.join(flags)}"
+        command = [str(data_bin), "--path", str(dense), "-o", str(output), "--cpu", "--num-workers", "0", *flags]
+        record_command.main([*command, "--subset", "valid", "--max-tokens", "500"])
+        recorded[tuple(flags)] = AttentionStats.load(output).mass[AttentionKind.CROSS]
+    exact, fp16, bf16 = recorded.values()
+    assert 0 < abs(fp16 - exact).max() < abs(bf16 - exact).max() < 1
+
+
+def test_what_is_left_out_is_said(data_bin, dense, tmp_path, capfd):
+    """Fairseq trains on train1 beside train, and evaluates the average of --store-ema; neither is recorded silently."""
+    folder = tmp_path / "bin"
+    shutil.copytree(data_bin, folder)
+    for file in data_bin.glob("valid.en-de.*"):
+        shutil.copy(file, folder / file.name.replace("valid", "test1"))
+    averaged = changed_checkpoint(dense, tmp_path / "ema.pt", lambda state: state["extra_state"].update(ema={}))
+    command = [str(folder), "--path", str(averaged), "-o", str(tmp_path / "stats"), "--cpu", "--num-workers", "0"]
+    record_command.main([*command, "--subset", "test"])
+    printed = "".join(capfd.readouterr())
+    assert "'test' alone is recorded, not test1 beside it" in printed and "also holds averaged parameters" in printed
+    assert AttentionStats.load(tmp_path / "stats").metadata["sentences"] == 220
+
+
+def test_batch_buckets_of_the_training_are_only_padding(data_bin, dense, tmp_path):
+    """--num-batch-buckets counted padding as length, and stock fairseq fails with it under numpy 2.4."""
+    bucketed = changed_checkpoint(dense, tmp_path / "b.pt", lambda s: s["cfg"]["task"].update(num_batch_buckets=3))
+    for path in (dense, bucketed):
+        command = [str(data_bin), "--path", str(path), "-o", str(tmp_path / path.stem), "--cpu", "--num-workers", "0"]
+        record_command.main([*command, "--subset", "valid"])
+    plain, found = (AttentionStats.load(tmp_path / path.stem) for path in (dense, bucketed))
+    for kind in AttentionKind:
+        np.testing.assert_array_equal(plain.support[kind], found.support[kind])
+        np.testing.assert_allclose(plain.mass[kind], found.mass[kind], atol=1e-6)
+
+
+def test_architectures_of_a_user_record_and_apply(data_bin, dense, masks_file, tmp_path):
+    """They were refused by name before the --user-dir that registers them was imported."""
+    plugin = tmp_path / "sizes_of_mine"
+    plugin.mkdir()
+    (plugin / "__init__.py").write_text(
+        "import ap_fairseq.plugin\n"
+        "from fairseq.models import register_model_architecture\n"
+        "from fairseq.models.transformer import base_architecture\n"
+        "for model in ('transformer', 'pruned_transformer'):\n"
+        "    register_model_architecture(model, f'my_{model}')(lambda args: base_architecture(args))\n"
+    )
+
+    def rename(state):
+        state["cfg"]["model"].arch = state["cfg"]["model"]._name = "my_transformer"
+
+    mine = changed_checkpoint(dense, tmp_path / "mine.pt", rename)
+    record = ["ap-record", data_bin, "--path", mine, "-o", tmp_path / "stats", "--cpu", "--subset", "valid"]
+    assert "needs the --user-dir that registers it" in run(*record, expect=2)
+    run(*record, "--user-dir", plugin, "--num-workers", 0)
+    apply = ["ap-apply", mine, "--attention-masks", masks_file, "--data", data_bin, "-o", tmp_path / "pruned.pt"]
+    assert "pass the --user-dir that registers it" in run(*apply, expect=2)
+    run(*apply, "--user-dir", plugin)
+
+    def rename_pruned(state):
+        state["cfg"]["model"]["_name"] = "my_pruned_transformer"
+
+    pruned = changed_checkpoint(tmp_path / "pruned.pt", tmp_path / "mine-pruned.pt", rename_pruned)
+    apply[1], apply[-1] = pruned, tmp_path / "again.pt"
+    run(*apply, "--user-dir", plugin)
+    assert load_checkpoint(tmp_path / "again.pt")["cfg"]["model"]["_name"] == "pruned_transformer"
+
+
+@pytest.mark.parametrize("spelling", ["absolute", "link", "name"])
+def test_user_dir_may_name_this_package_again(data_bin, dense, tmp_path, spelling):
+    """Under another path, or as the bare name that fairseq looks up beside itself, it is "not globally unique"."""
+    (tmp_path / "ap_fairseq").symlink_to(ROOT / "ap_fairseq")
+    user_dir = {"absolute": ROOT / "ap_fairseq", "link": tmp_path / "ap_fairseq", "name": "ap_fairseq"}[spelling]
+    command = ["ap-record", data_bin, "--path", dense, "-o", tmp_path / "stats", "--cpu", "--subset", "valid"]
+    run(*command, "--user-dir", user_dir, "--num-workers", 0, "--user-dir", user_dir, cwd="/")
+
+
+def test_importance_without_cross_attention_counts_nothing_in_the_encoder():
+    """The loss does not depend on an encoder that the decoder does not read: torch refused to differentiate by it."""
+    model = dense_model(WORDS, no_cross_attention=True)
+    source, target = batch(SOURCE_LENGTHS, WORDS, False, 1), decoder_input(TARGET_LENGTHS, 2)
+    with AttentionRecorder(model, (20, 20), importance=True) as recorder:
+        recorder.begin(source, target, PAD)
+        output = model(src_tokens=source, src_lengths=source.ne(PAD).sum(1), prev_output_tokens=target)[0]
+        recorder.add_importance(output.logsumexp(-1).sum())
+    stats = recorder.finish()
+    assert stats.kinds == [AttentionKind.ENCODER_SELF, AttentionKind.DECODER_SELF]
+    assert not stats.importance[AttentionKind.ENCODER_SELF].any()
+    assert stats.importance[AttentionKind.DECODER_SELF].any()

@@ -26,7 +26,7 @@ from ap_fairseq.files import ArtifactError, UserError
 from ap_fairseq.pruning.build import build_masks
 from ap_fairseq.pruning.spec import MaskSpec
 from ap_fairseq.pruning.summary import summarize
-from ap_fairseq.recording.recorder import occupancy_of
+from ap_fairseq.recording.recorder import support_of
 from ap_fairseq.report import analysis, content, export, page, plots, results, statements
 from ap_fairseq.sites import AttentionKind
 
@@ -41,7 +41,7 @@ ENCODER, DECODER, CROSS = AttentionKind
 def test_uniform_attention_is_recovered_from_the_support(lengths):
     """Against a sum over sentences."""
     for kind in AttentionKind:
-        support = occupancy_of(kind, lengths)
+        support = support_of(kind, lengths)
         expected, on_end = np.zeros(support.shape), 0.0
         for (target, source), count in lengths.items():
             queries, keys = {ENCODER: (source, source), DECODER: (target, target), CROSS: (target, source)}[kind]
@@ -96,7 +96,7 @@ def one_kind(kind, stats):
 
 def shaped_stats(kind, shape, length=9):
     """Statistics of ten sentences of one length, one layer, in which each head puts 90% on one cell of a row."""
-    support = {kind: occupancy_of(kind, {(length, length): 10})}
+    support = {kind: support_of(kind, {(length, length): 10})}
     row, column = np.ogrid[:length, :length]
     mass = []
     for wanted in shape:

@@ -1,0 +1,300 @@
+"""Checkpoint + data-bin -> file of attention statistics: the pass of ``ap-record`` over a subset, on one rank or many.
+
+Data sets, batches, loaders, progress bars, criteria and process groups are fairseq's, as in ``fairseq-validate``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import glob
+import logging
+import os
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from fairseq import checkpoint_utils, distributed_utils, tasks, utils
+from fairseq.criterions import CRITERION_REGISTRY
+from fairseq.data import LanguagePairDataset, data_utils, iterators
+from fairseq.logging import metrics, progress_bar
+from fairseq.models.transformer import TransformerModelBase
+from fairseq.tasks.translation import TranslationConfig, TranslationTask
+from omegaconf import OmegaConf, open_dict
+
+from ap_fairseq.artifacts import AttentionStats
+from ap_fairseq.compat import drop_bettertransformer_copies
+from ap_fairseq.files import ArtifactError, UserError, file_sha256, refuse_existing
+from ap_fairseq.model.checkpoints import load_parameters
+from ap_fairseq.provenance import dictionary_hashes, versions
+from ap_fairseq.recording.recorder import AttentionRecorder, sample_by_length
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Recording:
+    """What to record, and where to write it.
+
+    Attributes:
+        checkpoint: path of the model.
+        data: folder made by fairseq-preprocess.
+        subset: for example ``train``.
+        output: file of the statistics.
+        max_positions: positions from here on are counted and reported, not recorded.
+        sample: record so many sentences, drawn evenly over all lengths (seed: fairseq's ``--seed``); None: all.
+        importance: also record how much the training loss depends on each cell.
+        overwrite: replace an existing output file.
+        model_overrides: of the checkpoint's configuration, as fairseq's ``--model-overrides``.
+    """
+
+    checkpoint: str
+    data: str
+    subset: str
+    output: str
+    max_positions: int = 1024
+    sample: int | None = None
+    importance: bool = False
+    overwrite: bool = False
+    model_overrides: dict[str, Any] = field(default_factory=dict)
+
+    def require_valid(self) -> None:
+        """Raise UserError for numbers out of range, ArtifactError if the output cannot be written."""
+        if self.max_positions < 1:
+            raise UserError(f"--max-positions must be at least 1, got {self.max_positions}")
+        if self.sample is not None and self.sample < 1:
+            raise UserError(f"--sample must be at least 1 sentence, got {self.sample}")
+        refuse_existing(self.output, self.overwrite, [self.checkpoint])
+
+
+def record_on_rank(cfg, job: Recording, errors=None) -> None:
+    """Entry point of each rank, called by ``distributed_utils.call_main``.
+
+    Args:
+        cfg: fairseq's configuration (``common``, ``dataset``, ``distributed_training``).
+        errors: queue for the message of a UserError, which a process that fairseq spawns can hand to its parent only
+            as the text of a traceback.
+    """
+    utils.import_user_module(cfg.common)
+    utils.reset_logging()
+    try:
+        record(cfg, job)
+    except UserError as error:
+        if errors is not None:
+            errors.put(str(error))
+        raise
+
+
+def record(cfg, job: Recording) -> AttentionStats:
+    """Record the attention of a checkpoint over a subset; rank 0 writes the statistics.
+
+    Raises:
+        UserError: for what the user can mend. Nothing is written then.
+    """
+    job.require_valid()
+    cuda = torch.cuda.is_available() and not cfg.common.cpu
+    model, saved_cfg, task = load_model(job)
+    if cfg.common.fp16 or cfg.common.bf16:
+        model.to(torch.float16 if cfg.common.fp16 else torch.bfloat16)
+    if cuda:
+        torch.cuda.set_device(cfg.distributed_training.device_id)
+        model.cuda()
+    if saved_cfg.criterion._name not in CRITERION_REGISTRY:
+        raise UserError(
+            f"{job.checkpoint} was trained with the criterion {saved_cfg.criterion._name!r}, which is not registered; "
+            "pass the --user-dir that registers it"
+        )
+    criterion = task.build_criterion(saved_cfg.criterion).eval()
+    dataset = load_subset(task, job)
+    progress = progress_bar.progress_bar(
+        _batches(cfg, job, task, model, dataset),
+        log_format=cfg.common.log_format,
+        log_interval=cfg.common.log_interval,
+        prefix=f"valid on '{job.subset}' subset",
+        default_log_format="simple" if cfg.common.no_progress_bar else "tqdm",
+    )
+
+    started = time.monotonic()
+    totals: collections.Counter[str] = collections.Counter()
+    longest = (int(dataset.src_sizes.max()), int(dataset.tgt_sizes.max()))
+    limits = tuple(min(n, job.max_positions) for n in longest)
+    with AttentionRecorder(model, limits, job.importance) as recorder, torch.set_grad_enabled(job.importance):
+        for step, sample in enumerate(progress):
+            progress.log({}, step=step)
+            if not sample:  # ranks with fewer batches than others are handed empty ones
+                continue
+            sample = utils.move_to_cuda(sample) if cuda else sample
+            net_input = sample["net_input"]
+            recorder.begin(net_input["src_tokens"], net_input["prev_output_tokens"], task.source_dictionary.pad())
+            loss, _, logging_output = criterion(model, sample)
+            if job.importance:
+                recorder.add_importance(loss)
+            totals.update({name: float(value) for name, value in logging_output.items()})
+
+    group = _group()
+    if group is not None:
+        gathered: list = [None] * dist.get_world_size(group)
+        dist.all_gather_object(gathered, totals, group=group)
+        totals = collections.Counter({name: sum(part[name] for part in gathered) for part in gathered for name in part})
+    with metrics.aggregate() as aggregate:
+        task.reduce_metrics([totals], criterion)
+    progress.print(aggregate.get_smoothed_values(), tag=job.subset)
+    stats = recorder.finish(
+        group=group,
+        data=[{"name": os.path.basename(os.path.abspath(job.data)), "subset": job.subset}],
+        languages=[task.cfg.source_lang, task.cfg.target_lang],
+        checkpoint=file_sha256(job.checkpoint),
+        dictionaries=dictionary_hashes(task),
+        max_positions=job.max_positions,
+        sample=None if job.sample is None else {"sentences": job.sample, "seed": cfg.common.seed},
+        loss=type(criterion).__name__ if job.importance else None,  # what importance is of
+        versions=versions(),
+    )
+    if distributed_utils.get_global_rank() == 0:
+        stats.save(job.output, overwrite=job.overwrite)
+        _report(stats, job, len(dataset), totals["ntokens"], time.monotonic() - started)
+    return stats
+
+
+def load_model(job: Recording) -> tuple[TransformerModelBase, Any, TranslationTask]:
+    """Load a checkpoint for recording; return (model, configuration, task).
+
+    The task is fairseq's ``translation`` with the settings that the checkpoint was trained with, except for padding:
+    statistics are indexed by token position, so every sentence must start in column 0.
+
+    Raises:
+        ArtifactError: if the model does not fit the data or has no attention of the three kinds.
+    """
+    state = checkpoint_utils.load_checkpoint_to_cpu(job.checkpoint, dict(job.model_overrides))
+    cfg = state["cfg"]
+    stored = vars(cfg.task) if isinstance(cfg.task, argparse.Namespace) else OmegaConf.to_container(cfg.task)
+    settings = {name: value for name, value in stored.items() if name in TranslationConfig.__dataclass_fields__}
+    settings |= {"_name": "translation", "data": job.data, "left_pad_source": False, "left_pad_target": False}
+    settings |= {"eval_bleu": False, "num_batch_buckets": 0}  # buckets only add padding
+    with open_dict(cfg):
+        cfg.task = settings
+        if job.importance:  # a checkpointed layer runs a second time during the backward pass
+            cfg.model.checkpoint_activations = cfg.model.offload_activations = False
+    task = tasks.setup_task(cfg.task, from_checkpoint=True)
+    model = task.build_model(cfg.model, from_checkpoint=True)
+    if not isinstance(model, TransformerModelBase):
+        raise ArtifactError(f"{job.checkpoint} holds a {type(model).__name__}, not one of fairseq's transformers")
+    parameters = state["model"]
+    drop_bettertransformer_copies(parameters)
+    for side, dictionary in (("encoder", task.source_dictionary), ("decoder", task.target_dictionary)):
+        trained = len(parameters.get(f"{side}.embed_tokens.weight", dictionary.symbols))
+        if trained != len(dictionary):
+            raise ArtifactError(
+                f"{job.checkpoint} has {trained} symbols in its {side}, the dictionary of {job.data} has "
+                f"{len(dictionary)}; record on the data-bin that the checkpoint was trained with (models of tasks that "
+                "add symbols, as translation_multi_simple_epoch does, cannot be recorded)"
+            )
+    load_parameters(model, parameters, job.checkpoint, cfg.model)
+    if "ema" in (state.get("extra_state") or {}):
+        logger.warning(
+            f"{job.checkpoint} also holds averaged parameters (--store-ema); those of its last update are recorded"
+        )
+    model.requires_grad_(False)  # the backward pass of --importance goes no further than the attention
+    return model.eval(), cfg, task
+
+
+def load_subset(task: TranslationTask, job: Recording) -> LanguagePairDataset:
+    """Load the subset to record.
+
+    Raises:
+        ArtifactError: if there is no such subset, or it has no sentences or no target side.
+    """
+    folder, subset = Path(job.data), job.subset
+    files = [path for path in folder.glob(f"{glob.escape(subset)}.*-*.*") if path.suffix in (".bin", ".idx")]
+    if any(path.stat().st_size == 0 for path in files):
+        raise ArtifactError(f"subset {subset!r} of {folder} has no sentences to record")
+    try:
+        task.load_dataset(subset)
+    except FileNotFoundError as error:
+        raise ArtifactError(
+            f"no subset {subset!r} in {folder}; fairseq-preprocess names them train, valid, test ({error})"
+        ) from error
+    dataset = task.dataset(subset)
+    if dataset.tgt is None:
+        raise ArtifactError(
+            f"subset {subset!r} of {folder} has no target side ({task.cfg.target_lang}), which the decoder reads; "
+            "binarise it with both languages (fairseq-preprocess without --only-source)"
+        )
+    if not len(dataset):
+        raise ArtifactError(f"subset {subset!r} of {folder} has no sentences to record")
+    further = sorted({path.name.split(".")[0] for path in folder.glob(f"{glob.escape(subset)}[0-9]*.*-*.*.bin")})
+    if further:
+        logger.warning(
+            f"{subset!r} alone is recorded, not {', '.join(further)} beside it, which fairseq-train reads too; record "
+            "each with --subset into a file of its own, ap-masks merges them"
+        )
+    return dataset
+
+
+def _batches(cfg, job: Recording, task: TranslationTask, model, dataset: LanguagePairDataset):
+    """Return this rank's batches: of what the model can take, or of the sample drawn from that."""
+    seed = cfg.common.seed
+    with data_utils.numpy_seed(seed + 1):  # as fairseq in epoch 1
+        indices = dataset.ordered_indices()
+    limits = utils.resolve_max_positions(task.max_positions(), model.max_positions())
+    indices = np.asarray(task.filter_indices_by_size(indices, dataset, limits, ignore_invalid_inputs=True))
+    if not len(indices):
+        raise UserError(
+            f"all {len(dataset):,} sentences of subset {job.subset!r} are longer than the model takes (positions: "
+            f"{limits}); record a subset with shorter ones"
+        )
+    if job.sample is not None:
+        indices = sample_by_length(indices, job.sample, seed)
+    longest, most = int(dataset.num_tokens_vec(indices).max()), cfg.dataset.max_tokens
+    if most is not None and longest > most:
+        raise UserError(
+            f"--max-tokens {most}: a sentence of subset {job.subset!r} has {longest} tokens; pass at least that"
+        )
+    batches = dataset.batch_by_size(
+        indices,
+        max_tokens=most,
+        max_sentences=cfg.dataset.batch_size,
+        required_batch_size_multiple=cfg.dataset.required_batch_size_multiple,
+    )
+    several = _group() is not None
+    return iterators.EpochBatchIterator(
+        dataset=dataset,
+        collate_fn=dataset.collater,
+        batch_sampler=batches,
+        seed=seed,
+        num_shards=distributed_utils.get_data_parallel_world_size() if several else 1,
+        shard_id=distributed_utils.get_data_parallel_rank() if several else 0,
+        num_workers=cfg.dataset.num_workers,
+        buffer_size=cfg.dataset.data_buffer_size,
+    ).next_epoch_itr(shuffle=False)
+
+
+def _report(stats: AttentionStats, job: Recording, available: int, n_tokens: float, seconds: float) -> None:
+    for kind in stats.kinds:
+        layers, heads, n_queries, n_keys = stats.mass[kind].shape
+        logger.info(
+            f"{kind.value}: {layers} layers x {heads} heads, {n_queries} x {n_keys} positions, "
+            f"{stats.metadata['pairs_recorded'][kind.value]:,} pairs recorded, "
+            f"{stats.metadata['pairs_beyond_range'][kind.value]:,} beyond the range"
+        )
+    sentences = stats.metadata["sentences"]
+    logger.info(f"{sentences:,} of {available:,} sentences -> {job.output}")
+    logger.info(
+        f"recorded in {seconds:.1f} s: {sentences / seconds:,.0f} sentences and {n_tokens / seconds:,.0f} target "
+        "tokens a second"
+    )
+    if sentences < min(job.sample or available, available):
+        logger.warning(
+            f"{available - sentences:,} sentences were not recorded: longer than the model's positions, or dropped "
+            "from the last batch by --required-batch-size-multiple"
+        )
+
+
+def _group() -> dist.ProcessGroup | None:
+    """Return the group of the ranks that share the data, None for a single process."""
+    distributed = dist.is_initialized() and dist.get_world_size() > 1
+    return distributed_utils.get_data_parallel_group() if distributed else None
