@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
-# Sets up and runs all tests; arguments go to pytest.
+# Sets up, checks lint, format and types, and runs all tests; arguments go to pytest.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 cd "$root"
 # Two processes with a thread each, a test file in one of them: the pipeline tests beside the kernel tests.
-export OMP_NUM_THREADS=1 PYTHONWARNINGS=ignore
+export OMP_NUM_THREADS=1
 ruff check .
+ruff format --check .
+mypy
 python -m pytest -n 2 --dist loadfile "$@"
