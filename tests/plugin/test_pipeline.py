@@ -155,7 +155,10 @@ def test_a_pruned_checkpoint_is_self_contained(data_bin, tuned, masks_file):
 
 
 def test_training_improves_after_the_warm_start_and_the_resume(data_bin, tuned, dense, toy_text):
-    """60 updates under the masks translate the toy language about as well as the dense model."""
+    """60 updates more, under masks of half the pairs, end far above the dense model: about 90 BLEU after 56 here.
+
+    The test passed for a pruned model 15 BLEU below the dense one, which a failed warm start could reach.
+    """
     bleu = {}
     for name, path in {"dense": dense, "tuned": tuned / "checkpoint_last.pt"}.items():
         log = generate(data_bin, path)
@@ -164,7 +167,7 @@ def test_training_improves_after_the_warm_start_and_the_resume(data_bin, tuned, 
         output = tuned / f"{name}.json"
         run("ap-evaluate", system, "--reference", toy_text / "test.de", "-o", output, "--overwrite")
         bleu[name] = json.loads(output.read_text())["systems"][0]
-    assert bleu["tuned"]["bleu"] > 20 and bleu["tuned"]["bleu"] > bleu["dense"]["bleu"] - 15
+    assert bleu["tuned"]["bleu"] > 75 and bleu["tuned"]["bleu"] > bleu["dense"]["bleu"] + 15
     assert bleu["tuned"]["sparsity"]["cross"]["effective"] == pytest.approx(0.5, abs=0.01)
     assert "tok:13a" in bleu["tuned"]["bleu_signature"] and "sparsity" not in bleu["dense"]
 
