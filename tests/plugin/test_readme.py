@@ -83,6 +83,18 @@ def test_links_exist(path):
             assert anchor in anchors, target
 
 
+@of_readmes
+def test_modules_of_a_folder_are_described(path):
+    """A folder map that misses a module misleads: recording/README.md once named a file that was gone."""
+    text = path.read_text(encoding="utf-8")
+    listed = re.findall(r"(?m)^\| (`.*?`) \|", text)
+    files = {name for cell in listed for name in re.findall(r"`(?:\./)?([\w./]+\.(?:py|sh))`", cell)}
+    assert [name for name in files if not any((folder / name).exists() for folder in (path.parent, ROOT))] == []
+    if files and (ROOT / "ap_fairseq" in path.parents or path.parent.name == "triton_ops"):
+        modules = {module.name for module in path.parent.glob("*.py")} - {"__init__.py"}
+        assert modules <= files or path.parent.name in ("cli", "training")  # commands, and a sentence
+
+
 def test_the_readme_is_one_page():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert len(text.splitlines()) <= 170
