@@ -241,8 +241,11 @@ def kinds() -> str:
 
 
 def sweep(name: str, keep: Callable[[dict[str, Any]], Any]) -> str:
-    """Some systems of a sweep, without the columns of kinds and chrF2."""
-    table = script(EXAMPLE / "sweep.py").format_table([line for line in load(RESULTS / f"{name}.jsonl") if keep(line)])
+    """Some systems of a sweep, dense ones first, without the columns of kinds and chrF2."""
+    lines = [line for line in load(RESULTS / f"{name}.jsonl") if keep(line)]
+    order = {"dense": 0, "importance": 1}
+    lines.sort(key=lambda line: (line["subset"], order.get(line["criterion"], 2)))
+    table = script(EXAMPLE / "sweep.py").format_table(lines)
     rows, made = table.rsplit("\n\n", 1)
     dropped = {*(kind.value for kind in AttentionKind), "chrF2", "validation perplexity", "against dense (p)"}
     cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows.splitlines()]
