@@ -147,7 +147,15 @@ def largest_of_groups(logits: Tensor, penalty: Tensor, size: int) -> tuple[Tenso
     lse = torch.empty(n, dtype=torch.float32, device=logits.device)
     width = power_of_two(size)
     _group_kernel[(n,)](
-        logits, penalty, maxima, lse, vocab_size, SIZE=size, BS=width, BG=max(TOKEN_TILE // width, 1), num_warps=8
+        p_logits=logits,
+        p_penalty=penalty,
+        p_maxima=maxima,
+        p_lse=lse,
+        V=vocab_size,
+        SIZE=size,
+        BS=width,
+        BG=max(TOKEN_TILE // width, 1),
+        num_warps=8,
     )
     return maxima.sub_(lse[:, None]), lse
 
@@ -166,12 +174,36 @@ def choose(
     beam, vocab_size = state.beam, logits.size(1)
     width = power_of_two(beam)
     _choose_kernel[(n,)](
-        logits, penalty, lse, groups, state.step, state.max_len, state.sentence, state.unfinished,
-        state.scores, state.tokens, state.ignored.view(torch.int8), state.done.view(torch.int8), state.n_final,
-        state.block_table,
-        state.chosen_beam, state.chosen_token, state.chosen_score,
-        state.final_step, state.final_beam, state.final_score,
-        vocab_size, eos, state.block_table.stride(0), state.chosen_beam.stride(0), state.final_step.stride(0),
-        BEAM=beam, SIZE=size, BK=2 * width, BS=power_of_two(size), BB=width, BC=max(TABLE_TILE // width, 16),
+        p_logits=logits,
+        p_penalty=penalty,
+        p_lse=lse,
+        p_groups=groups,
+        p_step=state.step,
+        p_max_len=state.max_len,
+        p_unfinished=state.unfinished,
+        p_sentence=state.sentence,
+        p_scores=state.scores,
+        p_tokens=state.tokens,
+        p_n_final=state.n_final,
+        p_chosen_beam=state.chosen_beam,
+        p_chosen_token=state.chosen_token,
+        p_chosen_score=state.chosen_score,
+        p_final_step=state.final_step,
+        p_final_beam=state.final_beam,
+        p_final_score=state.final_score,
+        p_ignored=state.ignored.view(torch.int8),
+        p_done=state.done.view(torch.int8),
+        p_table=state.block_table,
+        V=vocab_size,
+        EOS=eos,
+        s_table=state.block_table.stride(0),
+        s_record=state.chosen_beam.stride(0),
+        s_final=state.final_step.stride(0),
+        BEAM=beam,
+        SIZE=size,
+        BK=2 * width,
+        BS=power_of_two(size),
+        BB=width,
+        BC=max(TABLE_TILE // width, 16),
         num_warps=4,
-    )  # fmt: skip
+    )
