@@ -24,8 +24,6 @@ from ap_fairseq.cuda_graphs import GraphPool
 from ap_fairseq.model.attention import PrunedMultiheadAttention
 from ap_fairseq.model.kv_cache import (
     INITIAL_CAPACITY,
-    PagedCrossAttention,
-    PagedSelfAttention,
     SourceSlots,
     compact,
     renumber_live,
@@ -34,8 +32,9 @@ from ap_fairseq.model.kv_cache import (
 from ap_fairseq.model.transformer import PrunedTransformerModel
 from ap_fairseq.search.beams import BeamSearchState
 from ap_fairseq.search.rules import SearchRules
+from ap_fairseq.search.static_cache import StaticCrossAttentionCache, StaticSelfAttentionCache
 from ap_fairseq.sites import AttentionKind, attention_sites
-from triton_ops import AttentionLayout, append_to_pool
+from triton_ops import AttentionLayout
 
 HOST_LAG_STEPS = 3  # steps that the host may run ahead of the device
 
@@ -59,42 +58,6 @@ class Capacity:
 
     def joined(self, other: Capacity) -> Capacity:
         return Capacity(*(max(getattr(self, name), getattr(other, name)) for name in self.__dataclass_fields__))
-
-
-class StaticSelfAttentionCache(PagedSelfAttention):
-    """The first *n* hypotheses of a search on the device, of the heads of one site; the device counts the steps."""
-
-    def __init__(self, pool: Tensor, beams: BeamSearchState, n: int, heads: slice, projection: tuple[Tensor, Tensor]):
-        super().__init__(pool, beams.state.block_table[:n], beams.offsets[heads])
-        self.projection, self.device_step, self.kernels = projection, beams.state.step, beams.kernels
-
-    def advance(self, kv: Tensor) -> None:
-        if self.kernels:
-            append_to_pool(kv, self.pool, self.offsets, self.device_step)
-        else:
-            number = torch.arange(kv.size(0), device=kv.device)
-            begins = self.offsets.index_select(1, self.device_step)
-            self.pool.index_put_((begins + number,), kv.permute(2, 0, 1, 3))
-
-    def step(self) -> Tensor:
-        return self.device_step
-
-
-class StaticCrossAttentionCache(PagedCrossAttention):
-    """The first *n* sentences of a search on the device, of the heads of one site; the device counts the steps."""
-
-    def __init__(self, pool: Tensor, beams: BeamSearchState, n: int, heads: slice):
-        super().__init__(pool, beams.starts[:n, heads], beams.source_offsets[heads], beams.lengths[:n])
-        self.device_step, self.positions = beams.state.step, beams.state.block_table.size(1)
-
-    def advance(self, kv: None = None) -> None:
-        """Nothing: the search counts the steps."""
-
-    def step(self) -> Tensor:
-        return self.device_step
-
-    def layout_size(self) -> tuple[int, int]:
-        return self.positions, self.n_columns()
 
 
 class StaticDecoder:
