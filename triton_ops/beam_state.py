@@ -19,8 +19,7 @@ MAX_KERNEL_BEAM = 64  # beams that the kernels take: all candidates of a sentenc
 class BeamState(NamedTuple):
     """The hypotheses of up to B sentences in a search of T steps, on the device.
 
-    Sentence number B is a scratch slot, as place number `beam` of ended hypotheses is: what is written there is never
-    read.
+    Sentence number B and place number `beam` of ended hypotheses are scratch slots: they are written but never read.
 
     Attributes:
         step: int64 (1,), tokens of every hypothesis so far.

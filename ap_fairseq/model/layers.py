@@ -112,7 +112,7 @@ class PrunedTransformerEncoder(NotScriptable, TransformerEncoderBase):
         return {**output, "source_shift": [shift]}
 
     def forward_scriptable(self, src_tokens, src_lengths=None, return_all_hiddens=False, token_embeddings=None):
-        """What fairseq's computes, which asks the device in every layer whether there is padding."""
+        """Compute the same as fairseq's, which asks the device in every layer whether there is padding."""
         padding = src_tokens.eq(self.padding_idx)
         x, embedding = self.forward_embedding(src_tokens, token_embeddings)
         x = x.masked_fill(padding[..., None], 0).transpose(0, 1)
@@ -238,7 +238,7 @@ class PrunedTransformerDecoder(NotScriptable, TransformerDecoderBase):
         return {**encoder_out, "encoder_out": [source.repeat_interleave(beam, 1)], **repeated, "beam": [1]}
 
     def _features(self, tokens: Tensor, encoder_out: dict[str, list[Tensor]]) -> tuple[Tensor, dict[str, Any]]:
-        """What fairseq's decoder computes for whole sentences, without waiting for the device.
+        """Decode whole sentences as fairseq's decoder does, without waiting for the device.
 
         Args:
             tokens: (B, T), padded on the right.

@@ -25,7 +25,7 @@ class BeamSearchState:
     Args:
         sizes: B, T, and the source tokens of the longest sentence.
         self_heads, cross_heads: the heads of each decoder self-attention and cross-attention site.
-        kernels: whether Triton's kernels do what a step does beside the decoder.
+        kernels: whether Triton's kernels do the part of a step after the decoder.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""The rules of a beam search, as plain numbers that a device needs no generator for."""
+"""The rules of a beam search, read once off fairseq's generator."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ NORMAL, BEFORE_MIN_LEN, AT_MAX_LEN = range(3)  # phases of a search
 
 @dataclass(frozen=True)
 class SearchRules:
-    """What decides a beam search, in the meaning of ``fairseq.sequence_generator``.
+    """Rules of a beam search, as ``fairseq.sequence_generator`` defines them.
 
     Attributes:
         beam: hypotheses of a sentence.

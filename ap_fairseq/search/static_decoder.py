@@ -1,4 +1,4 @@
-"""Beam search whose step never waits for the host: fairseq's search, decided and recorded on the device.
+"""fairseq's beam search on the device: no step waits for the host.
 
 fairseq's generator is bound by Python and kernel launches: it reads back which hypotheses ended in every step, reorders
 every cache, and shrinks all tensors when a sentence is finished. Here one step (decoder, choice of candidates, finished
@@ -47,7 +47,7 @@ def bucket(n: int) -> int:
 
 @dataclass(frozen=True)
 class Capacity:
-    """What buffers are made for: sentences in a batch, source tokens of a sentence, target length."""
+    """Sizes that buffers are made for: sentences in a batch, source tokens of a sentence, target length."""
 
     sentences: int
     source_length: int
@@ -189,7 +189,7 @@ class StaticDecoder:
                     self._store_source(module, layouts[key], chosen[key])
 
     def _last_use(self, module: PrunedMultiheadAttention, max_len: int, n_keys: int) -> Tensor:
-        """As the module's, of some steps more, so that most batches find what one before them made."""
+        """Return the module's `last_use` for a rounded number of steps, which most batches find computed already."""
         return module.last_use(min(bucket(max_len + 1), self.capacity.positions), n_keys)
 
     def _store_source(self, module: PrunedMultiheadAttention, slots: SourceSlots, source: Tensor) -> None:
@@ -297,7 +297,7 @@ def _position_table(decoder, n: int, device: torch.device) -> Tensor | None:
 
 
 def decoder_step(decoder, tokens: Tensor, position: Tensor, incremental_state: dict) -> Tensor:
-    """What fairseq's decoder computes for one new token, without looking at how many there were before.
+    """Compute one new token as fairseq's decoder does, without looking at how many came before.
 
     Args:
         tokens: int64 (N,), the last token of every hypothesis.
