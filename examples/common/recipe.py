@@ -14,6 +14,7 @@ same command resumes. Stages, in order; each needs those before it, and without 
 
 import argparse
 import importlib.util
+import logging
 import math
 import os
 import shlex
@@ -414,6 +415,7 @@ def main(arguments: list[str] | None = None) -> None:
         if getattr(args, name) is not None:
             setattr(args, name, getattr(args, name).absolute())
     exit_on_sigterm()
+    logging.getLogger().setLevel(logging.WARNING)  # hydra, which fairseq loads, lets through what others debug
     try:
         recipe = Recipe(args.folder.resolve(), args, prepare_options)
         for stage in STAGES if args.stage == "all" else (args.stage,):
