@@ -79,7 +79,8 @@ class PrunedTransformerModel(NotScriptable, TransformerModelBase):
         """
         if getattr(task.cfg, "left_pad_target", False):
             raise UserError("--left-pad-target is set; masks count tokens from column 0, so leave targets right-padded")
-        if not isinstance(distributed.fsdp_wrap(nn.Linear(1, 1), min_num_params=0), nn.Linear):
+        probe = nn.utils.skip_init(nn.Linear, 1, 1)  # draws no random numbers: models start as fairseq's do
+        if not isinstance(distributed.fsdp_wrap(probe, min_num_params=0), nn.Linear):
             raise UserError(
                 "--ddp-backend fully_sharded: pruned_transformer is not trained in shards; leave the flag out (every "
                 "rank holds the whole model)"
