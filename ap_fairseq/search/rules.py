@@ -1,4 +1,4 @@
-"""The rules of a beam search, read once off fairseq's generator."""
+"""The rules of a beam search, read off fairseq's generator for every batch."""
 
 from __future__ import annotations
 
