@@ -159,11 +159,12 @@ def test_the_batch_shrinks_when_sentences_finish(monkeypatch):
 
 
 def rescored(system, source, tokens):
-    """The log-probabilities that a model gives to the tokens of a hypothesis."""
+    """The log-probabilities that a model gives to the tokens of a hypothesis, on the CPU."""
+    tokens = tokens.to(source.device)
     lengths = source.ne(WORDS.pad()).sum().view(1)
     with torch.no_grad():
         output = system(source.unsqueeze(0), lengths, tokens.roll(1).unsqueeze(0))
-    return system.get_normalized_probs(output, log_probs=True)[0].gather(1, tokens.unsqueeze(1))[:, 0]
+    return system.get_normalized_probs(output, log_probs=True)[0].gather(1, tokens.unsqueeze(1))[:, 0].cpu()
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -181,7 +182,7 @@ def test_half_precision_translates_as_fairseq_does(seed):
         found = generator([system], WORDS, beam_size=3, max_len_b=15).generate([], batched)
         for source, hypotheses in zip(batched["net_input"]["src_tokens"], found, strict=True):
             expected = [rescored(exact, source, h["tokens"]) for h in hypotheses]
-            errors += [(h["positional_scores"] - e).abs() for h, e in zip(hypotheses, expected, strict=True)]
+            errors += [(h["positional_scores"].cpu() - e).abs() for h, e in zip(hypotheses, expected, strict=True)]
             best.append(hypotheses[0]["tokens"].tolist())
             quality.append(expected[0].mean())
         return best, torch.stack(quality), torch.cat(errors)
