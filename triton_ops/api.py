@@ -195,6 +195,8 @@ def block_sparse_attention(
     Returns out (B, H, Tq, D), laid out in memory as q, or a tuple (out, lse if asked for, probabilities if asked for).
     Rows without a visible key are 0, with lse -inf and gradient 0. Definition and references: `reference.py`.
 
+    Gradients by autograd; of torch.func's transforms (grad, vmap) sdpa alone takes part.
+
     Positions inside the lengths should be finite, pruned ones too. A pruned pair counts with probability 0, and
     0 · NaN is NaN: in any back end a key or value that is not finite may reach every row of its head of its sentence,
     but no other head or sentence. Skipped tiles are not read where tile lists are used, above 128 positions; up to 128
@@ -236,6 +238,7 @@ def block_sparse_attention(
         if not kernels:
             return _results(out, lse if return_lse else None, probs if return_probs else None)
 
+    from .call import Call
     from .ops import attend  # imports triton, which sdpa does not need
     from .small import small_size
 
@@ -248,10 +251,8 @@ def block_sparse_attention(
         if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
             tables += layout.key_table()[:2]
     rows = _rows(q)
-    out, lse = attend(
-        rows, _rows(k), _rows(v), layout.words, layout.row_shift, tables, layout.tile,
-        q_lengths, k_lengths, seed, dropout_p, scale,
-    )  # fmt: skip
+    call = Call(layout.words, layout.row_shift, tables, layout.tile, q_lengths, k_lengths, seed, dropout_p, scale)
+    out, lse = attend(rows, _rows(k), _rows(v), call)
     if rows is not q:
         out = laid_out_as(out, q)
     return _results(out, lse if return_lse else None, probs)

@@ -16,9 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .call import Call
 from .config import ceil_div, dkdv_config, dq_config, grids, int32_offsets, power_of_two, precision
 from .descriptors import tiles
-from .layout import TileTable
 from .primitives import (
     LOG2E,
     dot,
@@ -55,11 +55,21 @@ def _dq_step(
 def _dq_kernel(
     p_q, p_k, p_v, p_o, p_do, p_lse, p_dlse, p_dq, p_delta, p_words, p_entries, p_counts,
     p_q_lengths, p_k_lengths, p_seed, d_k, d_v, scale, scale_log2, threshold, inverse_keep,
-    s_qb, s_qh, s_qt, s_kb, s_kh, s_kt, s_vb, s_vh, s_vt, s_ob, s_oh, s_ot, s_gb, s_gh, s_gt, s_db, s_dh, s_dt,
+    s_qb, s_qh, s_qt, s_kb, s_kh, s_kt, s_vb, s_vh, s_vt, s_ob, s_oh, s_ot, s_gb, s_gh, s_gt,
+    s_dqb, s_dqh, s_dqt,
     H, MH, TQ, TK, LQ, RS, KW, NO, NI, first_h, first_b,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, G: tl.constexpr,
     INT32_OFFSETS: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    """dQ of BM queries of one head of one sentence, and δ of these rows, which `_dkdv_kernel` reads.
+
+    p_o, p_do, p_lse      output, its gradient, log-sum-exp
+    p_dlse                gradient of the log-sum-exp, float32 (B, H, TQ), or None
+    p_delta               float32 (B, H, TQ), written
+    p_entries, p_counts   the query table, with NO query tiles and NI key blocks to a row
+    d_k, d_v              descriptors of tiles of K and V, or None
+    first_h, first_b      head and sentence of the first program (`config.grids`)
+    """
     i_m = (tl.num_programs(0) - 1 - tl.program_id(0)) * BM
     i_h, i_b = first_h + tl.program_id(1), first_b + tl.program_id(2)
     i_bh = i_b * H + i_h
@@ -126,8 +136,8 @@ def _dq_kernel(
             b_dq, b_q, b_do, b_lse[:, None], b_delta, b_k, b_v, m_s, m_z, scale_log2, inverse_keep,
             True, DROPOUT, PRECISION,
         )  # fmt: skip
-    p_dq += i_b64 * s_db + i_h64 * s_dh
-    p_row = p_dq + o_m64 * s_dt + o_d[None, :]
+    p_dq += i_b64 * s_dqb + i_h64 * s_dqh
+    p_row = p_dq + o_m64 * s_dqt + o_d[None, :]
     tl.store(p_row, (b_dq * scale).to(p_dq.dtype.element_ty), mask=(o_m < TQ)[:, None] & m_d[None, :])
 
 
@@ -157,11 +167,19 @@ def _dkdv_step(
 def _dkdv_kernel(
     p_q, p_k, p_v, p_do, p_lse, p_delta, p_dk, p_dv, p_words, p_entries, p_counts,
     p_q_lengths, p_k_lengths, p_seed, d_q, d_do, scale, scale_log2, threshold, inverse_keep,
-    s_qb, s_qh, s_qt, s_kb, s_kh, s_kt, s_vb, s_vh, s_vt, s_gb, s_gh, s_gt, s_db, s_dh, s_dt, s_eb, s_eh, s_et,
+    s_qb, s_qh, s_qt, s_kb, s_kh, s_kt, s_vb, s_vh, s_vt, s_gb, s_gh, s_gt,
+    s_dkb, s_dkh, s_dkt, s_dvb, s_dvh, s_dvt,
     H, MH, TQ, TK, LQ, RS, KW, NO, NI, first_h, first_b,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, G: tl.constexpr,
     INT32_OFFSETS: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    """dK and dV of BN keys of one head of one sentence; after `_dq_kernel`, which writes δ.
+
+    p_do, p_lse, p_delta  gradient of the output; log-sum-exp and δ, float32 (B, H, TQ)
+    p_entries, p_counts   the key table, with NO key tiles and NI query blocks to a row
+    d_q, d_do             descriptors of tiles of Q and dO, or None
+    first_h, first_b      head and sentence of the first program (`config.grids`)
+    """
     i_n = tl.program_id(0) * BN
     i_h, i_b = first_h + tl.program_id(1), first_b + tl.program_id(2)
     i_bh = i_b * H + i_h
@@ -230,10 +248,10 @@ def _dkdv_kernel(
     b_dk = tl.where(m_n[:, None], b_dk * scale, 0.0)
     b_dv = tl.where(m_n[:, None], b_dv * inverse_keep, 0.0)
     m_row = (o_n < TK)[:, None] & m_d[None, :]
-    p_dk += i_b64 * s_db + i_h64 * s_dh
-    p_dv += i_b64 * s_eb + i_h64 * s_eh
-    tl.store(p_dk + o_n64 * s_dt + o_d[None, :], b_dk.to(p_dk.dtype.element_ty), mask=m_row)
-    tl.store(p_dv + o_n64 * s_et + o_d[None, :], b_dv.to(p_dv.dtype.element_ty), mask=m_row)
+    p_dk += i_b64 * s_dkb + i_h64 * s_dkh
+    p_dv += i_b64 * s_dvb + i_h64 * s_dvh
+    tl.store(p_dk + o_n64 * s_dkt + o_d[None, :], b_dk.to(p_dk.dtype.element_ty), mask=m_row)
+    tl.store(p_dv + o_n64 * s_dvt + o_d[None, :], b_dv.to(p_dv.dtype.element_ty), mask=m_row)
 
 
 def _tiles(a: Tensor, b: Tensor, step: int, inner: int):
@@ -242,56 +260,53 @@ def _tiles(a: Tensor, b: Tensor, step: int, inner: int):
 
 
 def backward(
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    words: Tensor,
-    row_shift: int,
-    query_table: TileTable,
-    key_table: TileTable,
-    q_lengths: Tensor | None,
-    k_lengths: Tensor | None,
-    seed: Tensor | None,
-    scale: float,
-    scale_log2: float,
-    threshold: int,
-    inverse_keep: float,
+    grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, call: Call
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Launch the backward kernels. Returns (dq, dk, dv), laid out in memory as q, k and v."""
     batch, heads, q_size, dim = q.shape
     k_size = k.size(2)
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     delta = torch.empty_like(lse)
-    shared = (words.size(2), row_shift, words.size(1))
-    constants = dict(D=dim, BD=power_of_two(dim), DROPOUT=seed is not None, PRECISION=precision(q.dtype))
+    shared = dict(
+        H=heads, TQ=q_size, TK=k_size, scale=call.scale, D=dim, BD=power_of_two(dim), PRECISION=precision(q.dtype),
+        **call.kernel_arguments(),
+    )  # fmt: skip
 
-    config = dq_config(query_table, dim, q.dtype)
-    descriptors = _tiles(k, v, config.block_k, query_table.tile)
+    table = call.query_table()
+    config = dq_config(table, dim, q.dtype)
+    d_k, d_v = _tiles(k, v, config.block_k, table.tile)
+    n_outer, n_inner = table.entries.shape[1:]
     for grid, first_h, first_b in grids(ceil_div(q_size, config.block_q), heads, batch):
         _dq_kernel[grid](
-            q, k, v, out, grad_out, lse, grad_lse, dq, delta, words, query_table.entries, query_table.counts,
-            q_lengths, k_lengths, seed, *descriptors, scale, scale_log2, threshold, inverse_keep,
-            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3], *grad_out.stride()[:3],
-            *dq.stride()[:3],
-            heads, words.size(0), q_size, k_size, *shared, *query_table.entries.shape[1:], first_h, first_b,
-            BM=config.block_q, BN=config.block_k, G=query_table.tile, INT32_OFFSETS=int32_offsets(k, v),
-            **constants, **config.launch(),
+            p_q=q, p_k=k, p_v=v, p_o=out, p_do=grad_out, p_lse=lse, p_dlse=grad_lse, p_dq=dq, p_delta=delta,
+            p_entries=table.entries, p_counts=table.counts, d_k=d_k, d_v=d_v,
+            s_qb=q.stride(0), s_qh=q.stride(1), s_qt=q.stride(2),
+            s_kb=k.stride(0), s_kh=k.stride(1), s_kt=k.stride(2),
+            s_vb=v.stride(0), s_vh=v.stride(1), s_vt=v.stride(2),
+            s_ob=out.stride(0), s_oh=out.stride(1), s_ot=out.stride(2),
+            s_gb=grad_out.stride(0), s_gh=grad_out.stride(1), s_gt=grad_out.stride(2),
+            s_dqb=dq.stride(0), s_dqh=dq.stride(1), s_dqt=dq.stride(2),
+            NO=n_outer, NI=n_inner, first_h=first_h, first_b=first_b,
+            BM=config.block_q, BN=config.block_k, G=table.tile, INT32_OFFSETS=int32_offsets(k, v),
+            **shared, **config.launch(),
         )  # fmt: skip
 
-    config = dkdv_config(key_table, dim, q.dtype)
-    descriptors = _tiles(q, grad_out, config.block_q, key_table.tile)
+    table = call.key_table()
+    config = dkdv_config(table, dim, q.dtype)
+    d_q, d_do = _tiles(q, grad_out, config.block_q, table.tile)
+    n_outer, n_inner = table.entries.shape[1:]
     for grid, first_h, first_b in grids(ceil_div(k_size, config.block_k), heads, batch):
         _dkdv_kernel[grid](
-            q, k, v, grad_out, lse, delta, dk, dv, words, key_table.entries, key_table.counts,
-            q_lengths, k_lengths, seed, *descriptors, scale, scale_log2, threshold, inverse_keep,
-            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad_out.stride()[:3], *dk.stride()[:3],
-            *dv.stride()[:3],
-            heads, words.size(0), q_size, k_size, *shared, *key_table.entries.shape[1:], first_h, first_b,
-            BM=config.block_q, BN=config.block_k, G=key_table.tile, INT32_OFFSETS=int32_offsets(q, grad_out),
-            **constants, **config.launch(),
+            p_q=q, p_k=k, p_v=v, p_do=grad_out, p_lse=lse, p_delta=delta, p_dk=dk, p_dv=dv,
+            p_entries=table.entries, p_counts=table.counts, d_q=d_q, d_do=d_do,
+            s_qb=q.stride(0), s_qh=q.stride(1), s_qt=q.stride(2),
+            s_kb=k.stride(0), s_kh=k.stride(1), s_kt=k.stride(2),
+            s_vb=v.stride(0), s_vh=v.stride(1), s_vt=v.stride(2),
+            s_gb=grad_out.stride(0), s_gh=grad_out.stride(1), s_gt=grad_out.stride(2),
+            s_dkb=dk.stride(0), s_dkh=dk.stride(1), s_dkt=dk.stride(2),
+            s_dvb=dv.stride(0), s_dvh=dv.stride(1), s_dvt=dv.stride(2),
+            NO=n_outer, NI=n_inner, first_h=first_h, first_b=first_b,
+            BM=config.block_q, BN=config.block_k, G=table.tile, INT32_OFFSETS=int32_offsets(q, grad_out),
+            **shared, **config.launch(),
         )  # fmt: skip
     return dq, dk, dv

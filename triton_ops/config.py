@@ -81,10 +81,11 @@ def precision(dtype: torch.dtype) -> str:
         matmul = torch.backends.cuda.matmul  # reading its older flag is an error once the newer one was set
         allowed = matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
         return "tf32" if allowed else "tf32x3"
-    return "float32" if dtype == torch.bfloat16 and INTERPRETED else "ieee"
+    return "upcast" if dtype == torch.bfloat16 and INTERPRETED else "ieee"
 
 
 def forward_config(table: TileTable, dim: int, dtype: torch.dtype) -> Config:
+    """Of `_forward_kernel`, for the query table."""
     if dtype == torch.float32:
         return Config(min(table.tile, 64 if dim <= 64 else 32), 32, 4, 1)
     if dim > 64:
@@ -104,6 +105,7 @@ def forward_config(table: TileTable, dim: int, dtype: torch.dtype) -> Config:
 
 
 def dq_config(table: TileTable, dim: int, dtype: torch.dtype) -> Config:
+    """Of `_dq_kernel`, for the query table."""
     if dtype == torch.float32:
         return Config(min(table.tile, 64 if dim <= 64 else 32), 32, 4, 1)
     if dim > 64:
@@ -122,6 +124,7 @@ def dq_config(table: TileTable, dim: int, dtype: torch.dtype) -> Config:
 
 
 def dkdv_config(table: TileTable, dim: int, dtype: torch.dtype) -> Config:
+    """Of `_dkdv_kernel`, for the key table."""
     if dtype == torch.float32:
         return Config(32, min(table.tile, 32), 4, 1)
     if dim > 64:
@@ -140,6 +143,7 @@ def dkdv_config(table: TileTable, dim: int, dtype: torch.dtype) -> Config:
 
 
 def small_forward_config(tile: int, dtype: torch.dtype) -> Config:
+    """Of `_small_forward_kernel`, for sequences up to `tile`."""
     wide = dtype == torch.float32
     return {
         32: Config(32, 32, 2 if wide else 1, 1),
@@ -149,6 +153,7 @@ def small_forward_config(tile: int, dtype: torch.dtype) -> Config:
 
 
 def small_backward_config(tile: int, dtype: torch.dtype) -> Config:
+    """Of `_small_backward_kernel`, for sequences up to `tile`."""
     wide = dtype == torch.float32
     return {
         32: Config(32, 32, 4 if wide else 1, 1),
@@ -158,6 +163,7 @@ def small_backward_config(tile: int, dtype: torch.dtype) -> Config:
 
 
 def decode_config(shared: bool, k_size: int) -> Config:
+    """Of `_decode_kernel`; shared: whether all beams of a sentence share its cache."""
     if k_size <= 256:  # sentences: programs are many, and end after a step or two
         return Config(1, 32, 2, 2) if shared else Config(1, 32, 1, 2)
     return Config(1, 64, 4, 3) if shared else Config(1, 64, 2, 1)

@@ -7,9 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .call import Call
 from .config import ceil_div, forward_config, grids, int32_offsets, power_of_two, precision
 from .descriptors import tiles
-from .layout import TileTable
 from .primitives import (
     LN2,
     NO_KEY,
@@ -35,6 +35,13 @@ def _forward_kernel(
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, G: tl.constexpr,
     INT32_OFFSETS: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    """O and the log-sum-exp of BM queries of one head of one sentence.
+
+    p_o, p_lse            written: output, laid out by its own strides, and float32 (B, H, TQ)
+    p_entries, p_counts   the query table, with NO query tiles and NI key blocks to a row
+    d_k, d_v              descriptors of tiles of K and V (`descriptors.tiles`), or None: by pointers
+    first_h, first_b      head and sentence of the first program (`config.grids`)
+    """
     # The last tiles first: under a causal mask they are the longest, and long programs should not start last.
     i_m = (tl.num_programs(0) - 1 - tl.program_id(0)) * BM
     i_h, i_b = first_h + tl.program_id(1), first_b + tl.program_id(2)
@@ -117,35 +124,25 @@ def _forward_kernel(
     tl.store(p_lse + i_bh.to(tl.int64) * TQ + o_m, b_lse, mask=o_m < TQ)
 
 
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    words: Tensor,
-    row_shift: int,
-    table: TileTable,
-    q_lengths: Tensor | None,
-    k_lengths: Tensor | None,
-    seed: Tensor | None,
-    scale_log2: float,
-    threshold: int,
-    inverse_keep: float,
-) -> tuple[Tensor, Tensor]:
-    """Launch the forward kernel. Returns (out, laid out in memory as q; lse (B, H, Tq) float32)."""
+def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+    """Launch the kernel. Returns out, laid out in memory as q, and lse (B, H, Tq) float32."""
     batch, heads, q_size, dim = q.shape
+    table = call.query_table()
     out = torch.empty_like(q)
     lse = torch.empty(batch, heads, q_size, dtype=torch.float32, device=q.device)
     config = forward_config(table, dim, q.dtype)
-    descriptors = tiles(k, v, config.block_k, table.tile)
+    d_k, d_v = tiles(k, v, config.block_k, table.tile)
+    n_outer, n_inner = table.entries.shape[1:]
     for grid, first_h, first_b in grids(ceil_div(q_size, config.block_q), heads, batch):
         _forward_kernel[grid](
-            q, k, v, out, lse, words, table.entries, table.counts, q_lengths, k_lengths, seed,
-            *descriptors, scale_log2, threshold, inverse_keep,
-            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
-            heads, words.size(0), q_size, k.size(2), words.size(2), row_shift, words.size(1),
-            *table.entries.shape[1:], first_h, first_b,
-            D=dim, BD=power_of_two(dim), BM=config.block_q, BN=config.block_k,
-            G=table.tile, INT32_OFFSETS=int32_offsets(k, v), DROPOUT=seed is not None, PRECISION=precision(q.dtype),
-            **config.launch(),
+            p_q=q, p_k=k, p_v=v, p_o=out, p_lse=lse, p_entries=table.entries, p_counts=table.counts, d_k=d_k, d_v=d_v,
+            s_qb=q.stride(0), s_qh=q.stride(1), s_qt=q.stride(2),
+            s_kb=k.stride(0), s_kh=k.stride(1), s_kt=k.stride(2),
+            s_vb=v.stride(0), s_vh=v.stride(1), s_vt=v.stride(2),
+            s_ob=out.stride(0), s_oh=out.stride(1), s_ot=out.stride(2),
+            H=heads, TQ=q_size, TK=k.size(2), NO=n_outer, NI=n_inner, first_h=first_h, first_b=first_b,
+            D=dim, BD=power_of_two(dim), BM=config.block_q, BN=config.block_k, G=table.tile,
+            INT32_OFFSETS=int32_offsets(k, v), PRECISION=precision(q.dtype),
+            **call.kernel_arguments(), **config.launch(),
         )  # fmt: skip
     return out, lse

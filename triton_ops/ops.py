@@ -14,11 +14,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .backward import backward
+from .call import Call
 from .decode import append, decode
 from .forward import forward
-from .layout import RowLists, TileTable
-from .primitives import LOG2E
-from .reference import DROPOUT_RESOLUTION, dropout_threshold
+from .layout import RowLists
 from .small import small_backward, small_forward, small_size
 
 
@@ -29,63 +28,21 @@ def _device_of(tensor: Tensor):
     return nullcontext()
 
 
-def _dropout_arguments(dropout_p: float) -> tuple[int, float]:
-    """(threshold of the kernels, 1 / (1 - p) with p as the threshold represents it)."""
-    threshold = dropout_threshold(dropout_p)
-    return threshold, 1.0 / (1.0 - threshold / DROPOUT_RESOLUTION)
-
-
-def _forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    words: Tensor,
-    row_shift: int,
-    tables: list[Tensor],
-    tile: int,
-    q_lengths: Tensor | None,
-    k_lengths: Tensor | None,
-    seed: Tensor | None,
-    dropout_p: float,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    """(out, lse). tables: entries and counts of the query table, then of the key table when a gradient is wanted."""
-    threshold, inverse_keep = _dropout_arguments(dropout_p)
+def _forward(q: Tensor, k: Tensor, v: Tensor, *arguments) -> tuple[Tensor, Tensor]:
+    """(out, lse). arguments: the fields of a `Call`."""
+    call = Call(*arguments)
     if q.numel() == 0:
         return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
     with _device_of(q):
         small = small_size(q.size(2), k.size(2), q.size(3), q.dtype)
-        if small is not None:
-            return small_forward(
-                q, k, v, words, row_shift, small, q_lengths, k_lengths, seed, scale, threshold, inverse_keep
-            )
-        table = TileTable(tables[0], tables[1], tile)
-        scale_log2 = scale * LOG2E.value
-        return forward(
-            q, k, v, words, row_shift, table, q_lengths, k_lengths, seed, scale_log2, threshold, inverse_keep
-        )
+        return forward(q, k, v, call) if small is None else small_forward(q, k, v, small, call)
 
 
 def _backward(
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    words: Tensor,
-    row_shift: int,
-    tables: list[Tensor],
-    tile: int,
-    q_lengths: Tensor | None,
-    k_lengths: Tensor | None,
-    seed: Tensor | None,
-    dropout_p: float,
-    scale: float,
+    grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *arguments
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dq, dk, dv)."""
-    threshold, inverse_keep = _dropout_arguments(dropout_p)
+    """(dq, dk, dv). arguments: the fields of a `Call`."""
+    call = Call(*arguments)
     if q.numel() == 0 or k.numel() == 0:
         return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     # Expanded or transposed gradients: the kernels read rows of D consecutive elements.
@@ -93,17 +50,9 @@ def _backward(
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
     with _device_of(q):
         small = small_size(q.size(2), k.size(2), q.size(3), q.dtype)
-        if small is not None:
-            return small_backward(
-                grad_out, grad_lse, q, k, v, words, row_shift, small, q_lengths, k_lengths, seed,
-                scale, threshold, inverse_keep,
-            )  # fmt: skip
-        query_table = TileTable(tables[0], tables[1], tile)
-        key_table = TileTable(tables[2], tables[3], tile)
-        return backward(
-            grad_out, grad_lse, q, k, v, out, lse, words, row_shift, query_table, key_table, q_lengths, k_lengths, seed,
-            scale, scale * LOG2E.value, threshold, inverse_keep,
-        )  # fmt: skip
+        if small is None:
+            return backward(grad_out, grad_lse, q, k, v, out, lse, call)
+        return small_backward(grad_out, grad_lse, q, k, v, small, call)
 
 
 class Attention(torch.autograd.Function):
@@ -122,68 +71,74 @@ class Attention(torch.autograd.Function):
 
 
 def _save(ctx, inputs, output) -> None:
-    q, k, v, words, ctx.row_shift, tables, ctx.tile, q_lengths, k_lengths, seed, ctx.dropout_p, ctx.scale = inputs
+    q, k, v, *arguments = inputs
+    call = Call(*arguments)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(q, k, v, *output, words, q_lengths, k_lengths, seed, *tables)
+    ctx.save_for_backward(q, k, v, *output, call.words, call.q_lengths, call.k_lengths, call.seed, *call.tables)
+    ctx.numbers = dict(row_shift=call.row_shift, tile=call.tile, dropout_p=call.dropout_p, scale=call.scale)
 
 
 def _gradients(ctx, backward_of, grad_out, grad_lse):
-    """Gradients of the inputs of `_forward`, by `_backward` or its operator."""
+    """Gradients of q, k and v, by `_backward` or its operator, and none of the fields of the call."""
     q, k, v, out, lse, words, q_lengths, k_lengths, seed, *tables = ctx.saved_tensors
+    call = Call(words=words, tables=tables, q_lengths=q_lengths, k_lengths=k_lengths, seed=seed, **ctx.numbers)
     grads: tuple[Tensor | None, ...] = (None, None, None)
     if grad_out is not None or grad_lse is not None:
-        grads = backward_of(
-            torch.zeros_like(out) if grad_out is None else grad_out, grad_lse, q, k, v, out, lse, words, ctx.row_shift,
-            tables, ctx.tile, q_lengths, k_lengths, seed, ctx.dropout_p, ctx.scale,
-        )  # fmt: skip
-    return (*grads, None, None, None, None, None, None, None, None, None)
+        grad_out = torch.zeros_like(out) if grad_out is None else grad_out
+        grads = backward_of(grad_out, grad_lse, q, k, v, out, lse, *call)
+    return (*grads, *[None] * len(call))
 
 
 # -- custom operators --------------------------------------------------------------------------------------------------
 
-# Schemas are written out: what torch infers from annotations depends on its version.
-_MASK = "Tensor words, int row_shift, Tensor[] tables, int tile"
-_CALL = "Tensor? q_lengths, Tensor? k_lengths, Tensor? seed, float dropout_p, float scale"
+# Schemas are written out: what torch infers from annotations depends on its version. The fields of a `Call`:
+_CALL = (
+    "Tensor words, int row_shift, Tensor[] tables, int tile, "
+    "Tensor? q_lengths, Tensor? k_lengths, Tensor? seed, float dropout_p, float scale"
+)
 
 attention_op = torch.library.custom_op(
     "triton_ops::block_sparse_attention",
     _forward,
     mutates_args=(),
-    schema=f"(Tensor q, Tensor k, Tensor v, {_MASK}, {_CALL}) -> (Tensor, Tensor)",
+    schema=f"(Tensor q, Tensor k, Tensor v, {_CALL}) -> (Tensor, Tensor)",
 )
 attention_backward_op = torch.library.custom_op(
     "triton_ops::block_sparse_attention_backward",
     _backward,
     mutates_args=(),
     schema="(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-    f"{_MASK}, {_CALL}) -> (Tensor, Tensor, Tensor)",
+    f"{_CALL}) -> (Tensor, Tensor, Tensor)",
 )
 
 
 @attention_op.register_fake
-def _(q, k, v, words, row_shift, tables, tile, q_lengths, k_lengths, seed, dropout_p, scale):
+def _(q, k, v, *arguments):
     return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
 @attention_backward_op.register_fake
-def _(
-    grad_out, grad_lse, q, k, v, out, lse, words, row_shift, tables, tile, q_lengths, k_lengths, seed, dropout_p, scale
-):  # fmt: skip
+def _(grad_out, grad_lse, q, k, v, *arguments):
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
 def _operator_gradients(ctx, grad_out, grad_lse):
     grads = list(_gradients(ctx, attention_backward_op, grad_out, grad_lse))
-    grads[5] = [None] * (len(ctx.saved_tensors) - 9)  # an operator wants one for each tensor of a list
+    tables = 3 + Call._fields.index("tables")
+    grads[tables] = [None] * len(ctx.needs_input_grad[tables])  # an operator wants one for each tensor of a list
     return tuple(grads)
 
 
 attention_op.register_autograd(_operator_gradients, setup_context=_save)
 
 
-def attend(*inputs) -> tuple[Tensor, Tensor]:
-    """`_forward`, differentiable: the operator inside a trace, the autograd function elsewhere."""
-    return (attention_op if torch.compiler.is_compiling() else Attention.apply)(*inputs)
+def attend(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+    """(out, lse), differentiable: the operator inside a trace, the autograd function elsewhere."""
+    if torch.compiler.is_compiling():
+        return attention_op(q, k, v, *call)
+    if torch._C._are_functorch_transforms_active():  # support costs every call the time to inspect a signature
+        raise RuntimeError("the kernels do not take part in torch.func transforms (grad, vmap); use backend 'sdpa'")
+    return Attention.apply(q, k, v, *call)
 
 
 def _decode(

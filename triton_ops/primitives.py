@@ -1,7 +1,24 @@
 """Device helpers shared by the kernels.
 
-Names: B H T D sizes, BM BN BD tile sizes (queries, keys, head), G block size of the tile lists, i_ program
-or loop index, o_ offsets, p_ pointer, m_ mask, b_ block value. Positions are int32, addresses int64.
+One code of names for all kernels:
+
+    B H D                 sentences, heads, head size; BD: D rounded up to a power of two
+    TQ TK                 queries and keys of a call
+    BM BN BW              queries, keys, hypotheses of a tile; STEP: positions of one step of a loop
+    MH                    heads of the mask: H, or 1 for all alike
+    KW LQ RS              packed mask (MH, KW, LQ): KW words of 32 keys; LQ rows, each for 2^RS queries. In decode.py
+                          LQ: rows of the mask
+    G                     block size of the tile lists
+    NO NI                 outer tiles of a tile table, inner blocks of each
+    W                     keys that one word serves in a step
+    p_ d_ s_              pointer, descriptor, stride: s_qb s_qh s_qt of sentence, head and position of Q
+    i_ o_ m_ b_           program or loop index, offsets, mask, block value
+    _q _k _v _o _g        Q, K, V, output, gradient of the output (strides; p_do: its pointer); _d...: gradient of
+    threshold             a cell is dropped where its random number is below; inverse_keep: 1 / (1 - p)
+    DROPOUT PRECISION     whether there is dropout; how products are taken (`config.precision`)
+    INT32_OFFSETS         whether 32-bit offsets find the rows of a head (`config.int32_offsets`)
+
+Positions are int32, addresses int64.
 """
 
 import triton
@@ -19,17 +36,17 @@ ROUNDS = tl.constexpr(PHILOX_ROUNDS)
 @triton.jit
 def dot(b_a, b_b, PRECISION: tl.constexpr):
     """b_a · b_b, accumulated in float32."""
-    if PRECISION == "float32":  # the interpreter has no bfloat16 product
+    if PRECISION == "upcast":  # the interpreter has no bfloat16 product
         b_a, b_b = b_a.to(tl.float32), b_b.to(tl.float32)
-    return tl.dot(b_a, b_b, input_precision="ieee" if PRECISION == "float32" else PRECISION)
+    return tl.dot(b_a, b_b, input_precision="ieee" if PRECISION == "upcast" else PRECISION)
 
 
 @triton.jit
 def dot_add(b_a, b_b, b_c, PRECISION: tl.constexpr):
     """b_a · b_b + b_c, accumulated in float32."""
-    if PRECISION == "float32":
+    if PRECISION == "upcast":
         b_a, b_b = b_a.to(tl.float32), b_b.to(tl.float32)
-    return tl.dot(b_a, b_b, b_c, input_precision="ieee" if PRECISION == "float32" else PRECISION)
+    return tl.dot(b_a, b_b, b_c, input_precision="ieee" if PRECISION == "upcast" else PRECISION)
 
 
 @triton.jit

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .call import Call
 from .config import (
     SMALL_BYTES,
     SMALL_TILES,
@@ -22,7 +23,7 @@ from .config import (
     small_backward_config,
     small_forward_config,
 )
-from .primitives import LN2, LOG2E, NO_KEY, dot, dropout_bits, keep_bits_by_key, sequence_length
+from .primitives import LN2, NO_KEY, dot, dropout_bits, keep_bits_by_key, sequence_length
 
 
 @triton.jit
@@ -47,6 +48,11 @@ def _small_forward_kernel(
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    """O and the log-sum-exp of BM queries of one head of one sentence, whose keys are BN at most.
+
+    p_o, p_lse            written: output, laid out by its own strides, and float32 (B, H, TQ)
+    n_tiles               programs of a head
+    """
     i_m = (tl.program_id(0) % n_tiles) * BM
     i_bh = tl.program_id(0) // n_tiles
     i_b, i_h = i_bh // H, i_bh % H
@@ -83,7 +89,7 @@ def _small_forward_kernel(
 @triton.jit
 def _head_backward(
     p_q, p_k, p_v, p_do, p_dlse, p_dq, p_dk, p_dv, p_words, p_seed,
-    scale, scale_log2, threshold, inverse_keep, s_qt, s_kt, s_vt, s_gt, s_xt, s_yt, s_zt,
+    scale, scale_log2, threshold, inverse_keep, s_qt, s_kt, s_vt, s_gt, s_dqt, s_dkt, s_dvt,
     i_bh, q_length, k_length, TQ, TK, LQ, RS,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
@@ -111,7 +117,7 @@ def _head_backward(
         b_dp = tl.where(m_z, b_dp * inverse_keep, 0.0)
     b_dv = dot(tl.trans(b_pz.to(b_do.dtype)), b_do, PRECISION)  # [BN, BD]
     m_row = (o_n < TK)[:, None] & m_d[None, :]
-    tl.store(p_dv + o_n64 * s_zt + o_d[None, :], b_dv.to(p_dv.dtype.element_ty), mask=m_row)
+    tl.store(p_dv + o_n64 * s_dvt + o_d[None, :], b_dv.to(p_dv.dtype.element_ty), mask=m_row)
 
     b_delta = tl.sum(b_p * b_dp, 1)  # = dO · O: the whole row is here
     if p_dlse is not None:
@@ -120,9 +126,9 @@ def _head_backward(
     b_ds = (b_p * (b_dp - b_delta[:, None]) * scale).to(b_q.dtype)
     b_dq = dot(b_ds, b_k, PRECISION)
     b_dk = dot(tl.trans(b_ds), b_q, PRECISION)
-    tl.store(p_dk + o_n64 * s_yt + o_d[None, :], b_dk.to(p_dk.dtype.element_ty), mask=m_row)
+    tl.store(p_dk + o_n64 * s_dkt + o_d[None, :], b_dk.to(p_dk.dtype.element_ty), mask=m_row)
     m_row = (o_m < TQ)[:, None] & m_d[None, :]
-    tl.store(p_dq + o_m64 * s_xt + o_d[None, :], b_dq.to(p_dq.dtype.element_ty), mask=m_row)
+    tl.store(p_dq + o_m64 * s_dqt + o_d[None, :], b_dq.to(p_dq.dtype.element_ty), mask=m_row)
 
 
 @triton.jit
@@ -140,11 +146,16 @@ def _small_backward_kernel(
     p_q, p_k, p_v, p_do, p_dlse, p_dq, p_dk, p_dv, p_words, p_q_lengths, p_k_lengths, p_seed,
     scale, scale_log2, threshold, inverse_keep,
     s_qb, s_qh, s_qt, s_kb, s_kh, s_kt, s_vb, s_vh, s_vt, s_gb, s_gh, s_gt,
-    s_xb, s_xh, s_xt, s_yb, s_yh, s_yt, s_zb, s_zh, s_zt,
+    s_dqb, s_dqh, s_dqt, s_dkb, s_dkh, s_dkt, s_dvb, s_dvh, s_dvt,
     H, MH, TQ, TK, LQ, RS, KW,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    """dQ, dK and dV of one head of one sentence, of BM queries and BN keys at most.
+
+    p_do                  gradient of the output
+    p_dlse                gradient of the log-sum-exp, float32 (B, H, TQ), or None
+    """
     i_bh = tl.program_id(0)
     i_b, i_h = i_bh // H, i_bh % H
     i_b64, i_h64 = i_b.to(tl.int64), i_h.to(tl.int64)
@@ -154,24 +165,24 @@ def _small_backward_kernel(
     p_k += i_b64 * s_kb + i_h64 * s_kh
     p_v += i_b64 * s_vb + i_h64 * s_vh
     p_do += i_b64 * s_gb + i_h64 * s_gh
-    p_dq += i_b64 * s_xb + i_h64 * s_xh
-    p_dk += i_b64 * s_yb + i_h64 * s_yh
-    p_dv += i_b64 * s_zb + i_h64 * s_zh
+    p_dq += i_b64 * s_dqb + i_h64 * s_dqh
+    p_dk += i_b64 * s_dkb + i_h64 * s_dkh
+    p_dv += i_b64 * s_dvb + i_h64 * s_dvh
     p_words += tl.where(MH > 1, i_h, 0).to(tl.int64) * KW * LQ
 
     if BM >= 128 and q_length <= BM // 2 and k_length <= BN // 2:  # a quarter of the work
         _head_backward(
             p_q, p_k, p_v, p_do, p_dlse, p_dq, p_dk, p_dv, p_words, p_seed, scale, scale_log2, threshold, inverse_keep,
-            s_qt, s_kt, s_vt, s_gt, s_xt, s_yt, s_zt, i_bh, q_length, k_length, TQ, TK, LQ, RS,
+            s_qt, s_kt, s_vt, s_gt, s_dqt, s_dkt, s_dvt, i_bh, q_length, k_length, TQ, TK, LQ, RS,
             D, BD, BM // 2, BN // 2, DROPOUT, PRECISION,
         )  # fmt: skip
-        _zero_rows(p_dq, BM // 2, TQ, s_xt, BM // 2, D, BD)
-        _zero_rows(p_dk, BN // 2, TK, s_yt, BN // 2, D, BD)
-        _zero_rows(p_dv, BN // 2, TK, s_zt, BN // 2, D, BD)
+        _zero_rows(p_dq, BM // 2, TQ, s_dqt, BM // 2, D, BD)
+        _zero_rows(p_dk, BN // 2, TK, s_dkt, BN // 2, D, BD)
+        _zero_rows(p_dv, BN // 2, TK, s_dvt, BN // 2, D, BD)
     else:
         _head_backward(
             p_q, p_k, p_v, p_do, p_dlse, p_dq, p_dk, p_dv, p_words, p_seed, scale, scale_log2, threshold, inverse_keep,
-            s_qt, s_kt, s_vt, s_gt, s_xt, s_yt, s_zt, i_bh, q_length, k_length, TQ, TK, LQ, RS,
+            s_qt, s_kt, s_vt, s_gt, s_dqt, s_dkt, s_dvt, i_bh, q_length, k_length, TQ, TK, LQ, RS,
             D, BD, BM, BN, DROPOUT, PRECISION,
         )  # fmt: skip
 
@@ -188,20 +199,7 @@ def small_size(q_size: int, k_size: int, dim: int, dtype: torch.dtype) -> int | 
     return None
 
 
-def small_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    words: Tensor,
-    row_shift: int,
-    tile: int,
-    q_lengths: Tensor | None,
-    k_lengths: Tensor | None,
-    seed: Tensor | None,
-    scale: float,
-    threshold: int,
-    inverse_keep: float,
-) -> tuple[Tensor, Tensor]:
+def small_forward(q: Tensor, k: Tensor, v: Tensor, tile: int, call: Call) -> tuple[Tensor, Tensor]:
     """As `forward.forward`, for sizes up to `tile`."""
     batch, heads, q_size, dim = q.shape
     out = torch.empty_like(q)
@@ -209,42 +207,36 @@ def small_forward(
     config = small_forward_config(tile, q.dtype)
     n_tiles = ceil_div(q_size, config.block_q)
     _small_forward_kernel[(n_tiles * batch * heads,)](
-        q, k, v, out, lse, words, q_lengths, k_lengths, seed, scale * LOG2E.value, threshold, inverse_keep,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
-        heads, words.size(0), q_size, k.size(2), words.size(2), row_shift, words.size(1), n_tiles,
-        D=dim, BD=power_of_two(dim), BM=config.block_q, BN=config.block_k,
-        DROPOUT=seed is not None, PRECISION=precision(q.dtype), **config.launch(),
+        p_q=q, p_k=k, p_v=v, p_o=out, p_lse=lse,
+        s_qb=q.stride(0), s_qh=q.stride(1), s_qt=q.stride(2),
+        s_kb=k.stride(0), s_kh=k.stride(1), s_kt=k.stride(2),
+        s_vb=v.stride(0), s_vh=v.stride(1), s_vt=v.stride(2),
+        s_ob=out.stride(0), s_oh=out.stride(1), s_ot=out.stride(2),
+        H=heads, TQ=q_size, TK=k.size(2), n_tiles=n_tiles,
+        D=dim, BD=power_of_two(dim), BM=config.block_q, BN=config.block_k, PRECISION=precision(q.dtype),
+        **call.kernel_arguments(), **config.launch(),
     )  # fmt: skip
     return out, lse
 
 
 def small_backward(
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    words: Tensor,
-    row_shift: int,
-    tile: int,
-    q_lengths: Tensor | None,
-    k_lengths: Tensor | None,
-    seed: Tensor | None,
-    scale: float,
-    threshold: int,
-    inverse_keep: float,
+    grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, tile: int, call: Call
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `backward.backward`, for sizes up to `tile`."""
     batch, heads, q_size, dim = q.shape
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     config = small_backward_config(tile, q.dtype)
     _small_backward_kernel[(batch * heads,)](
-        q, k, v, grad_out, grad_lse, dq, dk, dv, words, q_lengths, k_lengths, seed,
-        scale, scale * LOG2E.value, threshold, inverse_keep,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad_out.stride()[:3],
-        *dq.stride()[:3], *dk.stride()[:3], *dv.stride()[:3],
-        heads, words.size(0), q_size, k.size(2), words.size(2), row_shift, words.size(1),
-        D=dim, BD=power_of_two(dim), BM=config.block_q, BN=config.block_k,
-        DROPOUT=seed is not None, PRECISION=precision(q.dtype), **config.launch(),
+        p_q=q, p_k=k, p_v=v, p_do=grad_out, p_dlse=grad_lse, p_dq=dq, p_dk=dk, p_dv=dv, scale=call.scale,
+        s_qb=q.stride(0), s_qh=q.stride(1), s_qt=q.stride(2),
+        s_kb=k.stride(0), s_kh=k.stride(1), s_kt=k.stride(2),
+        s_vb=v.stride(0), s_vh=v.stride(1), s_vt=v.stride(2),
+        s_gb=grad_out.stride(0), s_gh=grad_out.stride(1), s_gt=grad_out.stride(2),
+        s_dqb=dq.stride(0), s_dqh=dq.stride(1), s_dqt=dq.stride(2),
+        s_dkb=dk.stride(0), s_dkh=dk.stride(1), s_dkt=dk.stride(2),
+        s_dvb=dv.stride(0), s_dvh=dv.stride(1), s_dvt=dv.stride(2),
+        H=heads, TQ=q_size, TK=k.size(2),
+        D=dim, BD=power_of_two(dim), BM=config.block_q, BN=config.block_k, PRECISION=precision(q.dtype),
+        **call.kernel_arguments(), **config.launch(),
     )  # fmt: skip
     return dq, dk, dv

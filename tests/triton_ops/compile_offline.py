@@ -44,8 +44,8 @@ class Driver:
 def compile_only(self, grid):
     def launch(*args, **options):
         kernel = self.run(*args, grid=grid, warmup=True, **options)
-        constants = {name: value for name, value in options.items() if not torch.is_tensor(value)}
         wgmma = "wgmma.mma_async" in kernel.asm["ptx"]
+        constants = {p.name: options[p.name] for p in self.params if p.is_constexpr}
         compiled[id(kernel)] = dict(name=self.__name__, shared=kernel.metadata.shared, wgmma=wgmma, **constants)
 
     return launch

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from triton_ops import AttentionLayout, block_sparse_attention
+from triton_ops.call import Call
 from triton_ops.descriptors import tiles
 from triton_ops.ops import attend
 from triton_ops.reference import dropout_keep
@@ -340,7 +341,7 @@ def test_lengths_are_clamped_whatever_they_are(size, dtype):
     results = []
     for lengths in (wild.to(DEVICE), tame.to(DEVICE)):  # beneath the check, which the API makes for tensors on a CPU
         mask = layout.words, layout.row_shift, tables, layout.tile
-        results.append(attend(q, q, q, *mask, lengths, lengths, None, 0.0, 0.25))
+        results.append(attend(q, q, q, Call(*mask, lengths, lengths, None, 0.0, 0.25)))
     for ours, expected in zip(*results, strict=True):
         assert torch.equal(ours, expected)
     assert (results[0][0][0] != 0).any()

@@ -105,6 +105,22 @@ def test_activation_checkpointing_repeats_the_dropout(size, reentrant):
     assert all(torch.equal(a, b.grad) for a, b in zip(plain, leaves, strict=True))
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_torch_func_works_with_sdpa_and_is_refused_by_the_kernels():
+    layout, (q, k, v) = problem(24, requires_grad=False)
+
+    def loss(q, backend):
+        return block_sparse_attention(q, k, v, layout, backend=backend).square().sum()
+
+    with pytest.raises(RuntimeError, match="torch.func transforms .* use backend 'sdpa'"):
+        torch.func.grad(loss)(q, "triton")
+    leaf = q.clone().requires_grad_()
+    expected = torch.autograd.grad(loss(leaf, "triton"), leaf)[0]
+    torch.testing.assert_close(torch.func.grad(loss)(q, "sdpa"), expected)
+    each = torch.func.vmap(lambda q: loss(q, "sdpa"))(torch.stack([q, 2 * q]))
+    torch.testing.assert_close(each, torch.stack([loss(q, "triton"), loss(2 * q, "triton")]))
+
+
 @BOTH_SIZES
 def test_no_second_derivative(size):
     layout, (q, k, v) = problem(size)
