@@ -96,7 +96,7 @@ def apply_masks(checkpoint, masks_file, output, data: str | None = None, overwri
         The provenance stored with the masks.
 
     Raises:
-        ArtifactError: if a file is missing or damaged, the architecture is no transformer, or masks and model do not
+        ArtifactError: if a file is missing or damaged, the architecture is not a transformer, or masks and model do not
             belong together.
     """
     refuse_existing(output, overwrite, (checkpoint, masks_file))
@@ -268,7 +268,7 @@ def load_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
 
 def _require_entries(state: Any, path) -> None:
     if not isinstance(state, dict) or "model" not in state or not (state.get("cfg") or state.get("args")):
-        raise ArtifactError(f"{path} is no fairseq checkpoint: expected the entries 'model' and 'cfg' or 'args'")
+        raise ArtifactError(f"{path} is not a fairseq checkpoint: expected the entries 'model' and 'cfg' or 'args'")
     if not isinstance(state["model"], dict):
         raise ArtifactError(f"{path} is damaged: its entry 'model' is a {type(state['model']).__name__}")
     for name, value in state["model"].items():

@@ -57,7 +57,7 @@ class DynamicPruning:
         k, probability = per_kind("--attention-top-k", top_k), per_kind("--attention-threshold", threshold)
         options = cls(k.get(kind, 0), probability.get(kind, 0.0), log_bits if probability.get(kind) else 0)
         if log_bits and not probability:
-            cls(log_bits=log_bits)  # its error: there is no threshold at all
+            cls(log_bits=log_bits)  # raises the error for rounding without a threshold
         return options if options.top_k or options.threshold else None
 
     def probabilities(self, scores: Tensor) -> Tensor:

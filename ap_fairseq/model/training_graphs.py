@@ -76,7 +76,7 @@ class TrainingGraphs:
         # which data-parallel training first touched it, and a capture must not wait for another stream.
         aliases = {p: p.detach().requires_grad_() for p in self.parameters}
         self.leaves = list(aliases.values())
-        self.of_encoder, self.of_decoder = (
+        self.encoder_params, self.decoder_params = (
             {name: aliases[p] for name, p in part.named_parameters(remove_duplicate=False) if p in aliases}
             for part in (self.model.encoder, self.model.decoder)
         )
@@ -200,9 +200,9 @@ class _Graph:
     def forward(self) -> Tensor:
         """Compute the features of `target` under `source`; they are left in `features` too."""
         owner, model = self.owner, self.owner.model
-        encoder_out = functional_call(model.encoder, owner.of_encoder, (self.source,))
+        encoder_out = functional_call(model.encoder, owner.encoder_params, (self.source,))
         options = dict(encoder_out=encoder_out, features_only=True)
-        output, _ = functional_call(model.decoder, owner.of_decoder, (self.target,), options)
+        output, _ = functional_call(model.decoder, owner.decoder_params, (self.target,), options)
         self.features.copy_(output.detach())
         return output
 

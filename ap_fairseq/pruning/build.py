@@ -88,7 +88,7 @@ def build_masks(stats: AttentionStats, spec: MaskSpec) -> BuiltMasks:
 
 
 def _all_kept(stats: AttentionStats) -> tuple[Cells, Cells]:
-    """Return keep masks and extrapolation patterns that keep everything."""
+    """Return all-ones keep masks and extrapolation patterns."""
     keep = {kind: np.ones(mass.shape, dtype=bool) for kind, mass in stats.mass.items()}
     patterns = {kind: np.ones((*k.shape[:2], sum(k.shape[2:]) - 1), dtype=bool) for kind, k in keep.items()}
     return keep, patterns

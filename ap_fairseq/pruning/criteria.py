@@ -42,8 +42,8 @@ def diagonal_mean_attention(stats: AttentionStats, kind: AttentionKind) -> np.nd
 
     The same pattern continues beyond the recorded range; it does not depend on how often a position occurs.
     """
-    of_cell = offset_of_cell(stats.support[kind].shape)
-    return mean_along_diagonals(stats.mass[kind], stats.support[kind])[..., of_cell]
+    cell_unit = offset_of_cell(stats.support[kind].shape)
+    return mean_along_diagonals(stats.mass[kind], stats.support[kind])[..., cell_unit]
 
 
 def importance(stats: AttentionStats, kind: AttentionKind) -> np.ndarray:

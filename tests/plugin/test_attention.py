@@ -81,7 +81,7 @@ def test_full_forward_equals_a_loop_over_kept_cells(kind, need_weights):
         assert weights.shape == (2, 7, key.size(0))
 
 
-def test_an_all_kept_mask_is_stock_fairseq():
+def test_an_all_ones_mask_is_stock_fairseq():
     """Same seed, same parameters, same outputs as fairseq's own model; padding on the left as fairseq does."""
     stock, ours = dense_model(WORDS), pruned_model(random_masks(0.0), WORDS)
     for (name, a), (other, b) in zip(stock.named_parameters(), ours.named_parameters(), strict=True):

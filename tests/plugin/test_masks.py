@@ -289,7 +289,7 @@ def test_the_summary_counts_rows_that_only_the_guarantee_keeps():
 
 
 def test_the_table_has_a_row_for_each_kind_and_nominal_sparsity_only_where_it_is_meant():
-    """It took forty lines, and said `nominal 11.0%` of masks that keep everything."""
+    """It took forty lines, and said `nominal 11.0%` of all-ones masks."""
     stats = random_stats(longest=(20, 20), layers=3)
     lines = cli_masks.format_summary(build(stats, 0.5)).splitlines()
     assert [line.split("  ")[0] for line in lines[2:]] == [*AttentionKind, "all kinds"]
@@ -473,8 +473,8 @@ def test_diagonal_means_average_the_diagonal_by_pairs():
 
 def test_diagonals_of_a_single_column_keep_their_order():
     """With one key position there are as many diagonals as cells, numbered from the last row to the first."""
-    of_cell = criteria.offset_of_cell((3, 1))
-    np.testing.assert_array_equal(criteria.sum_by(of_cell, np.array([[1], [2], [4]])), [4, 2, 1])
+    cell_unit = criteria.offset_of_cell((3, 1))
+    np.testing.assert_array_equal(criteria.sum_by(cell_unit, np.array([[1], [2], [4]])), [4, 2, 1])
 
 
 def test_gaussian_heads_attend_around_their_own_centre():
@@ -589,7 +589,7 @@ def test_masks_say_how_far_their_statistics_were_smoothed(tmp_path):
 
 
 def test_budgets_are_not_taken_from_masks_that_do_not_tell_them(tmp_path, capsys):
-    """Such a file counted as masks that keep everything."""
+    """Such a file counted as an all-ones mask."""
     random_stats().save(tmp_path / "stats.st")
     masks = build(random_stats(), 0.5).masks
     del masks.metadata["sparsity"]

@@ -35,9 +35,9 @@ def losses(log: str) -> list[float]:
 
 
 @pytest.fixture(scope="session")
-def all_kept(stats_file, dense, data_bin, tmp_path_factory):
-    """The dense checkpoint as a pruned one whose masks keep everything."""
-    folder = tmp_path_factory.mktemp("all-kept")
+def all_ones(stats_file, dense, data_bin, tmp_path_factory):
+    """The dense checkpoint as a pruned one with all-ones masks."""
+    folder = tmp_path_factory.mktemp("all-ones")
     run("ap-masks", stats_file, "-o", folder / "masks.safetensors")
     run("ap-apply", dense, "--attention-masks", folder / "masks.safetensors", "--data", data_bin, "-o", folder / "p.pt")
     return folder / "p.pt"
@@ -70,9 +70,9 @@ def test_training_logs_carry_the_effective_sparsity(tuned, masks_file):
     assert all(f"pruned_{kind.value}".encode() in events.read_bytes() for kind in AttentionKind)
 
 
-def test_all_kept_masks_translate_as_stock_fairseq_does(data_bin, dense, all_kept):
+def test_all_ones_masks_translate_as_stock_fairseq_does(data_bin, dense, all_ones):
     """Hypotheses, scores and alignments of 220 sentences, with fairseq's left-padded batches."""
-    stock, ours = (generate(data_bin, path, "--print-alignment", "soft") for path in (dense, all_kept))
+    stock, ours = (generate(data_bin, path, "--print-alignment", "soft") for path in (dense, all_ones))
     expected, found = hypotheses(stock), hypotheses(ours)
     assert len(expected) == len(found) >= 200
     for n, (score, tokens) in expected.items():
@@ -84,7 +84,7 @@ def test_all_kept_masks_translate_as_stock_fairseq_does(data_bin, dense, all_kep
         np.testing.assert_allclose(found[n], expected[n], atol=2e-6)
 
 
-def test_the_task_pruned_translation_translates_as_stock_fairseq_does(data_bin, dense, all_kept):
+def test_the_task_pruned_translation_translates_as_stock_fairseq_does(data_bin, dense, all_ones):
     """On a CPU by the kernels, interpreted; without them by fairseq's own generator, which is said."""
     task, short = ["--task", "pruned_translation"], ["--beam", 2, "--max-len-a", 0, "--max-len-b", 4]
     kernels = [*task, "--model-overrides", "{'attention_backend': 'triton'}"]
@@ -95,7 +95,7 @@ def test_the_task_pruned_translation_translates_as_stock_fairseq_does(data_bin, 
         ([*kernels, "--match-source-len"], "the search LengthConstrainedBeamSearch (--match-source-len)"),
         ([*task, "--print-alignment"], "--print-alignment"),
     ]:
-        log = generate(data_bin, all_kept, *short, *flags, subset="valid")
+        log = generate(data_bin, all_ones, *short, *flags, subset="valid")
         if "--match-source-len" not in flags:
             found = hypotheses(log)
             assert {n: tokens for n, (_, tokens) in found.items()} == {n: tokens for n, (_, tokens) in expected.items()}
@@ -112,7 +112,7 @@ def test_the_task_pruned_translation_trains_with_eval_bleu(data_bin, masks_file,
     assert log.count("caches hold what") == 1
 
 
-def test_all_kept_masks_train_as_stock_fairseq_does(data_bin, stats_file, tmp_path):
+def test_all_ones_masks_train_as_stock_fairseq_does(data_bin, stats_file, tmp_path):
     """20 updates from scratch, same seed, no dropout: the same losses and the same parameters."""
     run("ap-masks", stats_file, "-o", tmp_path / "masks.safetensors")
     flags = ["--dropout", 0, "--disable-validation"]
@@ -127,7 +127,7 @@ def test_all_kept_masks_train_as_stock_fairseq_does(data_bin, stats_file, tmp_pa
 
 
 def test_recorded_statistics_cover_the_training_data(stats_file, toy_text):
-    """fairseq main drops a last batch that is no multiple of 8; ap-record must not lose those sentences."""
+    """fairseq main drops a last batch whose size is not a multiple of 8; ap-record must not lose those sentences."""
     stats = AttentionStats.load(stats_file)
     lengths = [len(line.split()) + 1 for line in (toy_text / "train.en").read_text().splitlines()]
     assert stats.metadata["sentences"] == len(lengths) == 1000
@@ -210,8 +210,8 @@ def test_averaged_checkpoints_keep_their_masks(data_bin, tuned, tmp_path):
     assert len(hypotheses(generate(data_bin, tmp_path / "average.pt"))) == 220
 
 
-def test_checkpoints_with_different_masks_do_not_average(tuned, all_kept, tmp_path):
-    message = run("ap-average", tuned / "checkpoint_last.pt", all_kept, "-o", tmp_path / "a.pt", expect=2)
+def test_checkpoints_with_different_masks_do_not_average(tuned, all_ones, tmp_path):
+    message = run("ap-average", tuned / "checkpoint_last.pt", all_ones, "-o", tmp_path / "a.pt", expect=2)
     assert "differs between" in message and "same masks" in message and not (tmp_path / "a.pt").exists()
 
 
@@ -233,13 +233,13 @@ def test_interactive_and_from_pretrained_translate_alike(data_bin, tuned, toy_te
     assert [hub.translate(line, beam=3) for line in source] == [generated[n][1] for n in range(6)]
 
 
-def test_the_hub_keeps_its_generator_and_aligns_as_stock_does(data_bin, dense, all_kept, toy_text):
+def test_the_hub_keeps_its_generator_and_aligns_as_stock_does(data_bin, dense, all_ones, toy_text):
     """fairseq prepares hub models once, for calls with and without alignments."""
     from fairseq.models.transformer import TransformerModel
 
     lines = (toy_text / "test.en").read_text().splitlines()[:3]
     stock, ours = (
-        TransformerModel.from_pretrained(str(path.parent), path.name, str(data_bin)) for path in (dense, all_kept)
+        TransformerModel.from_pretrained(str(path.parent), path.name, str(data_bin)) for path in (dense, all_ones)
     )
     stock.task, ours.task = (PrunedTranslationTask(h.task.cfg, h.task.src_dict, h.task.tgt_dict) for h in (stock, ours))
     found, expected = (h.generate([h.encode(x) for x in lines], beam=3, print_alignment="hard") for h in (ours, stock))
@@ -271,17 +271,17 @@ def test_validate_runs_a_pruned_checkpoint(data_bin, tuned):
         ["--score-reference"],
     ],
 )
-def test_every_search_agrees_with_stock_fairseq_under_all_kept_masks(data_bin, dense, all_kept, search):
-    stock, ours = (hypotheses(generate(data_bin, path, *search, subset="valid")) for path in (dense, all_kept))
+def test_every_search_agrees_with_stock_fairseq_under_all_ones_masks(data_bin, dense, all_ones, search):
+    stock, ours = (hypotheses(generate(data_bin, path, *search, subset="valid")) for path in (dense, all_ones))
     assert {n: h for n, (_, h) in stock.items()} == {n: h for n, (_, h) in ours.items()} and len(stock) == 60
     assert all(ours[n][0] == pytest.approx(score, abs=1e-4) for n, (score, _) in stock.items())
 
 
 @pytest.mark.parametrize("task", ["translation", "pruned_translation"])
-def test_constraints_are_met_as_in_stock_fairseq(data_bin, dense, all_kept, toy_text, task):
+def test_constraints_are_met_as_in_stock_fairseq(data_bin, dense, all_ones, toy_text, task):
     lines = [f"{source}\tneue" for source in (toy_text / "test.en").read_text().splitlines()[:5]]
     logs = []
-    for path, its_task in ((dense, "translation"), (all_kept, task)):
+    for path, its_task in ((dense, "translation"), (all_ones, task)):
         flags = ["--path", path, "--task", its_task, "--constraints", "--cpu", "--beam", 3, "--source-lang", "en"]
         text = "\n".join(lines) + "\n"
         logs.append(run("fairseq-interactive", data_bin, *PLUGIN, *flags, "--target-lang", "de", input=text))
@@ -291,9 +291,9 @@ def test_constraints_are_met_as_in_stock_fairseq(data_bin, dense, all_kept, toy_
 
 
 @pytest.mark.parametrize("task", ["translation", "pruned_translation"])
-def test_an_ensemble_with_a_dense_model_gives_what_two_dense_models_give(data_bin, dense, all_kept, task):
+def test_an_ensemble_with_a_dense_model_gives_what_two_dense_models_give(data_bin, dense, all_ones, task):
     expected = hypotheses(generate(data_bin, f"{dense}:{dense}", subset="valid"))
-    found = hypotheses(generate(data_bin, f"{dense}:{all_kept}", "--task", task, subset="valid"))
+    found = hypotheses(generate(data_bin, f"{dense}:{all_ones}", "--task", task, subset="valid"))
     assert {n: h for n, (_, h) in found.items()} == {n: h for n, (_, h) in expected.items()}
 
 
@@ -366,11 +366,11 @@ def test_checkpoints_of_older_fairseq_record_apply_and_tune(data_bin, dense, sta
     run(*apply, "-o", tmp_path / "applied.pt")
 
 
-def test_bf16_and_fp16_weights_translate_close_to_fp32(data_bin, all_kept):
+def test_bf16_and_fp16_weights_translate_close_to_fp32(data_bin, all_ones):
     """Half precision must leave the packed masks alone."""
     from fairseq import checkpoint_utils
 
-    (model,), _, task = checkpoint_utils.load_model_ensemble_and_task([str(all_kept)], {"data": str(data_bin)})
+    (model,), _, task = checkpoint_utils.load_model_ensemble_and_task([str(all_ones)], {"data": str(data_bin)})
     task.load_dataset("valid")
     sample = task.dataset("valid").collater([task.dataset("valid")[k] for k in range(4)])
     model.eval()

@@ -446,7 +446,7 @@ def test_tables_for_papers(folder):
 
 
 def test_nominal_sparsity_is_shown_for_masks_with_nominal_budgets_alone():
-    """A mask that keeps everything was listed with a nominal sparsity: cells that never exist count as pruned."""
+    """An all-ones mask was listed with a nominal sparsity: cells that never exist count as pruned."""
     stats = random_stats(layers=1)
     built = {
         "mean": build_masks(stats, MaskSpec({CROSS: 0.5})).masks,

@@ -181,7 +181,7 @@ def test_without_memory_for_a_graph_updates_go_on_directly(monkeypatch, caplog):
     assert "3 sentences of 12 and 8 tokens could not be captured" in message and "lower --max-tokens" in message
 
 
-@pytest.mark.skipif(DEVICE == "cpu", reason="CUDA graphs need a GPU")
+@pytest.mark.skipif(DEVICE == "cpu", reason="CUDA graphs need a GPU: run this file on a machine with one")
 def test_replayed_dropout_is_drawn_anew_and_seeded_by_fairseq():
     model, _ = models(dropout=0.3, attention_dropout=0.3)
     tokens = sample()
@@ -193,7 +193,7 @@ def test_replayed_dropout_is_drawn_anew_and_seeded_by_fairseq():
     assert abs(losses[2] - losses[3]) > 1e-3
 
 
-@pytest.mark.skipif(DEVICE == "cpu", reason="CUDA graphs need a GPU")
+@pytest.mark.skipif(DEVICE == "cpu", reason="CUDA graphs need a GPU: run this file on a machine with one")
 def test_all_shapes_share_the_memory_of_the_largest():
     def reserved(lengths) -> int:
         model, _ = models()

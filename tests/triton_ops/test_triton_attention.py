@@ -498,7 +498,7 @@ def test_no_heads_no_rows_no_keys():
             assert all((g == 0).all() for g in grads) and grads[1].shape == k.shape
 
 
-@pytest.mark.skipif(DEVICE == "cpu", reason="needs 9 GB")
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU with 9 GB of free memory")
 def test_addresses_beyond_two_to_the_31_elements():
     """Offsets are int64: sentence 1 starts past 2^31 elements, and its rows lie 2^22 elements apart."""
     keep = block_mask(2, 256, 256, 64, 0.5, 1, DEVICE)

@@ -11,7 +11,7 @@ from triton_ops.ops import attention_op, decode_op
 from triton_ops.testing import block_mask
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-ON_GPU = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+ON_GPU = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU: run tests/triton_ops on a machine with one")
 BOTH_SIZES = pytest.mark.parametrize("size", [24, 132], ids=["sentence", "lists"])
 
 
@@ -253,7 +253,9 @@ def test_bad_arguments_are_refused_with_both_values():
     refused(ValueError, rf"layout is on meta.*q is on {q.device}", layout=layout.to("meta"))
 
 
-@pytest.mark.skipif(DEVICE == "cuda", reason="lengths on a GPU are clamped, not read by the host")
+@pytest.mark.skipif(
+    DEVICE == "cuda", reason="checks on the CPU: run with CUDA_VISIBLE_DEVICES= (on a GPU lengths are clamped)"
+)
 def test_lengths_beyond_the_tensor_are_refused():
     refused(ValueError, r"k_lengths.*\[0, 8\].*from 3 to 9", k_lengths=torch.tensor([3, 9]))
     refused(ValueError, r"q_lengths.*\[0, 8\].*from -1 to 8", q_lengths=torch.tensor([-1, 8]))
@@ -276,7 +278,7 @@ def test_auto_takes_sdpa_for_what_the_kernels_do_not_take():
     )  # fmt: skip
 
 
-@pytest.mark.skipif(DEVICE == "cuda" or not INTERPRETED, reason="is about CPU tensors")
+@pytest.mark.skipif(DEVICE == "cuda" or not INTERPRETED, reason="about CPU tensors: run with CUDA_VISIBLE_DEVICES=")
 def test_triton_on_cpu_tensors_without_the_interpreter_is_an_error(monkeypatch):
     monkeypatch.setattr("triton_ops.config.INTERPRETED", False)
     refused(ValueError, "cpu.*TRITON_INTERPRET=1")
