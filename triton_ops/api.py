@@ -231,10 +231,18 @@ def block_sparse_attention(
     kernels = use_kernels(backend, q.dtype, dim, q.device)
     if return_probs or not kernels:
         out, lse, probs = attend_dense(
-            without_padding(q, q_lengths), without_padding(k, k_lengths), without_padding(v, k_lengths),
-            layout.keep_mask(q_size, k_size), scale=scale, q_lengths=q_lengths, k_lengths=k_lengths, causal=causal,
-            dropout_p=dropout_p, seed=seed, details=return_lse or return_probs,
-        )  # fmt: skip
+            without_padding(q, q_lengths),
+            without_padding(k, k_lengths),
+            without_padding(v, k_lengths),
+            layout.keep_mask(q_size, k_size),
+            scale=scale,
+            q_lengths=q_lengths,
+            k_lengths=k_lengths,
+            causal=causal,
+            dropout_p=dropout_p,
+            seed=seed,
+            details=return_lse or return_probs,
+        )
         if not kernels:
             return _results(out, lse if return_lse else None, probs if return_probs else None)
 
@@ -346,9 +354,16 @@ def decode_attention(
     if not use_kernels(backend, q.dtype, dim, q.device):
         row = layout.keep_row(step)[:, :k_size]
         return decode_reference(
-            q, k, v, row, scale=scale, k_lengths=k_lengths, cache_rows=cache_rows, cache_starts=cache_starts,
+            q,
+            k,
+            v,
+            row,
+            scale=scale,
+            k_lengths=k_lengths,
+            cache_rows=cache_rows,
+            cache_starts=cache_starts,
             cache_offsets=cache_offsets,
-        )  # fmt: skip
+        )
 
     from .ops import decode_step
 

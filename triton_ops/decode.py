@@ -112,6 +112,13 @@ def _decode_kernel(
         tl.store(p_row, b_o.to(p_o.dtype.element_ty), mask=m_wd)
 
 
+def _cache_strides(x: Tensor) -> tuple[int, int, int, int]:
+    """Strides of sentence, beam, head and position; 0 where a cache has no such dimension."""
+    if x.dim() <= 3:  # pool (R, H, D) or (R, D)
+        return 0, 0, x.stride(1) if x.dim() == 3 else 0, x.stride(0)
+    return x.stride(0), x.stride(1) if x.dim() == 5 else 0, x.stride(-3), x.stride(-2)
+
+
 def decode(
     q: Tensor,
     k: Tensor,
@@ -131,20 +138,19 @@ def decode(
     shared = k.dim() == 4 or cache_starts is not None
     rows = max(16, power_of_two(beam)) if shared else 1
     config = decode_config(shared, k_size)
-    cache_strides: list[int] = []
-    for x in (k, v):
-        if x.dim() <= 3:  # pool (R, H, D) or (R, D)
-            cache_strides += [0, 0, x.stride(1) if x.dim() == 3 else 0, x.stride(0)]
-        else:
-            cache_strides += [x.stride(0), x.stride(1) if x.dim() == 5 else 0, x.stride(-3), x.stride(-2)]
-    table_strides = [*(cache_rows.stride()[:2] if cache_rows is not None else (0, 0))]
-    table_strides += [0, 0] if cache_starts is None else [*cache_starts.stride(), 0][:2]
-    table_strides += [0 if cache_offsets is None else cache_offsets.stride(0)]
+    s_kb, s_kw, s_kh, s_kt = _cache_strides(k)
+    s_vb, s_vw, s_vh, s_vt = _cache_strides(v)
+    s_rb, s_rw = (0, 0) if cache_rows is None else cache_rows.stride()[:2]
+    s_sb, s_sh = (0, 0) if cache_starts is None else (*cache_starts.stride(), 0)[:2]
     n_rows, n_pointers = lists.pointers.shape[1:]
     _decode_kernel[(batch * heads * (1 if shared else beam),)](
-        q, k, v, out, lists.columns, lists.pointers, step, k_lengths, cache_rows, cache_starts, cache_offsets,
-        scale * LOG2E.value, *q.stride()[:3], *cache_strides, *out.stride()[:3], *table_strides,
-        beam, heads, lists.pointers.size(0), k_size, n_rows, n_pointers - 1,
+        p_q=q, p_k=k, p_v=v, p_o=out, p_columns=lists.columns, p_pointers=lists.pointers, p_step=step,
+        p_k_lengths=k_lengths, p_rows=cache_rows, p_starts=cache_starts, p_offsets=cache_offsets,
+        scale_log2=scale * LOG2E.value,
+        s_qb=q.stride(0), s_qw=q.stride(1), s_qh=q.stride(2), s_kb=s_kb, s_kw=s_kw, s_kh=s_kh, s_kt=s_kt,
+        s_vb=s_vb, s_vw=s_vw, s_vh=s_vh, s_vt=s_vt, s_ob=out.stride(0), s_ow=out.stride(1), s_oh=out.stride(2),
+        s_rb=s_rb, s_rw=s_rw, s_sb=s_sb, s_sh=s_sh, s_fh=0 if cache_offsets is None else cache_offsets.stride(0),
+        BEAM=beam, H=heads, MH=lists.pointers.size(0), TK=k_size, LQ=n_rows, N_GROUPS=n_pointers - 1,
         D=dim, BD=power_of_two(dim), BW=rows, BN=config.block_k, GROUP=COLUMN_GROUP,
         PRECISION=precision(q.dtype), **config.launch(),
     )  # fmt: skip
@@ -171,6 +177,7 @@ def append(kv: Tensor, pool: Tensor, offsets: Tensor, step: Tensor) -> None:
     n, _, heads, dim = kv.shape
     block = 16
     _append_kernel[(ceil_div(n, block), heads)](
-        kv, pool, offsets, step, *kv.stride()[:3], *pool.stride()[:2], offsets.stride(0), n,
+        p_kv=kv, p_pool=pool, p_offsets=offsets, p_step=step, s_kvn=kv.stride(0), s_kvx=kv.stride(1),
+        s_kvh=kv.stride(2), s_pr=pool.stride(0), s_px=pool.stride(1), s_fh=offsets.stride(0), N=n,
         D=dim, BD=power_of_two(dim), BW=block, num_warps=2,
     )  # fmt: skip

@@ -34,9 +34,18 @@ def attend_dense(
         if dropout_p > 0 and seed is None:
             seed = draw_seed(q.device)
         return attention_reference(
-            q, k, v, keep, scale=scale, q_lengths=q_lengths, k_lengths=k_lengths, causal=causal,
-            dropout_p=dropout_p, seed=seed, softmax=softmax,
-        )  # fmt: skip
+            q,
+            k,
+            v,
+            keep,
+            scale=scale,
+            q_lengths=q_lengths,
+            k_lengths=k_lengths,
+            causal=causal,
+            dropout_p=dropout_p,
+            seed=seed,
+            softmax=softmax,
+        )
     cells = visible_cells(keep, q_lengths, k_lengths, causal)
     # A row without a visible key attends to all, so that neither it nor its gradient is NaN, and is written as 0.
     # amax of bytes: `any` takes up to a hundred times as long on a CPU.

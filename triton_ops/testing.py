@@ -62,9 +62,13 @@ class Case:
 
     def options(self) -> dict:
         return dict(
-            q_lengths=self.q_lengths, k_lengths=self.k_lengths, causal=self.causal,
-            dropout_p=self.dropout_p, seed=self.seed, scale=self.scale,
-        )  # fmt: skip
+            q_lengths=self.q_lengths,
+            k_lengths=self.k_lengths,
+            causal=self.causal,
+            dropout_p=self.dropout_p,
+            seed=self.seed,
+            scale=self.scale,
+        )
 
 
 def make_case(
@@ -103,9 +107,17 @@ def make_case(
     k_lengths = None if k_lengths is None else k_lengths.to(device)
     grad_lse = torch.randn(batch, heads, q_size, generator=generator).to(device) if use_lse else None
     return Case(
-        tensor(q_size, q_lengths), tensor(k_size, k_lengths), tensor(k_size, k_lengths), keep.to(device),
-        tensor(q_size, q_lengths), grad_lse, q_lengths, k_lengths, seed=seed, **options,
-    )  # fmt: skip
+        tensor(q_size, q_lengths),
+        tensor(k_size, k_lengths),
+        tensor(k_size, k_lengths),
+        keep.to(device),
+        tensor(q_size, q_lengths),
+        grad_lse,
+        q_lengths,
+        k_lengths,
+        seed=seed,
+        **options,
+    )
 
 
 def _clean(x: Tensor, lengths: Tensor | None) -> Tensor:
@@ -168,9 +180,12 @@ def rounding_scale(case: Case) -> dict[str, float]:
         return float((a.square() @ b.square()).sqrt().norm())
 
     return dict(
-        out=norm(z * p, v), dq=norm(ds, k), dk=norm(ds.transpose(-1, -2), q), dv=norm((z * p).transpose(-1, -2), g),
+        out=norm(z * p, v),
+        dq=norm(ds, k),
+        dk=norm(ds.transpose(-1, -2), q),
+        dv=norm((z * p).transpose(-1, -2), g),
         lse=float(torch.where(cells.any(-1), torch.logsumexp(scores, -1).abs() + 1, 0.0).norm()),
-    )  # fmt: skip
+    )
 
 
 def error_report(case: Case) -> dict[str, dict[str, float]]:
