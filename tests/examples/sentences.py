@@ -27,36 +27,74 @@ class Noun(NamedTuple):
 
 PEOPLE = [
     Noun("the teacher", "die Lehrerin", "die Lehrerin", "der Lehrerin", "la professeure", "de la professeure"),
-    Noun("the old baker", "der alte Bäcker", "den alten Bäcker", "dem alten Bäcker",
-         "le vieux boulanger", "du vieux boulanger"),
+    Noun(
+        "the old baker",
+        "der alte Bäcker",
+        "den alten Bäcker",
+        "dem alten Bäcker",
+        "le vieux boulanger",
+        "du vieux boulanger",
+    ),
     Noun("my sister", "meine Schwester", "meine Schwester", "meiner Schwester", "ma sœur", "de ma sœur"),
     Noun("the captain", "der Kapitän", "den Kapitän", "dem Kapitän", "le capitaine", "du capitaine"),
-    Noun("a young girl", "ein junges Mädchen", "ein junges Mädchen", "einem jungen Mädchen",
-         "une jeune fille", "d'une jeune fille"),
+    Noun(
+        "a young girl",
+        "ein junges Mädchen",
+        "ein junges Mädchen",
+        "einem jungen Mädchen",
+        "une jeune fille",
+        "d'une jeune fille",
+    ),
     Noun("our neighbour", "unser Nachbar", "unseren Nachbarn", "unserem Nachbarn", "notre voisin", "de notre voisin"),
     Noun("the mayor", "die Bürgermeisterin", "die Bürgermeisterin", "der Bürgermeisterin", "la maire", "de la maire"),
     Noun("the gardener", "der Gärtner", "den Gärtner", "dem Gärtner", "le jardinier", "du jardinier"),
-]  # fmt: skip
+]
 THINGS = [
     Noun("the lighthouse", "der Leuchtturm", "den Leuchtturm", "dem Leuchtturm", "le phare", "du phare"),
-    Noun("the wooden bridge", "die Holzbrücke", "die Holzbrücke", "der Holzbrücke",
-         "le pont en bois", "du pont en bois"),
-    Noun("the small boat", "das kleine Boot", "das kleine Boot", "dem kleinen Boot",
-         "le petit bateau", "du petit bateau"),
+    Noun(
+        "the wooden bridge", "die Holzbrücke", "die Holzbrücke", "der Holzbrücke", "le pont en bois", "du pont en bois"
+    ),
+    Noun(
+        "the small boat", "das kleine Boot", "das kleine Boot", "dem kleinen Boot", "le petit bateau", "du petit bateau"
+    ),
     Noun("the station", "der Bahnhof", "den Bahnhof", "dem Bahnhof", "la gare", "de la gare"),
-    Noun("the public library", "die Stadtbibliothek", "die Stadtbibliothek", "der Stadtbibliothek",
-         "la bibliothèque municipale", "de la bibliothèque municipale"),
+    Noun(
+        "the public library",
+        "die Stadtbibliothek",
+        "die Stadtbibliothek",
+        "der Stadtbibliothek",
+        "la bibliothèque municipale",
+        "de la bibliothèque municipale",
+    ),
     Noun("the museum", "das Museum", "das Museum", "dem Museum", "le musée", "du musée"),
     Noun("the windmill", "die Windmühle", "die Windmühle", "der Windmühle", "le moulin à vent", "du moulin à vent"),
     Noun("the school", "die Schule", "die Schule", "der Schule", "l'école", "de l'école"),
-    Noun("the fish market", "der Fischmarkt", "den Fischmarkt", "dem Fischmarkt",
-         "le marché aux poissons", "du marché aux poissons"),
-    Noun("the white house", "das weiße Haus", "das weiße Haus", "dem weißen Haus",
-         "la maison blanche", "de la maison blanche"),
+    Noun(
+        "the fish market",
+        "der Fischmarkt",
+        "den Fischmarkt",
+        "dem Fischmarkt",
+        "le marché aux poissons",
+        "du marché aux poissons",
+    ),
+    Noun(
+        "the white house",
+        "das weiße Haus",
+        "das weiße Haus",
+        "dem weißen Haus",
+        "la maison blanche",
+        "de la maison blanche",
+    ),
     Noun("the apple tree", "der Apfelbaum", "den Apfelbaum", "dem Apfelbaum", "le pommier", "du pommier"),
-    Noun("the town wall", "die Stadtmauer", "die Stadtmauer", "der Stadtmauer",
-         "le mur de la ville", "du mur de la ville"),
-]  # fmt: skip
+    Noun(
+        "the town wall",
+        "die Stadtmauer",
+        "die Stadtmauer",
+        "der Stadtmauer",
+        "le mur de la ville",
+        "du mur de la ville",
+    ),
+]
 VERBS = [
     ("paints", "streicht", "peint"),
     ("visits", "besucht", "visite"),

@@ -63,8 +63,10 @@ def long_literals(source: str) -> list[str]:
 def test_every_tracked_file_is_of_a_known_kind(tracked):
     """429 segments of LibreOffice's help (Mozilla Public License) were once a fixture in this MIT repository."""
     assert unexplained(["tests/examples/sentences.tsv", "data/train.de", "notes.txt"]) == [
-        "tests/examples/sentences.tsv", "data/train.de", "notes.txt"
-    ]  # fmt: skip
+        "tests/examples/sentences.tsv",
+        "data/train.de",
+        "notes.txt",
+    ]
     assert unexplained(tracked) == []
     assert [maker for maker in DATA.values() if maker not in tracked] == []
 
