@@ -1,4 +1,7 @@
-"""Several ranks: two gloo processes on the CPU record, train and resume as one process does."""
+"""Several ranks: two gloo processes on the CPU record, train and resume as one process does.
+
+fairseq infers the ranks from the variables of torchrun or SLURM; without a GPU it divided the rank by zero GPUs.
+"""
 
 import dataclasses
 import os
@@ -24,31 +27,47 @@ from ap_fairseq.recording.run import record_on_rank
 from ap_fairseq.sites import AttentionKind
 
 RANKS = 2
+GLOO = ["--distributed-world-size", str(RANKS), "--distributed-backend", "gloo"]
 
 
-def start(rank: int, port: int, command) -> subprocess.Popen:
-    executable = Path(sys.executable).parent / command[0]
-    flags = ["--distributed-world-size", RANKS, "--distributed-rank", rank, "--distributed-backend", "gloo"]
-    flags += ["--distributed-init-method", f"tcp://127.0.0.1:{port}", "--distributed-no-spawn"]
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def start(command, environment) -> subprocess.Popen:
     return subprocess.Popen(
-        [str(executable), *map(str, [*command[1:], *flags])],
+        [str(Path(sys.executable).parent / command[0]), *map(str, command[1:]), *GLOO],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **environment},
     )
 
 
 def start_ranks(*command) -> list[subprocess.Popen]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    return [start(rank, port, command) for rank in range(RANKS)]
+    """Start two ranks by fairseq's own flags: without a GPU it spawns none."""
+    init = ["--distributed-init-method", f"tcp://127.0.0.1:{free_port()}", "--distributed-no-spawn"]
+    return [start([*command, *init, "--distributed-rank", rank], {}) for rank in range(RANKS)]
 
 
-def run_ranks(*command) -> str:
-    """Run a command as two ranks, without a GPU and so without fairseq's own spawning; return the log of rank 0."""
-    ranks = start_ranks(*command)
+def run_torchrun(*command, **kwargs) -> str:
+    """Run a command as two ranks under torchrun; return the log of both."""
+    executable = Path(sys.executable).parent / command[0]
+    launcher = ["torchrun", "--standalone", "--nproc-per-node", RANKS, "--no-python", executable]
+    return run(*launcher, *command[1:], *GLOO, **kwargs)
+
+
+def run_slurm(folder: Path, *command) -> str:
+    """Run a command as two ranks with the variables that srun sets; return the log of rank 0."""
+    scontrol = folder / "scontrol"  # what fairseq asks for the names of the hosts
+    scontrol.write_text("#!/bin/sh\necho 127.0.0.1\n")
+    scontrol.chmod(0o755)
+    job = {"PATH": f"{folder}{os.pathsep}{os.environ['PATH']}", "SLURM_STEP_NODELIST": "node[1]", "SLURM_NNODES": "1"}
+    job["SLURM_NTASKS_PER_NODE"] = str(RANKS)
+    command = [*command, "--distributed-port", free_port()]
+    ranks = [start(command, {**job, "SLURM_PROCID": str(k), "SLURM_LOCALID": str(k)}) for k in range(RANKS)]
     logs = [rank.communicate(timeout=300)[0] for rank in ranks]
     for rank, log in zip(ranks, logs, strict=True):
         assert rank.returncode == 0, log[-4000:]
@@ -63,7 +82,7 @@ def test_two_ranks_record_what_one_records(data_bin, dense, tmp_path):
     """To float64 rounding, as both see the same batches. 77 sentences by 32 make three: one rank gets an empty one."""
     flags = ["--importance", "--batch-size", 32, "--sample", 77]
     run(*record_command(data_bin, dense, tmp_path / "one", *flags))
-    log = run_ranks(*record_command(data_bin, dense, tmp_path / "two", *flags))
+    log = run_torchrun(*record_command(data_bin, dense, tmp_path / "two", *flags))
     one, two = (AttentionStats.load(tmp_path / name) for name in ("one", "two"))
     assert two.metadata == one.metadata
     assert two.metadata["sentences"] == 77 and two.metadata["sample"] == {"sentences": 77, "seed": 1}
@@ -107,11 +126,12 @@ def saving_plugin(folder: Path) -> Path:
 def test_two_ranks_train_and_resume_under_the_same_masks(data_bin, dense, masks_file, tmp_path):
     """Six updates, validation, then a resume without the mask file: all ranks hold the same parameters and masks, those
     of the file."""
-    plugin = ["--user-dir", saving_plugin(tmp_path)]
+    plugin = ["--user-dir", saving_plugin(tmp_path).name]  # relative, as torchrun starts ranks where it was started
     flags = ["--finetune-from-model", dense, "--attention-masks", masks_file]
-    log = run_ranks(*train_command(data_bin, tmp_path / "out", 6, *plugin, *flags))
+    log = run_torchrun(*train_command(data_bin, tmp_path / "out", 6, *plugin, *flags), cwd=tmp_path)
     assert "training on 2 devices" in log and "effective sparsity" in log and '"valid_loss"' in log
-    log = run_ranks(*train_command(data_bin, tmp_path / "out", 8, *plugin, "--disable-validation"))
+    plugin = ["--user-dir", tmp_path / plugin[1]]
+    log = run_slurm(tmp_path, *train_command(data_bin, tmp_path / "out", 8, *plugin, "--disable-validation"))
     assert "Loaded checkpoint" in log and "@ 6 updates" in log
     first, second = (torch.load(tmp_path / f"rank{rank}.pt") for rank in range(RANKS))
     assert first.keys() == second.keys()
