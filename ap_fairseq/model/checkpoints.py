@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import collections
 import dataclasses
+import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,6 +27,8 @@ from ap_fairseq.files import ArtifactError, UserError, atomic_output, not_writte
 from ap_fairseq.model.attention import MASK_BUFFERS
 from ap_fairseq.model.config import PrunedTransformerConfig
 from ap_fairseq.model.transformer import PrunedTransformerModel
+
+logger = logging.getLogger(__name__)
 
 MODEL = "pruned_transformer"
 
@@ -179,6 +182,12 @@ def pruned_options(name: str | None, model: type | None, stored) -> dict[str, An
         UserError: if no ``pruned_transformer`` does.
     """
     given = argparse.Namespace(**_flattened(stored))
+    if model is None and {"encoder_layers", "decoder_layers", "share_all_embeddings"} <= vars(given).keys():
+        logger.warning(
+            f"the architecture {name!r} is not registered here; it has the options of fairseq's transformer and is "
+            "taken for one, if its parameters agree (--user-dir DIR tells)"
+        )
+        model = TransformerModel
     if model is None or not issubclass(model, (PrunedTransformerModel, *CONVERTIBLE)):
         hint = "; pass the --user-dir that registers it" if model is None else ""
         raise UserError(f"it holds a model {name!r}; masks apply to fairseq's encoder-decoder transformer*{hint}")
