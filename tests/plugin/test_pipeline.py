@@ -409,14 +409,14 @@ def test_errors_name_the_fault_and_write_nothing(data_bin, dense, stats_file, ma
         (apply.main, [dense, "--attention-masks", masks_file, "-o", masks_file, "--overwrite"], "is the input"),
         (cli_masks.main, [tmp_path / "no.st", "-o", out], "no.st does not exist"),
         (cli_masks.main, [masks_file, "-o", out], "has format 'ap-pruning-masks-2', expected 'ap-attention-stats-2'"),
-        (cli_masks.main, [stats_file, "--cross", 1.0, "-o", out], r"1.0 is outside \[0, 1\)"),
+        (cli_masks.main, [stats_file, "--cross", 1.0, "-o", out], r"'1.0' is not a share in \[0, 1\)"),
         (cli_masks.main, [stats_file, "--cross", 0.5, "-o", masks_file], "exists; pass --overwrite"),
         (cli_masks.main, [stats_file, "--sparsity", 0.5, "-o", out], "unrecognized arguments: --sparsity"),
-        (cli_masks.main, [stats_file, "--granularity", 8, "-o", out], "8 is not one of 1, 16, 32, 64, 128, diagonal"),
+        (cli_masks.main, [stats_file, "--granularity", 8, "-o", out], "'8' is not one of 1, 16, 32, 64, 128, diagonal"),
         (apply.main, [dense, "--attention-masks", stats_file, "-o", out], "expected 'ap-pruning-masks-2'"),
         (apply.main, [dense, "--attention-masks", masks_file, "--data", tmp_path, "-o", out], "pass --data DIR"),
         (evaluate.main, [f"x={toy_text}/valid.en", "--reference", toy_text / "test.de"], "60 hypotheses for 220 ref"),
-        (evaluate.main, ["x=y"], "nothing to score"),
+        (evaluate.main, ["x=y"], "y is not a file; name a log of fairseq-generate"),
     ]
     for command, arguments, message in cases:
         with pytest.raises(SystemExit) as stop:
