@@ -247,9 +247,9 @@ class AttentionStats:
                 f"{describe_architecture(other.architecture)}"
             )
         both = self.metadata, other.metadata
-        beyond = {k.value: sum(m.get("pairs_beyond_range", {}).get(k.value, 0) for m in both) for k in self.kinds}
+        outside = {k.value: sum(m.get("pairs_beyond_range", {}).get(k.value, 0) for m in both) for k in self.kinds}
         same = ["checkpoint", "dictionaries"]
-        if any(beyond.values()):  # pairs between the two limits would be counted in one recording alone
+        if any(outside.values()):  # pairs between the two limits would be counted in one recording alone
             same.append("max_positions")
         if self.importance and other.importance:
             same.append("loss")
@@ -264,7 +264,7 @@ class AttentionStats:
             shape = np.maximum(self.support[kind].shape, other.support[kind].shape)
             mass[kind] = _grown(self.mass[kind], shape) + _grown(other.mass[kind], shape)
             support[kind] = _grown(self.support[kind], shape) + _grown(other.support[kind], shape)
-        metadata = {**self.metadata, "pairs_beyond_range": beyond}
+        metadata = {**self.metadata, "pairs_beyond_range": outside}
         metadata |= {key: _as_list(self.metadata, key) + _as_list(other.metadata, key) for key in LISTED}
         metadata["sentences"] = sum(m.get("sentences", 0) for m in both)
         metadata["pairs_recorded"] = {kind.value: int(support[kind].sum()) for kind in self.kinds}
@@ -291,17 +291,17 @@ class AttentionStats:
         """Read statistics; raises :class:`ArtifactError` if the file is missing, damaged or of another format."""
         tensors, metadata = _read(path, cls.FORMAT)
 
-        def of_kinds(name: str, dtype: type[np.generic], ndim: int, optional: bool = False):
+        def by_kind(name: str, dtype: type[np.generic], ndim: int, optional: bool = False):
             present = [k for k in _kinds(metadata) if not optional or f"{k.value}.{name}" in tensors]
             return {kind: _tensor(tensors, f"{kind.value}.{name}", dtype, ndim) for kind in present}
 
         with _naming(path):
             stats = cls(
-                of_kinds("mass", np.float64, 4),
-                of_kinds("support", np.int64, 2),
+                by_kind("mass", np.float64, 4),
+                by_kind("support", np.int64, 2),
                 metadata,
-                of_kinds("end_mass", np.float64, 2, optional=True),
-                of_kinds("importance", np.float64, 4, optional=True),
+                by_kind("end_mass", np.float64, 2, optional=True),
+                by_kind("importance", np.float64, 4, optional=True),
             )
             _require_architecture(metadata, stats.architecture)
             return stats

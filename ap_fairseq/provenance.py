@@ -29,7 +29,7 @@ def decode_provenance(codes: Tensor | None) -> dict[str, Any] | None:
     """Invert :func:`encode_provenance`; None for an absent or empty tensor.
 
     Raises:
-        ArtifactError: if the codes are no JSON document.
+        ArtifactError: if the codes are not a JSON document.
     """
     if codes is None or codes.numel() == 0:
         return None
@@ -44,7 +44,7 @@ def effective_sparsity(provenance: dict[str, Any] | None) -> dict[str, float]:
     return {kind: value["effective"] for kind, value in (provenance or {}).get("sparsity", {}).items()}
 
 
-_WORDS_OF_0_1 = {
+_RENAMED = {
     "procedure": "criterion",
     "pool": "smooth",
     "beyond": "extrapolate",
@@ -62,8 +62,8 @@ def mask_spec(provenance: dict[str, Any]) -> dict[str, Any]:
     if "spec" in provenance:
         return provenance["spec"]
     old = provenance.get("procedure", {})
-    words = {key: _WORDS_OF_0_1.get(value, value) if isinstance(value, str) else value for key, value in old.items()}
-    return {_WORDS_OF_0_1.get(key, key): value for key, value in words.items()}
+    words = {key: _RENAMED.get(value, value) if isinstance(value, str) else value for key, value in old.items()}
+    return {_RENAMED.get(key, key): value for key, value in words.items()}
 
 
 def describe_sparsity(provenance: dict[str, Any]) -> str:

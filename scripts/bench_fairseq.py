@@ -150,7 +150,7 @@ class Workload:
 
         size, block = (page, 64) if page else (256, 1)
         sparsity = int(self.options.system) / 100 if self.options.system.isdigit() else 0.0
-        keep, beyond = {}, {}
+        keep, extrapolation = {}, {}
         for kind, (layers, heads) in architecture(model).items():
             kind = AttentionKind(kind)
             cells = [block_mask(heads, size, size, block, sparsity, seed).numpy() for seed in range(layers)]
@@ -159,8 +159,8 @@ class Workload:
                 keep[kind] = np.tril(keep[kind])
             column = range(size) if kind is not AttentionKind.CROSS else 0
             keep[kind][..., range(size), column] = True
-            beyond[kind] = np.ones((layers, heads, 2 * size - 1), dtype=bool)
-        return PruningMasks(keep, beyond)
+            extrapolation[kind] = np.ones((layers, heads, 2 * size - 1), dtype=bool)
+        return PruningMasks(keep, extrapolation)
 
     def dataset(self, task, split: str, page: int, limit: int):
         """A fairseq dataset of sentences, or of consecutive sentences joined to *page* tokens."""

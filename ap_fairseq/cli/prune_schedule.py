@@ -90,9 +90,9 @@ def prune_gradually(
         stages.run(f"round-{number}.record", "ap-record", data, *recording)
         share = share_of_round(number, rounds, shape)
         stages.run(f"round-{number}.masks", write_round_masks, stats, masks, list(mask_flags), share)
-        of_round = updates * number // rounds - updates * (number - 1) // rounds
+        round_updates = updates * number // rounds - updates * (number - 1) // rounds
         own = ["--attention-masks", masks, "--finetune-from-model", current, "--save-dir", str(folder)]
-        training = [*train_flags, *own, "--max-update", of_round]
+        training = [*train_flags, *own, "--max-update", round_updates]
         stages.run(f"round-{number}.train", "fairseq-train", data, *PLUGIN, *training)
         current = str(folder / "checkpoint_last.pt")
     return current, masks

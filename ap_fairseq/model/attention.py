@@ -165,8 +165,8 @@ class PrunedMultiheadAttention(MultiheadAttention):
         # Doubling, so that ever longer sentences unpack a mask only a few times.
         n_queries = max(recorded_queries, 1 << (n_queries - 1).bit_length())
         n_keys = max(recorded_keys, 1 << (n_keys - 1).bit_length())
-        beyond = extrapolated(pattern.cpu().numpy(), recorded_queries, (n_queries, n_keys))
-        cells = torch.from_numpy(beyond).to(keep.device)
+        outside = extrapolated(pattern.cpu().numpy(), recorded_queries, (n_queries, n_keys))
+        cells = torch.from_numpy(outside).to(keep.device)
         every_row = cells[..., 0] if self.kind is AttentionKind.CROSS else cells.diagonal(dim1=1, dim2=2)
         every_row.fill_(True)
         if self.kind.causal:
@@ -312,7 +312,7 @@ class PrunedMultiheadAttention(MultiheadAttention):
         size = key.size(0)
         last_use = None if max_steps is None else self.last_use(max_steps, size)
         stored = stored_columns(last_use, size, self.num_heads, key.device)
-        return CrossAttentionCache.of_encoder_output(
+        return CrossAttentionCache.from_encoder_output(
             self.project_source, stored, key, key_padding, n_hypotheses, max_steps
         )
 
@@ -356,10 +356,10 @@ def real_lengths(padding: Tensor) -> Tensor:
     All layers of a model get the same mask, so the count is kept as long as the mask lives.
     """
     version = None if padding.is_inference() else padding._version
-    kept = _LENGTHS.get(padding)
-    if kept is None or kept[0] != version:
-        kept = _LENGTHS[padding] = (version, padding.size(1) - padding.sum(1))
-    return kept[1]
+    known = _LENGTHS.get(padding)
+    if known is None or known[0] != version:
+        known = _LENGTHS[padding] = (version, padding.size(1) - padding.sum(1))
+    return known[1]
 
 
 _LENGTHS: WeakIdKeyDictionary = WeakIdKeyDictionary()

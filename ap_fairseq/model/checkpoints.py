@@ -258,7 +258,7 @@ def load_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
     """Load a fairseq checkpoint on the CPU with torch's safe loader.
 
     Raises:
-        ArtifactError: if the file is missing, unreadable or no fairseq checkpoint.
+        ArtifactError: if the file is missing, unreadable or not a fairseq checkpoint.
     """
     require_file(path, "a fairseq checkpoint")
     allow_fairseq_checkpoints()

@@ -46,7 +46,7 @@ def _flat_fields() -> list[tuple[str, Any, Any]]:
     return flat
 
 
-# "eager" is what checkpoints of version 0.1 call sdpa: a second name of that choice, which the command line has not.
+# Checkpoints of version 0.1 call sdpa "eager": a second name of that choice, which the command line does not offer.
 _Backend = StrEnum("Choices", {name: name for name in BACKENDS} | {"eager": "sdpa"})
 
 InheritedConfig = dataclasses.make_dataclass("InheritedConfig", _flat_fields(), bases=(FairseqDataclass,))

@@ -271,7 +271,7 @@ class SourceSlots:
     offsets: Tensor
 
     @classmethod
-    def of_mask(cls, stored: Tensor, real: Tensor) -> SourceSlots:
+    def from_mask(cls, stored: Tensor, real: Tensor) -> SourceSlots:
         """Lay out the columns *stored* (H, S) of sentences with tokens *real* (B, S); both bool. Synchronises."""
         cells = real[:, None] & stored  # (B, H, S)
         sentence, head, column = cells.nonzero(as_tuple=True)
@@ -370,7 +370,7 @@ class CrossAttentionCache(PagedCrossAttention):
     _dense: tuple[Tensor, Tensor, Tensor] | None = None  # all columns, which serve all steps until sentences leave
 
     @classmethod
-    def of_encoder_output(
+    def from_encoder_output(
         cls,
         project: Callable[[Tensor], Tensor],
         stored: Tensor,
@@ -390,7 +390,7 @@ class CrossAttentionCache(PagedCrossAttention):
         """
         size, batch, _ = key.shape
         real = torch.ones(batch, size, dtype=torch.bool, device=key.device) if padding is None else ~padding.bool()
-        slots = SourceSlots.of_mask(stored, real)
+        slots = SourceSlots.from_mask(stored, real)
         pool = slots.gather(project(key.transpose(0, 1)[slots.projected]))
         return cls(pool, slots.starts, slots.offsets, real.sum(1), stored, n_hypotheses // batch, max_steps)
 

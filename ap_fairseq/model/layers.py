@@ -185,7 +185,7 @@ class PrunedTransformerDecoder(NotScriptable, TransformerDecoderBase):
         """
         if alignment_layer is None and not self.returns_weights(incremental_state):
             alignment_layer = self.num_layers  # none of them
-        encoder_out = self._of_hypotheses(encoder_out, prev_output_tokens.size(0), incremental_state)
+        encoder_out = self._for_hypotheses(encoder_out, prev_output_tokens.size(0), incremental_state)
         ordinary = (
             incremental_state is None and encoder_out and encoder_out["encoder_out"] and not full_context_alignment
         )
@@ -214,7 +214,7 @@ class PrunedTransformerDecoder(NotScriptable, TransformerDecoderBase):
             extra["attn"] = [weights]
         return x, extra
 
-    def _of_hypotheses(self, encoder_out: dict | None, n: int, incremental_state: dict | None) -> dict | None:
+    def _for_hypotheses(self, encoder_out: dict | None, n: int, incremental_state: dict | None) -> dict | None:
         """Return the encoder output for *n* hypotheses: repeated, unless caches do without.
 
         Raises:

@@ -75,7 +75,7 @@ class PrunedTransformerModel(NotScriptable, TransformerModelBase):
         Raises:
             ArtifactError: if the masks cannot be read or were made for another architecture or dictionary.
             UserError: for ``--left-pad-target``, ``--ddp-backend fully_sharded``, and alignments of a layer or heads
-                that the model has not.
+                that the model does not have.
         """
         if getattr(task.cfg, "left_pad_target", False):
             raise UserError("--left-pad-target is set; masks count tokens from column 0, so leave targets right-padded")
@@ -98,7 +98,7 @@ class PrunedTransformerModel(NotScriptable, TransformerModelBase):
             logger.info("guided alignment: links to cells that every head prunes add a constant to the loss")
         if path == "none":
             model.set_masks(PruningMasks.all_ones(architecture(model), dictionary_hashes(task)))
-            model.prefer_masks_of_checkpoint()
+            model.prefer_checkpoint_masks()
             logger.info("attention masks: none; every cell is kept, unless a checkpoint brings masks")
         elif path:
             masks = PruningMasks.load(path)
@@ -178,7 +178,7 @@ class PrunedTransformerModel(NotScriptable, TransformerModelBase):
         self._masks_are_explicit = True
         self._logged_sparsity = effective_sparsity(provenance)
 
-    def prefer_masks_of_checkpoint(self) -> None:
+    def prefer_checkpoint_masks(self) -> None:
         """Let the masks of a checkpoint that is loaded from now on replace those of :meth:`set_masks`."""
         self._masks_are_explicit = False
         for _, module in attention_sites(self):
@@ -257,7 +257,7 @@ class PrunedTransformerModel(NotScriptable, TransformerModelBase):
             ArtifactError: if they do not. With LayerDrop at inference time (``encoder_layers_to_keep`` in
                 ``--model-overrides``) only the masks of the kept layers are loaded, and nothing is checked.
         """
-        known = self._holds_masks_of(state_dict)
+        known = self._holds_same_masks(state_dict)
         kept = {name: getattr(model_cfg, name, None) for name in LAYERS_TO_KEEP}  # fairseq erases them
         result = super().load_state_dict(state_dict, strict, model_cfg, args)
         if any(kept.values()) and not self._masks_are_explicit:
@@ -266,7 +266,7 @@ class PrunedTransformerModel(NotScriptable, TransformerModelBase):
             self._announce_masks()
         return result
 
-    def _holds_masks_of(self, state_dict) -> bool:
+    def _holds_same_masks(self, state_dict) -> bool:
         """Whether loading changes no mask: ``--store-ema`` loads after every update."""
         own = {k: v for k, v in self.named_buffers() if k.endswith((*MASK_BUFFERS, "mask_metadata"))}
         return self.mask_metadata.numel() > 0 and all(

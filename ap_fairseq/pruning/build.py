@@ -99,7 +99,7 @@ def _all_kept(stats: AttentionStats) -> tuple[Cells, Cells]:
 
 def _ranked(stats: AttentionStats, spec: MaskSpec) -> tuple[Cells, Cells]:
     """Prune units in ascending order of score until each scope's budget of pairs is reached."""
-    units = {kind: _Units.of(stats, kind, spec) for kind in stats.kinds if kind in spec.budgets}
+    units = {kind: _Units.from_stats(stats, kind, spec) for kind in stats.kinds if kind in spec.budgets}
     keep, extrapolation = _all_kept(stats)
     for members, target in _scopes(units, stats, spec):
         parts = [(units[kind].score[index], units[kind].weight) for kind, index in members]
@@ -110,7 +110,7 @@ def _ranked(stats: AttentionStats, spec: MaskSpec) -> tuple[Cells, Cells]:
             if spec.granularity == 1:
                 cells[:] = whole.reshape(*whole.shape[:2], *cells.shape[2:])
             else:
-                cells[:] = whole[..., units[kind].unit_of_cell]
+                cells[:] = whole[..., units[kind].cell_unit]
             extrapolation[kind][index] = units[kind].offset_score[index] > threshold
     return keep, extrapolation
 
@@ -144,21 +144,21 @@ class _Units:
             out.
         offset_score: float64 (layers or 1, heads or 1, Tq + Tk - 1): the score along each diagonal, +inf where never
             observed.
-        unit_of_cell: int64 (Tq, Tk): the unit of each cell.
+        cell_unit: int64 (Tq, Tk): the unit of each cell.
     """
 
     score: np.ndarray
     weight: np.ndarray
     offset_score: np.ndarray
-    unit_of_cell: np.ndarray
+    cell_unit: np.ndarray
 
     @classmethod
-    def of(cls, stats: AttentionStats, kind: AttentionKind, spec: MaskSpec) -> _Units:
+    def from_stats(cls, stats: AttentionStats, kind: AttentionKind, spec: MaskSpec) -> _Units:
         support, heads = stats.support[kind], stats.mass[kind].shape[:2]
         criterion = criteria.CRITERIA[spec.criterion]
-        unit_of_cell = _number_units(support.shape, spec.granularity)
+        cell_unit = _number_units(support.shape, spec.granularity)
         prunable = np.where(_always_kept(stats, kind, spec), 0, support)
-        pairs = criteria.sum_by(unit_of_cell, prunable)
+        pairs = criteria.sum_by(cell_unit, prunable)
         if criterion.score is None:
             draw = np.random.default_rng([spec.seed, list(AttentionKind).index(kind)])
             score, offset_score = draw.random((*heads, len(pairs))), draw.random((*heads, sum(support.shape) - 1))
@@ -168,7 +168,7 @@ class _Units:
             if spec.smooth:
                 cells = criteria.smoothed(cells, support, spec.smooth)
             offset_score = criteria.offset_scores(cells, support)
-            score = criteria.sum_by(unit_of_cell, cells * prunable) / np.maximum(pairs, 1)
+            score = criteria.sum_by(cell_unit, cells * prunable) / np.maximum(pairs, 1)
         if not np.isfinite(score).all():
             raise ArtifactError(f"{kind.value}: scores by --criterion {spec.criterion} overflow; record again")
         if criterion.ties:
@@ -180,7 +180,7 @@ class _Units:
             (free,), _ = prune_lowest(share, (1 - spec.min_kept) * support.sum(), at_most=True)
             score[layer, head, ~free] = np.inf
         sharing = np.prod(heads) // np.prod(score.shape[:2])
-        return cls(score, pairs * sharing, offset_score, unit_of_cell)
+        return cls(score, pairs * sharing, offset_score, cell_unit)
 
 
 def _always_in_best_heads(score: np.ndarray, heads: tuple[int, int], count: int, kind: AttentionKind) -> np.ndarray:
@@ -198,10 +198,10 @@ def _always_in_best_heads(score: np.ndarray, heads: tuple[int, int], count: int,
     """
     if count > np.prod(heads):
         raise UserError(f"--min-heads {kind.value}={count}, but it has {heads[0]} layers of {heads[1]} heads; lower it")
-    of_head = np.broadcast_to(score, (*heads, score.shape[2])).reshape(-1, score.shape[2]).copy()
-    best = np.argpartition(of_head, -count, axis=0)[-count:]
-    np.put_along_axis(of_head, best, np.inf, axis=0)
-    return of_head.reshape(*heads, -1)
+    by_head = np.broadcast_to(score, (*heads, score.shape[2])).reshape(-1, score.shape[2]).copy()
+    best = np.argpartition(by_head, -count, axis=0)[-count:]
+    np.put_along_axis(by_head, best, np.inf, axis=0)
+    return by_head.reshape(*heads, -1)
 
 
 def _by_percentile(stats: AttentionStats, spec: MaskSpec) -> tuple[Cells, Cells]:
@@ -242,7 +242,7 @@ def _always_kept(stats: AttentionStats, kind: AttentionKind, spec: MaskSpec) -> 
 def _number_units(shape: tuple[int, int], granularity: Granularity) -> np.ndarray:
     """Return the number of each cell's unit: int64 (Tq, Tk)."""
     if isinstance(granularity, str):  # diagonal
-        return criteria.offset_of_cell(shape)
+        return criteria.cell_offset(shape)
     row, column = np.ogrid[: shape[0], : shape[1]]
     per_row = -(-shape[1] // granularity)
     return row // granularity * per_row + column // granularity

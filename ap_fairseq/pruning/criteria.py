@@ -42,8 +42,8 @@ def diagonal_mean_attention(stats: AttentionStats, kind: AttentionKind) -> np.nd
 
     The same pattern continues beyond the recorded range; it does not depend on how often a position occurs.
     """
-    cell_unit = offset_of_cell(stats.support[kind].shape)
-    return mean_along_diagonals(stats.mass[kind], stats.support[kind])[..., cell_unit]
+    diagonal = cell_offset(stats.support[kind].shape)
+    return mean_along_diagonals(stats.mass[kind], stats.support[kind])[..., diagonal]
 
 
 def importance(stats: AttentionStats, kind: AttentionKind) -> np.ndarray:
@@ -147,31 +147,31 @@ def percentile_thresholds(mean: np.ndarray, nominal: float | np.ndarray) -> np.n
 # -- geometry ---------------------------------------------------------------------------------------------------------
 
 
-def offset_of_cell(shape: tuple[int, int]) -> np.ndarray:
+def cell_offset(shape: tuple[int, int]) -> np.ndarray:
     """Number the diagonals: int64 (Tq, Tk), offset j - i as j - i + Tq - 1."""
     row, column = np.ogrid[: shape[0], : shape[1]]
     return column - row + shape[0] - 1
 
 
-def sum_by(unit_of_cell: np.ndarray, values: np.ndarray) -> np.ndarray:
+def sum_by(cell_unit: np.ndarray, values: np.ndarray) -> np.ndarray:
     """Sum the cells (..., Tq, Tk) of each unit: (..., units)."""
-    n_units = int(unit_of_cell.max()) + 1
-    if np.array_equal(unit_of_cell.ravel(), np.arange(unit_of_cell.size)):  # every cell is a unit
+    n_units = int(cell_unit.max()) + 1
+    if np.array_equal(cell_unit.ravel(), np.arange(cell_unit.size)):  # every cell is a unit
         return values.reshape(*values.shape[:-2], -1)
-    heads = values.reshape(-1, unit_of_cell.size)
-    sums = [np.bincount(unit_of_cell.ravel(), weights=head, minlength=n_units) for head in heads]
+    heads = values.reshape(-1, cell_unit.size)
+    sums = [np.bincount(cell_unit.ravel(), weights=head, minlength=n_units) for head in heads]
     return np.stack(sums).reshape(*values.shape[:-2], n_units)
 
 
 def mean_along_diagonals(mass: np.ndarray, support: np.ndarray) -> np.ndarray:
     """Sum of *mass* over sum of *support* on each diagonal: (..., Tq, Tk) -> (..., Tq + Tk - 1); 0 where unseen."""
-    diagonal = offset_of_cell(support.shape)
+    diagonal = cell_offset(support.shape)
     return sum_by(diagonal, mass) / np.maximum(sum_by(diagonal, support), 1)
 
 
 def unseen_offsets(support: np.ndarray) -> np.ndarray:
     """Diagonals that no recorded sentence reaches: bool (Tq + Tk - 1,)."""
-    return sum_by(offset_of_cell(support.shape), support) == 0
+    return sum_by(cell_offset(support.shape), support) == 0
 
 
 def offset_scores(cells: np.ndarray, support: np.ndarray) -> np.ndarray:

@@ -20,7 +20,7 @@ def prune_lowest(
 
     Args:
         parts: pairs of scores, float64 (..., units), and weights, numbers (units,). Units of weight 0 (never observed,
-            or always kept) and of infinite score are no candidates.
+            or always kept) and of infinite score are not candidates.
         at_most: never exceed the target.
 
     Returns:
@@ -40,9 +40,9 @@ def prune_lowest(
         mark[index] = part
         marks.append(mark)
         threshold = max(threshold, row.max(where=mark, initial=-np.inf))
-    of_rows = iter(marks)
+    remaining = iter(marks)
     shapes = [score.shape for score, _ in parts]
-    pruned = [np.stack(list(itertools.islice(of_rows, int(np.prod(s[:-1]))))).reshape(s) for s in shapes]
+    pruned = [np.stack(list(itertools.islice(remaining, int(np.prod(s[:-1]))))).reshape(s) for s in shapes]
     return pruned, float(threshold)
 
 

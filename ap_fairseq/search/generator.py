@@ -113,7 +113,7 @@ class PrunedSequenceGenerator(SequenceGenerator):
             source_length=max(256, bucket(source.size(1))),
             positions=min(max(256, bucket(max_len + 1)), self.max_len),
         )
-        rules = SearchRules.of_generator(self)
+        rules = SearchRules.from_generator(self)
         if self._decoder is None or not self._decoder.serves(rules, needed):
             capacity = needed if self._decoder is None else needed.joined(self._decoder.capacity)
             self._decoder = None  # its memory is free before the next one is made

@@ -38,7 +38,7 @@ class SearchRules:
     len_penalty: float
 
     @classmethod
-    def of_generator(cls, generator: SequenceGenerator) -> SearchRules:
+    def from_generator(cls, generator: SequenceGenerator) -> SearchRules:
         """Read them off fairseq's generator."""
         suppressed = generator.token_indices_to_suppress
         return cls(

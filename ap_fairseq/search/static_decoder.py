@@ -177,7 +177,7 @@ class StaticDecoder:
         layouts: dict[bytes, SourceSlots] = {}  # sites often store the same columns
         for module, columns in zip(sites, stored, strict=True):
             if keys[module] not in layouts:
-                layouts[keys[module]] = SourceSlots.of_mask(columns, real)
+                layouts[keys[module]] = SourceSlots.from_mask(columns, real)
         for model, encoder_out in zip(self.models, encoder_outs, strict=True):
             source = encoder_out["encoder_out"][0].transpose(0, 1)
             chosen: dict[bytes, Tensor] = {}

@@ -45,7 +45,7 @@ class PrunedTranslationConfig(TranslationConfig):
     batch_size: Optional[int] = II("dataset.batch_size")
 
 
-def pruner_of(task, cfg: PrunedTranslationConfig) -> TrainingPruner | None:
+def build_pruner(task, cfg: PrunedTranslationConfig) -> TrainingPruner | None:
     """Return what prunes while *task* trains, None where no flag asks for it.
 
     Raises:
@@ -78,7 +78,7 @@ class PrunedTranslationTask(TranslationTask):
 
     def __init__(self, cfg, src_dict, tgt_dict):
         super().__init__(cfg, src_dict, tgt_dict)
-        self.pruner = pruner_of(self, cfg)
+        self.pruner = build_pruner(self, cfg)
 
     def build_model(self, cfg, from_checkpoint=False):
         model = super().build_model(cfg, from_checkpoint)
@@ -88,7 +88,7 @@ class PrunedTranslationTask(TranslationTask):
                     f"--attention-sparsity prunes pruned_transformer architectures, not {type(model).__name__}; "
                     "train with --arch pruned_transformer..."
                 )
-            model.prefer_masks_of_checkpoint()  # of a training that resumes
+            model.prefer_checkpoint_masks()  # of a training that resumes
         return model
 
     def train_step(self, sample, model, criterion, optimizer, update_num, ignore_grad=False):

@@ -42,8 +42,8 @@ def masks(window: int | None) -> PruningMasks:
         keep[AttentionKind.DECODER_SELF][1, 1, 3:, 3] = True
         keep[AttentionKind.CROSS][:, 0, :, 1:] = False
         keep[AttentionKind.CROSS][:, 1, :, 5:] = False
-    beyond = {kind: np.ones((2, 2, sum(cells.shape[2:]) - 1), dtype=bool) for kind, cells in keep.items()}
-    return PruningMasks(keep, beyond)
+    extrapolation = {kind: np.ones((2, 2, sum(cells.shape[2:]) - 1), dtype=bool) for kind, cells in keep.items()}
+    return PruningMasks(keep, extrapolation)
 
 
 def model(pruning_masks: PruningMasks, **options):
@@ -125,7 +125,7 @@ def test_columns_that_no_row_keeps_are_neither_projected_nor_stored():
         projected.append(rows.size(0))
         return module.project_source(rows)
 
-    cache = CrossAttentionCache.of_encoder_output(project, stored, poisoned, padding, 3, STEPS)
+    cache = CrossAttentionCache.from_encoder_output(project, stored, poisoned, padding, 3, STEPS)
     assert projected == [5 + 3 + 5] and cache.pool.size(0) == 3 * 1 + 5 + 3 + 5
     keep = module.keep_mask(1, SOURCE)[:, 0]
     k, v, _ = cache.dense(keep)
@@ -153,9 +153,9 @@ def test_a_search_of_few_steps_keeps_only_the_source_columns_of_their_mask_rows(
     keep.keep[AttentionKind.CROSS][:, :, :12, 1:] = False
     keep.keep[AttentionKind.CROSS][:, :, 12:] = True
     system, stored = model(keep), []
-    real = CrossAttentionCache.of_encoder_output
+    real = CrossAttentionCache.from_encoder_output
     monkeypatch.setattr(
-        CrossAttentionCache, "of_encoder_output", lambda *args: stored.append(args[1].sum().item()) or real(*args)
+        CrossAttentionCache, "from_encoder_output", lambda *args: stored.append(args[1].sum().item()) or real(*args)
     )
     for max_len, columns in ((10, 1), (20, SOURCE)):
         search = PrunedSequenceGenerator([system], WORDS, beam_size=2, max_len_b=max_len, no_repeat_ngram_size=5)

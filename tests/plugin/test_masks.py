@@ -473,7 +473,7 @@ def test_diagonal_means_average_the_diagonal_by_pairs():
 
 def test_diagonals_of_a_single_column_keep_their_order():
     """With one key position there are as many diagonals as cells, numbered from the last row to the first."""
-    cell_unit = criteria.offset_of_cell((3, 1))
+    cell_unit = criteria.cell_offset((3, 1))
     np.testing.assert_array_equal(criteria.sum_by(cell_unit, np.array([[1], [2], [4]])), [4, 2, 1])
 
 

@@ -27,7 +27,7 @@ from plugin.commands import ROOT, TINY
 READMES = readme_tables.readmes()
 
 
-def of_readmes(function):
+def each_readme(function):
     return pytest.mark.parametrize("path", READMES, ids=lambda path: str(path.relative_to(ROOT)))(function)
 
 
@@ -38,7 +38,7 @@ def prose(text):
     return re.sub(r"`[^`]*`", "", text)
 
 
-@of_readmes
+@each_readme
 def test_tables_and_numbers_are_those_of_the_committed_results(path):
     text = path.read_text(encoding="utf-8")
     assert readme_tables.regenerate(text) == text, "run scripts/readme_tables.py --write"
@@ -61,7 +61,7 @@ def test_stale_tables_and_numbers_are_rewritten():
         readme_tables.number('scripts/rivals.json "translation/rows/case=none/stock" .1f')
 
 
-@of_readmes
+@each_readme
 def test_measured_numbers_in_prose_are_generated(path):
     """A number that was typed by hand stays when the results change."""
     unit = r"(?:BLEU|chrF2?|points|times|tokens/s|sentences/s|ms|TB/s|TFLOP/s|[GM]iB)\b"
@@ -83,7 +83,7 @@ def test_links_exist(path):
             assert anchor in anchors, target
 
 
-@of_readmes
+@each_readme
 def test_modules_of_a_folder_are_described(path):
     """A folder map that misses a module misleads: recording/README.md once named a file that was gone."""
     text = path.read_text(encoding="utf-8")
@@ -184,7 +184,7 @@ def allowed_flags(program, words):
     return None
 
 
-@of_readmes
+@each_readme
 def test_flags_of_commands_exist(path):
     for words in commands(path.read_text(encoding="utf-8")):
         if words[0] in ("torchrun", "srun"):  # the command that they start
@@ -204,7 +204,7 @@ def test_commands_are_found():
     assert "--no-such-flag" not in fairseq_flags() | own_flags("ap-masks")
 
 
-@of_readmes
+@each_readme
 def test_flags_in_prose_exist(path):
     known = fairseq_flags().union(*map(source_flags, SOURCES))
     known |= {flag for command in COMMANDS for flag in own_flags(command)}
