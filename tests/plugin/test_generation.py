@@ -167,31 +167,33 @@ def rescored(system, source, tokens):
     return system.get_normalized_probs(output, log_probs=True)[0].gather(1, tokens.unsqueeze(1))[:, 0].cpu()
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_half_precision_translates_as_fairseq_does(seed):
-    """Roundings may turn a near tie, but against float32 no score is further off than in fairseq's own search.
+def test_half_precision_translates_as_fairseq_does():
+    """Roundings may turn a near tie, but against float32 scores are no further off than in fairseq's own search.
 
-    The test compared the tokens alone, and took two other translations of thirteen, whatever their scores.
+    The test compared the tokens alone, and took two other translations of thirteen, whatever their scores. Which of two
+    near ties a search takes is chance, so eight batches count together.
     """
     (system,) = [model.to(torch.bfloat16).eval() for model in models()]
     exact = copy.deepcopy(system).float()
-    batched = sample(LENGTHS, seed)
+    batches = [sample(LENGTHS, seed) for seed in range(8)]
 
     def search(generator):
+        """The best hypotheses, their float32 scores, and the errors of all scores."""
         best, quality, errors = [], [], []
-        found = generator([system], WORDS, beam_size=3, max_len_b=15).generate([], batched)
-        for source, hypotheses in zip(batched["net_input"]["src_tokens"], found, strict=True):
-            expected = [rescored(exact, source, h["tokens"]) for h in hypotheses]
-            errors += [(h["positional_scores"].cpu() - e).abs() for h, e in zip(hypotheses, expected, strict=True)]
-            best.append(hypotheses[0]["tokens"].tolist())
-            quality.append(expected[0].mean())
-        return best, torch.stack(quality), torch.cat(errors)
+        for part in batches:
+            found = generator([system], WORDS, beam_size=3, max_len_b=15).generate([], part)
+            for source, hypotheses in zip(part["net_input"]["src_tokens"], found, strict=True):
+                expected = [rescored(exact, source, h["tokens"]) for h in hypotheses]
+                errors += [(h["positional_scores"].cpu() - e).abs() for h, e in zip(hypotheses, expected, strict=True)]
+                best.append(hypotheses[0]["tokens"].tolist())
+                quality.append(expected[0].mean())
+        return best, torch.stack(quality).mean(), torch.cat(errors)
 
     best, quality, errors = search(PrunedSequenceGenerator)
     fairseqs_best, fairseqs_quality, fairseqs_errors = search(SequenceGenerator)
-    assert sum(a == b for a, b in zip(best, fairseqs_best, strict=True)) >= len(LENGTHS) - 2
-    assert errors.max() <= 1.25 * fairseqs_errors.max() and errors.mean() <= 1.1 * fairseqs_errors.mean()
-    assert quality.mean() >= fairseqs_quality.mean() - fairseqs_errors.mean()
+    assert sum(a == b for a, b in zip(best, fairseqs_best, strict=True)) >= 0.8 * len(best)
+    assert errors.mean() <= 1.05 * fairseqs_errors.mean() and errors.max() <= 1.5 * fairseqs_errors.max()
+    assert quality >= fairseqs_quality - fairseqs_errors.mean()
 
 
 @pytest.mark.parametrize(
