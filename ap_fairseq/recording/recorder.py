@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -56,6 +57,7 @@ class AttentionRecorder:
 
     def __init__(self, model: nn.Module, max_positions: tuple[int, int], importance: bool = False):
         self.limit_source, self.limit_target = max_positions
+        self.importance = importance
         self.sites = list(attention_sites(model))
         self.lengths: collections.Counter[tuple[int, int]] = collections.Counter()  # of (target, source) lengths
         self._mass: dict[AttentionKind, Tensor] = {}
@@ -232,13 +234,19 @@ class AttentionRecorder:
 
     def _sum_over(self, group: dist.ProcessGroup | None) -> collections.Counter[tuple[int, int]]:
         """Add up the accumulators of all ranks in place, and return the lengths of all sentences."""
-        if group is None:
-            return self.lengths
-        gathered: list = [None] * dist.get_world_size(group)
-        dist.all_gather_object(gathered, self.lengths, group=group)
-        for total in (*self._mass.values(), *self._end_mass.values(), *self._importance.values()):
-            dist.all_reduce(total, group=group)
-        return sum(gathered, collections.Counter())
+        if group is not None:
+            for total in (*self._mass.values(), *self._end_mass.values(), *self._importance.values()):
+                dist.all_reduce(total, group=group)
+        return sum(gathered(self.lengths, group), collections.Counter())
+
+
+def gathered(value: Any, group: dist.ProcessGroup | None) -> list[Any]:
+    """Return *value* of each rank of *group*; without a group, of this process."""
+    if group is None:
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group=group)
+    return values
 
 
 def squared_removal_effect(weights: Tensor, gradient: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from fairseq import checkpoint_utils, distributed_utils, tasks, utils
-from fairseq.criterions import CRITERION_REGISTRY
+from fairseq.criterions import CRITERION_REGISTRY, FairseqCriterion
 from fairseq.data import LanguagePairDataset, data_utils, iterators
 from fairseq.logging import metrics, progress_bar
 from fairseq.models.transformer import TransformerModelBase
@@ -31,7 +31,7 @@ from ap_fairseq.compat import drop_bettertransformer_copies
 from ap_fairseq.files import ArtifactError, UserError, file_sha256, refuse_existing
 from ap_fairseq.model.checkpoints import load_parameters
 from ap_fairseq.provenance import dictionary_hashes, versions
-from ap_fairseq.recording.recorder import AttentionRecorder, sample_by_length
+from ap_fairseq.recording.recorder import AttentionRecorder, gathered, sample_by_length
 
 logger = logging.getLogger(__name__)
 
@@ -96,19 +96,9 @@ def record(cfg, job: Recording) -> AttentionStats:
         UserError: for what the user can mend. Nothing is written then.
     """
     job.require_valid()
-    cuda = torch.cuda.is_available() and not cfg.common.cpu
     model, saved_cfg, task = load_model(job)
-    if cfg.common.fp16 or cfg.common.bf16:
-        model.to(torch.float16 if cfg.common.fp16 else torch.bfloat16)
-    if cuda:
-        torch.cuda.set_device(cfg.distributed_training.device_id)
-        model.cuda()
-    if saved_cfg.criterion._name not in CRITERION_REGISTRY:
-        raise UserError(
-            f"{job.checkpoint} was trained with the criterion {saved_cfg.criterion._name!r}, which is not registered; "
-            "pass the --user-dir that registers it"
-        )
-    criterion = task.build_criterion(saved_cfg.criterion).eval()
+    cuda = _place(model, cfg)
+    criterion = _build_criterion(task, saved_cfg.criterion, job)
     dataset = load_subset(task, job)
     progress = progress_bar.progress_bar(
         _batches(cfg, job, task, model, dataset),
@@ -119,27 +109,13 @@ def record(cfg, job: Recording) -> AttentionStats:
     )
 
     started = time.monotonic()
-    totals: collections.Counter[str] = collections.Counter()
     longest = (int(dataset.src_sizes.max()), int(dataset.tgt_sizes.max()))
     limits = tuple(min(n, job.max_positions) for n in longest)
     with AttentionRecorder(model, limits, job.importance) as recorder, torch.set_grad_enabled(job.importance):
-        for step, sample in enumerate(progress):
-            progress.log({}, step=step)
-            if not sample:  # ranks with fewer batches than others are handed empty ones
-                continue
-            sample = utils.move_to_cuda(sample) if cuda else sample
-            net_input = sample["net_input"]
-            recorder.begin(net_input["src_tokens"], net_input["prev_output_tokens"], task.source_dictionary.pad())
-            loss, _, logging_output = criterion(model, sample)
-            if job.importance:
-                recorder.add_importance(loss)
-            totals.update({name: float(value) for name, value in logging_output.items()})
-
+        logged = _run(recorder, model, criterion, progress, task.source_dictionary.pad(), cuda)
     group = _group()
-    if group is not None:
-        gathered: list = [None] * dist.get_world_size(group)
-        dist.all_gather_object(gathered, totals, group=group)
-        totals = collections.Counter({name: sum(part[name] for part in gathered) for part in gathered for name in part})
+    parts = gathered(logged, group)
+    totals = collections.Counter({name: sum(part[name] for part in parts) for part in parts for name in part})
     with metrics.aggregate() as aggregate:
         task.reduce_metrics([totals], criterion)
     progress.print(aggregate.get_smoothed_values(), tag=job.subset)
@@ -158,6 +134,44 @@ def record(cfg, job: Recording) -> AttentionStats:
         stats.save(job.output, overwrite=job.overwrite)
         _report(stats, job, len(dataset), totals["ntokens"], time.monotonic() - started)
     return stats
+
+
+def _place(model: TransformerModelBase, cfg) -> bool:
+    """Convert *model* to the precision of *cfg* and move it to its device; return whether that is a GPU."""
+    cuda = torch.cuda.is_available() and not cfg.common.cpu
+    if cfg.common.fp16 or cfg.common.bf16:
+        model.to(torch.float16 if cfg.common.fp16 else torch.bfloat16)
+    if cuda:
+        torch.cuda.set_device(cfg.distributed_training.device_id)
+        model.cuda()
+    return cuda
+
+
+def _build_criterion(task: TranslationTask, cfg, job: Recording) -> FairseqCriterion:
+    """Build the criterion that the checkpoint was trained with."""
+    if cfg._name not in CRITERION_REGISTRY:
+        raise UserError(
+            f"{job.checkpoint} was trained with the criterion {cfg._name!r}, which is not registered; pass the "
+            "--user-dir that registers it"
+        )
+    return task.build_criterion(cfg).eval()
+
+
+def _run(recorder: AttentionRecorder, model, criterion, progress, pad: int, cuda: bool) -> collections.Counter[str]:
+    """Record every batch of this rank; return the sums of what the criterion logs."""
+    totals: collections.Counter[str] = collections.Counter()
+    for step, sample in enumerate(progress):
+        progress.log({}, step=step)
+        if not sample:  # ranks with fewer batches than others are handed empty ones
+            continue
+        sample = utils.move_to_cuda(sample) if cuda else sample
+        net_input = sample["net_input"]
+        recorder.begin(net_input["src_tokens"], net_input["prev_output_tokens"], pad)
+        loss, _, logging_output = criterion(model, sample)
+        if recorder.importance:
+            recorder.add_importance(loss)
+        totals.update({name: float(value) for name, value in logging_output.items()})
+    return totals
 
 
 def load_model(job: Recording) -> tuple[TransformerModelBase, Any, TranslationTask]:
