@@ -96,11 +96,7 @@ def translate(
         if system.checkpoint != loaded:
             model.load_state_dict(load_checkpoint(system.checkpoint)["model"], strict=True)
             loaded = system.checkpoint
-        model.set_masks(PruningMasks.load(system.masks), file_sha256(system.masks))
-        sites = list(attention_sites(model))
-        for site, module in sites:
-            options = {"top_k": None, "threshold": None, "log_bits": 0, **system.dynamic}
-            module.dynamic = DynamicPruning.from_options(site.kind, **options)
+        _prune(model, system)
         if search.beam:
             # Anew for each system: captured graphs hold the masks that they were captured with.
             generator = task.build_generator([model], limits, PrunedSequenceGenerator if search.on_device else None)
@@ -108,7 +104,7 @@ def translate(
             with atomic_output(system.output, overwrite=True) as temporary:
                 lines = "".join(f"{texts[index]}\n" for index in range(len(task.dataset(subset))))
                 Path(temporary).write_text(lines, encoding="utf-8")
-        decoded = _measured(sites) if search.beam else {}  # without the validation data, which come now
+        decoded = _dynamic_sparsity(model) if search.beam else {}  # without the validation data, which come now
         document = {
             "valid_nll": _nll(model, task, validation_batches, device),
             "checkpoint_sha256": file_sha256(system.checkpoint),
@@ -119,8 +115,16 @@ def translate(
             "seconds": round(time.monotonic() - started, 1),
         }
         if system.dynamic:
-            document["dynamic"] = {**system.dynamic, "sparsity": decoded or _measured(sites)}
+            document["dynamic"] = {**system.dynamic, "sparsity": decoded or _dynamic_sparsity(model)}
         write_json(Path(system.output).with_suffix(".json"), document, overwrite=True)
+
+
+def _prune(model, system: Translation) -> None:
+    """Give *model* the masks and the dynamic pruning of *system*."""
+    model.set_masks(PruningMasks.load(system.masks), file_sha256(system.masks))
+    for site, module in attention_sites(model):
+        options = {"top_k": None, "threshold": None, "log_bits": 0, **system.dynamic}
+        module.dynamic = DynamicPruning.from_options(site.kind, **options)
 
 
 def _batches(model, task, subset: str, max_tokens: int):
@@ -182,10 +186,10 @@ def _hypotheses(model, task, batches, generator, device, remove_bpe):
             yield index, text
 
 
-def _measured(sites) -> dict[str, dict[str, float]]:
-    """Effective sparsity of dynamic pruning per kind and in all, over the pairs that were computed so far."""
+def _dynamic_sparsity(model) -> dict[str, dict[str, float]]:
+    """Return the effective sparsity of dynamic pruning per kind and over all, of the pairs computed so far."""
     pairs: dict[str, list[int]] = {}
-    for site, module in sites:
+    for site, module in attention_sites(model):
         if module.dynamic is not None:
             for name in (site.kind.value, "total"):
                 total = pairs.setdefault(name, [0, 0])
