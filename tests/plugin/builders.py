@@ -17,16 +17,16 @@ from ap_fairseq.sites import AttentionKind
 
 
 def dictionary(n_words: int = 20) -> Dictionary:
-    words = Dictionary()
+    vocab = Dictionary()
     for k in range(n_words):
-        words.add_symbol(f"w{k}")
-    return words
+        vocab.add_symbol(f"w{k}")
+    return vocab
 
 
-def task(words: Dictionary):
+def task(vocab: Dictionary):
     """The part of a translation task that building a model reads."""
     cfg = argparse.Namespace(left_pad_target=False)
-    return argparse.Namespace(cfg=cfg, source_dictionary=words, target_dictionary=words)
+    return argparse.Namespace(cfg=cfg, source_dictionary=vocab, target_dictionary=vocab)
 
 
 SIZES = dict(
@@ -44,21 +44,21 @@ SIZES = dict(
 )
 
 
-def pruned_model(masks: PruningMasks | None = None, words: Dictionary | None = None, **options):
+def pruned_model(masks: PruningMasks | None = None, vocab: Dictionary | None = None, **options):
     """An untrained pruned transformer in eval mode."""
     torch.manual_seed(3)
     cfg = PrunedTransformerConfig(**{**SIZES, **options})
-    model = PrunedTransformerModel.build_model(cfg, task(words or dictionary()))
+    model = PrunedTransformerModel.build_model(cfg, task(vocab or dictionary()))
     if masks is not None:
         model.set_masks(masks)
     return model.eval()
 
 
-def dense_model(words: Dictionary | None = None, **options):
+def dense_model(vocab: Dictionary | None = None, **options):
     """fairseq's own transformer with the same sizes and the same seed."""
     torch.manual_seed(3)
     cfg = TransformerConfig.from_namespace(argparse.Namespace(**{**SIZES, **options}))
-    return TransformerModelBase.build_model(cfg, task(words or dictionary())).eval()
+    return TransformerModelBase.build_model(cfg, task(vocab or dictionary())).eval()
 
 
 def random_stats(
@@ -82,12 +82,12 @@ def random_masks(sparsity: float, seed: int = 0, kinds=tuple(AttentionKind), **s
     return build_masks(random_stats(**shape), spec).masks
 
 
-def batch(lengths, words: Dictionary, left: bool, seed: int = 0) -> torch.Tensor:
+def batch(lengths, vocab: Dictionary, left: bool, seed: int = 0) -> torch.Tensor:
     """Random token rows ending in EOS, padded on one side: int64 (B, T)."""
     draw = torch.Generator().manual_seed(seed)
-    rows = torch.full((len(lengths), max(lengths)), words.pad())
+    rows = torch.full((len(lengths), max(lengths)), vocab.pad())
     for row, length in zip(rows, lengths, strict=True):
-        tokens = torch.randint(words.nspecial, len(words), (length,), generator=draw)
-        tokens[-1] = words.eos()
+        tokens = torch.randint(vocab.nspecial, len(vocab), (length,), generator=draw)
+        tokens[-1] = vocab.eos()
         row[len(row) - length if left else 0 :][:length] = tokens
     return rows

@@ -16,8 +16,8 @@ from ap_fairseq.model.layers import left_padding, rotate_left
 from ap_fairseq.provenance import dictionary_sha256
 from ap_fairseq.sites import AttentionKind, attention_sites
 
-WORDS = dictionary()
-PAD, EOS = WORDS.pad(), WORDS.eos()
+VOCAB = dictionary()
+PAD, EOS = VOCAB.pad(), VOCAB.eos()
 KINDS = tuple(AttentionKind)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -36,7 +36,7 @@ def guarantee_only() -> PruningMasks:
 
 
 def targets(lengths, seed=2):
-    rows = batch(lengths, WORDS, left=False, seed=seed)
+    rows = batch(lengths, VOCAB, left=False, seed=seed)
     rows[:, 0] = EOS
     return rows
 
@@ -68,7 +68,7 @@ def naive(module, query, key, padding=None):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("need_weights", [False, True])
 def test_full_forward_equals_a_loop_over_kept_cells(kind, need_weights):
-    module = dict(attention_sites(pruned_model(random_masks(0.6), WORDS)))[kind, 1]
+    module = dict(attention_sites(pruned_model(random_masks(0.6), VOCAB)))[kind, 1]
     query = torch.randn(7, 2, 16, generator=torch.Generator().manual_seed(0))
     key = torch.randn(9, 2, 16, generator=torch.Generator().manual_seed(1)) if kind is AttentionKind.CROSS else query
     causal = torch.full((7, 7), float("-inf")).triu(1) if kind.causal else None
@@ -83,10 +83,10 @@ def test_full_forward_equals_a_loop_over_kept_cells(kind, need_weights):
 
 def test_an_all_ones_mask_is_stock_fairseq():
     """Same seed, same parameters, same outputs as fairseq's own model; padding on the left as fairseq does."""
-    stock, ours = dense_model(WORDS), pruned_model(random_masks(0.0), WORDS)
+    stock, ours = dense_model(VOCAB), pruned_model(random_masks(0.0), VOCAB)
     for (name, a), (other, b) in zip(stock.named_parameters(), ours.named_parameters(), strict=True):
         assert name == other and torch.equal(a, b)
-    source, target = batch([5, 2, 7], WORDS, left=True), targets([4, 6, 3])
+    source, target = batch([5, 2, 7], VOCAB, left=True), targets([4, 6, 3])
     real = target.ne(PAD)
     torch.testing.assert_close(
         translate(ours, source, target)[real], translate(stock, source, target)[real], atol=1e-5, rtol=1e-5
@@ -94,17 +94,17 @@ def test_an_all_ones_mask_is_stock_fairseq():
 
 
 def test_left_and_right_padding_of_the_source_are_the_same():
-    model = pruned_model(random_masks(0.7), WORDS)
+    model = pruned_model(random_masks(0.7), VOCAB)
     lengths, target = [5, 2, 7], targets([4, 6, 3])
-    left, right = (translate(model, batch(lengths, WORDS, left=side), target) for side in (True, False))
+    left, right = (translate(model, batch(lengths, VOCAB, left=side), target) for side in (True, False))
     real = target.ne(PAD)
     torch.testing.assert_close(left[real], right[real])
 
 
 def test_a_sentence_translates_alone_as_in_a_batch():
     """The authors' masks were indexed by padded columns, so results depended on the neighbours in the batch."""
-    model = pruned_model(random_masks(0.7), WORDS)
-    source, target = batch([5, 2, 7], WORDS, left=True), targets([4, 6, 3])
+    model = pruned_model(random_masks(0.7), VOCAB)
+    source, target = batch([5, 2, 7], VOCAB, left=True), targets([4, 6, 3])
     together = translate(model, source, target)
     for k, (s, t) in enumerate(zip([5, 2, 7], [4, 6, 3], strict=True)):
         alone = translate(model, source[k : k + 1, -s:], target[k : k + 1, :t])
@@ -114,8 +114,8 @@ def test_a_sentence_translates_alone_as_in_a_batch():
 @pytest.mark.parametrize("kind", KINDS)
 def test_incremental_decoding_equals_teacher_forcing(kind):
     """The authors' code read mask row source length + 1 in every step, so BLEU was that of another mask."""
-    model = pruned_model(random_masks(0.7, kinds=(kind,), longest=(12, 12)), WORDS)
-    source, target = batch([5, 2, 7], WORDS, left=True), targets([8, 8, 8])
+    model = pruned_model(random_masks(0.7, kinds=(kind,), longest=(12, 12)), VOCAB)
+    source, target = batch([5, 2, 7], VOCAB, left=True), targets([8, 8, 8])
     full = translate(model, source, target)
     encoder_out, state = model.encoder(source), {}
     for step in range(target.size(1)):
@@ -126,8 +126,8 @@ def test_incremental_decoding_equals_teacher_forcing(kind):
 
 def test_reordered_beams_and_finished_sentences_keep_their_own_rows():
     """BeamSearchState swap parents at step 3; at step 5 a sentence leaves the batch."""
-    model = pruned_model(random_masks(0.7, longest=(12, 12)), WORDS)
-    source, beams = batch([5, 2, 7], WORDS, left=True), 2
+    model = pruned_model(random_masks(0.7, longest=(12, 12)), VOCAB)
+    source, beams = batch([5, 2, 7], VOCAB, left=True), 2
     source = source.repeat_interleave(beams, 0)
     prefixes, tokens = targets([8] * 6, seed=4), targets([8] * 6, seed=5)
     tokens[:, :3] = prefixes[:, :3]
@@ -148,13 +148,13 @@ def test_reordered_beams_and_finished_sentences_keep_their_own_rows():
 
 def test_alignments_come_back_in_the_callers_columns():
     """Column j of the weights must be column j of the source as it was passed in, left padding included."""
-    model = pruned_model(random_masks(0.7), WORDS)
+    model = pruned_model(random_masks(0.7), VOCAB)
     lengths, target = [5, 2, 7], targets([4, 4, 4])
-    assert model(batch(lengths, WORDS, left=True), None, target)[1]["attn"] == [None]  # nobody reads them in validation
+    assert model(batch(lengths, VOCAB, left=True), None, target)[1]["attn"] == [None]  # nobody reads them in validation
     model.decoder.alignment_needed = True
     weights = {}
     for left in (True, False):
-        source = batch(lengths, WORDS, left=left)
+        source = batch(lengths, VOCAB, left=left)
         with torch.no_grad():
             weights[left] = model(source, None, target)[1]["attn"][0]
         assert (weights[left].transpose(1, 2)[source.eq(PAD)] == 0).all()
@@ -165,8 +165,8 @@ def test_alignments_come_back_in_the_callers_columns():
 
 def test_a_mask_of_nothing_but_the_guarantee_trains():
     """Every row has one visible key; padded rows see nothing real. Loss and all gradients must be finite."""
-    model = pruned_model(guarantee_only(), WORDS).train()
-    source, target = batch([5, 1, 7], WORDS, left=True), targets([4, 1, 3])
+    model = pruned_model(guarantee_only(), VOCAB).train()
+    source, target = batch([5, 1, 7], VOCAB, left=True), targets([4, 1, 3])
     logits = model(source, source.ne(PAD).sum(1), target)[0]
     logits[target.ne(PAD)].log_softmax(-1).mean().backward()
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
@@ -174,7 +174,7 @@ def test_a_mask_of_nothing_but_the_guarantee_trains():
 
 
 def test_padded_queries_are_written_as_zero():
-    module = dict(attention_sites(pruned_model(random_masks(0.5), WORDS)))[AttentionKind.ENCODER_SELF, 0]
+    module = dict(attention_sites(pruned_model(random_masks(0.5), VOCAB)))[AttentionKind.ENCODER_SELF, 0]
     padding = torch.tensor([[False] * 3 + [True] * 2])
     x = torch.randn(5, 1, 16)
     with torch.no_grad():
@@ -189,7 +189,7 @@ def test_positions_beyond_the_range_follow_the_stored_pattern(n):
     draw = np.random.default_rng(0)
     for kind in KINDS:
         masks.extrapolation[kind] = draw.random(masks.extrapolation[kind].shape) < 0.3
-    for (kind, layer), module in attention_sites(pruned_model(masks, WORDS)):
+    for (kind, layer), module in attention_sites(pruned_model(masks, VOCAB)):
         keep = module.keep_mask(n, n).numpy()
         for h in range(2):
             np.testing.assert_array_equal(keep[h, :12, :12], masks.keep[kind][layer, h])
@@ -216,9 +216,9 @@ def test_masks_beyond_the_range_are_built_once_for_either_side(monkeypatch):
 
 def test_a_model_without_masks_refuses_to_run():
     """A missing mask must never be a silent dense run (the authors' code trained dense when the file was missing)."""
-    model = pruned_model(None, WORDS)
+    model = pruned_model(None, VOCAB)
     with pytest.raises(ArtifactError, match="no masks for its encoder_self attention: start training with"):
-        translate(model, batch([3], WORDS, False), targets([3]))
+        translate(model, batch([3], VOCAB, False), targets([3]))
 
 
 @pytest.mark.parametrize(
@@ -231,7 +231,7 @@ def test_a_model_without_masks_refuses_to_run():
 )
 def test_unsupported_options_are_refused_when_the_model_is_built(options, message):
     with pytest.raises(UserError, match=message):
-        pruned_model(None, WORDS, **options)
+        pruned_model(None, VOCAB, **options)
 
 
 @pytest.mark.parametrize("option", ["add_bias_kv", "add_zero_attn"])
@@ -241,25 +241,25 @@ def test_extra_keys_are_refused(option):
 
 
 def test_full_context_decoding_is_refused():
-    model = pruned_model(random_masks(0.5), WORDS)
+    model = pruned_model(random_masks(0.5), VOCAB)
     with pytest.raises(ValueError, match="decoder_self attention needs an attn_mask"):
-        model.decoder(targets([3]), encoder_out=model.encoder(batch([3], WORDS, False)), full_context_alignment=True)
+        model.decoder(targets([3]), encoder_out=model.encoder(batch([3], VOCAB, False)), full_context_alignment=True)
 
 
 def test_rotation_moves_padding_between_the_sides():
-    left = batch([5, 2, 7], WORDS, left=True)
+    left = batch([5, 2, 7], VOCAB, left=True)
     shift = left_padding(left, PAD)
     assert shift.tolist() == [2, 5, 0]
     right = rotate_left(left, shift)
-    torch.testing.assert_close(right, batch([5, 2, 7], WORDS, left=False))
+    torch.testing.assert_close(right, batch([5, 2, 7], VOCAB, left=False))
     torch.testing.assert_close(rotate_left(right, -shift), left)
 
 
 def test_activation_checkpointing_gives_the_same_gradients():
-    source, target = batch([5, 2, 7], WORDS, left=True), targets([4, 6, 3])
+    source, target = batch([5, 2, 7], VOCAB, left=True), targets([4, 6, 3])
     gradients = []
     for checkpoint in (False, True):
-        model = pruned_model(random_masks(0.5), WORDS, checkpoint_activations=checkpoint).train()
+        model = pruned_model(random_masks(0.5), VOCAB, checkpoint_activations=checkpoint).train()
         model(source, source.ne(PAD).sum(1), target)[0][target.ne(PAD)].log_softmax(-1).mean().backward()
         gradients.append([p.grad for p in model.parameters()])
     for a, b in zip(*gradients, strict=True):
@@ -268,40 +268,40 @@ def test_activation_checkpointing_gives_the_same_gradients():
 
 def test_masks_for_another_model_or_dictionary_stop_the_build(tmp_path):
     masks = random_masks(0.5)
-    sha = dictionary_sha256(WORDS)
+    sha = dictionary_sha256(VOCAB)
     masks.metadata["dictionaries"] = {"source": sha, "target": sha}
     path = tmp_path / "m.safetensors"
     masks.save(path)
-    assert pruned_model(None, WORDS, attention_masks=str(path)).masks_provenance() is not None
+    assert pruned_model(None, VOCAB, attention_masks=str(path)).masks_provenance() is not None
     with pytest.raises(ArtifactError, match="encoder_self 2 layers x 2 heads.*the model has encoder_self 3 layers x 2"):
-        pruned_model(None, WORDS, attention_masks=str(path), encoder_layers=3)
+        pruned_model(None, VOCAB, attention_masks=str(path), encoder_layers=3)
     with pytest.raises(ArtifactError, match="belong to a source dictionary with SHA-256"):
         pruned_model(None, dictionary(21), attention_masks=str(path))
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(ArtifactError, match="m.safetensors cannot be read as a safetensors file"):
-        pruned_model(None, WORDS, attention_masks=str(path))
+        pruned_model(None, VOCAB, attention_masks=str(path))
 
 
 def test_an_explicit_file_outlives_a_loaded_checkpoint_and_a_dense_one_gets_it():
-    explicit, other = pruned_model(random_masks(0.3, seed=1), WORDS), pruned_model(random_masks(0.6, seed=2), WORDS)
+    explicit, other = pruned_model(random_masks(0.3, seed=1), VOCAB), pruned_model(random_masks(0.6, seed=2), VOCAB)
     expected = explicit.masks_sha256()
     explicit.load_state_dict(other.state_dict())
     assert explicit.masks_sha256() == expected != other.masks_sha256()
-    explicit.load_state_dict(dense_model(WORDS).state_dict())
+    explicit.load_state_dict(dense_model(VOCAB).state_dict())
     assert explicit.masks_sha256() == expected
-    fresh = pruned_model(None, WORDS)
+    fresh = pruned_model(None, VOCAB)
     fresh.load_state_dict(other.state_dict())
     assert fresh.masks_sha256() == other.masks_sha256()
 
 
 def test_masks_mixed_by_averaging_are_refused():
     """fairseq's averaging script adds integer buffers and floor-divides; different masks give words of neither."""
-    one, two = (pruned_model(random_masks(0.5, seed=seed), WORDS).state_dict() for seed in (1, 2))
+    one, two = (pruned_model(random_masks(0.5, seed=seed), VOCAB).state_dict() for seed in (1, 2))
     same = {k: torch.div(v + v, 2, rounding_mode="floor") if not v.is_floating_point() else v for k, v in one.items()}
-    pruned_model(None, WORDS).load_state_dict(same)
+    pruned_model(None, VOCAB).load_state_dict(same)
     mixed = {k: (v + two[k]) // 2 if "words" in k else v for k, v in one.items()}
     with pytest.raises(ArtifactError, match="an average of checkpoints with different masks"):
-        pruned_model(None, WORDS).load_state_dict(mixed)
+        pruned_model(None, VOCAB).load_state_dict(mixed)
 
 
 WIDE = dict(encoder_embed_dim=32, decoder_embed_dim=32, decoder_input_dim=32, decoder_output_dim=32)
@@ -311,10 +311,10 @@ WIDE = dict(encoder_embed_dim=32, decoder_embed_dim=32, decoder_input_dim=32, de
 def test_kernels_and_sdpa_agree_in_outputs_and_gradients(lengths):
     """Sentences and the tile lists; padded on the left as fairseq does; beyond the range of the masks."""
     masks = random_masks(0.6, longest=(20, 22))
-    source, target = batch(lengths[0], WORDS, left=True).to(DEVICE), targets(lengths[1]).to(DEVICE)
+    source, target = batch(lengths[0], VOCAB, left=True).to(DEVICE), targets(lengths[1]).to(DEVICE)
     results = []
     for backend in ("sdpa", "triton"):
-        model = pruned_model(masks, WORDS, attention_backend=backend, **WIDE).to(DEVICE).train()
+        model = pruned_model(masks, VOCAB, attention_backend=backend, **WIDE).to(DEVICE).train()
         logits = model(source, source.ne(PAD).sum(1), target)[0]
         logits[target.ne(PAD)].log_softmax(-1)[:, 5].mean().backward()
         results.append((logits[target.ne(PAD)], {name: p.grad for name, p in model.named_parameters()}))
@@ -333,7 +333,7 @@ def test_a_checkpoint_of_version_0_1_that_names_the_back_end_eager_loads_as_sdpa
 
 
 def test_reading_weights_does_not_change_the_output_of_the_kernels():
-    model = pruned_model(random_masks(0.6), WORDS, attention_backend="triton", **WIDE).to(DEVICE)
+    model = pruned_model(random_masks(0.6), VOCAB, attention_backend="triton", **WIDE).to(DEVICE)
     module = dict(attention_sites(model))[AttentionKind.CROSS, 0]
     query, key = torch.randn(4, 2, 32, device=DEVICE), torch.randn(9, 2, 32, device=DEVICE)
     with torch.no_grad():
@@ -344,13 +344,13 @@ def test_reading_weights_does_not_change_the_output_of_the_kernels():
 
 def test_kernels_asked_for_by_name_are_used_or_refused():
     with pytest.raises(UserError, match=r"heads of 16 / 2 = 8 elements.*16, 32, 64, 96, 128"):
-        pruned_model(None, WORDS, attention_backend="triton")
-    model = pruned_model(random_masks(0.6), WORDS, attention_backend="triton", **WIDE).double().to(DEVICE)
+        pruned_model(None, VOCAB, attention_backend="triton")
+    model = pruned_model(random_masks(0.6), VOCAB, attention_backend="triton", **WIDE).double().to(DEVICE)
     with pytest.raises(ValueError, match=r"'triton' cannot run on dtype torch.float64"):
-        translate(model, batch([5], WORDS, left=True).to(DEVICE), targets([4]).to(DEVICE))
-    model = pruned_model(random_masks(0.6), WORDS, attention_backend="triton", attention_dropout=0.1, **WIDE).to(DEVICE)
+        translate(model, batch([5], VOCAB, left=True).to(DEVICE), targets([4]).to(DEVICE))
+    model = pruned_model(random_masks(0.6), VOCAB, attention_backend="triton", attention_dropout=0.1, **WIDE).to(DEVICE)
     for _, module in attention_sites(model):
         module.dropout_module.apply_during_inference = True
-    encoder_out = model.encoder(batch([5], WORDS, left=True).to(DEVICE))
+    encoder_out = model.encoder(batch([5], VOCAB, left=True).to(DEVICE))
     with pytest.raises(UserError, match="dropout 0.1 while decoding.*use auto or sdpa"):
         model.decoder(targets([1]).to(DEVICE), encoder_out=encoder_out, incremental_state={})

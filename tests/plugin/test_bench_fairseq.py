@@ -9,7 +9,7 @@ import torch
 from plugin.builders import batch, dense_model, dictionary
 from plugin.commands import ROOT, run
 
-WORDS = dictionary()
+VOCAB = dictionary()
 
 
 def test_systems_translate_and_train_on_a_cpu(data_bin, tmp_path):
@@ -39,8 +39,8 @@ def test_sdpa_everywhere_computes_what_stock_computes(monkeypatch):
         "scaled_dot_product_attention",
         lambda *args, **options: calls.append(1) or real(*args, **options),
     )
-    source, target = batch([5, 2, 7], WORDS, left=True), batch([4, 6, 3], WORDS, left=False, seed=1)
-    model = dense_model(WORDS).train()
+    source, target = batch([5, 2, 7], VOCAB, left=True), batch([4, 6, 3], VOCAB, left=False, seed=1)
+    model = dense_model(VOCAB).train()
     stock = model(source, None, target)[0]
     assert len(calls) == 4
     bench.use_sdpa(model)

@@ -20,8 +20,8 @@ from ap_fairseq.model.config import PrunedTransformerConfig
 from ap_fairseq.model.transformer import PrunedTransformerModel
 from ap_fairseq.sites import architecture
 
-WORDS = dictionary()
-PAD = WORDS.pad()
+VOCAB = dictionary()
+PAD = VOCAB.pad()
 TRANSFORMERS = [
     name
     for name, model in ARCH_MODEL_REGISTRY.items()
@@ -86,10 +86,10 @@ def all_ones(model) -> PruningMasks:
 
 
 def sentences(left: bool) -> dict:
-    source = batch([5, 3, 7], WORDS, left, 1)
-    target = batch([4, 6, 2], WORDS, False, 2)
+    source = batch([5, 3, 7], VOCAB, left, 1)
+    target = batch([4, 6, 2], VOCAB, False, 2)
     previous = target.roll(1, 1)
-    previous[:, 0] = WORDS.eos()
+    previous[:, 0] = VOCAB.eos()
     previous[target.eq(PAD)] = PAD
     inputs = {"src_tokens": source, "src_lengths": source.ne(PAD).sum(1), "prev_output_tokens": previous}
     first = source.ne(PAD).long().argmax(1)  # column of token 0
@@ -107,7 +107,7 @@ def sentences(left: bool) -> dict:
 @pytest.mark.parametrize(("layer", "heads"), [(None, None), (0, 1)])
 def test_guided_alignment_trains_as_stock_does(left, layer, heads):
     """label_smoothed_cross_entropy_with_alignment ended in "'NoneType' object has no attribute 'shape'" here."""
-    its_task = task(WORDS)
+    its_task = task(VOCAB)
     stored = argparse.Namespace(**SIZES, alignment_layer=1 if layer is None else layer, alignment_heads=heads)
     torch.manual_seed(3)
     stock = TransformerAlignModel.build_model(copy.deepcopy(stored), its_task)
@@ -117,7 +117,7 @@ def test_guided_alignment_trains_as_stock_does(left, layer, heads):
     ours = PrunedTransformerModel.build_model(stored, its_task)  # a Namespace without the fields of this plugin
     ours.load_state_dict(stock.state_dict())
     ours.set_masks(all_ones(ours))
-    criterion_task = argparse.Namespace(target_dictionary=WORDS, source_dictionary=WORDS)
+    criterion_task = argparse.Namespace(target_dictionary=VOCAB, source_dictionary=VOCAB)
     criterion = LabelSmoothedCrossEntropyCriterionWithAlignment(criterion_task, True, 0.1, 0.5)
     sample = sentences(left)
     found = {}
@@ -135,7 +135,7 @@ def test_guided_alignment_trains_as_stock_does(left, layer, heads):
 
 def test_links_to_pruned_cells_add_no_gradient():
     """The logarithm of their probability, 0, would be -inf and its gradient NaN."""
-    its_task = task(WORDS)
+    its_task = task(VOCAB)
     its_task.cfg.load_alignments = True
     model = PrunedTransformerModel.build_model(PrunedTransformerConfig(**SIZES), its_task)
     model.set_masks(random_masks(0.9, longest=(7, 8)))
@@ -148,10 +148,10 @@ def test_links_to_pruned_cells_add_no_gradient():
 
 def test_alignments_of_a_converted_model_are_those_of_its_layer_and_heads():
     stored = argparse.Namespace(**SIZES, alignment_layer=0, alignment_heads=1)
-    stock = TransformerAlignModel.build_model(copy.deepcopy(stored), task(WORDS)).eval()
+    stock = TransformerAlignModel.build_model(copy.deepcopy(stored), task(VOCAB)).eval()
     options = pruned_options("transformer_align", TransformerAlignModel, stored)
     options.pop("_name")
-    ours = PrunedTransformerModel.build_model(PrunedTransformerConfig(**options), task(WORDS)).eval()
+    ours = PrunedTransformerModel.build_model(PrunedTransformerConfig(**options), task(VOCAB)).eval()
     ours.load_state_dict(stock.state_dict())
     ours.set_masks(all_ones(ours))
     inputs = sentences(left=True)["net_input"]

@@ -18,7 +18,7 @@ from ap_fairseq.search.generator import PrunedSequenceGenerator
 from ap_fairseq.sites import AttentionKind, attention_sites
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-WORDS = dictionary(30)
+VOCAB = dictionary(30)
 STEPS, SOURCE = 48, 12
 SIZES = dict(
     encoder_embed_dim=32, decoder_embed_dim=32, decoder_input_dim=32, decoder_output_dim=32, max_target_positions=STEPS
@@ -47,13 +47,13 @@ def masks(window: int | None) -> PruningMasks:
 
 
 def model(pruning_masks: PruningMasks, **options):
-    made = pruned_model(pruning_masks, WORDS, **SIZES, **options)
+    made = pruned_model(pruning_masks, VOCAB, **SIZES, **options)
     made.decoder.output_projection.weight.data.mul_(3)
     return made.to(DEVICE)
 
 
 def sample(lengths):
-    source = batch(lengths, WORDS, left=True).to(DEVICE)
+    source = batch(lengths, VOCAB, left=True).to(DEVICE)
     return {"net_input": {"src_tokens": source, "src_lengths": torch.tensor(lengths, device=DEVICE)}}
 
 
@@ -86,11 +86,11 @@ def test_pruned_caches_give_the_results_of_caches_that_keep_all(generator, backe
     system = model(make(), attention_backend=backend)
     lengths = [5, 12, 1, 9, 3] if backend == "sdpa" or DEVICE == "cuda" else [5, 2]  # the interpreter is slow
     options = OPTIONS if len(lengths) > 2 else dict(beam_size=2, max_len_b=12, min_len=10)
-    ours = generator([system], WORDS, **options).generate([], sample(lengths))
+    ours = generator([system], VOCAB, **options).generate([], sample(lengths))
     assert caches
     for _, module in attention_sites(system):
         module.max_steps = None
-    assert_same(ours, SequenceGenerator([system], WORDS, **options).generate([], sample(lengths)))
+    assert_same(ours, SequenceGenerator([system], VOCAB, **options).generate([], sample(lengths)))
     assert all(torch.isfinite(scores).all() for hypotheses in plain(ours) for _, _, scores in hypotheses)
 
 
@@ -98,7 +98,7 @@ def test_pruned_caches_give_the_results_of_caches_that_keep_all(generator, backe
 def test_memory_is_bounded_under_a_window_and_grows_when_all_is_kept(generator, caches):
     def largest(pruning_masks):
         caches.clear()
-        generator([model(pruning_masks)], WORDS, **OPTIONS).generate([], sample([5, 12, 3, 9]))
+        generator([model(pruning_masks)], VOCAB, **OPTIONS).generate([], sample([5, 12, 3, 9]))
         return max(caches)
 
     heads, hypotheses, window = 2, 4 * 3, 4
@@ -158,7 +158,7 @@ def test_a_search_of_few_steps_keeps_only_the_source_columns_of_their_mask_rows(
         CrossAttentionCache, "from_encoder_output", lambda *args: stored.append(args[1].sum().item()) or real(*args)
     )
     for max_len, columns in ((10, 1), (20, SOURCE)):
-        search = PrunedSequenceGenerator([system], WORDS, beam_size=2, max_len_b=max_len, no_repeat_ngram_size=5)
+        search = PrunedSequenceGenerator([system], VOCAB, beam_size=2, max_len_b=max_len, no_repeat_ngram_size=5)
         search.generate([], sample([SOURCE, 3]))
         assert stored == [2 * columns] * 2  # of two heads, in two layers
         stored.clear()

@@ -10,7 +10,7 @@ from ap_fairseq.model.dynamic import DynamicPruning, top_k_for
 from ap_fairseq.recording.recorder import support_of
 from ap_fairseq.sites import AttentionKind, attention_sites, per_kind
 
-WORDS = dictionary()
+VOCAB = dictionary()
 
 
 def scores(seed=0, masked=0.3):
@@ -84,7 +84,7 @@ def test_top_k_of_a_budget_counts_the_pairs_of_each_query():
 
 
 def test_options_reach_the_kinds_they_name():
-    model = pruned_model(random_masks(0.0), WORDS, attention_top_k="encoder_self=2,cross=3")
+    model = pruned_model(random_masks(0.0), VOCAB, attention_top_k="encoder_self=2,cross=3")
     found = {site.kind: module.dynamic for site, module in attention_sites(model)}
     assert found[AttentionKind.ENCODER_SELF].top_k == 2 and found[AttentionKind.CROSS].top_k == 3
     assert found[AttentionKind.DECODER_SELF] is None
@@ -93,13 +93,13 @@ def test_options_reach_the_kinds_they_name():
 def test_a_model_translates_with_top_k_as_teacher_forcing_says():
     """Step by step = all at once, and large k = no pruning."""
     masks = random_masks(0.3)
-    source = batch([9, 6, 4], WORDS, left=True)
-    target = batch([7, 7, 7], WORDS, left=False, seed=1)
+    source = batch([9, 6, 4], VOCAB, left=True)
+    target = batch([7, 7, 7], VOCAB, left=False, seed=1)
     outputs = {}
     for k in (None, "2", "50"):
-        model = pruned_model(masks, WORDS, attention_top_k=k)
+        model = pruned_model(masks, VOCAB, attention_top_k=k)
         with torch.no_grad():
-            encoded = model.encoder(source, source.ne(WORDS.pad()).sum(1))
+            encoded = model.encoder(source, source.ne(VOCAB.pad()).sum(1))
             outputs[k] = model.decoder(target, encoder_out=encoded)[0]
             state = {}
             steps = [
@@ -123,7 +123,7 @@ def test_a_model_translates_with_top_k_as_teacher_forcing_says():
 )
 def test_bad_options_name_the_fault(options, message):
     with pytest.raises(UserError, match=message):
-        pruned_model(random_masks(0.0), WORDS, **options)
+        pruned_model(random_masks(0.0), VOCAB, **options)
 
 
 def test_numbers_per_kind():

@@ -18,7 +18,7 @@ from ap_fairseq.search import generator, static_decoder
 from ap_fairseq.search.generator import PrunedSequenceGenerator
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-WORDS = dictionary(30)
+VOCAB = dictionary(30)
 SIZES = dict(encoder_embed_dim=32, decoder_embed_dim=32, decoder_input_dim=32, decoder_output_dim=32)
 
 
@@ -32,7 +32,7 @@ def _also_without_kernels(monkeypatch):
 def models(n: int = 1, sparsity: float = 0.6, **options):
     made = []
     for seed in range(n):
-        model = pruned_model(random_masks(sparsity, seed=seed, longest=(30, 12)), WORDS, **SIZES, **options)
+        model = pruned_model(random_masks(sparsity, seed=seed, longest=(30, 12)), VOCAB, **SIZES, **options)
         for parameter in model.parameters():  # untrained models end nowhere or at once; livelier ones end everywhere
             parameter.data.mul_(1 + seed / 10)
         model.decoder.output_projection.weight.data.mul_(3)
@@ -41,7 +41,7 @@ def models(n: int = 1, sparsity: float = 0.6, **options):
 
 
 def sample(lengths, seed: int = 0):
-    source = batch(lengths, WORDS, left=True, seed=seed).to(DEVICE)
+    source = batch(lengths, VOCAB, left=True, seed=seed).to(DEVICE)
     return {"net_input": {"src_tokens": source, "src_lengths": torch.tensor(lengths, device=DEVICE)}}
 
 
@@ -63,9 +63,9 @@ def test_hypotheses_and_scores_are_those_of_fairseq(options, backend):
     options = {"max_len_b": 20, **options}
     systems = models(attention_backend=backend)
     lengths = LENGTHS if backend == "sdpa" or DEVICE == "cuda" else LENGTHS[:4]  # the interpreter is slow
-    generator = PrunedSequenceGenerator(systems, WORDS, **options)
+    generator = PrunedSequenceGenerator(systems, VOCAB, **options)
     for seed in (0, 1):  # the second batch finds the buffers of the first
-        expected = SequenceGenerator(systems, WORDS, **options).generate([], sample(lengths, seed))
+        expected = SequenceGenerator(systems, VOCAB, **options).generate([], sample(lengths, seed))
         assert_same(generator.generate([], sample(lengths, seed)), expected)
 
 
@@ -73,31 +73,31 @@ def test_hypotheses_and_scores_are_those_of_fairseq(options, backend):
 @pytest.mark.parametrize("options", [dict(max_len_b=15, min_len=-1), dict(max_len_b=5, min_len=5)])
 def test_an_ensemble_is_averaged_as_in_fairseq(backend, lengths, options):
     systems, options = models(3, attention_backend=backend), dict(beam_size=3, max_len_a=0, **options)
-    expected = SequenceGenerator(systems, WORDS, **options).generate([], sample(lengths))
-    assert_same(PrunedSequenceGenerator(systems, WORDS, **options).generate([], sample(lengths)), expected)
+    expected = SequenceGenerator(systems, VOCAB, **options).generate([], sample(lengths))
+    assert_same(PrunedSequenceGenerator(systems, VOCAB, **options).generate([], sample(lengths)), expected)
 
 
 def test_beams_wider_than_the_kernels_take_are_chosen_from_by_torch(monkeypatch):
     monkeypatch.setattr("triton_ops.beam_state.MAX_KERNEL_BEAM", 2)
     monkeypatch.setattr("triton_ops.beam_search.choose", None)
     systems = models(attention_backend="triton")
-    expected = SequenceGenerator(systems, WORDS, beam_size=3, max_len_b=5).generate([], sample([3, 4]))
-    generator = PrunedSequenceGenerator(systems, WORDS, beam_size=3, max_len_b=5)
+    expected = SequenceGenerator(systems, VOCAB, beam_size=3, max_len_b=5).generate([], sample([3, 4]))
+    generator = PrunedSequenceGenerator(systems, VOCAB, beam_size=3, max_len_b=5)
     assert_same(generator.generate([], sample([3, 4])), expected)
 
 
 def test_a_decoder_without_cross_attention_is_searched_as_in_fairseq():
     systems = models(no_cross_attention=True)
-    expected = SequenceGenerator(systems, WORDS, beam_size=3, max_len_b=8).generate([], sample(LENGTHS))
-    generator = PrunedSequenceGenerator(systems, WORDS, beam_size=3, max_len_b=8)
+    expected = SequenceGenerator(systems, VOCAB, beam_size=3, max_len_b=8).generate([], sample(LENGTHS))
+    generator = PrunedSequenceGenerator(systems, VOCAB, beam_size=3, max_len_b=8)
     assert_same(generator.generate([], sample(LENGTHS)), expected)
 
 
 def test_batches_of_other_shapes_and_changed_weights_reuse_or_replace_the_buffers():
     systems = models()
-    generator = PrunedSequenceGenerator(systems, WORDS, beam_size=3, max_len_a=1, max_len_b=5)
+    generator = PrunedSequenceGenerator(systems, VOCAB, beam_size=3, max_len_a=1, max_len_b=5)
     for lengths in ([3, 4], LENGTHS, [12], [2] * 20):
-        fairseqs = SequenceGenerator(systems, WORDS, beam_size=3, max_len_a=1, max_len_b=5)
+        fairseqs = SequenceGenerator(systems, VOCAB, beam_size=3, max_len_a=1, max_len_b=5)
         assert_same(generator.generate([], sample(lengths)), fairseqs.generate([], sample(lengths)))
         with torch.no_grad():  # as training between two validations does
             for parameter in systems[0].parameters():
@@ -106,7 +106,7 @@ def test_batches_of_other_shapes_and_changed_weights_reuse_or_replace_the_buffer
 
 def test_inference_mode_leaves_nothing_behind_that_training_or_other_batches_cannot_use():
     systems = models(attention_backend="triton" if DEVICE == "cuda" else "sdpa")
-    generator = PrunedSequenceGenerator(systems, WORDS, beam_size=2, max_len_b=4)
+    generator = PrunedSequenceGenerator(systems, VOCAB, beam_size=2, max_len_b=4)
     with torch.inference_mode():
         inside = generator.generate([], sample(LENGTHS))
     assert_same(generator.generate([], sample(LENGTHS)), inside)
@@ -122,24 +122,24 @@ def test_full_pools_drop_dead_rows_and_grow(monkeypatch):
     monkeypatch.setattr(static_decoder, "renumber_live", lambda rows: dropped.append(rows.numel()) or real(rows))
     systems = models()
     options = dict(beam_size=4, max_len_b=20, min_len=15)
-    expected = SequenceGenerator(systems, WORDS, **options).generate([], sample(LENGTHS))
-    assert_same(PrunedSequenceGenerator(systems, WORDS, **options).generate([], sample(LENGTHS)), expected)
+    expected = SequenceGenerator(systems, VOCAB, **options).generate([], sample(LENGTHS))
+    assert_same(PrunedSequenceGenerator(systems, VOCAB, **options).generate([], sample(LENGTHS)), expected)
     assert len(dropped) >= 2
 
 
 def test_rules_changed_after_the_first_batch_hold_for_the_next():
     """The table of penalties was made once, so that another eos or minimum length changed half of the rules."""
     systems = models()
-    generator = PrunedSequenceGenerator(systems, WORDS, beam_size=3, max_len_b=12)
+    generator = PrunedSequenceGenerator(systems, VOCAB, beam_size=3, max_len_b=12)
     generator.generate([], sample(LENGTHS))
     generator.min_len, generator.unk_penalty, generator.len_penalty, generator.temperature = 6, 2.0, 0.2, 1.2
     options = dict(beam_size=3, max_len_b=12, min_len=6, unk_penalty=2.0, len_penalty=0.2, temperature=1.2)
-    expected = SequenceGenerator(systems, WORDS, **options).generate([], sample(LENGTHS))
+    expected = SequenceGenerator(systems, VOCAB, **options).generate([], sample(LENGTHS))
     assert_same(generator.generate([], sample(LENGTHS)), expected)
 
 
 def test_buffers_on_the_device_go_with_the_generator():
-    generator = PrunedSequenceGenerator(models(), WORDS, beam_size=3, max_len_b=5)
+    generator = PrunedSequenceGenerator(models(), VOCAB, beam_size=3, max_len_b=5)
     generator.generate([], sample([3, 4]))
     decoder = weakref.ref(generator._decoder)
     gc.disable()  # no cycle keeps them until the next collection
@@ -154,14 +154,14 @@ def test_the_batch_shrinks_when_sentences_finish(monkeypatch):
     sizes = []
     real = static_decoder.StaticDecoder._run
     monkeypatch.setattr(static_decoder.StaticDecoder, "_run", lambda self, n: sizes.append(n) or real(self, n))
-    PrunedSequenceGenerator(models(), WORDS, beam_size=2, max_len_b=20).generate([], sample(LENGTHS))
+    PrunedSequenceGenerator(models(), VOCAB, beam_size=2, max_len_b=20).generate([], sample(LENGTHS))
     assert sizes[0] == 16 and sizes[-1] < 16 and sizes == sorted(sizes, reverse=True)
 
 
 def rescored(system, source, tokens):
     """The log-probabilities that a model gives to the tokens of a hypothesis, on the CPU."""
     tokens = tokens.to(source.device)
-    lengths = source.ne(WORDS.pad()).sum().view(1)
+    lengths = source.ne(VOCAB.pad()).sum().view(1)
     with torch.no_grad():
         output = system(source.unsqueeze(0), lengths, tokens.roll(1).unsqueeze(0))
     return system.get_normalized_probs(output, log_probs=True)[0].gather(1, tokens.unsqueeze(1))[:, 0].cpu()
@@ -181,7 +181,7 @@ def test_half_precision_translates_as_fairseq_does():
         """The best hypotheses, their float32 scores, and the errors of all scores."""
         best, quality, errors = [], [], []
         for part in batches:
-            found = generator([system], WORDS, beam_size=3, max_len_b=15).generate([], part)
+            found = generator([system], VOCAB, beam_size=3, max_len_b=15).generate([], part)
             for source, hypotheses in zip(part["net_input"]["src_tokens"], found, strict=True):
                 expected = [rescored(exact, source, h["tokens"]) for h in hypotheses]
                 errors += [(h["positional_scores"].cpu() - e).abs() for h, e in zip(hypotheses, expected, strict=True)]
@@ -199,9 +199,9 @@ def test_half_precision_translates_as_fairseq_does():
 @pytest.mark.parametrize(
     ("reason", "systems", "options", "inputs"),
     [
-        ("the search Sampling (--sampling)", models, dict(search_strategy=Sampling(WORDS, sampling_topk=2)), {}),
-        ("models other than", lambda: [dense_model(WORDS).to(DEVICE)], {}, {}),
-        ("--prefix-size", models, {}, dict(prefix_tokens=torch.full((13, 1), WORDS.index("w5"), device=DEVICE))),
+        ("the search Sampling (--sampling)", models, dict(search_strategy=Sampling(VOCAB, sampling_topk=2)), {}),
+        ("models other than", lambda: [dense_model(VOCAB).to(DEVICE)], {}, {}),
+        ("--prefix-size", models, {}, dict(prefix_tokens=torch.full((13, 1), VOCAB.index("w5"), device=DEVICE))),
         ("--match-source-len", models, dict(match_source_len=True, max_len_b=3), {}),
         ("--no-repeat-ngram-size", models, dict(no_repeat_ngram_size=2), {}),
         ("--beam 20 with a vocabulary of 34 tokens", models, dict(beam_size=20), {}),
@@ -210,12 +210,12 @@ def test_half_precision_translates_as_fairseq_does():
 )
 def test_what_is_not_covered_is_left_to_fairseq_and_said_once(reason, systems, options, inputs, caplog):
     made, options = systems(), {"beam_size": 3, "max_len_b": 10, **options}
-    generator = PrunedSequenceGenerator(made, WORDS, **options)
+    generator = PrunedSequenceGenerator(made, VOCAB, **options)
     with caplog.at_level(logging.INFO, "ap_fairseq.search.generator"):
         torch.manual_seed(0)
         ours = generator.generate([], sample(LENGTHS), **inputs)
         torch.manual_seed(0)
-        expected = SequenceGenerator(made, WORDS, **options).generate([], sample(LENGTHS), **inputs)
+        expected = SequenceGenerator(made, VOCAB, **options).generate([], sample(LENGTHS), **inputs)
         assert_same(ours, expected)
         generator.generate([], sample(LENGTHS), **inputs)
     told = [record.message for record in caplog.records if "fairseq's own generator" in record.message]
@@ -226,18 +226,18 @@ def test_scores_that_are_no_numbers_are_an_error():
     (model,) = made = models()
     model.decoder.layers[0].fc1.weight.data[0, 0] = math.nan
     with pytest.raises(UserError, match=r"sentence 0 of the batch has no hypothesis: all scores are NaN or -inf"):
-        PrunedSequenceGenerator(made, WORDS, beam_size=3, max_len_b=5).generate([], sample(LENGTHS))
+        PrunedSequenceGenerator(made, VOCAB, beam_size=3, max_len_b=5).generate([], sample(LENGTHS))
 
 
 @pytest.mark.parametrize("no_cross_attention", [False, True])
 def test_cross_self_attention_translates_with_beams_as_in_fairseq(no_cross_attention):
     """The decoder joins the encoder's output to its own positions, for every hypothesis of a sentence."""
     options = dict(cross_self_attention=True, no_cross_attention=no_cross_attention)
-    stock = dense_model(WORDS, **options).to(DEVICE)
+    stock = dense_model(VOCAB, **options).to(DEVICE)
     stock.decoder.output_projection.weight.data.mul_(3)
-    model = pruned_model(random_masks(0.0, longest=(30, 30)), WORDS, **options).to(DEVICE)
+    model = pruned_model(random_masks(0.0, longest=(30, 30)), VOCAB, **options).to(DEVICE)
     model.load_state_dict(stock.state_dict())
     ours, expected = (
-        SequenceGenerator([m], WORDS, beam_size=3, max_len_b=12).generate([], sample(LENGTHS)) for m in (model, stock)
+        SequenceGenerator([m], VOCAB, beam_size=3, max_len_b=12).generate([], sample(LENGTHS)) for m in (model, stock)
     )
     assert_same(ours, expected)

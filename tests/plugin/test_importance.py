@@ -17,17 +17,17 @@ from ap_fairseq.pruning.spec import MaskSpec
 from ap_fairseq.recording.recorder import SMALLEST_LOSS_SCALE, AttentionRecorder
 from ap_fairseq.sites import AttentionKind, attention_sites
 
-WORDS = dictionary()
-PAD = WORDS.pad()
+VOCAB = dictionary()
+PAD = VOCAB.pad()
 SOURCE_LENGTHS, TARGET_LENGTHS = (5, 3, 1, 7), (4, 6, 2, 3)
 ALL = tuple(AttentionKind)
 
 
 def sentences(group):
     """Source, decoder input and labels of the sentences of *group*, padded on the right to the longest of them."""
-    source, labels = batch(SOURCE_LENGTHS, WORDS, False, 1), batch(TARGET_LENGTHS, WORDS, False, 2)
+    source, labels = batch(SOURCE_LENGTHS, VOCAB, False, 1), batch(TARGET_LENGTHS, VOCAB, False, 2)
     inputs = labels.clone()
-    inputs[:, 0] = WORDS.eos()
+    inputs[:, 0] = VOCAB.eos()
     source = source[group, : max(SOURCE_LENGTHS[k] for k in group)]
     longest = max(TARGET_LENGTHS[k] for k in group)
     return source, inputs[group, :longest], labels[group, :longest]
@@ -74,7 +74,7 @@ def scaled_cell(kind, module, head, row, column, factor):
 def test_importance_is_the_squared_effect_of_scaling_a_cell(monkeypatch):
     """Against central differences in float64: the slope of the loss when one probability of one sentence shrinks."""
     monkeypatch.setattr("fairseq.utils.softmax", lambda x, dim, onnx_trace=False: x.softmax(dim))  # else float32
-    model = dense_model(WORDS).double()
+    model = dense_model(VOCAB).double()
     ours = record(model, [[3]])
     source, inputs, labels = sentences([3])
     step = 1e-5
@@ -91,7 +91,7 @@ def test_importance_is_the_squared_effect_of_scaling_a_cell(monkeypatch):
 
 @pytest.mark.parametrize("groups", [[[0, 1, 2, 3]], [[3, 0], [2, 1]]])
 def test_importance_does_not_depend_on_batches_and_padding(groups):
-    model = dense_model(WORDS).double()
+    model = dense_model(VOCAB).double()
     alone, together = record(model, [[0], [1], [2], [3]]), record(model, groups)
     for kind in ALL:
         assert (alone.importance[kind].sum((2, 3)) > 0).all()
@@ -100,7 +100,7 @@ def test_importance_does_not_depend_on_batches_and_padding(groups):
 
 
 def test_recording_importance_changes_neither_the_rest_nor_the_model():
-    model = dense_model(WORDS)
+    model = dense_model(VOCAB)
     with_it, without = record(model, [[0, 1, 2, 3]]), AttentionRecorder(model, (20, 20))
     source, inputs, _ = sentences([0, 1, 2, 3])
     with without, torch.no_grad():
@@ -114,7 +114,7 @@ def test_recording_importance_changes_neither_the_rest_nor_the_model():
 
 def test_a_frozen_model_has_the_same_importance():
     """ap-record freezes the parameters, so that the backward pass ends at the first attention."""
-    free, frozen = dense_model(WORDS).double(), dense_model(WORDS).double().requires_grad_(False)
+    free, frozen = dense_model(VOCAB).double(), dense_model(VOCAB).double().requires_grad_(False)
     expected, ours = record(free, [[0, 1]]), record(frozen, [[0, 1]])
     for kind in ALL:
         np.testing.assert_allclose(ours.importance[kind], expected.importance[kind], rtol=1e-6)
@@ -122,8 +122,8 @@ def test_a_frozen_model_has_the_same_importance():
 
 def test_a_pruned_model_has_the_importance_of_the_dense_one_and_none_where_it_is_pruned():
     """As gradual pruning records it. With everything kept, the two must agree; a pruned cell has nothing to lose."""
-    dense = dense_model(WORDS)
-    kept, half = (pruned_model(random_masks(share, longest=(9, 11)), WORDS) for share in (0.0, 0.5))
+    dense = dense_model(VOCAB)
+    kept, half = (pruned_model(random_masks(share, longest=(9, 11)), VOCAB) for share in (0.0, 0.5))
     expected = record(dense, [[0, 1, 2, 3]])
     for model in (kept, half):
         model.load_state_dict(
@@ -137,13 +137,13 @@ def test_a_pruned_model_has_the_importance_of_the_dense_one_and_none_where_it_is
 
 
 def test_half_precision_is_near_and_an_overflow_halves_the_scale():
-    model = dense_model(WORDS)
-    expected, half = record(model, [[0, 1, 2, 3]]), record(dense_model(WORDS).half(), [[0, 1, 2, 3]])
+    model = dense_model(VOCAB)
+    expected, half = record(model, [[0, 1, 2, 3]]), record(dense_model(VOCAB).half(), [[0, 1, 2, 3]])
     for kind in ALL:
         large = expected.importance[kind] > np.quantile(expected.importance[kind], 0.9)
         np.testing.assert_allclose(half.importance[kind][large], expected.importance[kind][large], rtol=0.1)
 
-    model = dense_model(WORDS).half()
+    model = dense_model(VOCAB).half()
     source, inputs, labels = sentences([0, 1, 2, 3])
     with AttentionRecorder(model, (20, 20), importance=True) as recorder:
         recorder.begin(source, inputs, PAD)
@@ -158,7 +158,7 @@ def test_half_precision_is_near_and_an_overflow_halves_the_scale():
 
 
 def test_importance_survives_files_and_merging(tmp_path):
-    model = dense_model(WORDS)
+    model = dense_model(VOCAB)
     parts, whole = [record(model, [[0, 2]]), record(model, [[1], [3]])], record(model, [[0, 1, 2, 3]])
     for number, part in enumerate(parts):
         part.save(tmp_path / str(number))

@@ -22,20 +22,20 @@ from ap_fairseq.model.checkpoints import load_checkpoint
 from ap_fairseq.recording.recorder import AttentionRecorder, sample_by_length, support_of
 from ap_fairseq.sites import AttentionKind, attention_sites
 
-WORDS = dictionary()
-PAD = WORDS.pad()
+VOCAB = dictionary()
+PAD = VOCAB.pad()
 SOURCE_LENGTHS, TARGET_LENGTHS = (5, 3, 1, 7), (4, 6, 2, 3)
 
 
 def decoder_input(lengths, seed):
-    rows = batch(lengths, WORDS, left=False, seed=seed)
-    rows[:, 0] = WORDS.eos()  # row 0 is the leading EOS
+    rows = batch(lengths, VOCAB, left=False, seed=seed)
+    rows[:, 0] = VOCAB.eos()  # row 0 is the leading EOS
     return rows
 
 
 def record(model, groups, max_positions=(20, 20)) -> AttentionStats:
     """Record the sentences of each group as one batch."""
-    source, target = batch(SOURCE_LENGTHS, WORDS, False, 1), decoder_input(TARGET_LENGTHS, 2)
+    source, target = batch(SOURCE_LENGTHS, VOCAB, False, 1), decoder_input(TARGET_LENGTHS, 2)
     with AttentionRecorder(model, max_positions) as recorder, torch.no_grad():
         for group in groups:
             src = source[group][:, : max(SOURCE_LENGTHS[k] for k in group)]
@@ -64,7 +64,7 @@ def by_hand(model) -> AttentionStats:
     mass = {kind: np.zeros((2, 2, *shape)) for kind, shape in shapes.items()}
     support = {kind: np.zeros(shape, dtype=np.int64) for kind, shape in shapes.items()}
     end_mass = {kind: np.zeros((2, 2)) for kind in (AttentionKind.ENCODER_SELF, AttentionKind.CROSS)}
-    source, target = batch(SOURCE_LENGTHS, WORDS, False, 1), decoder_input(TARGET_LENGTHS, 2)
+    source, target = batch(SOURCE_LENGTHS, VOCAB, False, 1), decoder_input(TARGET_LENGTHS, 2)
     for k in range(len(source)):
         src, tgt = source[k : k + 1, : SOURCE_LENGTHS[k]], target[k : k + 1, : TARGET_LENGTHS[k]]
         with torch.no_grad():
@@ -100,14 +100,14 @@ def assert_same(ours: AttentionStats, expected: AttentionStats, tolerance=2e-6):
 @pytest.mark.parametrize("groups", [[[0, 1, 2, 3]], [[0], [1, 2], [3]], [[3, 0], [2, 1]]])
 def test_statistics_equal_a_hand_computed_sum_however_sentences_are_batched(groups):
     """Padded queries carry full probability mass in stock fairseq; they, and padded keys, must not count."""
-    model = dense_model(WORDS)
+    model = dense_model(VOCAB)
     expected = by_hand(model)
     assert_same(record(model, groups), expected)
     assert all(expected.mass[kind].sum() > 0 for kind in AttentionKind)
 
 
 def test_every_observed_row_sums_to_its_number_of_sentences():
-    stats = record(dense_model(WORDS), [[0, 1, 2, 3]])
+    stats = record(dense_model(VOCAB), [[0, 1, 2, 3]])
     for kind in AttentionKind:
         sentences = stats.support[kind].max(-1)
         np.testing.assert_allclose(
@@ -116,7 +116,7 @@ def test_every_observed_row_sums_to_its_number_of_sentences():
 
 
 def test_a_merge_of_two_recordings_equals_one_recording():
-    model = dense_model(WORDS)
+    model = dense_model(VOCAB)
     merged, whole = record(model, [[0, 2]]).merge(record(model, [[1], [3]])), record(model, [[0, 1, 2, 3]])
     assert_same(merged, whole)
     for key in ("sentences", "pairs_recorded", "pairs_beyond_range"):
@@ -125,7 +125,7 @@ def test_a_merge_of_two_recordings_equals_one_recording():
 
 def test_recordings_cut_at_different_positions_do_not_merge():
     """A cell between the two limits would be counted in one of them only."""
-    one, other = record(dense_model(WORDS), [[0]]), record(dense_model(WORDS), [[1]])
+    one, other = record(dense_model(VOCAB), [[0]]), record(dense_model(VOCAB), [[1]])
     one.metadata["max_positions"], other.metadata["max_positions"] = 1024, 512
     assert one.merge(other).metadata["sentences"] == 2  # nothing is beyond either
     other.metadata["pairs_beyond_range"]["cross"] = 7
@@ -134,7 +134,7 @@ def test_recordings_cut_at_different_positions_do_not_merge():
 
 
 def test_recordings_of_different_checkpoints_do_not_merge():
-    one, other = record(dense_model(WORDS), [[0]]), record(dense_model(WORDS), [[1]])
+    one, other = record(dense_model(VOCAB), [[0]]), record(dense_model(VOCAB), [[1]])
     one.metadata["checkpoint"], other.metadata["checkpoint"] = "aaa", "bbb"
     with pytest.raises(ArtifactError, match="different checkpoint: aaa and bbb"):
         one.merge(other)
@@ -142,7 +142,7 @@ def test_recordings_of_different_checkpoints_do_not_merge():
 
 def test_dropout_is_not_recorded():
     """The authors' code recorded after attention dropout and with dropout on; here it must change nothing."""
-    model = dense_model(WORDS)
+    model = dense_model(VOCAB)
     expected = record(model, [[0, 1, 2, 3]])
     for _, module in attention_sites(model):
         module.dropout_module.p = 0.5
@@ -154,8 +154,8 @@ def test_dropout_is_not_recorded():
 
 
 def test_cells_beyond_the_limit_are_counted():
-    stats = record(dense_model(WORDS), [[0, 1, 2, 3]], max_positions=(4, 3))
-    full = record(dense_model(WORDS), [[0, 1, 2, 3]])
+    stats = record(dense_model(VOCAB), [[0, 1, 2, 3]], max_positions=(4, 3))
+    full = record(dense_model(VOCAB), [[0, 1, 2, 3]])
     for kind in AttentionKind:
         n_queries, n_keys = stats.support[kind].shape
         np.testing.assert_array_equal(stats.mass[kind], full.mass[kind][:, :, :n_queries, :n_keys])
@@ -165,7 +165,7 @@ def test_cells_beyond_the_limit_are_counted():
 
 def test_mass_on_the_last_source_token_counts_within_the_limit():
     """Of the last tokens, only those below the limit of 3 source positions: sentences 1 and 2."""
-    model = dense_model(WORDS)
+    model = dense_model(VOCAB)
     stats, short = record(model, [[0, 1, 2, 3]], max_positions=(3, 6)), record(model, [[1, 2]])
     for kind, on_end in stats.end_mass.items():
         np.testing.assert_allclose(on_end, short.end_mass[kind], atol=2e-6)
@@ -173,14 +173,14 @@ def test_mass_on_the_last_source_token_counts_within_the_limit():
 
 
 def test_left_padded_batches_are_refused():
-    recorder = AttentionRecorder(dense_model(WORDS), (20, 20))
+    recorder = AttentionRecorder(dense_model(VOCAB), (20, 20))
     with pytest.raises(ValueError, match="source batch is padded on the left"):
-        recorder.begin(batch([2, 4], WORDS, left=True), decoder_input([2, 4], 0), PAD)
+        recorder.begin(batch([2, 4], VOCAB, left=True), decoder_input([2, 4], 0), PAD)
 
 
 def test_an_empty_recording_is_an_error():
     with pytest.raises(UserError, match="no sentence was recorded"):
-        AttentionRecorder(dense_model(WORDS), (20, 20)).finish()
+        AttentionRecorder(dense_model(VOCAB), (20, 20)).finish()
 
 
 @settings(max_examples=50)
@@ -429,8 +429,8 @@ def test_user_dir_may_name_this_package_again(data_bin, dense, tmp_path, spellin
 
 def test_importance_without_cross_attention_counts_nothing_in_the_encoder():
     """The loss does not depend on an encoder that the decoder does not read: torch refused to differentiate by it."""
-    model = dense_model(WORDS, no_cross_attention=True)
-    source, target = batch(SOURCE_LENGTHS, WORDS, False, 1), decoder_input(TARGET_LENGTHS, 2)
+    model = dense_model(VOCAB, no_cross_attention=True)
+    source, target = batch(SOURCE_LENGTHS, VOCAB, False, 1), decoder_input(TARGET_LENGTHS, 2)
     with AttentionRecorder(model, (20, 20), importance=True) as recorder:
         recorder.begin(source, target, PAD)
         output = model(src_tokens=source, src_lengths=source.ne(PAD).sum(1), prev_output_tokens=target)[0]

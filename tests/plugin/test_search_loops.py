@@ -7,15 +7,15 @@ import torch
 from plugin.builders import batch, dense_model, dictionary, pruned_model, random_masks
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-WORDS = dictionary(20)
+VOCAB = dictionary(20)
 LENGTHS = [5, 2, 7]
 SIZES = dict(encoder_embed_dim=32, decoder_embed_dim=32, decoder_input_dim=32, decoder_output_dim=32)
 
 
 def systems(**options):
     """An all-ones mask, and stock fairseq with the same parameters."""
-    stock = dense_model(WORDS, **SIZES).to(DEVICE)
-    ours = pruned_model(random_masks(0.0, longest=(30, 30)), WORDS, **SIZES, **options).to(DEVICE)
+    stock = dense_model(VOCAB, **SIZES).to(DEVICE)
+    ours = pruned_model(random_masks(0.0, longest=(30, 30)), VOCAB, **SIZES, **options).to(DEVICE)
     ours.load_state_dict(stock.state_dict())
     return ours, stock
 
@@ -29,10 +29,10 @@ class Loop:
 
     def __init__(self, **options):
         (self.model, self.stock), self.state = systems(**options), {}
-        self.source = batch(LENGTHS, WORDS, left=True).to(DEVICE)
+        self.source = batch(LENGTHS, VOCAB, left=True).to(DEVICE)
         with torch.no_grad():
             self.encoder_out = self.model.encoder(self.source)
-        self.tokens = torch.full((len(LENGTHS), 1), WORDS.eos(), device=DEVICE)
+        self.tokens = torch.full((len(LENGTHS), 1), VOCAB.eos(), device=DEVICE)
 
     def reorder(self, order):
         order = torch.tensor(order, device=DEVICE)

@@ -11,14 +11,14 @@ from plugin import builders
 from ap_fairseq.model.training_graphs import MOST_GRAPHS, TrainingGraphs, _Graph, rounded
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-WORDS = builders.dictionary()
+VOCAB = builders.dictionary()
 
 
 def sample(source=(9, 5, 3), target=(4, 8, 2), seed=0):
     """Source tokens padded on the left, as fairseq's loader pads them, and right-padded decoder input."""
     parts = (
-        builders.batch(source, WORDS, left=True, seed=seed),
-        builders.batch(target, WORDS, left=False, seed=seed + 1),
+        builders.batch(source, VOCAB, left=True, seed=seed),
+        builders.batch(target, VOCAB, left=False, seed=seed + 1),
     )
     return tuple(part.to(DEVICE) for part in parts)
 
@@ -26,7 +26,7 @@ def sample(source=(9, 5, 3), target=(4, 8, 2), seed=0):
 def models(**options):
     """A model whose updates are replayed, and the same model without."""
     sizes = dict(encoder_attention_heads=1, decoder_attention_heads=1, share_decoder_input_output_embed=True)
-    model = builders.pruned_model(builders.random_masks(0.4, heads=1), words=WORDS, **sizes | options)
+    model = builders.pruned_model(builders.random_masks(0.4, heads=1), vocab=VOCAB, **sizes | options)
     model = model.to(DEVICE).train()
     plain = copy.deepcopy(model)
     plain._use_graphs = False
@@ -37,7 +37,7 @@ def models(**options):
 def update(model, source, target) -> float:
     """One forward and backward pass; gradients are added to those that are there."""
     logits, _ = model(source, None, target)
-    real = target.ne(WORDS.pad())
+    real = target.ne(VOCAB.pad())
     loss = torch.nn.functional.cross_entropy(logits[real].float(), target[real], reduction="sum")
     loss.backward()
     return float(loss.detach())
@@ -159,7 +159,7 @@ def test_evaluation_and_frozen_gradients_run_directly():
     "options", [{"encoder_layerdrop": 0.1}, {"checkpoint_activations": True}, {"cuda_graphs": "off"}], ids=str
 )
 def test_what_cannot_be_captured_runs_directly(options):
-    model = builders.pruned_model(builders.random_masks(0.4), words=WORDS, **options).to(DEVICE).train()
+    model = builders.pruned_model(builders.random_masks(0.4), vocab=VOCAB, **options).to(DEVICE).train()
     for _ in range(3):
         update(model, *sample())
     assert model._graphs is None
