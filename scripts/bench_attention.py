@@ -330,7 +330,7 @@ def decode_case(batch: int, beam: int, heads: int, size: int, sparsity: float, r
         if kind == "self":
             pool = [x.transpose(2, 3).reshape(-1, heads, dim) for x in (k, v)]
             methods["ours, pool of rows"] = functools.partial(
-                decode_attention, q, *pool, layout, step, cache_rows=pool_rows, backend="triton"
+                decode_attention, q, *pool, layout, step, block_table=pool_rows, backend="triton"
             )
         for name, run in methods.items():
             rows.append(

@@ -97,7 +97,7 @@ def _checked_seed(seed: int | Tensor | None, device: torch.device) -> Tensor | N
 
 
 def _results(out: Tensor, *details: Tensor | None) -> Tensor | tuple[Tensor, ...]:
-    """out, or a tuple of it and those details that are asked for."""
+    """Return out, or a tuple of out and the requested details."""
     wanted = [x for x in details if x is not None]
     return (out, *wanted) if wanted else out
 
@@ -122,7 +122,7 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _check_kinds(q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout, heads: int) -> None:
-    """Types, devices and heads, which forward pass and decode step ask alike."""
+    """Check types, devices and heads, for the forward pass and the decode step."""
     if not q.dtype == k.dtype == v.dtype:
         raise TypeError(f"q, k, v must share one dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
     if q.dtype not in (*KERNEL_DTYPES, torch.float64):
@@ -190,7 +190,7 @@ def block_sparse_attention(
     return_lse: also return log Σ exp of every row's scores, (B, H, Tq) float32 (float64 for float64 inputs), in natural
         units.
     return_probs: also return the probabilities before dropout, (B, H, Tq, Tk) of the type of lse. The kernels never
-        form them: beside theirs, the definition is computed for these alone.
+        form them: the definition is computed for these alone, in addition.
 
     Returns out (B, H, Tq, D), laid out in memory as q, or a tuple (out, lse if asked for, probabilities if asked for).
     Rows without a visible key are 0, with lse -inf and gradient 0. Definition and references: `reference.py`.
@@ -275,7 +275,7 @@ def decode_attention(
     step: int | Tensor,
     *,
     k_lengths: Tensor | None = None,
-    cache_rows: Tensor | None = None,
+    block_table: Tensor | None = None,
     cache_starts: Tensor | None = None,
     cache_offsets: Tensor | None = None,
     scale: float | None = None,
@@ -286,20 +286,20 @@ def decode_attention(
     q: (B, beam, H, D), of the types and head sizes of `block_sparse_attention`, as k and v.
     k, v: caches, any strides with adjacent D, of which only kept positions are read:
         (B, beam, H, S, D), one per hypothesis; (B, H, S, D), one per sentence for all its beams; or a pool in
-        which `cache_rows` or `cache_starts` finds a position: (R, H, D), or (R, D) with `cache_offsets`, where
-        every head has rows of its own. S may exceed what is filled.
+        which `block_table` or `cache_starts` finds a position: R slots (R, H, D), or (R, D) with `cache_offsets`, where
+        every head has slots of its own. S may exceed what is filled.
     step: decode step = cached length before the step, an int or a one-element int32 or int64 tensor on the device
         (read when the kernel runs, so that a captured CUDA graph can be replayed for every step).
     k_lengths: (B,) int32 or int64, valid cache positions of each sentence, at most layout.k_size. Without it (decoder
         self-attention), positions up to layout.k_size and S are visible as the mask says: pass a causal layout or
         lengths step + 1.
-    cache_rows: (B, beam, S) int32 or int64, pool row of position s of each hypothesis. Beams that share a prefix
-        share its rows, and reordering beams permutes this table, not the caches.
-    cache_starts: (B,) int32 or int64, pool row of each sentence's position 0, for caches that all beams of a
+    block_table: (B, beam, S) int32 or int64, the slot of position s of each hypothesis. Beams that share a prefix
+        share its slots, and reordering beams permutes this table, not the caches.
+    cache_starts: (B,) int32 or int64, the slot of each sentence's position 0, for caches that all beams of a
         sentence share (cross-attention); its positions follow one another, and k_lengths says how many. With
         `cache_offsets` (B, H).
-    cache_offsets: (H, S) int32 or int64: position s of head h is in pool row cache_offsets[h, s] + what
-        `cache_rows` or `cache_starts` says. So a pool needs no rows for positions that a head never keeps.
+    cache_offsets: (H, S) int32 or int64: position s of head h is in slot cache_offsets[h, s] + what `block_table` or
+        `cache_starts` says. So a pool needs no slots for positions that a head never keeps.
 
     Returns (B, beam, H, D); rows without a visible key are 0. No gradient. Under autocast q and the caches take the
     autocast type: caches that are kept in another are converted in every step. Raises ValueError or TypeError as
@@ -313,11 +313,11 @@ def decode_attention(
         )
     q, k, v = _autocast(q, k, v)
     batch, beam, heads, dim = q.shape
-    n_tables = (cache_rows is not None) + (cache_starts is not None)
+    n_tables = (block_table is not None) + (cache_starts is not None)
     if n_tables != (k.dim() <= 3) or (cache_offsets is not None) != (k.dim() == 2):
         raise ValueError(
-            "a pool (R, H, D) or (R, D) needs one of cache_rows and cache_starts, (R, D) also cache_offsets, and other "
-            f"caches none: got k {tuple(k.shape)} with {n_tables} of them, "
+            "a pool (R, H, D) or (R, D) needs one of block_table and cache_starts, (R, D) also cache_offsets, and "
+            f"other caches none: got k {tuple(k.shape)} with {n_tables} of them, "
             f"{'without' if cache_offsets is None else 'with'} cache_offsets"
         )
     _check_kinds(q, k, v, layout, heads)
@@ -329,9 +329,9 @@ def decode_attention(
     if k.shape != expected:
         raise ValueError(f"k and v must be {expected} to fit q {tuple(q.shape)}, got {tuple(k.shape)}")
     size = layout.k_size if cache_starts is not None else k.size(-2)
-    if cache_rows is not None:
-        size = cache_rows.size(-1) if cache_rows.dim() else 0
-        cache_rows = _integers("cache_rows", cache_rows, (batch, beam, size), q.device)
+    if block_table is not None:
+        size = block_table.size(-1) if block_table.dim() else 0
+        block_table = _integers("block_table", block_table, (batch, beam, size), q.device)
     elif cache_offsets is not None:
         size = cache_offsets.size(-1) if cache_offsets.dim() else 0
     if cache_starts is not None:
@@ -360,7 +360,7 @@ def decode_attention(
             row,
             scale=scale,
             k_lengths=k_lengths,
-            cache_rows=cache_rows,
+            block_table=block_table,
             cache_starts=cache_starts,
             cache_offsets=cache_offsets,
         )
@@ -368,7 +368,7 @@ def decode_attention(
     from .ops import decode_step
 
     lists = layout.row_lists()
-    tables = (k_lengths, cache_rows, cache_starts, cache_offsets)
+    tables = (k_lengths, block_table, cache_starts, cache_offsets)
     return decode_step(_rows(q), _rows(k), _rows(v), *lists, step, k_size, *tables, scale)
 
 

@@ -21,7 +21,7 @@ from .primitives import LOG2E, NO_KEY, dot, dot_add, sequence_length
 # Strides of tables are sizes of caches, which change from sentence to sentence.
 @triton.jit(do_not_specialize=["s_rb", "s_rw", "s_sb", "s_sh", "s_fh", "BEAM", "H", "MH", "TK", "LQ", "N_GROUPS"])
 def _decode_kernel(
-    p_q, p_k, p_v, p_o, p_columns, p_pointers, p_step, p_k_lengths, p_rows, p_starts, p_offsets, scale_log2,
+    p_q, p_k, p_v, p_o, p_columns, p_pointers, p_step, p_k_lengths, p_table, p_starts, p_offsets, scale_log2,
     s_qb, s_qw, s_qh, s_kb, s_kw, s_kh, s_kt, s_vb, s_vw, s_vh, s_vt, s_ob, s_ow, s_oh, s_rb, s_rw, s_sb, s_sh, s_fh,
     BEAM, H, MH, TK, LQ, N_GROUPS,
     D: tl.constexpr, BD: tl.constexpr, BW: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr,
@@ -29,8 +29,8 @@ def _decode_kernel(
 ):  # fmt: skip
     """BW = 1: one hypothesis per program, its own cache. BW > 1: all BEAM <= BW hypotheses, a shared cache.
 
-    In a pool (p_rows or p_starts) s_kt is the stride of pool rows, and s_kb and s_kw are 0; so is s_kh where every
-    head has rows of its own (p_offsets).
+    In a pool (p_table or p_starts) s_kt is the stride of slots, and s_kb and s_kw are 0; so is s_kh where every head
+    has slots of its own (p_offsets).
     """
     pid = tl.program_id(0)
     i_h = pid % H
@@ -76,11 +76,11 @@ def _decode_kernel(
         m_n = m_f & (o_n < k_length)
         m_nd = m_n[:, None] & m_d[None, :]
         o_row = o_n.to(tl.int64)
-        if p_rows is not None:
-            o_row = tl.load(p_rows + i_b64 * s_rb + i_w64 * s_rw + o_n, mask=m_n, other=0).to(tl.int64)
+        if p_table is not None:
+            o_row = tl.load(p_table + i_b64 * s_rb + i_w64 * s_rw + o_n, mask=m_n, other=0).to(tl.int64)
         if p_offsets is not None:
             o_offset = tl.load(p_offsets + i_h64 * s_fh + o_n, mask=m_n, other=0).to(tl.int64)
-            o_row = o_offset if p_rows is None else o_row + o_offset
+            o_row = o_offset if p_table is None else o_row + o_offset
         o_k, o_v = o_row * s_kt + i_w64 * s_kw, o_row * s_vt + i_w64 * s_vw
         b_k = tl.load(p_k + o_k[:, None] + o_d[None, :], mask=m_nd, other=0.0)  # [BN, BD]
         b_v = tl.load(p_v + o_v[:, None] + o_d[None, :], mask=m_nd, other=0.0)  # [BN, BD]
@@ -127,7 +127,7 @@ def decode(
     step: Tensor,
     k_size: int,
     k_lengths: Tensor | None,
-    cache_rows: Tensor | None,
+    block_table: Tensor | None,
     cache_starts: Tensor | None,
     cache_offsets: Tensor | None,
     scale: float,
@@ -140,12 +140,12 @@ def decode(
     config = decode_config(shared, k_size)
     s_kb, s_kw, s_kh, s_kt = _cache_strides(k)
     s_vb, s_vw, s_vh, s_vt = _cache_strides(v)
-    s_rb, s_rw = (0, 0) if cache_rows is None else cache_rows.stride()[:2]
+    s_rb, s_rw = (0, 0) if block_table is None else block_table.stride()[:2]
     s_sb, s_sh = (0, 0) if cache_starts is None else (*cache_starts.stride(), 0)[:2]
     n_rows, n_pointers = lists.pointers.shape[1:]
     _decode_kernel[(batch * heads * (1 if shared else beam),)](
         p_q=q, p_k=k, p_v=v, p_o=out, p_columns=lists.columns, p_pointers=lists.pointers, p_step=step,
-        p_k_lengths=k_lengths, p_rows=cache_rows, p_starts=cache_starts, p_offsets=cache_offsets,
+        p_k_lengths=k_lengths, p_table=block_table, p_starts=cache_starts, p_offsets=cache_offsets,
         scale_log2=scale * LOG2E.value,
         s_qb=q.stride(0), s_qw=q.stride(1), s_qh=q.stride(2), s_kb=s_kb, s_kw=s_kw, s_kh=s_kh, s_kt=s_kt,
         s_vb=s_vb, s_vw=s_vw, s_vh=s_vh, s_vt=s_vt, s_ob=out.stride(0), s_ow=out.stride(1), s_oh=out.stride(2),

@@ -150,7 +150,7 @@ def _decode(
     step: Tensor,
     k_size: int,
     k_lengths: Tensor | None,
-    cache_rows: Tensor | None,
+    block_table: Tensor | None,
     cache_starts: Tensor | None,
     cache_offsets: Tensor | None,
     scale: float,
@@ -159,7 +159,7 @@ def _decode(
         return torch.empty_like(q)
     with _device_of(q):
         lists = RowLists(columns, pointers)
-        return decode(q, k, v, lists, step, k_size, k_lengths, cache_rows, cache_starts, cache_offsets, scale)
+        return decode(q, k, v, lists, step, k_size, k_lengths, block_table, cache_starts, cache_offsets, scale)
 
 
 decode_op = torch.library.custom_op(
@@ -167,12 +167,12 @@ decode_op = torch.library.custom_op(
     _decode,
     mutates_args=(),
     schema="(Tensor q, Tensor k, Tensor v, Tensor columns, Tensor pointers, Tensor step, SymInt k_size, "
-    "Tensor? k_lengths, Tensor? cache_rows, Tensor? cache_starts, Tensor? cache_offsets, float scale) -> Tensor",
+    "Tensor? k_lengths, Tensor? block_table, Tensor? cache_starts, Tensor? cache_offsets, float scale) -> Tensor",
 )
 
 
 @decode_op.register_fake
-def _(q, k, v, columns, pointers, step, k_size, k_lengths, cache_rows, cache_starts, cache_offsets, scale):
+def _(q, k, v, columns, pointers, step, k_size, k_lengths, block_table, cache_starts, cache_offsets, scale):
     return torch.empty_like(q)
 
 

@@ -141,7 +141,7 @@ def decode_reference(
     *,
     scale: float,
     k_lengths: Tensor | None = None,
-    cache_rows: Tensor | None = None,
+    block_table: Tensor | None = None,
     cache_starts: Tensor | None = None,
     cache_offsets: Tensor | None = None,
 ) -> Tensor:
@@ -152,19 +152,19 @@ def decode_reference(
     """
     batch, beam, heads, dim = q.shape
     size = keep_row.size(-1)
-    if k.dim() <= 3 and k.size(0) == 0:  # an empty pool: a row that is not read takes its place
+    if k.dim() <= 3 and k.size(0) == 0:  # an empty pool: a slot that is not read takes its place
         k, v = (x.new_zeros(1, *x.shape[1:]) for x in (k, v))
     if cache_offsets is not None:  # (R, D) -> (B, beam, H, S, D), or (B, H, S, D) with starts
-        if cache_rows is not None:
-            index = cache_rows[:, :, None, :size]
+        if block_table is not None:
+            index = block_table[:, :, None, :size]
         elif cache_starts is not None:
             index = cache_starts[..., None]
         else:
-            raise ValueError("cache_offsets needs cache_rows or cache_starts")
+            raise ValueError("cache_offsets needs block_table or cache_starts")
         index = (index.long() + cache_offsets[:, :size]).clamp(0, k.size(0) - 1)
         k, v = (x[index] for x in (k, v))
-    elif cache_rows is not None:  # (R, H, D) -> (B, beam, H, S, D)
-        index = cache_rows[..., :size].long().clamp(0, k.size(0) - 1)
+    elif block_table is not None:  # (R, H, D) -> (B, beam, H, S, D)
+        index = block_table[..., :size].long().clamp(0, k.size(0) - 1)
         k, v = (x[index].transpose(2, 3) for x in (k, v))
     elif cache_starts is not None:  # (R, H, D) -> (B, H, S, D)
         index = cache_starts[:, None].long() + torch.arange(size, device=k.device)
@@ -176,7 +176,7 @@ def decode_reference(
         k_lengths = None if k_lengths is None else k_lengths.repeat_interleave(beam)
     else:
         q = q.transpose(1, 2)
-    # What is not read need not have a row, nor hold numbers.
+    # What is not read need not have a slot, nor hold numbers.
     k, v = (x[:, :, :size].masked_fill(~keep_row[..., None], 0) for x in (k, v))
     keep = keep_row[:, None].expand(-1, q.size(2), -1)
     out = attention_reference(q, k, v, keep, scale=scale, k_lengths=k_lengths)[0]

@@ -125,7 +125,7 @@ class PagedSelfAttention(KVCache):
 
     def attend(self, q: Tensor, layout: AttentionLayout, scale: float) -> Tensor:
         k, v = self.pool.unbind(1)
-        tables = dict(cache_rows=self.block_table[None], cache_offsets=self.offsets)
+        tables = dict(block_table=self.block_table[None], cache_offsets=self.offsets)
         return decode_attention(q[None], k, v, layout, self.step(), scale=scale, **tables)[0]
 
     def dense(self, keep: Tensor) -> tuple[Tensor, Tensor, None]:

@@ -46,7 +46,7 @@ def check(dtype, dim, shared, problem):
         order = torch.randperm(batch * beam * size, generator=generator).to(DEVICE)
         place = torch.argsort(order).view(batch, beam, size)
         shared_beam = torch.randint(0, beam, (batch, beam, size), generator=generator).to(DEVICE)
-        options["cache_rows"] = place.gather(1, shared_beam).to(torch.int32)
+        options["block_table"] = place.gather(1, shared_beam).to(torch.int32)
         k, v = (x.transpose(2, 3).flatten(0, 2)[order] for x in (k, v))
     got = decode_attention(q, k, v, layout, step, backend="triton", **options)
     assert not got.isnan().any()
@@ -66,7 +66,7 @@ def pool_of_kept_cells(k, v, keep, generator, options):
     # Head by head, position by position: a row of each hypothesis, in an order that differs between positions.
     batch, beam, heads, size, dim = k.shape
     order = torch.rand(batch * beam, size, generator=generator).argsort(0)
-    options["cache_rows"] = order.argsort(0).view(batch, beam, size).to(DEVICE, torch.int32)
+    options["block_table"] = order.argsort(0).view(batch, beam, size).to(DEVICE, torch.int32)
     options["cache_offsets"] = ((kept.flatten().cumsum(0) - 1).view_as(kept) * batch * beam).to(DEVICE, torch.int32)
     by_cell = (x.flatten(0, 1).gather(0, order.to(DEVICE)[:, None, :, None].expand(-1, heads, -1, dim)) for x in (k, v))
     return (x.permute(1, 2, 0, 3)[kept.to(DEVICE)].flatten(0, 1) for x in by_cell)
@@ -121,7 +121,7 @@ def test_permuting_the_rows_equals_reordering_the_caches():
     rows = torch.arange(batch * beam * size, device=DEVICE).view(batch, beam, size)
     rows = rows.gather(1, parents[:, :, None].expand(-1, -1, size))
     pool = [x.transpose(2, 3).flatten(0, 2) for x in (k, v)]
-    assert torch.equal(moved, decode_attention(q, *pool, layout, 2, cache_rows=rows, backend="triton"))
+    assert torch.equal(moved, decode_attention(q, *pool, layout, 2, block_table=rows, backend="triton"))
 
 
 POOL, ROWS = torch.zeros(99, 2, 16), torch.zeros(2, 4, 7, dtype=torch.int32)
@@ -137,16 +137,16 @@ POOL, ROWS = torch.zeros(99, 2, 16), torch.zeros(2, 4, 7, dtype=torch.int32)
         (dict(step=3.7), TypeError, "3.7"),
         (dict(k=torch.zeros(2, 3, 5, 30, 16)), ValueError, r"\(2, 4, 2, 30, 16\).*\(2, 3, 5, 30, 16\)"),
         (dict(q=torch.zeros(2, 4, 2, 16).half()), TypeError, "float16, torch.float32"),
-        (dict(cache_rows=ROWS), ValueError, r"\(2, 4, 2, 30, 16\) with 1"),
+        (dict(block_table=ROWS), ValueError, r"\(2, 4, 2, 30, 16\) with 1"),
         (dict(k=POOL), ValueError, r"\(99, 2, 16\) with 0"),
-        (dict(k=POOL, cache_rows=ROWS[:, :3]), ValueError, r"\(2, 4, 7\).*\(2, 3, 7\)"),
-        (dict(k=POOL, cache_rows=ROWS.bool()), TypeError, "cache_rows.*bool"),
-        (dict(k=POOL, cache_rows=ROWS.to("meta")), ValueError, "cache_rows is on meta but q is on cpu"),
-        (dict(k=POOL[:, :1], cache_rows=ROWS), ValueError, r"\(99, 2, 16\).*\(99, 1, 16\)"),
+        (dict(k=POOL, block_table=ROWS[:, :3]), ValueError, r"\(2, 4, 7\).*\(2, 3, 7\)"),
+        (dict(k=POOL, block_table=ROWS.bool()), TypeError, "block_table.*bool"),
+        (dict(k=POOL, block_table=ROWS.to("meta")), ValueError, "block_table is on meta but q is on cpu"),
+        (dict(k=POOL[:, :1], block_table=ROWS), ValueError, r"\(99, 2, 16\).*\(99, 1, 16\)"),
         (dict(k=POOL, cache_starts=ROWS[:, 0, 0]), ValueError, "needs k_lengths"),
-        (dict(k=POOL[:, 0], cache_rows=ROWS), ValueError, r"\(99, 16\) with 1 .* without"),
+        (dict(k=POOL[:, 0], block_table=ROWS), ValueError, r"\(99, 16\) with 1 .* without"),
         (
-            dict(k=POOL[:, 0], cache_rows=ROWS, cache_offsets=torch.zeros(2, 8).long()),
+            dict(k=POOL[:, 0], block_table=ROWS, cache_offsets=torch.zeros(2, 8).long()),
             ValueError,
             r"cache_offsets.*\(2, 7\), got \(2, 8\)",
         ),

@@ -201,8 +201,8 @@ def test_new_lengths_compile_nothing():
         offsets = torch.zeros(2, size, dtype=torch.int32, device=DEVICE)
         starts = torch.zeros(batch, 2, dtype=torch.int64, device=DEVICE)
         for tables in (
-            dict(cache_rows=rows),
-            dict(cache_rows=rows, cache_offsets=offsets),
+            dict(block_table=rows),
+            dict(block_table=rows, cache_offsets=offsets),
             dict(cache_starts=starts[:, 0].contiguous()),
             dict(cache_starts=starts, cache_offsets=offsets),
         ):

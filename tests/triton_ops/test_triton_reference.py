@@ -92,7 +92,7 @@ def test_decode_reads_the_pool_rows_of_the_table():
     k, v = torch.randn(6, 1, 4), torch.randn(6, 1, 4)
     table = torch.tensor([[[1, 0, 5], [1, 2, 4]]])
     keep = torch.ones(1, 3, dtype=torch.bool)
-    got = decode_reference(q, k, v, keep, scale=1.0, cache_rows=table)
+    got = decode_reference(q, k, v, keep, scale=1.0, block_table=table)
     for beam in range(2):
         kk, vv = (x[table[0, beam], 0] for x in (k, v))
         torch.testing.assert_close(got[0, beam, 0], torch.softmax(q[0, beam, 0] @ kk.T, -1) @ vv)
