@@ -1,6 +1,6 @@
 """Registration with fairseq: task ``pruned_translation``, model ``pruned_transformer`` and its architectures.
 
-A Python program that uses fairseq's functions imports this module; ``--user-dir`` does so by way of the package.
+A Python program that uses fairseq's functions imports this module; ``--user-dir`` imports it through the package.
 """
 
 from ap_fairseq.compat import (

@@ -190,7 +190,7 @@ def corpus() -> str:
 
 
 def rivals_translation() -> str:
-    """Target tokens a second beside stock fairseq and CTranslate2."""
+    """Target tokens per second, with stock fairseq and CTranslate2."""
     report = load(SCRIPTS / "rivals.json")["translation"]
     header = ["tokens/s", "stock fairseq", "all-ones mask", "90% pruned", "CTranslate2", "memory, ours / CTranslate2"]
     rows = []
@@ -212,7 +212,7 @@ def rivals_cpu() -> str:
 
 
 def rivals_kernels() -> str:
-    """Milliseconds of block-sparse attention beside FlashAttention-4 and dense cuDNN."""
+    """Milliseconds of block-sparse attention, FlashAttention-4 and dense cuDNN."""
     columns = {
         "ours": "ours_ms",
         "FlashAttention-4": "fa4_ms",
@@ -285,7 +285,7 @@ def tables() -> dict[str, Callable[[], str]]:
 
 
 def regenerate(text: str) -> str:
-    """Return *text* with its tables and numbers made anew.
+    """Return *text* with its tables and numbers regenerated.
 
     Raises:
         KeyError: for a table that nothing makes, or a number that the file does not hold.

@@ -10,7 +10,7 @@ from ap_fairseq.search.beams import BeamSearchState
 from triton_ops import AttentionLayout, append_to_pool, decode_attention
 from triton_ops.testing import assert_within_budget, block_mask, make_case
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # under TRITON_INTERPRET=1: that the script itself is right
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # a CPU with TRITON_INTERPRET=1 checks the script itself
 
 
 def random(*shape: int, seed: int = 1) -> torch.Tensor:

@@ -1,6 +1,6 @@
 """Imports between the rooms of the package: arrows, arrows that run upward, circles.
 
-A room is a folder of ap_fairseq, a module beside the folders, or triton_ops. `FLOORS` puts every room on a floor; a
+A room is a folder of ap_fairseq, a module outside the folders, or triton_ops. `FLOORS` puts every room on a floor; a
 module imports from its own room and from lower floors only. Imports inside functions and for type checkers count too.
 
     python tests/structure.py [ROOT]
@@ -74,7 +74,7 @@ def room_graph(graph: networkx.DiGraph) -> networkx.DiGraph:
 
 
 def circles(graph: networkx.DiGraph) -> list[list[str]]:
-    """Return the groups of nodes that import each other, directly or by way of others."""
+    """Return the groups of nodes that import each other, directly or through others."""
     return sorted(sorted(group) for group in networkx.strongly_connected_components(graph) if len(group) > 1)
 
 

@@ -1,4 +1,4 @@
-"""What a call of the attention operators consists of beside its q, k and v."""
+"""The arguments of the attention operators other than q, k and v."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Call(NamedTuple):
         return TileTable(self.tables[2], self.tables[3], self.tile)
 
     def kernel_arguments(self) -> dict[str, Any]:
-        """What all kernels of forward and backward ask for alike, by the names of `primitives.py`."""
+        """Return what all forward and backward kernels take, by the names of `primitives.py`."""
         mask_heads, n_words, word_rows = self.words.shape
         threshold = dropout_threshold(self.dropout_p)
         return dict(

@@ -133,7 +133,7 @@ def _choose_tile(words: Tensor, k_size: int) -> int:
 
 
 def _choose_row_group(words: Tensor) -> int:
-    """The largest tile size whose aligned groups of rows are all alike in `words`, or 1. One host synchronisation."""
+    """The largest tile size whose aligned groups of rows have equal `words`, or 1. One host synchronisation."""
     alike = [(_spread(words[..., ::group], group, words.size(2)) == words).all() for group in TILE_SIZES]
     return max([1] + [group for group, same in zip(TILE_SIZES, torch.stack(alike).tolist(), strict=True) if same])
 
@@ -171,7 +171,7 @@ class AttentionLayout:
         """Build from a keep mask (heads or 1, Tq, Tk), bool, True = kept.
 
         tile: tile size of the kernels; by default the one with the least predicted time for this mask.
-        causal: drop the cells j > i. For a site that is always causal it saves what `causal()` would keep beside this.
+        causal: drop the cells j > i. A site that is always causal then needs no second layout from `causal()`.
         Raises TypeError for a mask that is not bool, ValueError for a wrong rank, an empty dimension or
         an unknown tile size.
         """
@@ -203,7 +203,7 @@ class AttentionLayout:
 
     @torch.inference_mode(False)
     def to(self, device) -> AttentionLayout:
-        """The same layout on another device (itself when it is there already); tables are derived anew."""
+        """The same layout on another device (itself when it is there already); tables are derived again."""
         words = self.words.to(device)
         if words is self.words:
             return self

@@ -5,7 +5,7 @@ One code of names for all kernels:
     B H D                 sentences, heads, head size; BD: D rounded up to a power of two
     TQ TK                 queries and keys of a call
     BM BN BW              queries, keys, hypotheses of a tile; STEP: positions of one step of a loop
-    MH                    heads of the mask: H, or 1 for all alike
+    MH                    heads of the mask: H, or 1 if all share it
     KW LQ RS              packed mask (MH, KW, LQ): KW words of 32 keys; LQ rows, each for 2^RS queries. In decode.py
                           LQ: rows of the mask
     G                     block size of the tile lists

@@ -1,4 +1,4 @@
-"""Seeded inputs and the float64 error budget, for tests and benchmarks alike."""
+"""Seeded inputs and the float64 error budget, for tests and benchmarks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``ap-evaluate``: score translations, with everything a score depends on beside it."""
+"""``ap-evaluate``: score translations, and record everything that a score depends on."""
 
 from __future__ import annotations
 

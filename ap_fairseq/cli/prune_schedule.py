@@ -28,7 +28,7 @@ def get_parser() -> argparse.ArgumentParser:
         "again.",
         epilog="Everything after -- goes to fairseq-train: sizes (--arch pruned_transformer...), optimizer, "
         "--max-tokens, but no --save-dir, --max-update, --attention-masks or --finetune-from-model. Learning rates "
-        "start anew in each round: a decay (--total-num-update) is that of one round, --updates / --rounds.",
+        "start over in each round: give a decay (--total-num-update) the updates of one round, --updates / --rounds.",
     )
     parser.add_argument("data", help="binarised data (fairseq-preprocess)")
     parser.add_argument("--path", required=True, metavar="CHECKPOINT", help="dense or pruned checkpoint to start from")

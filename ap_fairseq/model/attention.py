@@ -38,7 +38,7 @@ class PrunedMultiheadAttention(MultiheadAttention):
         backend: ``triton`` (block-sparse kernels), ``sdpa`` (torch's attention under a dense mask, any device) or
             ``auto``, which takes the kernels for half and single precision on a GPU and else sdpa. ``triton`` raises
             UserError where the kernels cannot run.
-        dynamic: what is discarded anew for every sentence, on top of the mask; not with ``triton``.
+        dynamic: pruning per sentence, on top of the mask; not with ``triton``.
         max_steps: decoding takes at most so many steps. The caches drop what no mask row below keeps; None: unknown, so
             they keep all. A search that knows better says so (see :func:`ap_fairseq.model.kv_cache.limit_steps`).
 
@@ -135,7 +135,7 @@ class PrunedMultiheadAttention(MultiheadAttention):
         return layout
 
     def derived(self) -> AttentionLayout | None:
-        """Return what passes read in place of the masks now: to be kept by whoever captured its address."""
+        """Return the layout that passes read now, if any; a graph that holds its address must keep it alive."""
         return self._layout
 
     @torch.inference_mode(False)

@@ -1,4 +1,4 @@
-"""Inference-time pruning from the literature, for comparison with global masks: decided anew for every sentence.
+"""Inference-time pruning from the literature, for comparison with global masks: decided per sentence.
 
 These methods look at all scores before they discard some, so they say what quality a sparsity can have, not how fast it
 can be. They run without the kernels, on top of the masks, and are options of the model: of ``fairseq-generate

@@ -215,10 +215,10 @@ class PrunedTransformerDecoder(NotScriptable, TransformerDecoderBase):
         return x, extra
 
     def _for_hypotheses(self, encoder_out: dict | None, n: int, incremental_state: dict | None) -> dict | None:
-        """Return the encoder output for *n* hypotheses: repeated, unless caches do without.
+        """Return the encoder output for *n* hypotheses: repeated, unless caches need no copies.
 
         Raises:
-            ValueError: it is that of another number of hypotheses, of which nobody knows the sentences.
+            ValueError: if it is of another number of hypotheses, whose sentences are unknown.
         """
         cross = self.layers[0].encoder_attn if len(self.layers) else None
         if encoder_out is None or not encoder_out["encoder_out"] or not isinstance(cross, PrunedMultiheadAttention):

@@ -1,4 +1,4 @@
-"""Pruning criteria: scores of cells, of which the lowest are pruned first.
+"""Pruning criteria: scores of cells; the lowest are pruned first.
 
 A score function takes the statistics and a kind and returns finite float64 (layers or 1, heads or 1, Tq, Tk), higher =
 keep; an axis of 1 means that all layers or heads share the score. Cells that no recorded sentence reaches may hold any

@@ -57,7 +57,7 @@ class TrainingPruner:
         self.started = time.monotonic()
 
     def before_batch(self, model: nn.Module, criterion: nn.Module, update: int) -> None:
-        """Prune *model* if that is due after *update* updates. Called by all ranks alike."""
+        """Prune *model* if that is due after *update* updates. Every rank calls it."""
         if update == self.done or update not in self.schedule.updates:
             return
         try:

@@ -48,7 +48,7 @@ class PruningSchedule:
 
     @property
     def updates(self) -> list[int]:
-        """The numbers of updates after which masks are derived anew."""
+        """The updates after which new masks are derived."""
         return [*range(self.start, self.end, self.every), self.end]
 
     def share(self, update: int) -> float:

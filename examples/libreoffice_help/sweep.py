@@ -24,7 +24,7 @@ in a system stands for one system per value (several lists: one per combination)
                  the same flags
 
 `level` is the data-bin folder and `subset` its part to translate, by default sentences and test. At other levels a line
-is a page or a part of one; scores and tests are then of whole pages (d-BLEU), with s-BLEU of the segments beside them.
+is a page or a part of one; scores and tests are then of whole pages (d-BLEU), and s-BLEU is that of the segments.
 
 Everything runs in folders of --out and is skipped when it is there; other settings under a finished name are an error,
 except that a folder with all translations is only scored.
