@@ -11,7 +11,8 @@ import os
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, NoReturn
 
 import numpy as np
 import safetensors
@@ -25,7 +26,7 @@ CELLS_PER_WORD = 32
 
 def _write(path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, Any], overwrite: bool) -> None:
     with atomic_output(path, overwrite) as temporary:
-        header = {"ap_fairseq": json.dumps(metadata, sort_keys=True)}
+        header = {"ap_fairseq": json.dumps(metadata, sort_keys=True, allow_nan=False)}
         try:
             safetensors.numpy.save_file({k: np.ascontiguousarray(v) for k, v in tensors.items()}, temporary, header)
         except safetensors.SafetensorError as error:
@@ -48,13 +49,17 @@ def _read(path, expected_format: str) -> tuple[dict[str, np.ndarray], dict[str, 
             f"expected {expected}"
         ) from error
     try:
-        metadata = json.loads(header["ap_fairseq"])
+        metadata = json.loads(header["ap_fairseq"], parse_constant=partial(_refuse_constant, path))
         found = metadata["format"]
     except (KeyError, TypeError, ValueError) as error:
         raise ArtifactError(f"{path} is a safetensors file of another program; expected {expected}") from error
     if found != expected_format:
         raise ArtifactError(f"{path} has format {found!r}, expected {expected_format!r}: {expected}")
     return tensors, metadata
+
+
+def _refuse_constant(path, constant: str) -> NoReturn:
+    raise ArtifactError(f"the metadata of {path} holds {constant}, which is not a number; write the file again")
 
 
 CONTENTS = {
@@ -370,7 +375,18 @@ class PruningMasks:
         self.require_valid()
 
     def require_valid(self) -> None:
-        """Raise :class:`ArtifactError` for masks of the wrong shape, with rows that may be empty or future cells."""
+        """Raise :class:`ArtifactError` for masks of the wrong shape, with rows that may be empty or future cells.
+
+        So does an effective sparsity in the metadata that is not a share.
+        """
+        shares = self.metadata.get("sparsity", {})
+        for name in shares:
+            effective = shares[name].get("effective") if isinstance(shares[name], dict) else None
+            if name not in self.kinds or not isinstance(effective, int | float) or not 0 <= effective <= 1:
+                raise ArtifactError(
+                    f"its metadata gives {name} the effective sparsity {effective!r}, expected a share in [0, 1] of "
+                    f"one of the kinds {', '.join(self.kinds)}; write the masks again"
+                )
         for kind, keep in self.keep.items():
             layers, heads, n_queries, n_keys = keep.shape
             if min(n_queries, n_keys) < 1 or (kind is not AttentionKind.CROSS and n_queries != n_keys):

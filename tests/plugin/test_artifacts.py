@@ -54,6 +54,27 @@ def test_masks_survive_a_round_trip(tmp_path):
         np.testing.assert_array_equal(again.extrapolation[kind], masks.extrapolation[kind])
 
 
+@pytest.mark.parametrize(
+    "sparsity, fault",
+    [
+        ({"cross": {"effective": 1.5}}, "m.safetensors: its metadata gives cross the effective sparsity 1.5, expected"),
+        ({"cross": {}}, "cross the effective sparsity None, expected a share"),
+        (
+            {"sideways": {"effective": 0.5}},
+            "gives sideways .* expected a share in .* of one of the kinds encoder_self, ",
+        ),
+        ({"cross": {"effective": float("nan")}}, "the metadata of .*m.safetensors holds NaN, which is not a number"),
+    ],
+)
+def test_the_sparsity_in_the_metadata_is_a_share(tmp_path, sparsity, fault):
+    """NaN passed, and `ap-masks --like` left such a kind unpruned; without a number it ended in a KeyError."""
+    masks = random_masks(0.5)
+    header = {**masks.metadata, "format": masks.FORMAT, "architecture": masks.architecture, "sparsity": sparsity}
+    safetensors.numpy.save_file(masks.packed(), tmp_path / "m.safetensors", {"ap_fairseq": json.dumps(header)})
+    with pytest.raises(ArtifactError, match=fault):
+        PruningMasks.load(tmp_path / "m.safetensors")
+
+
 def test_an_existing_file_is_replaced_only_on_demand(tmp_path):
     path = tmp_path / "m.safetensors"
     random_masks(0.5).save(path)
