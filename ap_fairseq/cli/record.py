@@ -37,6 +37,14 @@ TASK_SETTINGS = {  # of fairseq's TranslationTask, which change what is recorded
     "truncate_source": None,
 }
 
+REPLACED = {  # flags of fairseq-validate that recording does not read
+    "--valid-subset": "choose what to record with --subset",
+    "--combine-valid-subsets": "record each --subset into a file of its own, ap-masks merges them",
+    "--combine-val": "record each --subset into a file of its own, ap-masks merges them",
+    "--num-shards": "the ranks of --distributed-world-size share the data; --sample N records less of it",
+    "--shard-id": "the ranks of --distributed-world-size share the data; --sample N records less of it",
+}
+
 
 def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
@@ -94,6 +102,13 @@ def main(argv: list[str]) -> None:
     _require_supported(state, args.path)
     _require_dictionaries(state, args)
     _require_task(state, args.path, given, cfg.task)
+    try:
+        distributed_utils.infer_init_method(cfg.distributed_training)
+    except AssertionError as error:  # such as "world size is 2 but have 0 available devices"
+        raise UserError(
+            f"--distributed-world-size {cfg.distributed_training.distributed_world_size}: {error}; leave the flag out, "
+            "or start the ranks with torchrun"
+        ) from error
     errors = get_context("spawn").SimpleQueue()
     try:
         distributed_utils.call_main(cfg, record_on_rank, job=job, errors=errors)
@@ -111,6 +126,9 @@ def main(argv: list[str]) -> None:
 def _fairseq_configuration(args: argparse.Namespace, argv: list[str]):
     """Return fairseq's configuration, and the flags that the caller gave for it."""
     given = {word.split("=")[0] for word in argv}
+    for flag, instead in REPLACED.items():
+        if flag in given:
+            raise UserError(f"{flag} has no effect on ap-record; {instead}")
     if not given & {"--max-tokens", "--batch-size", "--max-sentences"}:
         argv = [*argv, "--max-tokens", "12000"]
     # Before the caller's flags, which win. With its default of 8, fairseq main silently drops a last batch that is no
@@ -135,9 +153,11 @@ def _require_data(data: str, subset: str) -> None:
         raise UserError(
             f"--subset {subset} names several subsets; record each into a file of its own, ap-masks merges them"
         )
-    if os.path.isdir(data):
-        return
     shards = data.split(os.pathsep)
+    if os.path.isdir(data):
+        if len(shards) > 1:
+            raise UserError(f"data folder {data}: fairseq splits paths at {os.pathsep!r}; rename or link the folder")
+        return
     if len(shards) > 1 and all(map(os.path.isdir, shards)):
         raise UserError(f"{data} names {len(shards)} shards; record each into a file of its own, ap-masks merges them")
     raise ArtifactError(

@@ -119,7 +119,7 @@ def record(cfg, job: Recording) -> AttentionStats:
     with metrics.aggregate() as aggregate:
         task.reduce_metrics([totals], criterion)
     progress.print(aggregate.get_smoothed_values(), tag=job.subset)
-    stats = recorder.finish(
+    stats = recorder.finish(  # names the site and the head where attention itself is not finite
         group=group,
         data=[{"name": os.path.basename(os.path.abspath(job.data)), "subset": job.subset}],
         languages=[task.cfg.source_lang, task.cfg.target_lang],
@@ -130,6 +130,12 @@ def record(cfg, job: Recording) -> AttentionStats:
         loss=type(criterion).__name__ if job.importance else None,  # what importance is of
         versions=versions(),
     )
+    if not np.isfinite(totals["loss"]):
+        raise UserError(
+            f"the loss of {job.checkpoint} on subset {job.subset!r} is {totals['loss']}: the model diverged, or its "
+            "numbers overflow in this precision; record in fp32 (without --fp16) or with --bf16, or take a checkpoint "
+            "from before it diverged"
+        )
     if distributed_utils.get_global_rank() == 0:
         stats.save(job.output, overwrite=job.overwrite)
         _report(stats, job, len(dataset), totals["ntokens"], time.monotonic() - started)

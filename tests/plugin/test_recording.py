@@ -264,6 +264,11 @@ def other_data_bin(data_bin, tmp_path):
 
 
 def test_what_cannot_be_recorded_is_refused_at_once(data_bin, other_data_bin, dense, tmp_path, capsys):
+    """Some of these ended in tracebacks or, as --valid-subset and --num-shards, silently recorded something else.
+
+    A model whose attention is finite, but not its loss, was recorded, too.
+    """
+
     def forget_data(state):
         state["cfg"]["task"]["data"] = "gone"
 
@@ -279,7 +284,13 @@ def test_what_cannot_be_recorded_is_refused_at_once(data_bin, other_data_bin, de
     def diverge(state):
         state["model"]["encoder.layers.0.self_attn.q_proj.weight"][0, 0] = float("nan")
 
+    def diverge_after_attention(state):
+        state["model"]["decoder.layers.1.fc1.weight"][0, 0] = float("inf")
+
     diverged = changed_checkpoint(dense, tmp_path / "diverged.pt", diverge)
+    silent = changed_checkpoint(dense, tmp_path / "silent.pt", diverge_after_attention)
+    colon = tmp_path / "with:colon"
+    colon.symlink_to(data_bin)
     source_only = tmp_path / "source-only"
     shutil.copytree(data_bin, source_only)
     for file in source_only.glob("test.en-de.de.*"):
@@ -312,6 +323,14 @@ def test_what_cannot_be_recorded_is_refused_at_once(data_bin, other_data_bin, de
         (
             [data_bin, "--path", diverged],
             "encoder_self layer 0 head 0: the attention mass is nan .*in fp32 .*or with --bf16",
+        ),
+        ([data_bin, "--path", silent], "the loss of .*silent.pt on subset 'train' is nan.*or with --bf16"),
+        ([colon, "--path", dense], "with:colon: fairseq splits paths at ':'; rename or link the folder"),
+        ([data_bin, "--path", dense, "--valid-subset", "test"], "--valid-subset has no effect .* with --subset"),
+        ([data_bin, "--path", dense, "--num-shards=2"], "--num-shards has no effect on ap-record; .*--sample N"),
+        (
+            [data_bin, "--path", dense, "--distributed-world-size", torch.cuda.device_count() + 2],
+            r"--distributed-world-size \d+: world size is \d+ but have \d+ available.* with torchrun",
         ),
         ([data_bin, "--path", diverged, "--importance"], "gradients of a loss of nan are not finite.*or with --bf16"),
         ([data_bin, "--path", dense, "--user-dir", tmp_path / "gone"], "--user-dir .*gone: there is no such folder"),
