@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import collections
 import dataclasses
+import itertools
 import logging
 import os
 from collections.abc import Sequence
@@ -126,6 +127,8 @@ def open_with_masks(checkpoint, masks_file, data: str | None = None):
     state = _with_pruned_config(load_checkpoint(checkpoint), checkpoint)
     cfg = OmegaConf.create(state["cfg"], flags={"allow_objects": True})
     if data is not None:
+        if os.path.isdir(data) and os.pathsep in str(data):
+            raise UserError(f"--data {data}: fairseq splits paths at {os.pathsep!r}; rename or link the folder")
         cfg.task.data = str(data)
     folder = utils.split_paths(cfg.task.data)[0]
     if not any(Path(folder).glob("dict.*.txt")):
@@ -226,9 +229,13 @@ def average_checkpoints(paths: Sequence, output, overwrite: bool = False) -> Non
     Floating-point tensors are averaged in float64. Integer tensors are masks, positions and versions: they must agree.
 
     Raises:
-        ArtifactError: if a file is missing or damaged, or parameters or masks differ between the files.
+        ArtifactError: if a file is missing, damaged or named twice, parameters or masks differ between the files, or a
+            parameter is not finite.
     """
     refuse_existing(output, overwrite, paths)
+    for first, second in itertools.combinations(paths, 2):
+        if os.path.exists(first) and os.path.exists(second) and os.path.samefile(first, second):
+            raise ArtifactError(f"{first} and {second} are one file, which would count twice; name it once")
     totals: dict[str, torch.Tensor] = collections.OrderedDict()
     state: dict[str, Any] = {}
     for path in paths:
@@ -242,6 +249,8 @@ def average_checkpoints(paths: Sequence, output, overwrite: bool = False) -> Non
                 if not torch.equal(totals.setdefault(name, value), value):
                     raise ArtifactError(f"{name} differs between {path} and {paths[0]}: do they have the same masks?")
                 continue
+            if not value.isfinite().all():
+                raise ArtifactError(f"{path}: {name} is not finite: the model diverged; leave that checkpoint out")
             total = totals.setdefault(name, torch.zeros_like(value, dtype=torch.float64))
             if total.shape != value.shape:
                 raise ArtifactError(f"{name} has shape {value.shape} in {path}, {total.shape} in {paths[0]}")

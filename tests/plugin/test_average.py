@@ -1,9 +1,11 @@
 """Which checkpoints ``ap-average --last`` takes; what averaging does to masks is in test_pipeline.py."""
 
 import pytest
+import torch
 
 from ap_fairseq.cli.average import last_checkpoints
 from ap_fairseq.files import ArtifactError
+from ap_fairseq.model.checkpoints import average_checkpoints
 
 
 def names(paths) -> list[str]:
@@ -25,3 +27,19 @@ def test_too_few_checkpoints_are_an_error(tmp_path, count):
         (tmp_path / name).touch()
     with pytest.raises(ArtifactError, match=f"--last {count}: .* has 3 numbered checkpoints"):
         last_checkpoints(tmp_path, count)
+
+
+def test_averages_count_a_checkpoint_once_and_hold_numbers(tmp_path):
+    """A checkpoint named twice counted twice, and one that diverged made an average of NaN, both silently."""
+    for name, value in (("a.pt", 1.0), ("b.pt", 3.0), ("diverged.pt", float("inf"))):
+        state = {"model": {"weight": torch.tensor([value])}, "cfg": {"model": {"_name": "m"}, "task": {"_name": "t"}}}
+        torch.save(state, tmp_path / name)
+    (tmp_path / "link.pt").symlink_to("a.pt")
+    paths = {name: tmp_path / f"{name}.pt" for name in ("a", "b", "link", "diverged", "out")}
+    with pytest.raises(ArtifactError, match="a.pt and .*link.pt are one file, which would count twice; name it once"):
+        average_checkpoints([paths["a"], paths["b"], paths["link"]], paths["out"])
+    with pytest.raises(ArtifactError, match="diverged.pt: weight is not finite: the model diverged; leave"):
+        average_checkpoints([paths["a"], paths["diverged"]], paths["out"])
+    assert not paths["out"].exists()
+    average_checkpoints([paths["a"], paths["b"]], paths["out"])
+    assert torch.load(paths["out"])["model"]["weight"].item() == 2
