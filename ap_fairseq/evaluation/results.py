@@ -11,7 +11,7 @@ from typing import Any
 from ap_fairseq.evaluation import tables
 from ap_fairseq.evaluation.scores import METRICS
 from ap_fairseq.evaluation.tables import Table
-from ap_fairseq.files import ArtifactError
+from ap_fairseq.files import ArtifactError, require_file
 from ap_fairseq.sites import AttentionKind
 
 SCORES = {key: (metric.title, ".2f") for key, metric in METRICS.items()} | {
@@ -52,8 +52,7 @@ def parse_json(text: str, where: object) -> Any:
 
 def read_text(path) -> str:
     """Read a JSON file as text; raises :class:`ArtifactError` if it does not exist or is not UTF-8."""
-    if not Path(path).is_file():
-        raise ArtifactError(f"{path} does not exist; expected a JSON file")
+    require_file(path, "a JSON file")
     try:
         return Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -74,6 +73,7 @@ def read_results(path) -> dict[str, Any]:
 
     require(isinstance(document, dict) and document.get("systems"), " has no entry 'systems'")
     require(isinstance(document["systems"], list), ": 'systems' is not a list")
+    lengths: list[tuple] = []
     for number, result in enumerate(document["systems"], 1):
         require(isinstance(result, dict) and isinstance(result.get("system"), str), f": system {number} has no name")
         where = f": system {number} ({result['system']})"
@@ -85,9 +85,15 @@ def read_results(path) -> dict[str, Any]:
         for kind, share in shares.items():
             complete = isinstance(share, dict) and all(_is_number(share.get(k)) for k in ("effective", "kept_mass"))
             require(complete, f"{where}: the sparsity of {kind} lacks 'effective' or 'kept_mass'")
-        for bucket in result.get("by_length", []):
+        buckets = result.get("by_length", [])
+        require(isinstance(buckets, list), f"{where}: 'by_length' is not a list")
+        for bucket in buckets:
             complete = isinstance(bucket, dict) and {"least", "most", "sentences", "bleu"} <= bucket.keys()
             require(complete and _is_number(bucket["bleu"]), f"{where}: 'by_length' is damaged")
+        if buckets:
+            spans = [(bucket["least"], bucket["most"], bucket["sentences"]) for bucket in buckets]
+            lengths = lengths or spans
+            require(spans == lengths, f"{where}: 'by_length' has the buckets {spans}, another system {lengths}")
     names = [result["system"] for result in document["systems"]]
     require(len(set(names)) == len(names), " has two systems of one name")
     versions = document.get("versions")
@@ -95,8 +101,13 @@ def read_results(path) -> dict[str, Any]:
     require(isinstance(document.get("device"), str), " lacks 'device'")
     if "significance" in document:
         tested = document["significance"]
-        complete = isinstance(tested, dict) and {"signatures", "systems"} <= tested.keys()
-        require(complete and set(names) <= tested["systems"].keys(), ": 'significance' does not cover every system")
+        parts = [tested.get(key) for key in ("signatures", "systems")] if isinstance(tested, dict) else [None]
+        complete = all(isinstance(part, dict) for part in parts) and set(names) <= parts[1].keys()
+        require(complete, ": 'significance' does not cover every system")
+        for name, compared in parts[1].items():
+            values = list(compared.values()) if isinstance(compared, dict) else [None]
+            complete = all(isinstance(value, dict) and _is_number(value.get("p", 0)) for value in values)
+            require(complete, f": the 'significance' of {name} is damaged")
     return document
 
 

@@ -54,6 +54,7 @@ def read_hypotheses(files: Sequence[str | os.PathLike], sentences: int | None = 
     lines: list[str] = []
     found: dict[int, str] = {}
     first: dict[str, str] = {}  # sentence -> where it was translated
+    seen: set[tuple[str, str]] = set()
     logged, finished = False, True
     for file in map(str, files):
         own = read_lines(file)
@@ -62,13 +63,14 @@ def read_hypotheses(files: Sequence[str | os.PathLike], sentences: int | None = 
             raise ArtifactError(f"{file} was cut off in its last line, {own[-1][:60]!r}; run fairseq-generate again")
         lines += own
         logged |= bool(entries)
-        for line, sentence in _translations(entries):
-            if sentence in first:
+        for line, letter, sentence in _translations(entries):
+            if (letter, sentence) in seen:
                 raise ArtifactError(
-                    f"sentence {sentence} was translated twice: {first[sentence]} and {file}:{line}; give the log of "
-                    "one run"
+                    f"sentence {sentence} was translated twice: {first[sentence]} and {file}:{line}; give the "
+                    "log of one run"
                 )
-            first[sentence] = f"{file}:{line}"
+            seen.add((letter, sentence))
+            first.setdefault(sentence, f"{file}:{line}")
         for _, letter, sentence, text in entries:
             if letter == "D":
                 found.setdefault(int(sentence), text.partition("\t")[2])  # with --nbest, the best comes first
@@ -88,16 +90,14 @@ def _ends(file: str) -> bool:
         return stream.read() == b"\n"
 
 
-def _translations(entries: Sequence[tuple[int, str, str, str]]) -> Iterator[tuple[int, str]]:
-    """Yield line number and sentence of each translation in a log.
+def _translations(entries: Sequence[tuple[int, str, str, str]]) -> Iterator[tuple[int, str, str]]:
+    """Yield line number, letter and sentence of what a run logs once for each sentence.
 
-    A run logs the source of a sentence once. In a log without sources, hypotheses that follow each other, as those of
-    ``--nbest`` do, are one translation.
+    That is its source, and its hypotheses, which follow each other, as those of ``--nbest`` do. Either may be missing:
+    hypotheses of one sentence, logged in two runs without sources, cannot be told from those of ``--nbest``.
     """
-    if any(letter == "S" for _, letter, *_ in entries):
-        yield from ((line, sentence) for line, letter, sentence, _ in entries if letter == "S")
-        return
-    hypotheses = [(line, sentence) for line, letter, sentence, _ in entries if letter == "D"]
+    yield from ((line, letter, sentence) for line, letter, sentence, _ in entries if letter == "S")
+    hypotheses = [(line, letter, sentence) for line, letter, sentence, _ in entries if letter == "D"]
     for _, same in itertools.groupby(hypotheses, key=lambda entry: entry[-1]):
         yield next(same)
 

@@ -105,6 +105,13 @@ def test_logs_of_the_same_sentences_are_refused(tmp_path, second):
         read_hypotheses(files)
 
 
+def test_hypotheses_of_a_second_run_without_sources_are_refused(tmp_path):
+    """With the sources of the first run in the log, only repeated sources were looked for."""
+    path = write(tmp_path / "log", log(0, 1) + "D-0\t-1\tc\nD-1\t-1\tb\n")
+    with pytest.raises(ArtifactError, match="sentence 0 was translated twice: .*log:1 and .*log:12"):
+        read_hypotheses([path])
+
+
 def test_hypotheses_of_nbest_are_one_translation(tmp_path):
     hypotheses = ["S-1\ts\nT-1\tt\n", *(f"H-1\t-{k}\tx\nD-1\t-{k}\t{k}\nP-1\t-1\n" for k in (1, 2)), "D-0\t-1\tother\n"]
     path = write(tmp_path / "log", "".join([*hypotheses[:3], "S-0\ts\n", hypotheses[3]]))
@@ -305,8 +312,17 @@ def test_a_reader_that_leaves_does_not_cost_the_results(tmp_path):
         (lambda d: d["systems"][0].update(comet=float("-inf")), "holds -Infinity, which is not a number"),
         (lambda d: d["systems"][0].update(sparsity={"cross": {"effective": 1}}), "sparsity of cross lacks"),
         (lambda d: d["systems"][0].update(by_length=[{}]), "'by_length' is damaged"),
+        (lambda d: d["systems"][0].update(by_length=5), "'by_length' is not a list"),
         (lambda d: d.pop("versions"), "lacks 'versions'"),
         (lambda d: d.update(significance={"systems": {}}), "'significance' does not cover every system"),
+        (
+            lambda d: d.update(significance={"systems": 5, "signatures": 5}),
+            "'significance' does not cover every system",
+        ),
+        (
+            lambda d: d.update(significance={"systems": {"x": 5}, "signatures": {}}),
+            "the 'significance' of x is damaged",
+        ),
     ],
 )
 def test_damage_inside_a_results_file_is_named(tmp_path, capsys, change, message):
