@@ -420,7 +420,7 @@ class CrossAttentionCache(PagedCrossAttention):
 
 
 def peak_share(last_use: Iterable[Tensor]) -> tuple[int, int]:
-    """How much of its decoder self-attention caches a hypothesis needs at most at a time, over all sites.
+    """Count the decoder self-attention slots that a hypothesis needs at most at a time, over all sites.
 
     Args:
         last_use: int64 (H, T) of each site, the last mask row that keeps each column.

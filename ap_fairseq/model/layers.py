@@ -80,7 +80,7 @@ def _wrap_layer(layer: nn.Module, cfg: TransformerConfig, stock_class: type) -> 
 
 
 class NotScriptable:
-    """A module that ``torch.jit.script`` refuses in one sentence: kernels and caches are Python."""
+    """A module that ``torch.jit.script`` refuses with one clear error: kernels and caches are Python."""
 
     def __prepare_scriptable__(self):
         raise UserError(
@@ -164,7 +164,7 @@ class PrunedTransformerDecoder(NotScriptable, TransformerDecoderBase):
         return _wrap_layer(layer, cfg, transformer_layer.TransformerDecoderLayerBase)
 
     def returns_weights(self, incremental_state=None) -> bool:
-        """Whether a pass that names no layer returns the attention weights of one: they cost a slower path."""
+        """Whether a pass without *alignment_layer* returns attention weights, which take a slower path."""
         return self.alignment_needed or (self.guided_alignment and incremental_state is None)
 
     def extract_features(

@@ -32,7 +32,7 @@ Shape = tuple[int, int, int]  # sentences, source length, target length
 
 
 def not_captured(model: nn.Module) -> str | None:
-    """Say what in a pruned transformer cannot be captured, or None."""
+    """Return the option of a pruned transformer that cannot be captured, or None."""
     cfg = model.cfg
     options = {
         "--checkpoint-activations": cfg.checkpoint_activations,
@@ -91,9 +91,9 @@ class TrainingGraphs:
         return [getattr(module, name) for _, module in attention_sites(self.model) for name in MASK_BUFFERS]
 
     def _addresses(self) -> list[int]:
-        """What graphs read must be where it was, or all graphs are void: parameters, and fairseq's position tables.
+        """Return the addresses of parameters and fairseq's position tables; when one changes, all graphs are void.
 
-        A table moves when a longer sentence comes, in translating for --eval-bleu for instance, or by rounding.
+        A table moves when a longer sentence comes, for instance in the translations of --eval-bleu, or by rounding.
         """
         embeddings = self.model.encoder.embed_positions, self.model.decoder.embed_positions
         tables = [table for module in embeddings if module is not None for table in module.buffers()]
@@ -162,7 +162,7 @@ class TrainingGraphs:
 
 
 class _Forward:
-    """A forward pass whose backward pass may come, unless it is done or nobody holds this any more."""
+    """A forward pass whose backward pass may still come: it is neither done nor dropped."""
 
     done = False
 

@@ -67,7 +67,7 @@ def summarize(masks: PruningMasks, stats: AttentionStats) -> list[LayerSummary]:
 
 
 def _single(observed: np.ndarray) -> int:
-    """Rows in which only one cell was ever attendable; so keeping it does not show pruning."""
+    """Count the rows in which only one cell was ever attendable: they keep one cell without any pruning."""
     return int(np.sum(observed.sum(-1) == 1))
 
 

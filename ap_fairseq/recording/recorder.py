@@ -272,7 +272,7 @@ def _ask_for_head_weights(module, args, kwargs):
 
 
 def sample_by_length(indices: np.ndarray, count: int, seed: int) -> np.ndarray:
-    """Draw *count* sentences so that the lengths of all are represented as in the whole.
+    """Draw *count* sentences whose lengths are distributed as in the whole data set.
 
     The indices are split into *count* runs of (nearly) equal size, and one sentence is drawn from each.
 

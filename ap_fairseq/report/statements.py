@@ -186,7 +186,7 @@ def _nominal(nominal_half: Mapping[AttentionKind, float]) -> str:
 
 
 def _scores(systems: list[System]) -> str:
-    """What pruning one kind alone costs: against the same training and seed without masks if there is, else dense."""
+    """Compare systems with one pruned kind with the same training and seed without masks, or else with dense."""
     unpruned = {(s.variant, s.seed): s for s in systems if s.series is not None and not s.pruned}
     dense = {system.seed: system for system in systems if system.series is None}
     parts = []
