@@ -96,12 +96,13 @@ def record(cfg, job: Recording) -> AttentionStats:
         UserError: for what the user can mend. Nothing is written then.
     """
     job.require_valid()
+    group = _group()  # made while all ranks are there: who waits for a dead one to join waits for half an hour
     model, saved_cfg, task = load_model(job)
     cuda = _place(model, cfg)
     criterion = _build_criterion(task, saved_cfg.criterion, job)
     dataset = load_subset(task, job)
     progress = progress_bar.progress_bar(
-        _batches(cfg, job, task, model, dataset),
+        _batches(cfg, job, task, model, dataset, group),
         log_format=cfg.common.log_format,
         log_interval=cfg.common.log_interval,
         prefix=f"valid on '{job.subset}' subset",
@@ -113,7 +114,6 @@ def record(cfg, job: Recording) -> AttentionStats:
     limits = tuple(min(n, job.max_positions) for n in longest)
     with AttentionRecorder(model, limits, job.importance) as recorder, torch.set_grad_enabled(job.importance):
         logged = _run(recorder, model, criterion, progress, task.source_dictionary.pad(), cuda)
-    group = _group()
     parts = gathered(logged, group)
     totals = collections.Counter({name: sum(part[name] for part in parts) for part in parts for name in part})
     with metrics.aggregate() as aggregate:
@@ -255,7 +255,7 @@ def load_subset(task: TranslationTask, job: Recording) -> LanguagePairDataset:
     return dataset
 
 
-def _batches(cfg, job: Recording, task: TranslationTask, model, dataset: LanguagePairDataset):
+def _batches(cfg, job: Recording, task: TranslationTask, model, dataset: LanguagePairDataset, group):
     """Return this rank's batches: of what the model can take, or of the sample drawn from that."""
     seed = cfg.common.seed
     with data_utils.numpy_seed(seed + 1):  # as fairseq in epoch 1
@@ -280,14 +280,13 @@ def _batches(cfg, job: Recording, task: TranslationTask, model, dataset: Languag
         max_sentences=cfg.dataset.batch_size,
         required_batch_size_multiple=cfg.dataset.required_batch_size_multiple,
     )
-    several = _group() is not None
     return iterators.EpochBatchIterator(
         dataset=dataset,
         collate_fn=dataset.collater,
         batch_sampler=batches,
         seed=seed,
-        num_shards=distributed_utils.get_data_parallel_world_size() if several else 1,
-        shard_id=distributed_utils.get_data_parallel_rank() if several else 0,
+        num_shards=group.size() if group else 1,
+        shard_id=group.rank() if group else 0,
         num_workers=cfg.dataset.num_workers,
         buffer_size=cfg.dataset.data_buffer_size,
     ).next_epoch_itr(shuffle=False)

@@ -157,7 +157,10 @@ torch.distributed.all_reduce(torch.ones(1))
 
 
 def test_a_rank_that_dies_ends_the_recording(data_bin, dense, tmp_path):
-    """The other rank ends with an error within seconds, not after gloo's half hour, and nothing is written."""
+    """The other rank ends with an error within seconds, not after gloo's half hour, and nothing is written.
+
+    It waited that long where it made the group of ranks only after its data were loaded.
+    """
     ranks = start_ranks(
         *record_command(data_bin, dense, tmp_path / "stats", "--batch-size", 1, "--log-format", "simple")
     )
@@ -166,6 +169,7 @@ def test_a_rank_that_dies_ends_the_recording(data_bin, dense, tmp_path):
             break
     ranks[1].send_signal(signal.SIGKILL)
     died = time.monotonic()
+    ranks[1].communicate()
     log, _ = ranks[0].communicate(timeout=120)
     assert ranks[0].returncode not in (0, None) and time.monotonic() - died < 60
     assert "onnection" in log or "closed" in log, log[-2000:]
