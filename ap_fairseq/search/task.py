@@ -78,7 +78,8 @@ class PrunedTranslationTask(TranslationTask):
 
     def __init__(self, cfg, src_dict, tgt_dict):
         super().__init__(cfg, src_dict, tgt_dict)
-        self.pruner = build_pruner(self, cfg)
+        # A program may build the task with fairseq's own configuration, which lacks these fields.
+        self.pruner = build_pruner(self, cfg) if hasattr(cfg, "prune_flags") else None
 
     def build_model(self, cfg, from_checkpoint=False):
         model = super().build_model(cfg, from_checkpoint)

@@ -4,11 +4,14 @@ import re
 
 import pytest
 import torch
+from fairseq.data import Dictionary
+from fairseq.tasks.translation import TranslationConfig
 from plugin.commands import generate, train
 
 from ap_fairseq.files import UserError
 from ap_fairseq.model.checkpoints import load_checkpoint
 from ap_fairseq.provenance import decode_provenance
+from ap_fairseq.search.task import PrunedTranslationTask
 from ap_fairseq.training.schedule import PruningSchedule, share_of_round
 
 SCHEDULE = ["--attention-sparsity", 0.6, "--prune-start", 18, "--prune-end", 34, "--prune-every", 8]
@@ -114,3 +117,9 @@ def test_flags_that_cannot_be_are_refused_at_the_start(data_bin, tmp_path, flags
     log = train(data_bin, tmp_path, "--task", "pruned_translation", *masks, *flags, arch=arch, updates=2, expect=1)
     assert re.search(f"UserError: .*{message}", log), log[-2000:]
     assert not (tmp_path / "checkpoint_last.pt").exists()
+
+
+def test_a_task_with_the_configuration_of_fairseq_prunes_nothing():
+    """Programs built the task with a TranslationConfig, which has none of the plugin's fields, and got a KeyError."""
+    words = Dictionary()
+    assert PrunedTranslationTask(TranslationConfig(), words, words).pruner is None
