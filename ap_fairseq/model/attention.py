@@ -22,7 +22,17 @@ MASK_BUFFERS = ("keep_words", "extrapolation_words", "mask_range")
 LAST_USE_MEMO = 16  # answers of `last_use` that a module remembers: searches ask for a few lengths again and again
 
 
-class PrunedMultiheadAttention(MultiheadAttention):
+class NotScriptable:
+    """A module that ``torch.jit.script`` refuses with one clear error: kernels and caches are Python."""
+
+    def __prepare_scriptable__(self):
+        raise UserError(
+            "pruned_transformer cannot be compiled with TorchScript; translate with fairseq-generate or the hub "
+            "interface, and script the dense checkpoint instead"
+        )
+
+
+class PrunedMultiheadAttention(NotScriptable, MultiheadAttention):
     """fairseq's multi-head attention under a global mask per head.
 
     Parameters and their names are those of the stock module. The mask is stored in persistent buffers, so checkpoints

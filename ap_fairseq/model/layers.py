@@ -14,8 +14,7 @@ from fairseq.modules import transformer_layer
 from fairseq.modules.checkpoint_activations import checkpoint_wrapper
 from torch import Tensor, nn
 
-from ap_fairseq.files import UserError
-from ap_fairseq.model.attention import PrunedMultiheadAttention
+from ap_fairseq.model.attention import NotScriptable, PrunedMultiheadAttention
 from ap_fairseq.model.dynamic import DynamicPruning
 from ap_fairseq.model.kv_cache import group_hypotheses
 from ap_fairseq.sites import AttentionKind
@@ -77,16 +76,6 @@ def _wrap_layer(layer: nn.Module, cfg: TransformerConfig, stock_class: type) -> 
     if cfg.checkpoint_activations:
         layer = checkpoint_wrapper(layer, offload_to_cpu=cfg.offload_activations)
     return layer
-
-
-class NotScriptable:
-    """A module that ``torch.jit.script`` refuses with one clear error: kernels and caches are Python."""
-
-    def __prepare_scriptable__(self):
-        raise UserError(
-            "pruned_transformer cannot be compiled with TorchScript; translate with fairseq-generate or the hub "
-            "interface, and script the dense checkpoint instead"
-        )
 
 
 class PrunedTransformerEncoder(NotScriptable, TransformerEncoderBase):

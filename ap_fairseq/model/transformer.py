@@ -24,10 +24,10 @@ from torch import Tensor, nn
 from ap_fairseq.artifacts import PruningMasks
 from ap_fairseq.compat import drop_bettertransformer_copies
 from ap_fairseq.files import ArtifactError, UserError, file_sha256
-from ap_fairseq.model.attention import MASK_BUFFERS
+from ap_fairseq.model.attention import MASK_BUFFERS, NotScriptable
 from ap_fairseq.model.config import OWN_DEFAULTS, PrunedTransformerConfig, is_interpolation
 from ap_fairseq.model.kv_cache import peak_share
-from ap_fairseq.model.layers import NotScriptable, PrunedTransformerDecoder, PrunedTransformerEncoder
+from ap_fairseq.model.layers import PrunedTransformerDecoder, PrunedTransformerEncoder
 from ap_fairseq.model.training_graphs import TrainingGraphs, not_captured
 from ap_fairseq.provenance import (
     DAMAGED_MASKS,
