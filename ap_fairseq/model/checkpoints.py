@@ -23,6 +23,7 @@ from fairseq.models.transformer_from_pretrained_xlm import TransformerFromPretra
 from omegaconf import OmegaConf
 from torch import nn
 
+from ap_fairseq.artifacts import CONTENTS, PruningMasks
 from ap_fairseq.compat import allow_fairseq_checkpoints, drop_bettertransformer_copies
 from ap_fairseq.files import ArtifactError, UserError, atomic_output, not_written, refuse_existing, require_file
 from ap_fairseq.model.attention import MASK_BUFFERS
@@ -124,6 +125,8 @@ def open_with_masks(checkpoint, masks_file, data: str | None = None):
 
     Args and errors as for :func:`apply_masks`; ``state["cfg"]`` is the configuration of the pruned model.
     """
+    if str(masks_file) != "none":
+        require_file(masks_file, CONTENTS[PruningMasks.FORMAT])
     state = _with_pruned_config(load_checkpoint(checkpoint), checkpoint)
     cfg = OmegaConf.create(state["cfg"], flags={"allow_objects": True})
     if data is not None:

@@ -417,6 +417,7 @@ def test_errors_name_the_fault_and_write_nothing(data_bin, dense, stats_file, ma
         (cli_masks.main, [stats_file, "--granularity", 8, "-o", out], "'8' is not one of 1, 16, 32, 64, 128, diagonal"),
         (apply.main, [dense, "--attention-masks", stats_file, "-o", out], "expected 'ap-pruning-masks-2'"),
         (apply.main, [dense, "--attention-masks", masks_file, "--data", tmp_path, "-o", out], "pass --data DIR"),
+        (apply.main, [dense, "--attention-masks", "", "-o", out], "is a folder; expected pruning masks"),  # a TypeError
         (evaluate.main, [f"x={toy_text}/valid.en", "--reference", toy_text / "test.de"], "60 hypotheses for 220 ref"),
         (evaluate.main, ["x=y"], "y is not a file; name a log of fairseq-generate"),
     ]
