@@ -15,7 +15,7 @@ from ap_fairseq.cli.common import command
 from ap_fairseq.cli.masks import write_masks
 from ap_fairseq.experiments.stages import PLUGIN, Stages
 from ap_fairseq.files import UserError, require_file
-from ap_fairseq.pruning.flags import parse_mask_flags, spec_from
+from ap_fairseq.pruning.flags import budget_flags, parse_mask_flags, spec_from
 from ap_fairseq.training.schedule import SHAPES, share_of_round
 
 logger = logging.getLogger(__name__)
@@ -119,7 +119,12 @@ def main(argv: list[str]) -> None:
         fault = f"{', '.join(sorted(taken))} given" if taken else "no --arch given"
         raise UserError(f"fairseq-train flags after --: {fault}; give --arch, and leave the others to the rounds")
     mask_flags, record_flags = _split("--masks", args.masks), _split("--record", args.record)
-    if parse_mask_flags(mask_flags).criterion == "importance" and "--importance" not in record_flags:
+    parsed = parse_mask_flags(mask_flags)
+    if len(budget_flags(parsed)) != 1:
+        raise UserError(
+            f"--masks '{args.masks}' must give one kind of budget: --total, --like, or those of attention kinds"
+        )
+    if parsed.criterion == "importance" and "--importance" not in record_flags:
         raise UserError(f"--masks '{args.masks}' ranks by importance, but --record '{args.record}' lacks --importance")
     checkpoint, masks = prune_gradually(
         *(args.data, args.path, args.output, mask_flags, train_flags, record_flags),

@@ -119,11 +119,16 @@ def parse_mask_flags(flags: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(list(flags))
 
 
+def budget_flags(args: argparse.Namespace) -> list[str]:
+    """Return which of --total, --like and the kinds' own flags are given; these last count as one."""
+    given = [name for name, value in (("--total", args.total), ("--like", args.like)) if value is not None]
+    return given + [f"--{kind.flag}" for kind in AttentionKind if getattr(args, kind.value) is not None][:1]
+
+
 def _budgets(args: argparse.Namespace, stats: AttentionStats) -> Mapping[AttentionKind, float]:
     """Return the budget of each kind from --total, --like or the kinds' own flags, of which one may be given."""
     own = {kind: getattr(args, kind.value) for kind in AttentionKind if getattr(args, kind.value) is not None}
-    given = [name for name, value in (("--total", args.total), ("--like", args.like)) if value is not None]
-    given += [f"--{kind.flag}" for kind in own][:1]
+    given = budget_flags(args)
     if len(given) > 1:
         raise UserError(f"{' and '.join(given)} all give budgets; choose one of them")
     if args.criterion == "percentile" and given and not own:

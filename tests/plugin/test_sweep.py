@@ -253,6 +253,7 @@ def test_rounds_can_start_from_a_model_that_was_trained_under_masks(corpus, dens
 
 
 def test_the_schedule_as_a_command_names_what_is_wrong(dense, data_bin, tmp_path, capsys):
+    """Without a budget, all rounds trained and nothing was pruned; two budgets failed after the first recording."""
     common = [data_bin, "--path", dense, "-o", tmp_path, "--updates", 4, "--masks", "--total 0.5"]
     for arguments, message in (
         ([*common, "--", "--arch", "pruned_transformer", "--save-dir", "x"], "--save-dir given"),
@@ -265,6 +266,11 @@ def test_the_schedule_as_a_command_names_what_is_wrong(dense, data_bin, tmp_path
             "cannot be split into flags: No closing quotation",
         ),
         ([*common, "--path", tmp_path, "--", "--arch", "x"], "is a folder; expected a fairseq checkpoint"),
+        (
+            [*common, "--masks", "--criterion mean", "--", "--arch", "x"],
+            "must give one kind of budget: --total, --like",
+        ),
+        ([*common, "--masks", "--total 0.5 --cross 0.3", "--", "--arch", "x"], "must give one kind of budget"),
         ([*common, "--masks", "--total 0.5 --criterion importance", "--", "--arch", "x"], "but --record '--max-tokens"),
     ):
         with pytest.raises(SystemExit) as stop:
