@@ -212,14 +212,22 @@ def _require_dictionaries(state: dict[str, Any], args: argparse.Namespace) -> No
     trained_on = str(task.get("data") or "").split(os.pathsep)[0]
     for file in sorted(Path(args.data).glob("dict.*.txt")):
         original = Path(trained_on) / file.name
+        ours = _dictionary_sha256(file)
         if not original.is_file():
             continue
-        ours, theirs = (dictionary_sha256(Dictionary.load(str(path))) for path in (file, original))
+        theirs = _dictionary_sha256(original)
         if ours != theirs:
             raise ArtifactError(
                 f"{file} has the SHA-256 {ours[:12]}; {args.path} was trained with {original}, which has "
                 f"{theirs[:12]}; record on the data-bin that the checkpoint was trained with"
             )
+
+
+def _dictionary_sha256(file: Path) -> str:
+    try:
+        return dictionary_sha256(Dictionary.load(str(file)))
+    except (ValueError, RuntimeError) as error:  # fairseq does not name the file
+        raise ArtifactError(f"{file} is damaged: {error}; copy the data-bin again") from error
 
 
 if __name__ == "__main__":

@@ -238,6 +238,10 @@ def load_subset(task: TranslationTask, job: Recording) -> LanguagePairDataset:
         raise ArtifactError(
             f"no subset {subset!r} in {folder}; fairseq-preprocess names them train, valid, test ({error})"
         ) from error
+    except (AssertionError, ValueError) as error:  # of fairseq's reader and numpy's
+        raise ArtifactError(
+            f"the index files {subset}.*.idx of {folder} are damaged: {error}; copy the data-bin again"
+        ) from error
     dataset = task.dataset(subset)
     if dataset.tgt is None:
         raise ArtifactError(

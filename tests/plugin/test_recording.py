@@ -289,6 +289,11 @@ def test_what_cannot_be_recorded_is_refused_at_once(data_bin, other_data_bin, de
 
     diverged = changed_checkpoint(dense, tmp_path / "diverged.pt", diverge)
     silent = changed_checkpoint(dense, tmp_path / "silent.pt", diverge_after_attention)
+    no_counts, no_index = tmp_path / "no-counts", tmp_path / "no-index"
+    for folder in (no_counts, no_index):
+        shutil.copytree(data_bin, folder)
+    (no_counts / "dict.en.txt").write_text("a b c\n")
+    (no_index / "valid.en-de.en.idx").write_bytes(b"x" * 50)
     colon = tmp_path / "with:colon"
     colon.symlink_to(data_bin)
     source_only = tmp_path / "source-only"
@@ -325,6 +330,8 @@ def test_what_cannot_be_recorded_is_refused_at_once(data_bin, other_data_bin, de
             "encoder_self layer 0 head 0: the attention mass is nan .*in fp32 .*or with --bf16",
         ),
         ([data_bin, "--path", silent], "the loss of .*silent.pt on subset 'train' is nan.*or with --bf16"),
+        ([no_counts, "--path", moved], "no-counts/dict.en.txt is damaged: Incorrect dictionary format"),
+        ([no_index, "--path", dense, "--subset", "valid"], r"index files valid.\*.idx of .*no-index are damaged: "),
         ([colon, "--path", dense], "with:colon: fairseq splits paths at ':'; rename or link the folder"),
         ([data_bin, "--path", dense, "--valid-subset", "test"], "--valid-subset has no effect .* with --subset"),
         ([data_bin, "--path", dense, "--num-shards=2"], "--num-shards has no effect on ap-record; .*--sample N"),
