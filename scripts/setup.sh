@@ -29,5 +29,7 @@ if ! grep -qsF "$wanted $extras" "$root/.venv/ap-fairseq.installed"; then
   fi
   echo "setup: installing ap-fairseq"
   python -m pip install -q -e "$root$extras"
+  # fairseq looks for a bare name, --user-dir ap_fairseq, beside itself; pip puts the package there unless it is editable.
+  ln -sfn "$root/ap_fairseq" "$(python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/ap_fairseq"
   echo "$wanted $extras" > "$root/.venv/ap-fairseq.installed"
 fi
