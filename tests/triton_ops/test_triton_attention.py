@@ -368,7 +368,11 @@ def test_what_padding_holds_has_no_effect(size, backend, value):
         out = block_sparse_attention(*inputs, layout, q_lengths=lengths, k_lengths=lengths, backend=backend)
         results.append([out, *torch.autograd.grad(out.square().sum(), inputs)])
     for ours, expected in zip(*results, strict=True):
-        assert ours.isfinite().all() and torch.equal(ours, expected)
+        assert ours.isfinite().all()
+        if backend == "triton":
+            assert torch.equal(ours, expected)
+        else:  # torch's backward pass does not promise the same bits in every run
+            torch.testing.assert_close(ours, expected)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])

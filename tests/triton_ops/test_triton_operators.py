@@ -116,9 +116,10 @@ def test_torch_func_works_with_sdpa_and_is_refused_by_the_kernels():
         torch.func.grad(loss)(q, "triton")
     leaf = q.clone().requires_grad_()
     expected = torch.autograd.grad(loss(leaf, "triton"), leaf)[0]
-    torch.testing.assert_close(torch.func.grad(loss)(q, "sdpa"), expected)
+    close = dict(rtol=1e-4, atol=1e-4)  # products of the kernels keep 22 of 24 bits on a GPU
+    torch.testing.assert_close(torch.func.grad(loss)(q, "sdpa"), expected, **close)
     each = torch.func.vmap(lambda q: loss(q, "sdpa"))(torch.stack([q, 2 * q]))
-    torch.testing.assert_close(each, torch.stack([loss(q, "triton"), loss(2 * q, "triton")]))
+    torch.testing.assert_close(each, torch.stack([loss(q, "triton"), loss(2 * q, "triton")]), **close)
 
 
 @BOTH_SIZES
