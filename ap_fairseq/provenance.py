@@ -6,7 +6,7 @@ import hashlib
 import importlib.metadata
 import json
 import platform
-from typing import Any  # fairseq's parser reads Optional[X], not X | None
+from typing import Any
 
 import torch
 from torch import Tensor

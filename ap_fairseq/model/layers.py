@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any  # fairseq's parser reads Optional[X], not X | None
+from typing import Any
 
 import torch
 from fairseq.models.transformer import (

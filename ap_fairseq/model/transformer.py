@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import logging
-from typing import Any  # fairseq's parser reads Optional[X], not X | None
+from typing import Any
 
 import numpy as np
 import torch

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from fairseq.distributed import utils as distributed_utils
 from fairseq.modules import MultiheadAttention
 from torch import Tensor, nn
 
@@ -166,6 +167,15 @@ class AttentionRecorder:
             module.register_forward_hook(keep, with_kwargs=True),
         ]
 
+    def record(self, model: nn.Module, criterion: nn.Module, sample: dict[str, Any], pad: int) -> dict[str, Any]:
+        """Record a batch of fairseq's, with importance if that is recorded; return what the criterion logs."""
+        self.begin(sample["net_input"]["src_tokens"], sample["net_input"]["prev_output_tokens"], pad)
+        with torch.set_grad_enabled(self.importance):
+            loss, _, logging_output = criterion(model, sample)
+            if self.importance:
+                self.add_importance(loss)
+        return logging_output
+
     def add_importance(self, loss: Tensor) -> None:
         """Add what *loss* depends on, after the forward pass that gave it.
 
@@ -238,6 +248,12 @@ class AttentionRecorder:
             for total in (*self._mass.values(), *self._end_mass.values(), *self._importance.values()):
                 dist.all_reduce(total, group=group)
         return sum(gathered(self.lengths, group), collections.Counter())
+
+
+def data_parallel_group() -> dist.ProcessGroup | None:
+    """Return the group of the ranks that share the data, None for a single process."""
+    distributed = dist.is_initialized() and dist.get_world_size() > 1
+    return distributed_utils.get_data_parallel_group() if distributed else None
 
 
 def gathered(value: Any, group: dist.ProcessGroup | None) -> list[Any]:

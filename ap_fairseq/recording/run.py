@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from fairseq import checkpoint_utils, distributed_utils, tasks, utils
 from fairseq.criterions import CRITERION_REGISTRY, FairseqCriterion
 from fairseq.data import LanguagePairDataset, data_utils, iterators
@@ -31,7 +30,7 @@ from ap_fairseq.compat import drop_bettertransformer_copies
 from ap_fairseq.files import ArtifactError, UserError, file_sha256, refuse_existing
 from ap_fairseq.model.checkpoints import load_parameters
 from ap_fairseq.provenance import dictionary_hashes, versions
-from ap_fairseq.recording.recorder import AttentionRecorder, gathered, sample_by_length
+from ap_fairseq.recording.recorder import AttentionRecorder, data_parallel_group, gathered, sample_by_length
 
 logger = logging.getLogger(__name__)
 
@@ -96,7 +95,9 @@ def record(cfg, job: Recording) -> AttentionStats:
         UserError: for what the user can mend. Nothing is written then.
     """
     job.require_valid()
-    group = _group()  # made while all ranks are there: who waits for a dead one to join waits for half an hour
+    group = (
+        data_parallel_group()
+    )  # made while all ranks are there: who waits for a dead one to join waits for half an hour
     model, saved_cfg, task = load_model(job)
     cuda = _place(model, cfg)
     criterion = _build_criterion(task, saved_cfg.criterion, job)
@@ -112,7 +113,7 @@ def record(cfg, job: Recording) -> AttentionStats:
     started = time.monotonic()
     longest = (int(dataset.src_sizes.max()), int(dataset.tgt_sizes.max()))
     limits = tuple(min(n, job.max_positions) for n in longest)
-    with AttentionRecorder(model, limits, job.importance) as recorder, torch.set_grad_enabled(job.importance):
+    with AttentionRecorder(model, limits, job.importance) as recorder:
         logged = _run(recorder, model, criterion, progress, task.source_dictionary.pad(), cuda)
     parts = gathered(logged, group)
     totals = collections.Counter({name: sum(part[name] for part in parts) for part in parts for name in part})
@@ -171,11 +172,7 @@ def _run(recorder: AttentionRecorder, model, criterion, progress, pad: int, cuda
         if not sample:  # ranks with fewer batches than others are handed empty ones
             continue
         sample = utils.move_to_cuda(sample) if cuda else sample
-        net_input = sample["net_input"]
-        recorder.begin(net_input["src_tokens"], net_input["prev_output_tokens"], pad)
-        loss, _, logging_output = criterion(model, sample)
-        if recorder.importance:
-            recorder.add_importance(loss)
+        logging_output = recorder.record(model, criterion, sample, pad)
         totals.update({name: float(value) for name, value in logging_output.items()})
     return totals
 
@@ -315,9 +312,3 @@ def _report(stats: AttentionStats, job: Recording, available: int, n_tokens: flo
             f"{available - sentences:,} sentences were not recorded: longer than the model's positions, or dropped "
             "from the last batch by --required-batch-size-multiple"
         )
-
-
-def _group() -> dist.ProcessGroup | None:
-    """Return the group of the ranks that share the data, None for a single process."""
-    distributed = dist.is_initialized() and dist.get_world_size() > 1
-    return distributed_utils.get_data_parallel_group() if distributed else None

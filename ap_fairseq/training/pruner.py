@@ -12,10 +12,8 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from fairseq import checkpoint_utils, utils
 from fairseq.data import data_utils
-from fairseq.distributed import utils as distributed_utils
 from torch import nn
 
 from ap_fairseq.artifacts import AttentionStats
@@ -24,7 +22,7 @@ from ap_fairseq.model.transformer import PrunedTransformerModel
 from ap_fairseq.provenance import dictionary_hashes, versions
 from ap_fairseq.pruning.build import build_masks
 from ap_fairseq.pruning.flags import spec_from
-from ap_fairseq.recording.recorder import AttentionRecorder, sample_by_length
+from ap_fairseq.recording.recorder import AttentionRecorder, data_parallel_group, sample_by_length
 from ap_fairseq.training.schedule import PruningSchedule
 
 logger = logging.getLogger(__name__)
@@ -99,22 +97,15 @@ class TrainingPruner:
         device = next(model.parameters()).device
         pad = self.task.source_dictionary.pad()
         limits = tuple(min(int(sizes.max()), MAX_POSITIONS) for sizes in (dataset.src_sizes, dataset.tgt_sizes))
-        group = distributed_utils.get_data_parallel_group() if dist.is_initialized() else None
-        rank, ranks = (dist.get_rank(group), dist.get_world_size(group)) if group is not None else (0, 1)
+        group = data_parallel_group()
+        rank, ranks = (group.rank(), group.size()) if group else (0, 1)
         with evaluating(model, criterion), AttentionRecorder(model, limits, self.importance) as recorder:
             for indices in self.batches(dataset)[rank::ranks]:
                 batch = dataset.collater([dataset[index] for index in indices])
                 batch = utils.move_to_cuda(batch, device) if device.type == "cuda" else batch
-                inputs = batch["net_input"]
-                recorder.begin(inputs["src_tokens"], inputs["prev_output_tokens"], pad)
-                if self.importance:
-                    loss, _, _ = criterion(model, batch)
-                    recorder.add_importance(loss)
-                else:
-                    with torch.no_grad():
-                        model(**inputs)
+                recorder.record(model, criterion, batch, pad)
         return recorder.finish(
-            group if ranks > 1 else None,
+            group,
             data=[{"name": self.task.cfg.data, "subset": "train"}],
             languages=[self.task.cfg.source_lang, self.task.cfg.target_lang],
             dictionaries=dictionary_hashes(self.task),
