@@ -7,6 +7,7 @@ import contextlib
 import copy
 import dataclasses
 import logging
+import os
 import time
 from collections.abc import Iterator
 
@@ -100,13 +101,14 @@ class TrainingPruner:
         group = data_parallel_group()
         rank, ranks = (group.rank(), group.size()) if group else (0, 1)
         with evaluating(model, criterion), AttentionRecorder(model, limits, self.importance) as recorder:
-            for indices in self.batches(dataset)[rank::ranks]:
+            for indices in self.batches(dataset, model)[rank::ranks]:
                 batch = dataset.collater([dataset[index] for index in indices])
                 batch = utils.move_to_cuda(batch, device) if device.type == "cuda" else batch
                 recorder.record(model, criterion, batch, pad)
+        folders = utils.split_paths(self.task.cfg.data)
         return recorder.finish(
             group,
-            data=[{"name": self.task.cfg.data, "subset": "train"}],
+            data=[{"name": os.path.basename(os.path.abspath(path)), "subset": "train"} for path in folders],
             languages=[self.task.cfg.source_lang, self.task.cfg.target_lang],
             dictionaries=dictionary_hashes(self.task),
             max_positions=MAX_POSITIONS,
@@ -115,11 +117,12 @@ class TrainingPruner:
             versions=versions(),
         )
 
-    def batches(self, dataset) -> list[np.ndarray]:
-        """Return the batches of the sample, the same ones in every call."""
+    def batches(self, dataset, model: PrunedTransformerModel) -> list[np.ndarray]:
+        """Return the batches of a sample of what training sees, the same ones in every call."""
         with data_utils.numpy_seed(1):  # the order of equal lengths; also keeps the training's own random numbers
             indices = dataset.ordered_indices()
-        indices, _ = dataset.filter_indices_by_size(indices, self.task.max_positions())
+        limits = utils.resolve_max_positions(self.task.max_positions(), model.max_positions(), self.batch["max_tokens"])
+        indices, _ = dataset.filter_indices_by_size(indices, limits)
         indices = sample_by_length(np.asarray(indices), self.sample, seed=1)
         return list(dataset.batch_by_size(indices, **self.batch, required_batch_size_multiple=1))
 

@@ -124,3 +124,25 @@ def test_a_task_with_the_configuration_of_fairseq_prunes_nothing():
     """Programs built the task with a TranslationConfig, which has none of the plugin's fields, and got a KeyError."""
     words = Dictionary()
     assert PrunedTranslationTask(TranslationConfig(), words, words).pruner is None
+
+
+def test_sentences_above_the_batch_size_are_left_out_as_in_training(data_bin, tmp_path):
+    """Training skips sentences longer than --max-tokens; the first pruning ended in an assertion on one of them."""
+    flags = ["--task", "pruned_translation", "--attention-masks", "none", "--attention-sparsity", 0.5]
+    flags += [
+        "--prune-start",
+        2,
+        "--prune-end",
+        2,
+        "--prune-sample",
+        5000,
+        "--max-tokens",
+        12,
+        "--max-tokens-valid",
+        2000,
+    ]
+    log = train(data_bin, tmp_path, *flags, arch="pruned_transformer", updates=3)
+    assert prunings(log) == [(2, pytest.approx(50, abs=1))]
+    assert 0 < int(re.search(r"([\d,]+) sentences recorded", log)[1].replace(",", "")) < 1000
+    provenance = decode_provenance(load_checkpoint(tmp_path / "checkpoint_last.pt")["model"]["mask_metadata"])
+    assert provenance["data"] == [{"name": "data-bin", "subset": "train"}]  # not a path of this machine
