@@ -25,7 +25,7 @@ from ap_fairseq.evaluation.tables import Table, markdown, plain
 from ap_fairseq.files import ArtifactError, UserError, refuse_existing, write_json
 from ap_fairseq.provenance import versions
 from ap_fairseq.pruning.build import build_masks
-from ap_fairseq.pruning.spec import GRANULARITIES, MaskSpec
+from ap_fairseq.pruning.spec import MaskSpec
 from ap_fairseq.sites import AttentionKind
 
 
@@ -67,7 +67,7 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("samples", nargs="*", help="statistics of samples (ap-record --sample)")
     parser.add_argument("--markdown", metavar="JSON", help="print a written JSON file as a table, nothing else")
     parser.add_argument("--share", type=float, default=0.5, help="of the pairs to prune (default: %(default)s)")
-    parser.add_argument("--granularity", default=1, type=lambda x: int(x) if x.isdigit() else x, choices=GRANULARITIES)
+    parser.add_argument("--granularity", default=1, help="as ap-masks takes it")
     parser.add_argument("-o", "--output", metavar="JSON")
     parser.add_argument("--overwrite", action="store_true")
     return parser

@@ -49,10 +49,15 @@ def format_summary(built: BuiltMasks, per_layer: bool = False) -> str:
 
 
 def write_masks(
-    stats: AttentionStats, spec: MaskSpec, output, overwrite: bool = False, per_layer: bool = False
+    stats: AttentionStats,
+    spec: MaskSpec,
+    output,
+    overwrite: bool = False,
+    per_layer: bool = False,
+    growing: bool = False,
 ) -> None:
-    """Build masks, save them, and print their effect on the recorded data."""
-    built = build_masks(stats, spec)
+    """Build masks (:func:`build_masks`), save them, and print their effect on the recorded data."""
+    built = build_masks(stats, spec, growing=growing)
     built.masks.save(output, overwrite=overwrite)
     for message in built.warnings:
         logger.warning(message)

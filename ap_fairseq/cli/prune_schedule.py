@@ -62,7 +62,7 @@ def write_round_masks(stats_file: str, output: str, flags: Sequence[str], share:
     stats = AttentionStats.load(stats_file)
     spec = spec_from(parse_mask_flags(flags), stats)
     budgets = {kind: budget * share for kind, budget in spec.budgets.items()}
-    write_masks(stats, dataclasses.replace(spec, budgets=budgets), output, overwrite=True)
+    write_masks(stats, dataclasses.replace(spec, budgets=budgets), output, overwrite=True, growing=share < 1)
 
 
 def prune_gradually(

@@ -1,10 +1,10 @@
 """AttentionStats -> PruningMasks: pure functions.
 
-Every criterion scores *units*, and those of lowest score are pruned. A unit is pruned as a whole: one cell, one square
-block of cells, or one diagonal. The budget is *effective sparsity*: the share of the attendable pairs
-of the recorded data that the mask removes. Pruning in ascending order of mean attention s/n under a budget on n keeps
-the most attention mass that the budget allows: the fractional-knapsack greedy, with s as value and n as weight. The
-scores themselves are in :mod:`ap_fairseq.pruning.criteria`.
+Every criterion scores *units*, and those of lowest score are pruned. A unit is pruned as a whole: one cell, one block
+of cells, or one diagonal. The budget is *effective sparsity*: the share of the attendable pairs of the recorded data
+that the mask removes. Pruning in ascending order of mean attention s/n under a budget on n keeps the most attention
+mass that the budget allows: the fractional-knapsack greedy, with s as value and n as weight. The scores
+themselves are in :mod:`ap_fairseq.pruning.criteria`.
 """
 
 from __future__ import annotations
@@ -12,14 +12,15 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from ap_fairseq.artifacts import AttentionStats, PruningMasks, extrapolated
 from ap_fairseq.files import ArtifactError, UserError
 from ap_fairseq.pruning import criteria
-from ap_fairseq.pruning.select import prune_lowest
-from ap_fairseq.pruning.spec import Granularity, MaskSpec
+from ap_fairseq.pruning.select import beyond_best, prune_lowest, prune_surplus_first, weight_of
+from ap_fairseq.pruning.spec import Granularity, MaskSpec, block_shape
 from ap_fairseq.pruning.summary import LayerSummary, missed_budgets, summarize, total_of, vanished_heads
 from ap_fairseq.sites import AttentionKind
 
@@ -44,8 +45,11 @@ class BuiltMasks:
     warnings: list[str]
 
 
-def build_masks(stats: AttentionStats, spec: MaskSpec) -> BuiltMasks:
+def build_masks(stats: AttentionStats, spec: MaskSpec, *, growing: bool = False) -> BuiltMasks:
     """Derive pruning masks from attention statistics.
+
+    Args:
+        growing: the budgets are to grow: a ``max_heads`` that they are too small for need not hold yet.
 
     Raises:
         UserError: for statistics without pairs or scores, or a spec that does not fit them.
@@ -60,19 +64,24 @@ def build_masks(stats: AttentionStats, spec: MaskSpec) -> BuiltMasks:
     if spec.criterion == "percentile":
         keep, extrapolation = _by_percentile(stats, spec)
     else:
-        keep, extrapolation = _ranked(stats, spec)
+        keep, extrapolation = _ranked(stats, spec, growing)
     for kind in stats.kinds:
         _finish(keep[kind], extrapolation[kind], stats, kind, spec)
     masks = PruningMasks(keep, extrapolation)
     summary = summarize(masks, stats)
     kinds = [row for row in summary if row.layer is None]
     vanished = vanished_heads(masks, stats)
+    options = dataclasses.asdict(spec)
+    if not spec.max_heads:
+        del options["max_heads_of"]
     masks.metadata = {
         **{key: value for key, value in stats.metadata.items() if key not in ("format", "architecture")},
         "spec": {
-            **dataclasses.asdict(spec),
-            "budgets": {kind.value: budget for kind, budget in spec.budgets.items()},
+            **options,
+            "budgets": _named(spec.budgets),
+            "granularity": _named(spec.granularity) if isinstance(spec.granularity, Mapping) else spec.granularity,
             "min_heads": {kind.value: int(count) for kind, count in spec.min_heads.items()},
+            "max_heads": _named(spec.max_heads),
         },
         "sparsity": {
             row.kind: {"effective": row.effective, "nominal": row.nominal, "kept_mass": row.kept_mass} for row in kinds
@@ -87,6 +96,10 @@ def build_masks(stats: AttentionStats, spec: MaskSpec) -> BuiltMasks:
     return BuiltMasks(masks, summary, warnings)
 
 
+def _named(by_kind: Mapping[AttentionKind, Any]) -> dict[str, Any]:
+    return {kind.value: value for kind, value in by_kind.items()}
+
+
 def _all_kept(stats: AttentionStats) -> tuple[Cells, Cells]:
     """Return all-ones keep masks and extrapolation patterns."""
     keep = {kind: np.ones(mass.shape, dtype=bool) for kind, mass in stats.mass.items()}
@@ -97,22 +110,44 @@ def _all_kept(stats: AttentionStats) -> tuple[Cells, Cells]:
 # -- criteria -------------------------------------------------------------------------------------------------------
 
 
-def _ranked(stats: AttentionStats, spec: MaskSpec) -> tuple[Cells, Cells]:
+def _ranked(stats: AttentionStats, spec: MaskSpec, growing: bool) -> tuple[Cells, Cells]:
     """Prune units in ascending order of score until each scope's budget of pairs is reached."""
     units = {kind: _Units.from_stats(stats, kind, spec) for kind in stats.kinds if kind in spec.budgets}
     keep, extrapolation = _all_kept(stats)
     for members, target in _scopes(units, stats, spec):
         parts = [(units[kind].score[index], units[kind].weight) for kind, index in members]
-        pruned, threshold = prune_lowest(parts, target)
+        surplus = [units[kind].surplus[index] for kind, index in members]
+        if not growing:
+            target = _required_by_cap(parts, surplus, target, members, stats, spec)
+        pruned, surplus_threshold, threshold = prune_surplus_first(parts, surplus, target)
         for (kind, index), part in zip(members, pruned, strict=True):
             whole = ~part
             cells = keep[kind][index]  # a view; heads that share a score share its decisions
-            if spec.granularity == 1:
+            if spec.granularity_of(kind) == 1:
                 cells[:] = whole.reshape(*whole.shape[:2], *cells.shape[2:])
             else:
                 cells[:] = whole[..., units[kind].cell_unit]
-            extrapolation[kind][index] = units[kind].offset_score[index] > threshold
+            thresholds = np.where(units[kind].offset_surplus[index], surplus_threshold, threshold)
+            extrapolation[kind][index] = units[kind].offset_score[index] > thresholds
     return keep, extrapolation
+
+
+def _required_by_cap(parts, surplus, target: float, members, stats: AttentionStats, spec: MaskSpec) -> float:
+    """Return the pairs to prune: *target*, or a little more where ``max_heads`` takes as much.
+
+    Raises:
+        UserError: where it takes more than one percentage point above the budget.
+    """
+    least = weight_of(parts, surplus)
+    kinds = list(dict.fromkeys(kind for kind, _ in members))
+    pairs = sum(stats.support[kind].sum() * np.prod(stats.mass[kind][index].shape[:2]) for kind, index in members)
+    if least > target + 0.01 * pairs:
+        caps = ", ".join(f"{kind.value}={spec.max_heads[kind]:g}" for kind in kinds if kind in spec.max_heads)
+        raise UserError(
+            f"--max-heads {caps} prunes at least {least / pairs:.1%} of the pairs of {', '.join(kinds)}, the budget is "
+            f"{target / pairs:.1%}; raise one of them"
+        )
+    return max(target, least)
 
 
 def _scopes(units: Mapping[AttentionKind, _Units], stats: AttentionStats, spec: MaskSpec):
@@ -145,18 +180,22 @@ class _Units:
         offset_score: float64 (layers or 1, heads or 1, Tq + Tk - 1): the score along each diagonal, +inf where never
             observed.
         cell_unit: int64 (Tq, Tk): the unit of each cell.
+        surplus: bool, the shape of *score*: units in heads beyond those that ``max_heads`` leaves them, pruned first.
+        offset_surplus: bool, the shape of *offset_score*: offsets likewise.
     """
 
     score: np.ndarray
     weight: np.ndarray
     offset_score: np.ndarray
     cell_unit: np.ndarray
+    surplus: np.ndarray
+    offset_surplus: np.ndarray
 
     @classmethod
     def from_stats(cls, stats: AttentionStats, kind: AttentionKind, spec: MaskSpec) -> _Units:
         support, heads = stats.support[kind], stats.mass[kind].shape[:2]
         criterion = criteria.CRITERIA[spec.criterion]
-        cell_unit = _number_units(support.shape, spec.granularity)
+        cell_unit = _number_units(support.shape, spec.granularity_of(kind))
         prunable = np.where(_always_kept(stats, kind, spec), 0, support)
         pairs = criteria.sum_by(cell_unit, prunable)
         if criterion.score is None:
@@ -175,12 +214,23 @@ class _Units:
             score = score - TIES * np.random.default_rng(spec.seed).random(len(pairs))
         if count := int(spec.min_heads.get(kind, 0)):
             score, offset_score = (_always_in_best_heads(s, heads, count, kind) for s in (score, offset_score))
+        surplus, offset_surplus = (np.zeros(s.shape, dtype=bool) for s in (score, offset_score))
+        if kind in spec.max_heads:
+            score, offset_score = (np.broadcast_to(s, (*heads, s.shape[2])).copy() for s in (score, offset_score))
+            surplus, offset_surplus = (_beyond_cap(s, kind, spec) for s in (score, offset_score))
+            offset_surplus &= np.isfinite(offset_score)  # offsets that were never observed are kept
         for layer, head in np.ndindex(score.shape[:2]) if spec.min_kept else ():
-            share = [(score[layer, head], pairs)]
-            (free,), _ = prune_lowest(share, (1 - spec.min_kept) * support.sum(), at_most=True)
+            lowest = score[layer, head].min() - 1
+            ranked = np.where(surplus[layer, head], lowest, score[layer, head])
+            (free,), _ = prune_lowest([(ranked, pairs)], (1 - spec.min_kept) * support.sum(), at_most=True)
+            if (surplus[layer, head] & ~free & (pairs > 0)).any():
+                raise UserError(
+                    f"--min-kept {spec.min_kept} is more than --max-heads {kind.value}={spec.max_heads[kind]:g} leaves "
+                    f"head {head} of layer {layer}; lower --min-kept or raise --max-heads"
+                )
             score[layer, head, ~free] = np.inf
         sharing = np.prod(heads) // np.prod(score.shape[:2])
-        return cls(score, pairs * sharing, offset_score, cell_unit)
+        return cls(score, pairs * sharing, offset_score, cell_unit, surplus, offset_surplus)
 
 
 def _always_in_best_heads(score: np.ndarray, heads: tuple[int, int], count: int, kind: AttentionKind) -> np.ndarray:
@@ -202,6 +252,26 @@ def _always_in_best_heads(score: np.ndarray, heads: tuple[int, int], count: int,
     best = np.argpartition(by_head, -count, axis=0)[-count:]
     np.put_along_axis(by_head, best, np.inf, axis=0)
     return by_head.reshape(*heads, -1)
+
+
+def _beyond_cap(score: np.ndarray, kind: AttentionKind, spec: MaskSpec) -> np.ndarray:
+    """Mark, for each unit, the heads beyond the best that ``max_heads`` allows: bool (layers, heads, units).
+
+    Args:
+        score: float64 (layers, heads, units).
+
+    Raises:
+        UserError: if there are fewer heads.
+    """
+    layers, heads, units = score.shape
+    groups = score if spec.max_heads_of == "layer" else score.reshape(1, -1, units)
+    most = spec.max_heads[kind]
+    if most > groups.shape[1]:
+        of = f"{heads} heads in a layer" if spec.max_heads_of == "layer" else f"{layers} layers of {heads} heads"
+        raise UserError(f"--max-heads {kind.value}={most:g}, but it has {of}; lower it, or leave it out")
+    count = int(most) if most >= 1 else max(1, int(most * groups.shape[1] + 1e-9))
+    draw = np.random.default_rng([spec.seed, list(AttentionKind).index(kind)])
+    return np.stack([beyond_best(group, count, draw) for group in groups]).reshape(score.shape)
 
 
 def _by_percentile(stats: AttentionStats, spec: MaskSpec) -> tuple[Cells, Cells]:
@@ -241,8 +311,9 @@ def _always_kept(stats: AttentionStats, kind: AttentionKind, spec: MaskSpec) -> 
 
 def _number_units(shape: tuple[int, int], granularity: Granularity) -> np.ndarray:
     """Return the number of each cell's unit: int64 (Tq, Tk)."""
-    if isinstance(granularity, str):  # diagonal
+    block = block_shape(granularity)
+    if block is None:  # diagonals
         return criteria.cell_offset(shape)
     row, column = np.ogrid[: shape[0], : shape[1]]
-    per_row = -(-shape[1] // granularity)
-    return row // granularity * per_row + column // granularity
+    per_row = -(-shape[1] // block[1])
+    return row // block[0] * per_row + column // block[1]

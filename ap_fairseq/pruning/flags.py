@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from ap_fairseq.artifacts import AttentionStats, PruningMasks
 from ap_fairseq.files import ArtifactError, UserError
 from ap_fairseq.pruning.criteria import CRITERIA
-from ap_fairseq.pruning.spec import EXTRAPOLATIONS, GRANULARITIES, SCOPES, Granularity, MaskSpec
+from ap_fairseq.pruning.spec import EXTRAPOLATIONS, HEAD_GROUPS, SCOPES, Granularity, MaskSpec, block_shape
 from ap_fairseq.sites import AttentionKind, per_kind
 
 
@@ -29,11 +29,27 @@ def _positions(text: str) -> int:
     return int(text)
 
 
-def _granularity(text: str) -> Granularity:
-    valid = {str(value): value for value in GRANULARITIES}
-    if text not in valid:
-        raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(valid)}")
-    return valid[text]
+def _granularity(text: str) -> Granularity | dict[AttentionKind, Granularity]:
+    """Parse one granularity, or one for each kind: ``encoder_self=64x16,cross=diagonal``."""
+
+    def one(value: str) -> Granularity:
+        block_shape(value)
+        return int(value) if value.isdigit() else value
+
+    try:
+        if "=" not in text:
+            return one(text)
+        parts = [part.split("=") for part in text.split(",")]
+        by_kind = {AttentionKind(kind): one(value) for kind, value in parts}
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error).removeprefix("--granularity ")) from error
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: expected KIND=GRANULARITY,... of {', '.join(AttentionKind)}"
+        ) from error
+    if len(by_kind) < len(parts):
+        raise argparse.ArgumentTypeError(f"{text!r} gives a kind twice; give it once")
+    return by_kind
 
 
 def add_mask_options(parser: argparse.ArgumentParser) -> None:
@@ -69,8 +85,9 @@ def add_mask_options(parser: argparse.ArgumentParser) -> None:
         "--granularity",
         type=_granularity,
         default=1,
-        metavar="{" + ",".join(map(str, GRANULARITIES)) + "}",
-        help="size of the square blocks in which the mask is decided, or whole diagonals (default: %(default)s)",
+        metavar="{N,QxK,diagonal}",
+        help="what the mask is decided for: blocks of N x N cells, or of Q queries x K keys, or whole diagonals; one "
+        "for all kinds, or some of them, e.g. encoder_self=64x16,cross=diagonal (default: %(default)s, single cells)",
     )
     parser.add_argument(
         "--extrapolate",
@@ -91,6 +108,18 @@ def add_mask_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="minimum number of heads, over all layers of a kind, that keep each pair of positions: one number, or one "
         "for each kind, e.g. decoder_self=1,cross=2 (default: none)",
+    )
+    parser.add_argument(
+        "--max-heads",
+        metavar="N",
+        help="maximum number of heads of a layer that keep a cell (or block, or diagonal), or below 1 a share of them, "
+        "so that the heads together see more positions; one for all kinds, or for some, e.g. cross=0.5 (default: none)",
+    )
+    parser.add_argument(
+        "--max-heads-of",
+        choices=HEAD_GROUPS,
+        default="layer",
+        help="the heads that --max-heads counts: of each layer, or of all layers of a kind (default: %(default)s)",
     )
     parser.add_argument(
         "--keep-diagonal",
@@ -158,6 +187,8 @@ def spec_from(args: argparse.Namespace, stats: AttentionStats) -> MaskSpec:
         extrapolate=args.extrapolate,
         min_kept=args.min_kept,
         min_heads=per_kind("--min-heads", args.min_heads),
+        max_heads=per_kind("--max-heads", args.max_heads),
+        max_heads_of=args.max_heads_of,
         keep_diagonal=args.keep_diagonal,
         keep_first=args.keep_first,
         smooth=args.smooth,

@@ -46,6 +46,52 @@ def prune_lowest(
     return pruned, float(threshold)
 
 
+def beyond_best(score: np.ndarray, most: int, draw: np.random.Generator) -> np.ndarray:
+    """Mark the heads of each unit that are not among the *most* in which its score is highest; *draw* decides ties.
+
+    Args:
+        score: float64 (heads, units).
+
+    Returns:
+        bool (heads, units), True in ``heads - most`` heads of each unit.
+    """
+    order = np.lexsort((draw.random(score.shape), score), axis=0)
+    beyond = np.zeros(score.shape, dtype=bool)
+    np.put_along_axis(beyond, order[: len(score) - most], True, axis=0)
+    return beyond
+
+
+def prune_surplus_first(
+    parts: Sequence[tuple[np.ndarray, np.ndarray]], surplus: Sequence[np.ndarray], target: float
+) -> tuple[list[np.ndarray], float, float]:
+    """As :func:`prune_lowest`, but no unit is pruned before all *surplus* units are.
+
+    Args:
+        surplus: bool arrays of the shapes of the scores.
+
+    Returns:
+        As :func:`prune_lowest`, with two thresholds: of the surplus units (inf where all are pruned), and of others.
+    """
+    if not any(marks.any() for marks in surplus):
+        pruned, threshold = prune_lowest(parts, target)
+        return pruned, np.inf, threshold
+    if target < weight_of(parts, surplus):
+        first = [(np.where(s, score, np.inf), weight) for (score, weight), s in zip(parts, surplus, strict=True)]
+        pruned, threshold = prune_lowest(first, target)
+        return pruned, threshold, -np.inf
+    others = [(np.where(s, np.inf, score), weight) for (score, weight), s in zip(parts, surplus, strict=True)]
+    pruned, threshold = prune_lowest(others, target - weight_of(parts, surplus))
+    return [part | s for part, s in zip(pruned, surplus, strict=True)], np.inf, threshold
+
+
+def weight_of(parts: Sequence[tuple[np.ndarray, np.ndarray]], marks: Sequence[np.ndarray]) -> float:
+    """Return the weight of the marked units, bool arrays of the shapes of the scores."""
+    rows = [
+        (row, weight) for (_, weight), mark in zip(parts, marks, strict=True) for row in mark.reshape(-1, len(weight))
+    ]
+    return float(sum(weight[row].sum() for row, weight in rows))
+
+
 def _candidates(rows: Rows, low: float, high: float) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Yield score, weight and index of each row's candidates in [low, high].
 

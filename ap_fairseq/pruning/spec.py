@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -11,10 +12,26 @@ from ap_fairseq.pruning.criteria import CRITERIA
 from ap_fairseq.sites import AttentionKind
 
 SCOPES = ("kind", "layer", "head", "global")
-GRANULARITIES = (1, 16, 32, 64, 128, "diagonal")
 EXTRAPOLATIONS = ("diagonal", "keep")
+HEAD_GROUPS = ("layer", "kind")
 
-Granularity = int | str
+Granularity = int | str  # N for N x N blocks (1: cells), "QxK", "diagonal"
+
+
+def block_shape(granularity: Granularity) -> tuple[int, int] | None:
+    """Return the queries and keys of a block, (1, 1) for cells; None for diagonals.
+
+    Raises:
+        UserError: for anything that is no granularity.
+    """
+    if granularity == "diagonal":
+        return None
+    size = re.fullmatch(r"([1-9][0-9]*)(?:x([1-9][0-9]*))?", str(granularity), re.ASCII)
+    if size is None:
+        raise UserError(
+            f"--granularity {granularity} is not N (N x N blocks, 1 for cells), QxK (Q queries x K keys) or diagonal"
+        )
+    return int(size[1]), int(size[2] or size[1])
 
 
 @dataclass(frozen=True)
@@ -32,13 +49,18 @@ class MaskSpec:
         scope: what shares one threshold: all sites of a ``kind``, each ``layer`` of a kind, each ``head``, or all kinds
             together (``global``; the budget is then the sum of the kinds' budgets in pairs, and kinds, layers and heads
             that are cheap to prune pay for the others). ``percentile`` has its own scope.
-        granularity: 1 (cells), 16, 32, 64, 128 (square blocks) or ``diagonal`` (offsets j - i).
+        granularity: N (square blocks, 1 for cells), ``QxK`` (blocks of Q queries x K keys) or ``diagonal`` (offsets
+            j - i); or one for each kind, where kinds without an entry have cells.
         extrapolate: for cells that no recorded sentence reaches, ``diagonal`` compares the head's mean score along
             their diagonal with the same threshold, ``keep`` keeps them.
         min_kept: the share of its attendable pairs, the best of them, that every head keeps at least, in [0, 1].
         min_heads: per kind, the number of heads, over all its layers, that keep each unit at least: those in which its
             score is highest. A pair of positions that no head keeps is lost to the model. Kinds without an entry or a
             budget have no minimum.
+        max_heads: per kind, the number of heads that keep each unit at most, those in which its score is highest, so
+            that the heads together see more positions; below 1, a share of the heads (at least one). Kinds without an
+            entry or a budget have no maximum. Always-kept cells do not count.
+        max_heads_of: the heads that *max_heads* counts: those of each ``layer``, or of all layers of the ``kind``.
         keep_diagonal: also keep every cell at most this many key positions from the diagonal (in cross-attention from
             the mean source/target length slope); None for no such set.
         keep_first: also keep this many first columns.
@@ -57,10 +79,12 @@ class MaskSpec:
     budgets: Mapping[AttentionKind, float]
     criterion: str = "mean"
     scope: str = "kind"
-    granularity: Granularity = 1
+    granularity: Granularity | Mapping[AttentionKind, Granularity] = 1
     extrapolate: str = "diagonal"
     min_kept: float = 0.0
     min_heads: Mapping[AttentionKind, float] = dataclasses.field(default_factory=dict)
+    max_heads: Mapping[AttentionKind, float] = dataclasses.field(default_factory=dict)
+    max_heads_of: str = "layer"
     keep_diagonal: int | None = None
     keep_first: int = 0
     smooth: int = 0
@@ -70,11 +94,13 @@ class MaskSpec:
         for name, value, valid in (
             ("criterion", self.criterion, CRITERIA),
             ("scope", self.scope, SCOPES),
-            ("granularity", self.granularity, GRANULARITIES),
             ("extrapolate", self.extrapolate, EXTRAPOLATIONS),
+            ("max-heads-of", self.max_heads_of, HEAD_GROUPS),
         ):
             if value not in valid:
                 raise UserError(f"--{name} {value} is not one of {', '.join(map(str, valid))}")
+        for kind in AttentionKind:
+            block_shape(self.granularity_of(kind))
         for kind, budget in self.budgets.items():
             if not 0 <= budget < 1:
                 raise UserError(f"--{kind.flag} {budget} is not a share of pairs in [0, 1)")
@@ -83,6 +109,14 @@ class MaskSpec:
         for kind, count in self.min_heads.items():
             if count < 0 or not float(count).is_integer():
                 raise UserError(f"--min-heads {kind.value}={count:g} is not a number of heads")
+        for kind, most in self.max_heads.items():
+            if not (0 < most < 1 or (most >= 1 and float(most).is_integer())):
+                raise UserError(f"--max-heads {kind.value}={most:g} is not a number of heads, nor a share of them")
+            if self.min_heads.get(kind):
+                raise UserError(
+                    f"--min-heads {kind.value}={self.min_heads[kind]:g} gathers heads on the same cells, --max-heads "
+                    f"{kind.value}={most:g} spreads them; choose one for {kind.value}"
+                )
         for name, number in (("keep-diagonal", self.keep_diagonal or 0), ("keep-first", self.keep_first)):
             if number < 0:
                 raise UserError(f"--{name} {number} is not a number of positions")
@@ -108,3 +142,7 @@ class MaskSpec:
                     f"--criterion percentile decides single cells, per layer over its heads, and keeps nothing else; "
                     f"leave out {', '.join(changed)}"
                 )
+
+    def granularity_of(self, kind: AttentionKind) -> Granularity:
+        """Return the granularity of one kind."""
+        return self.granularity.get(kind, 1) if isinstance(self.granularity, Mapping) else self.granularity

@@ -9,7 +9,7 @@ import numpy as np
 
 from ap_fairseq.artifacts import AttentionStats, PruningMasks
 from ap_fairseq.pruning import criteria
-from ap_fairseq.pruning.spec import MaskSpec
+from ap_fairseq.pruning.spec import MaskSpec, block_shape
 from ap_fairseq.sites import AttentionKind
 
 
@@ -101,13 +101,16 @@ def missed_budgets(summary: Iterable[LayerSummary], spec: MaskSpec) -> list[str]
     if spec.scope == "global" and totals:
         target = np.average([target for _, _, target in checks], weights=[row.pairs for row in totals])
         checks = [("all kinds together", total_of(totals)["effective"], target)]
-    if spec.granularity == 1:
+    granularities = {spec.granularity_of(kind) for kind in spec.budgets}
+    if granularities == {1}:
         reason = "every row keeps one guaranteed cell, and rows of short sentences have few others"
         if spec.min_kept or spec.min_heads or spec.keep_first or spec.keep_diagonal is not None:
             reason += "; cells kept by --min-kept, --min-heads, --keep-first and --keep-diagonal are not pruned either"
     else:
-        unit = "diagonals" if spec.granularity == "diagonal" else f"{spec.granularity}x{spec.granularity} blocks"
-        reason = f"the recorded pairs fall into few {unit}, and a unit is pruned whole; use a finer --granularity"
+        blocks = {granularity: block_shape(granularity) for granularity in granularities - {1}}
+        names = ["diagonals" if size is None else f"{size[0]}x{size[1]} blocks" for size in blocks.values()]
+        units = " or ".join(names)
+        reason = f"the recorded pairs fall into few {units}, and a unit is pruned whole; use a finer --granularity"
     return [
         f"{name}: effective sparsity {reached:.1%} instead of {target:.1%}: {reason}"
         for name, reached, target in checks

@@ -206,6 +206,8 @@ def _series(record: dict, sparsity: Mapping[str, float], pruned: list[str], vari
         parts += ["global budget"] if record.get("kinds") == "global" else []
         parts += [] if len(pruned) == len(sparsity) else ["+".join(pruned) + " only"]
         granularity = spec.get("granularity", record.get("granularity", 1))
+        if isinstance(granularity, dict):
+            granularity = ",".join(f"{kind}={size}" for kind, size in granularity.items())
         parts += [] if granularity == 1 else [f"granularity {granularity}"]
         parts += [record["options"]] if record.get("options") else []
     return ", ".join(parts + ([VARIANTS.get(variant, variant)] if variant else []))

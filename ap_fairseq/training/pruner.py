@@ -76,7 +76,7 @@ class TrainingPruner:
         spec = spec_from(self.flags, stats)
         share = self.schedule.share(update)
         spec = dataclasses.replace(spec, budgets={kind: budget * share for kind, budget in spec.budgets.items()})
-        built = build_masks(stats, spec)
+        built = build_masks(stats, spec, growing=share < 1)
         model.set_masks(built.masks)
         # fairseq compares with the best loss so far, which a model had that was pruned less.
         checkpoint_utils.save_checkpoint.__dict__.pop("best", None)

@@ -214,14 +214,15 @@ def test_percentile_50_prunes_next_to_nothing_of_the_decoder():
     assert decoder.effective < 0.05 and decoder.nominal > 0.45
 
 
-@pytest.mark.parametrize("size", [16, 32])
-def test_blocks_are_kept_or_pruned_whole_apart_from_the_guarantee(size):
+@pytest.mark.parametrize(("size", "queries", "keys"), [(16, 16, 16), (32, 32, 32), ("16x8", 16, 8), ("32x1", 32, 1)])
+def test_blocks_are_kept_or_pruned_whole_apart_from_the_guarantee(size, queries, keys):
     stats = random_stats(longest=(70, 90), sentences=200)
     masks = build(stats, 0.5, granularity=size, extrapolate="keep").masks
     for kind in ALL:
         support = stats.support[kind]
-        for top, left in itertools.product(*(range(0, n, size) for n in support.shape)):
-            block = np.s_[top : top + size, left : left + size]
+        assert abs(effective(masks, stats, kind) - 0.5) < 0.1
+        for top, left in itertools.product(range(0, len(support), queries), range(0, support.shape[1], keys)):
+            block = np.s_[top : top + queries, left : left + keys]
             row, column = np.indices(support.shape)
             free = (support > 0) & (column != (0 if kind is AttentionKind.CROSS else row))
             cells = masks.keep[kind][..., free & _inside(support.shape, block)]
@@ -232,6 +233,23 @@ def _inside(shape, block):
     inside = np.zeros(shape, dtype=bool)
     inside[block] = True
     return inside
+
+
+def test_kinds_may_have_granularities_of_their_own(tmp_path):
+    stats = random_stats(longest=(40, 40), sentences=200)
+    stats.save(tmp_path / "stats.st")
+    flags = ["--total", 0.5, "--granularity", "encoder_self=16x4,decoder_self=diagonal"]
+    ap_masks(tmp_path / "stats.st", *flags, "-o", tmp_path / "m.st")
+    masks = PruningMasks.load(tmp_path / "m.st")
+    assert masks.metadata["spec"]["granularity"] == {"encoder_self": "16x4", "decoder_self": "diagonal"}
+    assert "granularity decoder_self diagonal, encoder_self 16x4" in describe_sparsity(masks.metadata)
+    own = {AttentionKind.ENCODER_SELF: "16x4", AttentionKind.DECODER_SELF: "diagonal"}
+    together = build(stats, 0.5, scope="global", granularity=own).masks
+    for kind in ALL:
+        np.testing.assert_array_equal(masks.keep[kind], together.keep[kind])
+    encoder, decoder = (masks.keep[kind][0, 0] for kind in SELF)
+    blocks = encoder[16:32, 32:40].reshape(16, 2, 4)
+    assert (blocks.all((0, 2)) | ~blocks.any((0, 2))).all() and len({tuple(np.diagonal(decoder, -3))[0]}) == 1
 
 
 def test_diagonal_granularity_decides_whole_offsets():
@@ -326,11 +344,23 @@ def test_masks_grow_by_their_pattern(shape):
         (dict(budgets={AttentionKind.CROSS: math.nan}), "--cross nan is not a share"),
         (dict(budgets={}, scope="site"), "--scope site is not one of kind, layer, head, global"),
         (dict(budgets={}, criterion="best"), "--criterion best is not one of mean, normalised"),
-        (dict(budgets={}, granularity=8), "--granularity 8 is not one of 1, 16, 32, 64, 128, diagonal"),
+        (dict(budgets={}, granularity="8x"), "--granularity 8x is not N .*, QxK .* or diagonal"),
         (dict(budgets={}, min_kept=1.2), "--min-kept 1.2 is not a share"),
         (dict(budgets={}, min_kept=math.nan), "--min-kept nan is not a share"),
         (dict(budgets={}, min_heads={AttentionKind.CROSS: math.inf}), "--min-heads cross=inf is not a number of heads"),
         (dict(budgets={}, min_heads={AttentionKind.CROSS: math.nan}), "--min-heads cross=nan is not a number of heads"),
+        (
+            dict(budgets={}, max_heads={AttentionKind.CROSS: 1.5}),
+            "--max-heads cross=1.5 is not a number of heads, nor a",
+        ),
+        (dict(budgets={}, max_heads={AttentionKind.CROSS: 0}), "--max-heads cross=0 is not a number of heads, nor a"),
+        (dict(budgets={}, max_heads={AttentionKind.CROSS: math.nan}), "--max-heads cross=nan is not a number of heads"),
+        (
+            dict(budgets={}, max_heads={AttentionKind.CROSS: 1}, min_heads={AttentionKind.CROSS: 2}),
+            "--min-heads cross=2 .* --max-heads cross=1 spreads them; choose one for cross",
+        ),
+        (dict(budgets={}, max_heads_of="head"), "--max-heads-of head is not one of layer, kind"),
+        (dict(budgets={}, criterion="percentile", max_heads={AttentionKind.CROSS: 1}), "leave out --max-heads$"),
         (dict(budgets={}, keep_first=-1), "--keep-first -1 is not a number of positions"),
         (dict(budgets={}, keep_diagonal=-1), "--keep-diagonal -1 is not a number of positions"),
         (dict(budgets={}, criterion="percentile", min_kept=0.1), "--criterion percentile .*; leave out --min-kept$"),
@@ -517,6 +547,85 @@ def test_every_head_keeps_its_minimum_and_the_budget_is_met_elsewhere():
         assert best[-1] == stats.mean(kind)[0, 0].max()
 
 
+@pytest.mark.parametrize(("of", "groups", "cap"), [("layer", (2, 4), 1), ("kind", (1, 8), 2)])
+@pytest.mark.parametrize("granularity", [1, "4x2", "diagonal"])
+@pytest.mark.parametrize("criterion", ["mean", "importance", "window", "random", "fixed"])
+def test_no_more_heads_than_the_cap_keep_a_unit(criterion, granularity, of, groups, cap):
+    stats = random_stats(longest=(24, 24), sentences=200, layers=2, heads=4)
+    caps = dict.fromkeys(ALL, cap)
+    spec = dict(criterion=criterion, granularity=granularity, max_heads=caps, max_heads_of=of, scope="global")
+    masks = build(stats, 0.8, **spec).masks
+    free = build(stats, 0.8, criterion=criterion, granularity=granularity, scope="global").masks
+    assert total_mass(masks, stats)[0] == pytest.approx(0.8, abs=0.03)
+    most = 0  # heads that keep a cell without the cap
+    for kind in ALL:
+        cells = ~criteria.guaranteed(stats.support[kind].shape, kind) & (stats.support[kind] > 0)
+        seen_by = masks.keep[kind].reshape(*groups, *cells.shape).sum(1)[:, cells]
+        assert seen_by.max() <= cap
+        most = max(most, free.keep[kind].reshape(*groups, *cells.shape).sum(1)[:, cells].max())
+        offsets = masks.extrapolation[kind].reshape(*groups, -1).sum(1)
+        assert offsets[:, ~criteria.unseen_offsets(stats.support[kind])].max() <= cap
+    assert most > cap
+
+
+def test_a_cap_keeps_the_best_heads_of_each_cell_and_is_a_share_or_a_number():
+    stats = random_stats(longest=(12, 12), sentences=100, layers=1, heads=4)
+    kind = AttentionKind.ENCODER_SELF
+    numbers, shares = (build(stats, 0.46, kinds=[kind], max_heads={kind: most}).masks for most in (2, 0.5))
+    np.testing.assert_array_equal(numbers.keep[kind], shares.keep[kind])
+    ranks = stats.mean(kind)[0].argsort(0).argsort(0)  # 3: the head with the most attention to the cell
+    cells = ~np.eye(12, dtype=bool) & (stats.support[kind] > 0)
+    assert (ranks[numbers.keep[kind][0] & cells] >= 2).all()
+    one = build(stats, 0.8, kinds=[kind], max_heads={kind: 0.1}).masks.keep[kind][0][:, cells]
+    assert one.sum(0).max() == 1
+
+
+def test_heads_that_score_alike_share_the_cells_of_a_cap():
+    """All heads of a window score alike, and the first ones would get every cell."""
+    stats = random_stats(longest=(30, 30), sentences=200, layers=1, heads=4)
+    kind = AttentionKind.ENCODER_SELF
+    keep = build(stats, 0.9, kinds=[kind], criterion="window", max_heads={kind: 1}).masks.keep[kind][0]
+    off_diagonal = keep.sum((1, 2)) - 30
+    assert off_diagonal.min() > 0.5 * off_diagonal.mean()
+
+
+def test_a_cap_that_prunes_more_than_the_budget_is_refused_unless_the_budget_grows():
+    stats = random_stats(longest=(30, 30), sentences=200, layers=2, heads=4)
+    kind = AttentionKind.CROSS
+    spec = MaskSpec({kind: 0.3}, max_heads={kind: 1})
+    with pytest.raises(
+        UserError, match=r"--max-heads cross=1 prunes at least 7\d\.\d% of .* cross, the budget is 30.0%"
+    ):
+        build_masks(stats, spec)
+    growing = build_masks(stats, spec, growing=True).masks
+    assert effective(growing, stats, kind) == pytest.approx(0.3, abs=0.01)
+    final = build_masks(stats, MaskSpec({kind: 0.9}, max_heads={kind: 1})).masks
+    assert not (final.keep[kind] & ~growing.keep[kind]).any()  # what a growing budget prunes stays pruned
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        (dict(max_heads={AttentionKind.CROSS: 5}), "--max-heads cross=5, but it has 4 heads in a layer"),
+        (dict(max_heads={AttentionKind.CROSS: 9}, max_heads_of="kind"), "=9, but it has 2 layers of 4 heads"),
+        (dict(max_heads={AttentionKind.CROSS: 1}, min_kept=0.5), "--min-kept 0.5 is more than --max-heads cross=1"),
+    ],
+)
+def test_caps_that_do_not_fit_the_model_are_refused(spec, message):
+    with pytest.raises(UserError, match=message):
+        build(random_stats(layers=2, heads=4), 0.8, **spec)
+
+
+def test_a_head_keeps_its_minimum_within_the_cap():
+    stats = random_stats(longest=(30, 30), sentences=200, layers=1, heads=4)
+    kind = AttentionKind.CROSS
+    stats.mass[kind][0, 0] *= 1e-3  # would keep nothing
+    stats.mass[kind][0, 0, :, 5] *= 2e3
+    keep = build(stats, 0.8, kinds=[kind], max_heads={kind: 2}, min_kept=0.02).masks.keep[kind]
+    share = (stats.support[kind] * keep[0, 0]).sum() / stats.support[kind].sum()
+    assert share >= 0.02 and keep[0][:, :, 1:][:, stats.support[kind][:, 1:] > 0].sum(0).max() <= 2
+
+
 def test_vanished_heads_are_named():
     stats = random_stats(longest=(20, 20), sentences=200)
     stats.mass[AttentionKind.CROSS][1, 0] *= 1e-9
@@ -608,7 +717,11 @@ def test_budgets_are_not_taken_from_masks_that_do_not_tell_them(tmp_path, capsys
         (["--total", "nan"], "argument --total: 'nan' is not a share in"),
         (["--keep-first=-1"], "argument --keep-first: '-1' is not a number of positions"),
         (["--keep-first", "²"], "argument --keep-first: '²' is not a number of positions"),
-        (["--granularity", "²"], "argument --granularity: '²' is not one of 1, 16"),
+        (["--granularity", "²"], "argument --granularity: ² is not N "),
+        (["--granularity", "16x"], "argument --granularity: 16x is not N "),
+        (["--granularity", "cross=16,cross=1"], "'cross=16,cross=1' gives a kind twice"),
+        (["--granularity", "source=16"], "'source=16': expected KIND=GRANULARITY"),
+        (["--total", 0.5, "--max-heads", "two"], "--max-heads is 'two', expected a number"),
         (
             ["--total", 0.5, "--criterion", "percentile"],
             "error: --total gives effective sparsity, --criterion percentile",
