@@ -406,12 +406,13 @@ def append_to_pool(kv: Tensor, pool: Tensor, offsets: Tensor, step: Tensor) -> N
     append_step(_rows(kv), pool, offsets, step)
 
 
-def advance_beams(state: BeamState, n: int, logits: Tensor, penalty: Tensor, eos: int, kernels: bool) -> None:
+def advance_beams(state: BeamState, n: int, logits: Tensor, penalty: Tensor | None, eos: int, kernels: bool) -> None:
     """Choose how the first *n* sentences go on, and record it.
 
     Args:
         logits: (n * beam, V), of the next token; contiguous.
-        penalty: float32 (V,), added to log-probabilities. These count as -inf where they are NaN, as in fairseq.
+        penalty: float32 (V,), added to log-probabilities. These count as -inf where they are NaN, as in fairseq. None:
+            *logits* are float32 log-probabilities, penalized already.
         eos: the token that ends a hypothesis.
         kernels: whether the kernels do it, for beams that they take.
     """
@@ -424,7 +425,8 @@ def advance_beams(state: BeamState, n: int, logits: Tensor, penalty: Tensor, eos
         groups = beam_state.best_groups(maxima.view(n, state.beam, -1), scores, k)
         beam_search.choose(state, n, logits, penalty, lse, groups, size, eos)
     else:
-        log_probs = logits.log_softmax(-1, dtype=torch.float32).add_(penalty).view(n, state.beam, -1)
+        log_probs = logits if penalty is None else logits.log_softmax(-1, dtype=torch.float32).add_(penalty)
+        log_probs = log_probs.view(n, state.beam, -1)
         groups = beam_state.best_groups(log_probs.unflatten(2, (-1, size)).amax(-1), scores, k)
         beam_state.choose(state, n, *beam_state.best_continuations(log_probs, scores, groups, size), eos)
     state.step.add_(1)

@@ -33,7 +33,9 @@ def _group_kernel(p_logits, p_penalty, p_maxima, p_lse, V, SIZE: tl.constexpr, B
         o_x = o_g[:, None] * SIZE + o_s[None, :]
         m_x = (o_g < n_groups)[:, None] & (o_s < SIZE)[None, :]
         b_x = tl.load(p_logits + o_x, mask=m_x, other=float("-inf")).to(tl.float32)
-        b_penalized = b_x + tl.load(p_penalty + o_x, mask=m_x, other=0.0)
+        b_penalized = b_x
+        if p_penalty is not None:
+            b_penalized += tl.load(p_penalty + o_x, mask=m_x, other=0.0)
         tl.store(p_maxima + i_row * n_groups + o_g, tl.max(b_penalized, 1), mask=o_g < n_groups)
         b_new = tl.maximum(b_m, tl.max(b_x, 1))
         b_pivot = tl.where(b_new > float("-inf"), b_new, 0.0)
@@ -49,7 +51,8 @@ def _sum(p_logits, p_penalty, p_lse, p_scores, i_b, i_x, m_x, V, BEAM: tl.conste
     """Scores of hypotheses with one more token; i_x counts through (BEAM, V)."""
     i_row, i_token = i_b * BEAM + i_x // V, i_x % V
     b_x = tl.load(p_logits + i_row * V + i_token, mask=m_x, other=0.0).to(tl.float32)
-    b_x = b_x - tl.load(p_lse + i_row, mask=m_x, other=0.0) + tl.load(p_penalty + i_token, mask=m_x, other=0.0)
+    if p_penalty is not None:
+        b_x = b_x - tl.load(p_lse + i_row, mask=m_x, other=0.0) + tl.load(p_penalty + i_token, mask=m_x, other=0.0)
     return b_x + tl.load(p_scores + i_row, mask=m_x, other=0.0)
 
 
@@ -131,12 +134,12 @@ def _choose_kernel(
         tl.store(p_table + o_b[:, None] * s_table + o_c[None, :], b_slots, mask=m_bc)
 
 
-def largest_of_groups(logits: Tensor, penalty: Tensor, size: int) -> tuple[Tensor, Tensor]:
+def largest_of_groups(logits: Tensor, penalty: Tensor | None, size: int) -> tuple[Tensor, Tensor]:
     """Launch `_group_kernel`.
 
     Args:
         logits: (N, V), contiguous.
-        penalty: float32 (V,), added to log-probabilities.
+        penalty: float32 (V,), added to log-probabilities. None: the logits are penalized log-probabilities.
         size: a divisor of V.
 
     Returns:
@@ -157,11 +160,11 @@ def largest_of_groups(logits: Tensor, penalty: Tensor, size: int) -> tuple[Tenso
         BG=max(TOKEN_TILE // width, 1),
         num_warps=8,
     )
-    return maxima.sub_(lse[:, None]), lse
+    return maxima if penalty is None else maxima.sub_(lse[:, None]), lse
 
 
 def choose(
-    state: BeamState, n: int, logits: Tensor, penalty: Tensor, lse: Tensor, groups: Tensor, size: int, eos: int
+    state: BeamState, n: int, logits: Tensor, penalty: Tensor | None, lse: Tensor, groups: Tensor, size: int, eos: int
 ) -> None:
     """Launch `_choose_kernel`, which changes *state* as `beam_state.choose` does for the best continuations.
 

@@ -82,14 +82,17 @@ class BeamState(NamedTuple):
     def beam(self) -> int:
         return self.scores.size(1)
 
-    def begin(self, n: int, max_len: int, first_token: int) -> None:
-        """Start with *n* sentences, and hypotheses of at most *max_len* tokens before the one that ends them."""
+    def begin(self, n: int, max_len: int, first_token: int, n_first: int = 1) -> None:
+        """Start with *n* sentences, and hypotheses of at most *max_len* tokens before the one that ends them.
+
+        Of the *beam* hypotheses of a sentence, which are alike at first, only *n_first* are continued.
+        """
         for value in (self.step, self.ignored, self.n_final, self.block_table):
             value.zero_()
         self.max_len.fill_(max_len)
         self.unfinished.fill_(n)
         self.tokens.fill_(first_token)
-        self.scores.fill_(-math.inf)[:, 0] = 0  # at first all hypotheses are alike: only one is continued
+        self.scores.fill_(-math.inf)[:, :n_first] = 0
         self.final_step.fill_(-1)
         # Empty places of the batch are done, and written to the scratch slot.
         self.done.fill_(True)[:n] = False
@@ -97,22 +100,30 @@ class BeamState(NamedTuple):
 
     def select(self, order: Tensor) -> None:
         """Move the sentences in the places *order*, int64 (n,), to the first n places."""
-        n = order.numel()
-        hypotheses = (order[:, None] * self.beam + torch.arange(self.beam, device=order.device)).flatten()
+        n, hypotheses = order.numel(), self.hypotheses(order)
         for value in (self.scores, self.ignored, self.sentence, self.n_final, self.done):
             value[:n] = value[order]
         for value in (self.tokens, self.block_table):
             value[: n * self.beam] = value[hypotheses]
+
+    def hypotheses(self, places: Tensor) -> Tensor:
+        """Return the numbers of the hypotheses in the places of sentences: int64 (n,) -> int64 (n * beam,)."""
+        return (places[:, None] * self.beam + torch.arange(self.beam, device=places.device)).flatten()
+
+    def parents(self, n: int) -> Tensor:
+        """Return the numbers of the hypotheses that the last step continued, of *n* sentences: int64 (n * beam,)."""
+        parent = self.chosen_beam.index_select(0, self.step - 1)[0, self.sentence[:n]].long()
+        return (parent + self.beam * torch.arange(n, device=parent.device)[:, None]).flatten()
 
 
 def choose(state: BeamState, n: int, sums: Tensor, parent: Tensor, token: Tensor, eos: int) -> None:
     """Record the continuations of the first *n* sentences that end, and go on with the others.
 
     Args:
-        sums: float32 (n, 2 * beam), of log-probabilities, best first.
-        parent, token: int64 (n, 2 * beam), the hypothesis that is continued, and by which token.
+        sums: float32 (n, k), of log-probabilities, best first; k >= beam.
+        parent, token: int64 (n, k), the hypothesis that is continued, and by which token.
     """
-    beam = state.beam
+    beam, k = state.beam, sums.size(1)
     sentence, done, ignored, n_final = (x[:n] for x in (state.sentence, state.done, state.ignored, state.n_final))
 
     ends = token.eq(eos) & sums.ne(-math.inf)
@@ -130,9 +141,9 @@ def choose(state: BeamState, n: int, sums: Tensor, parent: Tensor, token: Tensor
     done |= ended
 
     ends[:, :beam] |= ignored
-    order = ends * (2 * beam) + torch.arange(2 * beam, device=ends.device)
+    order = ends * k + torch.arange(k, device=ends.device)
     order, active = order.topk(beam, largest=False)
-    ignored.copy_(order >= 2 * beam)
+    ignored.copy_(order >= k)
     parent, token, sums = (x.gather(1, active) for x in (parent, token, sums))
     at = (state.step.expand_as(sentence), sentence)
     state.chosen_beam.index_put_(at, parent.to(torch.int32))
@@ -142,6 +153,18 @@ def choose(state: BeamState, n: int, sums: Tensor, parent: Tensor, token: Tensor
     state.tokens[: n * beam] = token.flatten()
     parent = parent + beam * torch.arange(n, device=parent.device)[:, None]
     state.block_table[: n * beam] = state.block_table.index_select(0, parent.flatten())
+
+
+def copy_first_hypothesis(state: BeamState, n: int, rows: Tensor) -> None:
+    """Let all hypotheses of the sentences *rows*, bool (n,), be their first one up to here. They must end in this step:
+    the slots that they consist of stay as they are."""
+    rows = rows[:, None]
+    scores = state.scores[:n]
+    scores.copy_(torch.where(rows, scores[:, :1], scores))
+    at = ((state.step - 1).clamp_min(0).expand(n), state.sentence[:n])
+    for record in (state.chosen_beam, state.chosen_token, state.chosen_score):
+        last = record[at]
+        record.index_put_(at, torch.where(rows, last[:, :1], last))
 
 
 def best_groups(maxima: Tensor, scores: Tensor, k: int) -> Tensor:

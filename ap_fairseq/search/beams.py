@@ -7,6 +7,7 @@ can do a step.
 from __future__ import annotations
 
 import itertools
+import math
 
 import torch
 from torch import Tensor
@@ -70,22 +71,26 @@ class BeamSearchState:
         self.offsets.index_copy_(1, self.state.step, begins.to(torch.int32)[:, None])
         self.used.add_(self.n_heads, alpha=n_hypotheses)
 
-    def advance(self, n: int, logits: Tensor, penalty: Tensor, eos: int) -> None:
+    def advance(self, n: int, logits: Tensor, penalty: Tensor | None, eos: int) -> None:
         """Choose how the first *n* sentences go on, and record it (see `triton_ops.api.advance_beams`)."""
         advance_beams(self.state, n, logits, penalty, eos, self.kernels)
 
-    def shrink(self, n: int, smaller: int) -> None:
-        """Move the unfinished ones of the first *n* sentences to the first *smaller* places."""
+    def shrink(self, n: int, smaller: int) -> Tensor:
+        """Move the unfinished ones of the first *n* sentences to the first *smaller* places; return where they were."""
         order = self.state.done[:n].argsort(stable=True)[:smaller]
         self.state.select(order)
         for value in (self.starts, self.lengths):
             value[:smaller] = value[order]
+        return order
 
-    def hypotheses(self, n: int, eos: int, len_penalty: float) -> list[list[dict[str, Tensor]]]:
+    def hypotheses(
+        self, n: int, eos: int, len_penalty: float, longest: Tensor | None = None
+    ) -> list[list[dict[str, Tensor]]]:
         """Return the ended hypotheses of the first *n* sentences of the search as fairseq does, on the CPU, best first.
 
         Args:
             len_penalty: scores are divided by the length to the power of it.
+            longest: int64 (n,), tokens before *eos*, beyond which a hypothesis of the sentence has the score -inf.
 
         Raises:
             UserError: a sentence has none.
@@ -110,6 +115,8 @@ class BeamSearchState:
         totals = torch.where(inside, chosen_score.gather(2, path), final_score)  # up to each position
         per_position = totals.diff(dim=0, prepend=torch.zeros(1, n, beam))
         scores = final_score / (final_step + 1) ** len_penalty
+        if longest is not None:
+            scores[final_step > longest.cpu()[:, None]] = -math.inf
         return best_first(tokens, per_position, scores, final_step + 1)
 
 

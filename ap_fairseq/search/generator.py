@@ -6,12 +6,13 @@ import functools
 import logging
 
 import torch
-from fairseq.search import BeamSearch
+from fairseq.search import BeamSearch, LengthConstrainedBeamSearch
 from fairseq.sequence_generator import EnsembleModel, SequenceGenerator
 
 from ap_fairseq.files import UserError
 from ap_fairseq.model.kv_cache import limit_steps
 from ap_fairseq.model.transformer import PrunedTransformerModel
+from ap_fairseq.search.restrictions import NGramBlock
 from ap_fairseq.search.rules import SearchRules
 from ap_fairseq.search.static_decoder import Capacity, StaticDecoder, bucket, decoder_modules
 from ap_fairseq.sites import attention_sites
@@ -22,7 +23,6 @@ SEARCH_OPTIONS = {  # that choose another search than BeamSearch
     "Sampling": "--sampling",
     "DiverseBeamSearch": "--diverse-beam-groups",
     "DiverseSiblingsSearch": "--diversity-rate",
-    "LengthConstrainedBeamSearch": "--match-source-len",
     "LexicallyConstrainedBeamSearch": "--constraints",
     "PrefixConstrainedBeamSearch": "prefix_allowed_tokens_fn",
 }
@@ -51,12 +51,19 @@ class PrunedSequenceGenerator(SequenceGenerator):
         super().__init__(models, tgt_dict, **kwargs)
         self.model = LimitedEnsemble(list(self.model.models))
         self._decoder: StaticDecoder | None = None
+        if self.repeat_ngram_blocker is not None:
+            self.repeat_ngram_blocker = NGramBlock(self.repeat_ngram_blocker.no_repeat_ngram_size, self.pad)
 
-    def _not_covered(self, prefix_tokens, constraints) -> str | None:
+    def _not_covered(self, constraints) -> str | None:
         """Why fairseq's own loop is needed, or None."""
         models = self.model.models
         search = type(self.search)
-        if search is not BeamSearch:
+        if search is LengthConstrainedBeamSearch:
+            bounds = self.search
+            covered = (bounds.min_len_a, bounds.min_len_b, bounds.max_len_a, bounds.max_len_b) == (1, 0, 1, 0)
+        else:
+            covered = search is BeamSearch
+        if not covered:
             return f"the search {search.__name__} ({SEARCH_OPTIONS.get(search.__name__, 'search_strategy')})"
         if not all(isinstance(model, PrunedTransformerModel) for model in models):
             return "an ensemble with models other than pruned_transformer"
@@ -74,11 +81,8 @@ class PrunedSequenceGenerator(SequenceGenerator):
         if 2 * self.beam_size >= self.vocab_size:
             return f"--beam {self.beam_size} with a vocabulary of {self.vocab_size} tokens"
         options = {
-            "prefix tokens (--prefix-size)": prefix_tokens is not None,
             "constraints (--constraints)": constraints is not None,
             "a language model (--lm-path)": self.lm_model is not None,
-            "--no-repeat-ngram-size": self.repeat_ngram_blocker is not None,
-            "--match-source-len": self.match_source_len,
         }
         return next((name for name, given in options.items() if given), None)
 
@@ -93,13 +97,16 @@ class PrunedSequenceGenerator(SequenceGenerator):
     def _generate(self, sample, prefix_tokens=None, constraints=None, bos_token=None):
         net_input = sample["net_input"]
         source = net_input["src_tokens"]
+        lengths = net_input.get("src_lengths")
+        if lengths is None:  # as fairseq counts them
+            lengths = (source.ne(self.eos) & source.ne(self.pad)).sum(1)
         max_len = min(int(self.max_len_a * source.size(1) + self.max_len_b), self.max_len - 1)
         if self.match_source_len:
-            max_len = source.size(1)
+            max_len = int(lengths.max())
         pruned = [model for model in self.model.models if isinstance(model, PrunedTransformerModel)]
         for model in pruned:  # --eval-bleu does not prepare them for inference
             model.log_cache_savings()
-        reason = self._not_covered(prefix_tokens, constraints) or self._unprofitable(source.device)
+        reason = self._not_covered(constraints) or self._unprofitable(source.device)
         if reason is not None:
             log_fallback(reason)
             self.model.max_steps = max_len + 1
@@ -111,7 +118,7 @@ class PrunedSequenceGenerator(SequenceGenerator):
         needed = Capacity(
             sentences=bucket(source.size(0)),
             source_length=max(256, bucket(source.size(1))),
-            positions=min(max(256, bucket(max_len + 1)), self.max_len),
+            positions=max(min(max(256, bucket(max_len + 1)), self.max_len), max_len + 1),
         )
         rules = SearchRules.from_generator(self)
         if self._decoder is None or not self._decoder.serves(rules, needed):
@@ -119,7 +126,8 @@ class PrunedSequenceGenerator(SequenceGenerator):
             self._decoder = None  # its memory is free before the next one is made
             with torch.inference_mode(False):  # a later batch may come outside of it
                 self._decoder = StaticDecoder(self.model.models, rules, capacity, source.device)
-        return self._decoder.search(encoder_outs, max_len, self.eos if bos_token is None else bos_token)
+        first_token = self.eos if bos_token is None else bos_token
+        return self._decoder.search(encoder_outs, max_len, first_token, lengths, prefix_tokens)
 
 
 @functools.cache

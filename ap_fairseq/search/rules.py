@@ -6,10 +6,11 @@ import math
 from dataclasses import dataclass
 
 import torch
+from fairseq.search import LengthConstrainedBeamSearch
 from fairseq.sequence_generator import SequenceGenerator
 from torch import Tensor
 
-NORMAL, BEFORE_MIN_LEN, AT_MAX_LEN = range(3)  # phases of a search
+NORMAL, BEFORE_MIN_LEN, AT_MAX_LEN, WITHIN_PREFIX = range(4)  # phases of a search
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,10 @@ class SearchRules:
         temperature: divides the logits.
         min_len: tokens of a hypothesis before *eos* at least.
         len_penalty: hypotheses are ranked by score / length ** len_penalty; 0 ranks by the score.
+        no_repeat_ngram_size: of the n-grams that a hypothesis may have once only; 0: none.
+        exact_length: a hypothesis has as many tokens before *eos* as its source, *eos* included, and then ends at no
+            cost.
+        match_source_len: what is longer is ranked last.
     """
 
     beam: int
@@ -36,11 +41,14 @@ class SearchRules:
     temperature: float
     min_len: int
     len_penalty: float
+    no_repeat_ngram_size: int
+    exact_length: bool
+    match_source_len: bool
 
     @classmethod
     def from_generator(cls, generator: SequenceGenerator) -> SearchRules:
         """Read them off fairseq's generator."""
-        suppressed = generator.token_indices_to_suppress
+        suppressed, blocker = generator.token_indices_to_suppress, generator.repeat_ngram_blocker
         return cls(
             beam=generator.beam_size,
             vocab_size=generator.vocab_size,
@@ -52,19 +60,28 @@ class SearchRules:
             temperature=generator.temperature,
             min_len=generator.min_len,
             len_penalty=generator.len_penalty if generator.normalize_scores else 0,
+            no_repeat_ngram_size=0 if blocker is None else blocker.no_repeat_ngram_size,
+            exact_length=isinstance(generator.search, LengthConstrainedBeamSearch),
+            match_source_len=generator.match_source_len,
         )
 
+    @property
+    def restricted(self) -> bool:
+        """Whether penalties differ between hypotheses in every step."""
+        return self.exact_length or self.no_repeat_ngram_size > 0
+
     def token_penalties(self, device: torch.device) -> Tensor:
-        """Penalties of all tokens in every phase, float32 (3, V): added to log-probabilities of all hypotheses."""
-        penalties = torch.zeros(3, self.vocab_size)
+        """Penalties of all tokens in every phase, float32 (4, V): added to log-probabilities of all hypotheses."""
+        penalties = torch.zeros(4, self.vocab_size)
+        penalties[:WITHIN_PREFIX, list(self.suppressed)] = -math.inf
         penalties[:, self.pad] = -math.inf
         penalties[:, self.unk] -= self.unk_penalty
-        penalties[:, list(self.suppressed)] = -math.inf
         penalties[BEFORE_MIN_LEN, self.eos] = -math.inf
         penalties[AT_MAX_LEN, torch.arange(self.vocab_size) != self.eos] = -math.inf
         return penalties.to(device)
 
-    def fill_phases(self, phases: Tensor, max_len: int) -> None:
-        """Write the phase of every step of a search to *phases*, int64 (T,), with T > *max_len*."""
+    def fill_phases(self, phases: Tensor, max_len: int, prefix_len: int) -> None:
+        """Write the phase of every step of a search to *phases*, int64 (T,), with T > *max_len* >= *prefix_len*."""
         phases.fill_(NORMAL)[: max(0, self.min_len)] = BEFORE_MIN_LEN
+        phases[:prefix_len] = WITHIN_PREFIX
         phases[max_len:] = AT_MAX_LEN

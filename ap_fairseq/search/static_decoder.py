@@ -31,6 +31,7 @@ from ap_fairseq.model.kv_cache import (
 )
 from ap_fairseq.model.transformer import PrunedTransformerModel
 from ap_fairseq.search.beams import BeamSearchState
+from ap_fairseq.search.restrictions import Restrictions
 from ap_fairseq.search.rules import SearchRules
 from ap_fairseq.search.static_cache import StaticCrossAttentionCache, StaticSelfAttentionCache
 from ap_fairseq.sites import AttentionKind, attention_sites
@@ -94,7 +95,7 @@ class StaticDecoder:
             for module in self.self_sites
         }
         self.used: dict[PrunedMultiheadAttention, int] = {}  # slots of each pool in use, as the host counts them
-        self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self.graphs: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}  # of n sentences, within prefixes or not
         self.graph_pool = GraphPool()
         self.layouts: list[AttentionLayout] = []
         # Graphs hold addresses: of the parameters, and of the layouts, which must not be dropped before them.
@@ -103,6 +104,7 @@ class StaticDecoder:
         self.capture = kernels and device.type == "cuda"
         sizes = (capacity.sentences, capacity.positions, capacity.source_length)
         self.beams = BeamSearchState(sizes, rules.beam, self_heads, cross_heads, device, kernels)
+        self.restrictions = Restrictions(self.beams.state, rules)
         self.phases = torch.empty(capacity.positions, dtype=torch.int64, device=device)
 
     def _addresses(self) -> list[int]:
@@ -122,23 +124,41 @@ class StaticDecoder:
 
     # -- a batch ------------------------------------------------------------------------------------------------------
 
-    def search(self, encoder_outs: list[dict], max_len: int, first_token: int) -> list[list[dict[str, Tensor]]]:
-        """Translate one batch; the result is that of ``SequenceGenerator.generate``, on the CPU."""
+    def search(
+        self,
+        encoder_outs: list[dict],
+        max_len: int,
+        first_token: int,
+        source_lengths: Tensor,
+        prefix: Tensor | None = None,
+    ) -> list[list[dict[str, Tensor]]]:
+        """Translate one batch; the result is that of ``SequenceGenerator.generate``, on the CPU.
+
+        Args:
+            source_lengths: int64 (B,), by which the lengths of translations are judged, if they are.
+            prefix: int64 (B, P), tokens that the translations begin with, padded on the right.
+        """
         if self.capture and self.layouts != (layouts := self._layouts()):
             self._forget_graphs()
             self.layouts = layouts
         n_sentences = encoder_outs[0]["encoder_out"][0].size(1)
-        self._search(self._begin(encoder_outs, n_sentences, max_len, first_token), max_len)
-        return self.beams.hypotheses(n_sentences, self.rules.eos, self.rules.len_penalty)
+        prefix = None if prefix is None else prefix[:, :max_len]
+        prefix_len = 0 if prefix is None else prefix.size(1)
+        n = self._begin(encoder_outs, n_sentences, max_len, first_token)
+        self.rules.fill_phases(self.phases, max_len, prefix_len)
+        self.restrictions.begin(prefix, source_lengths)
+        self._search(n, max_len, prefix_len)
+        longest = source_lengths if self.rules.match_source_len else None
+        return self.beams.hypotheses(n_sentences, self.rules.eos, self.rules.len_penalty, longest)
 
-    def _search(self, n: int, max_len: int) -> None:
+    def _search(self, n: int, max_len: int, prefix_len: int) -> None:
         counts = deque()
         self.used = dict.fromkeys(self.self_sites, 0)
         for step in range(max_len + 1):
             new = {module: n * self.rules.beam * module.num_heads for module in self.self_sites}
             if any(self.used[module] + new[module] > self.kv_pools[module].size(0) for module in new):
                 self._make_room(n, step, max_len)
-            self._run(n)
+            self._run(n, step < prefix_len)
             for module, number in new.items():
                 self.used[module] += number
             counts.append(self._count_unfinished())
@@ -147,7 +167,7 @@ class StaticDecoder:
                 if unfinished == 0:
                     break
                 if (smaller := bucket(unfinished)) < n:
-                    self.beams.shrink(n, smaller)
+                    self.restrictions.select(self.beams.shrink(n, smaller))
                     n = smaller
                     counts.clear()  # of the larger batch
 
@@ -157,7 +177,6 @@ class StaticDecoder:
         size, batch, _ = encoder_outs[0]["encoder_out"][0].shape
         real = ~padding[0] if padding else torch.ones(batch, size, dtype=torch.bool, device=beams.starts.device)
         beams.begin(real.sum(1), max_len, first_token)
-        self.rules.fill_phases(self.phases, max_len)
         self._store_sources(encoder_outs, real, max_len)
         for module, stacked in self.projections.items():
             for kept, fresh in zip(stacked, module.stacked_projection(), strict=True):
@@ -238,15 +257,16 @@ class StaticDecoder:
 
     # -- a step -------------------------------------------------------------------------------------------------------
 
-    def _run(self, n: int) -> None:
+    def _run(self, n: int, within_prefix: bool) -> None:
         """One step of the first n sentences: the first time directly, then captured, from then on replayed."""
-        if n in self.graphs:
-            self.graphs[n].replay()
+        key = n, within_prefix
+        if key in self.graphs:
+            self.graphs[key].replay()
             return
         states = [self._incremental_state(model, n) for model in self.models]
-        self._step(n, states)
+        self._step(n, within_prefix, states)
         if self.capture:
-            self.graphs[n], _ = self.graph_pool.capture(lambda: self._step(n, states))
+            self.graphs[key], _ = self.graph_pool.capture(lambda: self._step(n, within_prefix, states))
 
     def _incremental_state(self, model: PrunedTransformerModel, n: int) -> dict:
         state: dict = {}
@@ -262,11 +282,19 @@ class StaticDecoder:
             module.set_incremental_state(state, "attn_state", {"cache": cache})
         return state
 
-    def _step(self, n: int, states: list[dict]) -> None:
+    def _step(self, n: int, within_prefix: bool, states: list[dict]) -> None:
         """Decode one token of every hypothesis and choose how to go on. No shape and no branch depends on a value."""
-        self.beams.number_slots(n)
-        logits = self._logits(n * self.rules.beam, states)
-        self.beams.advance(n, logits, self.penalties[self.phases[self.beams.state.step]][0], self.rules.eos)
+        beams, rules = self.beams, self.rules
+        beams.number_slots(n)
+        logits = self._logits(n * rules.beam, states)
+        penalty = self.penalties[self.phases[beams.state.step]][0]
+        if not (rules.restricted or within_prefix):
+            beams.advance(n, logits, penalty, rules.eos)
+            return
+        log_probs = logits.log_softmax(-1, dtype=torch.float32).add_(penalty)
+        self.restrictions.apply(n, log_probs, within_prefix)
+        beams.advance(n, log_probs, None, rules.eos)
+        self.restrictions.follow(n)
 
     def _logits(self, n: int, states: list[dict]) -> Tensor:
         """Logits (n, V) of the next token; of an ensemble, logarithms of the average probabilities."""

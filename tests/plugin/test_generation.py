@@ -8,7 +8,8 @@ import weakref
 
 import pytest
 import torch
-from fairseq.search import Sampling
+from fairseq.ngram_repeat_block import NGramRepeatBlock
+from fairseq.search import LengthConstrainedBeamSearch, Sampling
 from fairseq.sequence_generator import SequenceGenerator
 from plugin.builders import batch, dense_model, dictionary, pruned_model, random_masks
 from plugin.hypotheses import assert_same
@@ -67,6 +68,89 @@ def test_hypotheses_and_scores_are_those_of_fairseq(options, backend):
     for seed in (0, 1):  # the second batch finds the buffers of the first
         expected = SequenceGenerator(systems, VOCAB, **options).generate([], sample(lengths, seed))
         assert_same(generator.generate([], sample(lengths, seed)), expected)
+
+
+class WorkingBlock(NGramRepeatBlock):
+    """fairseq's, which looks for the last n-gram behind the tokens, in the padding, and so blocks nothing."""
+
+    def forward(self, tokens, lprobs, bsz, beam_size, step):
+        return super().forward(tokens[:, : step + 1], lprobs, bsz, beam_size, step)
+
+
+def prefixes(rows) -> torch.Tensor:
+    """Prefixes for the sentences of LENGTHS: *rows* in turns, as names of tokens."""
+    width = max(map(len, rows))
+    rows = [[VOCAB.index(token) for token in [*row, *["<pad>"] * width][:width]] for row in rows]
+    return torch.tensor([rows[k % len(rows)] for k in range(len(LENGTHS))], device=DEVICE)
+
+
+RESTRICTED = {
+    "prefix": (dict(beam_size=3, unk_penalty=0.5), [["w5", "<unk>", "w7"]]),
+    "prefixes of several lengths": (
+        dict(beam_size=3, min_len=4, tokens_to_suppress=("w4",)),
+        [["w4", "w4"], ["w1"], []],
+    ),
+    "eos in prefixes": (dict(beam_size=3, min_len=3), [["w5", "</s>"], ["w1", "w2", "w3"], ["w6", "w7", "</s>"], []]),
+    "prefix beyond the maximum length": (dict(beam_size=2, max_len_b=2), [["w5", "w6", "w7", "w8"], ["w9"]]),
+    "match source length": (dict(beam_size=3, match_source_len=True), None),
+    "match source length within prefixes": (dict(beam_size=3, match_source_len=True), [["w5", "w6"], ["w7"]]),
+    "bigrams": (dict(beam_size=3, no_repeat_ngram_size=2, max_len_b=30), None),
+    "trigrams": (dict(beam_size=4, no_repeat_ngram_size=3, max_len_b=30, unk_penalty=9.0), None),
+    "bigrams within prefixes": (dict(beam_size=3, no_repeat_ngram_size=2), [["w5", "w6", "w5"], ["w5"]]),
+}
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "triton"])
+@pytest.mark.parametrize(("options", "rows"), RESTRICTED.values(), ids=RESTRICTED)
+def test_restricted_searches_find_what_fairseqs_find(options, rows, backend, caplog):
+    systems, options = models(attention_backend=backend), {"max_len_b": 15, **options}
+    n = len(LENGTHS) if backend == "sdpa" or DEVICE == "cuda" else 4
+    prefix = None if rows is None else prefixes(rows)[:n]
+
+    def made(generator):
+        search = LengthConstrainedBeamSearch(VOCAB, 1, 0, 1, 0) if options.get("match_source_len") else None
+        return generator(systems, VOCAB, search_strategy=search, **options)
+
+    ours, fairseqs = made(PrunedSequenceGenerator), made(SequenceGenerator)
+    if fairseqs.repeat_ngram_blocker is not None:
+        fairseqs.repeat_ngram_blocker = WorkingBlock(options["no_repeat_ngram_size"])
+    with caplog.at_level(logging.INFO, "ap_fairseq.search.generator"):
+        for seed in (0, 1):  # the second batch finds the buffers of the first
+            expected = fairseqs.generate([], sample(LENGTHS[:n], seed), prefix_tokens=prefix)
+            assert_same(ours.generate([], sample(LENGTHS[:n], seed), prefix_tokens=prefix), expected)
+    assert "fairseq's own generator" not in caplog.text
+
+
+def test_a_batch_without_prefixes_may_follow_one_with_them():
+    systems = models()
+    ours, fairseqs = (
+        made(systems, VOCAB, beam_size=3, max_len_b=9) for made in (PrunedSequenceGenerator, SequenceGenerator)
+    )
+    for prefix in (prefixes([["w5", "w6"]]), None, prefixes([["w7"]])):
+        expected = fairseqs.generate([], sample(LENGTHS), prefix_tokens=prefix)
+        assert_same(ours.generate([], sample(LENGTHS), prefix_tokens=prefix), expected)
+
+
+def test_a_reference_of_nothing_is_a_prefix_too():
+    """fairseq's search continues one such hypothesis, finds no others, and fails at the maximum length."""
+    found = PrunedSequenceGenerator(models(), VOCAB, beam_size=3, max_len_b=9).generate(
+        [], sample(LENGTHS), prefix_tokens=prefixes([["</s>"], ["w5"]])
+    )
+    assert [h["tokens"].tolist() for h in found[0]] == [[VOCAB.eos()]] * 3
+    assert all(h["tokens"][0] == VOCAB.index("w5") for h in found[1])
+
+
+def test_fairseqs_own_search_blocks_ngrams_too(monkeypatch):
+    """Stock fairseq without its CUDA extension repeats them (issue 5206), as every sentence here would."""
+    monkeypatch.setattr(PrunedSequenceGenerator, "_unprofitable", lambda self, device: "tests")
+    options = dict(beam_size=3, max_len_b=30, min_len=25)
+
+    def repeated(tokens):
+        return len({*zip(tokens, tokens[1:], strict=False)}) < len(tokens) - 1
+
+    free, ours = (PrunedSequenceGenerator(models(), VOCAB, no_repeat_ngram_size=n, **options) for n in (0, 2))
+    assert all(repeated(h["tokens"].tolist()) for x in free.generate([], sample(LENGTHS)) for h in x)
+    assert not any(repeated(h["tokens"].tolist()) for x in ours.generate([], sample(LENGTHS)) for h in x)
 
 
 @pytest.mark.parametrize(("backend", "lengths"), [("sdpa", LENGTHS), ("triton", LENGTHS[:4])])
@@ -153,7 +237,9 @@ def test_buffers_on_the_device_go_with_the_generator():
 def test_the_batch_shrinks_when_sentences_finish(monkeypatch):
     sizes = []
     real = static_decoder.StaticDecoder._run
-    monkeypatch.setattr(static_decoder.StaticDecoder, "_run", lambda self, n: sizes.append(n) or real(self, n))
+    monkeypatch.setattr(
+        static_decoder.StaticDecoder, "_run", lambda self, n, *more: sizes.append(n) or real(self, n, *more)
+    )
     PrunedSequenceGenerator(models(), VOCAB, beam_size=2, max_len_b=20).generate([], sample(LENGTHS))
     assert sizes[0] == 16 and sizes[-1] < 16 and sizes == sorted(sizes, reverse=True)
 
@@ -201,12 +287,15 @@ def test_half_precision_translates_as_fairseq_does():
     [
         ("the search Sampling (--sampling)", models, dict(search_strategy=Sampling(VOCAB, sampling_topk=2)), {}),
         ("models other than", lambda: [dense_model(VOCAB).to(DEVICE)], {}, {}),
-        ("--prefix-size", models, {}, dict(prefix_tokens=torch.full((13, 1), VOCAB.index("w5"), device=DEVICE))),
-        ("--match-source-len", models, dict(match_source_len=True, max_len_b=3), {}),
-        ("--no-repeat-ngram-size", models, dict(no_repeat_ngram_size=2), {}),
+        (
+            "LengthConstrainedBeamSearch",
+            models,
+            dict(search_strategy=LengthConstrainedBeamSearch(VOCAB, 1, 1, 1, 1), max_len_b=14),
+            {},
+        ),
         ("--beam 20 with a vocabulary of 34 tokens", models, dict(beam_size=20), {}),
     ],
-    ids=["sampling", "stock model", "prefix", "length of the source", "n-gram block", "large beam"],
+    ids=["sampling", "stock model", "other lengths than the source's", "large beam"],
 )
 def test_what_is_not_covered_is_left_to_fairseq_and_said_once(reason, systems, options, inputs, caplog):
     made, options = systems(), {"beam_size": 3, "max_len_b": 10, **options}

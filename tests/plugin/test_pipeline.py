@@ -88,18 +88,17 @@ def test_the_task_pruned_translation_translates_as_stock_fairseq_does(data_bin, 
     """On a CPU by the kernels, interpreted; without them by fairseq's own generator, which is said."""
     task, short = ["--task", "pruned_translation"], ["--beam", 2, "--max-len-a", 0, "--max-len-b", 4]
     kernels = [*task, "--model-overrides", "{'attention_backend': 'triton'}"]
-    expected = hypotheses(generate(data_bin, dense, *short, subset="valid"))
-    for flags, told in [
-        (kernels, None),
-        (task, "decoding on a CPU without Triton kernels"),
-        ([*kernels, "--match-source-len"], "the search LengthConstrainedBeamSearch (--match-source-len)"),
-        ([*task, "--print-alignment"], "--print-alignment"),
+    for flags, search, told in [
+        (kernels, [], None),
+        (kernels, ["--prefix-size", 2], None),
+        (task, [], "decoding on a CPU without Triton kernels"),
+        (task, ["--print-alignment"], "--print-alignment"),
     ]:
-        log = generate(data_bin, all_ones, *short, *flags, subset="valid")
-        if "--match-source-len" not in flags:
-            found = hypotheses(log)
-            assert {n: tokens for n, (_, tokens) in found.items()} == {n: tokens for n, (_, tokens) in expected.items()}
-            assert all(found[n][0] == pytest.approx(score, abs=1e-4) for n, (score, _) in expected.items())
+        expected = hypotheses(generate(data_bin, dense, *short, *search, subset="valid"))
+        log = generate(data_bin, all_ones, *short, *search, *flags, subset="valid")
+        found = hypotheses(log)
+        assert {n: tokens for n, (_, tokens) in found.items()} == {n: tokens for n, (_, tokens) in expected.items()}
+        assert all(found[n][0] == pytest.approx(score, abs=1e-4) for n, (score, _) in expected.items())
         assert log.count("fairseq's own generator") == (told is not None)
         assert told is None or f"fairseq's own generator is used: {told} is not covered" in log
 

@@ -119,6 +119,20 @@ def test_the_kernels_change_the_state_as_torch_does(n, beam, step, vocab_size, c
     assert_alike(ours, expected, n + 1)
 
 
+@pytest.mark.parametrize("kernels", [True, False])
+def test_penalized_log_probabilities_are_summed_as_they_are(kernels):
+    """Where a prefix leaves one token of each hypothesis, its probability is not normalized to 1."""
+    state, expected = (random_state(3, 2, 4, 9, seed=5) for _ in range(2))
+    for part in (state, expected):
+        part.done.fill_(False), part.ignored.fill_(False), part.n_final.zero_()
+    log_probs = torch.full((8, 34), -math.inf, device=DEVICE)
+    log_probs[torch.arange(8), 7] = torch.linspace(-3, -1, 8, device=DEVICE)
+    advance_beams(state, 4, log_probs, None, EOS, kernels)
+    sums = expected.scores + log_probs[:, 7].view(4, 2)
+    torch.testing.assert_close(state.scores, sums.sort(descending=True)[0])
+    assert state.tokens.tolist() == [7] * 8
+
+
 @pytest.mark.parametrize(("beam", "vocab_size"), [(12, 1000), (40, 1000), (5, 32768)])
 def test_the_kernels_take_wide_beams_long_texts_and_large_vocabularies(beam, vocab_size):
     ours, expected = (random_state(2, beam, 300, 500, seed=1) for _ in range(2))
