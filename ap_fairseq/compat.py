@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-_BETTERTRANSFORMER_KEY = re.compile(r"(^|\.)encoder\.layers\.\d+\.(in_proj|out_proj|fc1|fc2)_(weight|bias)$")
+_BETTERTRANSFORMER_KEY = re.compile(r"(^|[._])encoder\.layers\.\d+\.(in_proj|out_proj|fc1|fc2)_(weight|bias)$")
 
 
 def require_fairseq() -> None:

@@ -24,8 +24,11 @@ patch_ranks_without_gpu()
 patch_user_dir()
 patch_alignment_generators()
 
-import ap_fairseq.model.transformer  # noqa: E402  (registration needs a checked fairseq)
-import ap_fairseq.search.task  # noqa: E402, F401
+import ap_fairseq.model.language_model  # noqa: E402  (registration needs a checked fairseq)
+import ap_fairseq.model.roberta  # noqa: E402
+import ap_fairseq.model.transformer  # noqa: E402
+import ap_fairseq.search.task  # noqa: E402
+import ap_fairseq.training.task  # noqa: E402, F401
 from ap_fairseq.files import UserError  # noqa: E402
 
 

@@ -6,6 +6,7 @@ import hashlib
 import importlib.metadata
 import json
 import platform
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -80,6 +81,11 @@ def describe_sparsity(provenance: dict[str, Any]) -> str:
 def dictionary_sha256(dictionary) -> str:
     """Return the SHA-256 of the symbols of a :class:`fairseq.data.Dictionary`, in order; counts do not matter."""
     return hashlib.sha256("\n".join(dictionary.symbols).encode()).hexdigest()
+
+
+def dictionary_files(folder) -> list[Path]:
+    """Return the dictionaries of a data-bin: of two languages, of one text, or of the parts of a classification set."""
+    return [*sorted(Path(folder).glob("dict*.txt")), *sorted(Path(folder).glob("*/dict.txt"))]
 
 
 def dictionary_hashes(task) -> dict[str, str]:

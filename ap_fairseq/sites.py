@@ -9,12 +9,15 @@ from typing import TYPE_CHECKING, NamedTuple
 from ap_fairseq.files import UserError
 
 if TYPE_CHECKING:  # commands that only read files run without fairseq
-    from fairseq.models.transformer import TransformerModelBase
+    from fairseq.models import BaseFairseqModel
     from fairseq.modules import MultiheadAttention
 
 
 class AttentionKind(StrEnum):
-    """Where an attention module sits in an encoder-decoder transformer."""
+    """Where an attention module sits in a transformer.
+
+    A translation model has all three kinds, a language model DECODER_SELF alone, RoBERTa ENCODER_SELF alone.
+    """
 
     ENCODER_SELF = "encoder_self"
     DECODER_SELF = "decoder_self"
@@ -38,24 +41,26 @@ class AttentionSite(NamedTuple):
     layer: int
 
 
-def attention_sites(model: TransformerModelBase) -> Iterator[tuple[AttentionSite, MultiheadAttention]]:
-    """Yield every attention module of a fairseq encoder-decoder transformer with its site.
+def attention_sites(model: BaseFairseqModel) -> Iterator[tuple[AttentionSite, MultiheadAttention]]:
+    """Yield every attention module of a fairseq transformer, language model or RoBERTa with its site.
 
     A decoder with ``cross_self_attention`` attends to source and target at once; such modules belong to none of the
     three kinds and are left out.
     """
+    encoder, decoder = getattr(model, "encoder", None), getattr(model, "decoder", None)
+    encoder = getattr(encoder, "sentence_encoder", encoder)  # of RoBERTa
     # Indexing, because iterating a LayerDropModuleList in training mode drops layers at random.
-    for layer in range(len(model.encoder.layers)):
-        yield AttentionSite(AttentionKind.ENCODER_SELF, layer), model.encoder.layers[layer].self_attn
-    for layer in range(len(model.decoder.layers)):
-        module = model.decoder.layers[layer]
+    for layer in range(0 if encoder is None else len(encoder.layers)):
+        yield AttentionSite(AttentionKind.ENCODER_SELF, layer), encoder.layers[layer].self_attn
+    for layer in range(0 if decoder is None else len(decoder.layers)):
+        module = decoder.layers[layer]
         if module.self_attn.self_attention:
             yield AttentionSite(AttentionKind.DECODER_SELF, layer), module.self_attn
         if module.encoder_attn is not None:
             yield AttentionSite(AttentionKind.CROSS, layer), module.encoder_attn
 
 
-def architecture(model: TransformerModelBase) -> dict[str, list[int]]:
+def architecture(model: BaseFairseqModel) -> dict[str, list[int]]:
     """Return ``{kind: [layers, heads]}`` of a model, the shape that statistics and masks of it have."""
     shape: dict[str, list[int]] = {}
     for site, module in attention_sites(model):

@@ -26,16 +26,9 @@ from ap_fairseq.model.checkpoints import (
     recordable_architectures,
     stored_model,
 )
-from ap_fairseq.provenance import dictionary_sha256
+from ap_fairseq.provenance import dictionary_files, dictionary_sha256
 from ap_fairseq.recording.run import Recording, record_on_rank
-
-TASK_SETTINGS = {  # of fairseq's TranslationTask, which change what is recorded; with their short flags
-    "source_lang": "-s",
-    "target_lang": "-t",
-    "max_source_positions": None,
-    "max_target_positions": None,
-    "truncate_source": None,
-}
+from ap_fairseq.recording.tasks import RecordedTask, recorded_task, stored_task
 
 REPLACED = {  # flags of fairseq-validate that recording does not read
     "--valid-subset": "choose what to record with --subset",
@@ -53,7 +46,12 @@ def get_parser() -> argparse.ArgumentParser:
         "GPUs of the machine share the work, or --distributed-world-size N of them."
     )
     parser.add_argument("data", help="binarised data (fairseq-preprocess)")
-    parser.add_argument("--path", required=True, metavar="CHECKPOINT", help="checkpoint of a transformer* architecture")
+    parser.add_argument(
+        "--path",
+        required=True,
+        metavar="CHECKPOINT",
+        help="checkpoint of a transformer*, transformer_lm* or roberta* architecture",
+    )
     parser.add_argument("--subset", default="train", help="subset to record on (default: %(default)s)")
     parser.add_argument(
         "--max-positions",
@@ -85,7 +83,10 @@ def main(argv: list[str]) -> None:
     args, fairseq_argv = get_parser().parse_known_args(argv)
     _require_data(args.data, args.subset)
     import_user_dir(args.user_dir)
-    cfg, given = _fairseq_configuration(args, fairseq_argv)
+    state = load_checkpoint(args.path)
+    task = _task(state, args.path)
+    cfg, given = _fairseq_configuration(args, fairseq_argv, task)
+    chosen = {name: cfg.task[name] for name in task.chosen if f"--{name.replace('_', '-')}" in given}
     job = Recording(
         checkpoint=args.path,
         data=args.data,
@@ -96,12 +97,11 @@ def main(argv: list[str]) -> None:
         importance=args.importance,
         overwrite=args.overwrite,
         model_overrides=_literal("--model-overrides", cfg.common_eval.model_overrides),
+        task_settings=chosen,
     )
     job.require_valid()
-    state = load_checkpoint(args.path)
-    _require_supported(state, args.path)
     _require_dictionaries(state, args)
-    _require_task(state, args.path, given, cfg.task)
+    _require_settings(task, state, args.path, given, cfg.task)
     try:
         distributed_utils.infer_init_method(cfg.distributed_training)
     except AssertionError as error:  # such as "world size is 2 but have 0 available devices"
@@ -123,7 +123,7 @@ def main(argv: list[str]) -> None:
         ) from error
 
 
-def _fairseq_configuration(args: argparse.Namespace, argv: list[str]):
+def _fairseq_configuration(args: argparse.Namespace, argv: list[str], task: RecordedTask):
     """Return fairseq's configuration, and the flags that the caller gave for it."""
     given = {word.split("=")[0] for word in argv}
     for flag, instead in REPLACED.items():
@@ -136,7 +136,11 @@ def _fairseq_configuration(args: argparse.Namespace, argv: list[str]):
     argv = [args.data, "--path", args.path, "--required-batch-size-multiple", "1", *argv]
     if args.user_dir is not None:
         argv += ["--user-dir", args.user_dir]
-    fairseq_args = options.parse_args_and_arch(options.get_validation_parser(default_task="translation"), argv)
+    fairseq_args = options.parse_args_and_arch(options.get_validation_parser(default_task=task.name), argv)
+    if fairseq_args.task not in (task.name, f"pruned_{task.name}"):
+        raise UserError(
+            f"--task {fairseq_args.task}: {args.path} is recorded under fairseq's task {task.name}; leave the flag out"
+        )
     fairseq_args.tpu = False  # fairseq's parser sets it for --bf16
     return convert_namespace_to_omegaconf(fairseq_args), given
 
@@ -165,28 +169,24 @@ def _require_data(data: str, subset: str) -> None:
     )
 
 
-def _stored_task(state: dict[str, Any]) -> dict[str, Any]:
-    """Return the task of a checkpoint's ``cfg``, or the flat ``args`` that fairseq stored before 0.10."""
-    settings = state["cfg"]["task"] if state.get("cfg") else state["args"]
-    return dict(settings if isinstance(settings, dict) else vars(settings))
-
-
-def _require_supported(state: dict[str, Any], path: str) -> None:
+def _task(state: dict[str, Any], path: str) -> RecordedTask:
+    """Return the task under which a checkpoint is recorded, after a check that its model can be."""
     name, model = stored_model(state)
     architectures = recordable_architectures()
-    if model not in architectures.values():
+    if model is None or model not in architectures.values():
         raise ArtifactError(
             f"{path} holds a model of architecture {name!r}; attention can be recorded from {', '.join(architectures)}"
             + ("; an architecture of your own needs the --user-dir that registers it" if model is None else "")
         )
+    return recorded_task(model, stored_task(state))
 
 
-def _require_task(state: dict[str, Any], path: str, given: set[str], cfg) -> None:
+def _require_settings(task: RecordedTask, state: dict[str, Any], path: str, given: set[str], cfg) -> None:
     """Refuse settings of the task that are not those of the checkpoint's, which decide."""
-    stored = _stored_task(state)
-    if not stored.get("source_lang"):  # the pair was taken from the names of the data then, as it is now
+    stored = stored_task(state)
+    if task.name == "translation" and not stored.get("source_lang"):  # it was taken from the names of the data
         stored["source_lang"], stored["target_lang"] = data_utils.infer_language_pair(cfg.data)
-    for name, short in TASK_SETTINGS.items():
+    for name, short in task.refused.items():
         flag = f"--{name.replace('_', '-')}"
         if given & {flag, short} and name in stored and cfg[name] != stored[name]:
             raise UserError(
@@ -200,9 +200,9 @@ def _require_dictionaries(state: dict[str, Any], args: argparse.Namespace) -> No
 
     Dictionaries of another size do not fit the model; others of the same size would be recorded without a trace.
     """
-    if not any(Path(args.data).glob("dict.*.txt")):
-        raise ArtifactError(f"{args.data} has no dictionary dict.*.txt; name a folder made by fairseq-preprocess")
-    task = _stored_task(state)
+    if not dictionary_files(args.data):
+        raise ArtifactError(f"{args.data} has no dictionary dict*.txt; name a folder made by fairseq-preprocess")
+    task = stored_task(state)
     for side in ("source_lang", "target_lang"):
         if task.get(side) and not (Path(args.data) / f"dict.{task[side]}.txt").is_file():
             raise ArtifactError(
@@ -210,8 +210,8 @@ def _require_dictionaries(state: dict[str, Any], args: argparse.Namespace) -> No
                 f"{task[side]!r}; record on the data-bin that it was trained with"
             )
     trained_on = str(task.get("data") or "").split(os.pathsep)[0]
-    for file in sorted(Path(args.data).glob("dict.*.txt")):
-        original = Path(trained_on) / file.name
+    for file in dictionary_files(args.data):
+        original = Path(trained_on) / file.relative_to(args.data)
         ours = _dictionary_sha256(file)
         if not original.is_file():
             continue

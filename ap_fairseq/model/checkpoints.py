@@ -9,7 +9,6 @@ import itertools
 import logging
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,9 +16,11 @@ from fairseq import tasks, utils
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq.models import ARCH_CONFIG_REGISTRY, ARCH_MODEL_REGISTRY, MODEL_REGISTRY
 from fairseq.models.nat.fairseq_nat_model import FairseqNATModel
+from fairseq.models.roberta import RobertaModel
 from fairseq.models.transformer import TransformerModel, TransformerModelBase, transformer_legacy
 from fairseq.models.transformer_align import TransformerAlignModel
 from fairseq.models.transformer_from_pretrained_xlm import TransformerFromPretrainedXLMModel
+from fairseq.models.transformer_lm import TransformerLanguageModel
 from omegaconf import OmegaConf
 from torch import nn
 
@@ -27,15 +28,27 @@ from ap_fairseq.artifacts import CONTENTS, PruningMasks
 from ap_fairseq.compat import allow_fairseq_checkpoints, drop_bettertransformer_copies
 from ap_fairseq.files import ArtifactError, UserError, atomic_output, not_written, refuse_existing, require_file
 from ap_fairseq.model.attention import MASK_BUFFERS
-from ap_fairseq.model.config import PrunedTransformerConfig
+from ap_fairseq.model.config import PrunedLanguageModelConfig, PrunedTransformerConfig
+from ap_fairseq.model.language_model import PrunedLanguageModel
+from ap_fairseq.model.roberta import PrunedRobertaModel
 from ap_fairseq.model.transformer import PrunedTransformerModel
+from ap_fairseq.provenance import dictionary_files
 
 logger = logging.getLogger(__name__)
 
-MODEL = "pruned_transformer"
+RECORDABLE = (TransformerModelBase, TransformerLanguageModel, RobertaModel)
 
-# Models whose parameters and function are those of fairseq's TransformerModel.
-CONVERTIBLE = (TransformerModel, TransformerModelBase, TransformerAlignModel, TransformerFromPretrainedXLMModel)
+# Each pruned model, and the models of fairseq's whose parameters and function are its own.
+CONVERTIBLE: dict[type, tuple[type, ...]] = {
+    PrunedTransformerModel: (
+        TransformerModel,
+        TransformerModelBase,
+        TransformerAlignModel,
+        TransformerFromPretrainedXLMModel,
+    ),
+    PrunedLanguageModel: (TransformerLanguageModel,),
+    PrunedRobertaModel: (RobertaModel,),
+}
 
 # Options of theirs that say where parameters come from, which a trained checkpoint holds.
 INITIALISATION = ("pretrained_xlm_checkpoint", "init_encoder_only", "init_decoder_only")
@@ -65,12 +78,12 @@ def stored_model(state: dict[str, Any]) -> tuple[str | None, type | None]:
 
 
 def recordable_architectures() -> dict[str, type]:
-    """Return the registered architectures whose attention has the three kinds, with their model classes."""
+    """Return the registered architectures whose attention is of the three kinds, with their model classes."""
     models = {**MODEL_REGISTRY, **ARCH_MODEL_REGISTRY}
     return {
         name: model
         for name, model in models.items()
-        if issubclass(model, TransformerModelBase) and not issubclass(model, FairseqNATModel)
+        if issubclass(model, RECORDABLE) and not issubclass(model, FairseqNATModel)
     }
 
 
@@ -93,7 +106,7 @@ def apply_masks(checkpoint, masks_file, output, data: str | None = None, overwri
     Optimizer state is left out: the result is for translating, or for ``--finetune-from-model``.
 
     Args:
-        checkpoint: path of a dense ``transformer*`` or a pruned checkpoint.
+        checkpoint: path of a dense ``transformer*``, ``transformer_lm*``, ``roberta*`` or a pruned checkpoint.
         masks_file: path, or ``none`` to keep every cell.
         data: data-bin folder with the dictionaries; default: the one stored in the checkpoint.
 
@@ -121,7 +134,7 @@ def apply_masks(checkpoint, masks_file, output, data: str | None = None, overwri
 
 
 def open_with_masks(checkpoint, masks_file, data: str | None = None):
-    """Return (model, task, state): the weights of *checkpoint* in a ``pruned_transformer`` under the given masks.
+    """Return (model, task, state): the weights of *checkpoint* in a pruned model under the given masks.
 
     Args and errors as for :func:`apply_masks`; ``state["cfg"]`` is the configuration of the pruned model.
     """
@@ -134,7 +147,7 @@ def open_with_masks(checkpoint, masks_file, data: str | None = None):
             raise UserError(f"--data {data}: fairseq splits paths at {os.pathsep!r}; rename or link the folder")
         cfg.task.data = str(data)
     folder = utils.split_paths(cfg.task.data)[0]
-    if not any(Path(folder).glob("dict.*.txt")):
+    if not dictionary_files(folder):
         raise ArtifactError(f"the dictionaries of {checkpoint} are not in {folder}; pass --data DIR")
     task = tasks.setup_task(cfg.task, from_checkpoint=True)
     cfg.model.attention_masks = str(masks_file)
@@ -162,7 +175,7 @@ def load_parameters(model: nn.Module, parameters: dict[str, torch.Tensor], path,
 
 
 def _with_pruned_config(state: dict[str, Any], checkpoint) -> dict[str, Any]:
-    """Return *state* with a ``cfg`` whose model is ``pruned_transformer`` of the same sizes."""
+    """Return *state* with a ``cfg`` whose model is the pruned one of the same sizes."""
     if state.get("cfg"):
         cfg = OmegaConf.to_container(OmegaConf.create(state["cfg"], flags={"allow_objects": True}))
     else:
@@ -177,7 +190,7 @@ def _with_pruned_config(state: dict[str, Any], checkpoint) -> dict[str, Any]:
 
 
 def pruned_options(name: str | None, model: type | None, stored) -> dict[str, Any]:
-    """Return the options of the ``pruned_transformer`` that computes what a stored model does.
+    """Return the options of the pruned model that computes what a stored model does.
 
     Args:
         name: its architecture.
@@ -185,7 +198,7 @@ def pruned_options(name: str | None, model: type | None, stored) -> dict[str, An
         stored: its options, as a Namespace or a (nested) dictionary.
 
     Raises:
-        UserError: if no ``pruned_transformer`` does.
+        UserError: if none does.
     """
     given = argparse.Namespace(**_flattened(stored))
     if model is None and {"encoder_layers", "decoder_layers", "share_all_embeddings"} <= vars(given).keys():
@@ -194,23 +207,31 @@ def pruned_options(name: str | None, model: type | None, stored) -> dict[str, An
             "taken for one, if its parameters agree (--user-dir DIR tells)"
         )
         model = TransformerModel
-    if model is None or not issubclass(model, (PrunedTransformerModel, *CONVERTIBLE)):
+    pruned = next((ours for ours, stock in CONVERTIBLE.items() if issubclass(model or object, (ours, *stock))), None)
+    if pruned is None:
         hint = "; pass the --user-dir that registers it" if model is None else ""
-        raise UserError(f"it holds a model {name!r}; masks apply to fairseq's encoder-decoder transformer*{hint}")
-    if model not in (PrunedTransformerModel, *CONVERTIBLE):
+        raise UserError(
+            f"it holds a model {name!r}; masks apply to fairseq's encoder-decoder transformer*, to transformer_lm* and "
+            f"to roberta*{hint}"
+        )
+    if model not in (pruned, *CONVERTIBLE[pruned]):
         raise UserError(
             f"its model {name!r} is a class of its own ({model.__module__}.{model.__qualname__}), which "
-            "pruned_transformer may not compute"
+            f"{pruned.__name__} may not compute"
         )
     if getattr(given, "full_context_alignment", False):
         raise UserError(
             "it was trained with --full-context-alignment, whose decoder reads words to come: masks of decoder_self "
             "are defined for causal attention only, so it cannot be converted"
         )
+    if pruned is PrunedRobertaModel:
+        ARCH_CONFIG_REGISTRY[name](given)
+        return {**vars(given), "_name": "pruned_roberta", "arch": "pruned_roberta"}
+    if pruned is PrunedLanguageModel:
+        return {**dataclasses.asdict(PrunedLanguageModelConfig.from_namespace(given)), "_name": "pruned_transformer_lm"}
     ARCH_CONFIG_REGISTRY.get(name, transformer_legacy.base_architecture)(given)
     transformer_legacy.base_architecture(given)
-    options = PrunedTransformerConfig.from_namespace(given)
-    return {**dataclasses.asdict(options), "_name": MODEL}
+    return {**dataclasses.asdict(PrunedTransformerConfig.from_namespace(given)), "_name": "pruned_transformer"}
 
 
 def _flattened(stored) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The configuration of ``pruned_transformer``: fairseq's flags, flat, and those of this plugin."""
+"""The configurations of the pruned models: fairseq's flags, flat, and those of this plugin."""
 
 import dataclasses
 from typing import Any, Optional  # fairseq's parser reads Optional[X], not X | None
@@ -9,6 +9,7 @@ from fairseq.models.transformer import (
     TransformerConfig,
 )
 from fairseq.models.transformer.transformer_config import DecoderConfig, EncDecBaseConfig, QuantNoiseConfig
+from fairseq.models.transformer_lm import TransformerLanguageModelConfig
 from omegaconf import II
 
 from triton_ops.api import BACKENDS
@@ -54,8 +55,8 @@ InheritedConfig.__module__ = __name__
 
 
 @dataclasses.dataclass
-class PrunedTransformerConfig(InheritedConfig):
-    """fairseq's TransformerConfig with flat names, plus the flags of this plugin."""
+class PruningOptions(FairseqDataclass):
+    """The flags that every pruned model has."""
 
     attention_masks: Optional[str] = dataclasses.field(
         default=None,
@@ -70,24 +71,6 @@ class PrunedTransformerConfig(InheritedConfig):
         metadata={
             "help": "what computes attention: the Triton kernels, torch's attention under a dense mask (sdpa), or "
             "whichever suits the device"
-        },
-    )
-    alignment_layer: Optional[int] = dataclasses.field(
-        default=None,
-        metadata={
-            "help": "decoder layer whose cross-attention learns the alignments of --load-alignments, from 0 (default: "
-            "the last)"
-        },
-    )
-    alignment_heads: Optional[int] = dataclasses.field(
-        default=None,
-        metadata={"help": "how many heads of that layer learn alignments, from the first (default: all)"},
-    )
-    cuda_graphs: ChoiceEnum(("auto", "off")) = dataclasses.field(
-        default="auto",
-        metadata={
-            "help": "on a GPU, replay training updates as CUDA graphs, one for each shape of batch; off runs every "
-            "update directly"
         },
     )
     attention_top_k: Optional[str] = dataclasses.field(
@@ -111,6 +94,41 @@ class PrunedTransformerConfig(InheritedConfig):
             "scale (Ji et al. 2021 use 3); 0 for no rounding"
         },
     )
+
+
+@dataclasses.dataclass
+class DecoderOptions(PruningOptions):
+    """Those of a pruned model with a decoder, whose training can be captured."""
+
+    cuda_graphs: ChoiceEnum(("auto", "off")) = dataclasses.field(
+        default="auto",
+        metadata={
+            "help": "on a GPU, replay training updates as CUDA graphs, one for each shape of batch; off runs every "
+            "update directly"
+        },
+    )
+
+
+@dataclasses.dataclass
+class PrunedTransformerConfig(DecoderOptions, InheritedConfig):
+    """fairseq's TransformerConfig with flat names, plus the flags of this plugin."""
+
+    alignment_layer: Optional[int] = dataclasses.field(
+        default=None,
+        metadata={
+            "help": "decoder layer whose cross-attention learns the alignments of --load-alignments, from 0 (default: "
+            "the last)"
+        },
+    )
+    alignment_heads: Optional[int] = dataclasses.field(
+        default=None,
+        metadata={"help": "how many heads of that layer learn alignments, from the first (default: all)"},
+    )
+
+
+@dataclasses.dataclass
+class PrunedLanguageModelConfig(DecoderOptions, TransformerLanguageModelConfig):
+    """The flags of fairseq's ``transformer_lm``, plus those of this plugin."""
 
 
 OWN_DEFAULTS = {

@@ -175,10 +175,8 @@ class PrunedTransformerDecoder(NotScriptable, TransformerDecoderBase):
         if alignment_layer is None and not self.returns_weights(incremental_state):
             alignment_layer = self.num_layers  # none of them
         encoder_out = self._for_hypotheses(encoder_out, prev_output_tokens.size(0), incremental_state)
-        ordinary = (
-            incremental_state is None and encoder_out and encoder_out["encoder_out"] and not full_context_alignment
-        )
-        if ordinary and alignment_layer == self.num_layers and not self.cross_self_attention:
+        whole_sentences = incremental_state is None and not full_context_alignment
+        if whole_sentences and alignment_layer == self.num_layers and not self.cross_self_attention:
             return self._features(prev_output_tokens, encoder_out)
         x, extra = super().extract_features(
             prev_output_tokens,
@@ -226,11 +224,12 @@ class PrunedTransformerDecoder(NotScriptable, TransformerDecoderBase):
         repeated = {name: [x.repeat_interleave(beam, 0) for x in encoder_out.get(name, [])] for name in names}
         return {**encoder_out, "encoder_out": [source.repeat_interleave(beam, 1)], **repeated, "beam": [1]}
 
-    def _features(self, tokens: Tensor, encoder_out: dict[str, list[Tensor]]) -> tuple[Tensor, dict[str, Any]]:
+    def _features(self, tokens: Tensor, encoder_out: dict[str, list[Tensor]] | None) -> tuple[Tensor, dict[str, Any]]:
         """Decode whole sentences as fairseq's decoder does, without waiting for the device.
 
         Args:
             tokens: (B, T), padded on the right.
+            encoder_out: None in a language model.
 
         Returns:
             Features (B, T, C), and the states of all layers in a dictionary.
@@ -238,12 +237,15 @@ class PrunedTransformerDecoder(NotScriptable, TransformerDecoderBase):
         positions = None if self.embed_positions is None else self.embed_positions(tokens)
         x = self.embed(tokens, positions).transpose(0, 1)
         padding, causal = padding_or_none(tokens.eq(self.padding_idx)), x.new_empty(0)  # only its presence is read
-        states, source_padding = [x], encoder_out["encoder_padding_mask"]
+        source, source_padding = (
+            next(iter((encoder_out or {}).get(name, ())), None) for name in ("encoder_out", "encoder_padding_mask")
+        )
+        states = [x]
         for layer in self.layers:
             x = layer(
                 x,
-                encoder_out["encoder_out"][0],
-                source_padding[0] if source_padding else None,
+                source,
+                source_padding,
                 self_attn_mask=causal,
                 self_attn_padding_mask=padding,
             )[0]

@@ -1,4 +1,4 @@
-"""Training updates without launch overhead: encoder and decoder, forward and backward, replayed as CUDA graphs.
+"""Training updates without launch overhead: encoder, if any, and decoder, forward and backward, as CUDA graphs.
 
 An update of a translation model launches some two thousand kernels, and at the usual batch sizes the host needs longer
 to launch them than the GPU to run them. Here the passes over one shape of batch run directly the first time, are
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 MOST_GRAPHS = 256  # further shapes are run directly
 
-Shape = tuple[int, int, int]  # sentences, source length, target length
+Shape = tuple[int, int, int]  # sentences, source length (0 without an encoder), target length
 
 
 def not_captured(model: nn.Module) -> str | None:
@@ -40,7 +40,9 @@ def not_captured(model: nn.Module) -> str | None:
         "LayerDrop": cfg.encoder.layerdrop or cfg.decoder.layerdrop,
         "--quant-noise-scalar": cfg.quant_noise.scalar,
         "--cross-self-attention": cfg.cross_self_attention,
-        "--no-cross-attention": cfg.no_cross_attention,
+        "--no-cross-attention": hasattr(model, "encoder") and cfg.no_cross_attention,
+        "--adaptive-input": cfg.adaptive_input,
+        "--character-embeddings": getattr(cfg, "character_embeddings", False),
         "--attention-top-k or --attention-threshold": cfg.attention_top_k or cfg.attention_threshold,
     }
     return next((name for name, given in options.items() if given), None)
@@ -56,7 +58,7 @@ class TrainingGraphs:
     """The graphs of one model.
 
     Args:
-        model: a pruned transformer that is trained.
+        model: a pruned transformer or language model that is trained.
         capture: False runs the passes over static memory directly; needs no GPU and serves tests.
     """
 
@@ -76,9 +78,10 @@ class TrainingGraphs:
         # which data-parallel training first touched it, and a capture must not wait for another stream.
         aliases = {p: p.detach().requires_grad_() for p in self.parameters}
         self.leaves = list(aliases.values())
+        self.encoder = getattr(self.model, "encoder", None)  # a language model has none
         self.encoder_params, self.decoder_params = (
             {name: aliases[p] for name, p in part.named_parameters(remove_duplicate=False) if p in aliases}
-            for part in (self.model.encoder, self.model.decoder)
+            for part in (self.encoder or nn.Identity(), self.model.decoder)
         )
         self.masks = self._masks()
         # Shared by all graphs: decoder features, their gradient, and the gradients of the parameters.
@@ -95,27 +98,28 @@ class TrainingGraphs:
 
         A table moves when a longer sentence comes, for instance in the translations of --eval-bleu, or by rounding.
         """
-        embeddings = self.model.encoder.embed_positions, self.model.decoder.embed_positions
-        tables = [table for module in embeddings if module is not None for table in module.buffers()]
+        parts = (part for part in (self.encoder, self.model.decoder) if part is not None)
+        tables = [x for part in parts if part.embed_positions is not None for x in part.embed_positions.buffers()]
         return [tensor.data_ptr() for tensor in (*self.parameters, *tables)]
 
     def _valid(self) -> bool:
         same_masks = all(a is b for a, b in zip(self.masks, self._masks(), strict=True))
         return same_masks and self.addresses == self._addresses()
 
-    def __call__(self, src_tokens: Tensor, prev_output_tokens: Tensor) -> Tensor | None:
+    def __call__(self, src_tokens: Tensor | None, prev_output_tokens: Tensor) -> Tensor | None:
         """Compute the features of the decoder, (B, T, C), differentiable; None if that has to be done directly.
 
         Args:
-            src_tokens: int64 (B, S).
+            src_tokens: int64 (B, S); None for a language model.
             prev_output_tokens: int64 (B, T).
         """
-        if self.given_up or self._is_pending() or torch.is_autocast_enabled(src_tokens.device.type):
+        if self.given_up or self._is_pending() or torch.is_autocast_enabled(prev_output_tokens.device.type):
             return None
         if not self._valid():
             self.forget()
         n_sentences, target_length = prev_output_tokens.shape
-        shape = (rounded(n_sentences, 1), rounded(src_tokens.size(1), 4), rounded(target_length, 4))
+        source_length = 0 if src_tokens is None else rounded(src_tokens.size(1), 4)
+        shape = (rounded(n_sentences, 1), source_length, rounded(target_length, 4))
         if shape not in self.graphs:
             if len(self.graphs) == MOST_GRAPHS:
                 return None
@@ -136,9 +140,11 @@ class TrainingGraphs:
             self.gradients = self.features = self.features_grad = None
             torch.cuda.empty_cache()
             self.given_up = True
+            lengths = [part.size(1) for part in (graph.source, graph.target) if part is not None]
             logger.warning(
-                f"training updates run directly from now on: {len(graph.source)} sentences of {graph.source.size(1)} "
-                f"and {graph.target.size(1)} tokens could not be captured as a CUDA graph; lower --max-tokens ({error})"
+                f"training updates run directly from now on: {len(graph.target)} sentences of "
+                f"{' and '.join(map(str, lengths))} tokens could not be captured as a CUDA graph; lower --max-tokens "
+                f"({error})"
             )
         return not self.given_up
 
@@ -161,6 +167,27 @@ class TrainingGraphs:
         return None  # a copy of the model makes its own
 
 
+class CapturedUpdates:
+    """The part of a pruned model that replays its training updates (``--cuda-graphs``)."""
+
+    _graphs: TrainingGraphs | None = None
+    _use_graphs = True
+
+    def training_graphs(self, device: torch.device) -> TrainingGraphs | None:
+        """Return what replays the update that is computed now; None outside of training, or if nothing does."""
+        if not (self.training and torch.is_grad_enabled()):
+            return None
+        if self._graphs is None and self._use_graphs and device.type == "cuda":
+            reason = not_captured(self)
+            if reason is None:
+                self._graphs = TrainingGraphs(self)
+                logger.info("training updates are replayed as CUDA graphs, one for each shape of batch (--cuda-graphs)")
+            else:
+                logger.info(f"training updates run directly: {reason} cannot be captured as a CUDA graph")
+                self._use_graphs = False
+        return self._graphs
+
+
 class _Forward:
     """A forward pass whose backward pass may still come: it is neither done nor dropped."""
 
@@ -174,7 +201,9 @@ class _Graph:
         self.owner = weakref.proxy(owner)
         model, device = owner.model, owner.parameters[0].device
         n, source_length, target_length = shape
-        self.source = torch.full((n, source_length), model.encoder.padding_idx, device=device)
+        self.source: Tensor | None = None
+        if source_length:
+            self.source = torch.full((n, source_length), model.encoder.padding_idx, device=device)
         self.target = torch.full((n, target_length), model.decoder.padding_idx, device=device)
         size = model.decoder.output_embed_dim
         self.features, self.features_grad = (
@@ -200,7 +229,9 @@ class _Graph:
     def forward(self) -> Tensor:
         """Compute the features of `target` under `source`; they are left in `features` too."""
         owner, model = self.owner, self.owner.model
-        encoder_out = functional_call(model.encoder, owner.encoder_params, (self.source,))
+        encoder_out = None
+        if self.source is not None:
+            encoder_out = functional_call(model.encoder, owner.encoder_params, (self.source,))
         options = dict(encoder_out=encoder_out, features_only=True)
         output, _ = functional_call(model.decoder, owner.decoder_params, (self.target,), options)
         self.features.copy_(output.detach())
@@ -219,14 +250,14 @@ class _Replay(torch.autograd.Function):
     """Features from a graph, with the gradients of all parameters."""
 
     @staticmethod
-    def forward(ctx, graph: _Graph, pending: _Forward, source: Tensor, target: Tensor, *parameters: Tensor) -> Tensor:
+    def forward(
+        ctx, graph: _Graph, pending: _Forward, source: Tensor | None, target: Tensor, *parameters: Tensor
+    ) -> Tensor:
         ctx.graph, ctx.pending, ctx.shape = graph, pending, target.shape
         model = graph.owner.model
-        for static, tokens, padding in (
-            (graph.source, source, model.encoder.padding_idx),
-            (graph.target, target, model.decoder.padding_idx),
-        ):
-            static.fill_(padding)[: tokens.size(0), : tokens.size(1)] = tokens
+        for static, tokens in ((graph.source, source), (graph.target, target)):
+            if tokens is not None:
+                static.fill_(model.decoder.padding_idx)[: tokens.size(0), : tokens.size(1)] = tokens
         if graph.passes is not None:
             graph.passes[0].replay()
         else:

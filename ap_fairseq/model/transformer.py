@@ -3,61 +3,31 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import logging
-from typing import Any
 
-import numpy as np
-import torch
-from fairseq import distributed
 from fairseq.dataclass.utils import gen_parser_from_dataclass
-from fairseq.logging import metrics
 from fairseq.models import register_model, register_model_architecture
 from fairseq.models.transformer import (
     TransformerConfig,
     TransformerModelBase,
     transformer_legacy,
 )
-from omegaconf import DictConfig, OmegaConf
-from torch import Tensor, nn
 
-from ap_fairseq.artifacts import PruningMasks
-from ap_fairseq.compat import drop_bettertransformer_copies
-from ap_fairseq.files import ArtifactError, UserError, file_sha256
-from ap_fairseq.model.attention import MASK_BUFFERS, NotScriptable
-from ap_fairseq.model.config import OWN_DEFAULTS, PrunedTransformerConfig, is_interpolation
-from ap_fairseq.model.kv_cache import peak_share
+from ap_fairseq.files import UserError
+from ap_fairseq.model.config import PrunedTransformerConfig
 from ap_fairseq.model.layers import PrunedTransformerDecoder, PrunedTransformerEncoder
-from ap_fairseq.model.training_graphs import TrainingGraphs, not_captured
-from ap_fairseq.provenance import (
-    DAMAGED_MASKS,
-    decode_provenance,
-    describe_sparsity,
-    dictionary_hashes,
-    effective_sparsity,
-    encode_provenance,
-)
-from ap_fairseq.sites import AttentionKind, architecture, attention_sites
+from ap_fairseq.model.pruned_model import PrunedModel
+from ap_fairseq.model.training_graphs import CapturedUpdates
 
 logger = logging.getLogger(__name__)
 
 
 @register_model("pruned_transformer", dataclass=PrunedTransformerConfig)
-class PrunedTransformerModel(NotScriptable, TransformerModelBase):
-    """fairseq's transformer whose attention is pruned by global masks.
-
-    Parameters have the names of the stock model, so dense checkpoints are a warm start (``--finetune-from-model``).
-    Masks are buffers of the attention modules; ``mask_metadata`` holds their provenance as JSON, one character to an
-    int64 (integers survive half precision and checkpoint averaging), with the SHA-256 of the masks.
-    """
+class PrunedTransformerModel(CapturedUpdates, PrunedModel, TransformerModelBase):
+    """fairseq's transformer whose attention is pruned by global masks."""
 
     def __init__(self, cfg, encoder, decoder):
         super().__init__(cfg, encoder, decoder)
-        self.register_buffer("mask_metadata", torch.zeros(0, dtype=torch.int64))
-        self._masks_are_explicit = False
-        self._logged_cache_savings = False
-        self._logged_sparsity: dict[str, float] = {}  # effective sparsity of each kind, for the training logs
-        self._graphs: TrainingGraphs | None = None
         self._use_graphs = cfg.cuda_graphs == "auto"
 
     @classmethod
@@ -69,9 +39,6 @@ class PrunedTransformerModel(NotScriptable, TransformerModelBase):
     def build_model(cls, cfg, task):
         """Build the model and, if ``attention_masks`` names a file, set its masks.
 
-        The name is then erased from the configuration: checkpoints carry the masks themselves, and must not depend on
-        a file that may move or change.
-
         Raises:
             ArtifactError: if the masks cannot be read or were made for another architecture or dictionary.
             UserError: for ``--left-pad-target``, ``--ddp-backend fully_sharded``, and alignments of a layer or heads
@@ -79,32 +46,14 @@ class PrunedTransformerModel(NotScriptable, TransformerModelBase):
         """
         if getattr(task.cfg, "left_pad_target", False):
             raise UserError("--left-pad-target is set; masks count tokens from column 0, so leave targets right-padded")
-        probe = nn.utils.skip_init(nn.Linear, 1, 1)  # draws no random numbers: models start as fairseq's do
-        if not isinstance(distributed.fsdp_wrap(probe, min_num_params=0), nn.Linear):
-            raise UserError(
-                "--ddp-backend fully_sharded: pruned_transformer is not trained in shards; leave the flag out (every "
-                "rank holds the whole model)"
-            )
-        path = getattr(cfg, "attention_masks", None)
-        _erase_mask_path(cfg)
-        flat = OmegaConf.to_container(cfg, resolve=True, enum_to_str=True) if OmegaConf.is_config(cfg) else vars(cfg)
-        given = {name: value for name, value in flat.items() if not is_interpolation(value)}
-        args = argparse.Namespace(**{**OWN_DEFAULTS, **given})
+        args, masks = cls.take_options(cfg)
         transformer_legacy.base_architecture(args)
         _require_alignment(args)
         model = super().build_model(TransformerConfig.from_namespace(args), task)
         if getattr(task.cfg, "load_alignments", False):
             model.decoder.guided_alignment = True
             logger.info("guided alignment: links to cells that every head prunes add a constant to the loss")
-        if path == "none":
-            model.set_masks(PruningMasks.all_ones(architecture(model), dictionary_hashes(task)))
-            model.prefer_checkpoint_masks()
-            logger.info("attention masks: none; every cell is kept, unless a checkpoint brings masks")
-        elif path:
-            masks = PruningMasks.load(path)
-            masks.require_model(architecture(model), dictionary_hashes(task), path)
-            model.set_masks(masks, file_sha256(path))
-            logger.info(f"attention masks {path}: {describe_sparsity(model.masks_provenance())}")
+        model.start_with(masks, task)
         return model
 
     @classmethod
@@ -133,7 +82,7 @@ class PrunedTransformerModel(NotScriptable, TransformerModelBase):
         weights = self.decoder.returns_weights()
         if weights and alignment_layer is None and alignment_heads is None:
             alignment_layer, alignment_heads = self.cfg.alignment_layer, self.cfg.alignment_heads
-        graphs = self._training_graphs(src_tokens.device)
+        graphs = self.training_graphs(src_tokens.device)
         if graphs is not None and not weights and alignment_layer is None and alignment_heads is None:
             features = graphs(src_tokens, prev_output_tokens)
             if features is not None:
@@ -149,169 +98,6 @@ class PrunedTransformerModel(NotScriptable, TransformerModelBase):
             alignment_heads,
         )
 
-    def _training_graphs(self, device: torch.device) -> TrainingGraphs | None:
-        if not (self.training and torch.is_grad_enabled()):
-            return None
-        if self._graphs is None and self._use_graphs and device.type == "cuda":
-            reason = not_captured(self)
-            if reason is None:
-                self._graphs = TrainingGraphs(self)
-                logger.info("training updates are replayed as CUDA graphs, one for each shape of batch (--cuda-graphs)")
-            else:
-                logger.info(f"training updates run directly: {reason} cannot be captured as a CUDA graph")
-                self._use_graphs = False
-        return self._graphs
-
-    # -- masks --------------------------------------------------------------------------------------------------------
-
-    def set_masks(self, masks: PruningMasks, file_hash: str | None = None) -> None:
-        """Give every attention module its mask; a checkpoint loaded afterwards does not replace them."""
-        tensors = {name: torch.from_numpy(array) for name, array in masks.packed().items()}
-        for (kind, layer), module in attention_sites(self):
-            module.set_mask(
-                tensors[f"{kind.value}.keep"][layer].clone(),
-                tensors[f"{kind.value}.extrapolation"][layer].clone(),
-                tensors[f"{kind.value}.range"].clone(),
-            )
-        provenance = {**masks.metadata, "file_sha256": file_hash, "masks_sha256": self.masks_sha256()}
-        self.mask_metadata = encode_provenance(provenance).to(self.mask_metadata.device)
-        self._masks_are_explicit = True
-        self._logged_sparsity = effective_sparsity(provenance)
-
-    def prefer_checkpoint_masks(self) -> None:
-        """Let the masks of a checkpoint that is loaded from now on replace those of :meth:`set_masks`."""
-        self._masks_are_explicit = False
-        for _, module in attention_sites(self):
-            module.mask_is_explicit = False
-
-    def max_positions(self):
-        """As fairseq's, which asks before it trains, validates or translates: the masks must be there by then.
-
-        Raises:
-            UserError: if the model has none.
-        """
-        if not any(module.mask_range.any() for _, module in attention_sites(self)):
-            raise UserError(
-                "this pruned_transformer has no masks: start training with --attention-masks FILE (of ap-masks), with "
-                "--attention-masks none for a dense model, or load a checkpoint that was trained so"
-            )
-        return super().max_positions()
-
-    def prepare_for_onnx_export_(self, **kwargs):
-        """fairseq's hook before an export, which is refused."""
-        self.__prepare_scriptable__()
-
-    def prepare_for_inference_(self, cfg):
-        """fairseq's hook before generation: logs what the masks save in the caches."""
-        super().prepare_for_inference_(cfg)
-        self.log_cache_savings()
-
-    def log_cache_savings(self) -> None:
-        """Log, once, what the masks save in the caches of decoding."""
-        if not self._logged_cache_savings:
-            self._logged_cache_savings = True
-            logger.info(describe_caches(self))
-
-    def masks_sha256(self) -> str:
-        """Hash the masks themselves, from the buffers."""
-        digest = hashlib.sha256()
-        for site, module in attention_sites(self):
-            digest.update(f"{site.kind.value}.{site.layer}".encode())
-            for name in MASK_BUFFERS:
-                digest.update(np.ascontiguousarray(getattr(module, name).cpu().numpy()).tobytes())
-        return digest.hexdigest()
-
-    def masks_provenance(self) -> dict[str, Any] | None:
-        """Return the provenance stored with the masks, or None if the model has no masks.
-
-        Raises:
-            ArtifactError: if provenance and masks do not belong together, as after averaging checkpoints with
-                different masks.
-        """
-        provenance = decode_provenance(self.mask_metadata)
-        if provenance is not None and provenance["masks_sha256"] != self.masks_sha256():
-            raise ArtifactError(DAMAGED_MASKS)
-        return provenance
-
-    def _load_from_state_dict(self, state_dict, prefix, *args):
-        key = prefix + "mask_metadata"
-        stored = state_dict.get(key)
-        if stored is not None and not self._masks_are_explicit:
-            self.mask_metadata = torch.empty_like(stored, device=self.mask_metadata.device)
-        else:
-            if stored is not None and not torch.equal(stored.cpu(), self.mask_metadata.cpu()):
-                logger.warning("the masks of --attention-masks replace those of the checkpoint")
-            state_dict[key] = self.mask_metadata
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
-    def upgrade_state_dict_named(self, state_dict, name):
-        drop_bettertransformer_copies(state_dict)
-        for key in [key for key in state_dict if key.endswith(".beyond_words")]:  # version 0.1
-            state_dict[key.replace(".beyond_words", ".extrapolation_words")] = state_dict.pop(key)
-        super().upgrade_state_dict_named(state_dict, name)
-
-    def load_state_dict(self, state_dict, strict=True, model_cfg=None, args=None):
-        """As fairseq's, and check that masks and provenance belong together.
-
-        Raises:
-            ArtifactError: if they do not. With LayerDrop at inference time (``encoder_layers_to_keep`` in
-                ``--model-overrides``) only the masks of the kept layers are loaded, and nothing is checked.
-        """
-        known = self._holds_same_masks(state_dict)
-        kept = {name: getattr(model_cfg, name, None) for name in LAYERS_TO_KEEP}  # fairseq erases them
-        result = super().load_state_dict(state_dict, strict, model_cfg, args)
-        if any(kept.values()) and not self._masks_are_explicit:
-            self._leave_out_layers(kept)
-        if not known:
-            self._announce_masks()
-        return result
-
-    def _holds_same_masks(self, state_dict) -> bool:
-        """Whether loading changes no mask: ``--store-ema`` loads after every update."""
-        own = {k: v for k, v in self.named_buffers() if k.endswith((*MASK_BUFFERS, "mask_metadata"))}
-        return self.mask_metadata.numel() > 0 and all(
-            key in state_dict and torch.equal(state_dict[key].to(value.device), value) for key, value in own.items()
-        )
-
-    def _leave_out_layers(self, kept: dict[str, str | None]) -> None:
-        """Make the provenance that of the masks that are left."""
-        provenance = decode_provenance(self.mask_metadata)
-        if provenance is not None:
-            logger.info(f"the masks are those of some layers ({kept}), the effective sparsity is that of all")
-            provenance |= {"masks_sha256": self.masks_sha256(), **kept}
-            self.mask_metadata = encode_provenance(provenance).to(self.mask_metadata.device)
-
-    def _announce_masks(self) -> None:
-        provenance = self.masks_provenance()
-        if provenance is None:
-            logger.warning("the checkpoint holds no attention masks and --attention-masks names none")
-        else:
-            logger.info(f"attention masks {provenance['masks_sha256'][:12]}: {describe_sparsity(provenance)}")
-        self._logged_sparsity = effective_sparsity(provenance)
-
-    # -- logs ---------------------------------------------------------------------------------------------------------
-
-    def set_num_updates(self, num_updates):
-        """fairseq's hook before each training step: adds ``pruned_KIND``, the effective sparsity, to its metrics.
-
-        What is logged inside a training step reaches every progress bar of fairseq: json, simple and tqdm, TensorBoard,
-        Weights & Biases, Aim, AzureML.
-        """
-        super().set_num_updates(num_updates)
-        for kind, share in self._logged_sparsity.items():
-            metrics.log_scalar(f"pruned_{kind}", share, weight=0, priority=850, round=4)
-
-
-LAYERS_TO_KEEP = ("encoder_layers_to_keep", "decoder_layers_to_keep")
-
-
-def _erase_mask_path(cfg) -> None:
-    """Set ``attention_masks`` to None in *cfg* and in the run's configuration that it was merged from."""
-    cfg.attention_masks = None
-    parent = cfg._get_parent() if isinstance(cfg, DictConfig) else None
-    if parent is not None and parent.get("model") is not None:
-        parent.model.attention_masks = None
-
 
 def _require_alignment(args: argparse.Namespace) -> None:
     for name, value, first, last in (
@@ -320,26 +106,6 @@ def _require_alignment(args: argparse.Namespace) -> None:
     ):
         if value is not None and not first <= value <= last:
             raise UserError(f"{name} {value}: the decoder of this model has {first} to {last}")
-
-
-def describe_caches(model: PrunedTransformerModel) -> str:
-    """Return what the caches of decoding hold of a target and a source as long as the recorded range of the masks."""
-    ends: dict[AttentionKind, list[Tensor]] = {AttentionKind.DECODER_SELF: [], AttentionKind.CROSS: []}
-    for (kind, _), module in attention_sites(model):
-        if kind in ends:
-            ends[kind].append(module.last_use(*module.mask_range.tolist()))
-    alive, positions = peak_share(ends[AttentionKind.DECODER_SELF])
-    stored = sum(int((last >= 0).sum()) for last in ends[AttentionKind.CROSS])
-    columns = sum(last.numel() for last in ends[AttentionKind.CROSS])
-
-    def saving(part: int, whole: int, what: str) -> str:
-        return f"{part:,} of {whole:,} {what}" + (f" ({1 - part / whole:.1%} less)" if whole else "")
-
-    return (
-        "caches hold what a coming mask row of the head keeps: decoder self-attention at most "
-        f"{saving(alive, positions, 'positions')}, cross-attention {saving(stored, columns, 'source columns')}, over "
-        "all heads and layers, for texts as long as the recorded range"
-    )
 
 
 # The same sizes, and so the same functions, as fairseq's.

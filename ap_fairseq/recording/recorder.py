@@ -51,7 +51,7 @@ class AttentionRecorder:
     :func:`squared_removal_effect`. Parameters get no gradients.
 
     Args:
-        model: a fairseq encoder-decoder transformer.
+        model: a fairseq transformer, language model or RoBERTa.
         max_positions: (source, target): cells at or beyond these positions are counted but not recorded.
         importance: also record what the loss depends on.
     """
@@ -109,7 +109,8 @@ class AttentionRecorder:
 
         Args:
             src_tokens: (B, S) source tokens, padded on the right with *pad*.
-            prev_output_tokens: (B, T) decoder input, padded on the right with *pad*.
+            prev_output_tokens: (B, T) decoder input, padded on the right with *pad*; in a model of encoder or decoder
+                alone, the same tokens.
         """
         source_padding, target_padding = src_tokens.eq(pad), prev_output_tokens.eq(pad)
         for side, padding in (("source", source_padding), ("target", target_padding)):
@@ -169,7 +170,8 @@ class AttentionRecorder:
 
     def record(self, model: nn.Module, criterion: nn.Module, sample: dict[str, Any], pad: int) -> dict[str, Any]:
         """Record a batch of fairseq's, with importance if that is recorded; return what the criterion logs."""
-        self.begin(sample["net_input"]["src_tokens"], sample["net_input"]["prev_output_tokens"], pad)
+        source = sample["net_input"]["src_tokens"]
+        self.begin(source, sample["net_input"].get("prev_output_tokens", source), pad)
         with torch.set_grad_enabled(self.importance):
             loss, _, logging_output = criterion(model, sample)
             if self.importance:

@@ -19,18 +19,20 @@ import numpy as np
 import torch
 from fairseq import checkpoint_utils, distributed_utils, tasks, utils
 from fairseq.criterions import CRITERION_REGISTRY, FairseqCriterion
-from fairseq.data import LanguagePairDataset, data_utils, iterators
+from fairseq.data import FairseqDataset, LanguagePairDataset, data_utils, iterators
 from fairseq.logging import metrics, progress_bar
-from fairseq.models.transformer import TransformerModelBase
-from fairseq.tasks.translation import TranslationConfig, TranslationTask
+from fairseq.models import BaseFairseqModel
+from fairseq.tasks import FairseqTask
+from fairseq.tasks.sentence_prediction import SentencePredictionTask
 from omegaconf import OmegaConf, open_dict
 
 from ap_fairseq.artifacts import AttentionStats
 from ap_fairseq.compat import drop_bettertransformer_copies
 from ap_fairseq.files import ArtifactError, UserError, file_sha256, refuse_existing
-from ap_fairseq.model.checkpoints import load_parameters
+from ap_fairseq.model.checkpoints import RECORDABLE, load_parameters, stored_model
 from ap_fairseq.provenance import dictionary_hashes, versions
 from ap_fairseq.recording.recorder import AttentionRecorder, data_parallel_group, gathered, sample_by_length
+from ap_fairseq.recording.tasks import languages, lengths_of, longest_sides, recorded_task
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +51,7 @@ class Recording:
         importance: also record how much the training loss depends on each cell.
         overwrite: replace an existing output file.
         model_overrides: of the checkpoint's configuration, as fairseq's ``--model-overrides``.
+        task_settings: of the task, in place of those that the checkpoint was trained with.
     """
 
     checkpoint: str
@@ -60,6 +63,7 @@ class Recording:
     importance: bool = False
     overwrite: bool = False
     model_overrides: dict[str, Any] = field(default_factory=dict)
+    task_settings: dict[str, Any] = field(default_factory=dict)
 
     def require_valid(self) -> None:
         """Raise UserError for numbers out of range, ArtifactError if the output cannot be written."""
@@ -111,8 +115,7 @@ def record(cfg, job: Recording) -> AttentionStats:
     )
 
     started = time.monotonic()
-    longest = (int(dataset.src_sizes.max()), int(dataset.tgt_sizes.max()))
-    limits = tuple(min(n, job.max_positions) for n in longest)
+    limits = tuple(min(n, job.max_positions) for n in longest_sides(dataset))
     with AttentionRecorder(model, limits, job.importance) as recorder:
         logged = _run(recorder, model, criterion, progress, task.source_dictionary.pad(), cuda)
     parts = gathered(logged, group)
@@ -123,7 +126,7 @@ def record(cfg, job: Recording) -> AttentionStats:
     stats = recorder.finish(  # names the site and the head where attention itself is not finite
         group=group,
         data=[{"name": os.path.basename(os.path.abspath(job.data)), "subset": job.subset}],
-        languages=[task.cfg.source_lang, task.cfg.target_lang],
+        **languages(task),
         checkpoint=file_sha256(job.checkpoint),
         dictionaries=dictionary_hashes(task),
         max_positions=job.max_positions,
@@ -143,7 +146,7 @@ def record(cfg, job: Recording) -> AttentionStats:
     return stats
 
 
-def _place(model: TransformerModelBase, cfg) -> bool:
+def _place(model: BaseFairseqModel, cfg) -> bool:
     """Convert *model* to the precision of *cfg* and move it to its device; return whether that is a GPU."""
     cuda = torch.cuda.is_available() and not cfg.common.cpu
     if cfg.common.fp16 or cfg.common.bf16:
@@ -154,7 +157,7 @@ def _place(model: TransformerModelBase, cfg) -> bool:
     return cuda
 
 
-def _build_criterion(task: TranslationTask, cfg, job: Recording) -> FairseqCriterion:
+def _build_criterion(task: FairseqTask, cfg, job: Recording) -> FairseqCriterion:
     """Build the criterion that the checkpoint was trained with."""
     if cfg._name not in CRITERION_REGISTRY:
         raise UserError(
@@ -177,11 +180,10 @@ def _run(recorder: AttentionRecorder, model, criterion, progress, pad: int, cuda
     return totals
 
 
-def load_model(job: Recording) -> tuple[TransformerModelBase, Any, TranslationTask]:
+def load_model(job: Recording) -> tuple[BaseFairseqModel, Any, FairseqTask]:
     """Load a checkpoint for recording; return (model, configuration, task).
 
-    The task is fairseq's ``translation`` with the settings that the checkpoint was trained with, except for padding:
-    statistics are indexed by token position, so every sentence must start in column 0.
+    The task is fairseq's own for models of its kind (:data:`ap_fairseq.recording.tasks.TASKS`).
 
     Raises:
         ArtifactError: if the model does not fit the data or has no attention of the three kinds.
@@ -189,20 +191,22 @@ def load_model(job: Recording) -> tuple[TransformerModelBase, Any, TranslationTa
     state = checkpoint_utils.load_checkpoint_to_cpu(job.checkpoint, dict(job.model_overrides))
     cfg = state["cfg"]
     stored = vars(cfg.task) if isinstance(cfg.task, argparse.Namespace) else OmegaConf.to_container(cfg.task)
-    settings = {name: value for name, value in stored.items() if name in TranslationConfig.__dataclass_fields__}
-    settings |= {"_name": "translation", "data": job.data, "left_pad_source": False, "left_pad_target": False}
-    settings |= {"eval_bleu": False, "num_batch_buckets": 0}  # buckets only add padding
+    name, model_class = stored_model(state)
+    if model_class is None or not issubclass(model_class, RECORDABLE):
+        raise ArtifactError(f"{job.checkpoint} holds a {name!r}, not one of fairseq's transformers")
     with open_dict(cfg):
-        cfg.task = settings
+        cfg.task = recorded_task(model_class, stored).settings(stored, job.data, job.task_settings)
         if job.importance:  # a checkpointed layer runs a second time during the backward pass
             cfg.model.checkpoint_activations = cfg.model.offload_activations = False
     task = tasks.setup_task(cfg.task, from_checkpoint=True)
     model = task.build_model(cfg.model, from_checkpoint=True)
-    if not isinstance(model, TransformerModelBase):
-        raise ArtifactError(f"{job.checkpoint} holds a {type(model).__name__}, not one of fairseq's transformers")
     parameters = state["model"]
     drop_bettertransformer_copies(parameters)
-    for side, dictionary in (("encoder", task.source_dictionary), ("decoder", task.target_dictionary)):
+    for side, dictionary in (
+        ("encoder", task.source_dictionary),
+        ("encoder.sentence_encoder", task.source_dictionary),
+        ("decoder", task.target_dictionary if hasattr(model, "encoder") else task.source_dictionary),
+    ):
         trained = len(parameters.get(f"{side}.embed_tokens.weight", dictionary.symbols))
         if trained != len(dictionary):
             raise ArtifactError(
@@ -219,35 +223,38 @@ def load_model(job: Recording) -> tuple[TransformerModelBase, Any, TranslationTa
     return model.eval(), cfg, task
 
 
-def load_subset(task: TranslationTask, job: Recording) -> LanguagePairDataset:
+def load_subset(task: FairseqTask, job: Recording) -> FairseqDataset:
     """Load the subset to record.
 
     Raises:
         ArtifactError: if there is no such subset, or it has no sentences or no target side.
     """
     folder, subset = Path(job.data), job.subset
-    files = [path for path in folder.glob(f"{glob.escape(subset)}.*-*.*") if path.suffix in (".bin", ".idx")]
-    if any(path.stat().st_size == 0 for path in files):
+    files = [path for part in (folder, folder / "input0") for path in part.glob(f"{glob.escape(subset)}.*")]
+    if any(path.stat().st_size == 0 for path in files if path.suffix in (".bin", ".idx")):
         raise ArtifactError(f"subset {subset!r} of {folder} has no sentences to record")
+    absent = f"no subset {subset!r} in {folder}; fairseq-preprocess names them train, valid, test"
+    if not files:
+        raise ArtifactError(absent)
     try:
         task.load_dataset(subset)
     except FileNotFoundError as error:
-        raise ArtifactError(
-            f"no subset {subset!r} in {folder}; fairseq-preprocess names them train, valid, test ({error})"
-        ) from error
+        raise ArtifactError(f"{absent} ({error})") from error
     except (AssertionError, ValueError) as error:  # of fairseq's reader and numpy's
         raise ArtifactError(
             f"the index files {subset}.*.idx of {folder} are damaged: {error}; copy the data-bin again"
         ) from error
     dataset = task.dataset(subset)
-    if dataset.tgt is None:
+    if isinstance(dataset, LanguagePairDataset) and dataset.tgt is None:
         raise ArtifactError(
             f"subset {subset!r} of {folder} has no target side ({task.cfg.target_lang}), which the decoder reads; "
             "binarise it with both languages (fairseq-preprocess without --only-source)"
         )
+    if isinstance(task, SentencePredictionTask) and not any(folder.glob(f"label/{glob.escape(subset)}.*")):
+        raise ArtifactError(f"subset {subset!r} of {folder} has no labels in {folder / 'label'}, which the loss needs")
     if not len(dataset):
         raise ArtifactError(f"subset {subset!r} of {folder} has no sentences to record")
-    further = sorted({path.name.split(".")[0] for path in folder.glob(f"{glob.escape(subset)}[0-9]*.*-*.*.bin")})
+    further = sorted({path.name.split(".")[0] for path in folder.glob(f"{glob.escape(subset)}[0-9]*.bin")})
     if further:
         logger.warning(
             f"{subset!r} alone is recorded, not {', '.join(further)} beside it, which fairseq-train reads too; record "
@@ -256,7 +263,7 @@ def load_subset(task: TranslationTask, job: Recording) -> LanguagePairDataset:
     return dataset
 
 
-def _batches(cfg, job: Recording, task: TranslationTask, model, dataset: LanguagePairDataset, group):
+def _batches(cfg, job: Recording, task: FairseqTask, model, dataset: FairseqDataset, group):
     """Return this rank's batches: of what the model can take, or of the sample drawn from that."""
     seed = cfg.common.seed
     with data_utils.numpy_seed(seed + 1):  # as fairseq in epoch 1
@@ -268,9 +275,11 @@ def _batches(cfg, job: Recording, task: TranslationTask, model, dataset: Languag
             f"all {len(dataset):,} sentences of subset {job.subset!r} are longer than the model takes (positions: "
             f"{limits}); record a subset with shorter ones"
         )
+    if not isinstance(dataset, LanguagePairDataset):  # its own order is by length
+        indices = indices[np.argsort(lengths_of(dataset, indices), kind="stable")]
     if job.sample is not None:
         indices = sample_by_length(indices, job.sample, seed)
-    longest, most = int(dataset.num_tokens_vec(indices).max()), cfg.dataset.max_tokens
+    longest, most = int(lengths_of(dataset, indices).max()), cfg.dataset.max_tokens
     if most is not None and longest > most:
         raise UserError(
             f"--max-tokens {most}: a sentence of subset {job.subset!r} has {longest} tokens; pass at least that"

@@ -14,16 +14,17 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 from fairseq import checkpoint_utils, utils
-from fairseq.data import data_utils
+from fairseq.data import LanguagePairDataset, data_utils
 from torch import nn
 
 from ap_fairseq.artifacts import AttentionStats
 from ap_fairseq.files import UserError
-from ap_fairseq.model.transformer import PrunedTransformerModel
+from ap_fairseq.model.pruned_model import PrunedModel
 from ap_fairseq.provenance import dictionary_hashes, versions
 from ap_fairseq.pruning.build import build_masks
 from ap_fairseq.pruning.flags import spec_from
 from ap_fairseq.recording.recorder import AttentionRecorder, data_parallel_group, sample_by_length
+from ap_fairseq.recording.tasks import languages, longest_sides
 from ap_fairseq.training.schedule import PruningSchedule
 
 logger = logging.getLogger(__name__)
@@ -68,7 +69,7 @@ class TrainingPruner:
             ) from error
         self.done = update
 
-    def prune(self, model: PrunedTransformerModel, criterion: nn.Module, update: int) -> None:
+    def prune(self, model: PrunedModel, criterion: nn.Module, update: int) -> None:
         """Derive masks for the share that is due after *update* and give them to *model*."""
         started = time.monotonic()
         stats = self.record(model, criterion)
@@ -91,13 +92,14 @@ class TrainingPruner:
         for message in built.warnings:
             logger.warning(message)
 
-    def record(self, model: PrunedTransformerModel, criterion: nn.Module) -> AttentionStats:
+    def record(self, model: PrunedModel, criterion: nn.Module) -> AttentionStats:
         """Record the attention of *model* on the sample of the training data; each rank records its part."""
         dataset = copy.copy(self.task.dataset("train"))
-        dataset.left_pad_source = dataset.left_pad_target = False  # statistics are indexed by token position
+        if isinstance(dataset, LanguagePairDataset):
+            dataset.left_pad_source = dataset.left_pad_target = False  # statistics are indexed by token position
         device = next(model.parameters()).device
         pad = self.task.source_dictionary.pad()
-        limits = tuple(min(int(sizes.max()), MAX_POSITIONS) for sizes in (dataset.src_sizes, dataset.tgt_sizes))
+        limits = tuple(min(n, MAX_POSITIONS) for n in longest_sides(dataset))
         group = data_parallel_group()
         rank, ranks = (group.rank(), group.size()) if group else (0, 1)
         with evaluating(model, criterion), AttentionRecorder(model, limits, self.importance) as recorder:
@@ -105,11 +107,11 @@ class TrainingPruner:
                 batch = dataset.collater([dataset[index] for index in indices])
                 batch = utils.move_to_cuda(batch, device) if device.type == "cuda" else batch
                 recorder.record(model, criterion, batch, pad)
-        folders = utils.split_paths(self.task.cfg.data)
+        folders = utils.split_paths((self.task.cfg or self.task.args).data)  # language modelling is an old-style task
         return recorder.finish(
             group,
             data=[{"name": os.path.basename(os.path.abspath(path)), "subset": "train"} for path in folders],
-            languages=[self.task.cfg.source_lang, self.task.cfg.target_lang],
+            **languages(self.task),
             dictionaries=dictionary_hashes(self.task),
             max_positions=MAX_POSITIONS,
             sample={"sentences": self.sample, "seed": 1},
@@ -117,7 +119,7 @@ class TrainingPruner:
             versions=versions(),
         )
 
-    def batches(self, dataset, model: PrunedTransformerModel) -> list[np.ndarray]:
+    def batches(self, dataset, model: PrunedModel) -> list[np.ndarray]:
         """Return the batches of a sample of what training sees, the same ones in every call."""
         with data_utils.numpy_seed(1):  # the order of equal lengths; also keeps the training's own random numbers
             indices = dataset.ordered_indices()

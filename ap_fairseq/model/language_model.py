@@ -1,0 +1,78 @@
+"""The registered model ``pruned_transformer_lm`` and its architectures: fairseq's language model, pruned."""
+
+from __future__ import annotations
+
+import argparse
+from unittest import mock
+
+from fairseq.data import Dictionary
+from fairseq.dataclass.utils import gen_parser_from_dataclass
+from fairseq.models import ARCH_CONFIG_REGISTRY, ARCH_MODEL_REGISTRY, register_model, register_model_architecture
+from fairseq.models import transformer_lm as stock
+from fairseq.models.transformer import TransformerConfig
+from torch import Tensor, nn
+
+from ap_fairseq.files import UserError
+from ap_fairseq.model.config import PrunedLanguageModelConfig
+from ap_fairseq.model.layers import PrunedTransformerDecoder
+from ap_fairseq.model.pruned_model import PrunedModel
+from ap_fairseq.model.training_graphs import CapturedUpdates
+
+
+@register_model("pruned_transformer_lm", dataclass=PrunedLanguageModelConfig)
+class PrunedLanguageModel(CapturedUpdates, PrunedModel, stock.TransformerLanguageModel):
+    """fairseq's transformer language model whose self-attention is pruned by global masks.
+
+    A mask row is a token's place in the block that the model reads, of ``--tokens-per-sample`` or of the context window
+    of ``fairseq-eval-lm``.
+    """
+
+    def __init__(self, decoder: PrunedTransformerDecoder):
+        super().__init__(decoder)
+        self.cfg = decoder.cfg
+        self._use_graphs = self.cfg.cuda_graphs == "auto"
+
+    @classmethod
+    def add_args(cls, parser):
+        """Add the model's flags; defaults are left to the architecture."""
+        gen_parser_from_dataclass(parser, PrunedLanguageModelConfig(), delete_default=True)
+
+    @classmethod
+    def build_model(cls, cfg, task):
+        """Build the model and, if ``attention_masks`` names a file, set its masks.
+
+        Raises:
+            ArtifactError: if the masks cannot be read or were made for another architecture or dictionary.
+            UserError: for ``--base-layers``, ``--ddp-backend fully_sharded``, and tasks that predict other tokens than
+                the next one.
+        """
+        if cfg.base_layers:
+            raise UserError(f"--base-layers {cfg.base_layers}: pruned_transformer_lm has no BASE layers; leave it out")
+        args, masks = cls.take_options(cfg)
+        # Embeddings are built and tied as fairseq does it, for its adaptive softmax too; only the decoder is ours.
+        with mock.patch.object(stock, "TransformerDecoder", _build_decoder):
+            model = super().build_model(args, task)
+        model.start_with(masks, task)
+        return model
+
+    def forward(self, src_tokens: Tensor, features_only: bool = False, **kwargs):
+        """As fairseq's model; updates are replayed as CUDA graphs where that is possible, without states of layers."""
+        graphs = self.training_graphs(src_tokens.device)
+        if graphs is not None and not kwargs.keys() - {"src_lengths", "return_all_hiddens"}:
+            features = graphs(None, src_tokens)
+            if features is not None:
+                output = features if features_only else self.decoder.output_layer(features)
+                return output, {"attn": [None], "inner_states": []}
+        return super().forward(src_tokens, features_only=features_only, **kwargs)
+
+
+def _build_decoder(
+    args: argparse.Namespace, dictionary: Dictionary, embed_tokens: nn.Module, no_encoder_attn: bool
+) -> PrunedTransformerDecoder:
+    return PrunedTransformerDecoder(TransformerConfig.from_namespace(args), dictionary, embed_tokens, no_encoder_attn)
+
+
+# The same sizes, and so the same functions, as fairseq's.
+for _name, _model in list(ARCH_MODEL_REGISTRY.items()):
+    if _model is stock.TransformerLanguageModel and _name != "transformer_lm":
+        register_model_architecture("pruned_transformer_lm", f"pruned_{_name}")(ARCH_CONFIG_REGISTRY[_name])

@@ -1,0 +1,123 @@
+"""The fairseq tasks under which models are recorded: their settings, and how they load a subset."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from fairseq.data import FairseqDataset, LanguagePairDataset
+from fairseq.dataclass import FairseqDataclass
+from fairseq.models import BaseFairseqModel
+from fairseq.models.roberta import RobertaModel
+from fairseq.models.transformer import TransformerModelBase
+from fairseq.models.transformer_lm import TransformerLanguageModel
+from fairseq.tasks import FairseqTask
+from fairseq.tasks.language_modeling import LanguageModelingConfig
+from fairseq.tasks.masked_lm import MaskedLMConfig
+from fairseq.tasks.sentence_prediction import SentencePredictionConfig
+from fairseq.tasks.translation import TranslationConfig, TranslationTask
+
+
+@dataclass(frozen=True)
+class RecordedTask:
+    """A task of fairseq's and what recording makes of its settings.
+
+    Attributes:
+        name, config: as fairseq registers it.
+        models: what it records.
+        fixed: settings that recording needs, whatever the checkpoint was trained with.
+        refused: settings that change what is recorded and are the checkpoint's, with their short flags.
+        chosen: settings that a command line may choose; the checkpoint's are the default.
+    """
+
+    name: str
+    config: type[FairseqDataclass]
+    models: type[BaseFairseqModel]
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    refused: Mapping[str, str | None] = field(default_factory=dict)
+    chosen: tuple[str, ...] = ()
+
+    def settings(self, stored: Mapping[str, Any], data: str, chosen: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the settings of the task for recording: those *stored* in the checkpoint, but for a few."""
+        kept = {name: value for name, value in stored.items() if name in self.config.__dataclass_fields__}
+        return {**kept, **self.fixed, **chosen, "_name": self.name, "data": data}
+
+
+BLOCKS = ("tokens_per_sample", "sample_break_mode")
+
+TASKS = (
+    RecordedTask(
+        "translation",
+        TranslationConfig,
+        TransformerModelBase,
+        # Statistics are indexed by token position, so every sentence starts in column 0. Buckets only add padding.
+        fixed={"left_pad_source": False, "left_pad_target": False, "eval_bleu": False, "num_batch_buckets": 0},
+        refused={
+            "source_lang": "-s",
+            "target_lang": "-t",
+            "max_source_positions": None,
+            "max_target_positions": None,
+            "truncate_source": None,
+        },
+    ),
+    RecordedTask(
+        "language_modeling",
+        LanguageModelingConfig,
+        TransformerLanguageModel,
+        fixed={"pad_to_fixed_length": False, "pad_to_fixed_bsz": False},
+        refused={"add_bos_token": None, "output_dictionary_size": None, "max_target_positions": None},
+        chosen=BLOCKS,
+    ),
+    RecordedTask(
+        "masked_lm",
+        MaskedLMConfig,
+        RobertaModel,
+        refused={"mask_prob": None, "leave_unmasked_prob": None, "random_token_prob": None},
+        chosen=BLOCKS,
+    ),
+    RecordedTask(
+        "sentence_prediction",
+        SentencePredictionConfig,
+        RobertaModel,
+        refused={"init_token": None, "separator_token": None, "num_classes": None, "max_positions": None},
+    ),
+)
+
+
+def stored_task(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the task of a checkpoint's ``cfg``, or the flat ``args`` that fairseq stored before 0.10."""
+    settings = state["cfg"]["task"] if state.get("cfg") else state["args"]
+    return vars(settings).copy() if isinstance(settings, argparse.Namespace) else dict(settings)
+
+
+def recorded_task(model: type, stored: Mapping[str, Any]) -> RecordedTask:
+    """Return the task that records a class of models: its only one, or that of the settings *stored* with it."""
+    tasks = [task for task in TASKS if issubclass(model, task.models)]
+    name = str(stored.get("_name") or stored.get("task"))
+    return next((task for task in tasks if name.endswith(task.name)), tasks[0])
+
+
+def languages(task: FairseqTask) -> dict[str, list[str]]:
+    """Return the provenance entry ``languages`` of a translation task, nothing for others."""
+    if not isinstance(task, TranslationTask):
+        return {}
+    return {"languages": [task.cfg.source_lang, task.cfg.target_lang]}
+
+
+def longest_sides(dataset: FairseqDataset) -> tuple[int, int]:
+    """Return the most tokens that a (source, target) of a data set has; they are the same where there is one text."""
+    if isinstance(dataset, LanguagePairDataset):
+        return int(dataset.src_sizes.max()), int(dataset.tgt_sizes.max())
+    longest = int(np.max(dataset.sizes)) + 1  # --add-bos-token is not counted
+    return longest, longest
+
+
+def lengths_of(dataset: FairseqDataset, indices: np.ndarray) -> np.ndarray:
+    """Return the tokens of samples as batches count them, int64 (n,)."""
+    try:
+        return dataset.num_tokens_vec(indices)
+    except NotImplementedError:  # not all data sets have it
+        return np.array([dataset.num_tokens(index) for index in indices])

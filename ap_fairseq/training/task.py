@@ -1,0 +1,109 @@
+"""Tasks that prune while they train: what they share, and ``pruned_language_modeling``."""
+
+import shlex
+from dataclasses import dataclass, field
+from typing import Optional  # fairseq's parser reads Optional[X], not X | None
+
+from fairseq.dataclass import ChoiceEnum, FairseqDataclass
+from fairseq.tasks import register_task
+from fairseq.tasks.language_modeling import LanguageModelingConfig, LanguageModelingTask
+from omegaconf import II
+
+from ap_fairseq.files import UserError
+from ap_fairseq.model.pruned_model import PrunedModel
+from ap_fairseq.pruning.flags import parse_mask_flags
+from ap_fairseq.sites import AttentionKind
+from ap_fairseq.training.pruner import TrainingPruner
+from ap_fairseq.training.schedule import SHAPES, PruningSchedule
+
+
+@dataclass
+class PruningWhileTrainingConfig(FairseqDataclass):
+    """When a task prunes, and how much."""
+
+    attention_sparsity: Optional[float] = field(
+        default=None,
+        metadata={
+            "help": "prune while training: share of the pairs of all kinds together that is pruned in the end, in "
+            "(0, 1); budgets per kind go into --prune-flags instead"
+        },
+    )
+    prune_start: int = field(default=2000, metadata={"help": "updates before the first pruning"})
+    prune_end: int = field(default=8000, metadata={"help": "updates before the last pruning, from which all is pruned"})
+    prune_every: int = field(default=1000, metadata={"help": "updates between two prunings"})
+    prune_shape: ChoiceEnum(tuple(SHAPES)) = field(
+        default="cubic",
+        metadata={"help": "growth of the pruned share: cubic prunes most at first (Zhu and Gupta 2017)"},
+    )
+    prune_flags: str = field(
+        default="--criterion importance --smooth 32", metadata={"help": "flags of ap-masks in one argument"}
+    )
+    prune_sample: int = field(
+        default=4000, metadata={"help": "training sentences that a pruning records, drawn evenly over all lengths"}
+    )
+    max_tokens: Optional[int] = II("dataset.max_tokens")
+    batch_size: Optional[int] = II("dataset.batch_size")
+
+
+def build_pruner(task, cfg: PruningWhileTrainingConfig) -> TrainingPruner | None:
+    """Return what prunes while *task* trains, None where no flag asks for it.
+
+    Raises:
+        UserError: for flags that contradict each other.
+    """
+    flags = parse_mask_flags(shlex.split(cfg.prune_flags))
+    given = [name for name in ("total", "like", *AttentionKind) if getattr(flags, name) is not None]
+    if cfg.attention_sparsity is None and not given:
+        return None
+    if cfg.attention_sparsity is not None:
+        if given:
+            raise UserError(
+                f"--attention-sparsity {cfg.attention_sparsity} and --prune-flags {cfg.prune_flags!r} both name "
+                "budgets; give one of them"
+            )
+        if not 0 < cfg.attention_sparsity < 1:
+            raise UserError(f"--attention-sparsity {cfg.attention_sparsity} is not a share of pairs between 0 and 1")
+        flags.total = cfg.attention_sparsity
+    schedule = PruningSchedule(cfg.prune_start, cfg.prune_end, cfg.prune_every, cfg.prune_shape)
+    return TrainingPruner(
+        task, schedule, flags, cfg.prune_sample, dict(max_tokens=cfg.max_tokens, max_sentences=cfg.batch_size)
+    )
+
+
+class PruningWhileTraining:
+    """The part of a task that prunes the model while it trains; fairseq's own task class comes after it."""
+
+    def __init__(self, cfg, *args, **kwargs):
+        super().__init__(cfg, *args, **kwargs)
+        # A program may build the task with fairseq's own configuration, which lacks these fields.
+        self.pruner = build_pruner(self, cfg) if hasattr(cfg, "prune_flags") else None
+
+    def build_model(self, cfg, from_checkpoint=False):
+        """As fairseq's, after a check that the model can be pruned, if that was asked for."""
+        model = super().build_model(cfg, from_checkpoint)
+        if self.pruner is not None:
+            if not isinstance(model, PrunedModel):
+                raise UserError(
+                    f"--attention-sparsity prunes pruned_transformer architectures, not {type(model).__name__}; "
+                    "train with --arch pruned_transformer..."
+                )
+            model.prefer_checkpoint_masks()  # of a training that resumes
+        return model
+
+    def train_step(self, sample, model, criterion, optimizer, update_num, ignore_grad=False):
+        """As fairseq's, after the pruning that is due at this update."""
+        if self.pruner is not None:
+            self.pruner.before_batch(model, criterion, update_num)
+        return super().train_step(sample, model, criterion, optimizer, update_num, ignore_grad)
+
+
+@dataclass
+class PrunedLanguageModelingConfig(PruningWhileTrainingConfig, LanguageModelingConfig):
+    """fairseq's configuration of ``language_modeling``, and when and how much to prune."""
+
+    prune_sample: int = field(default=500, metadata={"help": "training blocks that a pruning records"})
+
+
+@register_task("pruned_language_modeling", dataclass=PrunedLanguageModelingConfig)
+class PrunedLanguageModelingTask(PruningWhileTraining, LanguageModelingTask):
+    """``language_modeling`` that prunes a ``pruned_transformer_lm`` while it trains."""
