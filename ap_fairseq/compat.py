@@ -136,6 +136,16 @@ def patch_user_dir() -> None:
     utils.import_user_module = import_user_module
 
 
+def patch_numpy_long() -> None:
+    """Give numpy >= 2.4 its old name of an integer type, by which fairseq cuts text at ends of sentences."""
+    import types
+
+    import numpy as np
+
+    if not hasattr(np, "compat"):
+        np.compat = types.SimpleNamespace(long=int)  # noqa: NPY201
+
+
 def patch_alignment_generators() -> None:
     """Let pruned decoders compute attention weights for ``--print-alignment``, and for nothing else.
 

@@ -11,6 +11,7 @@ from ap_fairseq.compat import (
     patch_alignment_generators,
     patch_ema_integers,
     patch_gloo_shutdown,
+    patch_numpy_long,
     patch_ranks_without_gpu,
     patch_user_dir,
     require_fairseq,
@@ -20,6 +21,7 @@ require_fairseq()
 allow_fairseq_checkpoints()
 patch_ema_integers()
 patch_gloo_shutdown()
+patch_numpy_long()
 patch_ranks_without_gpu()
 patch_user_dir()
 patch_alignment_generators()

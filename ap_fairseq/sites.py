@@ -47,13 +47,14 @@ def attention_sites(model: BaseFairseqModel) -> Iterator[tuple[AttentionSite, Mu
     A decoder with ``cross_self_attention`` attends to source and target at once; such modules belong to none of the
     three kinds and are left out.
     """
-    encoder, decoder = getattr(model, "encoder", None), getattr(model, "decoder", None)
+    encoder, decoder = (getattr(model, part, None) for part in ("encoder", "decoder"))
     encoder = getattr(encoder, "sentence_encoder", encoder)  # of RoBERTa
+    encoder_layers, decoder_layers = (getattr(part, "layers", ()) for part in (encoder, decoder))
     # Indexing, because iterating a LayerDropModuleList in training mode drops layers at random.
-    for layer in range(0 if encoder is None else len(encoder.layers)):
-        yield AttentionSite(AttentionKind.ENCODER_SELF, layer), encoder.layers[layer].self_attn
-    for layer in range(0 if decoder is None else len(decoder.layers)):
-        module = decoder.layers[layer]
+    for layer in range(len(encoder_layers)):
+        yield AttentionSite(AttentionKind.ENCODER_SELF, layer), encoder_layers[layer].self_attn
+    for layer in range(len(decoder_layers)):
+        module = decoder_layers[layer]
         if module.self_attn.self_attention:
             yield AttentionSite(AttentionKind.DECODER_SELF, layer), module.self_attn
         if module.encoder_attn is not None:

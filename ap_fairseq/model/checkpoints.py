@@ -72,7 +72,7 @@ def import_user_dir(folder: str | None) -> None:
 def stored_model(state: dict[str, Any]) -> tuple[str | None, type | None]:
     """Return the architecture that a checkpoint names, and the model class that is registered for it, if any."""
     stored = state["cfg"]["model"] if state.get("cfg") else state["args"]
-    settings = stored if isinstance(stored, dict) else vars(stored)
+    settings = vars(stored) if isinstance(stored, argparse.Namespace) else dict(stored)
     name = settings.get("arch") or settings.get("_name")
     return name, ARCH_MODEL_REGISTRY.get(name) or MODEL_REGISTRY.get(name)
 

@@ -65,6 +65,7 @@ class TrainingGraphs:
     def __init__(self, model: nn.Module, capture: bool = True):
         self.model = weakref.proxy(model)
         self.capture = capture
+        self.encoder = getattr(model, "encoder", None)  # a language model has none
         self.given_up = False  # for lack of memory: everything is left to the model
         self.forget()
 
@@ -78,7 +79,6 @@ class TrainingGraphs:
         # which data-parallel training first touched it, and a capture must not wait for another stream.
         aliases = {p: p.detach().requires_grad_() for p in self.parameters}
         self.leaves = list(aliases.values())
-        self.encoder = getattr(self.model, "encoder", None)  # a language model has none
         self.encoder_params, self.decoder_params = (
             {name: aliases[p] for name, p in part.named_parameters(remove_duplicate=False) if p in aliases}
             for part in (self.encoder or nn.Identity(), self.model.decoder)

@@ -73,7 +73,7 @@ def test_models_of_another_function_are_refused():
 
     for name, model, message in [
         ("own", Own, "class of its own .*Own"),
-        ("transformer_lm", ARCH_MODEL_REGISTRY["transformer_lm"], "encoder-decoder transformer"),
+        ("lstm", ARCH_MODEL_REGISTRY["lstm"], "encoder-decoder transformer"),
         ("bart_base", ARCH_MODEL_REGISTRY["bart_base"], "encoder-decoder transformer|class of its own"),
         ("mine", None, "pass the --user-dir that registers it"),
     ]:
