@@ -19,6 +19,7 @@ import safetensors
 import safetensors.numpy
 
 from ap_fairseq.files import ArtifactError, atomic_output, file_sha256, not_written, require_file
+from ap_fairseq.relative import RelativeMask, RelativeStats, offset_support, rows_by_centre
 from ap_fairseq.sites import AttentionKind
 
 CELLS_PER_WORD = 32
@@ -34,8 +35,8 @@ def _write(path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, Any],
             raise not_written(path, f"{error}; it needs {size:,} bytes") from error
 
 
-def _read(path, expected_format: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    expected = CONTENTS[expected_format]
+def _read(path, *formats: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    expected = CONTENTS[formats[0]]
     require_file(path, expected)
     if not os.path.getsize(path):
         raise ArtifactError(f"{path} is empty; expected {expected}")
@@ -53,8 +54,8 @@ def _read(path, expected_format: str) -> tuple[dict[str, np.ndarray], dict[str, 
         found = metadata["format"]
     except (KeyError, TypeError, ValueError) as error:
         raise ArtifactError(f"{path} is a safetensors file of another program; expected {expected}") from error
-    if found != expected_format:
-        raise ArtifactError(f"{path} has format {found!r}, expected {expected_format!r}: {expected}")
+    if found not in formats:
+        raise ArtifactError(f"{path} has format {found!r}, expected {' or '.join(map(repr, formats))}: {expected}")
     return tensors, metadata
 
 
@@ -65,6 +66,7 @@ def _refuse_constant(path, constant: str) -> NoReturn:
 CONTENTS = {
     "ap-attention-stats-2": "attention statistics, which ap-record writes",
     "ap-pruning-masks-2": "pruning masks, which ap-masks writes",
+    "ap-pruning-masks-3": "pruning masks, which ap-masks writes",
 }
 
 
@@ -148,6 +150,10 @@ class AttentionStats:
         importance: per kind float64 (layers, heads, Tq, Tk): sum over those sentences of the estimated effect of the
             cell's removal on the training loss (:func:`ap_fairseq.recording.recorder.squared_removal_effect`). Empty
             unless recorded with ``ap-record --importance``.
+        lengths: int64 (n, 3): target length, source length, number of recorded sentences with both, in tokens. Empty in
+            files of version 0.2.
+        relative: cross-attention by offset from a scaled diagonal. None in files of version 0.2, for models without
+            cross-attention, and where recordings with different slopes were merged.
     """
 
     FORMAT = "ap-attention-stats-2"
@@ -157,6 +163,8 @@ class AttentionStats:
     metadata: dict[str, Any] = field(default_factory=dict)
     end_mass: dict[AttentionKind, np.ndarray] = field(default_factory=dict)
     importance: dict[AttentionKind, np.ndarray] = field(default_factory=dict)
+    lengths: np.ndarray = field(default_factory=lambda: np.zeros((0, 3), dtype=np.int64))
+    relative: RelativeStats | None = None
 
     def __post_init__(self):
         self.require_valid()
@@ -187,6 +195,74 @@ class AttentionStats:
                     _require_between(self.importance[kind][layer, head], np.inf, f"{where}: the importance")
                 if kind in self.end_mass:
                     _require_between(self.end_mass[kind][layer, head], np.inf, f"{where}: the mass on the last token")
+        if self.lengths.ndim != 2 or self.lengths.shape[1] != 3 or self.lengths.min(initial=1) < 1:
+            raise ArtifactError(
+                f"lengths of shape {self.lengths.shape}, least {self.lengths.min(initial=1)}; expected rows of target "
+                "length, source length and number of sentences, each at least 1"
+            )
+        if self.relative is not None:
+            self._require_valid_relative(self.relative)
+
+    def _require_valid_relative(self, relative: RelativeStats) -> None:
+        kind = AttentionKind.CROSS
+        rows = self.rows_by_centre() if kind in self.support else np.zeros((1, 1), dtype=np.int64)
+        support = offset_support(rows)
+        expected = (*self.mass[kind].shape[:2], len(support)) if kind in self.mass else None
+        for name, sums in (("mass", relative.mass), ("importance", relative.importance)):
+            if sums is not None and sums.shape != expected:
+                raise ArtifactError(
+                    f"{kind.value}: relative {name} has shape {sums.shape}, expected {expected}: layers, heads, and "
+                    "offsets of the recorded lengths"
+                )
+        for layer, head in np.ndindex(relative.mass.shape[:2]):
+            where = f"{kind.value} layer {layer} head {head}"
+            most = support * (1 + ROUNDING)
+            _require_between(relative.mass[layer, head], most, f"{where}: the attention mass of offsets")
+            if relative.importance is not None:
+                _require_between(relative.importance[layer, head], np.inf, f"{where}: the importance of offsets")
+
+    def by_offset(self) -> RelativeStats:
+        """Return cross-attention by offset from the scaled diagonal.
+
+        Raises:
+            ArtifactError: for statistics without it.
+        """
+        if self.relative is None:
+            raise ArtifactError(
+                "--granularity scaled-diagonal needs cross-attention by offset from a scaled diagonal, which these "
+                "statistics lack; record them anew with ap-record, in one file"
+            )
+        return self.relative
+
+    def rows_by_centre(self) -> np.ndarray:
+        """Count the rows of the sentences that lie in the recorded range: :func:`ap_fairseq.relative.rows_by_centre`.
+
+        Raises:
+            ArtifactError: for statistics without cross-attention by offset.
+        """
+        relative = self.by_offset()
+        n_queries, n_keys = self.support[AttentionKind.CROSS].shape
+        inside = (self.lengths[:, 0] <= n_queries) & (self.lengths[:, 1] <= n_keys)
+        return rows_by_centre(self.lengths[inside], relative.slope)
+
+    def in_offsets(self) -> AttentionStats:
+        """Return these statistics with cross-attention by offset, as a single row of 2 S - 1 keys.
+
+        Raises:
+            ArtifactError: for statistics without cross-attention by offset.
+        """
+        kind, relative = AttentionKind.CROSS, self.by_offset()
+        support = offset_support(self.rows_by_centre())[None]
+        importance = {k: cells for k, cells in self.importance.items() if k is not kind}
+        if relative.importance is not None:
+            importance[kind] = relative.importance[:, :, None]
+        return AttentionStats(
+            {**self.mass, kind: relative.mass[:, :, None]},
+            {**self.support, kind: support},
+            self.metadata,
+            self.end_mass,
+            importance,
+        )
 
     def require_pairs(self) -> None:
         """Raise :class:`ArtifactError` unless pairs of every kind were recorded."""
@@ -280,7 +356,13 @@ class AttentionStats:
             + _grown(other.importance[kind], support[kind].shape)
             for kind in self.importance.keys() & other.importance.keys()
         }
-        return AttentionStats(mass, support, metadata, end_mass, importance)
+        lengths = np.zeros((0, 3), dtype=np.int64)
+        if len(self.lengths) and len(other.lengths):
+            lengths = counted(np.concatenate([self.lengths, other.lengths]))
+        relative = None
+        if self.relative and other.relative and self.relative.slope == other.relative.slope:
+            relative = self.relative.merge(other.relative)
+        return AttentionStats(mass, support, metadata, end_mass, importance, lengths, relative)
 
     def save(self, path, overwrite: bool = False) -> None:
         """Write the statistics; raises :class:`ArtifactError` for invalid ones, or if *path* may not be written."""
@@ -289,6 +371,12 @@ class AttentionStats:
         tensors |= {f"{kind.value}.support": self.support[kind] for kind in self.kinds}
         tensors |= {f"{kind.value}.end_mass": mass for kind, mass in self.end_mass.items()}
         tensors |= {f"{kind.value}.importance": importance for kind, importance in self.importance.items()}
+        tensors["lengths"] = self.lengths
+        if self.relative is not None:
+            tensors["cross.relative.mass"] = self.relative.mass
+            tensors["cross.relative.slope"] = np.array([self.relative.slope], dtype=np.int64)
+            if self.relative.importance is not None:
+                tensors["cross.relative.importance"] = self.relative.importance
         _write(path, tensors, {**self.metadata, "format": self.FORMAT, "architecture": self.architecture}, overwrite)
 
     @classmethod
@@ -309,7 +397,23 @@ class AttentionStats:
                 by_kind("importance", np.float64, 4, optional=True),
             )
             _require_architecture(metadata, stats.architecture)
+            if "lengths" in tensors:
+                stats.lengths = _tensor(tensors, "lengths", np.int64, 2)
+            if "cross.relative.slope" in tensors:
+                stats.relative = RelativeStats(
+                    int(_tensor(tensors, "cross.relative.slope", np.int64, 1)[0]),
+                    _tensor(tensors, "cross.relative.mass", np.float64, 3),
+                    tensors.get("cross.relative.importance"),
+                )
+            stats.require_valid()
             return stats
+
+
+def counted(lengths: np.ndarray) -> np.ndarray:
+    """Return int64 (n, 3) of target length, source length and number of sentences with each pair once, in order."""
+    pairs, place = np.unique(lengths[:, :2], axis=0, return_inverse=True)
+    counts = np.bincount(place.ravel(), weights=lengths[:, 2], minlength=len(pairs))
+    return np.column_stack([pairs, counts.astype(np.int64)])
 
 
 def _require_architecture(metadata: Mapping[str, Any], found: Mapping[str, list[int]]) -> None:
@@ -318,13 +422,17 @@ def _require_architecture(metadata: Mapping[str, Any], found: Mapping[str, list[
 
 
 def _require_between(values: np.ndarray, most: np.ndarray | float, what: str) -> None:
-    """Raise :class:`ArtifactError` unless *values*, a cell or (Tq, Tk), are finite and in [0, *most*]."""
+    """Raise :class:`ArtifactError` unless *values* are finite and in [0, *most*]: a cell, (offsets,) or (Tq, Tk)."""
     infinite = ~np.isfinite(values)
     wrong = infinite | (values < 0) | (values > most)
     if not wrong.any():
         return
     cell = np.argwhere(infinite if infinite.any() else wrong)[0]
-    where = f" at query {cell[0]}, key {cell[1]}" if len(cell) else ""
+    where = ""
+    if len(cell) == 1:
+        where = f" at offset {cell[0] - len(values) // 2}"
+    elif len(cell) == 2:
+        where = f" at query {cell[0]}, key {cell[1]}"
     value = values[tuple(cell)]
     if infinite.any():
         raise ArtifactError(
@@ -363,13 +471,17 @@ class PruningMasks:
         extrapolation: per kind bool (layers, heads, Tq + Tk - 1), True = kept: what happens at offset j - i =
             d - (Tq - 1) outside the recorded range. Offsets outside this table are kept.
         metadata: provenance of the statistics, the specification of the masks and the resulting sparsity.
+        relative: what cross-attention keeps by offset from a scaled diagonal, on top of ``keep``, which then keeps all.
+            A file with it has a format of its own, which version 0.2 refuses.
     """
 
     FORMAT = "ap-pruning-masks-2"
+    RELATIVE_FORMAT = "ap-pruning-masks-3"
 
     keep: dict[AttentionKind, np.ndarray]
     extrapolation: dict[AttentionKind, np.ndarray]
     metadata: dict[str, Any] = field(default_factory=dict)
+    relative: RelativeMask | None = None
 
     def __post_init__(self):
         self.require_valid()
@@ -406,6 +518,19 @@ class PruningMasks:
                 raise ArtifactError(f"{kind.value}: {where} must be kept in every row, or a row could be empty")
             if kind.causal and np.triu(keep, 1).any():
                 raise ArtifactError(f"{kind.value}: cells with key position > query position cannot be kept")
+        if self.relative is not None:
+            shape, cross = self.relative.keep.shape, self.keep.get(AttentionKind.CROSS)
+            if cross is None or len(shape) != 3 or shape[:2] != cross.shape[:2] or shape[2] % 2 == 0:
+                heads = None if cross is None else cross.shape[:2]
+                raise ArtifactError(
+                    f"cross: relative masks of shape {shape}, expected (layers, heads, 2 S - 1) of {heads} layers and "
+                    "heads"
+                )
+            if self.relative.slope < 0 or not self.relative.keep[..., shape[2] // 2].all():
+                raise ArtifactError(
+                    f"cross: relative masks of slope {self.relative.slope} must be of one above 0 and keep offset 0 in "
+                    "every head, or a row could be empty"
+                )
 
     @classmethod
     def all_ones(cls, shape: Mapping[str, list[int]], dictionaries: Mapping[str, str]) -> PruningMasks:
@@ -438,24 +563,31 @@ class PruningMasks:
         return cells
 
     def packed(self) -> dict[str, np.ndarray]:
-        """Return the tensors as stored: int64 words of 32 cells and int64 (2,) ranges (Tq, Tk)."""
+        """Return the tensors as stored: int64 words of 32 cells and int64 (2,) ranges (Tq, Tk).
+
+        Relative masks add ``cross.offsets``, words likewise, and ``cross.geometry`` int64 (2,): slope, offsets.
+        """
         tensors = {}
         for kind in self.kinds:
             tensors[f"{kind.value}.keep"] = pack_cells(self.keep[kind])
             tensors[f"{kind.value}.extrapolation"] = pack_cells(self.extrapolation[kind])
             tensors[f"{kind.value}.range"] = np.array(self.keep[kind].shape[2:], dtype=np.int64)
+        if self.relative is not None:
+            tensors["cross.offsets"] = pack_cells(self.relative.keep)
+            tensors["cross.geometry"] = np.array([self.relative.slope, self.relative.keep.shape[2]], dtype=np.int64)
         return tensors
 
     def save(self, path, overwrite: bool = False) -> None:
         """Write the masks; raises :class:`ArtifactError` for invalid ones, or if *path* may not be written."""
         self.require_valid()
-        metadata = {**self.metadata, "format": self.FORMAT, "architecture": self.architecture}
+        file_format = self.FORMAT if self.relative is None else self.RELATIVE_FORMAT
+        metadata = {**self.metadata, "format": file_format, "architecture": self.architecture}
         _write(path, self.packed(), metadata, overwrite)
 
     @classmethod
     def load(cls, path) -> PruningMasks:
         """Read masks; raises :class:`ArtifactError` if the file is missing, damaged or of another format."""
-        tensors, metadata = _read(path, cls.FORMAT)
+        tensors, metadata = _read(path, cls.FORMAT, cls.RELATIVE_FORMAT)
         keep, extrapolation = {}, {}
         with _naming(path):
             for kind in _kinds(metadata):
@@ -472,7 +604,19 @@ class PruningMasks:
                     raise ArtifactError(f"{kind.value}: masks of shapes {stored} for the range {size.tolist()}")
                 keep[kind] = unpack_cells(words, n_keys)
                 extrapolation[kind] = unpack_cells(offsets, n_queries + n_keys - 1)
-            masks = cls(keep, extrapolation, metadata)
+            relative = None
+            if metadata["format"] == cls.RELATIVE_FORMAT:
+                geometry, words = (
+                    _tensor(tensors, "cross.geometry", np.int64, 1),
+                    _tensor(tensors, "cross.offsets", np.int64, 3),
+                )
+                slope, n_offsets = geometry.tolist() if geometry.shape == (2,) else (0, 0)
+                if words.shape[2] != _words(n_offsets):
+                    raise ArtifactError(
+                        f"cross: relative masks of shape {words.shape} for geometry {geometry.tolist()}"
+                    )
+                relative = RelativeMask(slope, unpack_cells(words, n_offsets))
+            masks = cls(keep, extrapolation, metadata, relative)
             _require_architecture(metadata, masks.architecture)
             return masks
 

@@ -16,7 +16,7 @@ import networkx
 FLOORS = (
     {"triton_ops"},
     {"version", "files", "compat", "cuda_graphs"},
-    {"sites", "provenance"},
+    {"sites", "provenance", "relative"},
     {"artifacts"},  # statistics and masks: what the stages hand to each other
     {"pruning", "model", "evaluation"},
     {"recording"},

@@ -66,16 +66,17 @@ def dropout_keep(seed: int | Tensor, heads: int, q_size: int, k_size: int, dropo
 def visible_cells(keep: Tensor, q_lengths: Tensor | None, k_lengths: Tensor | None, causal: bool = False) -> Tensor:
     """Cells that are kept and exist: bool (B or 1, H or 1, Tq, Tk), True = visible; 1 where all share them.
 
-    keep: (H or 1, Tq, Tk). q_lengths, k_lengths: (B,), valid positions from the left. causal: no cell j > i.
+    keep: (H or 1, Tq, Tk), or (B or 1, H or 1, Tq, Tk) where sentences differ. q_lengths, k_lengths: (B,), valid
+    positions from the left. causal: no cell j > i.
     """
-    cells = keep[None]
+    cells = keep if keep.dim() == 4 else keep[None]
     if causal:
         cells = cells.tril()
     if q_lengths is not None:
-        rows = torch.arange(keep.size(1), device=keep.device)
+        rows = torch.arange(keep.size(-2), device=keep.device)
         cells = cells & (rows < q_lengths[:, None])[:, None, :, None]
     if k_lengths is not None:
-        cols = torch.arange(keep.size(2), device=keep.device)
+        cols = torch.arange(keep.size(-1), device=keep.device)
         cells = cells & (cols < k_lengths[:, None])[:, None, None, :]
     return cells
 
@@ -107,7 +108,8 @@ def attention_reference(
     seed: int | Tensor | None = None,
     softmax: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Attention of q (B, H, Tq, D) over k, v (B, H, Tk, D) under keep (H or 1, Tq, Tk), True = kept.
+    """Attention of q (B, H, Tq, D) over k, v (B, H, Tk, D) under keep (H or 1, Tq, Tk), True = kept,
+    or one for each sentence as in `visible_cells`.
 
     softmax: how probabilities come from scores (B, H, Tq, Tk) that are -inf where a cell is not visible, in place of
         torch.softmax over the keys. What it gives for rows without a visible key is ignored.

@@ -12,13 +12,15 @@ from ap_fairseq.artifacts import extrapolated
 from ap_fairseq.files import ArtifactError, UserError
 from ap_fairseq.model.dynamic import DynamicPruning
 from ap_fairseq.model.kv_cache import CrossAttentionCache, KVCache, SelfAttentionCache, step_limit, stored_columns
+from ap_fairseq.relative import scaled
 from ap_fairseq.sites import AttentionKind
 from triton_ops import AttentionLayout, block_sparse_attention, use_kernels
 from triton_ops.api import HEAD_SIZES
 from triton_ops.dense import attend_dense
 from triton_ops.layout import unpack_cells
 
-MASK_BUFFERS = ("keep_words", "extrapolation_words", "mask_range")
+OFFSET_BUFFERS = ("offset_words", "offset_geometry")
+MASK_BUFFERS = ("keep_words", "extrapolation_words", "mask_range", *OFFSET_BUFFERS)
 LAST_USE_MEMO = 16  # answers of `last_use` that a module remembers: searches ask for a few lengths again and again
 
 
@@ -40,7 +42,10 @@ class PrunedMultiheadAttention(NotScriptable, MultiheadAttention):
 
     - ``keep_words`` int64 (heads, Tq, ceil(Tk / 32)) and ``extrapolation_words`` int64 (heads,
       ceil((Tq + Tk - 1) / 32)): 32 cells to a word, bit set = kept (see :func:`ap_fairseq.artifacts.pack_cells`);
-    - ``mask_range`` int64 (2,): Tq, Tk. Before a mask is set all three are empty, and a forward pass is an error.
+    - ``mask_range`` int64 (2,): Tq, Tk. Before a mask is set all three are empty, and a forward pass is an error;
+    - ``offset_words`` int64 (heads, ceil(O / 32)) and ``offset_geometry`` int64 (2,): the slope, and the number O of
+      offsets. Cross-attention under a mask relative to a scaled diagonal (:mod:`ap_fairseq.relative`) keeps the cells
+      that both masks keep, and runs on torch's attention, as the kernels read no such mask. Empty for other masks.
 
     Args:
         embed_dim, num_heads: as in fairseq.
@@ -103,23 +108,57 @@ class PrunedMultiheadAttention(NotScriptable, MultiheadAttention):
         self.register_buffer("keep_words", torch.zeros(num_heads, 0, 0, dtype=torch.int64))
         self.register_buffer("extrapolation_words", torch.zeros(num_heads, 0, dtype=torch.int64))
         self.register_buffer("mask_range", torch.zeros(2, dtype=torch.int64))
+        for name, value in no_offsets(num_heads).items():
+            self.register_buffer(name, value)
         self.mask_is_explicit = False
         self._forget_derived()
 
     # -- the mask -----------------------------------------------------------------------------------------------------
 
-    def set_mask(self, keep_words: Tensor, extrapolation_words: Tensor, mask_range: Tensor) -> None:
-        """Take a packed mask (shapes as the buffers). A checkpoint loaded afterwards does not replace it."""
-        for name, value in zip(MASK_BUFFERS, (keep_words, extrapolation_words, mask_range), strict=True):
+    def set_mask(
+        self,
+        keep_words: Tensor,
+        extrapolation_words: Tensor,
+        mask_range: Tensor,
+        offset_words: Tensor | None = None,
+        offset_geometry: Tensor | None = None,
+    ) -> None:
+        """Take a packed mask (shapes as the buffers). A checkpoint loaded afterwards does not replace it.
+
+        Raises:
+            UserError: for a mask relative to a scaled diagonal with the back end ``triton``.
+        """
+        buffers = no_offsets(self.num_heads)
+        buffers |= {"keep_words": keep_words, "extrapolation_words": extrapolation_words, "mask_range": mask_range}
+        if offset_words is not None and offset_geometry is not None:
+            buffers |= {"offset_words": offset_words, "offset_geometry": offset_geometry}
+        for name, value in buffers.items():
             setattr(self, name, value.to(self.out_proj.weight.device))
         self.mask_is_explicit = True
         self._forget_derived()
+        self._require_backend()
+
+    @property
+    def is_relative(self) -> bool:
+        """Whether the mask is relative to a scaled diagonal."""
+        return self.offset_geometry.numel() > 0
+
+    def _require_backend(self) -> None:
+        if self.is_relative and self.backend == "triton":
+            raise UserError(
+                f"--attention-backend triton: the masks of {self.kind.value} attention are relative to a scaled "
+                "diagonal, which the kernels do not read; use auto or sdpa, or masks of another --granularity"
+            )
 
     def _forget_derived(self) -> None:
         self._layout: AttentionLayout | None = None
+        self._offsets: tuple[int, Tensor] | None = None
         self._last_use: tuple[AttentionLayout | None, dict[int, Tensor]] = None, {}
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
+        if prefix + "keep_words" in state_dict:  # checkpoints of version 0.2 have no offsets
+            for name, value in no_offsets(self.num_heads).items():
+                state_dict.setdefault(prefix + name, value)
         for name in MASK_BUFFERS:
             key = prefix + name
             if self.mask_is_explicit or key not in state_dict:  # a dense checkpoint, or an explicit mask that wins
@@ -128,10 +167,36 @@ class PrunedMultiheadAttention(NotScriptable, MultiheadAttention):
                 setattr(self, name, torch.empty_like(state_dict[key], device=getattr(self, name).device))
         self._forget_derived()
         super()._load_from_state_dict(state_dict, prefix, *args)
+        self._require_backend()
 
     def keep_mask(self, n_queries: int, n_keys: int) -> Tensor:
-        """Return the keep mask, bool (heads, n_queries, n_keys), True = kept; the diagonal pattern beyond its range."""
+        """Return the keep mask, bool (heads, n_queries, n_keys), True = kept; the diagonal pattern beyond its range.
+
+        Without offsets, which depend on the sentence: :meth:`relative_mask`.
+        """
         return self.layout(n_queries, n_keys).keep_mask(n_queries, n_keys)
+
+    def relative_mask(self, rows: Tensor, lengths: Tensor, n_keys: int) -> Tensor:
+        """Return what a mask relative to a scaled diagonal keeps: bool (B, heads, R, n_keys), True = kept.
+
+        Args:
+            rows: int64 (R,), query positions.
+            lengths: int64 (B,), source tokens of each sentence.
+        """
+        slope, table = self._offset_table()
+        centre = torch.minimum(scaled(slope, rows), (lengths - 1).clamp_min(0)[:, None])  # (B, R)
+        key = torch.arange(n_keys, device=rows.device)
+        index = key - centre[..., None] + table.size(1) // 2  # (B, R, n_keys)
+        return table[:, index.clamp(0, table.size(1) - 1)].transpose(0, 1)
+
+    @torch.inference_mode(False)
+    def _offset_table(self) -> tuple[int, Tensor]:
+        """Return the slope and bool (heads, 2 S + 1): what is kept at each offset, and at both ends what is beyond."""
+        if self._offsets is None or self._offsets[1].device != self.offset_words.device:
+            slope, n_offsets = self.offset_geometry.tolist()
+            table = F.pad(unpack_cells(self.offset_words, n_offsets), (1, 1), value=True)
+            self._offsets = slope, table
+        return self._offsets
 
     @torch.inference_mode(False)  # what is kept may be needed for training later
     def layout(self, n_queries: int, n_keys: int) -> AttentionLayout:
@@ -249,7 +314,11 @@ class PrunedMultiheadAttention(NotScriptable, MultiheadAttention):
 
     def runs_kernels(self, dtype: torch.dtype, device: torch.device) -> bool:
         """Whether attention to tensors of that type on that device runs on the kernels."""
-        return self.dynamic is None and use_kernels(self.backend, dtype, self.head_dim, device)
+        return self.dynamic is None and not self.is_relative and use_kernels(self.backend, dtype, self.head_dim, device)
+
+    def waits_for_device(self, dtype: torch.dtype, device: torch.device) -> bool:
+        """Whether a step of decoding by such a cache as counts its steps on the device waits for that count."""
+        return not (self.runs_kernels(dtype, device) or (self.is_relative and self.dynamic is None))
 
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, key_padding: Tensor | None, want_weights: bool
@@ -258,9 +327,14 @@ class PrunedMultiheadAttention(NotScriptable, MultiheadAttention):
         lengths = None if key_padding is None else real_lengths(key_padding)
         q_lengths = lengths if self.self_attention else None
         options = dict(q_lengths=q_lengths, k_lengths=lengths, dropout_p=self._dropout_p(), scale=self.scaling)
-        if self.dynamic is not None:
+        if self.dynamic is not None or self.is_relative:
             keep = self.keep_mask(q.size(2), k.size(2))
-            output, _, weights = attend_dense(q, k, v, keep, softmax=self.dynamic.probabilities, **options)
+            if self.is_relative:
+                rows = torch.arange(q.size(2), device=q.device)
+                sources = rows.new_full((1,), k.size(2)) if lengths is None else lengths
+                keep = self.relative_mask(rows, sources, k.size(2))
+            softmax = None if self.dynamic is None else self.dynamic.probabilities
+            output, _, weights = attend_dense(q, k, v, keep, softmax=softmax, details=want_weights, **options)
             return output, weights
         layout = self.layout(q.size(2), k.size(2))
         attended = block_sparse_attention(q, k, v, layout, backend=self.backend, return_probs=want_weights, **options)
@@ -303,13 +377,17 @@ class PrunedMultiheadAttention(NotScriptable, MultiheadAttention):
         kernels = kernels and not dropout_p
         output = weights = None
         if want_weights or not kernels:
-            row = cache.mask_row()
-            keep = self.keep_mask(row + 1, cache.n_columns())[:, row]
+            if self.is_relative:
+                row = torch.as_tensor(cache.step(), device=q.device).reshape(1)
+                keep = self.relative_mask(row, cache.lengths, cache.n_columns())[:, :, 0]  # (B, H, columns)
+            else:
+                row = cache.mask_row()
+                keep = self.keep_mask(row + 1, cache.n_columns())[:, row]
             k, v, lengths = cache.dense(keep)
             by_sentence = q.unflatten(0, (k.size(0), -1)).transpose(1, 2)  # (B, H, beam, D): a step's beams are queries
             softmax = None if self.dynamic is None else self.dynamic.probabilities
             options = dict(k_lengths=lengths, dropout_p=dropout_p, scale=self.scaling, softmax=softmax)
-            output, _, weights = attend_dense(by_sentence, k, v, keep[:, None], details=want_weights, **options)
+            output, _, weights = attend_dense(by_sentence, k, v, keep.unsqueeze(-2), details=want_weights, **options)
             output = output.transpose(1, 2).flatten(0, 1)
             weights = None if weights is None else weights.transpose(1, 2).flatten(0, 1).unsqueeze(2)
         if kernels:
@@ -358,6 +436,14 @@ class PrunedMultiheadAttention(NotScriptable, MultiheadAttention):
         if cache is not None:
             cache.reorder(new_order)
         return incremental_state
+
+
+def no_offsets(num_heads: int) -> dict[str, Tensor]:
+    """Return the buffers of offsets of a mask that has none."""
+    return {
+        "offset_words": torch.zeros(num_heads, 0, dtype=torch.int64),
+        "offset_geometry": torch.zeros(0, dtype=torch.int64),
+    }
 
 
 def real_lengths(padding: Tensor) -> Tensor:

@@ -32,6 +32,11 @@ from ap_fairseq.sites import AttentionKind, architecture, attention_sites
 
 logger = logging.getLogger(__name__)
 
+RELATIVE_RUNS_ON_SDPA = (
+    "cross-attention has masks relative to a scaled diagonal, which the kernels do not read: it runs on torch's "
+    "attention (sdpa)"
+)
+
 
 class PrunedModel(NotScriptable):
     """The part of a fairseq model whose attention is pruned by global masks; fairseq's own model class comes after it.
@@ -94,11 +99,11 @@ class PrunedModel(NotScriptable):
         """Give every attention module its mask; a checkpoint loaded afterwards does not replace them."""
         tensors = {name: torch.from_numpy(array) for name, array in masks.packed().items()}
         for (kind, layer), module in attention_sites(self):
-            module.set_mask(
-                tensors[f"{kind.value}.keep"][layer].clone(),
-                tensors[f"{kind.value}.extrapolation"][layer].clone(),
-                tensors[f"{kind.value}.range"].clone(),
-            )
+            by_layer = ("keep", "extrapolation", "range", "offsets", "geometry")
+            packed = [tensors.get(f"{kind.value}.{name}") for name in by_layer]
+            module.set_mask(*(x if x is None else x.clone() if x.dim() == 1 else x[layer].clone() for x in packed))
+        if masks.relative is not None:
+            logger.info(RELATIVE_RUNS_ON_SDPA)
         provenance = {**masks.metadata, "file_sha256": file_hash, "masks_sha256": self.masks_sha256()}
         self.mask_metadata = encode_provenance(provenance).to(self.mask_metadata.device)
         self._masks_are_explicit = True
@@ -214,6 +219,8 @@ class PrunedModel(NotScriptable):
             logger.warning("the checkpoint holds no attention masks and --attention-masks names none")
         else:
             logger.info(f"attention masks {provenance['masks_sha256'][:12]}: {describe_sparsity(provenance)}")
+            if any(module.is_relative for _, module in attention_sites(self)):
+                logger.info(RELATIVE_RUNS_ON_SDPA)
         self._logged_sparsity = effective_sparsity(provenance)
 
     # -- logs ---------------------------------------------------------------------------------------------------------
@@ -247,7 +254,7 @@ def describe_caches(model: PrunedModel) -> str | None:
     """
     ends: dict[AttentionKind, list[Tensor]] = {AttentionKind.DECODER_SELF: [], AttentionKind.CROSS: []}
     for (kind, _), module in attention_sites(model):
-        if kind in ends:
+        if kind in ends and not module.is_relative:
             ends[kind].append(module.last_use(*module.mask_range.tolist()))
     alive, positions = peak_share(ends[AttentionKind.DECODER_SELF])
     stored = sum(int((last >= 0).sum()) for last in ends[AttentionKind.CROSS])

@@ -22,6 +22,7 @@ from ap_fairseq.pruning import criteria
 from ap_fairseq.pruning.select import beyond_best, prune_lowest, prune_surplus_first, weight_of
 from ap_fairseq.pruning.spec import Granularity, MaskSpec, block_shape
 from ap_fairseq.pruning.summary import LayerSummary, missed_budgets, summarize, total_of, vanished_heads
+from ap_fairseq.relative import RelativeMask
 from ap_fairseq.sites import AttentionKind
 
 Cells = dict[AttentionKind, np.ndarray]
@@ -61,16 +62,20 @@ def build_masks(stats: AttentionStats, spec: MaskSpec, *, growing: bool = False)
                 "out"
             )
     stats.require_pairs()
+    recorded = stats
+    if spec.in_offsets(AttentionKind.CROSS):
+        stats = stats.in_offsets()
+        stats.require_pairs()
     if spec.criterion == "percentile":
         keep, extrapolation = _by_percentile(stats, spec)
     else:
         keep, extrapolation = _ranked(stats, spec, growing)
     for kind in stats.kinds:
         _finish(keep[kind], extrapolation[kind], stats, kind, spec)
-    masks = PruningMasks(keep, extrapolation)
-    summary = summarize(masks, stats)
+    masks = _masks(keep, extrapolation, recorded, spec)
+    summary = summarize(masks, recorded)
     kinds = [row for row in summary if row.layer is None]
-    vanished = vanished_heads(masks, stats)
+    vanished = vanished_heads(masks, recorded)
     options = dataclasses.asdict(spec)
     if not spec.max_heads:
         del options["max_heads_of"]
@@ -94,6 +99,16 @@ def build_masks(stats: AttentionStats, spec: MaskSpec, *, growing: bool = False)
         listed = ", ".join(f"{layer}.{head}" for layer, head in heads)
         warnings.append(f"{name}: {len(heads)} heads (layer.head) keep nothing but the guaranteed cells: {listed}")
     return BuiltMasks(masks, summary, warnings)
+
+
+def _masks(keep: Cells, extrapolation: Cells, stats: AttentionStats, spec: MaskSpec) -> PruningMasks:
+    """Return the masks; decisions about offsets become masks relative to the scaled diagonal."""
+    kind, relative = AttentionKind.CROSS, None
+    if spec.in_offsets(kind):
+        relative = RelativeMask(stats.by_offset().slope, keep[kind][:, :, 0])
+        everything = np.ones((*keep[kind].shape[:2], 1, 1), dtype=bool)
+        keep, extrapolation = {**keep, kind: everything}, {**extrapolation, kind: everything[..., 0]}
+    return PruningMasks(keep, extrapolation, relative=relative)
 
 
 def _named(by_kind: Mapping[AttentionKind, Any]) -> dict[str, Any]:
@@ -123,7 +138,7 @@ def _ranked(stats: AttentionStats, spec: MaskSpec, growing: bool) -> tuple[Cells
         for (kind, index), part in zip(members, pruned, strict=True):
             whole = ~part
             cells = keep[kind][index]  # a view; heads that share a score share its decisions
-            if spec.granularity_of(kind) == 1:
+            if spec.granularity_of(kind) == 1 or spec.in_offsets(kind):
                 cells[:] = whole.reshape(*whole.shape[:2], *cells.shape[2:])
             else:
                 cells[:] = whole[..., units[kind].cell_unit]
@@ -195,7 +210,7 @@ class _Units:
     def from_stats(cls, stats: AttentionStats, kind: AttentionKind, spec: MaskSpec) -> _Units:
         support, heads = stats.support[kind], stats.mass[kind].shape[:2]
         criterion = criteria.CRITERIA[spec.criterion]
-        cell_unit = _number_units(support.shape, spec.granularity_of(kind))
+        cell_unit = _number_units(support.shape, 1 if spec.in_offsets(kind) else spec.granularity_of(kind))
         prunable = np.where(_always_kept(stats, kind, spec), 0, support)
         pairs = criteria.sum_by(cell_unit, prunable)
         if criterion.score is None:
@@ -204,7 +219,7 @@ class _Units:
             offset_score[..., criteria.unseen_offsets(support)] = np.inf
         else:
             cells = criterion.score(stats, kind)
-            if spec.smooth:
+            if spec.smooth and not spec.in_offsets(kind):  # an offset is a whole diagonal
                 cells = criteria.smoothed(cells, support, spec.smooth)
             offset_score = criteria.offset_scores(cells, support)
             score = criteria.sum_by(cell_unit, cells * prunable) / np.maximum(pairs, 1)
@@ -288,6 +303,9 @@ def _by_percentile(stats: AttentionStats, spec: MaskSpec) -> tuple[Cells, Cells]
 def _finish(keep, extrapolation, stats: AttentionStats, kind: AttentionKind, spec: MaskSpec) -> None:
     """Apply to every mask, in place: extrapolation to unobserved cells, always-kept cells, causality."""
     support = stats.support[kind]
+    if spec.in_offsets(kind):
+        keep[..., (support == 0) | _always_kept(stats, kind, spec)] = True
+        return
     if spec.extrapolate == "keep":
         extrapolation[:] = True
     if spec.keep_diagonal is not None and kind is not AttentionKind.CROSS:
@@ -302,6 +320,9 @@ def _finish(keep, extrapolation, stats: AttentionStats, kind: AttentionKind, spe
 
 def _always_kept(stats: AttentionStats, kind: AttentionKind, spec: MaskSpec) -> np.ndarray:
     """The guaranteed cell of each row and the sets that *spec* names, bool (Tq, Tk)."""
+    if spec.in_offsets(kind):
+        n_offsets = stats.support[kind].shape[1]
+        return np.abs(np.arange(n_offsets) - n_offsets // 2)[None] <= (spec.keep_diagonal or 0)
     cells = criteria.guaranteed(stats.support[kind].shape, kind)
     cells[:, : spec.keep_first] = True
     if spec.keep_diagonal is not None:

@@ -105,22 +105,24 @@ class Criterion:
         score: the score function; None where each unit draws its own.
         smoothable: the score is an estimate from the single cell's recordings, which its neighbours can improve.
         ties: many scores are equal; a seed decides their order.
+        relative: also scores the offsets of cross-attention from a scaled diagonal.
     """
 
     score: Callable[[AttentionStats, AttentionKind], np.ndarray] | None
     smoothable: bool = False
     ties: bool = False
+    relative: bool = False
 
 
 CRITERIA = {
-    "mean": Criterion(mean_attention, smoothable=True),
-    "normalised": Criterion(normalised_attention, smoothable=True),
-    "diagonal-mean": Criterion(diagonal_mean_attention),
-    "importance": Criterion(importance, smoothable=True),
+    "mean": Criterion(mean_attention, smoothable=True, relative=True),
+    "normalised": Criterion(normalised_attention, smoothable=True, relative=True),
+    "diagonal-mean": Criterion(diagonal_mean_attention, relative=True),
+    "importance": Criterion(importance, smoothable=True, relative=True),
     "window": Criterion(window, ties=True),
     "gaussian": Criterion(gaussian, ties=True),
     "fixed": Criterion(fixed_patterns, ties=True),
-    "random": Criterion(None),
+    "random": Criterion(None, relative=True),
     "percentile": Criterion(mean_attention),
 }
 

@@ -15,21 +15,23 @@ SCOPES = ("kind", "layer", "head", "global")
 EXTRAPOLATIONS = ("diagonal", "keep")
 HEAD_GROUPS = ("layer", "kind")
 
-Granularity = int | str  # N for N x N blocks (1: cells), "QxK", "diagonal"
+Granularity = int | str  # N for N x N blocks (1: cells), "QxK", "diagonal", "scaled-diagonal"
+DIAGONALS = ("diagonal", "scaled-diagonal")
 
 
 def block_shape(granularity: Granularity) -> tuple[int, int] | None:
-    """Return the queries and keys of a block, (1, 1) for cells; None for diagonals.
+    """Return the queries and keys of a block, (1, 1) for cells; None for diagonals of either kind.
 
     Raises:
         UserError: for anything that is no granularity.
     """
-    if granularity == "diagonal":
+    if granularity in DIAGONALS:
         return None
     size = re.fullmatch(r"([1-9][0-9]*)(?:x([1-9][0-9]*))?", str(granularity), re.ASCII)
     if size is None:
         raise UserError(
-            f"--granularity {granularity} is not N (N x N blocks, 1 for cells), QxK (Q queries x K keys) or diagonal"
+            f"--granularity {granularity} is not N (N x N blocks, 1 for cells), QxK (Q queries x K keys) or one of "
+            f"{', '.join(DIAGONALS)}"
         )
     return int(size[1]), int(size[2] or size[1])
 
@@ -49,8 +51,10 @@ class MaskSpec:
         scope: what shares one threshold: all sites of a ``kind``, each ``layer`` of a kind, each ``head``, or all kinds
             together (``global``; the budget is then the sum of the kinds' budgets in pairs, and kinds, layers and heads
             that are cheap to prune pay for the others). ``percentile`` has its own scope.
-        granularity: N (square blocks, 1 for cells), ``QxK`` (blocks of Q queries x K keys) or ``diagonal`` (offsets
-            j - i); or one for each kind, where kinds without an entry have cells.
+        granularity: N (square blocks, 1 for cells), ``QxK`` (blocks of Q queries x K keys), ``diagonal`` (offsets
+            j - i) or ``scaled-diagonal`` (in cross-attention offsets from the clamped, scaled diagonal of
+            :mod:`ap_fairseq.relative`, in self-attention the same as ``diagonal``); or one for each kind, where kinds
+            without an entry have cells.
         extrapolate: for cells that no recorded sentence reaches, ``diagonal`` compares the head's mean score along
             their diagonal with the same threshold, ``keep`` keeps them.
         min_kept: the share of its attendable pairs, the best of them, that every head keeps at least, in [0, 1].
@@ -130,6 +134,18 @@ class MaskSpec:
             )
         if self.seed < 0:
             raise UserError(f"--seed {self.seed} is negative; expected 0 or more")
+        if self.in_offsets(AttentionKind.CROSS):
+            if not CRITERIA[self.criterion].relative and self.criterion != "percentile":
+                relative = ", ".join(name for name, criterion in CRITERIA.items() if criterion.relative)
+                raise UserError(
+                    f"--criterion {self.criterion} scores cells, --granularity scaled-diagonal decides for offsets in "
+                    f"cross-attention; choose one of {relative}"
+                )
+            if self.keep_first:
+                raise UserError(
+                    f"--keep-first {self.keep_first} keeps columns, which --granularity scaled-diagonal does not know "
+                    "in cross-attention; leave it out, or choose another granularity for cross"
+                )
         if self.criterion == "percentile":
             own = MaskSpec(self.budgets, extrapolate=self.extrapolate, seed=self.seed)
             changed = [
@@ -142,6 +158,11 @@ class MaskSpec:
                     f"--criterion percentile decides single cells, per layer over its heads, and keeps nothing else; "
                     f"leave out {', '.join(changed)}"
                 )
+
+    def in_offsets(self, kind: AttentionKind) -> bool:
+        """Whether the masks of *kind* are relative to the scaled diagonal."""
+        scaled = self.granularity_of(kind) == "scaled-diagonal"
+        return scaled and kind is AttentionKind.CROSS and kind in self.budgets
 
     def granularity_of(self, kind: AttentionKind) -> Granularity:
         """Return the granularity of one kind."""

@@ -10,6 +10,7 @@ import numpy as np
 from ap_fairseq.artifacts import AttentionStats, PruningMasks
 from ap_fairseq.pruning import criteria
 from ap_fairseq.pruning.spec import MaskSpec, block_shape
+from ap_fairseq.relative import RelativeMask, kept_in_row, offset_support
 from ap_fairseq.sites import AttentionKind
 
 
@@ -21,7 +22,9 @@ class LayerSummary:
     layer: int | None
     pairs: int  # attendable pairs of the recorded data, over heads: sum n
     effective: float  # share of attendable pairs removed: sum n (1 - keep) / sum n
-    nominal: float  # share of the cells of the square up to the longest sentence not kept, non-existing cells included
+    # share of the cells of the square up to the longest sentence not kept, non-existing cells included; masks relative
+    # to a diagonal have no such square: their effective sparsity
+    nominal: float
     kept_mass: float  # sum s keep / sum s
     mass: float  # attention mass of the recorded data: sum s
     guaranteed_rows: int  # observed rows (over heads) whose only kept cell is the guaranteed one
@@ -32,22 +35,10 @@ def summarize(masks: PruningMasks, stats: AttentionStats) -> list[LayerSummary]:
     """Return effective sparsity, nominal sparsity and kept mass per kind and layer; the kind's own row comes first."""
     rows = []
     for kind in stats.kinds:
-        keep, mass, support = masks.keep[kind], stats.mass[kind], stats.support[kind]
-        observed = support > 0
-        longest = max(support.shape)
-        layers = [
-            dict(
-                pruned=np.sum(support * (keep.shape[1] - keep[layer].sum(0, dtype=np.int64))),
-                pairs=support.sum() * keep.shape[1],
-                not_kept=keep.shape[1] * longest**2 - keep[layer].sum(),
-                cells=keep.shape[1] * longest**2,
-                kept=np.sum(mass[layer], where=keep[layer]),
-                mass=mass[layer].sum(),
-                guaranteed=np.sum((keep[layer] & observed).sum(-1) == 1) - keep.shape[1] * _single(observed),
-                rows=keep.shape[1] * int(observed.any(-1).sum()),
-            )
-            for layer in range(keep.shape[0])
-        ]
+        if masks.relative is not None and kind is AttentionKind.CROSS:
+            layers = _relative_layers(masks.relative, stats)
+        else:
+            layers = _layers(masks.keep[kind], stats, kind)
         total = {key: sum(layer[key] for layer in layers) for key in layers[0]}
         for layer, part in [(None, total), *enumerate(layers)]:
             rows.append(
@@ -64,6 +55,39 @@ def summarize(masks: PruningMasks, stats: AttentionStats) -> list[LayerSummary]:
                 )
             )
     return rows
+
+
+def _layers(keep: np.ndarray, stats: AttentionStats, kind: AttentionKind) -> list[dict[str, float]]:
+    """Return the counts of each layer that a summary is made of."""
+    mass, support = stats.mass[kind], stats.support[kind]
+    observed = support > 0
+    longest = max(support.shape)
+    return [
+        dict(
+            pruned=np.sum(support * (keep.shape[1] - keep[layer].sum(0, dtype=np.int64))),
+            pairs=support.sum() * keep.shape[1],
+            not_kept=keep.shape[1] * longest**2 - keep[layer].sum(),
+            cells=keep.shape[1] * longest**2,
+            kept=np.sum(mass[layer], where=keep[layer]),
+            mass=mass[layer].sum(),
+            guaranteed=np.sum((keep[layer] & observed).sum(-1) == 1) - keep.shape[1] * _single(observed),
+            rows=keep.shape[1] * int(observed.any(-1).sum()),
+        )
+        for layer in range(keep.shape[0])
+    ]
+
+
+def _relative_layers(masks: RelativeMask, stats: AttentionStats) -> list[dict[str, float]]:
+    """As :func:`_layers`, for masks relative to the scaled diagonal; rows are those of all sentences."""
+    offsets, rows = stats.in_offsets(), stats.rows_by_centre()
+    support = offsets.support[AttentionKind.CROSS][0]
+    keep = masks.grown(len(support))
+    layers = _layers(keep[:, :, None], offsets, AttentionKind.CROSS)
+    lone = rows * (np.arange(len(rows)) > 1)[:, None] * (kept_in_row(keep, rows) == 1)  # of sources of several tokens
+    for layer, counts in enumerate(layers):
+        counts |= {"not_kept": counts["pruned"], "cells": counts["pairs"]}
+        counts |= {"guaranteed": lone[layer].sum(), "rows": rows.sum() * keep.shape[1]}
+    return layers
 
 
 def _single(observed: np.ndarray) -> int:
@@ -84,9 +108,13 @@ def vanished_heads(masks: PruningMasks, stats: AttentionStats) -> dict[str, list
     """Return ``{kind: [[layer, head], ...]}`` of the heads that keep no observed cell but the guaranteed ones."""
     vanished = {}
     for kind in stats.kinds:
-        support = stats.support[kind]
+        support, keep = stats.support[kind], masks.keep[kind]
         others = (support > 0) & ~criteria.guaranteed(support.shape, kind)
-        empty = ~(masks.keep[kind] & others).any((-2, -1)) & others.any()
+        if kind is AttentionKind.CROSS and masks.relative is not None:
+            others = offset_support(stats.rows_by_centre())[None] > 0
+            others[0, others.shape[1] // 2] = False
+            keep = masks.relative.grown(others.shape[1])[:, :, None]
+        empty = ~(keep & others).any((-2, -1)) & others.any()
         if empty.any():
             vanished[kind.value] = np.argwhere(empty).tolist()
     return vanished

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ap_fairseq.artifacts import AttentionStats
 from ap_fairseq.files import UserError
+from ap_fairseq.relative import RelativeStats, scaled
 from ap_fairseq.sites import AttentionKind, AttentionSite, attention_sites
 
 INITIAL_LOSS_SCALE = 128.0  # as fairseq's training in half precision; halved when gradients overflow
@@ -54,11 +55,16 @@ class AttentionRecorder:
         model: a fairseq transformer, language model or RoBERTa.
         max_positions: (source, target): cells at or beyond these positions are counted but not recorded.
         importance: also record what the loss depends on.
+        slope: also sum cross-attention by offset from the diagonal of this slope (:mod:`ap_fairseq.relative`), over
+            the sentences without positions beyond *max_positions*.
     """
 
-    def __init__(self, model: nn.Module, max_positions: tuple[int, int], importance: bool = False):
+    def __init__(
+        self, model: nn.Module, max_positions: tuple[int, int], importance: bool = False, slope: int | None = None
+    ):
         self.limit_source, self.limit_target = max_positions
         self.importance = importance
+        self.slope = slope
         self.sites = list(attention_sites(model))
         self.lengths: collections.Counter[tuple[int, int]] = collections.Counter()  # of (target, source) lengths
         self._mass: dict[AttentionKind, Tensor] = {}
@@ -66,6 +72,9 @@ class AttentionRecorder:
         self._query_padding: dict[AttentionKind, Tensor] = {}
         self._last_source: Tensor | None = None
         self._importance: dict[AttentionKind, Tensor] = {}
+        self._centre: Tensor | None = None  # int64 (B, T)
+        self._within: Tensor | None = None  # bool (B, T), rows that are summed by offset
+        self._relative: dict[str, Tensor] = {}  # mass and importance, float64 (layers, heads, offsets)
         self._attended: dict[AttentionSite, _Attended] = {}  # by the batch whose loss is awaited
         self._loss_scale = INITIAL_LOSS_SCALE
         self._hooks = []
@@ -80,6 +89,10 @@ class AttentionRecorder:
                     self._end_mass[site.kind] = self._mass[site.kind].new_zeros(shape[:2])
                 if importance:
                     self._importance[site.kind] = torch.zeros_like(self._mass[site.kind])
+                if slope is not None and site.kind is AttentionKind.CROSS:
+                    names = ("mass", "importance") if importance else ("mass",)
+                    offsets = 2 * self.limit_source - 1
+                    self._relative = {name: self._mass[site.kind].new_zeros(*shape[:2], offsets) for name in names}
             # Stock fairseq otherwise hands full-context attention to torch, which averages the heads away.
             module._set_skip_embed_dim_check()
             self._hooks.append(module.register_forward_pre_hook(_ask_for_head_weights, with_kwargs=True))
@@ -123,12 +136,19 @@ class AttentionRecorder:
         }
         source_lengths, target_lengths = (~source_padding).sum(1), (~target_padding).sum(1)
         self._last_source = source_lengths - 1
+        if self._relative:
+            rows = torch.arange(prev_output_tokens.size(1), device=prev_output_tokens.device)
+            self._centre = torch.minimum(scaled(self.slope, rows), self._last_source[:, None])
+            inside = (source_lengths <= self.limit_source) & (target_lengths <= self.limit_target)
+            self._within = ~target_padding & inside[:, None]
         self.lengths.update(zip(target_lengths.tolist(), source_lengths.tolist(), strict=True))
 
     def _hook(self, kind: AttentionKind, layer: int):
         def accumulate(module, args, output):
             weights = output[1].detach()  # (H, B, Tq, Tk) float32, before dropout
             n_queries, n_keys = self._add(self._mass[kind][layer], kind, weights)
+            if kind is AttentionKind.CROSS and self._relative:
+                self._add_by_offset(self._relative["mass"][layer], weights)
             if kind in self._end_mass:
                 last = self._last_source.view(1, -1, 1, 1).expand(*weights.shape[:3], 1)
                 on_end = weights.gather(3, last).squeeze(3).masked_fill(self._query_padding[kind], 0)  # (H, B, Tq)
@@ -144,6 +164,13 @@ class AttentionRecorder:
         n_queries, n_keys = (min(a, b) for a, b in zip(recorded.shape[1:], total.shape[1:], strict=True))
         total[:, :n_queries, :n_keys] += recorded[:, :n_queries, :n_keys]
         return n_queries, n_keys
+
+    def _add_by_offset(self, total: Tensor, cells: Tensor) -> None:
+        """Add *cells* (H, B, Tq, Tk) to *total* (H, 2 S - 1) of their offsets."""
+        n_keys = min(cells.size(3), self.limit_source)  # longer sentences are not summed
+        sums = sum_by_offset(cells[..., :n_keys], self._centre, self._within)
+        margin = (total.size(1) - sums.size(1)) // 2
+        total[:, margin : margin + sums.size(1)] += sums
 
     # -- importance ---------------------------------------------------------------------------------------------------
 
@@ -192,7 +219,10 @@ class AttentionRecorder:
         for ((kind, layer), site), gradient in zip(attended.items(), gradients, strict=True):
             output_gradient = gradient.unflatten(2, site.values.shape[2:])
             weights_gradient = torch.einsum("qbhd,kbhd->hbqk", output_gradient, site.values.to(gradient.dtype))
-            self._add(self._importance[kind][layer], kind, squared_removal_effect(site.weights, weights_gradient))
+            effect = squared_removal_effect(site.weights, weights_gradient)
+            self._add(self._importance[kind][layer], kind, effect)
+            if kind is AttentionKind.CROSS and self._relative:
+                self._add_by_offset(self._relative["importance"][layer], effect)
 
     def _gradients(self, loss: Tensor, outputs: list[Tensor]) -> list[Tensor]:
         """Return d loss / d output, at least float32: the loss is scaled so that half precision can hold them."""
@@ -242,12 +272,30 @@ class AttentionRecorder:
             "pairs_recorded": {kind.value: int(n.sum()) for kind, n in support.items()},
         }
         end_mass = {kind: total.cpu().numpy() for kind, total in self._end_mass.items()}
-        return AttentionStats(recorded(self._mass), support, metadata, end_mass, recorded(self._importance))
+        return AttentionStats(
+            recorded(self._mass),
+            support,
+            metadata,
+            end_mass,
+            recorded(self._importance),
+            np.array([(*pair, count) for pair, count in sorted(lengths.items())], dtype=np.int64),
+            self._relative_stats(lengths),
+        )
+
+    def _relative_stats(self, lengths: collections.Counter[tuple[int, int]]) -> RelativeStats | None:
+        """Return cross-attention by offset, cut to the longest source that was summed."""
+        sources = [s for t, s in lengths if s <= self.limit_source and t <= self.limit_target]
+        if not self._relative or not sources:
+            return None
+        margin = self.limit_source - max(sources)
+        cut = {name: x[..., margin : x.size(2) - margin].cpu().numpy() for name, x in self._relative.items()}
+        return RelativeStats(self.slope, **cut)
 
     def _sum_over(self, group: dist.ProcessGroup | None) -> collections.Counter[tuple[int, int]]:
         """Add up the accumulators of all ranks in place, and return the lengths of all sentences."""
         if group is not None:
-            for total in (*self._mass.values(), *self._end_mass.values(), *self._importance.values()):
+            totals = self._mass, self._end_mass, self._importance, self._relative
+            for total in (tensor for part in totals for tensor in part.values()):
                 dist.all_reduce(total, group=group)
         return sum(gathered(self.lengths, group), collections.Counter())
 
@@ -283,6 +331,25 @@ def squared_removal_effect(weights: Tensor, gradient: Tensor) -> Tensor:
         (..., Tk) in squared units of the loss.
     """
     return (weights * gradient).square()
+
+
+def sum_by_offset(cells: Tensor, centre: Tensor, rows: Tensor) -> Tensor:
+    """Sum cells by their offset from the centre of their row, always in the same order.
+
+    Args:
+        cells: (H, B, Tq, Tk), 0 beyond the source.
+        centre: int64 (B, Tq).
+        rows: bool (B, Tq), True = summed.
+
+    Returns:
+        float64 (H, 2 Tk - 1), offsets -(Tk - 1) to Tk - 1.
+    """
+    n_keys = cells.size(3)
+    offsets = torch.arange(1 - n_keys, n_keys, device=cells.device)
+    key = centre[..., None] + offsets  # (B, Tq, 2 Tk - 1)
+    outside = (key < 0) | (key >= n_keys) | ~rows[..., None]
+    aligned = cells.gather(3, key.clamp(0, n_keys - 1).expand(len(cells), -1, -1, -1))
+    return aligned.masked_fill(outside, 0).sum((1, 2), dtype=torch.float64)
 
 
 def _ask_for_head_weights(module, args, kwargs):

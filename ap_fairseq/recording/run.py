@@ -32,7 +32,7 @@ from ap_fairseq.files import ArtifactError, UserError, file_sha256, refuse_exist
 from ap_fairseq.model.checkpoints import RECORDABLE, load_parameters, stored_model
 from ap_fairseq.provenance import dictionary_hashes, versions
 from ap_fairseq.recording.recorder import AttentionRecorder, data_parallel_group, gathered, sample_by_length
-from ap_fairseq.recording.tasks import languages, lengths_of, longest_sides, recorded_task
+from ap_fairseq.recording.tasks import diagonal_slope, languages, lengths_of, longest_sides, recorded_task
 
 logger = logging.getLogger(__name__)
 
@@ -116,7 +116,7 @@ def record(cfg, job: Recording) -> AttentionStats:
 
     started = time.monotonic()
     limits = tuple(min(n, job.max_positions) for n in longest_sides(dataset))
-    with AttentionRecorder(model, limits, job.importance) as recorder:
+    with AttentionRecorder(model, limits, job.importance, diagonal_slope(dataset)) as recorder:
         logged = _run(recorder, model, criterion, progress, task.source_dictionary.pad(), cuda)
     parts = gathered(logged, group)
     totals = collections.Counter({name: sum(part[name] for part in parts) for part in parts for name in part})

@@ -20,6 +20,8 @@ from fairseq.tasks.masked_lm import MaskedLMConfig
 from fairseq.tasks.sentence_prediction import SentencePredictionConfig
 from fairseq.tasks.translation import TranslationConfig, TranslationTask
 
+from ap_fairseq.relative import slope_of
+
 
 @dataclass(frozen=True)
 class RecordedTask:
@@ -113,6 +115,13 @@ def longest_sides(dataset: FairseqDataset) -> tuple[int, int]:
         return int(dataset.src_sizes.max()), int(dataset.tgt_sizes.max())
     longest = int(np.max(dataset.sizes)) + 1  # --add-bos-token is not counted
     return longest, longest
+
+
+def diagonal_slope(dataset: FairseqDataset) -> int | None:
+    """Return the slope of the diagonal of cross-attention in a data set of sentence pairs, None for others."""
+    if not isinstance(dataset, LanguagePairDataset):
+        return None
+    return slope_of(int(dataset.src_sizes.sum()), int(dataset.tgt_sizes.sum()))
 
 
 def lengths_of(dataset: FairseqDataset, indices: np.ndarray) -> np.ndarray:

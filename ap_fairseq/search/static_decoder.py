@@ -101,7 +101,8 @@ class StaticDecoder:
         # Graphs hold addresses: of the parameters, and of the layouts, which must not be dropped before them.
         self.addresses = self._addresses()
         kernels = modules[0].runs_kernels(dtype, device)
-        self.capture = kernels and device.type == "cuda"
+        waits = any(module.waits_for_device(dtype, device) for module in modules)
+        self.capture = kernels and device.type == "cuda" and not waits
         sizes = (capacity.sentences, capacity.positions, capacity.source_length)
         self.beams = BeamSearchState(sizes, rules.beam, self_heads, cross_heads, device, kernels)
         self.restrictions = Restrictions(self.beams.state, rules)

@@ -24,7 +24,7 @@ from ap_fairseq.provenance import dictionary_hashes, versions
 from ap_fairseq.pruning.build import build_masks
 from ap_fairseq.pruning.flags import spec_from
 from ap_fairseq.recording.recorder import AttentionRecorder, data_parallel_group, sample_by_length
-from ap_fairseq.recording.tasks import languages, longest_sides
+from ap_fairseq.recording.tasks import diagonal_slope, languages, longest_sides
 from ap_fairseq.training.schedule import PruningSchedule
 
 logger = logging.getLogger(__name__)
@@ -102,7 +102,8 @@ class TrainingPruner:
         limits = tuple(min(n, MAX_POSITIONS) for n in longest_sides(dataset))
         group = data_parallel_group()
         rank, ranks = (group.rank(), group.size()) if group else (0, 1)
-        with evaluating(model, criterion), AttentionRecorder(model, limits, self.importance) as recorder:
+        slope = diagonal_slope(dataset)
+        with evaluating(model, criterion), AttentionRecorder(model, limits, self.importance, slope) as recorder:
             for indices in self.batches(dataset, model)[rank::ranks]:
                 batch = dataset.collater([dataset[index] for index in indices])
                 batch = utils.move_to_cuda(batch, device) if device.type == "cuda" else batch

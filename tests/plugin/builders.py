@@ -13,6 +13,7 @@ from ap_fairseq.model.transformer import PrunedTransformerModel
 from ap_fairseq.pruning.build import build_masks
 from ap_fairseq.pruning.spec import MaskSpec
 from ap_fairseq.recording.recorder import support_of
+from ap_fairseq.relative import RelativeStats, offset_support, rows_by_centre, slope_of
 from ap_fairseq.sites import AttentionKind
 
 
@@ -73,7 +74,11 @@ def random_stats(
     support = {kind: support_of(kind, lengths) for kind in AttentionKind}
     mass = {kind: draw.random((layers, heads, *n.shape)) * n for kind, n in support.items()}
     importance = {kind: draw.random((layers, heads, *n.shape)) * n for kind, n in support.items()}
-    return AttentionStats(mass, support, {}, importance=importance)
+    counts = np.array([(*pair, count) for pair, count in sorted(lengths.items())])
+    slope = slope_of(int(counts[:, 1] @ counts[:, 2]), int(counts[:, 0] @ counts[:, 2]))
+    pairs = offset_support(rows_by_centre(counts, slope))
+    relative = RelativeStats(slope, *(draw.random((layers, heads, len(pairs))) * pairs for _ in range(2)))
+    return AttentionStats(mass, support, {}, importance=importance, lengths=counts, relative=relative)
 
 
 def random_masks(sparsity: float, seed: int = 0, kinds=tuple(AttentionKind), **shape) -> PruningMasks:

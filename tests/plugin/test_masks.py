@@ -344,7 +344,7 @@ def test_masks_grow_by_their_pattern(shape):
         (dict(budgets={AttentionKind.CROSS: math.nan}), "--cross nan is not a share"),
         (dict(budgets={}, scope="site"), "--scope site is not one of kind, layer, head, global"),
         (dict(budgets={}, criterion="best"), "--criterion best is not one of mean, normalised"),
-        (dict(budgets={}, granularity="8x"), "--granularity 8x is not N .*, QxK .* or diagonal"),
+        (dict(budgets={}, granularity="8x"), "--granularity 8x is not N .*, QxK .* or one of diagonal, scaled"),
         (dict(budgets={}, min_kept=1.2), "--min-kept 1.2 is not a share"),
         (dict(budgets={}, min_kept=math.nan), "--min-kept nan is not a share"),
         (dict(budgets={}, min_heads={AttentionKind.CROSS: math.inf}), "--min-heads cross=inf is not a number of heads"),

@@ -1,0 +1,129 @@
+"""Cross-attention relative to a clamped, scaled diagonal.
+
+Query i of a sentence with S source tokens has its *centre* at key c(i, S) = min(round(slope * i), S - 1): the source
+position that corresponds to it where sentences grow evenly, and the last source token where they do not. The cell
+(i, c + o) has the *offset* o. The centre exists in every row of every sentence, so a mask that keeps offset 0 leaves no
+row empty, and a pattern in offsets continues to any length.
+
+The slope is a whole number of 1/65536 key positions per query position, so that every program rounds alike.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+SLOPE_BITS = 16
+
+
+def slope_of(n_keys: int, n_queries: int) -> int:
+    """Return the slope of a diagonal that reaches *n_keys* keys after *n_queries* queries."""
+    return round(n_keys / n_queries * (1 << SLOPE_BITS))
+
+
+def scaled(slope: int, row: Any) -> Any:
+    """Return round(slope * row), the centre before it is clamped; *row* is a whole number, or an array or tensor."""
+    return (row * slope + (1 << (SLOPE_BITS - 1))) >> SLOPE_BITS
+
+
+def centre(slope: int, row: np.ndarray, length: np.ndarray) -> np.ndarray:
+    """Return the key position from which offsets of query *row* count in a source of *length* tokens; int64."""
+    return np.minimum(scaled(slope, row), length - 1)
+
+
+@dataclass
+class RelativeStats:
+    """Cross-attention summed by offset.
+
+    Attributes:
+        slope: of the diagonal.
+        mass: float64 (layers, heads, 2 S - 1): sum of the attention probability over the cells of each offset,
+            -(S - 1) to S - 1, in the sentences that lie within the recorded range; S is the longest source.
+        importance: float64, as *mass*: sum of the effect on the loss; None unless recorded.
+    """
+
+    slope: int
+    mass: np.ndarray
+    importance: np.ndarray | None = None
+
+    def merge(self, other: RelativeStats) -> RelativeStats:
+        """Return the sums of both, of the same slope."""
+        size = max(self.mass.shape[2], other.mass.shape[2])
+        sums = [widened(self.mass, size, 0) + widened(other.mass, size, 0)]
+        if self.importance is not None and other.importance is not None:
+            sums.append(widened(self.importance, size, 0) + widened(other.importance, size, 0))
+        return RelativeStats(self.slope, *sums)
+
+
+@dataclass
+class RelativeMask:
+    """One mask per cross-attention head over offsets.
+
+    Attributes:
+        slope: of the diagonal.
+        keep: bool (layers, heads, 2 S - 1), True = kept; offset 0, the middle, is True. Offsets outside are kept.
+    """
+
+    slope: int
+    keep: np.ndarray
+
+    def grown(self, size: int) -> np.ndarray:
+        """Return the mask over *size* offsets, an odd number: bool (layers, heads, *size*)."""
+        cut = max(0, self.keep.shape[2] - size) // 2
+        return widened(self.keep[..., cut : self.keep.shape[2] - cut], size, True)
+
+    def cells(self, n_queries: int, length: int, n_keys: int | None = None) -> np.ndarray:
+        """Return the keep mask of a source of *length* tokens: bool (layers, heads, n_queries, n_keys or length)."""
+        column = np.arange(length if n_keys is None else n_keys)
+        offset = column - centre(self.slope, np.arange(n_queries), np.int64(length))[:, None]
+        widest = int(np.abs(offset).max(initial=0))
+        return self.grown(2 * widest + 1)[..., offset + widest]
+
+
+def widened(offsets: np.ndarray, size: int, value: float) -> np.ndarray:
+    """Pad an array over offsets (..., 2 S - 1) on both sides to (..., *size*)."""
+    margin = (size - offsets.shape[-1]) // 2
+    return np.pad(offsets, [(0, 0)] * (offsets.ndim - 1) + [(margin, margin)], constant_values=value)
+
+
+def rows_by_centre(lengths: np.ndarray, slope: int) -> np.ndarray:
+    """Count the query rows of all sentences by source length and centre.
+
+    Args:
+        lengths: int64 (n, 3): target length, source length, number of sentences.
+
+    Returns:
+        int64 (S + 1, S): [s, c] is the number of rows of sentences with s source tokens whose centre is c.
+    """
+    target, source, count = lengths.T
+    joint = np.zeros((target.max(initial=0) + 1, source.max(initial=0) + 1), dtype=np.int64)
+    np.add.at(joint, (target, source), count)
+    longer = joint[::-1].cumsum(0)[::-1][1:]  # [i, s]: sentences with s source tokens and more than i target tokens
+    row, size = np.indices(longer.shape)
+    rows = np.zeros((joint.shape[1], max(joint.shape[1] - 1, 1)), dtype=np.int64)
+    np.add.at(rows, (size, np.maximum(centre(slope, row, size), 0)), longer)
+    return rows
+
+
+def offset_support(rows: np.ndarray) -> np.ndarray:
+    """Count the pairs of each offset, from :func:`rows_by_centre`: int64 (2 S - 1,)."""
+    longest = rows.shape[1]
+    size, middle = np.indices(rows.shape)
+    changes = np.zeros(2 * longest, dtype=np.int64)
+    np.add.at(changes, longest - 1 - middle, rows)  # a row with centre c has the offsets -c ... s - 1 - c
+    np.add.at(changes, (longest - 1 + size - middle).clip(0), -rows)
+    return changes.cumsum()[:-1]
+
+
+def kept_in_row(keep: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Count the kept cells of a row: int64 (layers, heads, S + 1, S) for each source length and centre of *rows*.
+
+    Args:
+        keep: bool (layers, heads, 2 S - 1), as wide as the sources of *rows* need.
+    """
+    sums = np.pad(keep.cumsum(-1), [(0, 0), (0, 0), (1, 0)])
+    size, middle = np.indices(rows.shape)
+    origin = keep.shape[2] // 2
+    return sums[..., (origin + size - middle).clip(0)] - sums[..., origin - middle]
