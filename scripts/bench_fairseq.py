@@ -71,6 +71,9 @@ TRAIN_TOKENS = 16384
 CASES = {
     "sentences": ("translate", 0, 12000, 2000),
     "sentences, one by one": ("translate", 0, 0, 20),
+    "sentences, sampling top 10": ("translate", 0, 12000, 2000),
+    "sentences, prefixes of 5": ("translate", 0, 12000, 2000),
+    "sentences, alignments": ("translate", 0, 12000, 2000),
     "pages of 512": ("translate", 512, 32000, 62),
     "pages of 1000": ("translate", 1000, 32000, 32),
     "pages of 2048": ("translate", 2048, 32000, 15),
@@ -82,6 +85,12 @@ CASES = {
     "train pages of 4096": ("train", 4096, TRAIN_TOKENS, 40),
 }
 NOT_BY_DEFAULT = ("pages of 2048", "pages of 4096")
+# Cases of other searches than plain beam search; prefixes are those of the references.
+SEARCHES = {
+    "sentences, sampling top 10": dict(sampling=True, sampling_topk=10),
+    "sentences, prefixes of 5": dict(prefix_size=5),
+    "sentences, alignments": dict(print_alignment="hard"),
+}
 
 PROFILED_STEPS = 64
 PROFILED_UPDATES = 3
@@ -190,21 +199,22 @@ class Workload:
         )
         return [dataset.collater([dataset[i] for i in group]) for group in groups]
 
-    def translate(self, page: int, max_tokens: int, limit: int) -> dict:
+    def translate(self, page: int, max_tokens: int, limit: int, prefix_size: int = 0, **search) -> dict:
         from fairseq import utils
 
         cfg, task, model = self.task_and_model(page, train=False)
         model = model.to(self.device, self.dtype).eval()
         model.prepare_for_inference_(cfg)
         forced = dict(max_len_a=1, max_len_b=0) if not self.options.path else {}
-        generator = task.build_generator([model], argparse.Namespace(beam=5, lenpen=1, **forced))
+        generator = task.build_generator([model], argparse.Namespace(beam=5, lenpen=1, **search, **forced))
         batches = self.batches(self.dataset(task, "train" if page else "test", page, limit), max_tokens)
 
         def run(generator, batches) -> int:
             tokens = 0
             for batch in batches:
                 batch = utils.move_to_cuda(batch) if self.device.type == "cuda" else batch
-                for hypotheses in task.inference_step(generator, [model], batch):
+                prefix = batch["target"][:, :prefix_size] if prefix_size else None
+                for hypotheses in task.inference_step(generator, [model], batch, prefix_tokens=prefix):
                     tokens += len(hypotheses[0]["tokens"])
             return tokens
 
@@ -224,7 +234,7 @@ class Workload:
         )
         if self.options.profile:
             few = dict(max_len_a=0, max_len_b=PROFILED_STEPS)
-            short = task.build_generator([model], argparse.Namespace(beam=5, lenpen=1, **few))
+            short = task.build_generator([model], argparse.Namespace(beam=5, lenpen=1, **search, **few))
             result["profile"] = self.profiled("step", PROFILED_STEPS + 1, run, short, batches[:1])
         return result
 
@@ -359,7 +369,8 @@ def work(options: argparse.Namespace) -> None:
         if options.device == "cuda":
             torch.cuda.empty_cache()
         row = dict(case=case, system=options.system, kind=kind, page=page, max_tokens=max_tokens, commit=options.commit)
-        print(json.dumps(row | getattr(workload, kind)(page, max_tokens, options.limit or limit)), flush=True)
+        result = getattr(workload, kind)(page, max_tokens, options.limit or limit, **SEARCHES.get(case, {}))
+        print(json.dumps(row | result), flush=True)
 
 
 # --- all systems ------------------------------------------------------------------------------------------------------

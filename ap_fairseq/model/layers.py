@@ -169,11 +169,15 @@ class PrunedTransformerDecoder(NotScriptable, TransformerDecoderBase):
 
         Weights come back where the caller names *alignment_layer*, while ``alignment_needed`` is set, and under
         ``--load-alignments`` (``guided_alignment``): (B, T, S), the mean of *alignment_heads* (default: all), in the
-        caller's order of source columns. Guided, cells that every head prunes have the smallest positive number in
-        place of 0: a link there adds a constant to the criterion's logarithm, and no gradient.
+        caller's order of source columns; where the caller names neither, those of the model's options. Guided, cells
+        that every head prunes have the smallest positive number in place of 0: a link there adds a constant to the
+        criterion's logarithm, and no gradient.
         """
-        if alignment_layer is None and not self.returns_weights(incremental_state):
-            alignment_layer = self.num_layers  # none of them
+        if alignment_layer is None:
+            if not self.returns_weights(incremental_state):
+                alignment_layer = self.num_layers  # none of them
+            elif alignment_heads is None:
+                alignment_layer, alignment_heads = self.cfg.alignment_layer, self.cfg.alignment_heads
         encoder_out = self._for_hypotheses(encoder_out, prev_output_tokens.size(0), incremental_state)
         whole_sentences = incremental_state is None and not full_context_alignment
         if whole_sentences and alignment_layer == self.num_layers and not self.cross_self_attention:

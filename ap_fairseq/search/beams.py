@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ap_fairseq.files import UserError
 from triton_ops.api import advance_beams
-from triton_ops.beam_state import BeamState
+from triton_ops.beam_state import BeamState, choose
 
 
 class BeamSearchState:
@@ -55,10 +55,14 @@ class BeamSearchState:
         self.head = torch.cat([torch.arange(n, device=device) for n in self_heads])
         self.n_heads = torch.cat([torch.full((n,), n, device=device) for n in self_heads])
 
-    def begin(self, lengths: Tensor, max_len: int, first_token: int) -> None:
-        """Start with sentences of *lengths*, int64 (n,), source tokens, and translations of at most *max_len*."""
+    def begin(self, lengths: Tensor, max_len: int, first_token: int, n_first: int) -> None:
+        """Start with sentences of *lengths*, int64 (n,), source tokens, and translations of at most *max_len*.
+
+        Args:
+            n_first: hypotheses of a sentence that the first step continues.
+        """
         n = lengths.numel()
-        self.state.begin(n, max_len, first_token)
+        self.state.begin(n, max_len, first_token, n_first)
         for value in (self.used, self.offsets, self.starts):
             value.zero_()
         self.lengths.fill_(1)[:n] = lengths  # empty places of the batch attend to one slot that exists
@@ -74,6 +78,11 @@ class BeamSearchState:
     def advance(self, n: int, logits: Tensor, penalty: Tensor | None, eos: int) -> None:
         """Choose how the first *n* sentences go on, and record it (see `triton_ops.api.advance_beams`)."""
         advance_beams(self.state, n, logits, penalty, eos, self.kernels)
+
+    def continue_by(self, n: int, candidates: tuple[Tensor, Tensor, Tensor], eos: int) -> None:
+        """Go on by *candidates* (sums, hypotheses, tokens: see `triton_ops.beam_state.choose`), and record it."""
+        choose(self.state, n, *candidates, eos)
+        self.state.step.add_(1)
 
     def shrink(self, n: int, smaller: int) -> Tensor:
         """Move the unfinished ones of the first *n* sentences to the first *smaller* places; return where they were."""

@@ -6,8 +6,8 @@ import functools
 import logging
 
 import torch
-from fairseq.search import BeamSearch, LengthConstrainedBeamSearch
-from fairseq.sequence_generator import EnsembleModel, SequenceGenerator
+from fairseq.sequence_generator import EnsembleModelWithAlignment, SequenceGenerator
+from torch import Tensor
 
 from ap_fairseq.files import UserError
 from ap_fairseq.model.kv_cache import limit_steps
@@ -15,20 +15,18 @@ from ap_fairseq.model.transformer import PrunedTransformerModel
 from ap_fairseq.search.restrictions import NGramBlock
 from ap_fairseq.search.rules import SearchRules
 from ap_fairseq.search.static_decoder import Capacity, StaticDecoder, bucket, decoder_modules
+from ap_fairseq.search.strategies import covers
 from ap_fairseq.sites import attention_sites
 
 logger = logging.getLogger(__name__)
 
-SEARCH_OPTIONS = {  # that choose another search than BeamSearch
-    "Sampling": "--sampling",
-    "DiverseBeamSearch": "--diverse-beam-groups",
-    "DiverseSiblingsSearch": "--diversity-rate",
+SEARCH_OPTIONS = {  # that choose a search which is not covered
     "LexicallyConstrainedBeamSearch": "--constraints",
     "PrefixConstrainedBeamSearch": "prefix_allowed_tokens_fn",
 }
 
 
-class LimitedEnsemble(EnsembleModel):
+class LimitedEnsemble(EnsembleModelWithAlignment):
     """fairseq's ensemble, which tells pruned decoders how many steps a search takes at most."""
 
     max_steps: int | None = None
@@ -57,14 +55,9 @@ class PrunedSequenceGenerator(SequenceGenerator):
     def _not_covered(self, constraints) -> str | None:
         """Why fairseq's own loop is needed, or None."""
         models = self.model.models
-        search = type(self.search)
-        if search is LengthConstrainedBeamSearch:
-            bounds = self.search
-            covered = (bounds.min_len_a, bounds.min_len_b, bounds.max_len_a, bounds.max_len_b) == (1, 0, 1, 0)
-        else:
-            covered = search is BeamSearch
-        if not covered:
-            return f"the search {search.__name__} ({SEARCH_OPTIONS.get(search.__name__, 'search_strategy')})"
+        if not covers(self.search):
+            name = type(self.search).__name__
+            return f"the search {name} ({SEARCH_OPTIONS.get(name, 'search_strategy')})"
         if not all(isinstance(model, PrunedTransformerModel) for model in models):
             return "an ensemble with models other than pruned_transformer"
         if not all(model.decoder.layers for model in models):
@@ -93,28 +86,44 @@ class PrunedSequenceGenerator(SequenceGenerator):
             return "decoding on a CPU without Triton kernels"
         return None
 
-    @torch.no_grad()
-    def _generate(self, sample, prefix_tokens=None, constraints=None, bos_token=None):
-        net_input = sample["net_input"]
-        source = net_input["src_tokens"]
-        lengths = net_input.get("src_lengths")
-        if lengths is None:  # as fairseq counts them
-            lengths = (source.ne(self.eos) & source.ne(self.pad)).sum(1)
-        max_len = min(int(self.max_len_a * source.size(1) + self.max_len_b), self.max_len - 1)
-        if self.match_source_len:
-            max_len = int(lengths.max())
-        pruned = [model for model in self.model.models if isinstance(model, PrunedTransformerModel)]
-        for model in pruned:  # --eval-bleu does not prepare them for inference
-            model.log_cache_savings()
-        reason = self._not_covered(constraints) or self._unprofitable(source.device)
+    def fallback_reason(self, sample: dict, constraints: Tensor | None) -> str | None:
+        """Return why fairseq's own loop translates a batch, or None; log it."""
+        reason = self._not_covered(constraints) or self._unprofitable(sample["net_input"]["src_tokens"].device)
         if reason is not None:
             log_fallback(reason)
-            self.model.max_steps = max_len + 1
-            return super()._generate(sample, prefix_tokens, constraints, bos_token)
+        return reason
 
+    @torch.no_grad()
+    def _generate(self, sample, prefix_tokens=None, constraints=None, bos_token=None):
+        if self.fallback_reason(sample, constraints) is None:
+            return self.search_on_device(sample, prefix_tokens, bos_token)[0]
+        self._log_cache_savings()
+        self.model.max_steps = self._limits(sample)[0] + 1
+        return super()._generate(sample, prefix_tokens, constraints, bos_token)
+
+    def _log_cache_savings(self) -> None:
+        for model in self.model.models:  # --eval-bleu does not prepare them for inference
+            if isinstance(model, PrunedTransformerModel):
+                model.log_cache_savings()
+
+    def _limits(self, sample: dict) -> tuple[int, Tensor]:
+        """Return the maximum length of translations, and the lengths of the sources, as fairseq counts them."""
+        source, lengths = sample["net_input"]["src_tokens"], sample["net_input"].get("src_lengths")
+        if lengths is None:
+            lengths = (source.ne(self.eos) & source.ne(self.pad)).sum(1)
+        if self.match_source_len:
+            return int(lengths.max()), lengths
+        return min(int(self.max_len_a * source.size(1) + self.max_len_b), self.max_len - 1), lengths
+
+    def search_on_device(
+        self, sample: dict, prefix_tokens: Tensor | None, bos_token: int | None
+    ) -> tuple[list[list[dict[str, Tensor]]], list[dict]]:
+        """Translate a batch that needs no fallback; return its hypotheses, on the CPU, and the encoders' outputs."""
+        self._log_cache_savings()
+        source, (max_len, lengths) = sample["net_input"]["src_tokens"], self._limits(sample)
         if self.min_len > max_len:
             raise UserError(f"--min-len {self.min_len} is above the maximum length {max_len} of this batch")
-        encoder_outs = self.model.forward_encoder(net_input)
+        encoder_outs = self.model.forward_encoder(sample["net_input"])
         needed = Capacity(
             sentences=bucket(source.size(0)),
             source_length=max(256, bucket(source.size(1))),
@@ -127,7 +136,7 @@ class PrunedSequenceGenerator(SequenceGenerator):
             with torch.inference_mode(False):  # a later batch may come outside of it
                 self._decoder = StaticDecoder(self.model.models, rules, capacity, source.device)
         first_token = self.eos if bos_token is None else bos_token
-        return self._decoder.search(encoder_outs, max_len, first_token, lengths, prefix_tokens)
+        return self._decoder.search(encoder_outs, max_len, first_token, lengths, prefix_tokens), encoder_outs
 
 
 @functools.cache

@@ -10,6 +10,9 @@ from fairseq.search import LengthConstrainedBeamSearch
 from fairseq.sequence_generator import SequenceGenerator
 from torch import Tensor
 
+from ap_fairseq.search import strategies
+from ap_fairseq.search.strategies import Strategy
+
 NORMAL, BEFORE_MIN_LEN, AT_MAX_LEN, WITHIN_PREFIX = range(4)  # phases of a search
 
 
@@ -29,6 +32,7 @@ class SearchRules:
         exact_length: a hypothesis has as many tokens before *eos* as its source, *eos* included, and then ends at no
             cost.
         match_source_len: what is longer is ranked last.
+        strategy: chooses among continuations; None: beam search.
     """
 
     beam: int
@@ -44,6 +48,7 @@ class SearchRules:
     no_repeat_ngram_size: int
     exact_length: bool
     match_source_len: bool
+    strategy: Strategy | None
 
     @classmethod
     def from_generator(cls, generator: SequenceGenerator) -> SearchRules:
@@ -63,12 +68,13 @@ class SearchRules:
             no_repeat_ngram_size=0 if blocker is None else blocker.no_repeat_ngram_size,
             exact_length=isinstance(generator.search, LengthConstrainedBeamSearch),
             match_source_len=generator.match_source_len,
+            strategy=strategies.from_fairseq(generator.search, generator.beam_size),
         )
 
     @property
-    def restricted(self) -> bool:
-        """Whether penalties differ between hypotheses in every step."""
-        return self.exact_length or self.no_repeat_ngram_size > 0
+    def plain(self) -> bool:
+        """Whether this is beam search with the same penalties for all hypotheses."""
+        return self.strategy is None and not self.exact_length and not self.no_repeat_ngram_size
 
     def token_penalties(self, device: torch.device) -> Tensor:
         """Penalties of all tokens in every phase, float32 (4, V): added to log-probabilities of all hypotheses."""

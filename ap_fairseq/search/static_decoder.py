@@ -106,6 +106,7 @@ class StaticDecoder:
         sizes = (capacity.sentences, capacity.positions, capacity.source_length)
         self.beams = BeamSearchState(sizes, rules.beam, self_heads, cross_heads, device, kernels)
         self.restrictions = Restrictions(self.beams.state, rules)
+        self.memory = None if rules.strategy is None else rules.strategy.memory(capacity.sentences, device)
         self.phases = torch.empty(capacity.positions, dtype=torch.int64, device=device)
 
     def _addresses(self) -> list[int]:
@@ -177,7 +178,11 @@ class StaticDecoder:
         padding = encoder_outs[0]["encoder_padding_mask"]
         size, batch, _ = encoder_outs[0]["encoder_out"][0].shape
         real = ~padding[0] if padding else torch.ones(batch, size, dtype=torch.bool, device=beams.starts.device)
-        beams.begin(real.sum(1), max_len, first_token)
+        n_first = 1
+        if self.rules.strategy is not None:
+            n_first = self.rules.strategy.n_first(self.rules.beam)
+            self.memory.zero_()
+        beams.begin(real.sum(1), max_len, first_token, n_first)
         self._store_sources(encoder_outs, real, max_len)
         for module, stacked in self.projections.items():
             for kept, fresh in zip(stacked, module.stacked_projection(), strict=True):
@@ -289,12 +294,16 @@ class StaticDecoder:
         beams.number_slots(n)
         logits = self._logits(n * rules.beam, states)
         penalty = self.penalties[self.phases[beams.state.step]][0]
-        if not (rules.restricted or within_prefix):
+        if rules.plain and not within_prefix:
             beams.advance(n, logits, penalty, rules.eos)
             return
         log_probs = logits.log_softmax(-1, dtype=torch.float32).add_(penalty)
         self.restrictions.apply(n, log_probs, within_prefix)
-        beams.advance(n, log_probs, None, rules.eos)
+        if rules.strategy is None:
+            beams.advance(n, log_probs, None, rules.eos)
+        else:
+            by_sentence = log_probs.view(n, rules.beam, -1)
+            beams.continue_by(n, rules.strategy.candidates(by_sentence, beams.state, self.memory), rules.eos)
         self.restrictions.follow(n)
 
     def _logits(self, n: int, states: list[dict]) -> Tensor:

@@ -7,7 +7,8 @@ from typing import Any
 from fairseq.tasks import register_task
 from fairseq.tasks.translation import TranslationConfig, TranslationTask
 
-from ap_fairseq.search.generator import PrunedSequenceGenerator, log_fallback
+from ap_fairseq.search.alignment import PrunedSequenceGeneratorWithAlignment
+from ap_fairseq.search.generator import PrunedSequenceGenerator
 from ap_fairseq.training.task import PruningWhileTraining, PruningWhileTrainingConfig
 
 
@@ -25,7 +26,8 @@ class PrunedTranslationTask(PruningWhileTraining, TranslationTask):
     def build_generator(self, models, args, seq_gen_cls=None, extra_gen_cls_kwargs=None, prefix_allowed_tokens_fn=None):
         """As fairseq's. The same call gives the same generator, with its buffers: the hub asks in every translation."""
         if seq_gen_cls is None and getattr(args, "print_alignment", False):
-            log_fallback("--print-alignment")
+            seq_gen_cls = PrunedSequenceGeneratorWithAlignment
+            extra_gen_cls_kwargs = {**(extra_gen_cls_kwargs or {}), "print_alignment": args.print_alignment}
         elif seq_gen_cls is None:
             seq_gen_cls = PrunedSequenceGenerator
         options = seq_gen_cls, extra_gen_cls_kwargs, prefix_allowed_tokens_fn

@@ -1,5 +1,7 @@
 """The plugin's beam search gives fairseq's hypotheses and scores; what it does not cover, it leaves to fairseq."""
 
+import argparse
+import collections
 import copy
 import gc
 import logging
@@ -7,15 +9,20 @@ import math
 import weakref
 
 import pytest
+import scipy.stats
 import torch
+from fairseq.models.transformer_align import TransformerAlignModel
 from fairseq.ngram_repeat_block import NGramRepeatBlock
-from fairseq.search import LengthConstrainedBeamSearch, Sampling
-from fairseq.sequence_generator import SequenceGenerator
+from fairseq.search import BeamSearch, DiverseBeamSearch, DiverseSiblingsSearch, LengthConstrainedBeamSearch, Sampling
+from fairseq.sequence_generator import SequenceGenerator, SequenceGeneratorWithAlignment
+from fairseq.utils import extract_soft_alignment
+from plugin import builders
 from plugin.builders import batch, dense_model, dictionary, pruned_model, random_masks
 from plugin.hypotheses import assert_same
 
 from ap_fairseq.files import UserError
-from ap_fairseq.search import generator, static_decoder
+from ap_fairseq.search import alignment, generator, static_decoder
+from ap_fairseq.search.alignment import PrunedSequenceGeneratorWithAlignment
 from ap_fairseq.search.generator import PrunedSequenceGenerator
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -77,6 +84,20 @@ class WorkingBlock(NGramRepeatBlock):
         return super().forward(tokens[:, : step + 1], lprobs, bsz, beam_size, step)
 
 
+def strategy(name: str, beam: int):
+    """A new search of fairseq's, since those of groups remember a batch."""
+    made = {
+        "2 groups": lambda: DiverseBeamSearch(VOCAB, 2, 0.5),
+        "discounted groups": lambda: DiverseBeamSearch(VOCAB, 3, 1.5, diversity_discount=0.5),
+        "groups of one": lambda: DiverseBeamSearch(VOCAB, beam, 2.0),
+        "siblings": lambda: DiverseSiblingsSearch(VOCAB, 0.8),
+        "match source length": lambda: LengthConstrainedBeamSearch(VOCAB, 1, 0, 1, 0),
+        "top 1": lambda: Sampling(VOCAB, sampling_topk=1),
+        "top 1e-6": lambda: Sampling(VOCAB, sampling_topp=1e-6),
+    }
+    return made[name]() if name in made else None
+
+
 def prefixes(rows) -> torch.Tensor:
     """Prefixes for the sentences of LENGTHS: *rows* in turns, as names of tokens."""
     width = max(map(len, rows))
@@ -84,7 +105,7 @@ def prefixes(rows) -> torch.Tensor:
     return torch.tensor([rows[k % len(rows)] for k in range(len(LENGTHS))], device=DEVICE)
 
 
-RESTRICTED = {
+SEARCHES = {
     "prefix": (dict(beam_size=3, unk_penalty=0.5), [["w5", "<unk>", "w7"]]),
     "prefixes of several lengths": (
         dict(beam_size=3, min_len=4, tokens_to_suppress=("w4",)),
@@ -97,18 +118,26 @@ RESTRICTED = {
     "bigrams": (dict(beam_size=3, no_repeat_ngram_size=2, max_len_b=30), None),
     "trigrams": (dict(beam_size=4, no_repeat_ngram_size=3, max_len_b=30, unk_penalty=9.0), None),
     "bigrams within prefixes": (dict(beam_size=3, no_repeat_ngram_size=2), [["w5", "w6", "w5"], ["w5"]]),
+    "2 groups": (dict(beam_size=6, max_len_b=12), None),
+    "discounted groups": (dict(beam_size=6, min_len=5, len_penalty=0.4), None),
+    "groups of one": (dict(beam_size=4, unk_penalty=0.5), [["w5"], []]),
+    "siblings": (dict(beam_size=4, no_repeat_ngram_size=2), None),
+    "top 1": (dict(beam_size=3, temperature=0.7), [["w5"], [], ["w6", "</s>"]]),
+    "top 1e-6": (dict(beam_size=2, min_len=4), None),
 }
 
 
 @pytest.mark.parametrize("backend", ["sdpa", "triton"])
-@pytest.mark.parametrize(("options", "rows"), RESTRICTED.values(), ids=RESTRICTED)
-def test_restricted_searches_find_what_fairseqs_find(options, rows, backend, caplog):
+@pytest.mark.parametrize("case", SEARCHES)
+def test_other_searches_find_what_fairseqs_find(case, backend, caplog):
+    """Sampling from one token is deterministic. In fairseq-generate, stock groups fail: they index by sentence ids."""
+    options, rows = SEARCHES[case]
     systems, options = models(attention_backend=backend), {"max_len_b": 15, **options}
     n = len(LENGTHS) if backend == "sdpa" or DEVICE == "cuda" else 4
     prefix = None if rows is None else prefixes(rows)[:n]
 
     def made(generator):
-        search = LengthConstrainedBeamSearch(VOCAB, 1, 0, 1, 0) if options.get("match_source_len") else None
+        search = strategy(case.removesuffix(" within prefixes"), options["beam_size"])
         return generator(systems, VOCAB, search_strategy=search, **options)
 
     ours, fairseqs = made(PrunedSequenceGenerator), made(SequenceGenerator)
@@ -119,6 +148,103 @@ def test_restricted_searches_find_what_fairseqs_find(options, rows, backend, cap
             expected = fairseqs.generate([], sample(LENGTHS[:n], seed), prefix_tokens=prefix)
             assert_same(ours.generate([], sample(LENGTHS[:n], seed), prefix_tokens=prefix), expected)
     assert "fairseq's own generator" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    "options", [{}, dict(sampling_topk=4), dict(sampling_topp=0.7)], ids=["all", "top 4", "top 0.7"]
+)
+def test_samples_are_distributed_as_fairseqs_and_a_seed_repeats_them(options):
+    """4,000 translations of one sentence each: a chi-square test of how often each of them, or all rare ones, came."""
+    vocab = dictionary(6)
+    model = pruned_model(random_masks(0.5, longest=(9, 9)), vocab, **SIZES).to(DEVICE)
+    model.decoder.output_projection.weight.data.mul_(0.3)
+    source = batch([4], vocab, left=True).to(DEVICE).expand(1000, -1)
+    inputs = {"net_input": {"src_tokens": source, "src_lengths": torch.full((1000,), 4, device=DEVICE)}}
+
+    def sampled(generator, seed):
+        search = Sampling(vocab, **options)
+        torch.manual_seed(seed)
+        made = generator([model], vocab, beam_size=4, max_len_b=2, search_strategy=search)
+        return [h for sentence in made.generate([], inputs) for h in sentence]
+
+    ours, again, others, fairseqs = (
+        sampled(*case) for case in [(PrunedSequenceGenerator, seed) for seed in (1, 1, 2)] + [(SequenceGenerator, 1)]
+    )
+    texts = [[tuple(h["tokens"].tolist()) for h in part] for part in (ours, again, others, fairseqs)]
+    assert texts[0] == texts[1] and texts[0] != texts[2]
+    counts = [collections.Counter(part) for part in (texts[0], texts[3])]
+    common = [text for text, n in sum(counts, collections.Counter()).items() if n >= 20]
+    table = [[count[text] for text in common] + [4000 - sum(count[text] for text in common)] for count in counts]
+    table = [[row[k] for row in table] for k in range(len(table[0])) if table[0][k] + table[1][k] > 0]
+    assert len(table) >= 8 and scipy.stats.chi2_contingency(table).pvalue > 0.01
+    score = {tuple(h["tokens"].tolist()): h["positional_scores"].cpu() for h in fairseqs}
+    for h in ours:  # not those of the truncated distribution
+        if (text := tuple(h["tokens"].tolist())) in score:
+            torch.testing.assert_close(h["positional_scores"], score[text], atol=2e-5, rtol=1e-4)
+
+
+def test_groups_that_a_beam_has_not_are_refused():
+    search = DiverseBeamSearch(VOCAB, 2, 0.5)
+    generator = PrunedSequenceGenerator(models(), VOCAB, beam_size=5, search_strategy=search)
+    with pytest.raises(UserError, match="--beam 5 is not a multiple of --diverse-beam-groups 2"):
+        generator.generate([], sample(LENGTHS))
+
+
+ALIGNED = {
+    "hard": dict(print_alignment="hard"),
+    "soft": dict(print_alignment="soft"),
+    "prefixes": dict(print_alignment="hard", prefix=[["w5", "w6"], ["w7", "</s>"], []]),
+    "another first token": dict(print_alignment="soft", bos_token=7),
+    "guided heads": dict(print_alignment="soft", alignment_layer=0, alignment_heads=1),
+    "ensemble": dict(print_alignment="soft", n=2),
+}
+
+
+def aligned(hypotheses, how):
+    """Alignments as fairseq prints them, of soft ones the numbers."""
+    found = [h["alignment"] for sentence in hypotheses for h in sentence]
+    return found if how == "hard" else [torch.tensor([[float(p) for p in row] for row in rows]) for rows in found]
+
+
+@pytest.mark.parametrize("case", ALIGNED.values(), ids=ALIGNED)
+@pytest.mark.parametrize("backend", ["sdpa", "triton"])
+def test_alignments_are_those_of_fairseq(case, backend, monkeypatch, caplog):
+    monkeypatch.setattr(alignment, "MAX_CELLS", 3000)  # several passes over the hypotheses
+    how, rows, bos = (case.get(name) for name in ("print_alignment", "prefix", "bos_token"))
+    guided = {name: value for name, value in case.items() if name.startswith("alignment_")}
+    systems = models(case.get("n", 1), attention_backend=backend, **guided)
+    lengths = LENGTHS if backend == "sdpa" or DEVICE == "cuda" else LENGTHS[:3]
+    options = dict(beam_size=3, max_len_b=9, print_alignment=how)
+    inputs = dict(prefix_tokens=None if rows is None else prefixes(rows)[: len(lengths)], bos_token=bos)
+    expected = SequenceGeneratorWithAlignment(systems, VOCAB, **options).generate([], sample(lengths), **inputs)
+    ours = PrunedSequenceGeneratorWithAlignment(systems, VOCAB, **options)
+    with caplog.at_level(logging.INFO, "ap_fairseq.search.generator"):
+        found = ours.generate([], sample(lengths), **inputs)
+    assert "fairseq's own generator" not in caplog.text and not systems[0].decoder.alignment_needed
+    assert_same(found, expected)
+    if how == "hard":
+        assert aligned(found, how) == aligned(expected, how)
+    else:
+        for mine, theirs in zip(aligned(found, how), aligned(expected, how), strict=True):
+            torch.testing.assert_close(mine, theirs, atol=3e-6, rtol=0)  # they have six digits
+
+
+def test_guided_alignments_are_those_of_the_layer_and_heads_that_learnt_them():
+    """fairseq's `transformer_align` gives them for whole sentences only; translations are aligned by the last layer."""
+    guided = dict(alignment_layer=0, alignment_heads=1)
+    (model,) = models(sparsity=0.0, **guided)
+    options = argparse.Namespace(**{**builders.SIZES, **SIZES}, **guided)
+    stock = TransformerAlignModel.build_model(options, builders.task(VOCAB)).eval().to(DEVICE)
+    stock.load_state_dict({name: model.state_dict()[name] for name in stock.state_dict()})
+    ours = PrunedSequenceGeneratorWithAlignment([model], VOCAB, beam_size=2, max_len_b=9, print_alignment="soft")
+    inputs = sample([5, 3])["net_input"]
+    for number, hypotheses in enumerate(ours.generate([], {"net_input": inputs})):
+        for h in hypotheses:
+            source, tokens = inputs["src_tokens"][number], h["tokens"].to(DEVICE)
+            with torch.no_grad():
+                _, extra = stock(source[None], inputs["src_lengths"][number, None], tokens.roll(1)[None])
+            expected = extract_soft_alignment(extra["attn"][0][0], source, tokens, VOCAB.pad(), VOCAB.eos())
+            torch.testing.assert_close(*aligned([[h, {"alignment": expected}]], "soft"), atol=3e-6, rtol=0)
 
 
 def test_a_batch_without_prefixes_may_follow_one_with_them():
@@ -285,7 +411,7 @@ def test_half_precision_translates_as_fairseq_does():
 @pytest.mark.parametrize(
     ("reason", "systems", "options", "inputs"),
     [
-        ("the search Sampling (--sampling)", models, dict(search_strategy=Sampling(VOCAB, sampling_topk=2)), {}),
+        ("the search Other", models, dict(search_strategy=type("Other", (BeamSearch,), {})(VOCAB)), {}),
         ("models other than", lambda: [dense_model(VOCAB).to(DEVICE)], {}, {}),
         (
             "LengthConstrainedBeamSearch",
@@ -295,7 +421,7 @@ def test_half_precision_translates_as_fairseq_does():
         ),
         ("--beam 20 with a vocabulary of 34 tokens", models, dict(beam_size=20), {}),
     ],
-    ids=["sampling", "stock model", "other lengths than the source's", "large beam"],
+    ids=["search of others", "stock model", "other lengths than the source's", "large beam"],
 )
 def test_what_is_not_covered_is_left_to_fairseq_and_said_once(reason, systems, options, inputs, caplog):
     made, options = systems(), {"beam_size": 3, "max_len_b": 10, **options}

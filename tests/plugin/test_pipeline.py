@@ -90,15 +90,16 @@ def test_the_task_pruned_translation_translates_as_stock_fairseq_does(data_bin, 
     kernels = [*task, "--model-overrides", "{'attention_backend': 'triton'}"]
     for flags, search, told in [
         (kernels, [], None),
-        (kernels, ["--prefix-size", 2], None),
+        (kernels, ["--prefix-size", 2, "--print-alignment"], None),
         (task, [], "decoding on a CPU without Triton kernels"),
-        (task, ["--print-alignment"], "--print-alignment"),
     ]:
-        expected = hypotheses(generate(data_bin, dense, *short, *search, subset="valid"))
+        stock = generate(data_bin, dense, *short, *search, subset="valid")
         log = generate(data_bin, all_ones, *short, *search, *flags, subset="valid")
-        found = hypotheses(log)
+        expected, found = hypotheses(stock), hypotheses(log)
         assert {n: tokens for n, (_, tokens) in found.items()} == {n: tokens for n, (_, tokens) in expected.items()}
         assert all(found[n][0] == pytest.approx(score, abs=1e-4) for n, (score, _) in expected.items())
+        aligned, theirs = (sorted(re.findall(r"^A-.*", text, re.MULTILINE)) for text in (log, stock))
+        assert aligned == theirs and bool(aligned) == ("--print-alignment" in search)
         assert log.count("fairseq's own generator") == (told is not None)
         assert told is None or f"fairseq's own generator is used: {told} is not covered" in log
 
