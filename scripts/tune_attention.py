@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench_attention import BFLOAT16, DEVICE, measure, provenance, sentence_problem, training_step
 
-from triton_ops import AttentionLayout, block_sparse_attention
+from triton_ops import AttentionLayout, block_sparse_attention, launch
 from triton_ops.config import Config
 from triton_ops.testing import block_mask
 
@@ -54,12 +54,17 @@ class Search:
     cases: tuple[Callable[[], Callable[[], object]], ...]
     candidates: tuple[Config, ...]
 
-    def using(self, config: Config | None):
+    @contextlib.contextmanager
+    def using(self, config: Config | None) -> Iterator[None]:
         """A context in which the launcher uses *config*; None: what it would choose."""
         module, function = self.name
+        launch.forget()
         if config is None:
-            return contextlib.nullcontext()
-        return mock.patch(f"triton_ops.{module}.{function}", lambda *_: config)
+            yield
+        else:
+            with mock.patch(f"triton_ops.{module}.{function}", lambda *_: config):
+                yield
+        launch.forget()
 
     def times(self, runs: Sequence[Callable[[], object]], config: Config | None, repeats: int) -> list[float] | None:
         """Milliseconds of each case, or None where one cannot run."""

@@ -153,6 +153,31 @@ def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return q, k, v
 
 
+def _wants_grad(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    return torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+
+
+def _question(
+    tensors: tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None], seed: int | Tensor | None, options: tuple
+) -> tuple | None:
+    """Return all that the checks of a call look at, if it can be remembered and the kernels take the tensors as is.
+
+    tensors: q, k, v and both lengths. options: (causal, dropout_p, scale, ...).
+    """
+    for x in options:  # a tensor may have another value the next time
+        if type(x) not in (bool, int, float, str, type(None)):
+            return None
+    kinds: list[tuple | None] = []
+    for x in (*tensors, seed):
+        if x is None:
+            kinds.append(None)
+        elif isinstance(x, Tensor) and x.dim() > 0 and x.stride(-1) == 1:  # else they are copied, or refused
+            kinds.append((x.shape, x.stride(), x.dtype, x.device))
+        else:
+            return None
+    return *kinds, _wants_grad(*tensors[:3]), *options
+
+
 def block_sparse_attention(
     q: Tensor,
     k: Tensor,
@@ -208,6 +233,20 @@ def block_sparse_attention(
     if q.dim() != 4 or k.dim() != 4 or v.dim() != 4:
         raise ValueError(f"q, k, v must be (B, H, T, D), got {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}")
     q, k, v = _autocast(q, k, v)
+    question: tuple | None = None
+    if not torch.compiler.is_compiling():
+        options = causal, dropout_p, scale, backend, return_lse, return_probs
+        question = _question((q, k, v, q_lengths, k_lengths), seed, options)
+        answer = None if question is None else layout.answers.get(question)
+        if answer is not None:
+            attend, call = answer
+            for name, lengths, size in (("q_lengths", q_lengths, q.size(2)), ("k_lengths", k_lengths, k.size(2))):
+                if lengths is not None and not lengths.is_cuda:
+                    check_length_values(name, lengths, size)
+            if dropout_p > 0 and seed is None:
+                seed = draw_seed(q.device)
+            out, lse = attend(q, k, v, call.on(q_lengths, k_lengths, seed if dropout_p > 0 else None))
+            return (out, lse) if return_lse else out
     batch, heads, q_size, dim = q.shape
     k_size = k.size(2)
     if k.shape != (batch, heads, k_size, dim) or v.shape != k.shape:
@@ -252,16 +291,19 @@ def block_sparse_attention(
 
     if dropout_p > 0 and seed is None:
         seed = draw_seed(q.device)
-    layout = layout.causal() if causal else layout
+    read = layout.causal() if causal else layout
     tables: list[Tensor] = []
     if small_size(q_size, k_size, dim, q.dtype) is None:
-        tables += layout.query_table()[:2]
-        if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-            tables += layout.key_table()[:2]
-    rows = _rows(q)
-    call = Call(layout.words, layout.row_shift, tables, layout.tile, q_lengths, k_lengths, seed, dropout_p, scale)
-    out, lse = attend(rows, _rows(k), _rows(v), call)
-    if rows is not q:
+        tables += read.query_table()[:2]
+        if _wants_grad(q, k, v):
+            tables += read.key_table()[:2]
+    alike: dict | None = None if question is None else {}
+    call = Call(read.words, read.row_shift, tables, read.tile, None, None, None, dropout_p, scale, alike)
+    if question is not None and probs is None:
+        layout.remember(question, (attend, call))
+    rows = tuple(_rows(x) for x in (q, k, v))
+    out, lse = attend(*rows, call.on(q_lengths, k_lengths, seed))
+    if rows[0] is not q:
         out = laid_out_as(out, q)
     return _results(out, lse if return_lse else None, probs)
 

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from .config import precision
+from .launch import Launch, epoch, kept
 from .layout import TileTable
 from .primitives import LOG2E
 from .reference import DROPOUT_RESOLUTION, dropout_threshold
 
 
 class Call(NamedTuple):
-    """The arguments of the operators in `ops.py` that say how to attend, checked and in their order.
+    """The arguments of the operators in `ops.py` that say how to attend, checked and in their order, and `alike`.
 
     words, row_shift, tile: as in `layout.AttentionLayout`.
     tables: entries and counts of the query table, then of the key table where a gradient is wanted; none where the
         sentence kernels run.
     q_lengths, k_lengths: (B,) or None.
     seed: int64 (1,); None without dropout.
+    alike: launches of calls that differ in nothing but addresses from this one; None: look for them by all the rest.
+        Not an argument of the operators.
     """
 
     words: Tensor
@@ -30,6 +35,16 @@ class Call(NamedTuple):
     seed: Tensor | None
     dropout_p: float
     scale: float
+    alike: dict[Hashable, list[Launch]] | None = None
+
+    def on(self, q_lengths: Tensor | None, k_lengths: Tensor | None, seed: Tensor | None) -> Call:
+        """Return this call with other tensors of the same kinds."""
+        words, row_shift, tables, tile, _, _, _, dropout_p, scale, alike = self
+        return Call(words, row_shift, tables, tile, q_lengths, k_lengths, seed, dropout_p, scale, alike)
+
+    def operands(self) -> tuple:
+        """Return the arguments of the operators."""
+        return self[:-1]
 
     def query_table(self) -> TileTable:
         return TileTable(self.tables[0], self.tables[1], self.tile)
@@ -37,19 +52,43 @@ class Call(NamedTuple):
     def key_table(self) -> TileTable:
         return TileTable(self.tables[2], self.tables[3], self.tile)
 
-    def kernel_arguments(self) -> dict[str, Any]:
-        """Return what all forward and backward kernels take, by the names of `primitives.py`."""
+    def launches(
+        self, kernel: tuple[Hashable, ...], build: Callable[[], list[Launch]], q: Tensor, k: Tensor, v: Tensor, *others
+    ) -> list[Launch]:
+        """Return what launches a kernel on such tensors: `build()`, which is kept.
+
+        kernel: its name, and what else `build` looks at beside sizes, strides and types.
+        others: further tensors whose sizes follow from those of q, k and v.
+        """
+        key = (*kernel, epoch(), precision(q.dtype), *[x.stride() for x in others])
+        if self.alike is None:
+            return kept((*key, *self._description(q, k, v)), build)
+        found = self.alike.get(key)
+        if found is None:
+            found = self.alike[key] = build()
+        return found
+
+    def _description(self, *inputs: Tensor) -> tuple[Hashable, ...]:
+        """Return all that launches depend on but addresses."""
+        lengths = [None if x is None else x.dtype for x in (self.q_lengths, self.k_lengths)]
+        shapes = [x.shape for x in (self.words, *self.tables)]
+        kinds = [(x.shape, x.stride(), x.dtype, x.device) for x in inputs]
+        numbers = self.row_shift, self.tile, self.seed is None, self.dropout_p, self.scale
+        return *kinds, *shapes, *lengths, *numbers
+
+    def tensors(self) -> dict[str, Tensor | None]:
+        """Return the tensors that all forward and backward kernels take, by the names of `primitives.py`."""
+        return dict(p_q_lengths=self.q_lengths, p_k_lengths=self.k_lengths, p_seed=self.seed)
+
+    def numbers(self) -> dict[str, Any]:
+        """Return the numbers that all of them take."""
         mask_heads, n_words, word_rows = self.words.shape
         threshold = dropout_threshold(self.dropout_p)
         return dict(
-            p_words=self.words,
             MH=mask_heads,
             KW=n_words,
             LQ=word_rows,
             RS=self.row_shift,
-            p_q_lengths=self.q_lengths,
-            p_k_lengths=self.k_lengths,
-            p_seed=self.seed,
             scale_log2=self.scale * LOG2E.value,
             threshold=threshold,
             inverse_keep=1.0 / (1.0 - threshold / DROPOUT_RESOLUTION),  # 1 / (1 - p) with p as the threshold has it

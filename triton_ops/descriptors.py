@@ -7,21 +7,28 @@ import functools
 import torch
 import triton
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .config import INTERPRETED
 
 
-def tiles(a: Tensor, b: Tensor, step: int, inner: int) -> tuple[TensorDescriptor | None, TensorDescriptor | None]:
-    """Describe tiles (1, 1, step, D) of both (B, H, T, D), which the loop over full blocks of *inner* rows reads.
+def tile_block(a: Tensor, b: Tensor, step: int, inner: int) -> list[int] | None:
+    """Block shape of descriptors of both (B, H, T, D), whose tiles the loop over full blocks of *inner* rows reads.
 
-    One thread asks for a tile, and none computes addresses. (None, None), which means loads by pointers, where a step
-    gathers several blocks, and where the accelerator is missing or cannot read the rows: they must have a power of two
-    of elements and begin at multiples of 16 bytes.
+    One thread asks for a tile of *step* rows, and none computes addresses. None, which means loads by pointers, where a
+    step gathers several blocks, and where the accelerator is missing or cannot read the rows: they must have a power of
+    two of elements and begin at multiples of 16 bytes.
     """
     if step > inner or not (_describable(a) and _describable(b)):
-        return None, None
-    return tuple(TensorDescriptor(x, x.shape, x.stride(), [1, 1, step, x.size(3)]) for x in (a, b))
+        return None
+    return [1, 1, step, a.size(3)]
+
+
+def aligned(*tensors: Tensor) -> bool:
+    """Whether all begin at multiples of 16 bytes, which the accelerator asks for and Triton compiles for."""
+    address = 0
+    for x in tensors:
+        address |= x.data_ptr()
+    return address % 16 == 0
 
 
 def _describable(x: Tensor) -> bool:
@@ -32,7 +39,7 @@ def _describable(x: Tensor) -> bool:
         and x.stride(3) == 1
         and dim & (dim - 1) == 0
         and all(0 < stride < 2**39 and stride % 8 == 0 for stride in strides)
-        and x.data_ptr() % 16 == 0
+        and aligned(x)
         and (INTERPRETED or _accelerated(x.device))
     )
 

@@ -8,8 +8,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .call import Call
-from .config import ceil_div, forward_config, grids, int32_offsets, power_of_two, precision
-from .descriptors import tiles
+from .config import ceil_div, forward_config, int32_offsets, power_of_two, precision
+from .descriptors import aligned, tile_block
+from .launch import Launch, launches_of
 from .primitives import (
     LN2,
     NO_KEY,
@@ -130,19 +131,24 @@ def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor
     table = call.query_table()
     out = torch.empty_like(q)
     lse = torch.empty(batch, heads, q_size, dtype=torch.float32, device=q.device)
-    config = forward_config(table, dim, q.dtype)
-    d_k, d_v = tiles(k, v, config.block_k, table.tile)
-    n_outer, n_inner = table.entries.shape[1:]
-    for grid, first_h, first_b in grids(ceil_div(q_size, config.block_q), heads, batch):
-        _forward_kernel[grid](
-            p_q=q, p_k=k, p_v=v, p_o=out, p_lse=lse, p_entries=table.entries, p_counts=table.counts, d_k=d_k, d_v=d_v,
+
+    def build() -> list[Launch]:
+        config = forward_config(table, dim, q.dtype)
+        numbers = dict(
             s_qb=q.stride(0), s_qh=q.stride(1), s_qt=q.stride(2),
             s_kb=k.stride(0), s_kh=k.stride(1), s_kt=k.stride(2),
             s_vb=v.stride(0), s_vh=v.stride(1), s_vt=v.stride(2),
             s_ob=out.stride(0), s_oh=out.stride(1), s_ot=out.stride(2),
-            H=heads, TQ=q_size, TK=k.size(2), NO=n_outer, NI=n_inner, first_h=first_h, first_b=first_b,
+            H=heads, TQ=q_size, TK=k.size(2), NO=table.entries.size(1), NI=table.entries.size(2),
             D=dim, BD=power_of_two(dim), BM=config.block_q, BN=config.block_k, G=table.tile,
-            INT32_OFFSETS=int32_offsets(k, v), PRECISION=precision(q.dtype),
-            **call.kernel_arguments(), **config.launch(),
+            INT32_OFFSETS=int32_offsets(k, v), PRECISION=precision(q.dtype), **call.numbers(),
+        )  # fmt: skip
+        blocks = dict.fromkeys(("d_k", "d_v"), tile_block(k, v, config.block_k, table.tile))
+        return launches_of(_forward_kernel, ceil_div(q_size, config.block_q), heads, batch, numbers, config, blocks)
+
+    for launch in call.launches(("forward", aligned(k, v)), build, q, k, v):
+        launch(
+            p_q=q, p_k=k, p_v=v, p_o=out, p_lse=lse, p_words=call.words, p_entries=table.entries, p_counts=table.counts,
+            **call.tensors(), d_k=k, d_v=v,
         )  # fmt: skip
     return out, lse

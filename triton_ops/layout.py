@@ -9,7 +9,7 @@ device of the mask, once per attention site.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ COLUMN_GROUP = 64  # keys per step of the row pointers
 
 MOST_LISTED = 2**31 - 1 - 2 * COLUMN_GROUP  # int32 pointers; a decode step may count a group past the last cell
 MOST_BLOCKS = (1 << 15) - 1  # numbers of full and of partial blocks share an int32
+MOST_ANSWERS = 1024  # kept for calls of other sizes, some kilobytes each
 
 # Time per cell of a full tile relative to 128 x 128 tiles: small tiles load keys and values for fewer rows. Forward
 # under block masks of 90% (H100, bfloat16, D = 64, T = 4096); at 50% and in training it differs by up to 0.15.
@@ -164,6 +165,10 @@ class AttentionLayout:
         self._row_lists: RowLists | None = None
         self._causal: AttentionLayout | None = None
         self._keep: Tensor | None = None
+        self.answers: dict[tuple, Any] = {}  # what `api.block_sparse_attention` found out about calls: see there
+
+    def __getstate__(self) -> dict[str, Any]:  # compiled kernels cannot be copied
+        return self.__dict__ | dict(answers={})
 
     @classmethod
     @torch.inference_mode(False)  # may be saved for backward
@@ -209,37 +214,37 @@ class AttentionLayout:
             return self
         return AttentionLayout(words, self.q_size, self.k_size, self.tile, self.row_group, self.is_causal)
 
-    @torch.inference_mode(False)  # kept, and saved for backward
     def causal(self) -> AttentionLayout:
         """This layout with the cells j > i removed: kept after the first call, with words of its own, row by row."""
         if self.is_causal:
             return self
         if self._causal is None:
-            rows = torch.arange(self.q_size, device=self.device)
-            first_key = torch.arange(self.words.size(1), device=self.device) * WORD
-            visible = (rows[None, :] + 1 - first_key[:, None]).clamp(0, WORD)  # keys of the word with j <= i
-            triangle = torch.where(visible == WORD, -1, (1 << visible) - 1).to(torch.int32)
-            words = _spread(self.words, self.row_group, self.q_size) & triangle
-            self._causal = AttentionLayout(words, self.q_size, self.k_size, self.tile, is_causal=True)
+            with torch.inference_mode(False):  # kept, and saved for backward
+                rows = torch.arange(self.q_size, device=self.device)
+                first_key = torch.arange(self.words.size(1), device=self.device) * WORD
+                visible = (rows[None, :] + 1 - first_key[:, None]).clamp(0, WORD)  # keys of the word with j <= i
+                triangle = torch.where(visible == WORD, -1, (1 << visible) - 1).to(torch.int32)
+                words = _spread(self.words, self.row_group, self.q_size) & triangle
+                self._causal = AttentionLayout(words, self.q_size, self.k_size, self.tile, is_causal=True)
         return self._causal
 
     def _status(self) -> tuple[Tensor, Tensor]:
         words = _spread(self.words, self.row_group, self.q_size)
         return _tile_status(words, self.k_size, self.tile, self.tile)
 
-    @torch.inference_mode(False)
     def query_table(self) -> TileTable:
         """Key blocks of every query tile (forward, dq)."""
         if "query" not in self._tables:
-            self._tables["query"] = _table(*self._status(), self.tile)
+            with torch.inference_mode(False):
+                self._tables["query"] = _table(*self._status(), self.tile)
         return self._tables["query"]
 
-    @torch.inference_mode(False)
     def key_table(self) -> TileTable:
         """Query blocks of every key tile (dk, dv): the transposed lists."""
         if "key" not in self._tables:
-            some, every = self._status()
-            self._tables["key"] = _table(some.transpose(1, 2), every.transpose(1, 2), self.tile)
+            with torch.inference_mode(False):
+                some, every = self._status()
+                self._tables["key"] = _table(some.transpose(1, 2), every.transpose(1, 2), self.tile)
         return self._tables["key"]
 
     @torch.inference_mode(False)
@@ -302,6 +307,12 @@ class AttentionLayout:
         last = torch.stack([((words >> bit & 1) * group).amax(2) for bit in range(WORD)], 2)
         last = last.flatten(1)[:, : self.k_size].long()
         return (last * self.row_group).clamp_max(min(n_rows, self.q_size)) - 1
+
+    def remember(self, question: tuple, answer: Any) -> None:
+        """Keep an answer for the next calls; of the last MOST_ANSWERS or more."""
+        if len(self.answers) >= MOST_ANSWERS:
+            self.answers.clear()
+        self.answers[question] = answer
 
     def memory(self) -> dict[str, int]:
         """Bytes on the device: packed cells, tile lists, decode lists and the dense mask, those that exist so far."""

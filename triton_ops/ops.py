@@ -28,9 +28,8 @@ def _device_of(tensor: Tensor):
     return nullcontext()
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor, *arguments) -> tuple[Tensor, Tensor]:
-    """(out, lse). arguments: the fields of a `Call`."""
-    call = Call(*arguments)
+def _forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+    """(out, lse)."""
     if q.numel() == 0:
         return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
     with _device_of(q):
@@ -39,10 +38,9 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, *arguments) -> tuple[Tensor, Tenso
 
 
 def _backward(
-    grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *arguments
+    grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, call: Call
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dq, dk, dv). arguments: the fields of a `Call`."""
-    call = Call(*arguments)
+    """(dq, dk, dv)."""
     if q.numel() == 0 or k.numel() == 0:
         return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     # Expanded or transposed gradients: the kernels read rows of D consecutive elements.
@@ -59,15 +57,16 @@ class Attention(torch.autograd.Function):
     """Arguments and results of `_forward`."""
 
     @staticmethod
-    def forward(ctx, *inputs):
-        output = _forward(*inputs)
-        _save(ctx, inputs, output)
+    def forward(ctx, q, k, v, call):
+        output = _forward(q, k, v, call)
+        _save(ctx, (q, k, v, *call.operands()), output)
+        ctx.numbers["alike"] = call.alike
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_out, grad_lse):
-        return _gradients(ctx, _backward, grad_out, grad_lse)
+        return *_gradients(ctx, grad_out, grad_lse), None
 
 
 def _save(ctx, inputs, output) -> None:
@@ -78,15 +77,14 @@ def _save(ctx, inputs, output) -> None:
     ctx.numbers = dict(row_shift=call.row_shift, tile=call.tile, dropout_p=call.dropout_p, scale=call.scale)
 
 
-def _gradients(ctx, backward_of, grad_out, grad_lse):
-    """Gradients of q, k and v, by `_backward` or its operator, and none of the fields of the call."""
+def _gradients(ctx, grad_out, grad_lse, backward_of=_backward):
+    """Gradients of q, k and v."""
     q, k, v, out, lse, words, q_lengths, k_lengths, seed, *tables = ctx.saved_tensors
+    if grad_out is None and grad_lse is None:
+        return None, None, None
     call = Call(words=words, tables=tables, q_lengths=q_lengths, k_lengths=k_lengths, seed=seed, **ctx.numbers)
-    grads: tuple[Tensor | None, ...] = (None, None, None)
-    if grad_out is not None or grad_lse is not None:
-        grad_out = torch.zeros_like(out) if grad_out is None else grad_out
-        grads = backward_of(grad_out, grad_lse, q, k, v, out, lse, *call)
-    return (*grads, *[None] * len(call))
+    grad_out = torch.zeros_like(out) if grad_out is None else grad_out
+    return backward_of(grad_out, grad_lse, q, k, v, out, lse, call)
 
 
 # -- custom operators --------------------------------------------------------------------------------------------------
@@ -99,13 +97,15 @@ _CALL = (
 
 attention_op = torch.library.custom_op(
     "triton_ops::block_sparse_attention",
-    _forward,
+    lambda q, k, v, *arguments: _forward(q, k, v, Call(*arguments)),
     mutates_args=(),
     schema=f"(Tensor q, Tensor k, Tensor v, {_CALL}) -> (Tensor, Tensor)",
 )
 attention_backward_op = torch.library.custom_op(
     "triton_ops::block_sparse_attention_backward",
-    _backward,
+    lambda grad_out, grad_lse, q, k, v, out, lse, *arguments: _backward(
+        grad_out, grad_lse, q, k, v, out, lse, Call(*arguments)
+    ),
     mutates_args=(),
     schema="(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
     f"{_CALL}) -> (Tensor, Tensor, Tensor)",
@@ -123,7 +123,11 @@ def _(grad_out, grad_lse, q, k, v, *arguments):
 
 
 def _operator_gradients(ctx, grad_out, grad_lse):
-    grads = list(_gradients(ctx, attention_backward_op, grad_out, grad_lse))
+    def backward_of(*arguments):
+        *tensors, call = arguments
+        return attention_backward_op(*tensors, *call.operands())
+
+    grads = [*_gradients(ctx, grad_out, grad_lse, backward_of), *[None] * (len(Call._fields) - 1)]
     tables = 3 + Call._fields.index("tables")
     grads[tables] = [None] * len(ctx.needs_input_grad[tables])  # an operator wants one for each tensor of a list
     return tuple(grads)
@@ -135,10 +139,10 @@ attention_op.register_autograd(_operator_gradients, setup_context=_save)
 def attend(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
     """(out, lse), differentiable: the operator inside a trace, the autograd function elsewhere."""
     if torch.compiler.is_compiling():
-        return attention_op(q, k, v, *call)
+        return attention_op(q, k, v, *call.operands())
     if torch._C._are_functorch_transforms_active():  # support costs every call the time to inspect a signature
         raise RuntimeError("the kernels do not take part in torch.func transforms (grad, vmap); use backend 'sdpa'")
-    return Attention.apply(q, k, v, *call)
+    return Attention.apply(q, k, v, call)
 
 
 def _decode(

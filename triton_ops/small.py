@@ -23,6 +23,7 @@ from .config import (
     small_backward_config,
     small_forward_config,
 )
+from .launch import Launch
 from .primitives import LN2, NO_KEY, dot, dropout_bits, keep_bits_by_key, sequence_length
 
 
@@ -204,18 +205,23 @@ def small_forward(q: Tensor, k: Tensor, v: Tensor, tile: int, call: Call) -> tup
     batch, heads, q_size, dim = q.shape
     out = torch.empty_like(q)
     lse = torch.empty(batch, heads, q_size, dtype=torch.float32, device=q.device)
-    config = small_forward_config(tile, q.dtype)
-    n_tiles = ceil_div(q_size, config.block_q)
-    _small_forward_kernel[(n_tiles * batch * heads,)](
-        p_q=q, p_k=k, p_v=v, p_o=out, p_lse=lse,
-        s_qb=q.stride(0), s_qh=q.stride(1), s_qt=q.stride(2),
-        s_kb=k.stride(0), s_kh=k.stride(1), s_kt=k.stride(2),
-        s_vb=v.stride(0), s_vh=v.stride(1), s_vt=v.stride(2),
-        s_ob=out.stride(0), s_oh=out.stride(1), s_ot=out.stride(2),
-        H=heads, TQ=q_size, TK=k.size(2), n_tiles=n_tiles,
-        D=dim, BD=power_of_two(dim), BM=config.block_q, BN=config.block_k, PRECISION=precision(q.dtype),
-        **call.kernel_arguments(), **config.launch(),
-    )  # fmt: skip
+
+    def build() -> list[Launch]:
+        config = small_forward_config(tile, q.dtype)
+        n_tiles = ceil_div(q_size, config.block_q)
+        numbers = dict(
+            s_qb=q.stride(0), s_qh=q.stride(1), s_qt=q.stride(2),
+            s_kb=k.stride(0), s_kh=k.stride(1), s_kt=k.stride(2),
+            s_vb=v.stride(0), s_vh=v.stride(1), s_vt=v.stride(2),
+            s_ob=out.stride(0), s_oh=out.stride(1), s_ot=out.stride(2),
+            H=heads, TQ=q_size, TK=k.size(2), n_tiles=n_tiles,
+            D=dim, BD=power_of_two(dim), BM=config.block_q, BN=config.block_k, PRECISION=precision(q.dtype),
+            **call.numbers(),
+        )  # fmt: skip
+        return [Launch(_small_forward_kernel, (n_tiles * batch * heads, 1, 1), numbers, config)]
+
+    for launch in call.launches(("small forward",), build, q, k, v):
+        launch(p_q=q, p_k=k, p_v=v, p_o=out, p_lse=lse, p_words=call.words, **call.tensors())
     return out, lse
 
 
@@ -223,20 +229,28 @@ def small_backward(
     grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, tile: int, call: Call
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `backward.backward`, for sizes up to `tile`."""
-    batch, heads, q_size, dim = q.shape
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    config = small_backward_config(tile, q.dtype)
-    _small_backward_kernel[(batch * heads,)](
-        p_q=q, p_k=k, p_v=v, p_do=grad_out, p_dlse=grad_lse, p_dq=dq, p_dk=dk, p_dv=dv, scale=call.scale,
-        s_qb=q.stride(0), s_qh=q.stride(1), s_qt=q.stride(2),
-        s_kb=k.stride(0), s_kh=k.stride(1), s_kt=k.stride(2),
-        s_vb=v.stride(0), s_vh=v.stride(1), s_vt=v.stride(2),
-        s_gb=grad_out.stride(0), s_gh=grad_out.stride(1), s_gt=grad_out.stride(2),
-        s_dqb=dq.stride(0), s_dqh=dq.stride(1), s_dqt=dq.stride(2),
-        s_dkb=dk.stride(0), s_dkh=dk.stride(1), s_dkt=dk.stride(2),
-        s_dvb=dv.stride(0), s_dvh=dv.stride(1), s_dvt=dv.stride(2),
-        H=heads, TQ=q_size, TK=k.size(2),
-        D=dim, BD=power_of_two(dim), BM=config.block_q, BN=config.block_k, PRECISION=precision(q.dtype),
-        **call.kernel_arguments(), **config.launch(),
-    )  # fmt: skip
+
+    def build() -> list[Launch]:
+        batch, heads, q_size, dim = q.shape
+        config = small_backward_config(tile, q.dtype)
+        numbers = dict(
+            s_qb=q.stride(0), s_qh=q.stride(1), s_qt=q.stride(2),
+            s_kb=k.stride(0), s_kh=k.stride(1), s_kt=k.stride(2),
+            s_vb=v.stride(0), s_vh=v.stride(1), s_vt=v.stride(2),
+            s_gb=grad_out.stride(0), s_gh=grad_out.stride(1), s_gt=grad_out.stride(2),
+            s_dqb=dq.stride(0), s_dqh=dq.stride(1), s_dqt=dq.stride(2),
+            s_dkb=dk.stride(0), s_dkh=dk.stride(1), s_dkt=dk.stride(2),
+            s_dvb=dv.stride(0), s_dvh=dv.stride(1), s_dvt=dv.stride(2),
+            H=heads, TQ=q_size, TK=k.size(2), scale=call.scale,
+            D=dim, BD=power_of_two(dim), BM=config.block_q, BN=config.block_k, PRECISION=precision(q.dtype),
+            **call.numbers(),
+        )  # fmt: skip
+        return [Launch(_small_backward_kernel, (batch * heads, 1, 1), numbers, config)]
+
+    for launch in call.launches(("small backward", grad_lse is None), build, q, k, v, grad_out):
+        launch(
+            p_q=q, p_k=k, p_v=v, p_do=grad_out, p_dlse=grad_lse, p_dq=dq, p_dk=dk, p_dv=dv, p_words=call.words,
+            **call.tensors(),
+        )  # fmt: skip
     return dq, dk, dv

@@ -6,15 +6,18 @@ go through the real launchers with CPU tensors; Triton's driver is replaced by o
 
 import json
 import random
+from unittest import mock
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from triton_ops import AttentionLayout, backward, beam_search, decode, forward, ops, small
+from triton_ops import AttentionLayout, backward, beam_search, decode, forward, launch, ops, small
 from triton_ops.api import advance_beams
 from triton_ops.beam_state import BeamState
+from triton_ops.call import Call
 
 KERNELS = [
     forward._forward_kernel,
@@ -30,7 +33,31 @@ KERNELS = [
 compiled = {}
 
 
+launched: list[tuple] = []  # the arguments of every launch
+
+
+class Launcher:
+    def __init__(self, source, metadata):
+        pass
+
+    def __call__(self, *arguments):
+        launched.append(arguments[9:])  # after grid, stream, kernel and hooks
+
+
+class Utils:
+    def load_binary(self, *_):
+        return 1, 1, 32, 0, 1024
+
+    def unload_module(self, _):
+        pass
+
+    def get_device_properties(self, _):
+        return dict(max_shared_mem=227 * 1024)
+
+
 class Driver:
+    utils, launcher_cls = Utils(), Launcher
+
     def get_current_target(self):
         return GPUTarget("cuda", 90, 32)
 
@@ -62,6 +89,35 @@ def attend(dtype, dim, tile, dropout_p, size, batch):
     ops.attention_backward_op(torch.empty_like(out), None, q, k, v, out, lse, *rest)
 
 
+def repeated(size):
+    """Forward and backward four times, first at multiples of 16 bytes, then elsewhere, launches and all.
+
+    Returns how many launches Triton bound in each, and whether the second passed what the first did.
+    """
+    layout = AttentionLayout.from_keep_mask(torch.ones(2, size, size, dtype=torch.bool), tile=64)
+    tables = [*layout.query_table()[:2], *layout.key_table()[:2]] if size > 128 else []
+    lengths = torch.full((3,), size)
+    call = Call(layout.words, layout.row_shift, tables, layout.tile, lengths, lengths, None, 0.0, 0.125)
+    bound, passed = [], []
+    for shift in (0, 0, 1, 1):
+        store = [torch.zeros(3 * 2 * size * 64 + 1, dtype=torch.bfloat16) for _ in range(4)]
+        q, k, v, grad = (x[shift : x.numel() - 1 + shift].view(3, 2, size, 64) for x in store)
+        launched.clear()
+        with mock.patch.object(JITFunction, "run", autospec=True, side_effect=JITFunction.run) as run:
+            out, lse = ops._forward(q, k, v, call)
+            ops._backward(grad, None, q, k, v, out, lse, call)
+        bound.append(run.call_count)
+        passed.append([[describe(x) for x in arguments] for arguments in launched])
+    return dict(bound=bound, same=passed[0] == passed[1])
+
+
+def describe(x):
+    """What is the same in every call: no addresses."""
+    if isinstance(x, TensorDescriptor):
+        return x.shape, x.strides, x.block_shape, describe(x.base)
+    return (x.dtype, x.shape, x.stride()) if isinstance(x, torch.Tensor) else x
+
+
 def decode_steps(dtype, dim, size, batch, beam=3):
     """With every kind of cache and every combination of tables."""
     lists = AttentionLayout.from_keep_mask(torch.ones(2, 8, size, dtype=torch.bool), tile=64).row_lists()
@@ -90,7 +146,9 @@ def search_step(size, batch, beam=3):
 
 def main():
     triton.runtime.driver.set_active(Driver())
+    repetitions = dict(sentence=repeated(100), lists=repeated(150))
     JITFunction.__getitem__ = compile_only
+    launch.forget()
     attend(torch.bfloat16, 64, 64, 0.0, 300, 2)
     attend(torch.bfloat16, 128, 128, 0.1, 300, 2)
     before_lengths = len(compiled)
@@ -106,7 +164,9 @@ def main():
     draw = random.Random(0)
     for _ in range(50):
         lengths_seen(draw.randint(1, 600), draw.randint(1, 8))
-    report = dict(kernels=list(compiled.values()), warm=warm - before_lengths, new=len(compiled) - warm)
+    report = dict(
+        kernels=list(compiled.values()), warm=warm - before_lengths, new=len(compiled) - warm, repetitions=repetitions
+    )
     print(json.dumps(report))
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from triton_ops import AttentionLayout, block_sparse_attention
 from triton_ops.call import Call
-from triton_ops.descriptors import tiles
+from triton_ops.descriptors import tile_block
 from triton_ops.ops import attend
 from triton_ops.reference import dropout_keep
 from triton_ops.testing import assert_within_budget, block_mask, make_case, run_kernels, run_reference
@@ -445,8 +445,8 @@ def test_tiles_come_by_descriptor_where_the_accelerator_can_read_them_and_else_b
     keep = block_mask(q.size(1), 150, 150, 64, 0.4, seed=1, device=DEVICE)
     layout = AttentionLayout.from_keep_mask(keep, tile=64)
     accelerated = DEVICE == "cpu" or torch.cuda.get_device_capability()[0] >= 9
-    assert [x is not None for x in tiles(k, v, 64, 64)] == [by_descriptor and accelerated] * 2
-    assert tiles(k, v, 64, 32) == (None, None)
+    assert tile_block(k, v, 64, 64) == ([1, 1, 64, 64] if by_descriptor and accelerated else None)
+    assert tile_block(k, v, 64, 32) is None
     results = []
     for backend in ("triton", "sdpa"):
         inputs = [x.detach().requires_grad_() for x in (q, k, v)]

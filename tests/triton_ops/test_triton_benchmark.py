@@ -86,7 +86,7 @@ def test_tuning_launches_the_candidate_and_puts_the_choice_back(monkeypatch):
         launched.append(self)
         return dict(num_warps=self.warps, num_stages=self.stages)
 
-    monkeypatch.setattr(Config, "launch", seen)
+    monkeypatch.setattr(Config, "launch", seen)  # noted when a launch is put together
     candidate = Config(16, 32, 2, 1)
     case = functools.partial(tuning.sentences, 2, 32)
     search = tuning.Search(("small", "small_forward_config"), (case,), (candidate,))

@@ -36,3 +36,11 @@ def test_tiles_of_64_rows_use_the_tensor_cores_of_hopper(report):
     large = [k for k in report["kernels"] if k.get("G", 0) >= 64 and k["PRECISION"] == "ieee"]
     assert {k["name"] for k in large} == {"_forward_kernel", "_dq_kernel", "_dkdv_kernel"}
     assert all(kernel["wgmma"] for kernel in large)
+
+
+@pytest.mark.parametrize("size, kernels", [("sentence", 2), ("lists", 3)])
+def test_triton_binds_the_arguments_of_launches_alike_once(report, size, kernels):
+    """And always where addresses are no multiples of 16 bytes: kernels are compiled for these, too."""
+    repetition = report["repetitions"][size]
+    assert repetition["bound"] == [kernels, 0, kernels, kernels]
+    assert repetition["same"]

@@ -1,14 +1,127 @@
-"""How problems are put on the device: several launches, and addresses of 32 or 64 bits."""
+"""How problems are put on the device: calls like earlier ones, several launches, and addresses of 32 or 64 bits."""
 
+import copy
 import functools
 
 import pytest
 import torch
 
-from triton_ops import AttentionLayout, block_sparse_attention, config
+from triton_ops import AttentionLayout, api, block_sparse_attention, config, launch
+from triton_ops import layout as layout_module
 from triton_ops.testing import assert_within_budget, block_mask, make_case
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(autouse=True)
+def _no_launches_of_other_tests():
+    launch.forget()
+    yield
+    launch.forget()
+
+
+def small_problem(size, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(2, 2, size, 16, generator=generator).to(DEVICE).requires_grad_() for _ in range(3)]
+
+
+def random_layout(size):
+    keep = torch.rand(2, size, size, generator=torch.Generator().manual_seed(1)) < 0.7
+    return AttentionLayout.from_keep_mask(keep.to(DEVICE), tile=32)
+
+
+BOTH_SIZES = pytest.mark.parametrize("size", [20, 132], ids=["sentence", "lists"])
+
+
+@BOTH_SIZES
+def test_a_call_like_an_earlier_one_is_neither_checked_nor_bound_again(size, monkeypatch):
+    """Same results as from a fresh layout, gradients included, for other tensors and lengths of the same kinds."""
+    layout = random_layout(size)
+
+    def run(layout, seed):
+        q, k, v = small_problem(size, seed)
+        lengths = torch.tensor([size, seed + 3], device=DEVICE)
+        options = dict(k_lengths=lengths, dropout_p=0.2, seed=torch.tensor([seed], device=DEVICE), backend="triton")
+        out = block_sparse_attention(q, k, v, layout, **options)
+        return [out, *torch.autograd.grad(out.square().sum(), (q, k, v))]
+
+    expected = [run(random_layout(size), seed) for seed in (1, 2)]
+    run(layout, 1)
+
+    def again(*_):
+        raise AssertionError("checked, or put together, again")
+
+    monkeypatch.setattr(api, "_check_kinds", again)
+    monkeypatch.setattr(launch.Launch, "__init__", again)
+    for seed, results in zip((1, 2), expected, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(run(layout, seed), results, strict=True))
+
+
+OTHERWISE = {
+    "causal": dict(causal=True),
+    "dropout": dict(dropout_p=0.3, seed=5),
+    "scale": dict(scale=0.5),
+    "lengths": dict(k_lengths=torch.tensor([7, 9])),
+    "short lengths": dict(k_lengths=torch.tensor([7, 9], dtype=torch.int32)),
+    "lse": dict(return_lse=True),
+    "back end": dict(backend="sdpa"),
+}
+
+
+@BOTH_SIZES
+@pytest.mark.parametrize("name", OTHERWISE)
+def test_a_call_with_another_option_is_another_call(size, name):
+    layout, (q, k, v) = random_layout(size), small_problem(size)
+    change = {key: x.to(DEVICE) if isinstance(x, torch.Tensor) else x for key, x in OTHERWISE[name].items()}
+    options = dict(backend="triton")
+    first = block_sparse_attention(q, k, v, layout, **options)
+    for _ in range(2):
+        got = block_sparse_attention(q, k, v, layout, **options | change)
+        expected = block_sparse_attention(q, k, v, random_layout(size), **options | change)
+        torch.testing.assert_close(got, expected, rtol=0, atol=0)
+    assert torch.equal(block_sparse_attention(q, k, v, layout, **options), first)
+
+
+@BOTH_SIZES
+def test_addresses_may_change_from_multiples_of_16_bytes_to_others_and_back(size):
+    """Kernels are compiled for either; calls alike otherwise must not share them."""
+    layout, tensors = random_layout(size), [x.detach() for x in small_problem(size)]
+    results = []
+    for shift in (0, 1, 0, 1):
+        moved = [torch.cat([x.new_zeros(shift), x.flatten()])[shift:].view_as(x).requires_grad_() for x in tensors]
+        out = block_sparse_attention(*moved, layout, backend="triton")
+        results.append([out, *torch.autograd.grad(out.square().sum(), moved)])
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0])
+
+
+def test_a_layout_that_was_attended_with_can_be_copied():
+    """Fairseq copies models for their moving average; compiled kernels cannot be copied."""
+    layout, (q, k, v) = random_layout(20), small_problem(20)
+    out = block_sparse_attention(q, k, v, layout, backend="triton")
+    assert layout.answers
+    copied = copy.deepcopy(layout)
+    assert not copied.answers and torch.equal(block_sparse_attention(q, k, v, copied, backend="triton"), out)
+
+
+def test_answers_and_launches_are_kept_up_to_a_number(monkeypatch):
+    monkeypatch.setattr(layout_module, "MOST_ANSWERS", 3)
+    monkeypatch.setattr(launch, "MOST_KEPT", 3)
+    layout = random_layout(20)
+    for size in range(1, 9):
+        x = torch.randn(1, 2, size, 16, device=DEVICE)
+        block_sparse_attention(x, x, x, layout, backend="triton")
+        assert len(layout.answers) <= 3
+        launch.kept(size, list)
+        assert launch.kept(size, lambda: [1]) == []
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="values are checked on a CPU: run with CUDA_VISIBLE_DEVICES=")
+def test_values_of_lengths_are_checked_in_every_call():
+    layout, (q, k, v) = random_layout(20), small_problem(20)
+    block_sparse_attention(q, k, v, layout, k_lengths=torch.tensor([20, 3]), backend="triton")
+    with pytest.raises(ValueError, match=r"k_lengths.*\[0, 20\].*from 3 to 21"):
+        block_sparse_attention(q, k, v, layout, k_lengths=torch.tensor([21, 3]), backend="triton")
 
 
 def test_grids_cover_every_head_and_sentence_once(monkeypatch):
