@@ -136,9 +136,10 @@ def apply_masks(checkpoint, masks_file, output, data: str | None = None, overwri
 def open_with_masks(checkpoint, masks_file, data: str | None = None):
     """Return (model, task, state): the weights of *checkpoint* in a pruned model under the given masks.
 
-    Args and errors as for :func:`apply_masks`; ``state["cfg"]`` is the configuration of the pruned model.
+    Args and errors as for :func:`apply_masks`, but with None for *masks_file* the masks are those of the checkpoint;
+    ``state["cfg"]`` is the configuration of the pruned model.
     """
-    if str(masks_file) != "none":
+    if masks_file is not None and str(masks_file) != "none":
         require_file(masks_file, CONTENTS[PruningMasks.FORMAT])
     state = _with_pruned_config(load_checkpoint(checkpoint), checkpoint)
     cfg = OmegaConf.create(state["cfg"], flags={"allow_objects": True})
@@ -150,7 +151,7 @@ def open_with_masks(checkpoint, masks_file, data: str | None = None):
     if not dictionary_files(folder):
         raise ArtifactError(f"the dictionaries of {checkpoint} are not in {folder}; pass --data DIR")
     task = tasks.setup_task(cfg.task, from_checkpoint=True)
-    cfg.model.attention_masks = str(masks_file)
+    cfg.model.attention_masks = None if masks_file is None else str(masks_file)
     if str(masks_file) == "none":  # those of a pruned checkpoint are not kept
         own = (*MASK_BUFFERS, "mask_metadata")
         state["model"] = {name: value for name, value in state["model"].items() if not name.endswith(own)}

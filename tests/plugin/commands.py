@@ -31,7 +31,7 @@ def sentence_pairs(n: int, seed: int) -> list[tuple[str, str]]:
     return list(pairs.items())
 
 
-def run(*command, expect: int = 0, **kwargs) -> str:
+def run(*command, expect: int = 0, environment=(), **kwargs) -> str:
     """Run a console command of this environment and return its output; fail with it on another exit status."""
     executable = Path(sys.executable).parent / command[0]
     completed = subprocess.run(
@@ -41,7 +41,7 @@ def run(*command, expect: int = 0, **kwargs) -> str:
         text=True,
         timeout=600,
         # Tiny models: more threads only wait for each other. Fairseq's --cpu clips gradients on a GPU that it sees.
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **dict(environment)},
         **kwargs,
     )
     assert completed.returncode == expect, f"{command} exited with {completed.returncode}:\n{completed.stdout[-4000:]}"

@@ -2,23 +2,26 @@
 
 import argparse
 import copy
+import re
 
 import pytest
 import torch
 from fairseq.criterions.label_smoothed_cross_entropy_with_alignment import (
     LabelSmoothedCrossEntropyCriterionWithAlignment,
 )
-from fairseq.models import ARCH_CONFIG_REGISTRY, ARCH_MODEL_REGISTRY
+from fairseq.models import ARCH_CONFIG_REGISTRY, ARCH_MODEL_REGISTRY, build_model
 from fairseq.models.transformer import TransformerModelBase
 from fairseq.models.transformer_align import TransformerAlignModel
 from plugin.builders import SIZES, batch, dictionary, pruned_model, random_masks, task
+from plugin.commands import generate, run
 
 from ap_fairseq.artifacts import PruningMasks
 from ap_fairseq.files import ArtifactError, UserError
 from ap_fairseq.model.checkpoints import INITIALISATION, apply_masks, load_checkpoint, pruned_options
 from ap_fairseq.model.config import PrunedTransformerConfig
+from ap_fairseq.model.stock import convert_to_stock, require_dense, stock_options
 from ap_fairseq.model.transformer import PrunedTransformerModel
-from ap_fairseq.sites import architecture
+from ap_fairseq.sites import AttentionKind, architecture
 
 VOCAB = dictionary()
 PAD = VOCAB.pad()
@@ -244,3 +247,93 @@ def test_masks_of_none_keep_every_cell_of_a_pruned_checkpoint_too(dense, data_bi
     assert provenance["sparsity"]["cross"]["effective"] == 0
     masks = load_checkpoint(second)["model"]
     assert masks["decoder.layers.0.encoder_attn.mask_range"].tolist() == [1, 1]
+
+
+# -- back to fairseq's own transformer --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["transformer", "transformer_wmt_en_de_big_t2t", "transformer_align"])
+def test_a_model_comes_back_from_pruned_options(name):
+    """Sizes, layer normalisation before or after, alignment heads: the class, the parameters and the function."""
+    given = argparse.Namespace(arch=name, _name=name, **SIZES, layernorm_embedding=True, alignment_heads=1)
+    ARCH_CONFIG_REGISTRY[name](given)
+    stock = build_model(copy.deepcopy(given), task(VOCAB)).eval()
+    if name != "transformer_align":
+        del given.alignment_heads
+    cfg = {
+        "model": pruned_options(name, ARCH_MODEL_REGISTRY[name], given),
+        "task": {"_name": "pruned_translation", "source_lang": "en", "prune_start": 7},
+    }
+    options = stock_options(cfg)
+    assert (options.task, options.source_lang, hasattr(options, "prune_start")) == ("translation", "en", False)
+    back = build_model(options, task(VOCAB)).eval()
+    assert type(back) is (TransformerAlignModel if name == "transformer_align" else ARCH_MODEL_REGISTRY["transformer"])
+    back.load_state_dict(stock.state_dict(), strict=True)
+    inputs = sentences(left=True)["net_input"]
+    assert torch.equal(back(**inputs)[0], stock(**inputs)[0])
+    assert getattr(back.decoder, "alignment_heads", None) == getattr(stock.decoder, "alignment_heads", None)
+
+
+def test_stock_fairseq_reads_what_to_stock_writes(dense, data_bin, masks_file, tmp_path):
+    """Translations are those of the dense checkpoint, without the plugin. Torch refuses fairseq's options from 2.6 on,
+    in this file as in those of fairseq-train, unless the plugin or the variable allows them."""
+    ones, stock = tmp_path / "ones.pt", tmp_path / "stock.pt"
+    run("ap-apply", dense, "--attention-masks", "none", "-o", ones)
+    run("python", "-m", "ap_fairseq.cli.apply", ones, "--to-stock", "-o", stock)
+    log = run(
+        *["fairseq-generate", data_bin, "--path", stock, "--cpu", "--beam", 3, "--max-tokens", 1500],
+        *["--required-batch-size-multiple", 1, "--gen-subset", "valid"],
+        environment={"TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "1"},
+    )
+    lines, expected = (
+        re.findall(r"^(?:[STHDP]-|Generate ).*$", text, re.MULTILINE)
+        for text in (log, generate(data_bin, dense, subset="valid"))
+    )
+    assert lines == expected and len(lines) == 60 * 5 + 1
+
+
+def test_ctranslate2_translates_what_to_stock_writes(dense, data_bin, tmp_path):
+    """Greedily, to the hypotheses of fairseq for the dense checkpoint."""
+    ctranslate2 = pytest.importorskip("ctranslate2", reason="pip install ctranslate2")
+    from ctranslate2.converters import FairseqConverter
+
+    apply_masks(dense, "none", tmp_path / "ones.pt", str(data_bin))
+    convert_to_stock(tmp_path / "ones.pt", tmp_path / "stock.pt")
+    model = FairseqConverter(str(tmp_path / "stock.pt"), str(data_bin), unsafe_deserialization=True)
+    model.convert(str(tmp_path / "ct2"))
+    log = generate(data_bin, dense, "--beam", 1, subset="valid")
+    sources = [line.split() for line in re.findall(r"^S-\d+\t(.*)$", log, re.MULTILINE)]
+    translated = ctranslate2.Translator(str(tmp_path / "ct2")).translate_batch(sources, beam_size=1)
+    hypotheses = [" ".join(result.hypotheses[0]) for result in translated]
+    assert hypotheses == re.findall(r"^H-\d+\t\S+\t(.*)$", log, re.MULTILINE) and len(hypotheses) == 60
+
+
+def test_to_stock_refuses_masks_unless_they_are_dropped(dense, data_bin, masks_file, tmp_path, caplog):
+    half, stock = tmp_path / "half.pt", tmp_path / "stock.pt"
+    apply_masks(dense, masks_file, half, str(data_bin))
+    with pytest.raises(
+        ArtifactError, match=r"half.pt has masks \(.*cross 50.0%.*\); fairseq's .* or drop the masks with"
+    ):
+        convert_to_stock(half, stock)
+    with pytest.raises(ArtifactError, match="holds a model 'transformer'; --to-stock takes pruned_transformer"):
+        convert_to_stock(dense, stock)
+    assert not stock.exists()
+    convert_to_stock(half, stock, drop_masks=True)
+    assert re.search(r"the masks of .*half.pt are dropped: effective sparsity .*cross 50.0%", caplog.text)
+    parameters, expected = load_checkpoint(stock)["model"], load_checkpoint(dense)["model"]
+    assert parameters.keys() == expected.keys()
+    assert all(torch.equal(parameters[name], value) for name, value in expected.items())
+
+
+@pytest.mark.parametrize(("where", "cell"), [("keep", (1, 0, 3, 1)), ("extrapolation", (1, 0, 0))])
+def test_one_pruned_cell_is_no_dense_model(where, cell):
+    """Also if it lies beyond the recorded range."""
+    model, masks = pruned_model(), random_masks(0.0)
+    model.set_masks(masks)
+    require_dense(model, {}, "x.pt")
+    getattr(masks, where)[AttentionKind.DECODER_SELF][cell] = False
+    model.set_masks(masks)
+    with pytest.raises(ArtifactError, match="x.pt has masks"):
+        require_dense(model, {}, "x.pt")
+    with pytest.raises(ArtifactError, match="--attention-top-k 4, which fairseq's transformer cannot do"):
+        require_dense(model, {"attention_top_k": "4"}, "x.pt")

@@ -1,0 +1,121 @@
+"""Dense models of this package as checkpoints of fairseq's own transformer."""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import dataclasses
+import logging
+from typing import Any
+
+import torch
+from fairseq import utils
+from fairseq.models import build_model
+from fairseq.tasks.translation import TranslationConfig
+
+from ap_fairseq.files import ArtifactError, refuse_existing
+from ap_fairseq.model.attention import MASK_BUFFERS, PrunedMultiheadAttention
+from ap_fairseq.model.checkpoints import (
+    load_checkpoint,
+    load_parameters,
+    open_with_masks,
+    save_checkpoint,
+    stored_model,
+)
+from ap_fairseq.model.config import OWN_DEFAULTS
+from ap_fairseq.model.transformer import PrunedTransformerModel
+from ap_fairseq.provenance import decode_provenance, describe_sparsity
+from ap_fairseq.sites import attention_sites
+
+logger = logging.getLogger(__name__)
+
+
+def convert_to_stock(checkpoint, output, drop_masks: bool = False, data: str | None = None, overwrite: bool = False):
+    """Write a pruned checkpoint whose masks keep everything as one of fairseq's own ``transformer``.
+
+    Its form is that of ``fairseq-train``, so fairseq reads it without this plugin, and CTranslate2's converter does.
+
+    Args:
+        drop_masks: compute the pairs that the masks prune, which a model trained under them was not trained to use.
+        data: data-bin folder with the dictionaries; default: the one stored in the checkpoint.
+
+    Raises:
+        ArtifactError: if masks prune anything and are not to be dropped, or the architecture is fairseq's already.
+    """
+    refuse_existing(output, overwrite, (checkpoint,))
+    state = load_checkpoint(checkpoint)
+    name, model_class = stored_model(state)
+    if model_class is not None and not issubclass(model_class, PrunedTransformerModel):
+        raise ArtifactError(
+            f"{checkpoint} holds a model {name!r}; --to-stock takes pruned_transformer, and fairseq's own "
+            "architectures need no conversion"
+        )
+    if drop_masks and (provenance := decode_provenance(state["model"].get("mask_metadata"))):
+        logger.warning(f"the masks of {checkpoint} are dropped: {describe_sparsity(provenance)}")
+    model, task, state = open_with_masks(checkpoint, "none" if drop_masks else None, data)
+    require_dense(model, state["cfg"]["model"], checkpoint)
+    args = stock_options(state["cfg"])
+    own = (*MASK_BUFFERS, "mask_metadata")
+    parameters = {name: value for name, value in model.state_dict().items() if not name.endswith(own)}
+    load_parameters(build_model(argparse.Namespace(**vars(args)), task), dict(parameters), checkpoint, args)
+    result = {
+        "args": None,
+        "cfg": {**state["cfg"], "model": args, "task": _stock_task(state["cfg"]["task"])},
+        "model": collections.OrderedDict(parameters),
+        "criterion": None,
+        "optimizer_history": state.get("optimizer_history", [])[-1:],
+        "task_state": {},
+        "extra_state": {},
+        "last_optimizer_state": None,
+    }
+    save_checkpoint(utils.move_to_cpu(result), output, overwrite)
+
+
+def require_dense(model: PrunedTransformerModel, options: dict[str, Any], checkpoint) -> None:
+    """Raise :class:`ArtifactError` unless the model computes what fairseq's transformer does."""
+    given = [name for name in ("attention_top_k", "attention_threshold") if options.get(name) is not None]
+    if given:
+        flag = f"--{given[0].replace('_', '-')} {options[given[0]]}"
+        raise ArtifactError(f"{checkpoint} has {flag}, which fairseq's transformer cannot do; it cannot be --to-stock")
+    if all(_keeps_everything(module) for _, module in attention_sites(model)):
+        return
+    pruned = describe_sparsity(model.masks_provenance() or {})
+    raise ArtifactError(
+        f"{checkpoint} has masks ({pruned}); fairseq's transformer would compute the pruned pairs, too, and translate "
+        "worse than it does under its masks. Translate it with --user-dir, train a dense model from it (fairseq-train "
+        "--attention-masks none --finetune-from-model), or drop the masks with --attention-masks none --to-stock"
+    )
+
+
+def _keeps_everything(module: PrunedMultiheadAttention) -> bool:
+    """Whether a mask keeps every attendable cell, also beyond its range: the next row and column have all offsets."""
+    if module.is_relative:
+        return False
+    rows, columns = (size + 1 for size in module.mask_range.tolist())
+    attendable = torch.ones(rows, columns, dtype=torch.bool)
+    return bool((module.keep_mask(rows, columns) | ~(attendable.tril() if module.kind.causal else attendable)).all())
+
+
+def stock_options(cfg: dict[str, Any]) -> argparse.Namespace:
+    """Return the options of fairseq's ``transformer`` that has the sizes of a pruned one, as ``fairseq-train`` stores
+    them: those of the model beside those of the task.
+
+    Args:
+        cfg: configuration of a checkpoint of ``pruned_transformer``.
+    """
+    options = {name: value for name, value in cfg["model"].items() if name not in (*OWN_DEFAULTS, "_name")}
+    arch, layer, heads = "transformer", *(cfg["model"].get(f"alignment_{name}") for name in ("layer", "heads"))
+    if layer is not None or heads is not None:
+        arch = "transformer_align"
+        options["alignment_layer"] = options["decoder_layers"] - 1 if layer is None else layer
+        options["alignment_heads"] = options["decoder_attention_heads"] if heads is None else heads
+    task = _stock_task(cfg["task"])
+    return argparse.Namespace(**{**task, **options, "_name": arch, "arch": arch, "task": task["_name"]})
+
+
+def _stock_task(task: dict[str, Any]) -> dict[str, Any]:
+    """Return the options of fairseq's task ``translation`` for those of ``pruned_translation``; others stay."""
+    if task["_name"] != "pruned_translation":
+        return task
+    fields = {field.name for field in dataclasses.fields(TranslationConfig)}
+    return {**{name: value for name, value in task.items() if name in fields}, "_name": "translation"}
