@@ -51,6 +51,7 @@ setup(
             "ap-masks = ap_fairseq.cli.masks:main",
             "ap-prune-schedule = ap_fairseq.cli.prune_schedule:main",
             "ap-apply = ap_fairseq.cli.apply:main",
+            "ap-generate = ap_fairseq.cli.generate:main",
             "ap-average = ap_fairseq.cli.average:main",
             "ap-evaluate = ap_fairseq.cli.evaluate:main",
             "ap-report = ap_fairseq.cli.report:main",

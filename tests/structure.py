@@ -24,6 +24,7 @@ FLOORS = (
     {"search"},
     {"plugin"},  # registers tasks and models with fairseq
     {"experiments", "report"},
+    {"generation"},
     {"cli"},
 )
 PACKAGES = ("ap_fairseq", "triton_ops")

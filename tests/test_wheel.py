@@ -62,7 +62,8 @@ def test_the_folder_for_user_dir_is_the_installed_one(installed):
 
 
 @pytest.mark.parametrize(
-    "command", ["ap-record", "ap-masks", "ap-prune-schedule", "ap-apply", "ap-average", "ap-evaluate", "ap-report"]
+    "command",
+    ["ap-record", "ap-masks", "ap-prune-schedule", "ap-apply", "ap-average", "ap-generate", "ap-evaluate", "ap-report"],
 )
 def test_every_command_has_help(installed, command):
     assert installed.run(command, "--help").startswith(f"usage: {command} ")

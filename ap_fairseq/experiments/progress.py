@@ -58,19 +58,26 @@ def last_value(flag: str, words: Sequence[str]) -> str | None:
     return values[-1] if values else None
 
 
+def _sum(states: Sequence[State]) -> State:
+    """Return the progress of several processes at one task."""
+    return states[0]._replace(done=sum(state.done for state in states), total=sum(state.total for state in states))
+
+
 class Progress:
     """Shows the progress of a running stage; use it as a context and call :meth:`update` now and then.
 
     Args:
         words: the stage's command line, whose ``--max-update`` is the end of a training.
+        logs: one for each process of the stage; their progress is added up.
         slot: the line of the terminal, from 0, when several stages run at the same time.
     """
 
-    def __init__(self, name: str, words: Sequence[str], log: Path, slot: int = 0, stream=None):
+    def __init__(self, name: str, words: Sequence[str], logs: Sequence[Path], slot: int = 0, stream=None):
         self.name, self.slot = name, slot
         self.stream = sys.stderr if stream is None else stream
         self.max_update = int(last_value("--max-update", words) or 0)
-        self.log = open(log, "rb") if log.exists() else open(log, "w+b")
+        self.logs = [open(log, "rb") if log.exists() else open(log, "w+b") for log in logs]
+        self.states: dict[int, State] = {}  # the last of each log
         self.state: State | None = None
         self.started = time.monotonic()
         self.first: tuple[float, int] | None = None  # (when, done) of the first report, from which speed is measured
@@ -82,7 +89,8 @@ class Progress:
         return self
 
     def __exit__(self, *exception) -> None:
-        self.log.close()
+        for log in self.logs:
+            log.close()
         if self.bar is not None:
             self.bar.close()
 
@@ -101,21 +109,17 @@ class Progress:
         )
 
     def update(self) -> None:
-        """Read what the log has gained and show it."""
+        """Read what the logs have gained and show it."""
         now = time.monotonic()
-        while line := self.log.readline():
-            if not line.endswith(b"\n"):  # being written
-                self.log.seek(-len(line), 1)
-                break
-            state = read_state(line.decode("utf-8", "replace").rstrip("\n"), self.max_update)
-            if state is None:
-                continue
-            if self.state is None or self.state[1:3] != state[1:3]:  # it begins, or goes on to another task
-                self.first = now, state.done
-                if self.bar is not None:
-                    self.bar.close()
-                    self.bar = self._bar(state)
-            self.state = state
+        for number, log in enumerate(self.logs):
+            while line := log.readline():
+                if not line.endswith(b"\n"):  # being written
+                    log.seek(-len(line), 1)
+                    break
+                state = read_state(line.decode("utf-8", "replace").rstrip("\n"), self.max_update)
+                if state is not None:
+                    self.states[number] = state
+                    self._report(now, _sum(list(self.states.values())))
         if self.bar is not None:
             if self.state:
                 self.bar.n = self.state.done
@@ -125,6 +129,14 @@ class Progress:
             self.pause = min(2 * self.pause, LONGEST_PAUSE_SECONDS)
             self.next_line = now + self.pause
             print(self.line(now), file=self.stream, flush=True)
+
+    def _report(self, now: float, state: State) -> None:
+        if self.state is None or self.state[1:3] != state[1:3]:  # it begins, or goes on to another task
+            self.first = now, state.done
+            if self.bar is not None:
+                self.bar.close()
+                self.bar = self._bar(state)
+        self.state = state
 
     def line(self, now: float) -> str:
         """Return the progress as a line of a log."""

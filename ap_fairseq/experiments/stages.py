@@ -36,7 +36,8 @@ PLUGIN = ("--user-dir", str(Path(ap_fairseq.__file__).parent))
 
 POLL_SECONDS = 0.25
 
-_processes = multiprocessing.get_context(os.environ.get("AP_START_METHOD", "fork"))
+# Forked processes unless the user chooses otherwise.
+PROCESSES = multiprocessing.get_context(os.environ.get("AP_START_METHOD", "fork"))
 _slot = 0  # of a process of run_together: the line of the terminal that its progress bars take
 
 
@@ -105,18 +106,22 @@ class Stages:
             _load(program)  # here, so that all stages share the import
         started = time.monotonic()
         _say(f"{name}: running, log in {log}")
-        child = _processes.Process(target=_call, args=(log, program, args))
+        child = PROCESSES.Process(target=call_logged, args=(log, program, args))
         child.start()
-        with Progress(name, words, log, _slot) as progress:
+        with Progress(name, words, [log], _slot) as progress:
             while child.is_alive():
                 child.join(POLL_SECONDS)
                 progress.update()
         if child.exitcode != 0:
-            tail = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-12:])
-            raise StageError(f"stage {name} failed with status {child.exitcode}; the end of {log}:\n{tail}")
+            raise StageError(f"stage {name} failed with status {child.exitcode}; the end of {log}:\n{end_of(log)}")
         seconds = round(time.monotonic() - started, 1)
         _say(f"{name}: {seconds} s")
         return seconds
+
+
+def end_of(log: Path) -> str:
+    """Return the last lines of a log, for a message."""
+    return "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-12:])
 
 
 def read_mark(mark: Path) -> tuple[list[Any], float]:
@@ -171,7 +176,7 @@ def call(program: str, *args: Any) -> None:
         StageError: if it fails.
     """
     _load(program)
-    child = _processes.Process(target=_run, args=(program, args))
+    child = PROCESSES.Process(target=_run, args=(program, args))
     child.start()
     child.join()
     if child.exitcode != 0:
@@ -186,8 +191,8 @@ def _run(program: str | Callable, args: Sequence[Any]) -> None:
         program(*args)
 
 
-def _call(log: Path, program: str | Callable, args: Sequence[Any]) -> None:
-    """Run in the child: everything printed goes to the log, faults with their traceback."""
+def call_logged(log: Path, program: str | Callable, args: Sequence[Any]) -> None:
+    """Run a command or a function in a child process: what it prints goes to the log, faults with their traceback."""
     sys.stdout = sys.stderr = stream = open(log, "a", encoding="utf-8", buffering=1)
     os.dup2(stream.fileno(), 1)
     os.dup2(stream.fileno(), 2)
@@ -221,7 +226,7 @@ def run_together(jobs: int, tasks: Iterable[tuple[Callable, Sequence[Any]]]) -> 
         while waiting and len(running) < jobs:
             function, args = waiting.pop()
             slot = min(set(range(jobs)) - {slot for _, slot in running.values()})
-            process = _processes.Process(target=_work, args=(slot, jobs, function, args))
+            process = PROCESSES.Process(target=_work, args=(slot, jobs, function, args))
             process.start()
             running[process.sentinel] = process, slot
         for sentinel in multiprocessing.connection.wait(list(running)):

@@ -170,7 +170,7 @@ def allowed_flags(program, words):
     if program.startswith("fairseq-"):
         return fairseq_flags()
     if program.startswith("ap-"):
-        passed_on = {"ap-record": fairseq_flags(), "ap-prune-schedule": fairseq_flags()}.get(program, set())
+        passed_on = fairseq_flags() if program in ("ap-record", "ap-prune-schedule", "ap-generate") else set()
         quoted = own_flags("ap-masks") | own_flags("ap-record") if program == "ap-prune-schedule" else set()
         subcommands = source_flags(ROOT / "ap_fairseq/cli/report.py") if program == "ap-report" else set()
         return own_flags(program) | passed_on | quoted | subcommands

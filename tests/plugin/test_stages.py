@@ -178,7 +178,7 @@ def test_a_log_gets_a_line_now_and_then_with_the_seconds_left(tmp_path, monkeypa
     clock, out, log = [0.0], io.StringIO(), tmp_path / "log"
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     log.write_text("")
-    with Progress("dense.train", ["--max-update", "999", "--max-update=1000"], log, stream=out) as progress:
+    with Progress("dense.train", ["--max-update", "999", "--max-update=1000"], [log], stream=out) as progress:
         for now, text in ((15, ""), (20, training_line(500)), (60, training_line(600)[:20])):
             clock[0] = now
             with log.open("a") as stream:
@@ -201,7 +201,7 @@ def test_a_terminal_gets_a_bar(tmp_path):
     out, log = io.StringIO(), tmp_path / "log"
     out.isatty = lambda: True
     log.write_text("")
-    with Progress("dense.train", ["--max-update", "40"], log, stream=out) as progress:
+    with Progress("dense.train", ["--max-update", "40"], [log], stream=out) as progress:
         progress.update()
         assert "dense.train: 00:00" in out.getvalue()
         with log.open("a") as stream:

@@ -1,0 +1,179 @@
+"""``ap-generate``: translate with fairseq's generators on every GPU of the machine, a test set or a text."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from fairseq import options, utils
+from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+
+import ap_fairseq.plugin  # noqa: F401  (registers with fairseq)
+from ap_fairseq.cli.common import command
+from ap_fairseq.files import UserError, atomic_output, refuse_existing, require_file
+from ap_fairseq.generation.binarised import translate_subset
+from ap_fairseq.generation.ranks import locked
+from ap_fairseq.generation.text import PART_LINES, SETTINGS, Text, spool_stdin, translate_text, write_parts
+
+logger = logging.getLogger(__name__)
+
+_SHARE = "--num-processes N says how many processes share the work, one for each GPU by default"
+_PROGRESS = "the progress of all processes is shown together"
+_ONE_LINE = "with --input each line has one translation, and no reference"
+
+REFUSED = {  # options of fairseq-generate and fairseq-interactive without a meaning here
+    **dict.fromkeys(("--num-shards", "--shard-id", "--distributed-world-size", "--distributed-rank"), _SHARE),
+    **dict.fromkeys(("--distributed-init-method", "--distributed-port", "--distributed-no-spawn"), _SHARE),
+    **dict.fromkeys(("--device-id", "--local_rank"), _SHARE),
+    **dict.fromkeys(("--log-format", "--log-interval", "--log-file", "--no-progress-bar"), _PROGRESS),
+}
+REFUSED_FOR_TEXT = {
+    **dict.fromkeys(("--gen-subset", "--prefix-size", "--score-reference", "--scoring", "--quiet"), _ONE_LINE),
+    **dict.fromkeys(("--print-alignment", "--print-step", "--retain-iter-history"), _ONE_LINE),
+    **dict.fromkeys(("--constraints", "--lm-path", "--replace-unk"), "translate a data-bin folder, without --input"),
+    "--results-path": "name the translation with --output FILE",
+    "--skip-invalid-size-inputs-valid-test": "cut lines that are too long with --truncate-source",
+}
+REFUSED_FOR_DATA = {
+    "--output": "the lines of a test set go to standard output, or to --results-path DIR",
+    "-o": "the lines of a test set go to standard output, or to --results-path DIR",
+    "--overwrite": "a result in --results-path is replaced, as fairseq-generate does",
+    "--buffer-size": "it is for --input",
+}
+
+
+def get_parser() -> argparse.ArgumentParser:
+    parser = options.get_interactive_generation_parser(default_task="pruned_translation")
+    parser.description = (
+        "Translate with one process for each GPU, or several on a CPU. Without --input, a test set: lines and score of "
+        "fairseq-generate, of all sentences in order. With --input, a text: plain text, one line for each line. All "
+        "options are those of fairseq-generate and fairseq-interactive, but --task is pruned_translation unless given."
+    )
+    group = parser.add_argument_group("ap-generate")
+    group.add_argument(
+        "--num-processes", type=int, metavar="N", help="processes (default: one for each GPU, one on a CPU)"
+    )
+    group.add_argument(
+        "-o",
+        "--output",
+        metavar="FILE",
+        help="where to write the translation of --input (default, or -: standard output). The same command goes on "
+        "where it was cut: finished parts (--buffer-size lines, default "
+        f"{PART_LINES}) are in FILE.parts until all are done",
+    )
+    group.add_argument("--overwrite", action="store_true", help="replace an existing output file")
+    parser.set_defaults(input=None)
+    return parser
+
+
+@command
+def main(argv: list[str]) -> None:
+    given = {word.split("=")[0] for word in argv}
+    # Before the caller's flags, which win. With its default of 8, fairseq main drops an incomplete last batch.
+    args = options.parse_args_and_arch(get_parser(), ["--required-batch-size-multiple", "1", *argv])
+    is_text = args.input is not None
+    for refused in (REFUSED, REFUSED_FOR_TEXT if is_text else REFUSED_FOR_DATA):
+        for flag in [flag for flag in refused if flag in given]:
+            raise UserError(f"{flag} has no meaning for ap-generate{' --input' * is_text}; {refused[flag]}")
+    _require_files(args)
+    if args.max_tokens is None and args.batch_size is None:
+        args.max_tokens = 12000  # as fairseq-generate
+    args.log_format, args.tpu = "simple", False  # fairseq's parser sets the latter for --bf16
+    ranks = count_ranks(args.num_processes, args.cpu)
+    cfg = convert_namespace_to_omegaconf(argparse.Namespace(**{**vars(args), "input": args.input or "-"}))
+    if is_text:
+        _translate_text(args, cfg, ranks)
+    else:
+        _translate_subset(args, cfg, ranks)
+
+
+def count_ranks(wanted: int | None, cpu: bool) -> int:
+    """Return how many processes share the work.
+
+    Raises:
+        UserError: if there are fewer GPUs than wanted.
+    """
+    gpus = 0 if cpu else torch.cuda.device_count()
+    if wanted is None:
+        return max(1, gpus)
+    if wanted < 1:
+        raise UserError(f"--num-processes {wanted}: at least one process translates")
+    if gpus and wanted > gpus:
+        raise UserError(f"--num-processes {wanted}: each takes a GPU, {gpus} are visible; give at most that, or --cpu")
+    return wanted
+
+
+def _require_files(args: argparse.Namespace) -> None:
+    if args.path is None:
+        raise UserError("--path is missing; name a checkpoint, or several joined by colons")
+    for path in utils.split_paths(args.path):
+        require_file(path, "a fairseq checkpoint")
+    folder = utils.split_paths(args.data)[0]
+    if not any(Path(folder).glob("dict.*.txt")):
+        raise UserError(f"{folder} has no dictionary dict.*.txt; name a folder made by fairseq-preprocess")
+
+
+def _translate_subset(args: argparse.Namespace, cfg, ranks: int) -> None:
+    name = f"generate-{args.gen_subset}.txt"
+    results = Path(args.results_path) if args.results_path else None
+    if results is not None:
+        results.mkdir(parents=True, exist_ok=True)
+        refuse_existing(results / name, overwrite=True)
+    with _work_folder(results / f"{name}.parts" if results else None) as folder:
+        joined = translate_subset(cfg, ranks, folder)
+    if results is None:
+        sys.stdout.writelines(f"{line}\n" for line in joined.lines(args.quiet))
+        return
+    with atomic_output(results / name, overwrite=True) as temporary, open(temporary, "w", encoding="utf-8") as stream:
+        stream.writelines(f"{line}\n" for line in joined.lines(args.quiet))
+
+
+def _translate_text(args: argparse.Namespace, cfg, ranks: int) -> None:
+    if args.nbest > 1:
+        raise UserError(f"--nbest {args.nbest}: with --input each line has one translation; leave the flag out")
+    if args.sampling and args.beam > 1:
+        raise UserError(f"--sampling --beam {args.beam}: with --input each line has one sample; give --beam 1")
+    output = Path(args.output) if args.output not in (None, "-") else None
+    if output is not None:
+        refuse_existing(output, args.overwrite, [args.input])
+    with _work_folder(output.with_name(f"{output.name}.parts") if output else None, keep=(SETTINGS, "part")) as folder:
+        path = spool_stdin(folder) if args.input == "-" else Path(args.input)
+        text = Text.scan(path, "standard input" if args.input == "-" else args.input, args.buffer_size or PART_LINES)
+        parts = translate_text(args, cfg, text, ranks, folder)
+        write_parts(parts, output, args.overwrite)
+    logger.info(f"{text.lines:,} lines translated -> {output or 'standard output'}")
+
+
+@contextmanager
+def _work_folder(path: Path | None, keep: tuple[str, ...] = ()) -> Iterator[Path]:
+    """Yield a folder for logs and parts, which goes when all is done; a run that fails leaves its logs.
+
+    Args:
+        path: of the folder; None for a temporary one.
+        keep: what names of further files begin with that a run which fails leaves there.
+    """
+    if path is None:
+        path = Path(tempfile.mkdtemp(prefix="ap-generate-"))
+    path.mkdir(exist_ok=True)
+    with locked(path):
+        try:
+            yield path
+        except BaseException:
+            for entry in path.iterdir():
+                if entry.is_dir():
+                    shutil.rmtree(entry)
+                elif not entry.name.startswith(keep) and entry.suffix != ".log":
+                    entry.unlink()
+            raise
+        shutil.rmtree(path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""Processes that share a translation: one for each GPU, or several on a CPU; they are started and ended together."""
+
+from __future__ import annotations
+
+import fcntl
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ap_fairseq.experiments.progress import Progress
+from ap_fairseq.experiments.stages import POLL_SECONDS, PROCESSES, call_logged, end_of
+from ap_fairseq.files import UserError
+
+GRACE_SECONDS = 10  # that a process has to end when it is asked to
+
+
+def run_ranks(name: str, logs: list[Path], function: Callable, *args: Any) -> None:
+    """Run ``function(rank, *args)`` in one process for each of *logs*, on a GPU of its own if the machine has any.
+
+    Everything that a process prints goes to its log. Their progress is shown added up.
+
+    Raises:
+        UserError: if a process fails, after the others were ended; it names the log and shows its end.
+    """
+    for log in logs:
+        log.unlink(missing_ok=True)
+    ranks = [
+        PROCESSES.Process(target=call_logged, args=(log, _run, (rank, len(logs), function, args)))
+        for rank, log in enumerate(logs)
+    ]
+    try:
+        for rank in ranks:
+            rank.start()
+        with Progress(name, (), logs) as progress:
+            while running := [rank for rank in ranks if rank.exitcode is None]:
+                multiprocessing.connection.wait([rank.sentinel for rank in running], timeout=POLL_SECONDS)
+                progress.update()
+                if any(rank.exitcode for rank in ranks):
+                    break
+        for number, (rank, log) in enumerate(zip(ranks, logs, strict=True)):
+            if rank.exitcode:
+                raise UserError(_failure(number, rank.exitcode, log))
+    finally:
+        for rank in ranks:
+            if rank.pid is not None:
+                rank.terminate()
+        for rank in ranks:
+            if rank.pid is not None:
+                rank.join(GRACE_SECONDS)
+                rank.kill()
+
+
+def _run(rank: int, ranks: int, function: Callable, args: tuple) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    if torch.cuda.is_available():
+        torch.cuda.set_device(rank % torch.cuda.device_count())
+    else:
+        torch.set_num_threads(max(1, torch.get_num_threads() // ranks))
+    try:
+        function(rank, *args)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+
+
+def _end_with_parent() -> None:
+    """End this process when its parent has ended, which may have been killed."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _failure(rank: int, status: int, log: Path) -> str:
+    end = end_of(log)
+    last = end.rpartition("\n")[2]
+    if status == 2 and last.startswith("error: "):
+        return f"{last.removeprefix('error: ')} (process {rank}; its log is {log})"
+    died = f"died of {signal.Signals(-status).name}" if status < 0 else f"failed with status {status}"
+    hint = "; if memory ran out, lower --max-tokens" if status == -signal.SIGKILL else ""
+    return f"process {rank} {died}, the others were ended{hint}; the end of its log {log}:\n{end}"
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the lock of a folder; it is free when this process and those that it started have ended, for any reason.
+
+    Raises:
+        UserError: if another program holds it.
+    """
+    with open(folder / "lock", "w") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                f"another ap-generate works in {folder}; wait until it has ended, or name another output"
+            ) from error
+        yield

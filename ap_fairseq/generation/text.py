@@ -1,0 +1,245 @@
+"""Translate a text, one sentence a line, in parts that are files: a run that was cut goes on where it stopped."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from fairseq import checkpoint_utils, tasks, utils
+from fairseq.hub_utils import GeneratorHubInterface
+
+from ap_fairseq.files import ArtifactError, UserError, atomic_output, file_sha256, require_file, write_json
+from ap_fairseq.generation.ranks import run_ranks
+from ap_fairseq.provenance import dictionary_hashes, versions
+
+logger = logging.getLogger(__name__)
+
+PART_LINES = 2000
+SETTINGS = "translation.json"
+
+# Options that do not change a translation, and the paths of what counts by its contents.
+_IMMATERIAL = {"num_processes", "input", "output", "overwrite", "path", "data", "num_workers", "user_dir"}
+_CUT = re.compile(r"^line \d+ was cut", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text file in parts.
+
+    Attributes:
+        path: the file, UTF-8; only a line feed ends a line.
+        name: what messages call it.
+        sha256: of its bytes.
+        lines: how many it has.
+        offsets: where each part begins, in bytes.
+        part_lines: lines of a part; the last may have fewer.
+    """
+
+    path: Path
+    name: str
+    sha256: str
+    lines: int
+    offsets: tuple[int, ...]
+    part_lines: int
+
+    @classmethod
+    def scan(cls, path: Path, name: str, part_lines: int) -> Text:
+        """Read a text once.
+
+        Raises:
+            ArtifactError: for a missing file, or a line that is not UTF-8.
+        """
+        require_file(path, "a text file with one sentence a line")
+        digest, offsets, position, number = hashlib.sha256(), [], 0, 0
+        with open(path, "rb") as stream:
+            for number, line in enumerate(stream, 1):
+                try:
+                    line.decode("utf-8")
+                except UnicodeDecodeError as error:
+                    raise ArtifactError(f"{name} line {number} is not UTF-8: {error}") from error
+                if (number - 1) % part_lines == 0:
+                    offsets.append(position)
+                position += len(line)
+                digest.update(line)
+        return cls(path, name, digest.hexdigest(), number, tuple(offsets), part_lines)
+
+    def part(self, number: int) -> list[str]:
+        """Return the lines of a part, without the white space around them."""
+        end = self.offsets[number + 1] if number + 1 < len(self.offsets) else None
+        with open(self.path, "rb") as stream:
+            stream.seek(self.offsets[number])
+            content = stream.read() if end is None else stream.read(end - self.offsets[number])
+        return [line.strip() for line in content.decode("utf-8").removesuffix("\n").split("\n")]
+
+
+def translate_text(args, cfg, text: Text, ranks: int, folder: Path) -> list[Path]:
+    """Translate a text with *ranks* processes; parts that are in *folder* already are kept.
+
+    Args:
+        args: the options, as parsed by ``ap-generate``, which become the fingerprint of the parts.
+        cfg: the same as fairseq's configuration.
+        folder: of the parts, the logs of the processes and the settings that the parts were made with.
+
+    Returns:
+        The files of the parts, in order.
+
+    Raises:
+        UserError: if the parts in *folder* were made with other settings, or a process fails.
+    """
+    _require_same(settings(args, cfg, text), folder)
+    parts = [folder / f"part{number:06}.txt" for number in range(len(text.offsets))]
+    todo = [number for number, part in enumerate(parts) if not part.exists()]
+    if len(todo) < len(parts):
+        logger.info(f"{len(parts) - len(todo)} of {len(parts)} parts were translated before")
+    if todo:
+        logs = [folder / f"rank{rank}.log" for rank in range(min(ranks, len(todo)))]
+        run_ranks("translate", logs, translate_parts, cfg, text, folder, todo, len(logs))
+        cut = sum(len(_CUT.findall(log.read_text(encoding="utf-8"))) for log in logs)
+        if cut:
+            logger.warning(f"{cut} lines were cut to the length that the model reads (--truncate-source)")
+    return parts
+
+
+def translate_parts(rank: int, cfg, text: Text, folder: Path, todo: list[int], ranks: int) -> None:
+    """Translate the parts *todo*[rank::ranks] in one process, each into a file of *folder*."""
+    translator = Translator(cfg)
+    mine, done = todo[rank::ranks], 0
+    for number in mine:
+        lines = text.part(number)
+        utils.set_torch_seed(cfg.common.seed + number)  # sampling does not depend on what this process did before
+        translations = translator.translate(lines, text.name, 1 + number * text.part_lines)
+        with atomic_output(folder / f"part{number:06}.txt") as temporary:
+            Path(temporary).write_text("".join(f"{line}\n" for line in translations), encoding="utf-8", newline="\n")
+        done += 1
+        print(f"progress: {done} / {len(mine)} parts", flush=True)
+
+
+class Translator:
+    """Models that translate lines as ``fairseq-interactive`` does with the same configuration."""
+
+    def __init__(self, cfg):
+        task = tasks.setup_task(cfg.task)
+        models, _ = checkpoint_utils.load_model_ensemble(
+            utils.split_paths(cfg.common_eval.path),
+            arg_overrides=ast.literal_eval(cfg.common_eval.model_overrides),
+            task=task,
+            suffix=cfg.checkpoint.checkpoint_suffix,
+            strict=cfg.checkpoint.checkpoint_shard_count == 1,
+            num_shards=cfg.checkpoint.checkpoint_shard_count,
+        )
+        device = "cuda" if torch.cuda.is_available() and not cfg.common.cpu else "cpu"
+        for model in models:
+            model.to(device, torch.float16 if cfg.common.fp16 else None)
+        self.cfg = cfg
+        self.hub = GeneratorHubInterface(cfg, task, models).to(device)
+        self.longest = self.hub.max_positions[0]
+
+    def translate(self, lines: list[str], name: str, first: int) -> list[str]:
+        """Return the best translation of each line, detokenised; an empty line stays empty.
+
+        Args:
+            name: of the text, for messages.
+            first: number of the first line, likewise.
+
+        Raises:
+            UserError: for a line that is longer than the model reads, unless ``--truncate-source`` allows to cut it.
+        """
+        filled = [number for number, line in enumerate(lines) if line]
+        sources = [self._encode(lines[number], name, first + number) for number in filled]
+        texts = [""] * len(lines)
+        if filled:
+            hypotheses = self.hub.generate(sources, beam=self.cfg.generation.beam)
+            for number, (best, *_) in zip(filled, hypotheses, strict=True):
+                # Not fairseq's post_process_prediction, which adds the words of the text to the dictionary.
+                text = self.hub.tgt_dict.string(best["tokens"].cpu(), self.cfg.common_eval.post_process)
+                texts[number] = self.hub.detokenize(self.hub.remove_bpe(text))
+        return texts
+
+    def _encode(self, line: str, name: str, number: int) -> torch.Tensor:
+        """Return the tokens of a line, int64 (T,), ending in EOS."""
+        tokens = self.hub.encode(line)
+        if len(tokens) <= self.longest:
+            return tokens
+        if not getattr(self.cfg.task, "truncate_source", False):
+            raise UserError(
+                f"{name} line {number} has {len(tokens)} tokens, the model reads at most {self.longest}; split the "
+                "line, or cut all such lines with --truncate-source"
+            )
+        print(f"line {number} was cut from {len(tokens)} to {self.longest} tokens", flush=True)
+        return torch.cat([tokens[: self.longest - 1], tokens[-1:]])
+
+
+# -- what the parts were made with ------------------------------------------------------------------------------------
+
+
+def settings(args, cfg, text: Text) -> dict[str, Any]:
+    """Return everything that a translation depends on: files count by their contents, wherever they are."""
+    options = {name: value for name, value in vars(args).items() if name not in _IMMATERIAL}
+    for name, value in options.items():
+        if isinstance(value, str) and os.path.isfile(value):  # such as --sentencepiece-model
+            options[name] = file_sha256(value)
+    document = {
+        **options,
+        "path": [file_sha256(path) for path in utils.split_paths(cfg.common_eval.path)],
+        "dictionaries": dictionary_hashes(tasks.setup_task(cfg.task)),
+        "input": text.sha256,
+        "buffer_size": text.part_lines,
+        "versions": versions(),
+    }
+    return json.loads(json.dumps(document, default=str))
+
+
+def _require_same(now: dict[str, Any], folder: Path) -> None:
+    """Store the settings of a new translation in *folder*; compare them with those of one that goes on."""
+    path = folder / SETTINGS
+    if not path.exists():
+        write_json(path, now)
+        return
+    then = json.loads(path.read_text(encoding="utf-8"))
+    if now.get("truncate_source") and then.get("truncate_source") is False:
+        then["truncate_source"] = True  # parts made without it have no line to cut
+        write_json(path, then, overwrite=True)
+    for name in sorted(then.keys() | now.keys()):
+        if then.get(name) != now.get(name):
+            flag = f"--{name.replace('_', '-')}"
+            raise UserError(
+                f"{folder} holds parts of a translation with other settings: {flag} was {_short(then.get(name))} and "
+                f"is {_short(now.get(name))} now; give it as before, or remove the folder to begin anew"
+            )
+
+
+def _short(value: Any) -> str:
+    return str(value[:12] if isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) else value)
+
+
+# -- in and out -------------------------------------------------------------------------------------------------------
+
+
+def spool_stdin(folder: Path) -> Path:
+    """Write standard input to a file, which can be read in parts, and return that."""
+    path = folder / "input"
+    with atomic_output(path, overwrite=True) as temporary, open(temporary, "wb") as stream:
+        shutil.copyfileobj(sys.stdin.buffer, stream)
+    return path
+
+
+def write_parts(parts: list[Path], output: Path | None, overwrite: bool) -> None:
+    """Join the parts in *output*, or on standard output."""
+    if output is None:
+        for part in parts:
+            sys.stdout.buffer.write(part.read_bytes())
+        return
+    with atomic_output(output, overwrite) as temporary, open(temporary, "wb") as whole:
+        for part in parts:
+            with open(part, "rb") as stream:
+                shutil.copyfileobj(stream, whole)

@@ -1,0 +1,214 @@
+"""ap-generate: several processes print what fairseq-generate prints; a text that was cut goes on where it stopped."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from plugin.commands import PLUGIN, run
+
+from ap_fairseq.cli import generate
+from ap_fairseq.generation.text import Text
+
+AP_GENERATE = [sys.executable, "-m", "ap_fairseq.cli.generate"]
+TWO = ["--cpu", "--num-processes", "2", "--num-workers", "0"]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def ap_generate(*flags, expect: int = 0, text: str | None = None) -> subprocess.CompletedProcess:
+    command = [*AP_GENERATE, *TWO, *map(str, flags)]
+    done = subprocess.run(command, input=text, capture_output=True, text=True, env=ENVIRONMENT, timeout=300)
+    assert done.returncode == expect, done.stderr[-4000:]
+    return done
+
+
+def start(*flags) -> subprocess.Popen:
+    return subprocess.Popen(
+        [*AP_GENERATE, *TWO, *map(str, flags)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=ENVIRONMENT,
+    )
+
+
+def children(process: subprocess.Popen) -> list[int]:
+    return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+
+
+def wait_for(what, seconds: float = 120):
+    """Return the first true value of what()."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if value := what():
+            return value
+        time.sleep(0.05)
+    raise AssertionError("nothing happened")
+
+
+def sentence_lines(log: str) -> list[str]:
+    """The lines about sentences in fairseq-generate's output, in the order of the data set."""
+    lines = [line for line in log.split("\n") if re.match(r"[STHDPA]-\d+\t", line)]
+    return sorted(lines, key=lambda line: int(line.split("\t")[0][2:]))
+
+
+@pytest.mark.parametrize("scoring", ["bleu", "sacrebleu"])
+def test_two_processes_print_what_fairseq_generate_prints(data_bin, dense, tmp_path, scoring):
+    """The same lines in order, and the score of all sentences. 60 sentences by 16 make four batches."""
+    flags = ["--path", dense, "--gen-subset", "valid", "--beam", 3, "--nbest", 2, "--batch-size", 16]
+    flags += ["--scoring", scoring]
+    stock = run("fairseq-generate", data_bin, *PLUGIN, *flags, "--cpu", "--required-batch-size-multiple", 1)
+    ap_generate(data_bin, *flags, "--results-path", tmp_path)
+    *ours, score, signature = (tmp_path / "generate-valid.txt").read_text("utf-8").splitlines()[-602:]
+    if scoring == "bleu":
+        ours, score = [*ours, score], signature
+    else:
+        assert re.match(r"sacreBLEU signature: nrefs:1\|case:mixed\|eff:no\|tok:13a\|smooth:exp\|version:", signature)
+    assert ours[-480:] == sentence_lines(stock) and len(sentence_lines(stock)) == 60 * (2 + 2 * 3)
+    assert score in stock.splitlines() and score.startswith("Generate valid with beam=3: BLEU")
+    assert [path.name for path in tmp_path.iterdir()] == ["generate-valid.txt"]
+
+
+def test_a_process_without_a_batch_and_quiet(data_bin, dense):
+    """One batch for two processes: fairseq-generate divides by zero where its shard has none."""
+    flags = [data_bin, "--path", dense, "--gen-subset", "valid", "--batch-size", 60]
+    whole, quiet = (ap_generate(*flags, *more).stdout.splitlines() for more in ([], ["--quiet"]))
+    assert [line[:3] for line in whole[:6]] == ["S-0", "T-0", "H-0", "D-0", "P-0", "S-1"]
+    assert len(whole) == 5 * 60 + 1 and quiet == whole[-1:]
+
+
+def test_a_text_keeps_its_lines(data_bin, dense, toy_text, tmp_path):
+    """The hypotheses of fairseq-interactive, line by line; an empty line stays empty, also where only spaces are."""
+    lines = (toy_text / "valid.en").read_text("utf-8").splitlines()[:7]
+    lines[2:2] = ["", "   "]
+    text = "".join(f"{line}\n" for line in lines).removesuffix("\n")
+    stock = subprocess.run(
+        [Path(sys.executable).parent / "fairseq-interactive", data_bin, *PLUGIN, "--path", dense, "--cpu"],
+        **dict(input=text, capture_output=True, text=True, env=ENVIRONMENT, timeout=300),
+    )
+    hypotheses = re.findall(r"^D-\d+\t\S+\t(.*)$", stock.stdout, re.MULTILINE)
+    hypotheses[2:4] = ["", ""]
+    done = ap_generate(data_bin, "--path", dense, "--input", "-", "--buffer-size", 4, text=text)
+    assert done.stdout.split("\n") == [*hypotheses, ""] and len(hypotheses) == 9
+    assert "9 lines translated" in done.stderr
+
+
+def test_a_text_that_was_cut_goes_on(data_bin, dense, toy_text, tmp_path):
+    """Sampled by two processes that are killed with their parent, then resumed: the text that one run samples."""
+    flags = [data_bin, "--path", dense, "--input", toy_text / "test.en", "--buffer-size", 10]
+    flags += ["--sampling", "--beam", 1, "--seed", 5, "--batch-size", 1]
+    ap_generate(*flags, "--output", tmp_path / "whole.de", "--num-processes", 1)
+    output, folder = tmp_path / "cut.de", tmp_path / "cut.de.parts"
+    process = start(*flags, "--output", output)
+    wait_for(lambda: len(list(folder.glob("part*.txt"))) >= 3)
+    ranks = children(process)
+    process.kill()
+    process.communicate()
+    assert len(ranks) == 2
+    wait_for(lambda: not any(Path(f"/proc/{rank}").exists() for rank in ranks))
+    made = len(list(folder.glob("part*.txt")))
+    assert 3 <= made < 22 and not output.exists()
+
+    changed = ap_generate(*flags, "--output", output, "--sampling-topk", 4, expect=2).stderr
+    assert "--sampling-topk was -1 and is 4 now" in changed and "remove the folder" in changed
+    other = ap_generate(data_bin, "--path", dense, "--input", toy_text / "valid.en", "--output", output, expect=2)
+    assert "holds parts of a translation with other settings" in other.stderr
+
+    resumed = ap_generate(*flags, "--output", output)
+    assert f"{made} of 22 parts were translated before" in resumed.stderr
+    assert output.read_text("utf-8") == (tmp_path / "whole.de").read_text("utf-8")
+    assert len(output.read_text("utf-8").splitlines()) == 220 and not folder.exists()
+    assert "pass --overwrite" in ap_generate(*flags, "--output", output, expect=2).stderr
+
+
+def test_lines_that_are_too_long(data_bin, dense, tmp_path):
+    """Refused by number, or cut; what was translated before the refusal is kept."""
+    (tmp_path / "in").write_text("the page opens\n" * 3 + "the page " * 20 + "\n", "utf-8")
+    flags = [data_bin, "--path", dense, "--input", tmp_path / "in", "--output", tmp_path / "out", "--buffer-size", 2]
+    flags += ["--max-source-positions", 12, "--num-processes", 1]
+    error = ap_generate(*flags, expect=2).stderr.splitlines()[-1]
+    assert "line 4 has 41 tokens, the model reads at most 12" in error and "--truncate-source" in error
+    assert not (tmp_path / "out").exists()
+    log = ap_generate(*flags, "--truncate-source").stderr
+    assert "1 of 2 parts were translated before" in log and "1 lines were cut" in log
+    assert len((tmp_path / "out").read_text("utf-8").splitlines()) == 4
+
+
+@pytest.fixture
+def running(data_bin, dense, tmp_path):
+    """A translation of the training data that takes a while, and its two processes; it is ended after the test."""
+    process = start(data_bin, "--path", dense, "--gen-subset", "train", "--batch-size", 1, "--results-path", tmp_path)
+    logs = [tmp_path / "generate-train.txt.parts" / f"rank{rank}.log" for rank in range(2)]
+    try:
+        wait_for(lambda: process.poll() or all(log.exists() and "progress_bar |" in log.read_text() for log in logs))
+        yield process, children(process)
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_a_process_that_dies_ends_the_run(running, tmp_path):
+    process, ranks = running
+    os.kill(ranks[1], signal.SIGKILL)
+    _, log = process.communicate(timeout=120)
+    left = tmp_path / "generate-train.txt.parts"
+    assert process.returncode == 2 and "process 1 died of SIGKILL, the others were ended" in log, log[-3000:]
+    assert f"the end of its log {left / 'rank1.log'}" in log and "Traceback" not in log
+    assert sorted(path.name for path in left.iterdir()) == ["rank0.log", "rank1.log"]
+    assert [path.name for path in tmp_path.iterdir()] == [left.name]
+    assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_all_processes(running, tmp_path, number):
+    process, ranks = running
+    process.send_signal(number)
+    _, log = process.communicate(timeout=120)
+    assert process.returncode == 128 + number and "Traceback" not in log, log[-3000:]
+    assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)
+    assert not (tmp_path / "generate-train.txt").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--num-shards", "2"], "--num-shards has no meaning for ap-generate; --num-processes N says"),
+        (["--distributed-world-size=2"], "--distributed-world-size has no meaning for ap-generate; --num-processes"),
+        (["--log-format", "json"], "--log-format has no meaning for ap-generate; the progress of all processes"),
+        (["--output", "x"], "--output has no meaning for ap-generate; the lines of a test set go to standard output"),
+        (["--input", "x", "--gen-subset", "test"], "--gen-subset has no meaning for ap-generate --input; with --input"),
+        (["--input", "x", "--nbest", "2"], "--nbest 2: with --input each line has one translation"),
+        (["--input", "x", "--sampling"], "--sampling --beam 5: with --input each line has one sample; give --beam 1"),
+        (["--input", "missing"], "missing does not exist; expected a text file with one sentence a line"),
+        (["--num-processes", "0"], "--num-processes 0: at least one process translates"),
+        (["--path", "missing.pt"], "missing.pt does not exist; expected a fairseq checkpoint"),
+    ],
+)
+def test_what_has_no_meaning_is_refused(data_bin, dense, capsys, flags, message):
+    with pytest.raises(SystemExit) as stop:
+        generate.main([str(data_bin), "--path", str(dense), "--cpu", *flags])
+    assert stop.value.code == 2 and f"error: {message}" in capsys.readouterr().err
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setattr(generate.torch.cuda, "device_count", lambda: 2)
+    assert generate.count_ranks(None, cpu=False) == 2 and generate.count_ranks(None, cpu=True) == 1
+    assert generate.count_ranks(3, cpu=True) == 3
+    with pytest.raises(generate.UserError, match="--num-processes 3: each takes a GPU, 2 are visible"):
+        generate.count_ranks(3, cpu=False)
+
+
+def test_parts_of_a_text_are_its_lines(tmp_path):
+    """Only a line feed ends a line: not a form feed, nor Unicode's separators; the last may lack it."""
+    lines = ["one\x0cone", "two\u2028two", "", "four\r", "five"]
+    (tmp_path / "in").write_bytes("\n".join(lines).encode())
+    text = Text.scan(tmp_path / "in", "in", 2)
+    assert (text.lines, len(text.offsets)) == (5, 3)
+    assert [text.part(k) for k in range(3)] == [["one\x0cone", "two\u2028two"], ["", "four"], ["five"]]
+    (tmp_path / "bad").write_bytes(b"fine\n\xff\n")
+    with pytest.raises(generate.UserError, match="bad line 2 is not UTF-8"):
+        Text.scan(tmp_path / "bad", "bad", 2)
