@@ -19,6 +19,7 @@ import safetensors
 import safetensors.numpy
 
 from ap_fairseq.files import ArtifactError, atomic_output, file_sha256, not_written, require_file
+from ap_fairseq.lengths import counted
 from ap_fairseq.relative import RelativeMask, RelativeStats, offset_support, rows_by_centre
 from ap_fairseq.sites import AttentionKind
 
@@ -154,6 +155,8 @@ class AttentionStats:
             files of version 0.2.
         relative: cross-attention by offset from a scaled diagonal. None in files of version 0.2, for models without
             cross-attention, and where recordings with different slopes were merged.
+        validation_lengths: as *lengths*, of the validation sentences, on which budgets can be held; nothing of them was
+            recorded. Empty where there are none.
     """
 
     FORMAT = "ap-attention-stats-2"
@@ -165,6 +168,7 @@ class AttentionStats:
     importance: dict[AttentionKind, np.ndarray] = field(default_factory=dict)
     lengths: np.ndarray = field(default_factory=lambda: np.zeros((0, 3), dtype=np.int64))
     relative: RelativeStats | None = None
+    validation_lengths: np.ndarray = field(default_factory=lambda: np.zeros((0, 3), dtype=np.int64))
 
     def __post_init__(self):
         self.require_valid()
@@ -195,11 +199,12 @@ class AttentionStats:
                     _require_between(self.importance[kind][layer, head], np.inf, f"{where}: the importance")
                 if kind in self.end_mass:
                     _require_between(self.end_mass[kind][layer, head], np.inf, f"{where}: the mass on the last token")
-        if self.lengths.ndim != 2 or self.lengths.shape[1] != 3 or self.lengths.min(initial=1) < 1:
-            raise ArtifactError(
-                f"lengths of shape {self.lengths.shape}, least {self.lengths.min(initial=1)}; expected rows of target "
-                "length, source length and number of sentences, each at least 1"
-            )
+        for name, lengths in (("lengths", self.lengths), ("validation lengths", self.validation_lengths)):
+            if lengths.ndim != 2 or lengths.shape[1] != 3 or lengths.min(initial=1) < 1:
+                raise ArtifactError(
+                    f"{name} of shape {lengths.shape}, least {lengths.min(initial=1)}; expected rows of target length, "
+                    "source length and number of sentences, each at least 1"
+                )
         if self.relative is not None:
             self._require_valid_relative(self.relative)
 
@@ -362,7 +367,8 @@ class AttentionStats:
         relative = None
         if self.relative and other.relative and self.relative.slope == other.relative.slope:
             relative = self.relative.merge(other.relative)
-        return AttentionStats(mass, support, metadata, end_mass, importance, lengths, relative)
+        validation = self.validation_lengths if len(self.validation_lengths) else other.validation_lengths
+        return AttentionStats(mass, support, metadata, end_mass, importance, lengths, relative, validation)
 
     def save(self, path, overwrite: bool = False) -> None:
         """Write the statistics; raises :class:`ArtifactError` for invalid ones, or if *path* may not be written."""
@@ -371,7 +377,7 @@ class AttentionStats:
         tensors |= {f"{kind.value}.support": self.support[kind] for kind in self.kinds}
         tensors |= {f"{kind.value}.end_mass": mass for kind, mass in self.end_mass.items()}
         tensors |= {f"{kind.value}.importance": importance for kind, importance in self.importance.items()}
-        tensors["lengths"] = self.lengths
+        tensors |= {"lengths": self.lengths, "validation.lengths": self.validation_lengths}
         if self.relative is not None:
             tensors["cross.relative.mass"] = self.relative.mass
             tensors["cross.relative.slope"] = np.array([self.relative.slope], dtype=np.int64)
@@ -398,7 +404,9 @@ class AttentionStats:
             )
             _require_architecture(metadata, stats.architecture)
             if "lengths" in tensors:
-                stats.lengths = _tensor(tensors, "lengths", np.int64, 2)
+                stats.lengths, stats.validation_lengths = (
+                    _tensor(tensors, name, np.int64, 2) for name in ("lengths", "validation.lengths")
+                )
             if "cross.relative.slope" in tensors:
                 stats.relative = RelativeStats(
                     int(_tensor(tensors, "cross.relative.slope", np.int64, 1)[0]),
@@ -407,13 +415,6 @@ class AttentionStats:
                 )
             stats.require_valid()
             return stats
-
-
-def counted(lengths: np.ndarray) -> np.ndarray:
-    """Return int64 (n, 3) of target length, source length and number of sentences with each pair once, in order."""
-    pairs, place = np.unique(lengths[:, :2], axis=0, return_inverse=True)
-    counts = np.bincount(place.ravel(), weights=lengths[:, 2], minlength=len(pairs))
-    return np.column_stack([pairs, counts.astype(np.int64)])
 
 
 def _require_architecture(metadata: Mapping[str, Any], found: Mapping[str, list[int]]) -> None:

@@ -17,6 +17,7 @@ FLOORS = (
     {"triton_ops"},
     {"version", "files", "compat", "cuda_graphs"},
     {"sites", "provenance", "relative"},
+    {"lengths"},
     {"artifacts"},  # statistics and masks: what the stages hand to each other
     {"pruning", "model", "evaluation"},
     {"recording"},

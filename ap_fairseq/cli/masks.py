@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+from collections.abc import Mapping
 
 from ap_fairseq.artifacts import AttentionStats
 from ap_fairseq.cli.common import add_output, command
@@ -34,18 +35,27 @@ def format_summary(built: BuiltMasks, per_layer: bool = False) -> str:
     """Render the effect of masks as a table for terminals: one row for each kind, or also for each layer, and all."""
     spec = built.masks.metadata["spec"]
     nominal = spec["criterion"] == "percentile"
+    validation = {} if per_layer else built.masks.metadata.get("validation", {})
     header = ["kind", *(["layer"] if per_layer else []), "effective", *(["nominal"] if nominal else []), "kept mass"]
+    header += ["effective on validation"] if validation else []
     rows = []
     for row in built.summary:
         if row.layer is None or per_layer:
             layer = ["all" if row.layer is None else str(row.layer)] if per_layer else []
             square = [f"{row.nominal:.1%}" if row.kind in spec["budgets"] else ""] if nominal else []
             cells = [row.kind, *layer, f"{row.effective:.1%}", *square, f"{row.kept_mass:.1%}"]
-            rows.append([*cells, f"{row.guaranteed_rows}/{row.rows}"] if per_layer else cells)
+            rows.append(
+                [*cells, f"{row.guaranteed_rows}/{row.rows}"] if per_layer else [*cells, *_held(validation, row.kind)]
+            )
     total = built.masks.metadata["total"]
     shares = [f"{total['effective']:.1%}", *([""] if nominal else []), f"{total['kept_mass']:.1%}"]
-    rows.append(["all kinds", *(["all"] if per_layer else []), *shares, *([""] if per_layer else [])])
+    shares += [""] if per_layer else _held(validation, "total")
+    rows.append(["all kinds", *(["all"] if per_layer else []), *shares])
     return plain(Table([*header, *(["guaranteed rows"] if per_layer else [])], rows))
+
+
+def _held(validation: Mapping[str, float], name: str) -> list[str]:
+    return [f"{validation[name]:.1%}"] if validation else []
 
 
 def write_masks(

@@ -21,7 +21,7 @@ from ap_fairseq.files import ArtifactError, UserError
 from ap_fairseq.pruning import criteria
 from ap_fairseq.pruning.select import beyond_best, prune_lowest, prune_surplus_first, weight_of
 from ap_fairseq.pruning.spec import Granularity, MaskSpec, block_shape
-from ap_fairseq.pruning.summary import LayerSummary, missed_budgets, summarize, total_of, vanished_heads
+from ap_fairseq.pruning.summary import LayerSummary, missed_budgets, sparsity_on, summarize, total_of, vanished_heads
 from ap_fairseq.relative import RelativeMask
 from ap_fairseq.sites import AttentionKind
 
@@ -62,6 +62,42 @@ def build_masks(stats: AttentionStats, spec: MaskSpec, *, growing: bool = False)
                 "out"
             )
     stats.require_pairs()
+    if spec.calibrate:
+        return _calibrated(stats, spec, growing)
+    return _build(stats, spec, growing, spec)
+
+
+CALIBRATIONS = 8  # at most; two or three come within a tenth of a percentage point
+
+
+def _calibrated(stats: AttentionStats, spec: MaskSpec, growing: bool) -> BuiltMasks:
+    """Build masks whose budgets hold on the validation lengths, by correcting the budgets for what they miss there."""
+    if not len(stats.validation_lengths):
+        raise UserError(
+            "--calibrate needs the lengths of the validation sentences, which these statistics lack; record with "
+            "ap-record on a data-bin that has a subset valid, or leave --calibrate out"
+        )
+    wanted = {kind.value: budget for kind, budget in spec.budgets.items()}
+    corrected, tried = dict(spec.budgets), []
+    for _ in range(CALIBRATIONS):
+        built = _build(stats, dataclasses.replace(spec, budgets=corrected), growing, spec)
+        reached = built.masks.metadata["validation"]
+        if spec.scope == "global":
+            pairs = {row.kind: row.pairs for row in built.summary if row.layer is None}
+            goal = sum(share * pairs[name] for name, share in wanted.items()) / sum(pairs.values())
+            errors = dict.fromkeys(wanted, goal - reached["total"])
+        else:
+            errors = {name: share - reached[name] for name, share in wanted.items()}
+        worst = max(map(abs, errors.values()), default=0.0)
+        tried.append((worst, built))
+        if worst < 1e-3:
+            break
+        corrected = {kind: float(np.clip(b + errors[kind.value], 0, 0.9999)) for kind, b in corrected.items()}
+    return min(tried, key=lambda attempt: attempt[0])[1]
+
+
+def _build(stats: AttentionStats, spec: MaskSpec, growing: bool, wanted: MaskSpec) -> BuiltMasks:
+    """Build masks by *spec*; warnings and provenance are those of *wanted*, the specification before calibration."""
     recorded = stats
     if spec.in_offsets(AttentionKind.CROSS):
         stats = stats.in_offsets()
@@ -76,14 +112,15 @@ def build_masks(stats: AttentionStats, spec: MaskSpec, *, growing: bool = False)
     summary = summarize(masks, recorded)
     kinds = [row for row in summary if row.layer is None]
     vanished = vanished_heads(masks, recorded)
-    options = dataclasses.asdict(spec)
+    options = dataclasses.asdict(wanted)
     if not spec.max_heads:
         del options["max_heads_of"]
+    validation = sparsity_on(masks, recorded.validation_lengths) if len(recorded.validation_lengths) else None
     masks.metadata = {
         **{key: value for key, value in stats.metadata.items() if key not in ("format", "architecture")},
         "spec": {
             **options,
-            "budgets": _named(spec.budgets),
+            "budgets": _named(wanted.budgets),
             "granularity": _named(spec.granularity) if isinstance(spec.granularity, Mapping) else spec.granularity,
             "min_heads": {kind.value: int(count) for kind, count in spec.min_heads.items()},
             "max_heads": _named(spec.max_heads),
@@ -92,9 +129,10 @@ def build_masks(stats: AttentionStats, spec: MaskSpec, *, growing: bool = False)
             row.kind: {"effective": row.effective, "nominal": row.nominal, "kept_mass": row.kept_mass} for row in kinds
         },
         "total": total_of(kinds),
+        **({} if validation is None else {"validation": validation}),
         "vanished_heads": vanished,
     }
-    warnings = missed_budgets(summary, spec)
+    warnings = missed_budgets(summary, wanted, validation)
     for name, heads in vanished.items():
         listed = ", ".join(f"{layer}.{head}" for layer, head in heads)
         warnings.append(f"{name}: {len(heads)} heads (layer.head) keep nothing but the guaranteed cells: {listed}")

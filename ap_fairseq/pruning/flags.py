@@ -139,6 +139,12 @@ def add_mask_options(parser: argparse.ArgumentParser) -> None:
         help="score a cell by the mean of all cells up to N positions away along its diagonal, so that late positions, "
         "which few sentences reach, are not ranked by chance (default: 0, the cell alone)",
     )
+    parser.add_argument(
+        "--calibrate",
+        action="store_true",
+        help="budgets are shares of the pairs of the validation sentences, whose lengths ap-record stores, not of the "
+        "recorded ones",
+    )
     parser.add_argument("--seed", type=int, default=1, help="for random masks and ties (default: %(default)s)")
 
 
@@ -193,5 +199,6 @@ def spec_from(args: argparse.Namespace, stats: AttentionStats) -> MaskSpec:
         keep_diagonal=args.keep_diagonal,
         keep_first=args.keep_first,
         smooth=args.smooth,
+        calibrate=args.calibrate,
         seed=args.seed,
     )

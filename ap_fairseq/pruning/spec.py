@@ -71,6 +71,8 @@ class MaskSpec:
         smooth: score each cell by the mean over the cells up to this many positions away along its diagonal
             (:func:`ap_fairseq.pruning.criteria.smoothed`); without it, late positions, which few sentences reach, are
             ranked by chance.
+        calibrate: budgets are shares of the pairs of the validation sentences, not of the recorded ones: masks that
+            were derived from training sentences prune more of longer ones.
         seed: for ``random``, and for ties in the controls by distance.
 
     Cells kept by these sets and minima count against the budget. *keep_diagonal* and *keep_first* keep single cells at
@@ -92,6 +94,7 @@ class MaskSpec:
     keep_diagonal: int | None = None
     keep_first: int = 0
     smooth: int = 0
+    calibrate: bool = False
     seed: int = 1
 
     def __post_init__(self):

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from ap_fairseq.artifacts import AttentionStats, PruningMasks
+from ap_fairseq.lengths import by_pair, support_of
 from ap_fairseq.pruning import criteria
 from ap_fairseq.pruning.spec import MaskSpec, block_shape
-from ap_fairseq.relative import RelativeMask, kept_in_row, offset_support
+from ap_fairseq.relative import RelativeMask, kept_in_row, offset_support, rows_by_centre
 from ap_fairseq.sites import AttentionKind
 
 
@@ -95,6 +96,28 @@ def _single(observed: np.ndarray) -> int:
     return int(np.sum(observed.sum(-1) == 1))
 
 
+def sparsity_on(masks: PruningMasks, lengths: np.ndarray) -> dict[str, float]:
+    """Return the effective sparsity of each kind, and of all as ``total``, on sentences of other lengths.
+
+    Args:
+        lengths: int64 (n, 3): target length, source length, number of sentences.
+    """
+    shares, pruned_pairs, all_pairs = {}, 0, 0
+    for kind in masks.kinds:
+        if kind is AttentionKind.CROSS and masks.relative is not None:
+            support = offset_support(rows_by_centre(lengths, masks.relative.slope))
+            keep = masks.relative.grown(len(support))
+        else:
+            support = support_of(kind, by_pair(lengths))
+            keep = masks.grown(kind, support.shape)
+        heads = int(np.prod(keep.shape[:2]))
+        pairs = int(support.sum()) * heads
+        pruned = int((support * (heads - keep.sum((0, 1), dtype=np.int64))).sum())
+        shares[kind.value] = pruned / pairs
+        pruned_pairs, all_pairs = pruned_pairs + pruned, all_pairs + pairs
+    return {**shares, "total": pruned_pairs / all_pairs}
+
+
 def total_of(kinds: Sequence[LayerSummary]) -> dict[str, float]:
     """Return effective sparsity and kept mass over all pairs of several rows of a summary."""
     pairs, mass = sum(row.pairs for row in kinds), sum(row.mass for row in kinds)
@@ -120,8 +143,14 @@ def vanished_heads(masks: PruningMasks, stats: AttentionStats) -> dict[str, list
     return vanished
 
 
-def missed_budgets(summary: Iterable[LayerSummary], spec: MaskSpec) -> list[str]:
-    """Explain, in one sentence each, effective sparsities more than one percentage point off their budget."""
+def missed_budgets(
+    summary: Iterable[LayerSummary], spec: MaskSpec, validation: Mapping[str, float] | None = None
+) -> list[str]:
+    """Explain, in one sentence each, effective sparsities more than one percentage point off their budget.
+
+    Args:
+        validation: the sparsities that count if the budgets are calibrated, by :func:`sparsity_on`.
+    """
     if spec.criterion == "percentile":
         return []  # its budgets are nominal
     totals = [row for row in summary if row.layer is None and AttentionKind(row.kind) in spec.budgets]
@@ -129,6 +158,9 @@ def missed_budgets(summary: Iterable[LayerSummary], spec: MaskSpec) -> list[str]
     if spec.scope == "global" and totals:
         target = np.average([target for _, _, target in checks], weights=[row.pairs for row in totals])
         checks = [("all kinds together", total_of(totals)["effective"], target)]
+    if spec.calibrate and validation is not None:
+        reached = {**validation, "all kinds together": validation["total"]}
+        checks = [(name, reached[name], target) for name, _, target in checks]
     granularities = {spec.granularity_of(kind) for kind in spec.budgets}
     if granularities == {1}:
         reason = "every row keeps one guaranteed cell, and rows of short sentences have few others"

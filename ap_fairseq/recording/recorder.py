@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ap_fairseq.artifacts import AttentionStats
 from ap_fairseq.files import UserError
+from ap_fairseq.lengths import support_of
 from ap_fairseq.relative import RelativeStats, scaled
 from ap_fairseq.sites import AttentionKind, AttentionSite, attention_sites
 
@@ -244,12 +245,15 @@ class AttentionRecorder:
         wide = [g if g.dtype is torch.float64 else g.float() for g in gradients]
         return [gradient / self._loss_scale for gradient in wide]
 
-    def finish(self, group: dist.ProcessGroup | None = None, **metadata) -> AttentionStats:
+    def finish(
+        self, group: dist.ProcessGroup | None = None, validation_lengths: np.ndarray | None = None, **metadata
+    ) -> AttentionStats:
         """Return the statistics of all batches (of all ranks of *group*), cut to the longest recorded positions.
 
         Args:
             group: process group to sum over; None for a single process.
-            metadata: provenance to store with the statistics.
+            validation_lengths: int64 (n, 3), to store with the statistics.
+            metadata: provenance, likewise.
 
         Raises:
             UserError: if no sentence was recorded.
@@ -280,6 +284,7 @@ class AttentionRecorder:
             recorded(self._importance),
             np.array([(*pair, count) for pair, count in sorted(lengths.items())], dtype=np.int64),
             self._relative_stats(lengths),
+            np.zeros((0, 3), dtype=np.int64) if validation_lengths is None else validation_lengths,
         )
 
     def _relative_stats(self, lengths: collections.Counter[tuple[int, int]]) -> RelativeStats | None:
@@ -371,28 +376,3 @@ def sample_by_length(indices: np.ndarray, count: int, seed: int) -> np.ndarray:
         return indices
     edges = np.linspace(0, len(indices), count + 1).astype(np.int64)
     return indices[np.random.default_rng(seed).integers(edges[:-1], edges[1:])]
-
-
-def support_of(kind: AttentionKind, lengths: dict[tuple[int, int], int]) -> np.ndarray:
-    """Count the sentences in which each cell is attendable.
-
-    Args:
-        lengths: number of sentences for each (target length, source length) in tokens.
-
-    Returns:
-        int64 (Tq, Tk) up to the longest sentence: cell (i, j) exists where i < query length, j < key length, and
-        j <= i for ``decoder_self``.
-    """
-    target = max(pair[0] for pair in lengths)
-    source = max(pair[1] for pair in lengths)
-    joint = np.zeros((target + 1, source + 1), dtype=np.int64)
-    for pair, count in lengths.items():
-        joint[pair] += count
-    if kind is AttentionKind.CROSS:
-        # n(i, j) = number of sentences with target length > i and source length > j: a two-sided suffix sum.
-        return joint[::-1, ::-1].cumsum(0).cumsum(1)[::-1, ::-1][1:, 1:].copy()
-    marginal = joint.sum(0 if kind is AttentionKind.ENCODER_SELF else 1)
-    longer_than = marginal[::-1].cumsum()[::-1][1:]  # [i] = number of sentences longer than i
-    positions = np.arange(len(longer_than))
-    square = longer_than[np.maximum(positions[:, None], positions[None, :])]
-    return np.tril(square) if kind.causal else square

@@ -32,7 +32,14 @@ from ap_fairseq.files import ArtifactError, UserError, file_sha256, refuse_exist
 from ap_fairseq.model.checkpoints import RECORDABLE, load_parameters, stored_model
 from ap_fairseq.provenance import dictionary_hashes, versions
 from ap_fairseq.recording.recorder import AttentionRecorder, data_parallel_group, gathered, sample_by_length
-from ap_fairseq.recording.tasks import diagonal_slope, languages, lengths_of, longest_sides, recorded_task
+from ap_fairseq.recording.tasks import (
+    diagonal_slope,
+    languages,
+    lengths_of,
+    longest_sides,
+    recorded_task,
+    validation_lengths,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -125,6 +132,7 @@ def record(cfg, job: Recording) -> AttentionStats:
     progress.print(aggregate.get_smoothed_values(), tag=job.subset)
     stats = recorder.finish(  # names the site and the head where attention itself is not finite
         group=group,
+        validation_lengths=validation_lengths(task),
         data=[{"name": os.path.basename(os.path.abspath(job.data)), "subset": job.subset}],
         **languages(task),
         checkpoint=file_sha256(job.checkpoint),

@@ -20,6 +20,7 @@ from fairseq.tasks.masked_lm import MaskedLMConfig
 from fairseq.tasks.sentence_prediction import SentencePredictionConfig
 from fairseq.tasks.translation import TranslationConfig, TranslationTask
 
+from ap_fairseq.lengths import counted
 from ap_fairseq.relative import slope_of
 
 
@@ -122,6 +123,24 @@ def diagonal_slope(dataset: FairseqDataset) -> int | None:
     if not isinstance(dataset, LanguagePairDataset):
         return None
     return slope_of(int(dataset.src_sizes.sum()), int(dataset.tgt_sizes.sum()))
+
+
+def validation_lengths(task: FairseqTask, subset: str = "valid") -> np.ndarray | None:
+    """Return the lengths of the validation sentences of a translation task, int64 (n, 3); None where there are none.
+
+    The subset is loaded unless it is there already; its sentences are not read.
+    """
+    if not isinstance(task, TranslationTask):
+        return None
+    if subset not in task.datasets:
+        try:
+            task.load_dataset(subset)
+        except FileNotFoundError:
+            return None
+    dataset = task.dataset(subset)
+    if dataset.tgt_sizes is None or not len(dataset):
+        return None
+    return counted(np.column_stack([dataset.tgt_sizes, dataset.src_sizes, np.ones(len(dataset), dtype=np.int64)]))
 
 
 def lengths_of(dataset: FairseqDataset, indices: np.ndarray) -> np.ndarray:

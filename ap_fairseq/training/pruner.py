@@ -24,7 +24,7 @@ from ap_fairseq.provenance import dictionary_hashes, versions
 from ap_fairseq.pruning.build import build_masks
 from ap_fairseq.pruning.flags import spec_from
 from ap_fairseq.recording.recorder import AttentionRecorder, data_parallel_group, sample_by_length
-from ap_fairseq.recording.tasks import diagonal_slope, languages, longest_sides
+from ap_fairseq.recording.tasks import diagonal_slope, languages, longest_sides, validation_lengths
 from ap_fairseq.training.schedule import PruningSchedule
 
 logger = logging.getLogger(__name__)
@@ -83,8 +83,10 @@ class TrainingPruner:
         checkpoint_utils.save_checkpoint.__dict__.pop("best", None)
         self.seconds += time.monotonic() - started
         total = time.monotonic() - self.started
+        validation = built.masks.metadata.get("validation")
+        also = f" ({validation['total']:.1%} of those of the validation sentences)" if validation else ""
         logger.info(
-            f"update {update}: {built.masks.metadata['total']['effective']:.1%} of the pairs pruned, "
+            f"update {update}: {built.masks.metadata['total']['effective']:.1%} of the pairs pruned{also}, "
             f"{share:.1%} of the budget; {stats.metadata['sentences']:,} sentences recorded in "
             f"{recorded - started:.1f} s, masks in {time.monotonic() - recorded:.1f} s; pruning took "
             f"{self.seconds / total:.1%} of the time so far"
@@ -111,6 +113,7 @@ class TrainingPruner:
         folders = utils.split_paths((self.task.cfg or self.task.args).data)  # language modelling is an old-style task
         return recorder.finish(
             group,
+            validation_lengths(self.task),
             data=[{"name": os.path.basename(os.path.abspath(path)), "subset": "train"} for path in folders],
             **languages(self.task),
             dictionaries=dictionary_hashes(self.task),

@@ -8,11 +8,11 @@ from fairseq.data import Dictionary
 from fairseq.models.transformer import TransformerConfig, TransformerModelBase
 
 from ap_fairseq.artifacts import AttentionStats, PruningMasks
+from ap_fairseq.lengths import support_of
 from ap_fairseq.model.config import PrunedTransformerConfig
 from ap_fairseq.model.transformer import PrunedTransformerModel
 from ap_fairseq.pruning.build import build_masks
 from ap_fairseq.pruning.spec import MaskSpec
-from ap_fairseq.recording.recorder import support_of
 from ap_fairseq.relative import RelativeStats, offset_support, rows_by_centre, slope_of
 from ap_fairseq.sites import AttentionKind
 
@@ -78,7 +78,10 @@ def random_stats(
     slope = slope_of(int(counts[:, 1] @ counts[:, 2]), int(counts[:, 0] @ counts[:, 2]))
     pairs = offset_support(rows_by_centre(counts, slope))
     relative = RelativeStats(slope, *(draw.random((layers, heads, len(pairs))) * pairs for _ in range(2)))
-    return AttentionStats(mass, support, {}, importance=importance, lengths=counts, relative=relative)
+    longer = counts * [2, 2, 1]  # than the recorded sentences
+    return AttentionStats(
+        mass, support, {}, importance=importance, lengths=counts, relative=relative, validation_lengths=longer
+    )
 
 
 def random_masks(sparsity: float, seed: int = 0, kinds=tuple(AttentionKind), **shape) -> PruningMasks:

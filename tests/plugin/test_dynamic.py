@@ -6,8 +6,8 @@ import torch
 from plugin.builders import batch, dictionary, pruned_model, random_masks
 
 from ap_fairseq.files import UserError
+from ap_fairseq.lengths import support_of
 from ap_fairseq.model.dynamic import DynamicPruning, top_k_for
-from ap_fairseq.recording.recorder import support_of
 from ap_fairseq.sites import AttentionKind, attention_sites, per_kind
 
 VOCAB = dictionary()

@@ -15,13 +15,13 @@ from plugin.builders import random_stats
 from ap_fairseq.artifacts import AttentionStats, PruningMasks
 from ap_fairseq.cli import masks as cli_masks
 from ap_fairseq.files import ArtifactError, UserError
+from ap_fairseq.lengths import support_of
 from ap_fairseq.provenance import describe_sparsity, mask_spec
 from ap_fairseq.pruning import criteria, select
 from ap_fairseq.pruning.build import build_masks
 from ap_fairseq.pruning.criteria import CRITERIA
 from ap_fairseq.pruning.spec import MaskSpec
 from ap_fairseq.pruning.summary import summarize, total_of
-from ap_fairseq.recording.recorder import support_of
 from ap_fairseq.sites import AttentionKind
 
 ALL = tuple(AttentionKind)
@@ -314,7 +314,7 @@ def test_the_table_has_a_row_for_each_kind_and_nominal_sparsity_only_where_it_is
     assert "nominal" not in lines[0] and lines[2].split()[1] == "50.0%"
     built = build(stats, 0.5, kinds=SELF, criterion="percentile")
     header, _, encoder, _, cross, _ = cli_masks.format_summary(built).splitlines()
-    assert "nominal" in header and len(encoder.split()) == 4 and len(cross.split()) == 3  # no budget
+    assert "nominal" in header and len(encoder.split()) == 5 and len(cross.split()) == 4  # no budget
     lines = cli_masks.format_summary(build(stats, 0.5), per_layer=True).splitlines()
     assert len(lines) == 2 + 3 * (1 + 3) + 1 and lines[0].endswith("guaranteed rows") and lines[4].split()[1] == "1"
 
@@ -648,6 +648,56 @@ def test_always_kept_sets_hold_at_any_budget(granularity):
         assert effective(masks, stats, kind) == pytest.approx(0.6, abs=0.01 if granularity == 1 else 0.1)
     middle = stats.support[AttentionKind.ENCODER_SELF].shape[0] - 1
     assert masks.extrapolation[AttentionKind.ENCODER_SELF][..., middle - 2 : middle + 3].all()
+
+
+def on_validation(masks, stats, kind) -> float:
+    """Effective sparsity on the validation sentences, one after the other."""
+    pruned = total = 0
+    for target, source, count in stats.validation_lengths.tolist():
+        shape = {
+            AttentionKind.ENCODER_SELF: (source, source),
+            AttentionKind.DECODER_SELF: (target, target),
+            AttentionKind.CROSS: (target, source),
+        }[kind]
+        if masks.relative is not None and kind is AttentionKind.CROSS:
+            keep = masks.relative.cells(*shape)
+        else:
+            keep = masks.grown(kind, shape)
+        exist = np.tri(*shape, dtype=bool) if kind.causal else np.ones(shape, dtype=bool)
+        pruned, total = pruned + count * (~keep & exist).sum(), total + count * exist.sum() * keep[..., 0, 0].size
+    return pruned / total
+
+
+@pytest.mark.parametrize("granularity", [1, {AttentionKind.CROSS: "scaled-diagonal"}])
+@pytest.mark.parametrize("scope", ["kind", "global"])
+def test_budgets_hold_on_the_validation_sentences_where_that_is_asked(scope, granularity):
+    stats = random_stats(longest=(30, 35), sentences=200)
+    free, held = (build(stats, 0.8, scope=scope, granularity=granularity, calibrate=c) for c in (False, True))
+    for built in (free, held):
+        validation = built.masks.metadata["validation"]
+        for kind in ALL:
+            assert validation[kind.value] == pytest.approx(on_validation(built.masks, stats, kind))
+    errors = [abs(m.masks.metadata["validation"]["total"] - 0.8) for m in (free, held)]
+    assert errors[1] < 0.01 < errors[0]
+    assert not held.warnings and held.masks.metadata["spec"]["budgets"] == dict.fromkeys(ALL, 0.8)
+    assert abs(held.masks.metadata["total"]["effective"] - 0.8) > 0.01  # of the recorded sentences
+    if scope == "kind":
+        assert all(abs(held.masks.metadata["validation"][kind] - 0.8) < 0.01 for kind in ALL)
+
+
+def test_both_sparsities_are_printed_and_older_statistics_are_refused(tmp_path, capsys):
+    stats = random_stats(longest=(30, 30), sentences=200)
+    stats.save(tmp_path / "s.st")
+    ap_masks(tmp_path / "s.st", "--cross", 0.8, "--calibrate", "-o", tmp_path / "m.st")
+    table = capsys.readouterr().out
+    assert "effective on validation" in table and re.search(r"cross +\d\d\.\d% +\d\d\.\d% +(79\.9|80\.[01])%", table)
+    stats.validation_lengths = stats.validation_lengths[:0]
+    stats.save(tmp_path / "old.st")
+    with pytest.raises(SystemExit):
+        ap_masks(tmp_path / "old.st", "--cross", 0.8, "--calibrate", "-o", tmp_path / "n.st")
+    assert "--calibrate needs the lengths of the validation sentences" in capsys.readouterr().err
+    ap_masks(tmp_path / "old.st", "--cross", 0.8, "-o", tmp_path / "n.st")
+    assert "on validation" not in capsys.readouterr().out
 
 
 def test_masks_are_described_in_todays_words():

@@ -18,8 +18,9 @@ from plugin.commands import ROOT, run
 from ap_fairseq.artifacts import AttentionStats
 from ap_fairseq.cli import record as record_command
 from ap_fairseq.files import ArtifactError, UserError
+from ap_fairseq.lengths import support_of
 from ap_fairseq.model.checkpoints import load_checkpoint
-from ap_fairseq.recording.recorder import AttentionRecorder, sample_by_length, support_of
+from ap_fairseq.recording.recorder import AttentionRecorder, sample_by_length
 from ap_fairseq.sites import AttentionKind, attention_sites
 
 VOCAB = dictionary()

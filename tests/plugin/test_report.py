@@ -23,10 +23,10 @@ from plugin.commands import ROOT
 from ap_fairseq.artifacts import AttentionStats, PruningMasks
 from ap_fairseq.cli import report as cli
 from ap_fairseq.files import ArtifactError, UserError
+from ap_fairseq.lengths import support_of
 from ap_fairseq.pruning.build import build_masks
 from ap_fairseq.pruning.spec import MaskSpec
 from ap_fairseq.pruning.summary import summarize
-from ap_fairseq.recording.recorder import support_of
 from ap_fairseq.report import analysis, content, export, page, plots, results, statements
 from ap_fairseq.sites import AttentionKind
 
