@@ -41,7 +41,8 @@ class GraphPool:
         stream = capture_stream(torch.cuda.current_device())
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            graph.capture_begin(pool=self._memory, capture_error_mode="thread_local")  # loaders go on in their threads
+            with torch.inference_mode(False):  # torch makes the seed of all graphs then, which replays set in any mode
+                graph.capture_begin(pool=self._memory, capture_error_mode="thread_local")  # loaders' threads go on
             try:
                 result = run()
             finally:

@@ -14,7 +14,7 @@ from torch import Tensor
 from ap_fairseq.files import UserError
 from ap_fairseq.search.generator import PrunedSequenceGenerator
 
-MAX_CELLS = 1 << 26  # attention weights of all heads that are computed at a time
+MAX_NUMBERS = 1 << 26  # of attention weights and activations of a layer that are computed at a time
 
 
 class PrunedSequenceGeneratorWithAlignment(SequenceGeneratorWithAlignment, PrunedSequenceGenerator):
@@ -41,8 +41,9 @@ class PrunedSequenceGeneratorWithAlignment(SequenceGeneratorWithAlignment, Prune
         source = sample["net_input"]["src_tokens"]
         hypotheses = [(number, h) for number, sentence in enumerate(found) for h in sentence]
         longest = max(h["tokens"].numel() for _, h in hypotheses)
-        heads = max(model.cfg.decoder.attention_heads for model in self.model.models)
-        size = max(1, MAX_CELLS // (heads * longest * source.size(1)))
+        sides = [model.cfg.decoder for model in self.model.models]
+        numbers = max(side.attention_heads * source.size(1) + side.ffn_embed_dim for side in sides)
+        size = max(1, MAX_NUMBERS // (longest * numbers))
         for start in range(0, len(hypotheses), size):
             self._align(hypotheses[start : start + size], source, encoder_outs, first_token)
         return found

@@ -47,7 +47,8 @@ class Restrictions:
             free = None if forced is None else forced.eq(rules.pad).repeat_interleave(rules.beam)
             forbid_repetitions(log_probs, history, state.step, rules.no_repeat_ngram_size, rules.pad, free)
         if rules.exact_length:
-            ends = torch.where(state.step < self.lengths[sentence], -math.inf, 0.0)
+            too_short = state.step < self.lengths[sentence]
+            ends = log_probs.new_zeros(n).masked_fill_(too_short, -math.inf)
             log_probs.view(n, rules.beam, -1)[..., rules.eos] = ends[:, None]
 
     def _force(self, n: int, log_probs: Tensor, token: Tensor) -> None:
@@ -99,7 +100,7 @@ def forbid_repetitions(
         repeats = repeats & free[:, None]
     for k in range(size - 1):
         repeats = repeats & history[:, k : k + n_windows].eq(context[:, k : k + 1])
-    log_probs.scatter_(1, torch.where(repeats, history[:, size - 1 :], pad), -math.inf)
+    log_probs.scatter_(1, history[:, size - 1 :].masked_fill(~repeats, pad), -math.inf)
 
 
 class NGramBlock(NGramRepeatBlock):

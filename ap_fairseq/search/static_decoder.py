@@ -38,6 +38,7 @@ from ap_fairseq.sites import AttentionKind, attention_sites
 from triton_ops import AttentionLayout
 
 HOST_LAG_STEPS = 3  # steps that the host may run ahead of the device
+SOURCE_SIZES_MEMO = 256  # lengths for which a decoder remembers what the masks store of a source
 
 
 def bucket(n: int) -> int:
@@ -97,8 +98,12 @@ class StaticDecoder:
         self.used: dict[PrunedMultiheadAttention, int] = {}  # slots of each pool in use, as the host counts them
         self.graphs: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}  # of n sentences, within prefixes or not
         self.graph_pool = GraphPool()
+        self.source_columns: dict[tuple[int, int], tuple[list, dict]] = {}  # see `_source_columns`
         self.layouts: list[AttentionLayout] = []
         # Graphs hold addresses: of the parameters, and of the layouts, which must not be dropped before them.
+        self.parameters = [
+            (part._parameters, name) for model in self.models for part in model.modules() for name in part._parameters
+        ]
         self.addresses = self._addresses()
         kernels = modules[0].runs_kernels(dtype, device)
         waits = any(module.waits_for_device(dtype, device) for module in modules)
@@ -110,7 +115,8 @@ class StaticDecoder:
         self.phases = torch.empty(capacity.positions, dtype=torch.int64, device=device)
 
     def _addresses(self) -> list[int]:
-        return [p.data_ptr() for model in self.models for p in model.parameters()]
+        values = (owner[name] for owner, name in self.parameters)  # walking through the modules takes ten times as long
+        return [value.data_ptr() for value in values if value is not None]
 
     def _layouts(self) -> list[AttentionLayout]:
         n, size = self.capacity.positions, self.capacity.source_length
@@ -184,25 +190,32 @@ class StaticDecoder:
             self.memory.zero_()
         beams.begin(real.sum(1), max_len, first_token, n_first)
         self._store_sources(encoder_outs, real, max_len)
-        for module, stacked in self.projections.items():
-            for kept, fresh in zip(stacked, module.stacked_projection(), strict=True):
-                kept.copy_(fresh)
+        self._copy_projections()
         return n
+
+    def _copy_projections(self) -> None:
+        """Stack the weights of q, k and v of every site as they are now: one product of a step for three."""
+        kept: list[Tensor] = []
+        current: list[Tensor] = []
+        for module, stacked in self.projections.items():
+            parts = (module.q_proj, module.k_proj, module.v_proj)
+            kept += [part for whole in stacked for part in whole.chunk(3)]
+            current += [part.weight for part in parts] + [part.bias for part in parts]
+        torch._foreach_copy_(kept, current)  # as torch's optimizers do: one launch for all
 
     def _store_sources(self, encoder_outs: list[dict], real: Tensor, max_len: int) -> None:
         """Fill the pools of cross-attention; bool *real* (B, S) says which source tokens there are."""
-        sites, n_keys = self.cross_sites, self.capacity.source_length
-        if not sites:
+        if not self.cross_sites:
             return
-        heads = [module.num_heads for module in sites]
-        last_use = [self._last_use(module, max_len, n_keys) for module in sites]
-        stored = [stored_columns(rows, real.size(1), n, real.device) for rows, n in zip(last_use, heads, strict=True)]
-        on_host = torch.cat(stored).cpu().split(heads)  # one wait for all
-        keys = {module: columns.numpy().tobytes() for module, columns in zip(sites, on_host, strict=True)}
+        stored = self._source_columns(real.size(1), max_len, real.device)
+        keys = {module: key for module, (key, _) in stored.items()}
         layouts: dict[bytes, SourceSlots] = {}  # sites often store the same columns
-        for module, columns in zip(sites, stored, strict=True):
-            if keys[module] not in layouts:
-                layouts[keys[module]] = SourceSlots.from_mask(columns, real)
+        for key, columns in stored.values():
+            if key not in layouts:
+                layouts[key] = SourceSlots.from_mask(columns, real)
+        by_site = [layouts[keys[module]] for module in self.cross_sites]
+        self.beams.starts[: real.size(0)] = torch.cat([slots.starts for slots in by_site], 1)
+        self.beams.source_offsets[:, : real.size(1)] = torch.cat([slots.offsets for slots in by_site])
         for model, encoder_out in zip(self.models, encoder_outs, strict=True):
             source = encoder_out["encoder_out"][0].transpose(0, 1)
             chosen: dict[bytes, Tensor] = {}
@@ -213,20 +226,39 @@ class StaticDecoder:
                         chosen[key] = source[layouts[key].projected]
                     self._store_source(module, layouts[key], chosen[key])
 
+    def _source_columns(
+        self, size: int, max_len: int, device: torch.device
+    ) -> dict[PrunedMultiheadAttention, tuple[bytes, Tensor]]:
+        """Return which of the first *size* source columns every site stores, bool (H, size), and a key of that.
+
+        They are those of the masks alone, so most batches find them computed already, without waiting for the device.
+        """
+        sites, n_keys = self.cross_sites, self.capacity.source_length
+        rows = [self._last_use(module, max_len, n_keys) for module in sites]
+        layouts, asked = [module.derived() for module in sites], (size, bucket(max_len + 1))
+        if asked not in self.source_columns or self.source_columns[asked][0] != layouts:
+            if len(self.source_columns) == SOURCE_SIZES_MEMO:
+                self.source_columns.clear()
+            heads = [module.num_heads for module in sites]
+            stored = [stored_columns(last, size, n, device) for last, n in zip(rows, heads, strict=True)]
+            on_host = torch.cat(stored).cpu().split(heads)  # one wait for all
+            keys = [columns.numpy().tobytes() for columns in on_host]
+            found = dict(zip(sites, zip(keys, stored, strict=True), strict=True))
+            self.source_columns[asked] = layouts, found
+        return self.source_columns[asked][1]
+
     def _last_use(self, module: PrunedMultiheadAttention, max_len: int, n_keys: int) -> Tensor:
         """Return the module's `last_use` for a rounded number of steps, which most batches find computed already."""
         return module.last_use(min(bucket(max_len + 1), self.capacity.positions), n_keys)
 
     def _store_source(self, module: PrunedMultiheadAttention, slots: SourceSlots, source: Tensor) -> None:
-        (n_sentences, _), size, n_slots = slots.starts.shape, slots.offsets.size(1), slots.column.numel()
+        n_slots = slots.column.numel()
         if self.kv_pools[module].size(0) < n_slots:
             self._forget_graphs()
             with torch.inference_mode(False):
                 nothing = self.kv_pools[module] = self.kv_pools[module].new_empty(0)  # frees what the next one may take
                 self.kv_pools[module] = nothing.new_empty(bucket(n_slots), 2, module.head_dim)
         self.kv_pools[module][:n_slots] = slots.gather(module.project_source(source))
-        self.beams.starts[:n_sentences, self.heads[module]] = slots.starts
-        self.beams.source_offsets[self.heads[module], :size] = slots.offsets
 
     @torch.inference_mode(False)
     def _make_room(self, n: int, length: int, max_len: int) -> None:

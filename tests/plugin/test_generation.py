@@ -209,7 +209,7 @@ def aligned(hypotheses, how):
 @pytest.mark.parametrize("case", ALIGNED.values(), ids=ALIGNED)
 @pytest.mark.parametrize("backend", ["sdpa", "triton"])
 def test_alignments_are_those_of_fairseq(case, backend, monkeypatch, caplog):
-    monkeypatch.setattr(alignment, "MAX_CELLS", 3000)  # several passes over the hypotheses
+    monkeypatch.setattr(alignment, "MAX_NUMBERS", 9000)  # several passes over the hypotheses
     how, rows, bos = (case.get(name) for name in ("print_alignment", "prefix", "bos_token"))
     guided = {name: value for name, value in case.items() if name.startswith("alignment_")}
     systems = models(case.get("n", 1), attention_backend=backend, **guided)
@@ -316,10 +316,13 @@ def test_batches_of_other_shapes_and_changed_weights_reuse_or_replace_the_buffer
 
 def test_inference_mode_leaves_nothing_behind_that_training_or_other_batches_cannot_use():
     systems = models(attention_backend="triton" if DEVICE == "cuda" else "sdpa")
-    generator = PrunedSequenceGenerator(systems, VOCAB, beam_size=2, max_len_b=4)
-    with torch.inference_mode():
-        inside = generator.generate([], sample(LENGTHS))
-    assert_same(generator.generate([], sample(LENGTHS)), inside)
+    for search in (None, Sampling(VOCAB, sampling_topk=5)):
+        generator = PrunedSequenceGenerator(systems, VOCAB, beam_size=2, max_len_b=4, search_strategy=search)
+        torch.manual_seed(1)
+        with torch.inference_mode():
+            inside = generator.generate([], sample(LENGTHS))
+        torch.manual_seed(1)
+        assert_same(generator.generate([], sample(LENGTHS)), inside)  # now by graphs, with the same random numbers
     source = sample(LENGTHS)["net_input"]["src_tokens"]
     systems[0].train()(source, None, source)[0].sum().backward()
     assert all(p.grad is not None for p in systems[0].parameters())

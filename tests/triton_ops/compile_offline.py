@@ -139,7 +139,8 @@ def decode_steps(dtype, dim, size, batch, beam=3):
 
 def search_step(size, batch, beam=3):
     state = BeamState.empty(batch, size, beam, torch.device("cpu"))
-    advance_beams(state, batch, torch.zeros(batch * beam, 96), torch.zeros(96), eos=2, kernels=True)
+    for penalty in (torch.zeros(96), None):
+        advance_beams(state, batch, torch.zeros(batch * beam, 96), penalty, eos=2, kernels=True)
     kv, pool = torch.empty(batch * beam, 2, 2, 32), torch.empty(size, 2, 32)
     ops.append_step(kv, pool, torch.zeros(2, size, dtype=torch.int32), state.step)
 
