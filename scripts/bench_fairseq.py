@@ -4,6 +4,7 @@
     python scripts/bench_fairseq.py DATA_BIN --out scripts/bench_fairseq.h100.json    # every system, default cases
     python scripts/bench_fairseq.py DATA_BIN --systems stock all-ones --cases sentences --profile
     python scripts/bench_fairseq.py DATA_BIN --device cpu --limit 20 --systems stock all-ones --cases sentences
+    python scripts/bench_fairseq.py DATA_BIN --systems stock all-ones --cases sentences --rivals ctranslate2
     python scripts/bench_fairseq.py --table scripts/bench_fairseq.h100.json           # Markdown, no GPU needed
 
 Nothing else should run on the host: stock fairseq waits for it, and its rate doubles where the host is idle.
@@ -19,17 +20,22 @@ training sentences, joined up to the length of the case. Systems:
     all-ones    the plugin's kernels under all-ones masks, with --task pruned_translation
     50, 80, 90  the same under random masks of that sparsity (per cent): cells at sentence length, 64-blocks on pages
 
+    ctranslate2 (--rivals) the same model in CTranslate2, in a process for each of its settings, of which the fastest
+                counts; the others are listed beside it. On a CPU also with int8 (system "ctranslate2 int8")
+
 Parameters are those of a checkpoint (--path, a dense transformer) or random, the same in all systems. With random
 parameters nothing ends early: every batch is translated to the length of its longest source, so that all systems take
-the same number of steps. Pages are cut to exactly the tokens of the case, so that training on them sees one shape of
-batch. Translation is timed once from a cold start (graph capture and the first compilation of kernels included) and
-then warm; the median of the warm passes counts, and the median of the rounds of them. Training steps are those of
-fairseq's Trainer.
+the same number of steps. With a checkpoint, translations end where the model ends them, and those of sentences have
+BLEU (sacreBLEU, of the words that --remove-bpe leaves). Pages are cut to exactly the tokens of the case, so that
+training on them sees one shape of batch. Translation is timed once from a cold start (graph capture and the first
+compilation of kernels included) and then warm; the median of the warm passes counts, and the median of the rounds of
+them. Training steps are those of fairseq's Trainer.
 
 Peak memory is what torch allocated at most in the measured passes, parameters and optimizer included, and what captured
 graphs hold for their replays, which torch does not count as allocated; beside it what torch reserved, with what it did
-not give back. --profile adds where the time of a GPU goes: of a few more updates, or the first steps of a batch,
-without the profiler for the wall time and with it for the kernels.
+not give back; process_bytes is all that the device holds then, CUDA's context included. --profile adds where the time
+of a GPU goes: of a few more updates, or the first steps of a batch, without the profiler for the wall time and with it
+for the kernels.
 
 On a CPU (--device cpu) precision is fp32, all systems use fairseq's own search, as pruned_translation does there, and
 memory is not measured.
@@ -39,8 +45,10 @@ from __future__ import annotations
 
 import argparse
 import gc
+import importlib.util
 import itertools
 import json
+import os
 import platform
 import re
 import shlex
@@ -63,6 +71,7 @@ sys.path.insert(0, str(ROOT))
 
 SYSTEMS = ("stock", "stock-sdpa", "sdpa", "all-ones", "50", "80", "90")
 TRAIN_ONLY = ("stock-sdpa", "sdpa")
+RIVALS = {"ctranslate2": ("ctranslate2", "ctranslate2 int8")}  # package: systems
 PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 TRAIN_TOKENS = 16384
 
@@ -92,6 +101,7 @@ SEARCHES = {
     "sentences, alignments": dict(print_alignment="hard"),
 }
 
+BEAM = 5
 PROFILED_STEPS = 64
 PROFILED_UPDATES = 3
 # The first pattern that is found in a kernel's name decides.
@@ -113,7 +123,7 @@ class Workload:
         import ap_fairseq.plugin  # noqa: F401  (registers the plugin)
 
         self.options = options
-        self.stock = options.system.startswith("stock")
+        self.stock = not (options.system in ("sdpa", "all-ones") or options.system.isdigit())
         self.dtype = PRECISIONS[options.precision]
         self.device = torch.device(options.device)
 
@@ -135,7 +145,7 @@ class Workload:
         flags += [f"--{self.options.precision}"] if self.options.precision != "fp32" else []
         if not self.stock:
             flags += ["--attention-backend", "sdpa" if self.options.system == "sdpa" else "auto"]
-        args = fairseq_options.parse_args_and_arch(fairseq_options.get_training_parser(), flags)
+        args = self.args = fairseq_options.parse_args_and_arch(fairseq_options.get_training_parser(), flags)
         cfg = convert_namespace_to_omegaconf(args)
         cfg.common.tpu = False  # fairseq sets it with --bf16
         task = tasks.setup_task(cfg.task)
@@ -199,30 +209,17 @@ class Workload:
         )
         return [dataset.collater([dataset[i] for i in group]) for group in groups]
 
-    def translate(self, page: int, max_tokens: int, limit: int, prefix_size: int = 0, **search) -> dict:
-        from fairseq import utils
-
+    def translate(self, page: int, max_tokens: int, limit: int, **options) -> dict:
         cfg, task, model = self.task_and_model(page, train=False)
-        model = model.to(self.device, self.dtype).eval()
-        model.prepare_for_inference_(cfg)
-        forced = dict(max_len_a=1, max_len_b=0) if not self.options.path else {}
-        generator = task.build_generator([model], argparse.Namespace(beam=5, lenpen=1, **search, **forced))
-        batches = self.batches(self.dataset(task, "train" if page else "test", page, limit), max_tokens)
-
-        def run(generator, batches) -> int:
-            tokens = 0
-            for batch in batches:
-                batch = utils.move_to_cuda(batch) if self.device.type == "cuda" else batch
-                prefix = batch["target"][:, :prefix_size] if prefix_size else None
-                for hypotheses in task.inference_step(generator, [model], batch, prefix_tokens=prefix):
-                    tokens += len(hypotheses[0]["tokens"])
-            return tokens
-
-        cold, _ = self.timed(run, generator, batches)
+        dataset = self.dataset(task, "train" if page else "test", page, limit)
+        batches = self.batches(dataset, max_tokens)
+        search = self.search(cfg, task, model, **options)
+        cold, _ = self.timed(search, batches)
         self.reset_peak()
-        passes = [self.timed(run, generator, batches) for _ in range(self.options.repeats)]
-        memory, seconds, tokens = self.peak(), statistics.median(time for time, _ in passes), passes[-1][1]
+        passes = [self.timed(search, batches) for _ in range(self.options.repeats)]
+        memory, seconds, hypotheses = self.peak(), statistics.median(time for time, _ in passes), passes[-1][1]
         n_sentences = sum(len(batch["id"]) for batch in batches)
+        tokens = sum(map(len, hypotheses.values()))
         result = dict(
             seconds=seconds,
             cold_seconds=cold,
@@ -232,11 +229,44 @@ class Workload:
             sentences_per_s=n_sentences / seconds,
             **memory,
         )
+        if self.options.path and not page:
+            result["bleu"] = self.bleu(dataset, hypotheses)
         if self.options.profile:
             few = dict(max_len_a=0, max_len_b=PROFILED_STEPS)
-            short = task.build_generator([model], argparse.Namespace(beam=5, lenpen=1, **search, **few))
-            result["profile"] = self.profiled("step", PROFILED_STEPS + 1, run, short, batches[:1])
+            short = self.search(cfg, task, model, **options, **few)
+            result["profile"] = self.profiled("step", PROFILED_STEPS + 1, short, batches[:1])
         return result
+
+    def search(self, cfg, task, model, prefix_size: int = 0, **options) -> Callable[[list[dict]], dict]:
+        """Return what translates batches into {sentence: tokens with EOS, int (T,)}; options are those of fairseq."""
+        from fairseq import utils
+
+        model = model.to(self.device, self.dtype).eval()
+        model.prepare_for_inference_(cfg)
+        if not self.options.path:
+            options = dict(max_len_a=1, max_len_b=0) | options
+        generator = task.build_generator([model], argparse.Namespace(beam=BEAM, lenpen=1, **options))
+
+        def run(batches) -> dict:
+            hypotheses = {}
+            for batch in batches:
+                batch = utils.move_to_cuda(batch) if self.device.type == "cuda" else batch
+                prefix = batch["target"][:, :prefix_size] if prefix_size else None
+                found = task.inference_step(generator, [model], batch, prefix_tokens=prefix)
+                hypotheses |= {n: best["tokens"] for n, (best, *_) in zip(batch["id"].tolist(), found, strict=True)}
+            return hypotheses
+
+        return run
+
+    def bleu(self, dataset, hypotheses: dict) -> float:
+        """BLEU of sentences against the target side of their dataset, in words."""
+        from sacrebleu.metrics import BLEU
+
+        texts = [(self.text(dataset, hypotheses[n]), self.text(dataset, dataset.tgt[n])) for n in sorted(hypotheses)]
+        return BLEU().corpus_score([hypothesis for hypothesis, _ in texts], [[target for _, target in texts]]).score
+
+    def text(self, dataset, tokens) -> str:
+        return dataset.tgt_dict.string(tokens.cpu(), self.options.remove_bpe)
 
     def train(self, page: int, max_tokens: int, limit: int) -> dict:
         from fairseq.trainer import Trainer
@@ -291,12 +321,15 @@ class Workload:
 
     def peak(self) -> dict:
         if self.device.type == "cpu":
-            return dict(peak_bytes=None, reserved_bytes=None, alloc_retries=None)
+            return dict(peak_bytes=None, reserved_bytes=None, process_bytes=None, alloc_retries=None)
+        free, total = torch.cuda.mem_get_info()
+        process = total - free  # with the CUDA context, and what is not torch's
         segments = [s for s in torch.cuda.memory_snapshot() if tuple(s["segment_pool_id"]) != (0, 0)]
         held = sum(segment["total_size"] - segment["allocated_size"] for segment in segments)  # by graphs
         peak = torch.cuda.max_memory_allocated() + held
         retries = torch.cuda.memory_stats()["num_alloc_retries"]  # each waits for the device and frees what is cached
-        return dict(peak_bytes=peak, reserved_bytes=torch.cuda.max_memory_reserved(), alloc_retries=retries)
+        reserved = torch.cuda.max_memory_reserved()
+        return dict(peak_bytes=peak, reserved_bytes=reserved, process_bytes=process, alloc_retries=retries)
 
     def profiled(self, unit: str, n: int, work: Callable, *arguments) -> dict:
         """Where the GPU's time goes in a call that does *n* updates or steps."""
@@ -359,9 +392,13 @@ def joined(sentences, page: int):
 def work(options: argparse.Namespace) -> None:
     """Run the cases of one system and print one JSON line for each."""
     workload = Workload(options)
+    if options.settings:
+        from rival_ctranslate2 import CTranslate2Workload
+
+        workload = CTranslate2Workload(options)
     for case in options.cases:
         kind, page, max_tokens, limit = CASES[case]
-        if options.system in TRAIN_ONLY and kind == "translate":
+        if options.system in TRAIN_ONLY and kind == "translate" or options.settings and kind == "train":
             continue
         if options.max_tokens and kind == "train":
             max_tokens, limit = options.max_tokens, limit * options.max_tokens // max_tokens
@@ -369,6 +406,7 @@ def work(options: argparse.Namespace) -> None:
         if options.device == "cuda":
             torch.cuda.empty_cache()
         row = dict(case=case, system=options.system, kind=kind, page=page, max_tokens=max_tokens, commit=options.commit)
+        row |= dict(settings=options.settings) if options.settings else {}
         result = getattr(workload, kind)(page, max_tokens, options.limit or limit, **SEARCHES.get(case, {}))
         print(json.dumps(row | result), flush=True)
 
@@ -378,39 +416,57 @@ def work(options: argparse.Namespace) -> None:
 
 def measure(options: argparse.Namespace) -> Iterator[dict]:
     """Yield the results of every system as its process prints them, round by round."""
-    passed = ("arch", "precision", "repeats", "device", "limit", "max_tokens", "path", "commit")
+    passed = ("arch", "precision", "repeats", "device", "limit", "max_tokens", "path", "remove_bpe", "commit")
     given = [(name, getattr(options, name)) for name in passed if getattr(options, name)]
     flags = [text for name, value in given for text in (f"--{name.replace('_', '-')}", str(value))]
     flags += ["--profile"] if options.profile else []
-    for _, system in itertools.product(range(options.rounds), options.systems):
+    runs: list[tuple[str, dict]] = [(system, {}) for system in options.systems]
+    if "ctranslate2" in options.rivals:
+        from rival_ctranslate2 import variants
+
+        runs += variants(options.device, options.precision, bool(options.path))
+    for _, (system, settings) in itertools.product(range(options.rounds), runs):
         command = [sys.executable, __file__, options.data, "--worker", system, *flags, "--cases", *options.cases]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        command += ["--settings", json.dumps(settings)] if settings else []
+        environment = os.environ | {"CT2_CUDA_ALLOCATOR": settings.get("allocator", "")} if settings else None
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
             yield from (json.loads(line) for line in process.stdout if line.startswith("{"))
         if process.returncode:
-            yield dict(case="-", system=system, error=f"the process ended with status {process.returncode}")
+            named = f" ({json.dumps(settings)})" if settings else ""
+            yield dict(case="-", system=system, error=f"the process ended with status {process.returncode}{named}")
 
 
 def median_rows(rows: Sequence[dict]) -> list[dict]:
-    """Of the rounds of each case and system the median one, with the seconds of all (``rounds``); and all errors."""
-    groups: dict[tuple[str, str], list[dict]] = {}
+    """Of the rounds of each case and system the median one, with the seconds of all (``rounds``); and all errors.
+
+    Of a system with settings, the fastest one counts; ``slower`` are the others: their settings and tokens a second.
+    """
+    groups: dict[tuple[str, str], dict[str, list[dict]]] = {}
     for row in rows:
-        groups.setdefault((row["case"], row["system"]), []).append(row)
+        variants = groups.setdefault((row["case"], row["system"]), {})
+        variants.setdefault(json.dumps(row.get("settings")), []).append(row)
     chosen = []
-    for group in groups.values():
-        measured = [row for row in group if "error" not in row]
-        chosen += [row for row in group if "error" in row]
-        if measured:
-            seconds = [row["seconds"] for row in measured]
-            median = next(row for row in measured if row["seconds"] == statistics.median_low(seconds))
-            chosen.append(median | (dict(rounds=seconds) if len(seconds) > 1 else {}))
+    for variants in groups.values():
+        medians = []
+        for group in variants.values():
+            measured = [row for row in group if "error" not in row]
+            chosen += [row for row in group if "error" in row]
+            if measured:
+                seconds = [row["seconds"] for row in measured]
+                median = next(row for row in measured if row["seconds"] == statistics.median_low(seconds))
+                medians.append(median | (dict(rounds=seconds) if len(seconds) > 1 else {}))
+        medians.sort(key=lambda row: row["seconds"])
+        if medians:
+            slower = [row["settings"] | {"tokens_per_s": row["tokens_per_s"]} for row in medians[1:]]
+            chosen.append(medians[0] | (dict(slower=slower) if slower else {}))
     return chosen
 
 
-def table(report: dict, systems: Sequence[str] = SYSTEMS) -> str:
+def table(report: dict, systems: Sequence[str] = (*SYSTEMS, *itertools.chain(*RIVALS.values()))) -> str:
     """One Markdown row per case and system, with ratios to the stock system; and where time goes, if profiled."""
     rows = [row for case in CASES for row in report["rows"] if row["case"] == case and row["system"] in systems]
     stock = {row["case"]: row for row in rows if row["system"] == "stock"}
-    body = []
+    body, scored = [], any("bleu" in row for row in rows)
     for row in rows:
         base = stock.get(row["case"], {})
         speed, memory, reserved = (
@@ -421,8 +477,9 @@ def table(report: dict, systems: Sequence[str] = SYSTEMS) -> str:
         sizes = [f"{row[key] / 2**30:.2f} GiB" if row.get(key) else "" for key in ("peak_bytes", "reserved_bytes")]
         sentences = f"{row['sentences_per_s']:,.1f}" if "sentences_per_s" in row else ""
         columns = [row["case"], row["system"], f"{row['tokens_per_s']:,.0f}", speed, sentences]
-        body.append([*columns, sizes[0], memory, sizes[1], reserved, cold])
-    header = ["case", "system", "target tokens/s", "ratio", "sentences/s"]
+        bleu = [f"{row['bleu']:.2f}" if "bleu" in row else ""] if scored else []
+        body.append([*columns, *bleu, sizes[0], memory, sizes[1], reserved, cold])
+    header = ["case", "system", "target tokens/s", "ratio", "sentences/s", *(["BLEU"] if scored else [])]
     header += ["peak memory", "ratio", "reserved", "ratio", "cold start"]
     made = (
         f"{report['device']}, torch {report['torch']}, triton {report['triton']}, {report['arch']}, "
@@ -430,10 +487,15 @@ def table(report: dict, systems: Sequence[str] = SYSTEMS) -> str:
     )
     lines = [made, *([report["note"]] if "note" in report else []), ""]
     lines.append(markdown(header, body, "ll"))
+    lines += [f"\n{row['case']}, {row['system']}: {described(row['settings'])}" for row in rows if "settings" in row]
     if profiled := [row for row in rows if "profile" in row]:
         lines += ["", profile_table(profiled)]
     lines += [f"\n{row['system']}: {row['error']}" for row in report["rows"] if "error" in row]
     return "\n".join(lines)
+
+
+def described(settings: dict) -> str:
+    return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in settings.items())
 
 
 def markdown(header: list[str], rows: list[list[str]], left: str) -> str:
@@ -465,6 +527,10 @@ def main() -> None:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--precision", choices=PRECISIONS, help="default: fp16, on a CPU fp32")
     parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=SYSTEMS)
+    parser.add_argument("--rivals", nargs="+", choices=RIVALS, default=[], help="also measure these, if installed")
+    parser.add_argument(
+        "--remove-bpe", default="sentencepiece", help="what BLEU joins to words (default: %(default)s), as in fairseq"
+    )
     default = [case for case in CASES if case not in NOT_BY_DEFAULT]
     parser.add_argument(
         "--cases",
@@ -480,16 +546,21 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, help=f"of the cases that train (default: {TRAIN_TOKENS})")
     parser.add_argument("--profile", action="store_true", help="add where the time of the GPU goes")
     parser.add_argument("--commit", default=git_commit(), help="to name in the results; default: that of git")
-    parser.add_argument("--worker", dest="system", choices=SYSTEMS, help=argparse.SUPPRESS)
+    parser.add_argument("--worker", dest="system", help=argparse.SUPPRESS)
+    parser.add_argument("--settings", type=json.loads, help=argparse.SUPPRESS)
     parser.add_argument("--table", type=Path, metavar="JSON", help="print a Markdown table of a result file and stop")
     options = parser.parse_args()
     if options.table:
-        print(table(json.loads(options.table.read_text(encoding="utf-8")), options.systems))
+        systems = [*options.systems, *itertools.chain(*RIVALS.values())]
+        print(table(json.loads(options.table.read_text(encoding="utf-8")), systems))
         return
     if options.data is None:
         parser.error("name a data-bin folder, or a result file with --table")
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("no CUDA device; use --device cpu, or --table with a result file")
+    for rival in options.rivals:
+        if importlib.util.find_spec(rival) is None:
+            parser.error(f"--rivals {rival}: the package is not installed; pip install {rival}")
     if options.device == "cpu" and (options.precision == "fp16" or options.profile):
         parser.error("--device cpu takes neither --precision fp16 nor --profile")
     options.precision = options.precision or ("fp16" if options.device == "cuda" else "fp32")

@@ -1,10 +1,14 @@
 """The benchmark of translation and training runs on a CPU, and sums up what a GPU's profiler reports."""
 
+import argparse
+import importlib.util
 import json
 import sys
 
 import bench_fairseq as bench
 import pytest
+import rival_ctranslate2 as rival
+import sacrebleu
 import torch
 from plugin.builders import batch, dense_model, dictionary
 from plugin.commands import ROOT, run
@@ -101,3 +105,79 @@ def test_the_median_round_counts_and_errors_stay():
 def test_what_a_cpu_cannot_do_is_refused():
     command = [sys.executable, ROOT / "scripts/bench_fairseq.py", "data-bin", "--device", "cpu"]
     assert "--profile" in run(*command, "--profile", expect=2)
+
+
+# -- rivals -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_fastest_setting_of_a_rival_counts():
+    """Of each setting the median round, of these medians the fastest; the others stay beside it."""
+    rows = [
+        dict(case="a", system="ctranslate2", seconds=seconds, tokens_per_s=60 / seconds, settings=dict(workers=workers))
+        for workers, rounds in ((1, (4.0, 5.0, 1.0)), (4, (3.0, 2.0, 6.0)))
+        for seconds in rounds
+    ]
+    (row,) = bench.median_rows(rows)
+    assert row["settings"] == dict(workers=4) and row["seconds"] == 3.0 and row["rounds"] == [3.0, 2.0, 6.0]
+    assert row["slower"] == [dict(workers=1, tokens_per_s=15.0)]
+
+
+def test_settings_of_a_rival(monkeypatch):
+    """With random parameters only batches that have one length each; on a CPU all threads in each setting."""
+    monkeypatch.setattr(rival.torch, "get_num_threads", lambda: 8)
+    gpu = rival.variants("cuda", "fp16", trained=False)
+    assert len(gpu) == 4 and all(settings["compute_type"] == "float16" for _, settings in gpu)
+    assert {(settings["workers"], settings["allocator"]) for _, settings in gpu} == {
+        (workers, allocator) for workers in (1, 4) for allocator in ("cuda_malloc_async", "cub_caching")
+    }
+    assert len(rival.variants("cuda", "fp16", trained=True)) == 8
+    cpu = rival.variants("cpu", "fp32", trained=False)
+    assert [system for system, _ in cpu] == ["ctranslate2"] * 2 + ["ctranslate2 int8"] * 2
+    assert all(settings["workers"] * settings["threads"] == 8 for _, settings in cpu)
+
+
+def test_bleu_is_of_words():
+    """Subwords are joined, and EOS, which a translation has but no word, does not count."""
+    vocabulary = dictionary(0)
+    subwords = "▁the ▁page ▁is ▁op en ▁and ▁the ▁li st ▁too".split()
+    for subword in [*subwords, "▁not"]:
+        vocabulary.add_symbol(subword)
+
+    def tokens(words):
+        return torch.tensor([*map(vocabulary.index, words), vocabulary.eos()])
+
+    dataset = argparse.Namespace(tgt_dict=vocabulary, tgt=[tokens(subwords), tokens(subwords[:5])])
+    workload = bench.Workload.__new__(bench.Workload)
+    theirs = rival.CTranslate2Workload.__new__(rival.CTranslate2Workload)
+    workload.options = theirs.options = argparse.Namespace(remove_bpe="sentencepiece")
+    other = [*subwords[:3], "▁not", *subwords[3:]]
+    expected = sacrebleu.corpus_bleu(
+        ["the page is not open and the list too", "the page is open"],
+        [["the page is open and the list too", "the page is open"]],
+    ).score
+    assert workload.bleu(dataset, {0: tokens(other), 1: tokens(subwords[:5])}) == pytest.approx(expected)
+    assert theirs.bleu(dataset, {0: [*other, "</s>"], 1: [*subwords[:5], "</s>"]}) == pytest.approx(expected)
+    assert 40 < expected < 90
+
+
+@pytest.mark.skipif(importlib.util.find_spec("ctranslate2") is not None, reason="ctranslate2 is installed")
+def test_a_rival_that_is_not_installed_is_named():
+    command = [sys.executable, ROOT / "scripts/bench_fairseq.py", "data-bin", "--device", "cpu"]
+    assert "pip install ctranslate2" in run(*command, "--rivals", "ctranslate2", expect=2)
+
+
+def test_ctranslate2_takes_as_many_steps(data_bin, tmp_path):
+    """Translations of random parameters end at one length; but a sample may end early, in either."""
+    pytest.importorskip("ctranslate2", reason="pip install ctranslate2")
+    out = tmp_path / "rows.json"
+    cases = ["sentences", "sentences, one by one", "sentences, prefixes of 5", "sentences, alignments"]
+    run(
+        *[sys.executable, ROOT / "scripts/bench_fairseq.py", data_bin, "--device", "cpu", "--limit", 6, "--out", out],
+        *["--arch", "transformer_tiny", "--rounds", 1, "--systems", "all-ones", "--rivals", "ctranslate2"],
+        *["--cases", *cases],
+    )
+    rows = json.loads(out.read_text(encoding="utf-8"))["rows"]
+    assert sorted({row["system"] for row in rows}) == ["all-ones", "ctranslate2", "ctranslate2 int8"]
+    for case in cases:
+        assert len({row["tokens"] for row in rows if row["case"] == case}) == 1
+    assert all("settings" in row for row in rows if row["system"] != "all-ones")
