@@ -404,9 +404,9 @@ class AttentionStats:
             )
             _require_architecture(metadata, stats.architecture)
             if "lengths" in tensors:
-                stats.lengths, stats.validation_lengths = (
-                    _tensor(tensors, name, np.int64, 2) for name in ("lengths", "validation.lengths")
-                )
+                stats.lengths = _tensor(tensors, "lengths", np.int64, 2)
+            if "validation.lengths" in tensors:
+                stats.validation_lengths = _tensor(tensors, "validation.lengths", np.int64, 2)
             if "cross.relative.slope" in tensors:
                 stats.relative = RelativeStats(
                     int(_tensor(tensors, "cross.relative.slope", np.int64, 1)[0]),

@@ -13,6 +13,7 @@ import numpy as np
 from ap_fairseq.artifacts import AttentionStats, PruningMasks, describe_architecture
 from ap_fairseq.files import ArtifactError
 from ap_fairseq.pruning.criteria import guaranteed, percentile_thresholds, slope
+from ap_fairseq.relative import offset_support
 from ap_fairseq.sites import AttentionKind
 
 # The named patterns of heads in machine translation (Voita et al. 2019, arXiv 1905.09418, section 4; Raganato et al.
@@ -44,6 +45,13 @@ def check_masks(masks: PruningMasks, stats: AttentionStats, name: str) -> None:
             f"{describe_architecture(stats.architecture)}; {remedy}"
         )
     for kind in stats.kinds:
+        if is_relative(masks, kind):
+            if masks.relative.slope != stats.by_offset().slope:
+                raise ArtifactError(
+                    f"masks {name} count from a diagonal of slope {masks.relative.slope}, the statistics from one of "
+                    f"{stats.by_offset().slope}; {remedy}"
+                )
+            continue
         ours, theirs = masks.keep[kind].shape[2:], stats.support[kind].shape
         if ours != theirs:
             raise ArtifactError(
@@ -295,11 +303,55 @@ def effective_at_nominal(stats: AttentionStats, kind: AttentionKind, nominal: np
 # -- masks ------------------------------------------------------------------------------------------------------------
 
 
+def is_relative(masks: PruningMasks, kind: AttentionKind) -> bool:
+    """Whether the masks of *kind* count from the scaled diagonal."""
+    return kind is AttentionKind.CROSS and masks.relative is not None
+
+
+def _decided(masks: PruningMasks, stats: AttentionStats, kind: AttentionKind) -> tuple[np.ndarray, np.ndarray]:
+    """Return what the masks decide about: keep, bool (layers, heads, ...), and support (...), cells or offsets."""
+    if not is_relative(masks, kind):
+        return masks.keep[kind], stats.support[kind]
+    support = offset_support(stats.rows_by_centre())
+    return masks.relative.grown(len(support)), support
+
+
 def head_sparsity(masks: PruningMasks, stats: AttentionStats, kind: AttentionKind) -> np.ndarray:
     """Effective sparsity of each head: float64 (layers, heads)."""
-    support = stats.support[kind]
-    kept = np.stack([[support[head].sum() for head in layer] for layer in masks.keep[kind]])
+    keep, support = _decided(masks, stats, kind)
+    kept = np.stack([[support[head].sum() for head in layer] for layer in keep])
     return 1 - kept / support.sum()
+
+
+def seen_by(masks: PruningMasks, stats: AttentionStats, kind: AttentionKind) -> np.ndarray:
+    """Share of the pairs of positions of a layer that 0, 1, ... heads of it keep: float64 (heads + 1,), sum 1."""
+    keep, support = _decided(masks, stats, kind)
+    layers, heads = keep.shape[:2]
+    counts = sum(np.bincount(layer.sum(0).ravel(), weights=support.ravel(), minlength=heads + 1) for layer in keep)
+    return counts / (layers * support.sum())
+
+
+def kept_cells(masks: PruningMasks, stats: AttentionStats, kind: AttentionKind) -> np.ndarray:
+    """Return what the masks keep of each cell: (layers, heads, Tq, Tk), bool, or float64 for relative masks.
+
+    What a mask relative to the scaled diagonal keeps depends on the source length: the share of the recorded sentences
+    in which it keeps the cell, 0 where none has it.
+    """
+    if not is_relative(masks, kind):
+        return masks.keep[kind]
+    rows, columns = stats.support[kind].shape
+    target, source, count = stats.lengths[(stats.lengths[:, :2] <= (rows, columns)).all(1)].T
+    joint = np.zeros((rows + 1, columns + 1))
+    np.add.at(joint, (target, source), count)
+    longer = joint[::-1].cumsum(0)[::-1][1:]  # [i, s]: sentences with s source tokens and more than i target tokens
+    kept = np.zeros((*masks.keep[kind].shape[:2], rows, columns))
+    pairs = np.zeros((rows, columns))
+    for size in np.unique(source):
+        n_rows = np.count_nonzero(longer[:, size])
+        weight = longer[:n_rows, size, None]
+        kept[..., :n_rows, :size] += masks.relative.cells(n_rows, size) * weight
+        pairs[:n_rows, :size] += weight
+    return kept / np.maximum(pairs, 1)
 
 
 # -- down-sampling ----------------------------------------------------------------------------------------------------
@@ -330,7 +382,11 @@ def maps(stats: AttentionStats, kind: AttentionKind, factor: int) -> Maps:
 
 
 def kept_share(keep: np.ndarray, support: np.ndarray, factor: int) -> np.ndarray:
-    """Share of the recorded pairs of each bin that a mask (Tq, Tk) keeps: float64 (R, C); 0 where there are none."""
+    """Share of the recorded pairs of each bin that is kept: float64 (R, C); 0 where there are none.
+
+    Args:
+        keep: (Tq, Tk), True = kept, or the share of heads or sentences that keep the cell.
+    """
     return _ratio(_binned(keep * support, factor), _binned(support, factor), 0.0)
 
 

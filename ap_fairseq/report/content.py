@@ -161,7 +161,8 @@ class Report:
         drawn += [plots.nominal(NOMINAL, self.nominal, self.summaries)]
         drawn += [plots.concentration(self.concentration), plots.patterns(self.concentration)]
         if self.masks:
-            drawn.append(plots.layer_sparsity(self.summaries, stats.kinds))
+            drawn += [plots.offsets(stats, one, name) for name, one in self.masks.items() if one.relative is not None]
+            drawn += [plots.layer_sparsity(self.summaries, stats.kinds), plots.seen_by(self.masks, stats)]
         if self.systems:
             drawn.append(plots.quality(self.systems))
         if self.benchmark:
@@ -219,6 +220,9 @@ class Report:
             "heads": {
                 kind.value: analysis.head_sparsity(masks, self.stats, kind).round(6).tolist()
                 for kind in self.stats.kinds
+            },
+            "seen_by": {
+                kind.value: analysis.seen_by(masks, self.stats, kind).round(6).tolist() for kind in self.stats.kinds
             },
             "vanished_heads": vanished_heads(masks, self.stats),
         }

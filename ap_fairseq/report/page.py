@@ -78,12 +78,13 @@ def _explorer(report: Report) -> tuple[dict[str, Any], dict[str, str]]:
     }
     blobs = {}
     for kind, m in maps.items():
+        kept_by = [analysis.kept_cells(masks, stats, kind) for masks in report.masks.values()]
         blobs[f"support-{kind.value}"] = _packed(m.support.astype("<f4"))
         codes = encode(m.mean, low, high)
         for layer in range(len(codes)):
             blobs[f"mean-{kind.value}-{layer}"] = _packed(codes[layer])
-            for number, masks in enumerate(report.masks.values()):
-                heads = [analysis.kept_share(keep, stats.support[kind], m.factor) for keep in masks.keep[kind][layer]]
+            for number, cells in enumerate(kept_by):
+                heads = [analysis.kept_share(keep, stats.support[kind], m.factor) for keep in cells[layer]]
                 kept = (np.array(heads) * 255).round().astype(np.uint8)
                 blobs[f"kept-{number}-{kind.value}-{layer}"] = _packed(kept)
     return data, blobs

@@ -21,6 +21,7 @@ from matplotlib.patches import Patch
 
 from ap_fairseq.artifacts import AttentionStats, PruningMasks
 from ap_fairseq.pruning.summary import LayerSummary
+from ap_fairseq.relative import SLOPE_BITS, offset_support
 from ap_fairseq.report import analysis
 from ap_fairseq.report.results import Measurements, System, curves
 from ap_fairseq.sites import AttentionKind
@@ -169,13 +170,14 @@ def attention(
     canvas, axes = _figure(heads, layers, width=1.5, height=1.6, sharex=True, sharey=True)
     norm = LogNorm(*scale)
     grey = matplotlib.colors.LinearSegmentedColormap.from_list("pruned", ["#ededed", "#8c8c8c"])
+    cells = None if masks is None else analysis.kept_cells(masks, stats, kind)
     for layer, head in np.ndindex(layers, heads):
         axis, mean = axes[layer, head], np.maximum(maps.mean[layer, head], scale[0])
         seen = maps.support > 0
         extent = (-0.5, columns - 0.5, rows - 0.5, -0.5)
         kept = seen
-        if masks is not None:
-            kept = seen & (analysis.kept_share(masks.keep[kind][layer, head], support, factor) >= 0.5)
+        if cells is not None:
+            kept = seen & (analysis.kept_share(cells[layer, head], support, factor) >= 0.5)
             pruned = np.ma.array(mean, mask=~(seen & ~kept))[shown]
             axis.imshow(pruned, cmap=grey, norm=norm, extent=extent, interpolation="nearest", aspect="auto")
         image = axis.imshow(
@@ -238,7 +240,8 @@ def overview(
     mean = np.ma.array(np.maximum(average.mean[0, 0], scale[0]), mask=unseen)
     panels = [("mean attention, averaged over heads", mean, KEPT_MAP, LogNorm(*scale), None)]
     if masks is not None:
-        kept = np.ma.array(analysis.kept_share(masks.keep[kind].mean((0, 1)), support, factor), mask=unseen)
+        cells = analysis.kept_cells(masks, stats, kind).mean((0, 1))
+        kept = np.ma.array(analysis.kept_share(cells, support, factor), mask=unseen)
         share = 1 - analysis.head_sparsity(masks, stats, kind).mean()
         shades = matplotlib.colors.LinearSegmentedColormap.from_list("kept", ["#ededed", KIND_COLOURS[kind]])
         title = f"kept: {share:.1%} of the pairs (shade: share of heads)"
@@ -454,6 +457,76 @@ def layer_sparsity(summaries: dict[str, list[LayerSummary]], kinds: Sequence[Att
         "Effective sparsity of each layer",
         f"Bars: pairs pruned; dots: attention mass kept. {text}",
         f"Bars of effective sparsity by layer. {text}",
+        canvas,
+    )
+
+
+@_styled
+def offsets(stats: AttentionStats, masks: PruningMasks, name: str) -> Figure:
+    """Draw cross-attention by offset from the scaled diagonal, a row for each head; pruned offsets are grey."""
+    relative, support = stats.by_offset(), offset_support(stats.rows_by_centre())
+    origin = len(support) // 2
+    reach = max(1, int(np.searchsorted(_pairs_within(support), 0.95 * support.sum())))
+    shown = np.s_[..., origin - reach : origin + reach + 1]
+    layers, heads = relative.mass.shape[:2]
+    mean = (relative.mass / np.maximum(support, 1))[shown].reshape(layers * heads, -1)
+    keep = masks.relative.grown(len(support))[shown].reshape(layers * heads, -1)
+    canvas, axes = _figure(1, width=6.4, height=1.2 + 0.16 * layers * heads)
+    norm = LogNorm(max(mean.max() * 1e-3, mean[mean > 0].min()), mean.max())
+    grey = matplotlib.colors.LinearSegmentedColormap.from_list("pruned", ["#ededed", "#8c8c8c"])
+    extent = (-reach - 0.5, reach + 0.5, layers * heads - 0.5, -0.5)
+    options = dict(norm=norm, extent=extent, interpolation="nearest", aspect="auto")
+    mean = np.maximum(mean, norm.vmin)
+    axis = axes[0, 0]
+    axis.imshow(np.ma.array(mean, mask=keep), cmap=grey, **options)
+    image = axis.imshow(np.ma.array(mean, mask=~keep), cmap=KEPT_MAP, **options)
+    axis.set(xlabel="source tokens from the scaled diagonal", ylabel="layer.head")
+    axis.set_yticks(range(layers * heads), [f"{layer}.{head}" for layer, head in np.ndindex(layers, heads)], fontsize=7)
+    canvas.colorbar(image, ax=axis, label="mean attention", pad=0.02)
+    canvas.legend(handles=[Patch(color="#b8b8b8", label=f"pruned by {name}")], loc="outside upper right")
+    slope = relative.slope / (1 << SLOPE_BITS)
+    seen = analysis.seen_by(masks, stats, AttentionKind.CROSS)
+    text = (
+        f"Offset 0 of query i is key min(round({slope:.3f} i), S - 1) of a source of S tokens. {1 - seen[0]:.1%} of "
+        f"the pairs are kept by some head of a layer; offsets to {reach} on either side have 95% of all pairs."
+    )
+    return Figure(
+        f"offsets_{name}",
+        f"Cross-attention by offset from the scaled diagonal, {name}",
+        text,
+        f"A heat map of {layers * heads} heads by offset. {text}",
+        canvas,
+    )
+
+
+def _pairs_within(support: np.ndarray) -> np.ndarray:
+    """Pairs at most 0, 1, ... offsets from the middle of *support* (2 S - 1,): (S,)."""
+    origin = len(support) // 2
+    sides = support[origin:] + support[origin::-1]
+    sides[0] = support[origin]
+    return sides.cumsum()
+
+
+@_styled
+def seen_by(masks: dict[str, PruningMasks], stats: AttentionStats) -> Figure:
+    """Draw how many heads of a layer keep a pair of positions, one row of panels for each mask."""
+    kinds = stats.kinds
+    canvas, axes = _figure(len(kinds), len(masks), height=2.2, sharey=True)
+    texts = []
+    for line, (name, one) in zip(axes, masks.items(), strict=True):
+        for axis, kind in zip(line, kinds, strict=True):
+            shares = analysis.seen_by(one, stats, kind)
+            axis.bar(range(len(shares)), shares, color=KIND_COLOURS[kind], width=0.7)
+            axis.set(title=kind.value if len(masks) == 1 else f"{name}: {kind.value}", ylim=(0, 1.05))
+            axis.set(xlabel="heads of a layer", xticks=range(0, len(shares), -(-len(shares) // 9)))
+            texts.append(f"{name}, {kind.value}: no head keeps {shares[0]:.0%} of a layer's pairs of positions")
+        _percent_axis(line[0].yaxis, "pairs of positions")
+    text = "; ".join(texts) + "."
+    return Figure(
+        "seen_by",
+        "How many heads of a layer keep a pair of positions",
+        f"What no head of a layer keeps, the layer cannot look at. {text}",
+        f"Bars of the share of pairs by the number of heads that keep them. {text}",
         canvas,
     )
 

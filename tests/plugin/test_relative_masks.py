@@ -1,5 +1,6 @@
 """Cross-attention relative to a scaled diagonal: counted, recorded, pruned and computed sentence by sentence."""
 
+import json
 import logging
 import re
 from fractions import Fraction
@@ -22,6 +23,8 @@ from ap_fairseq.pruning.spec import MaskSpec
 from ap_fairseq.pruning.summary import summarize
 from ap_fairseq.recording.recorder import AttentionRecorder
 from ap_fairseq.relative import RelativeMask
+from ap_fairseq.report import analysis
+from ap_fairseq.report.content import Report
 from ap_fairseq.search.generator import PrunedSequenceGenerator
 from ap_fairseq.sites import AttentionKind, attention_sites
 
@@ -377,6 +380,42 @@ def test_the_kernels_are_refused():
     state = pruned_model(relative_masks(), VOCAB, **{**options, "attention_backend": "sdpa"}).state_dict()
     with pytest.raises(UserError, match=message):
         pruned_model(None, VOCAB, **options).load_state_dict(state)
+
+
+# -- the report -------------------------------------------------------------------------------------------------------
+
+
+def test_the_report_counts_what_each_sentence_keeps():
+    stats = random_stats(longest=(9, 11), heads=3)
+    masks = build_masks(stats, MaskSpec({CROSS: 0.7}, granularity=SCALED)).masks
+    kept = np.zeros(stats.mass[CROSS].shape)
+    seen, total = np.zeros(4), 0
+    for target, source, count in stats.lengths:
+        cells = cells_of(masks, target, source)
+        kept[:, :, :target, :source] += count * cells
+        for heads in cells.sum(1):
+            seen += count * np.bincount(heads.ravel(), minlength=4)
+            total += count * heads.size
+    expected = kept / np.maximum(stats.support[CROSS], 1)
+    np.testing.assert_allclose(analysis.kept_cells(masks, stats, CROSS), expected)
+    np.testing.assert_allclose(analysis.seen_by(masks, stats, CROSS), seen / total)
+    assert analysis.head_sparsity(masks, stats, CROSS).mean() == pytest.approx(
+        masks.metadata["sparsity"]["cross"]["effective"]
+    )
+
+
+def test_the_report_draws_offsets_in_their_own_coordinates():
+    stats = random_stats(longest=(9, 11), heads=3)
+    masks = build_masks(stats, MaskSpec(dict.fromkeys(AttentionKind, 0.6), granularity=SCALED)).masks
+    analysis.check_masks(masks, stats, "ours")
+    report = Report(stats, {"ours": masks}, [], None, {})
+    figures = {figure.name: figure for figure in report.figures()}
+    assert {"offsets_ours", "seen_by", "overview_cross", "attention_cross_ours"} <= figures.keys()
+    assert f"round({masks.relative.slope / 65536:.3f} i)" in figures["offsets_ours"].caption
+    json.dumps(report.summary(), allow_nan=False)
+    masks.relative.slope += 1
+    with pytest.raises(ArtifactError, match="masks ours count from a diagonal of slope"):
+        analysis.check_masks(masks, stats, "ours")
 
 
 # -- the commands -----------------------------------------------------------------------------------------------------

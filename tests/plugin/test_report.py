@@ -408,6 +408,7 @@ def no_constant(name):
 def test_every_figure_is_a_picture_and_a_vector_drawing(folder):
     names = {path.stem for path in (folder / "figures").iterdir()}
     expected = {"support", "kept_mass", "nominal", "concentration", "patterns", "layer_sparsity", "quality", "speed"}
+    expected |= {"seen_by"}
     by_kind = {
         f"{what}_{kind.value}{end}"
         for what, end in (("attention", "_masks"), ("overview", ""))
