@@ -472,3 +472,40 @@ def advance_beams(state: BeamState, n: int, logits: Tensor, penalty: Tensor | No
         groups = beam_state.best_groups(log_probs.unflatten(2, (-1, size)).amax(-1), scores, k)
         beam_state.choose(state, n, *beam_state.best_continuations(log_probs, scores, groups, size), eos)
     state.step.add_(1)
+
+
+def continue_beams(
+    state: BeamState, n: int, sums: Tensor, parent: Tensor, token: Tensor, eos: int, kernels: bool
+) -> None:
+    """Go on with the first *n* sentences by given continuations, and record it.
+
+    Args:
+        sums: float32 (n, k), beam <= k <= 2 * beam.
+        parent, token: int64 (n, k), the hypothesis that is continued, and by which token.
+        eos, kernels: as in `advance_beams`.
+    """
+    if kernels and state.beam <= beam_state.MAX_KERNEL_BEAM:
+        from . import beam_search  # imports triton
+
+        beam_search.continue_by(state, n, sums.contiguous(), parent.contiguous(), token.contiguous(), eos)
+    else:
+        beam_state.choose(state, n, sums, parent, token, eos)
+    state.step.add_(1)
+
+
+def best_tokens(logits: Tensor, penalty: Tensor | None, k: int, kernels: bool) -> tuple[Tensor, Tensor]:
+    """Return the *k* largest log-probabilities of each hypothesis, penalized, and their tokens: (N, k), best first.
+
+    Args:
+        logits, penalty, kernels: as in `advance_beams`.
+    """
+    size = beam_state.group_size(logits.size(1), k)
+    if kernels:
+        from . import beam_search  # imports triton
+
+        maxima, lse = beam_search.largest_of_groups(logits, penalty, size)
+    else:
+        logits = logits if penalty is None else logits.log_softmax(-1, dtype=torch.float32)
+        lse = logits.new_zeros(logits.size(0))
+        maxima = (logits if penalty is None else logits + penalty).unflatten(1, (-1, size)).amax(-1)
+    return beam_state.best_of_groups(logits, penalty, lse, maxima, size, k)

@@ -56,21 +56,12 @@ def _sum(p_logits, p_penalty, p_lse, p_scores, i_b, i_x, m_x, V, BEAM: tl.conste
     return b_x + tl.load(p_scores + i_row, mask=m_x, other=0.0)
 
 
-@triton.jit(do_not_specialize=["V", "EOS", "s_table", "s_record", "s_final"])
-def _choose_kernel(
-    p_logits, p_penalty, p_lse, p_groups, p_step, p_max_len, p_sentence, p_unfinished,
-    p_scores, p_tokens, p_ignored, p_done, p_n_final, p_table,
-    p_chosen_beam, p_chosen_token, p_chosen_score, p_final_step, p_final_beam, p_final_score,
-    V, EOS, s_table, s_record, s_final,
-    BEAM: tl.constexpr, SIZE: tl.constexpr, BK: tl.constexpr, BS: tl.constexpr, BB: tl.constexpr, BC: tl.constexpr,
+@triton.jit
+def _best_sums(
+    p_logits, p_penalty, p_lse, p_scores, p_groups, i_b, V,
+    BEAM: tl.constexpr, K: tl.constexpr, SIZE: tl.constexpr, BK: tl.constexpr, BS: tl.constexpr,
 ):  # fmt: skip
-    """BK >= 2 BEAM candidates, BS >= SIZE tokens of a group, BB >= BEAM; BC columns of the block table at a time."""
-    i_b = tl.program_id(0).to(tl.int64)
-    step = tl.load(p_step)
-    last_step = step >= tl.load(p_max_len)
-    K: tl.constexpr = 2 * BEAM
-
-    # The K best sums of a hypothesis and a token, among the tokens of the K best groups.
+    """The K best sums of a hypothesis and a token, among the tokens of the K best groups; best first."""
     o_x = tl.arange(0, BK * BS)
     m_x = (o_x // BS < K) & (o_x % BS < SIZE)
     i_x = tl.load(p_groups + i_b * K + o_x // BS, mask=m_x, other=0) * SIZE + o_x % BS  # into BEAM * V
@@ -85,9 +76,35 @@ def _choose_kernel(
         b_x = tl.where(o_x == i_best, float("-inf"), b_x)
     m_k = o_k < K
     i_k = tl.load(p_groups + i_b * K + b_place // BS, mask=m_k, other=0) * SIZE + b_place % BS
-    b_parent, b_token = i_k // V, i_k % V
     b_sum = _sum(p_logits, p_penalty, p_lse, p_scores, i_b, i_k, m_k, V, BEAM)
-    b_sum = tl.where(b_sum >= LOWEST, b_sum, float("-inf"))
+    return tl.where(b_sum >= LOWEST, b_sum, float("-inf")), i_k // V, i_k % V
+
+
+@triton.jit(do_not_specialize=["V", "EOS", "s_table", "s_record", "s_final"])
+def _choose_kernel(
+    p_logits, p_penalty, p_lse, p_groups, p_sums, p_parent, p_token, p_step, p_max_len, p_sentence, p_unfinished,
+    p_scores, p_tokens, p_ignored, p_done, p_n_final, p_table,
+    p_chosen_beam, p_chosen_token, p_chosen_score, p_final_step, p_final_beam, p_final_score,
+    V, EOS, s_table, s_record, s_final,
+    BEAM: tl.constexpr, K: tl.constexpr, SIZE: tl.constexpr,
+    BK: tl.constexpr, BS: tl.constexpr, BB: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """BK >= K >= BEAM candidates, those of p_sums or the best of p_groups; BS >= SIZE tokens of a group, BB >= BEAM; BC
+    columns of the block table at a time."""
+    i_b = tl.program_id(0).to(tl.int64)
+    step = tl.load(p_step)
+    last_step = step >= tl.load(p_max_len)
+
+    o_k = tl.arange(0, BK)
+    m_k = o_k < K
+    if p_sums is None:
+        b_sum, b_parent, b_token = _best_sums(
+            p_logits, p_penalty, p_lse, p_scores, p_groups, i_b, V, BEAM, K, SIZE, BK, BS
+        )
+    else:
+        b_sum = tl.load(p_sums + i_b * K + o_k, mask=m_k, other=float("-inf"))
+        b_parent = tl.load(p_parent + i_b * K + o_k, mask=m_k, other=0)
+        b_token = tl.load(p_token + i_b * K + o_k, mask=m_k, other=0)
 
     # Those that end: recorded if they are among the first BEAM, while the sentence lacks hypotheses.
     i_sentence = tl.load(p_sentence + i_b)
@@ -174,13 +191,21 @@ def choose(
         lse: float32 (N,), from there.
         groups: int64 (n, 2 * beam), the groups of *size* tokens with the best sums, counted through (beam, V / size).
     """
-    beam, vocab_size = state.beam, logits.size(1)
+    best = dict(p_logits=logits, p_penalty=penalty, p_lse=lse, p_groups=groups, V=logits.size(1), SIZE=size)
+    _launch_choose(state, n, 2 * state.beam, eos, **best, BS=power_of_two(size))
+
+
+def continue_by(state: BeamState, n: int, sums: Tensor, parent: Tensor, token: Tensor, eos: int) -> None:
+    """Launch `_choose_kernel` for given candidates: see `beam_state.choose`. The tensors are contiguous."""
+    _launch_choose(state, n, sums.size(1), eos, p_sums=sums, p_parent=parent, p_token=token)
+
+
+def _launch_choose(state: BeamState, n: int, k: int, eos: int, **candidates) -> None:
+    beam = state.beam
     width = power_of_two(beam)
+    nothing = dict.fromkeys(("p_logits", "p_penalty", "p_lse", "p_groups", "p_sums", "p_parent", "p_token"))
     _choose_kernel[(n,)](
-        p_logits=logits,
-        p_penalty=penalty,
-        p_lse=lse,
-        p_groups=groups,
+        **{**nothing, **dict(V=0, SIZE=1, BS=1), **candidates},
         p_step=state.step,
         p_max_len=state.max_len,
         p_unfinished=state.unfinished,
@@ -197,15 +222,13 @@ def choose(
         p_ignored=state.ignored.view(torch.int8),
         p_done=state.done.view(torch.int8),
         p_table=state.block_table,
-        V=vocab_size,
         EOS=eos,
         s_table=state.block_table.stride(0),
         s_record=state.chosen_beam.stride(0),
         s_final=state.final_step.stride(0),
         BEAM=beam,
-        SIZE=size,
-        BK=2 * width,
-        BS=power_of_two(size),
+        K=k,
+        BK=max(power_of_two(k), 2),
         BB=width,
         BC=max(TABLE_TILE // width, 16),
         num_warps=4,

@@ -200,6 +200,28 @@ def best_continuations(log_probs: Tensor, scores: Tensor, groups: Tensor, size: 
     return sums, parent.gather(1, place), token.gather(1, place)
 
 
+def best_of_groups(
+    logits: Tensor, penalty: Tensor | None, lse: Tensor, maxima: Tensor, size: int, k: int
+) -> tuple[Tensor, Tensor]:
+    """Find the k largest penalized log-probabilities of each hypothesis, as `best_groups` and `best_continuations` do.
+
+    Args:
+        logits: (N, V), less *lse*, float32 (N,), and plus *penalty*, float32 (V,), what is compared.
+        penalty: None: the logits are what is compared.
+        maxima: float32 (N, V / size), of every group of *size* tokens.
+
+    Returns:
+        Log-probabilities float32 and tokens int64, (N, k) each, best first.
+    """
+    _, groups = _best(maxima, k)
+    token = (groups[..., None] * size + torch.arange(size, device=groups.device)).flatten(1)
+    values = logits.gather(1, token).float()
+    if penalty is not None:
+        values = values - lse[:, None] + penalty[token]
+    values, place = _best(values, k)
+    return values, token.gather(1, place)
+
+
 def _best(sums: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k best of each sentence, best first, and their places; NaN counts as -inf."""
     return sums.nan_to_num_(-math.inf, posinf=math.inf, neginf=-math.inf).flatten(1).topk(k)

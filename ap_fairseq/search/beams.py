@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from ap_fairseq.files import UserError
-from triton_ops.api import advance_beams
-from triton_ops.beam_state import BeamState, choose
+from triton_ops.api import advance_beams, continue_beams
+from triton_ops.beam_state import BeamState
 
 
 class BeamSearchState:
@@ -55,7 +55,7 @@ class BeamSearchState:
         self.head = torch.cat([torch.arange(n, device=device) for n in self_heads])
         self.n_heads = torch.cat([torch.full((n,), n, device=device) for n in self_heads])
 
-    def begin(self, lengths: Tensor, max_len: int, first_token: int, n_first: int) -> None:
+    def begin(self, lengths: Tensor, max_len: int, first_token: int, n_first: int = 1) -> None:
         """Start with sentences of *lengths*, int64 (n,), source tokens, and translations of at most *max_len*.
 
         Args:
@@ -80,9 +80,8 @@ class BeamSearchState:
         advance_beams(self.state, n, logits, penalty, eos, self.kernels)
 
     def continue_by(self, n: int, candidates: tuple[Tensor, Tensor, Tensor], eos: int) -> None:
-        """Go on by *candidates* (sums, hypotheses, tokens: see `triton_ops.beam_state.choose`), and record it."""
-        choose(self.state, n, *candidates, eos)
-        self.state.step.add_(1)
+        """Go on by *candidates*: sums, hypotheses and tokens (see `triton_ops.api.continue_beams`)."""
+        continue_beams(self.state, n, *candidates, eos, self.kernels)
 
     def shrink(self, n: int, smaller: int) -> Tensor:
         """Move the unfinished ones of the first *n* sentences to the first *smaller* places; return where they were."""

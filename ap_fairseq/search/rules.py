@@ -72,9 +72,9 @@ class SearchRules:
         )
 
     @property
-    def plain(self) -> bool:
-        """Whether this is beam search with the same penalties for all hypotheses."""
-        return self.strategy is None and not self.exact_length and not self.no_repeat_ngram_size
+    def restricted(self) -> bool:
+        """Whether penalties differ between hypotheses in every step."""
+        return self.exact_length or self.no_repeat_ngram_size > 0
 
     def token_penalties(self, device: torch.device) -> Tensor:
         """Penalties of all tokens in every phase, float32 (4, V): added to log-probabilities of all hypotheses."""

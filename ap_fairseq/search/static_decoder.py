@@ -34,6 +34,7 @@ from ap_fairseq.search.beams import BeamSearchState
 from ap_fairseq.search.restrictions import Restrictions
 from ap_fairseq.search.rules import SearchRules
 from ap_fairseq.search.static_cache import StaticCrossAttentionCache, StaticSelfAttentionCache
+from ap_fairseq.search.strategies import Step, penalized_log_probs
 from ap_fairseq.sites import AttentionKind, attention_sites
 from triton_ops import AttentionLayout
 
@@ -326,16 +327,14 @@ class StaticDecoder:
         beams.number_slots(n)
         logits = self._logits(n * rules.beam, states)
         penalty = self.penalties[self.phases[beams.state.step]][0]
-        if rules.plain and not within_prefix:
-            beams.advance(n, logits, penalty, rules.eos)
-            return
-        log_probs = logits.log_softmax(-1, dtype=torch.float32).add_(penalty)
-        self.restrictions.apply(n, log_probs, within_prefix)
+        if rules.restricted or within_prefix:
+            logits, penalty = penalized_log_probs(logits, penalty), None
+            self.restrictions.apply(n, logits, within_prefix)
         if rules.strategy is None:
-            beams.advance(n, log_probs, None, rules.eos)
+            beams.advance(n, logits, penalty, rules.eos)
         else:
-            by_sentence = log_probs.view(n, rules.beam, -1)
-            beams.continue_by(n, rules.strategy.candidates(by_sentence, beams.state, self.memory), rules.eos)
+            step = Step(beams.state, n, logits, penalty, self.memory, beams.kernels)
+            beams.continue_by(n, rules.strategy.candidates(step), rules.eos)
         self.restrictions.follow(n)
 
     def _logits(self, n: int, states: list[dict]) -> Tensor:

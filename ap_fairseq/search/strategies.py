@@ -1,7 +1,7 @@
 """How a step chooses among the continuations of hypotheses where that is not beam search, as in `fairseq.search`.
 
-A strategy sees log-probabilities and returns candidates. `triton_ops.beam_state.choose` records those of them that end,
-and goes on with the others. No shape depends on a value and nothing waits for the device.
+A strategy sees what the decoder says and returns candidates; `triton_ops.api.continue_beams` records those of them that
+end, and goes on with the others. No shape depends on a value and nothing waits for the device.
 """
 
 from __future__ import annotations
@@ -15,7 +15,48 @@ from fairseq import search as fairseq_search
 from torch import Tensor
 
 from ap_fairseq.files import UserError
+from triton_ops.api import best_tokens
 from triton_ops.beam_state import BeamState, best_continuations, best_groups, group_size
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a step chooses from.
+
+    Attributes:
+        state: its first *n* sentences go on.
+        logits: (n * beam, V), of the next token.
+        penalty: float32 (V,), added to log-probabilities; None: *logits* are float32 log-probabilities with penalties.
+        memory: of the strategy; it changes it in place.
+        kernels: whether Triton's kernels run.
+    """
+
+    state: BeamState
+    n: int
+    logits: Tensor
+    penalty: Tensor | None
+    memory: Tensor
+    kernels: bool
+
+    def scores(self) -> Tensor:
+        """Return the sums of the hypotheses so far, float32 (n, beam)."""
+        return self.state.scores[: self.n]
+
+    def log_probs(self) -> Tensor:
+        """Return penalized log-probabilities, float32 (n, beam, V)."""
+        log_probs = penalized_log_probs(self.logits, self.penalty)
+        return log_probs.view(self.n, self.state.beam, -1)
+
+    def best_tokens(self, k: int) -> tuple[Tensor, Tensor]:
+        """Return the k best penalized log-probabilities of each hypothesis, and their tokens: (n, beam, k) each."""
+        found = best_tokens(self.logits, self.penalty, k, self.kernels)
+        values, tokens = (x.view(self.n, self.state.beam, k) for x in found)
+        return values, tokens
+
+
+def penalized_log_probs(logits: Tensor, penalty: Tensor | None) -> Tensor:
+    """Return float32 log-probabilities (N, V) with the penalties of a step; see `Step`."""
+    return logits if penalty is None else logits.log_softmax(-1, dtype=torch.float32).add_(penalty)
 
 
 class Strategy(ABC):
@@ -30,12 +71,8 @@ class Strategy(ABC):
         return torch.zeros(n_sentences + 1, 0, device=device)
 
     @abstractmethod
-    def candidates(self, log_probs: Tensor, state: BeamState, memory: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Choose k >= beam continuations of each sentence.
-
-        Args:
-            log_probs: float32 (n, beam, V), of the next token; may be changed.
-            memory: changed in place.
+    def candidates(self, step: Step) -> tuple[Tensor, Tensor, Tensor]:
+        """Choose continuations of each sentence, beam <= k <= 2 * beam.
 
         Returns:
             Sums float32, hypotheses int64 and tokens int64, (n, k) each.
@@ -56,22 +93,22 @@ class Sampling(Strategy):
     def n_first(self, beam: int) -> int:
         return beam
 
-    def candidates(self, log_probs: Tensor, state: BeamState, memory: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        n, beam, vocab_size = log_probs.shape
-        values, tokens = log_probs.nan_to_num_(-math.inf, posinf=math.inf, neginf=-math.inf), None
+    def candidates(self, step: Step) -> tuple[Tensor, Tensor, Tensor]:
+        tokens = None
+        if 0 < self.top_k and self.top_p <= 0:
+            values, tokens = step.best_tokens(min(self.top_k, step.logits.size(1)))
+        else:
+            values = step.log_probs().nan_to_num_(-math.inf, posinf=math.inf, neginf=-math.inf)
         if self.top_p > 0:
             values, tokens = values.sort(-1, descending=True)
             mass = values.exp().cumsum(-1)
             values[..., 1:].masked_fill_(mass[..., :-1] >= self.top_p, -math.inf)
-        elif self.top_k > 0:
-            found = best_tokens(values.flatten(0, 1), min(self.top_k, vocab_size))
-            values, tokens = (x.view(n, beam, -1) for x in found)
         # The first of independent exponential clocks of these rates to ring is a draw by them, and none is waited for.
         clock = torch.empty_like(values).exponential_().clamp_min_(torch.finfo(values.dtype).tiny)
         drawn = (values - clock.log_()).argmax(-1, keepdim=True)
-        sums = state.scores[:n] + values.gather(-1, drawn)[..., 0]
+        sums = step.scores() + values.gather(-1, drawn)[..., 0]
         token = (drawn if tokens is None else tokens.gather(-1, drawn))[..., 0]
-        return sums, torch.arange(beam, device=token.device).expand(n, beam), token
+        return sums, torch.arange(token.size(1), device=token.device).expand_as(token), token
 
 
 @dataclass(frozen=True)
@@ -92,13 +129,13 @@ class DiverseGroups(Strategy):
     def memory(self, n_sentences: int, device: torch.device) -> Tensor:
         return torch.zeros(n_sentences + 1, self.n_groups, self.n_groups, device=device)  # how often two chose the same
 
-    def candidates(self, log_probs: Tensor, state: BeamState, memory: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        n, beam, vocab_size = log_probs.shape
-        k, size, sentence = beam // self.n_groups, group_size(vocab_size, 2), state.sentence[:n]
+    def candidates(self, step: Step) -> tuple[Tensor, Tensor, Tensor]:
+        log_probs, memory, sentence = step.log_probs(), step.memory, step.state.sentence[: step.n]
+        k, size = log_probs.size(1) // self.n_groups, group_size(log_probs.size(2), 2)
         price = 1 + memory[sentence]  # (n, groups, groups)
         found: list[tuple[Tensor, ...]] = []
         for group in range(self.n_groups):
-            part, scores = (x[:, group :: self.n_groups] for x in (log_probs, state.scores[:n]))
+            part, scores = (x[:, group :: self.n_groups] for x in (log_probs, step.scores()))
             if group:
                 chosen = torch.stack([token for *_, token in found], 2)  # (n, k, groups before)
                 prices = price[:, None, group, :group].expand_as(chosen)
@@ -122,22 +159,12 @@ class DiverseSiblings(Strategy):
     def n_first(self, beam: int) -> int:
         return 1
 
-    def candidates(self, log_probs: Tensor, state: BeamState, memory: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        n, beam, _ = log_probs.shape
-        k = 2 * beam
-        values, tokens = (x.view(n, beam, k) for x in best_tokens(log_probs.flatten(0, 1), k))
-        rank = torch.arange(1, k + 1, device=values.device) * (state.step > 0)  # at first there are no siblings
-        sums, place = (values + state.scores[:n, :, None] - rank * self.rate).flatten(1).topk(k)
+    def candidates(self, step: Step) -> tuple[Tensor, Tensor, Tensor]:
+        k = 2 * step.state.beam
+        values, tokens = step.best_tokens(k)
+        rank = torch.arange(1, k + 1, device=values.device) * (step.state.step > 0)  # at first there are no siblings
+        sums, place = (values + step.scores()[..., None] - rank * self.rate).flatten(1).topk(k)
         return sums, place // k, tokens.flatten(1).gather(1, place)
-
-
-def best_tokens(log_probs: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Return the k largest of each row, float32 (N, V), best first, and their places: (N, k) each."""
-    rows, nothing = log_probs[:, None], log_probs.new_zeros(log_probs.size(0), 1)
-    size = group_size(log_probs.size(1), k)
-    groups = best_groups(rows.unflatten(2, (-1, size)).amax(-1), nothing, k)
-    values, _, tokens = best_continuations(rows, nothing, groups, size)
-    return values, tokens
 
 
 def covers(search: fairseq_search.Search) -> bool:

@@ -15,7 +15,7 @@ from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from triton_ops import AttentionLayout, backward, beam_search, decode, forward, launch, ops, small
-from triton_ops.api import advance_beams
+from triton_ops.api import advance_beams, continue_beams
 from triton_ops.beam_state import BeamState
 from triton_ops.call import Call
 
@@ -141,6 +141,8 @@ def search_step(size, batch, beam=3):
     state = BeamState.empty(batch, size, beam, torch.device("cpu"))
     for penalty in (torch.zeros(96), None):
         advance_beams(state, batch, torch.zeros(batch * beam, 96), penalty, eos=2, kernels=True)
+    sums, tokens = torch.zeros(batch, beam), torch.zeros(batch, beam, dtype=torch.int64)
+    continue_beams(state, batch, sums, tokens, tokens, eos=2, kernels=True)
     kv, pool = torch.empty(batch * beam, 2, 2, 32), torch.empty(size, 2, 32)
     ops.append_step(kv, pool, torch.zeros(2, size, dtype=torch.int32), state.step)
 

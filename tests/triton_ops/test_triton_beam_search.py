@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from triton_ops.api import advance_beams
+from triton_ops.api import advance_beams, best_tokens, continue_beams
 from triton_ops.beam_state import BeamState, best_continuations, best_groups, group_size
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -117,6 +117,34 @@ def test_the_kernels_change_the_state_as_torch_does(n, beam, step, vocab_size, c
     for state, kernels in ((ours, True), (expected, False)):
         advance_beams(state, n + 1, logits, penalty, EOS, kernels)
     assert_alike(ours, expected, n + 1)
+
+
+@pytest.mark.parametrize("step", [0, 3, 8])
+@pytest.mark.parametrize(("beam", "k"), [(1, 1), (1, 2), (3, 3), (3, 6), (5, 5)])
+def test_the_kernel_goes_on_by_given_candidates_as_torch_does(beam, k, step):
+    """As many as hypotheses when each draws one token, twice as many when siblings compete. Some are impossible."""
+    ours, expected = (random_state(3, beam, step, 9, seed=beam + k) for _ in range(2))
+    generator = torch.Generator().manual_seed(step)
+    sums = torch.randn(4, k, generator=generator).sort(descending=True)[0]
+    sums[0, k - 1] = -math.inf
+    parent = torch.arange(beam).expand(4, beam) if k == beam else torch.randint(beam, (4, k), generator=generator)
+    token = torch.randint(EOS, EOS + 2, (4, k), generator=generator)
+    for state, kernels in ((ours, True), (expected, False)):
+        continue_beams(state, 4, sums.to(DEVICE), parent.to(DEVICE), token.to(DEVICE), EOS, kernels)
+    assert_alike(ours, expected, 4)
+
+
+@pytest.mark.parametrize("kernels", [True, False])
+@pytest.mark.parametrize("penalized", [True, False])
+def test_the_best_tokens_are_those_of_a_full_sort(kernels, penalized):
+    logits = torch.randn(5, 1144, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    penalty = torch.zeros(1144, device=DEVICE)
+    penalty[logits[0].argmax()], penalty[3] = -math.inf, -1.5
+    log_probs = logits.log_softmax(-1) + penalty
+    given = (logits, penalty) if penalized else (log_probs, None)
+    values, tokens = best_tokens(*given, 10, kernels)
+    torch.testing.assert_close(values, log_probs.topk(10)[0])
+    torch.testing.assert_close(log_probs.gather(1, tokens), values)
 
 
 @pytest.mark.parametrize("kernels", [True, False])
