@@ -10,9 +10,9 @@ tensor (what stock fairseq computes), FlexAttention with the same block mask, an
 (reference). A rival that cannot run a case is recorded with its error. Everything is timed as CUDA-graph replays: at
 90% sparsity even 4 x 16 x 4096 takes no longer than its launch from Python, which the section `host` measures by
 itself. `tflops` counts kept cells only (all of a dense rival): 4 D FLOP per kept cell forward, 10 D more backward.
-`gathered` is what forward reads of keys and values, each kept block once per query tile, over its time. The section
-`ceilings` measures what the chip gives: a matrix product of 8192³, and reads of the same gathered blocks without any
-arithmetic.
+`gathered` is what forward reads of keys and values, each kept block once per query tile, over its time. Heads have 64
+elements but in the section `head sizes`; blocks are squares but in the section `flat`. The section `ceilings` measures
+what the chip gives: a matrix product of 8192³, and reads of the same gathered blocks without any arithmetic.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from provenance import git_commit
 
 from triton_ops import AttentionLayout, block_sparse_attention, decode_attention
+from triton_ops.layout import TILES
 from triton_ops.reference import attention_reference
 from triton_ops.testing import assert_decode_within_budget, assert_within_budget, block_mask, make_case
 
@@ -143,9 +144,9 @@ def flex(keep: Tensor, block: int, autotune: bool) -> Callable[..., Tensor]:
 
 def gate() -> None:
     """Refuse to time kernels that are not right: tile lists, sentence kernels, dropout, decode against float64."""
-    for tile in (16, 32, 64, 128):
-        for block in (16, 1):
-            keep = block_mask(2, 300, 260, 16, 0.5, seed=tile)
+    for number, tile in enumerate(TILES):
+        for block in (tile, 1):
+            keep = block_mask(2, 300, 260, tile, 0.5, seed=number)
             if block == 1:
                 keep &= torch.rand(keep.shape, generator=torch.Generator().manual_seed(1)) < 0.8
             lengths = dict(q_lengths=torch.tensor([300, 170]), k_lengths=torch.tensor([90, 260]))
@@ -196,10 +197,17 @@ def gate() -> None:
 
 
 def square_case(
-    batch: int, heads: int, size: int, sparsity: float, block: int, directions: list[str], repeats: int, rivals: bool
+    batch: int,
+    heads: int,
+    size: int,
+    sparsity: float,
+    block: int | tuple[int, int],
+    directions: list[str],
+    repeats: int,
+    rivals: bool,
+    dim: int = 64,
 ) -> list[dict]:
-    """Self-attention under random block masks, ours and the rivals, forward and forward + backward."""
-    dim = 64
+    """Self-attention under random masks of blocks, a size or queries x keys: ours and the rivals, both directions."""
     torch.manual_seed(0)
     q, k, v, grad = (torch.randn(batch, heads, size, dim, device=DEVICE, dtype=BFLOAT16) for _ in range(4))
     keep = block_mask(heads, size, size, block, sparsity, seed=1, device=DEVICE)
@@ -219,7 +227,8 @@ def square_case(
     if block == 64 and rivals and size > DENSE_MASK_LIMIT:  # minutes of compilation: once
         methods["flex 64 autotuned"] = flex(keep, 64, autotune=True)
     rows = []
-    masked = dict(block=block, nominal_sparsity=sparsity, sparsity=1 - float(keep.float().mean()))
+    block_rows, label = (block, block) if isinstance(block, int) else (block[0], f"{block[0]}x{block[1]}")
+    masked = dict(block=label, nominal_sparsity=sparsity, sparsity=1 - float(keep.float().mean()))
     for direction in directions:
         for name, method in methods.items():
             run = functools.partial(method, q, k, v) if direction == "forward" else training_step(method, q, k, v, grad)
@@ -233,7 +242,7 @@ def square_case(
                 dtype="bfloat16",
                 direction=direction,
                 method=name,
-                tile=layout.tile if name == "ours" else None,
+                tile=list(layout.tile) if name == "ours" else None,
                 **(masked if name not in DENSE else {}),
                 **timing,
             )
@@ -242,7 +251,7 @@ def square_case(
                 flop = computed * dim * (4 if direction == "forward" else 14)
                 row["tflops"] = flop / timing["median_ms"] / 1e9
                 if name == "ours" and direction == "forward":
-                    row["gathered"] = kept / block * dim * 2 * 2 / timing["median_ms"] / 1e9
+                    row["gathered"] = kept / block_rows * dim * 2 * 2 / timing["median_ms"] / 1e9
             rows.append(row)
     rows[0]["layout_bytes"] = layout.memory()
     rows[0]["cells"] = keep.numel()
@@ -452,13 +461,14 @@ BOTH = ["forward", "forward+backward"]
 def sections(repeats: int) -> dict[str, list[Callable[[], list[dict]]]]:
     """The cases of every section."""
 
-    def square(size: int, batch: int, heads: int, cases: list[tuple[float, int]]) -> list[Callable[[], list[dict]]]:
+    def square(size: int, batch: int, heads: int, cases: list[tuple], dim: int = 64) -> list[Callable[[], list[dict]]]:
         return [
-            functools.partial(square_case, batch, heads, size, sparsity, block, BOTH, repeats, rivals=i == 0)
+            functools.partial(square_case, batch, heads, size, sparsity, block, BOTH, repeats, rivals=i == 0, dim=dim)
             for i, (sparsity, block) in enumerate(cases)
         ]
 
     long_cases = [(0.9, 64), (0.9, 128), (0.9, 32), (0.9, 16), (0.5, 128), (0.5, 64), (0.0, 128)]
+    flat_cases = [(0.9, block) for block in TILES if block[0] > block[1]]
     return {
         "medium": square(1024, 8, 8, [(0.9, 64), (0.9, 128), (0.9, 16)]),
         "sentence": [
@@ -470,6 +480,10 @@ def sections(repeats: int) -> dict[str, list[Callable[[], list[dict]]]]:
         "host": [lambda: host_case(repeats)],
         "ceilings": [lambda: ceiling_case(repeats)],
         "long": square(4096, 4, 16, long_cases),
+        "flat": square(4096, 4, 16, flat_cases),
+        "head sizes": [
+            case for dim in (32, 96, 128) for case in square(4096, 4, 16, [(0.9, 64), (0.9, 128), (0.0, 128)], dim)
+        ],
     }
 
 
@@ -489,12 +503,12 @@ def provenance() -> dict[str, object]:
 
 
 def group_key(row: dict) -> tuple:
-    names = ("case", "batch", "beam", "heads", "size", "nominal_sparsity", "block", "direction")
+    names = ("case", "batch", "beam", "heads", "size", "dim", "nominal_sparsity", "block", "direction")
     return tuple(row.get(name) for name in names)
 
 
 def shape_of(row: dict) -> tuple:
-    return tuple(row.get(name) for name in ("case", "batch", "heads", "size", "direction"))
+    return tuple(row.get(name) for name in ("case", "batch", "heads", "size", "dim", "direction"))
 
 
 RIVALS = {  # column of the table: what is in it
@@ -526,7 +540,8 @@ def table(report: dict) -> str:
         rivals = rows + [row for row in dense_rows if shape_of(row) == shape_of(ours)]
         batch = f"{ours['batch']}x{ours['beam']}" if "beam" in ours else ours["batch"]
         rate = f"{ours['tflops']:.0f}" if "tflops" in ours else ""
-        cells = [ours["case"], f"{batch}, {ours['heads']}, {ours['size']}", f"{ours['sparsity']:.1%}"]
+        shape = f"{batch}, {ours['heads']}, {ours['size']}" + (f", D = {ours['dim']}" if ours["dim"] != 64 else "")
+        cells = [ours["case"], shape, f"{ours['sparsity']:.1%}"]
         cells += [str(ours.get("block", 1)), ours.get("direction", "step"), f"{ours['median_ms']:.3g}", rate]
         body.append(cells + [_times_longer(rivals, methods, ours["median_ms"]) for methods in RIVALS.values()])
     header = ["case", "B, H, T", "sparsity", "block", "direction", "ours, ms", "TFLOP/s", *RIVALS]

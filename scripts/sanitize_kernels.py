@@ -8,6 +8,7 @@ import torch
 
 from ap_fairseq.search.beams import BeamSearchState
 from triton_ops import AttentionLayout, append_to_pool, decode_attention
+from triton_ops.layout import TILES
 from triton_ops.testing import assert_within_budget, block_mask, make_case
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # a CPU with TRITON_INTERPRET=1 checks the script itself
@@ -19,8 +20,9 @@ def random(*shape: int, seed: int = 1) -> torch.Tensor:
 
 def attention() -> None:
     common = dict(heads=2, dim=64, dtype=torch.bfloat16, scale=0.125, dropout_p=0.1, use_lse=True, device=DEVICE)
-    for tile in (16, 32, 64, 128):
-        keep = block_mask(2, 150, 140, 16, 0.5, seed=tile) & (random(2, 150, 140) < 0.9)
+    for number, tile in enumerate(TILES):
+        keep = block_mask(2, 150, 140, tile, 0.5, seed=number)
+        keep[:, :100] &= random(2, 100, 140) < 0.9
         lengths = dict(q_lengths=torch.tensor([150, 70]), k_lengths=torch.tensor([90, 140]))
         assert_within_budget(make_case(batch=2, q_size=150, k_size=140, keep=keep, tile=tile, **lengths, **common))
     for size in (32, 64, 128):

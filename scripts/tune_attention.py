@@ -35,6 +35,7 @@ from bench_attention import BFLOAT16, DEVICE, measure, provenance, sentence_prob
 
 from triton_ops import AttentionLayout, block_sparse_attention, launch
 from triton_ops.config import Config
+from triton_ops.layout import TILES
 from triton_ops.testing import block_mask
 
 RETIMED = 4
@@ -73,7 +74,7 @@ class Search:
         return None if any("error" in row for row in rows) else [row["median_ms"] for row in rows]
 
 
-def square(batch: int, heads: int, size: int, block: int, both: bool = False) -> Callable[[], object]:
+def square(batch: int, heads: int, size: int, block: int | tuple[int, int], both: bool = False) -> Callable[[], object]:
     """Self-attention under random block masks of 90%, forward or forward + backward."""
     torch.manual_seed(0)
     q, k, v, grad = (torch.randn(batch, heads, size, 64, device=DEVICE, dtype=BFLOAT16) for _ in range(4))
@@ -115,6 +116,16 @@ def searches() -> dict[str, Search]:
             module = "forward" if name == "forward" else "backward"
             found = candidates(*shape, warps, (2, 3, 4))
             result[f"{name} {tile}"] = Search((module, f"{name}_config"), cases, found)
+    for flat in (tile for tile in TILES if tile[0] > tile[1]):
+        long = functools.partial(square, 4, 16, 4096, flat)
+        for name, case, shape, warps in (
+            ("forward", long, (sorted({64, flat[0]}), (32, 64, 128)), (4, 8)),
+            ("dq", functools.partial(long, both=True), ((64,), (32, 64)), (4, 8)),
+            ("dkdv", functools.partial(long, both=True), ((32, 64), (16,)), (1, 2, 4)),
+        ):
+            module = "forward" if name == "forward" else "backward"
+            search = Search((module, f"{name}_config"), (case,), candidates(*shape, warps, (2, 3, 4)))
+            result[f"{name} {flat[0]}x{flat[1]}"] = search
     for batch, tile in ((256, 32), (128, 64), (64, 128)):
         case = (functools.partial(sentences, batch, tile),)
         rows = [tile >> k for k in range(3) if tile >> k >= 16]

@@ -298,7 +298,7 @@ def block_sparse_attention(
         if _wants_grad(q, k, v):
             tables += read.key_table()[:2]
     alike: dict | None = None if question is None else {}
-    call = Call(read.words, read.row_shift, tables, read.tile, None, None, None, dropout_p, scale, alike)
+    call = Call(read.words, read.row_shift, tables, *read.tile, None, None, None, dropout_p, scale, alike)
     if question is not None and probs is None:
         layout.remember(question, (attend, call))
     rows = tuple(_rows(x) for x in (q, k, v))

@@ -30,6 +30,7 @@ from .primitives import (
     full_positions,
     keep_bits,
     keep_bits_by_key,
+    keep_bits_of_keys,
     list_lengths,
     listed_positions,
     load_rows,
@@ -61,7 +62,7 @@ def _dq_kernel(
     s_qb, s_qh, s_qt, s_kb, s_kh, s_kt, s_vb, s_vh, s_vt, s_ob, s_oh, s_ot, s_gb, s_gh, s_gt,
     s_dqb, s_dqh, s_dqt,
     H, MH, TQ, TK, LQ, RS, KW, NO, NI, first_h, first_b,
-    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, G: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, G: tl.constexpr, GO: tl.constexpr,
     INT32_OFFSETS: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dQ of BM queries of one head of one sentence, and δ of these rows, which `_dkdv_kernel` reads.
@@ -89,7 +90,7 @@ def _dq_kernel(
     p_k += i_b64 * s_kb + i_h64 * s_kh
     p_v += i_b64 * s_vb + i_h64 * s_vh
     i_mh = tl.where(MH > 1, i_h, 0)
-    i_list = (i_mh * NO + i_m // G).to(tl.int64)
+    i_list = (i_mh * NO + i_m // GO).to(tl.int64)
     p_entries += i_list * NI
     p_counts += i_list * (NI + 1)
     p_words += i_mh.to(tl.int64) * KW * LQ
@@ -129,7 +130,10 @@ def _dq_kernel(
         )
     for first in tl.range(n_inside * G, n_total * G, BN, num_stages=1):
         start, o_x, m_n = listed_positions(p_entries, first, n_full, n_total, k_length, NI, BN, G)
-        m_s = keep_bits(p_words, o_m, m_m, p_entries, first, n_full, n_total, k_length, NI, LQ, RS, BN, G)
+        if G == 1:
+            m_s = keep_bits_of_keys(p_words, o_m, m_m, p_entries, first, n_full, n_total, k_length, NI, LQ, RS, BN)
+        else:
+            m_s = keep_bits(p_words, o_m, m_m, p_entries, first, n_full, n_total, k_length, NI, LQ, RS, BN, G)
         b_k = load_rows(p_k, s_kt, start, o_x, m_n, INT32_OFFSETS, G, D, BD)
         b_v = load_rows(p_v, s_vt, start, o_x, m_n, INT32_OFFSETS, G, D, BD)
         m_z = m_m
@@ -173,7 +177,7 @@ def _dkdv_kernel(
     s_qb, s_qh, s_qt, s_kb, s_kh, s_kt, s_vb, s_vh, s_vt, s_gb, s_gh, s_gt,
     s_dkb, s_dkh, s_dkt, s_dvb, s_dvh, s_dvt,
     H, MH, TQ, TK, LQ, RS, KW, NO, NI, first_h, first_b,
-    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, G: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, G: tl.constexpr, GO: tl.constexpr,
     INT32_OFFSETS: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of BN keys of one head of one sentence; after `_dq_kernel`, which writes δ.
@@ -202,7 +206,7 @@ def _dkdv_kernel(
     p_lse += i_bh.to(tl.int64) * TQ
     p_delta += i_bh.to(tl.int64) * TQ
     i_mh = tl.where(MH > 1, i_h, 0)
-    i_list = (i_mh * NO + i_n // G).to(tl.int64)
+    i_list = (i_mh * NO + i_n // GO).to(tl.int64)
     p_entries += i_list * NI
     p_counts += i_list * (NI + 1)
     p_words += i_mh.to(tl.int64) * KW * LQ
@@ -286,9 +290,10 @@ def backward(
             s_ob=out.stride(0), s_oh=out.stride(1), s_ot=out.stride(2),
             s_dqb=dq.stride(0), s_dqh=dq.stride(1), s_dqt=dq.stride(2),
             NO=queries.entries.size(1), NI=queries.entries.size(2),
-            BM=config.block_q, BN=config.block_k, G=queries.tile, INT32_OFFSETS=int32_offsets(k, v), **shared(),
+            BM=config.block_q, BN=config.block_k, G=queries.inner, GO=queries.outer,
+            INT32_OFFSETS=int32_offsets(k, v), **shared(),
         )  # fmt: skip
-        blocks = dict.fromkeys(("d_k", "d_v"), _block(k, v, config.block_k, queries.tile))
+        blocks = dict.fromkeys(("d_k", "d_v"), _block(k, v, config.block_k, queries.inner))
         n_tiles = ceil_div(q.size(2), config.block_q)
         return launches_of(_dq_kernel, n_tiles, q.size(1), q.size(0), numbers, config, blocks)
 
@@ -298,9 +303,10 @@ def backward(
             s_dkb=dk.stride(0), s_dkh=dk.stride(1), s_dkt=dk.stride(2),
             s_dvb=dv.stride(0), s_dvh=dv.stride(1), s_dvt=dv.stride(2),
             NO=keys.entries.size(1), NI=keys.entries.size(2),
-            BM=config.block_q, BN=config.block_k, G=keys.tile, INT32_OFFSETS=int32_offsets(q, grad_out), **shared(),
+            BM=config.block_q, BN=config.block_k, G=keys.inner, GO=keys.outer,
+            INT32_OFFSETS=int32_offsets(q, grad_out), **shared(),
         )  # fmt: skip
-        blocks = dict.fromkeys(("d_q", "d_do"), _block(q, grad_out, config.block_q, keys.tile))
+        blocks = dict.fromkeys(("d_q", "d_do"), _block(q, grad_out, config.block_q, keys.inner))
         n_tiles = ceil_div(k.size(2), config.block_k)
         return launches_of(_dkdv_kernel, n_tiles, q.size(1), q.size(0), numbers, config, blocks)
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .config import precision
 from .launch import Launch, epoch, kept
-from .layout import TileTable
+from .layout import TileTable, key_tile
 from .primitives import LOG2E
 from .reference import DROPOUT_RESOLUTION, dropout_threshold
 
@@ -17,7 +17,7 @@ from .reference import DROPOUT_RESOLUTION, dropout_threshold
 class Call(NamedTuple):
     """The arguments of the operators in `ops.py` that say how to attend, checked and in their order, and `alike`.
 
-    words, row_shift, tile: as in `layout.AttentionLayout`.
+    words, row_shift, tile_q, tile_k: as in `layout.AttentionLayout`.
     tables: entries and counts of the query table, then of the key table where a gradient is wanted; none where the
         sentence kernels run.
     q_lengths, k_lengths: (B,) or None.
@@ -29,7 +29,8 @@ class Call(NamedTuple):
     words: Tensor
     row_shift: int
     tables: list[Tensor]
-    tile: int
+    tile_q: int
+    tile_k: int
     q_lengths: Tensor | None
     k_lengths: Tensor | None
     seed: Tensor | None
@@ -39,18 +40,19 @@ class Call(NamedTuple):
 
     def on(self, q_lengths: Tensor | None, k_lengths: Tensor | None, seed: Tensor | None) -> Call:
         """Return this call with other tensors of the same kinds."""
-        words, row_shift, tables, tile, _, _, _, dropout_p, scale, alike = self
-        return Call(words, row_shift, tables, tile, q_lengths, k_lengths, seed, dropout_p, scale, alike)
+        words, row_shift, tables, tile_q, tile_k, _, _, _, dropout_p, scale, alike = self
+        return Call(words, row_shift, tables, tile_q, tile_k, q_lengths, k_lengths, seed, dropout_p, scale, alike)
 
     def operands(self) -> tuple:
         """Return the arguments of the operators."""
         return self[:-1]
 
     def query_table(self) -> TileTable:
-        return TileTable(self.tables[0], self.tables[1], self.tile)
+        return TileTable(self.tables[0], self.tables[1], self.tile_q, self.tile_k)
 
     def key_table(self) -> TileTable:
-        return TileTable(self.tables[2], self.tables[3], self.tile)
+        rows, cols = key_tile((self.tile_q, self.tile_k))
+        return TileTable(self.tables[2], self.tables[3], cols, rows)
 
     def launches(
         self, kernel: tuple[Hashable, ...], build: Callable[[], list[Launch]], q: Tensor, k: Tensor, v: Tensor, *others
@@ -73,7 +75,7 @@ class Call(NamedTuple):
         lengths = [None if x is None else x.dtype for x in (self.q_lengths, self.k_lengths)]
         shapes = [x.shape for x in (self.words, *self.tables)]
         kinds = [(x.shape, x.stride(), x.dtype, x.device) for x in inputs]
-        numbers = self.row_shift, self.tile, self.seed is None, self.dropout_p, self.scale
+        numbers = self.row_shift, self.tile_q, self.tile_k, self.seed is None, self.dropout_p, self.scale
         return *kinds, *shapes, *lengths, *numbers
 
     def tensors(self) -> dict[str, Tensor | None]:

@@ -1,9 +1,10 @@
 """Tile shapes, warps, pipeline stages and register limits of the attention kernels.
 
-For half precision and head sizes up to 64 the choices are the fastest of sweeps on an H200 and an H100 (torch 2.11,
-triton 3.6, D = 64; `scripts/tune_attention.py` repeats them), those of decode on an H100 with float16. Those for larger
-heads and float32 were chosen by registers and shared memory alone. A choice depends on tile sizes, head size, type and
-size classes only, never on a sequence length inside a size class, so a new length does not compile anything.
+For half precision, head sizes up to 64 and square tiles the choices are the fastest of sweeps on an H200 and an H100
+(torch 2.11, triton 3.6, D = 64; `scripts/tune_attention.py` repeats them), those of decode on an H100 with float16.
+Those for larger heads, float32 and flat tiles were chosen by registers and shared memory alone. A choice depends on
+tile sizes, head size, type and size classes only, never on a sequence length inside a size class, so a new length does
+not compile anything.
 """
 
 from __future__ import annotations
@@ -86,60 +87,73 @@ def precision(dtype: torch.dtype) -> str:
 
 def forward_config(table: TileTable, dim: int, dtype: torch.dtype) -> Config:
     """Of `_forward_kernel`, for the query table."""
+    tile = table.outer, table.inner
     if dtype == torch.float32:
-        return Config(min(table.tile, 64 if dim <= 64 else 32), 32, 4, 1)
+        return Config(min(table.outer, 64 if dim <= 64 else 32), 32, 4, 1)
     if dim > 64:
         return {
-            16: Config(16, 32, 1, 2),
-            32: Config(32, 32, 2, 2),
-            64: Config(64, 64, 4, 2),
-            128: Config(128, 64, 8, 2),
-        }[table.tile]
+            (16, 16): Config(16, 32, 1, 2),
+            (32, 32): Config(32, 32, 2, 2),
+            (64, 64): Config(64, 64, 4, 2),
+            (128, 128): Config(128, 64, 8, 2),
+            (64, 16): Config(64, 64, 4, 2),
+            (128, 16): Config(128, 64, 8, 2),
+            (64, 1): Config(64, 64, 4, 2),
+        }[tile]
     few = table.entries.size(2) <= 64  # blocks of 16 in a row: most lists end before a third stage is filled
     return {
-        16: Config(16, 32, 1, 2 if few else 3, 128),
-        32: Config(32, 32, 1, 3, 168),
-        64: Config(64, 64, 4, 2, 112),
-        128: Config(64, 128, 4, 2, 168),
-    }[table.tile]
+        (16, 16): Config(16, 32, 1, 2 if few else 3, 128),
+        (32, 32): Config(32, 32, 1, 3, 168),
+        (64, 64): Config(64, 64, 4, 2, 112),
+        (128, 128): Config(64, 128, 4, 2, 168),
+        (64, 16): Config(64, 64, 4, 2),
+        (128, 16): Config(64, 64, 4, 2),
+        (64, 1): Config(64, 64, 4, 2),
+    }[tile]
 
 
 def dq_config(table: TileTable, dim: int, dtype: torch.dtype) -> Config:
     """Of `_dq_kernel`, for the query table."""
+    tile = table.outer, table.inner
     if dtype == torch.float32:
-        return Config(min(table.tile, 64 if dim <= 64 else 32), 32, 4, 1)
+        return Config(min(table.outer, 64 if dim <= 64 else 32), 32, 4, 1)
+    if table.inner < 64 <= table.outer:
+        return Config(64, 64, 4, 2)
     if dim > 64:
         return {
-            16: Config(16, 32, 1, 2),
-            32: Config(32, 32, 2, 2),
-            64: Config(64, 64, 4, 2),
-            128: Config(64, 64, 4, 2),
-        }[table.tile]
+            (16, 16): Config(16, 32, 1, 2),
+            (32, 32): Config(32, 32, 2, 2),
+            (64, 64): Config(64, 64, 4, 2),
+            (128, 128): Config(64, 64, 4, 2),
+        }[tile]
     return {
-        16: Config(16, 32, 1, 2, 168),
-        32: Config(32, 32, 1, 2),
-        64: Config(64, 64, 4, 2, 128),
-        128: Config(64, 64, 4, 2, 128),
-    }[table.tile]
+        (16, 16): Config(16, 32, 1, 2, 168),
+        (32, 32): Config(32, 32, 1, 2),
+        (64, 64): Config(64, 64, 4, 2, 128),
+        (128, 128): Config(64, 64, 4, 2, 128),
+    }[tile]
 
 
 def dkdv_config(table: TileTable, dim: int, dtype: torch.dtype) -> Config:
-    """Of `_dkdv_kernel`, for the key table."""
+    """Of `_dkdv_kernel`, for the key table: 16 keys against 64 queries or more where tiles are flat."""
+    tile = table.outer, table.inner
     if dtype == torch.float32:
-        return Config(32, min(table.tile, 32), 4, 1)
+        return Config(32, min(table.outer, 32), 4, 1)
+    if table.outer < 64 <= table.inner:
+        return Config(64, 16, 4, 2)
     if dim > 64:
         return {
-            16: Config(32, 16, 1, 2),
-            32: Config(32, 32, 2, 2),
-            64: Config(64, 64, 8, 2),
-            128: Config(64, 64, 8, 2),
-        }[table.tile]
+            (16, 16): Config(32, 16, 1, 2),
+            (32, 32): Config(32, 32, 2, 2),
+            (64, 64): Config(64, 64, 8, 2),
+            (128, 128): Config(64, 64, 8, 2),
+        }[tile]
     return {
-        16: Config(32, 16, 1, 2, 168),
-        32: Config(32, 32, 1, 2),
-        64: Config(64, 64, 4, 2, 168),
-        128: Config(64, 64, 4, 3, 168),
-    }[table.tile]
+        (16, 16): Config(32, 16, 1, 2, 168),
+        (32, 32): Config(32, 32, 1, 2),
+        (64, 64): Config(64, 64, 4, 2, 168),
+        (128, 128): Config(64, 64, 4, 3, 168),
+    }[tile]
 
 
 def small_forward_config(tile: int, dtype: torch.dtype) -> Config:

@@ -51,7 +51,7 @@ def attend_dense(
     # amax of bytes: `any` takes up to a hundred times as long on a CPU.
     empty = cells.view(torch.uint8).amax(-1, keepdim=True) == 0
     out = torch.nn.functional.scaled_dot_product_attention(
-        *map(_aligned, (q, k, v)), attn_mask=cells | empty, dropout_p=dropout_p, scale=scale
+        _aligned(q), _aligned(k), _aligned(v), attn_mask=cells | empty, dropout_p=dropout_p, scale=scale
     )
     return laid_out_as(out.masked_fill(empty, 0), q), None, None
 

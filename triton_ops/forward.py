@@ -19,6 +19,7 @@ from .primitives import (
     dropout_bits,
     full_positions,
     keep_bits,
+    keep_bits_of_keys,
     list_lengths,
     listed_positions,
     load_rows,
@@ -33,7 +34,7 @@ def _forward_kernel(
     scale_log2, threshold, inverse_keep,
     s_qb, s_qh, s_qt, s_kb, s_kh, s_kt, s_vb, s_vh, s_vt, s_ob, s_oh, s_ot,
     H, MH, TQ, TK, LQ, RS, KW, NO, NI, first_h, first_b,
-    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, G: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, G: tl.constexpr, GO: tl.constexpr,
     INT32_OFFSETS: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """O and the log-sum-exp of BM queries of one head of one sentence.
@@ -59,7 +60,7 @@ def _forward_kernel(
     p_k += i_b.to(tl.int64) * s_kb + i_h.to(tl.int64) * s_kh
     p_v += i_b.to(tl.int64) * s_vb + i_h.to(tl.int64) * s_vh
     i_mh = tl.where(MH > 1, i_h, 0)
-    i_list = (i_mh * NO + i_m // G).to(tl.int64)
+    i_list = (i_mh * NO + i_m // GO).to(tl.int64)
     p_entries += i_list * NI
     p_counts += i_list * (NI + 1)
     p_words += i_mh.to(tl.int64) * KW * LQ
@@ -97,7 +98,10 @@ def _forward_kernel(
     # What is left: full blocks that reach past the last key, and partial blocks.
     for first in tl.range(n_inside * G, n_total * G, BN, num_stages=1):
         start, o_x, m_n = listed_positions(p_entries, first, n_full, n_total, k_length, NI, BN, G)
-        m_s = keep_bits(p_words, o_m, m_m, p_entries, first, n_full, n_total, k_length, NI, LQ, RS, BN, G)
+        if G == 1:
+            m_s = keep_bits_of_keys(p_words, o_m, m_m, p_entries, first, n_full, n_total, k_length, NI, LQ, RS, BN)
+        else:
+            m_s = keep_bits(p_words, o_m, m_m, p_entries, first, n_full, n_total, k_length, NI, LQ, RS, BN, G)
         b_k = load_rows(p_k, s_kt, start, o_x, m_n, INT32_OFFSETS, G, D, BD)
         b_s = dot(b_q, tl.trans(b_k), PRECISION)
         b_s = tl.where(m_s, b_s, float("-inf"))
@@ -140,10 +144,10 @@ def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor
             s_vb=v.stride(0), s_vh=v.stride(1), s_vt=v.stride(2),
             s_ob=out.stride(0), s_oh=out.stride(1), s_ot=out.stride(2),
             H=heads, TQ=q_size, TK=k.size(2), NO=table.entries.size(1), NI=table.entries.size(2),
-            D=dim, BD=power_of_two(dim), BM=config.block_q, BN=config.block_k, G=table.tile,
+            D=dim, BD=power_of_two(dim), BM=config.block_q, BN=config.block_k, G=table.inner, GO=table.outer,
             INT32_OFFSETS=int32_offsets(k, v), PRECISION=precision(q.dtype), **call.numbers(),
         )  # fmt: skip
-        blocks = dict.fromkeys(("d_k", "d_v"), tile_block(k, v, config.block_k, table.tile))
+        blocks = dict.fromkeys(("d_k", "d_v"), tile_block(k, v, config.block_k, table.inner))
         return launches_of(_forward_kernel, ceil_div(q_size, config.block_q), heads, batch, numbers, config, blocks)
 
     for launch in call.launches(("forward", aligned(k, v)), build, q, k, v):

@@ -43,14 +43,14 @@ class Launch:
         self.blocks = blocks or {}
         self._compiled: Any = None  # takes tensors at multiples of 16 bytes, then `_values`
         self._values: list[Any] = []
+        self._descriptions: dict[str, dict[str, Any]] = {}  # attributes of descriptors, but for the tensor
 
     def __call__(self, **tensors: Tensor | None) -> None:
         """Launch on *tensors*, of the sizes, strides and types of the first call; None where the kernel allows it."""
         at_16_bytes = aligned(*[x for x in tensors.values() if x is not None])
         arguments: dict[str, Any] = tensors
         for name, block in self.blocks.items():
-            x: Any = tensors[name]
-            arguments[name] = None if block is None else TensorDescriptor(x, x.shape, x.stride(), block)
+            arguments[name] = None if block is None else self._describe(name, tensors[name], block)
         if at_16_bytes and self._compiled is not None:
             self._compiled[self.grid](*arguments.values(), *self._values)
             return
@@ -62,6 +62,15 @@ class Launch:
                 raise TypeError(f"{self.kernel} takes {names[: len(tensors)]} in this order, got {list(tensors)}")
             self._values = [self.numbers[name] for name in names[len(tensors) :]]
             self._compiled = compiled
+
+    def _describe(self, name: str, x: Any, block: list[int]) -> TensorDescriptor:
+        if name not in self._descriptions:
+            descriptor = TensorDescriptor(x, x.shape, x.stride(), block)
+            self._descriptions[name] = vars(descriptor) | dict(base=None)
+        else:  # without its checks, which look at what never changes
+            descriptor = object.__new__(TensorDescriptor)
+            vars(descriptor).update(self._descriptions[name], base=x)
+        return descriptor
 
 
 def launches_of(

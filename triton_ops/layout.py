@@ -16,6 +16,8 @@ from torch import Tensor
 
 WORD = 32  # cells per packed word
 TILE_SIZES = (16, 32, 64, 128)
+# Queries by keys. In the flat ones many queries share each gathered key.
+TILES = ((16, 16), (32, 32), (64, 64), (128, 128), (64, 16), (128, 16), (64, 1))
 COLUMN_GROUP = 64  # keys per step of the row pointers
 
 MOST_LISTED = 2**31 - 1 - 2 * COLUMN_GROUP  # int32 pointers; a decode step may count a group past the last cell
@@ -24,11 +26,13 @@ MOST_ANSWERS = 1024  # kept for calls of other sizes, some kilobytes each
 
 # Time per cell of a full tile relative to 128 x 128 tiles: small tiles load keys and values for fewer rows. Forward
 # under block masks of 90% (H100, bfloat16, D = 64, T = 4096); at 50% and in training it differs by up to 0.15.
-TILE_COST = {16: 2.3, 32: 1.4, 64: 1.0, 128: 1.0}
+TILE_COST = {(16, 16): 2.3, (32, 32): 1.4, (64, 64): 1.0, (128, 128): 1.0}
+# Estimates, between squares of as many queries and of as many keys: not timed yet. Reads of 64 x 1 come one by one.
+TILE_COST |= {(64, 16): 1.4, (128, 16): 1.4, (64, 1): 2.0}
 
 
 class TileTable(NamedTuple):
-    """For every outer tile (query tiles for forward and dq, key tiles for dk and dv) its inner blocks, as large.
+    """For every outer tile (query tiles for forward and dq, key tiles for dk and dv) its inner blocks.
 
     entries: (M, n_outer, n_inner) int32. Row (h, o) holds the indices of the full blocks in ascending
         order from the left, and those of the partial blocks in ascending order from the right end
@@ -36,12 +40,13 @@ class TileTable(NamedTuple):
     counts: (M, n_outer, n_inner + 1) int32. counts[h, o, x] holds the number of full (low 16 bits) and
         partial (high 16 bits) blocks whose index is below x. A sequence length becomes a list length
         with one load, so lengths are run-time values and padding is skipped as blocks.
-    tile: size of tiles and blocks in positions.
+    outer, inner: sizes of tiles and of blocks in positions.
     """
 
     entries: Tensor
     counts: Tensor
-    tile: int
+    outer: int
+    inner: int
 
 
 class RowLists(NamedTuple):
@@ -76,6 +81,8 @@ def _tile_status(words: Tensor, k_size: int, rows: int, cols: int) -> tuple[Tens
 
     Cells outside the mask do not count: a ragged edge tile is full when all its cells that exist are kept.
     """
+    if cols < 16:
+        return _column_status(words, k_size, rows)
     mask_heads, n_words, q_size = words.shape
     unit = min(cols, WORD)
     # Keys that do not exist count as kept in `filled` and as dropped in `words`.
@@ -98,13 +105,25 @@ def _tile_status(words: Tensor, k_size: int, rows: int, cols: int) -> tuple[Tens
     return some.transpose(1, 2), every.transpose(1, 2)
 
 
-def _table(some: Tensor, every: Tensor, tile: int) -> TileTable:
+def _column_status(words: Tensor, k_size: int, rows: int) -> tuple[Tensor, Tensor]:
+    """`_tile_status` of tiles of one key."""
+    n_rows = -(-words.size(2) // rows)
+    pad = (0, n_rows * rows - words.size(2))
+    some = torch.nn.functional.pad(words, pad).unflatten(2, (n_rows, rows))
+    every = torch.nn.functional.pad(words, pad, value=-1).unflatten(2, (n_rows, rows))
+    # Bit by bit: all cells at once would be 32 times the size of the words.
+    some = torch.stack([(some >> bit & 1).amax(3) for bit in range(WORD)], 2).flatten(1, 2)
+    every = torch.stack([(every >> bit & 1).amin(3) for bit in range(WORD)], 2).flatten(1, 2)
+    return some[:, :k_size].bool().transpose(1, 2), every[:, :k_size].bool().transpose(1, 2)
+
+
+def _table(some: Tensor, every: Tensor, outer: int, inner: int) -> TileTable:
     """Compact the tile status (M, n_outer, n_inner) into lists, without a host synchronisation."""
     full, partial = every, some & ~every
     n_inner = full.size(2)
     if n_inner > MOST_BLOCKS:
         raise ValueError(
-            f"{n_inner} blocks of {tile} positions, at most {MOST_BLOCKS} can be counted; use a larger tile"
+            f"{n_inner} blocks of {inner} positions, at most {MOST_BLOCKS} can be counted; use a larger tile"
         )
     n_full, n_partial = full.cumsum(2, dtype=torch.int32), partial.cumsum(2, dtype=torch.int32)
     slot = torch.where(full, n_full - 1, torch.where(partial, n_inner - n_partial, n_inner))
@@ -112,7 +131,7 @@ def _table(some: Tensor, every: Tensor, tile: int) -> TileTable:
     index = torch.arange(n_inner, dtype=torch.int32, device=full.device).expand_as(slot)
     entries.scatter_(2, slot.long(), index.contiguous())  # skipped blocks land in the extra last column
     counts = torch.nn.functional.pad(n_full | (n_partial << 16), (1, 0))
-    return TileTable(entries[..., :n_inner].contiguous(), counts.contiguous(), tile)
+    return TileTable(entries[..., :n_inner].contiguous(), counts.contiguous(), outer, inner)
 
 
 def _spread(words: Tensor, row_group: int, q_size: int) -> Tensor:
@@ -120,23 +139,28 @@ def _spread(words: Tensor, row_group: int, q_size: int) -> Tensor:
     return words if row_group == 1 else words.repeat_interleave(row_group, 2)[..., :q_size]
 
 
-def _choose_tile(words: Tensor, k_size: int) -> int:
-    """The square tile size with the least predicted time: Σ area of tiles that are not skipped x TILE_COST.
+def _choose_tile(words: Tensor, k_size: int) -> tuple[int, int]:
+    """The tile with the least predicted time: Σ area of tiles that are not skipped x TILE_COST.
 
     One host synchronisation.
     """
     areas = []
-    for tile in TILE_SIZES:
-        some, _ = _tile_status(words, k_size, tile, tile)
-        areas.append(some.sum(dtype=torch.float64) * tile * tile)
-    costs = {tile: area * TILE_COST[tile] for tile, area in zip(TILE_SIZES, torch.stack(areas).tolist(), strict=True)}
-    return min(TILE_SIZES, key=lambda tile: (costs[tile], -tile))
+    for rows, cols in TILES:
+        some, _ = _tile_status(words, k_size, rows, cols)
+        areas.append(some.sum(dtype=torch.float64) * rows * cols)
+    costs = {tile: area * TILE_COST[tile] for tile, area in zip(TILES, torch.stack(areas).tolist(), strict=True)}
+    return min(TILES, key=lambda tile: (costs[tile], -tile[0] * tile[1]))
 
 
 def _choose_row_group(words: Tensor) -> int:
     """The largest tile size whose aligned groups of rows have equal `words`, or 1. One host synchronisation."""
     alike = [(_spread(words[..., ::group], group, words.size(2)) == words).all() for group in TILE_SIZES]
     return max([1] + [group for group, same in zip(TILE_SIZES, torch.stack(alike).tolist(), strict=True) if same])
+
+
+def key_tile(tile: tuple[int, int]) -> tuple[int, int]:
+    """Queries and keys of the tiles of the key table: fewer than 16 keys are too few for a matrix product."""
+    return tile[0], max(tile[1], 16)
 
 
 @dataclass(eq=False)
@@ -149,14 +173,14 @@ class AttentionLayout:
 
     words: (M, ceil(k_size / 32), ceil(q_size / row_group)) int32, one bit per key and group of rows; M is the
         number of heads, or 1 when all heads share the mask.
-    tile: square tile size of the kernels (16, 32, 64 or 128).
+    tile: queries and keys of the tiles of the kernels, one of TILES.
     row_group: rows that share their words: 1 for element masks, more where the mask consists of blocks.
     """
 
     words: Tensor
     q_size: int
     k_size: int
-    tile: int
+    tile: tuple[int, int]
     row_group: int = 1
     is_causal: bool = False
 
@@ -172,26 +196,32 @@ class AttentionLayout:
 
     @classmethod
     @torch.inference_mode(False)  # may be saved for backward
-    def from_keep_mask(cls, keep: Tensor, *, tile: int | None = None, causal: bool = False) -> AttentionLayout:
+    def from_keep_mask(
+        cls, keep: Tensor, *, tile: int | tuple[int, int] | None = None, causal: bool = False
+    ) -> AttentionLayout:
         """Build from a keep mask (heads or 1, Tq, Tk), bool, True = kept.
 
-        tile: tile size of the kernels; by default the one with the least predicted time for this mask.
+        tile: tile of the kernels, a size or (queries, keys) of TILES; by default that with the least predicted time for
+            this mask.
         causal: drop the cells j > i. A site that is always causal then needs no second layout from `causal()`.
         Raises TypeError for a mask that is not bool, ValueError for a wrong rank, an empty dimension or
-        an unknown tile size.
+        an unknown tile.
         """
         if keep.dtype != torch.bool:
             raise TypeError(f"keep mask must be torch.bool (True = kept), got {keep.dtype}; use keep != 0")
         if keep.dim() != 3 or 0 in keep.shape:
             raise ValueError(f"keep mask must be (heads or 1, Tq, Tk) with no empty dimension, got {tuple(keep.shape)}")
-        if tile is not None and tile not in TILE_SIZES:
-            raise ValueError(f"tile must be one of {TILE_SIZES} or None, got {tile}")
+        pair = (tile, tile) if isinstance(tile, int) else tile
+        if pair is not None and pair not in TILES:
+            raise ValueError(
+                f"tile must be one of {', '.join(map(str, TILES))}, a size of a square one or None, got {tile}"
+            )
         # Query positions innermost: the rows of a tile read consecutive words.
         words = pack_cells(keep.tril() if causal else keep).transpose(1, 2).contiguous()
-        if tile is None:
-            tile = _choose_tile(words, keep.size(2))
+        if pair is None:
+            pair = _choose_tile(words, keep.size(2))
         row_group = _choose_row_group(words)
-        return cls(words[..., ::row_group].contiguous(), keep.size(1), keep.size(2), tile, row_group, causal)
+        return cls(words[..., ::row_group].contiguous(), keep.size(1), keep.size(2), pair, row_group, causal)
 
     @property
     def mask_heads(self) -> int:
@@ -228,23 +258,24 @@ class AttentionLayout:
                 self._causal = AttentionLayout(words, self.q_size, self.k_size, self.tile, is_causal=True)
         return self._causal
 
-    def _status(self) -> tuple[Tensor, Tensor]:
+    def _status(self, rows: int, cols: int) -> tuple[Tensor, Tensor]:
         words = _spread(self.words, self.row_group, self.q_size)
-        return _tile_status(words, self.k_size, self.tile, self.tile)
+        return _tile_status(words, self.k_size, rows, cols)
 
     def query_table(self) -> TileTable:
         """Key blocks of every query tile (forward, dq)."""
         if "query" not in self._tables:
             with torch.inference_mode(False):
-                self._tables["query"] = _table(*self._status(), self.tile)
+                self._tables["query"] = _table(*self._status(*self.tile), *self.tile)
         return self._tables["query"]
 
     def key_table(self) -> TileTable:
-        """Query blocks of every key tile (dk, dv): the transposed lists."""
+        """Query blocks of every key tile (dk, dv): the transposed lists, of tiles of at least 16 keys."""
         if "key" not in self._tables:
             with torch.inference_mode(False):
-                some, every = self._status()
-                self._tables["key"] = _table(some.transpose(1, 2), every.transpose(1, 2), self.tile)
+                rows, cols = key_tile(self.tile)
+                some, every = self._status(rows, cols)
+                self._tables["key"] = _table(some.transpose(1, 2), every.transpose(1, 2), cols, rows)
         return self._tables["key"]
 
     @torch.inference_mode(False)

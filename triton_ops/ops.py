@@ -74,7 +74,9 @@ def _save(ctx, inputs, output) -> None:
     call = Call(*arguments)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(q, k, v, *output, call.words, call.q_lengths, call.k_lengths, call.seed, *call.tables)
-    ctx.numbers = dict(row_shift=call.row_shift, tile=call.tile, dropout_p=call.dropout_p, scale=call.scale)
+    ctx.numbers = dict(
+        row_shift=call.row_shift, tile_q=call.tile_q, tile_k=call.tile_k, dropout_p=call.dropout_p, scale=call.scale
+    )
 
 
 def _gradients(ctx, grad_out, grad_lse, backward_of=_backward):
@@ -91,7 +93,7 @@ def _gradients(ctx, grad_out, grad_lse, backward_of=_backward):
 
 # Schemas are written out: what torch infers from annotations depends on its version. The fields of a `Call`:
 _CALL = (
-    "Tensor words, int row_shift, Tensor[] tables, int tile, "
+    "Tensor words, int row_shift, Tensor[] tables, int tile_q, int tile_k, "
     "Tensor? q_lengths, Tensor? k_lengths, Tensor? seed, float dropout_p, float scale"
 )
 

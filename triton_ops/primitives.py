@@ -8,7 +8,7 @@ One code of names for all kernels:
     MH                    heads of the mask: H, or 1 if all share it
     KW LQ RS              packed mask (MH, KW, LQ): KW words of 32 keys; LQ rows, each for 2^RS queries. In decode.py
                           LQ: rows of the mask
-    G                     block size of the tile lists
+    G GO                  sizes of the blocks in tile lists, and of the outer tiles that have the lists
     NO NI                 outer tiles of a tile table, inner blocks of each
     W                     keys that one word serves in a step
     p_ d_ s_              pointer, descriptor, stride: s_qb s_qh s_qt of sentence, head and position of Q
@@ -81,7 +81,11 @@ def full_positions(p_entries, i_step, n_blocks, STEP: tl.constexpr, G: tl.conste
     """
     o_x = tl.arange(0, STEP)
     m_x = tl.full([STEP], True, dtype=tl.int1)
-    if STEP > G:
+    if G == 1:
+        slot = i_step * STEP + o_x
+        m_x = slot < n_blocks
+        start = tl.load(p_entries + tl.maximum(tl.minimum(slot, n_blocks - 1), 0))  # a row has at least one entry
+    elif STEP > G:
         slot = i_step * (STEP // G)
         start = tl.zeros([STEP], dtype=tl.int32) + _block_start(p_entries, slot, n_blocks, G)
         for j in tl.static_range(1, STEP // G):
@@ -112,7 +116,9 @@ def listed_start(p_entries, first, n_full, n_total, N_INNER, G: tl.constexpr):
 def listed_positions(p_entries, first, n_full, n_total, length, N_INNER, STEP: tl.constexpr, G: tl.constexpr):
     """As `full_positions` for the STEP cells from the first-th on along the list of all blocks."""
     o_x = tl.arange(0, STEP)
-    if STEP > G:
+    if G == 1:
+        start = listed_start(p_entries, first + o_x, n_full, n_total, N_INNER, G)
+    elif STEP > G:
         start = tl.zeros([STEP], dtype=tl.int32)
         for j in tl.static_range(STEP // G):
             i_start = listed_start(p_entries, first + j * G, n_full, n_total, N_INNER, G)
@@ -198,6 +204,19 @@ def keep_bits(
         b_w = _existing(b_w, i_key, tl.where(i_cell < n_total * G, length, 0), W)
         b_bits = tl.where((o_n // W == j)[None, :], b_w[:, None], b_bits)
     return _test_bits(b_bits, o_n, W)
+
+
+@triton.jit
+def keep_bits_of_keys(
+    p_words, o_m, m_m, p_entries, first, n_full, n_total, length, N_INNER, LQ, RS, STEP: tl.constexpr
+):
+    """As `keep_bits` for blocks of one key: each has a word of its own."""
+    o_cell = first + tl.arange(0, STEP)
+    i_key = listed_start(p_entries, o_cell, n_full, n_total, N_INNER, 1)
+    m_key = (o_cell < n_total) & (i_key < length)
+    p_word = p_words + ((i_key // 32).to(tl.int64) * LQ)[None, :] + (o_m >> RS)[:, None]
+    b_w = tl.load(p_word, mask=m_m[:, None] & m_key[None, :], other=0)  # [BM, STEP]
+    return ((b_w >> (i_key % 32)[None, :]) & 1) != 0
 
 
 @triton.jit

@@ -18,24 +18,31 @@ ROUNDING_BAND = {torch.float16: 1.0, torch.bfloat16: 1.0, torch.float32: 6.5}
 
 
 def block_mask(
-    heads: int, q_size: int, k_size: int, block: int, sparsity: float, seed: int, device="cpu", diagonal: bool = True
+    heads: int,
+    q_size: int,
+    k_size: int,
+    block: int | tuple[int, int],
+    sparsity: float,
+    seed: int,
+    device="cpu",
+    diagonal: bool = True,
 ) -> Tensor:
-    """A random keep mask (heads, q_size, k_size) of square blocks whose expected sparsity is as asked.
+    """A random keep mask (heads, q_size, k_size) of blocks whose expected sparsity is as asked.
 
-    With `diagonal` the blocks on the diagonal are always kept, and the others correspondingly less often.
+    block: its size, or queries and keys. With `diagonal` the blocks on the diagonal are always kept, and the others
+    correspondingly less often.
     """
+    rows, cols = (block, block) if isinstance(block, int) else block
     generator = torch.Generator().manual_seed(seed)
-    n_q, n_k = -(-q_size // block), -(-k_size // block)
+    n_q, n_k = -(-q_size // rows), -(-k_size // cols)
     kept = (1.0 - sparsity) * n_q * n_k
-    always = min(n_q, n_k) if diagonal else 0
-    rest = n_q * n_k - always
-    chance = min(1.0, max(0.0, (kept - always) / rest)) if rest else 1.0
-    blocks = torch.rand(heads, n_q, n_k, generator=generator) < chance
-    if diagonal:
-        index = torch.arange(always)
-        blocks[:, index, index] = True
-    mask = blocks.to(device).repeat_interleave(block, 1)[:, :q_size]
-    return mask.repeat_interleave(block, 2)[:, :, :k_size]
+    first_q, first_k = torch.arange(n_q)[:, None] * rows, torch.arange(n_k) * cols
+    always = (first_q < first_k + cols) & (first_k < first_q + rows) & diagonal
+    rest = always.numel() - int(always.sum())
+    chance = min(1.0, max(0.0, (kept - int(always.sum())) / rest)) if rest else 1.0
+    blocks = (torch.rand(heads, n_q, n_k, generator=generator) < chance) | always
+    mask = blocks.to(device).repeat_interleave(rows, 1)[:, :q_size]
+    return mask.repeat_interleave(cols, 2)[:, :, :k_size]
 
 
 @dataclass
@@ -54,7 +61,7 @@ class Case:
     dropout_p: float = 0.0
     seed: int = 0
     scale: float = 1.0
-    tile: int | None = None
+    tile: int | tuple[int, int] | None = None
     layout: AttentionLayout = field(init=False)
 
     def __post_init__(self) -> None:

@@ -84,7 +84,7 @@ def attend(dtype, dim, tile, dropout_p, size, batch):
     lengths = torch.ones(batch, dtype=torch.int64)
     seed = torch.ones(1, dtype=torch.int64) if dropout_p else None
     tables = [*layout.query_table()[:2], *layout.key_table()[:2]]
-    rest = (layout.words, layout.row_shift, tables, tile, lengths, lengths, seed, dropout_p, 0.1)
+    rest = (layout.words, layout.row_shift, tables, *layout.tile, lengths, lengths, seed, dropout_p, 0.1)
     out, lse = ops.attention_op(q, k, v, *rest)
     ops.attention_backward_op(torch.empty_like(out), None, q, k, v, out, lse, *rest)
 
@@ -97,7 +97,7 @@ def repeated(size):
     layout = AttentionLayout.from_keep_mask(torch.ones(2, size, size, dtype=torch.bool), tile=64)
     tables = [*layout.query_table()[:2], *layout.key_table()[:2]] if size > 128 else []
     lengths = torch.full((3,), size)
-    call = Call(layout.words, layout.row_shift, tables, layout.tile, lengths, lengths, None, 0.0, 0.125)
+    call = Call(layout.words, layout.row_shift, tables, *layout.tile, lengths, lengths, None, 0.0, 0.125)
     bound, passed = [], []
     for shift in (0, 0, 1, 1):
         store = [torch.zeros(3 * 2 * size * 64 + 1, dtype=torch.bfloat16) for _ in range(4)]
@@ -154,6 +154,8 @@ def main():
     launch.forget()
     attend(torch.bfloat16, 64, 64, 0.0, 300, 2)
     attend(torch.bfloat16, 128, 128, 0.1, 300, 2)
+    for tile in [(64, 16), (128, 16), (64, 1)]:
+        attend(torch.bfloat16, 64, tile, 0.0, 300, 2)
     before_lengths = len(compiled)
 
     def lengths_seen(size, batch):

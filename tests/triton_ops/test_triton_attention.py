@@ -33,6 +33,11 @@ VARIANTS = [
     (F32, 32, 64, 0.2, True),
     (F32, 16, 16, 0.0, False),
     (F32, 96, 128, 0.0, True),
+    (F16, 64, (64, 16), 0.2, True),
+    (BF16, 32, (128, 16), 0.0, False),
+    (F32, 16, (64, 16), 0.0, True),
+    (F16, 128, (64, 1), 0.1, True),
+    (F32, 32, (64, 1), 0.0, False),
 ]
 
 
@@ -204,7 +209,7 @@ def test_two_runs_give_the_same_bits(size):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-@pytest.mark.parametrize("tile", [16, 32, 64, 128])
+@pytest.mark.parametrize("tile", [16, 32, 64, 128, (64, 16), (64, 1)])
 def test_dropout_bits_do_not_depend_on_tiles(tile):
     """With V = identity the output is Z∘P / (1 - p): the kernels' own bits can be read off it."""
     size, p, seed = 140, 0.25, 2**40 + 17
@@ -340,7 +345,7 @@ def test_lengths_are_clamped_whatever_they_are(size, dtype):
     tables = list(layout.query_table()[:2])
     results = []
     for lengths in (wild.to(DEVICE), tame.to(DEVICE)):  # beneath the check, which the API makes for tensors on a CPU
-        mask = layout.words, layout.row_shift, tables, layout.tile
+        mask = layout.words, layout.row_shift, tables, *layout.tile
         results.append(attend(q, q, q, Call(*mask, lengths, lengths, None, 0.0, 0.25)))
     for ours, expected in zip(*results, strict=True):
         assert torch.equal(ours, expected)

@@ -49,6 +49,7 @@ def test_the_gate_lets_right_kernels_through_and_no_others(bench, monkeypatch):
 
 def test_every_section_runs_and_is_tabulated(bench):
     rows = bench.square_case(1, 1, 40, 0.5, 16, bench.BOTH, 1, rivals=True)
+    rows += bench.square_case(1, 1, 150, 0.5, (64, 16), ["forward"], 1, rivals=False, dim=16)
     rows += bench.sentence_case(2, 1, 16, 1)
     rows += bench.decode_case(1, 2, 1, 30, 0.9, 1)
     rows += [dict(case="ceiling", method="product", median_ms=1.0, tflops=700.0)]
@@ -57,6 +58,8 @@ def test_every_section_runs_and_is_tabulated(bench):
     printed = " ".join((bench.table(report) + bench.details(report)).split())
     for text in (
         "| square | 1, 1, 40 |",
+        "| square | 1, 1, 150, D = 16 | ",
+        "% | 64x16 | forward | 2 |",
         "| sentence | 2, 1, 16 |",
         "| decode self | 1x2, 1, 30 |",
         "| forward | 2 | 0 | | | | | 1.00 | | | 1.00 |",  # ours in ms; then dense mask and reference

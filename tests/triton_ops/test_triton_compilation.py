@@ -33,9 +33,18 @@ def test_every_kernel_fits_in_shared_memory(report):
 
 
 def test_tiles_of_64_rows_use_the_tensor_cores_of_hopper(report):
-    large = [k for k in report["kernels"] if k.get("G", 0) >= 64 and k["PRECISION"] == "ieee"]
+    large = [k for k in report["kernels"] if min(k.get("G", 0), k.get("GO", 0)) >= 64 and k["PRECISION"] == "ieee"]
     assert {k["name"] for k in large} == {"_forward_kernel", "_dq_kernel", "_dkdv_kernel"}
     assert all(kernel["wgmma"] for kernel in large)
+
+
+def test_flat_tiles_use_the_tensor_cores_of_hopper(report):
+    """Where 64 queries share keys, a product has 64 rows; blocks of 16 keys alone ran on the older instructions."""
+    flat = [k for k in report["kernels"] if k.get("G", 64) < 64 <= k.get("GO", 0)]
+    assert {(k["name"], k["GO"], k["G"]) for k in flat} == {
+        (name, *tile) for name in ("_forward_kernel", "_dq_kernel") for tile in [(64, 16), (128, 16), (64, 1)]
+    }
+    assert all(kernel["wgmma"] for kernel in flat)
 
 
 @pytest.mark.parametrize("size, kernels", [("sentence", 2), ("lists", 3)])

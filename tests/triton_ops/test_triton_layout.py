@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from triton_ops import AttentionLayout, block_sparse_attention
 from triton_ops import layout as layout_module
-from triton_ops.layout import COLUMN_GROUP, TILE_SIZES, WORD
+from triton_ops.layout import COLUMN_GROUP, TILE_SIZES, TILES, WORD, key_tile
 from triton_ops.testing import block_mask
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -19,7 +19,7 @@ def keep_masks(draw, limit=150):
     kind = draw(st.sampled_from(["random", "blocks", "empty", "full", "one cell"]))
     seed = draw(st.integers(0, 10**6))
     if kind == "blocks":
-        return block_mask(heads, q_size, k_size, draw(st.sampled_from(TILE_SIZES)), 0.5, seed).to(DEVICE)
+        return block_mask(heads, q_size, k_size, draw(st.sampled_from(TILES)), 0.5, seed).to(DEVICE)
     keep = torch.full((heads, q_size, k_size), kind == "full", device=DEVICE)
     if kind == "random":
         generator = torch.Generator().manual_seed(seed)
@@ -30,7 +30,8 @@ def keep_masks(draw, limit=150):
 
 
 def blocks_of(keep, tile, row, col):
-    return keep[row * tile : (row + 1) * tile, col * tile : (col + 1) * tile]
+    rows, cols = tile
+    return keep[row * rows : (row + 1) * rows, col * cols : (col + 1) * cols]
 
 
 def listed(table, head, outer, limit):
@@ -51,10 +52,12 @@ def test_words_hold_every_cell(keep):
 
 
 @settings(max_examples=80)
-@given(keep_masks(), st.sampled_from(TILE_SIZES), st.booleans())
+@given(keep_masks(), st.sampled_from(TILES), st.booleans())
 def test_tables_list_full_and_partial_blocks_in_order(keep, tile, transposed):
     layout = AttentionLayout.from_keep_mask(keep, tile=tile)
     table = layout.key_table() if transposed else layout.query_table()
+    tile = key_tile(tile) if transposed else tile
+    assert (table.outer, table.inner) == (tile[::-1] if transposed else tile)
     n_outer, n_inner = table.entries.shape[1:]
     for head in range(keep.size(0)):
         for outer in range(n_outer):
@@ -94,14 +97,19 @@ def test_causal_removes_exactly_the_cells_to_the_right(keep):
     assert built_so.causal() is built_so
 
 
-@pytest.mark.parametrize("block", TILE_SIZES)
-def test_the_tile_size_follows_the_granularity_of_a_sparse_mask(block):
-    keep = block_mask(2, 512, 512, block, 0.9, seed=3, device=DEVICE)
+@pytest.mark.parametrize("block", TILES, ids=str)
+def test_the_tile_follows_the_granularity_of_a_sparse_mask(block):
+    keep = block_mask(1, 2048, 2048, block, 0.8, seed=3, device=DEVICE)
     assert AttentionLayout.from_keep_mask(keep).tile == block
 
 
+@pytest.mark.parametrize("size", TILE_SIZES)
+def test_a_size_names_a_square_tile(size):
+    assert AttentionLayout.from_keep_mask(torch.ones(1, 9, 9, dtype=torch.bool), tile=size).tile == (size, size)
+
+
 def test_an_all_kept_mask_uses_the_largest_tile():
-    assert AttentionLayout.from_keep_mask(torch.ones(1, 512, 512, dtype=torch.bool)).tile == 128
+    assert AttentionLayout.from_keep_mask(torch.ones(1, 512, 512, dtype=torch.bool)).tile == (128, 128)
 
 
 @pytest.mark.parametrize("block", [1, *TILE_SIZES])
@@ -160,7 +168,8 @@ def test_building_tables_does_not_wait_for_the_device():
         (torch.ones(1, 4, 4), None, TypeError, "torch.float32"),
         (torch.ones(4, 4, dtype=torch.bool), None, ValueError, r"\(4, 4\)"),
         (torch.ones(1, 0, 4, dtype=torch.bool), None, ValueError, r"\(1, 0, 4\)"),
-        (torch.ones(1, 4, 4, dtype=torch.bool), 48, ValueError, "48"),
+        (torch.ones(1, 4, 4, dtype=torch.bool), 48, ValueError, r"\(64, 16\).*got 48"),
+        (torch.ones(1, 4, 4, dtype=torch.bool), (16, 64), ValueError, r"\(64, 16\).*got \(16, 64\)"),
     ],
 )
 def test_bad_masks_are_refused_with_their_values(keep, tile, error, message):
