@@ -427,12 +427,12 @@ def ceiling_case(repeats: int) -> list[dict]:
     return rows
 
 
-def host_case(repeats: int) -> list[dict]:
-    """What a call costs the host, in microseconds: sentences, dropout 0.1, no waiting for the device."""
+def host_case(batch: int, heads: int, size: int, repeats: int) -> list[dict]:
+    """What a call costs the host, in microseconds: dropout 0.1, sizes at which nobody waits for the device."""
     torch.manual_seed(0)
-    q, k, v, grad = (torch.randn(4, 8, 32, 64, device=DEVICE, dtype=BFLOAT16) for _ in range(4))
-    layout = AttentionLayout.from_keep_mask(torch.ones(8, 32, 32, dtype=torch.bool, device=DEVICE))
-    float_mask = torch.zeros(4, 8, 32, 32, device=DEVICE, dtype=BFLOAT16)
+    q, k, v, grad = (torch.randn(batch, heads, size, 64, device=DEVICE, dtype=BFLOAT16) for _ in range(4))
+    layout = AttentionLayout.from_keep_mask(torch.ones(heads, size, size, dtype=torch.bool, device=DEVICE))
+    float_mask = torch.zeros(batch, heads, size, size, device=DEVICE, dtype=BFLOAT16)
     methods = {
         "ours": lambda q, k, v: block_sparse_attention(q, k, v, layout, dropout_p=0.1, backend="triton"),
         "sdpa dense mask": dense_mask(float_mask, 0.1),
@@ -449,9 +449,8 @@ def host_case(repeats: int) -> list[dict]:
                     run()
                 times.append((time.perf_counter() - start) / 20)
             torch.cuda.synchronize()
-            rows.append(
-                dict(case="host", direction=direction, method=name, median_us=statistics.median(times[3:]) * 1e6)
-            )
+            median_us = statistics.median(times[3:]) * 1e6
+            rows.append(dict(case="host", size=size, direction=direction, method=name, median_us=median_us))
     return rows
 
 
@@ -477,7 +476,7 @@ def sections(repeats: int) -> dict[str, list[Callable[[], list[dict]]]]:
         ],
         "decode": [lambda: decode_case(64, 5, 8, 1000, 0.9, repeats)],
         "memory": [lambda: memory_case(2, 16, 8192)],
-        "host": [lambda: host_case(repeats)],
+        "host": [lambda: host_case(4, 8, 32, repeats), lambda: host_case(1, 4, 512, repeats)],
         "ceilings": [lambda: ceiling_case(repeats)],
         "long": square(4096, 4, 16, long_cases),
         "flat": square(4096, 4, 16, flat_cases),
@@ -580,7 +579,8 @@ def details(report: dict) -> str:
             rate = f"{row['tflops']:.0f} TFLOP/s" if "tflops" in row else f"{row['gathered']:.1f} TB/s"
             lines.append(f"Ceiling, {row['method']}: {rate}.")
         if row["case"] == "host":
-            lines.append(f"Host time of a call, {row['direction']}, {row['method']}: {row['median_us']:.0f} us.")
+            which = f"{row.get('size', 32)} positions, {row['direction']}, {row['method']}"
+            lines.append(f"Host time of a call, {which}: {row['median_us']:.0f} us.")
     return "\n".join(lines)
 
 
