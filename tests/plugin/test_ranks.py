@@ -22,6 +22,7 @@ from ap_fairseq.artifacts import AttentionStats, PruningMasks
 from ap_fairseq.cli import record
 from ap_fairseq.evaluation.scores import read_hypotheses
 from ap_fairseq.files import ArtifactError
+from ap_fairseq.model.attention import MASK_BUFFERS
 from ap_fairseq.model.checkpoints import load_checkpoint
 from ap_fairseq.recording.run import record_on_rank
 from ap_fairseq.sites import AttentionKind
@@ -142,6 +143,26 @@ def test_two_ranks_train_and_resume_under_the_same_masks(data_bin, dense, masks_
         site = first[f"encoder.layers.{layer}.self_attn.keep_words"]
         np.testing.assert_array_equal(site, packed["encoder_self.keep"][layer])
     assert torch.equal(load_checkpoint(tmp_path / "out" / "checkpoint_last.pt")["model"][name], first[name])
+
+
+def test_two_ranks_derive_the_masks_that_one_derives(data_bin, dense, tmp_path):
+    """Pruning while training: each rank records its part of the sample, and all get the masks of the whole.
+
+    A learning rate of 0 keeps the parameters of one rank and of two the same to the last bit.
+    """
+    plugin = ["--user-dir", saving_plugin(tmp_path), "--task", "pruned_translation"]
+    flags = ["--finetune-from-model", dense, "--attention-masks", "none", "--attention-sparsity", 0.8, "--lr", 0]
+    flags += ["--prune-start", 2, "--prune-end", 3, "--prune-every", 1, "--prune-sample", 301, "--disable-validation"]
+    flags += ["--prune-flags", "--criterion importance --granularity cross=scaled-diagonal --max-heads encoder_self=1"]
+    log = run_torchrun(*train_command(data_bin, tmp_path / "two", 4, *plugin, *flags))
+    assert "training on 2 devices" in log and "301 sentences recorded" in log
+    first, second = (torch.load(tmp_path / f"rank{rank}.pt") for rank in range(RANKS))
+    run(*train_command(data_bin, tmp_path / "one", 4, *plugin, *flags))
+    alone = load_checkpoint(tmp_path / "one" / "checkpoint_last.pt")["model"]
+    masks = [name for name in first if name.endswith(MASK_BUFFERS)]
+    assert sum(first[name].numel() for name in masks if name.endswith("offset_words")) > 0
+    for name in masks:
+        assert torch.equal(first[name], second[name]) and torch.equal(first[name], alone[name]), name
 
 
 def test_gloo_ends_before_python(tmp_path):
