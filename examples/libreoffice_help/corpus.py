@@ -10,20 +10,17 @@ folders; ``prepare.py`` runs them, writes files and calls SentencePiece and fair
 """
 
 import gettext
-import hashlib
-import math
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from html.parser import HTMLParser
 from pathlib import Path
-from statistics import median
 from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "common"))  # beside this folder; see examples/common
 
-from segments import SEPARATOR, Page, Pair, clean
+from segments import Page, Pair, clean
 
 BLOCK_TAGS = frozenset("p h1 h2 h3 h4 h5 h6 li td th".split())
 VOID_TAGS = frozenset("area base br col embed hr img input link meta source track wbr".split())
@@ -33,19 +30,9 @@ SWITCH_CLASSES = frozenset("switch switchinline".split())
 
 DISPLAY_AREA = re.compile(r'<div\b[^>]*\bid="DisplayArea"')
 
-MARKUP = re.compile(r"</?[A-Za-z][^<>]*>|&(?:#\d+|[A-Za-z]+);")
 PLACEHOLDER = re.compile(r"%\{\w+\}|%[A-Z]+(?: [A-Z]+)+%|%\w+%?|\$\(\w+\)|\$\w+\$?|#\w+#|\{\d*\}")
 PRODUCT_NAME = "%PRODUCTNAME"
 BRACKETED_ACCELERATOR = re.compile(r"\s?[(（][~_]\w[)）]")
-
-# Up to this many words a text may be the same in both languages: names, key names, function names.
-MAX_COPY_WORDS = 3
-# Longest allowed ratio of the two lengths in characters, after the usual ratio of the two languages is divided out.
-MAX_LENGTH_RATIO = 2.5
-# Added to both lengths, so that the ratio says little about very short texts.
-LENGTH_OFFSET = 5
-
-FILTERS = ("no_letters", "untranslated", "markup", "separator", "length_ratio")
 
 
 class Block(NamedTuple):
@@ -54,15 +41,6 @@ class Block(NamedTuple):
     tag: str
     id: str
     text: str
-
-
-# ---------------------------------------------------------------- text
-
-
-def match_key(text: str) -> str:
-    """What counts as the same text when looking for leaks between splits: case and punctuation are ignored."""
-    key = "".join(c for c in text.casefold() if c.isalnum())
-    return key or text
 
 
 # ---------------------------------------------------------------- help pages
@@ -288,96 +266,3 @@ def align_messages(
         else:
             pairs.append((key[0], pair))
     return pairs, counts
-
-
-# ---------------------------------------------------------------- filters
-
-
-def english_texts(texts: Iterable[str]) -> frozenset[str]:
-    """Those too long to be the same in another language: meeting one there means that it was not translated."""
-    return frozenset(text for text in texts if len(text.split()) > MAX_COPY_WORDS)
-
-
-def _log_ratio(pair: Pair) -> float:
-    return math.log((len(pair.source) + LENGTH_OFFSET) / (len(pair.target) + LENGTH_OFFSET))
-
-
-class Filter:
-    """Says which rule a pair breaks.
-
-    ``no_letters``    a side without any letter: numbers, signs
-    ``untranslated``  the sides are equal, or a side that should be another language is an English text of the help or
-                      the interface; both only above MAX_COPY_WORDS words
-    ``markup``        tags or entities that the two sides do not share
-    ``separator``     the text holds the page separator itself
-    ``length_ratio``  one side is more than MAX_LENGTH_RATIO times as long as usual for the other
-    """
-
-    def __init__(
-        self, pairs: Iterable[Pair], english: frozenset[str], source_is_english: bool, target_is_english: bool
-    ):
-        """``pairs``: the corpus, of which the usual length ratio is taken; ``english``: see ``english_texts``."""
-        self.not_source = frozenset() if source_is_english else english
-        self.not_target = frozenset() if target_is_english else english
-        # Copies would pull it to 0, and where much is untranslated they are many.
-        translated = [_log_ratio(pair) for pair in pairs if pair.source != pair.target and not self._broken(pair)]
-        self.usual_log_ratio = median(translated) if translated else 0.0
-
-    def _broken(self, pair: Pair) -> str | None:
-        """The broken rule apart from ``length_ratio``."""
-        source, target = pair
-        if not (any(map(str.isalpha, source)) and any(map(str.isalpha, target))):
-            return "no_letters"
-        if source == target and len(source.split()) > MAX_COPY_WORDS:
-            return "untranslated"
-        if source in self.not_source or target in self.not_target:
-            return "untranslated"
-        if Counter(MARKUP.findall(source.lower())) != Counter(MARKUP.findall(target.lower())):
-            return "markup"
-        if SEPARATOR in source or SEPARATOR in target:
-            return "separator"
-        return None
-
-    def broken_rule(self, pair: Pair) -> str | None:
-        rule = self._broken(pair)
-        if rule is None and abs(_log_ratio(pair) - self.usual_log_ratio) > math.log(MAX_LENGTH_RATIO):
-            return "length_ratio"
-        return rule
-
-
-# ---------------------------------------------------------------- splits
-
-
-def split_of(page: str, seed: int, test_fraction: float, valid_fraction: float) -> str:
-    """train, valid or test, from a hash of the page name only: the same in every language pair and on every machine."""
-    digest = hashlib.sha256(f"{seed} {page}".encode()).digest()
-    position = int.from_bytes(digest[:8], "big") / 2**64
-    if position < test_fraction:
-        return "test"
-    return "valid" if position < test_fraction + valid_fraction else "train"
-
-
-class Seen:
-    """Texts that a held-out split must not hold, whichever side they are on: the data serve both directions."""
-
-    def __init__(self, pairs: Iterable[Pair] = ()):
-        self.sources: set[str] = set()
-        self.targets: set[str] = set()
-        self.add(pairs)
-
-    def add(self, pairs: Iterable[Pair]) -> None:
-        for source, target in pairs:
-            self.sources.add(match_key(source))
-            self.targets.add(match_key(target))
-
-    def __contains__(self, pair: Pair) -> bool:
-        return match_key(pair.source) in self.sources or match_key(pair.target) in self.targets
-
-
-def without_seen(pages: Iterable[Page], seen: Seen) -> list[Page]:
-    """The pages without the segments in ``seen``, and without the pages that then are empty."""
-    kept = (Page(page.name, [pair for pair in page.pairs if pair not in seen]) for page in pages)
-    return [page for page in kept if page.pairs]
-
-
-# ---------------------------------------------------------------- documents

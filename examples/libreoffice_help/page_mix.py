@@ -22,8 +22,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from prepare import join_pieces, read_lines, write_lines
-from segments import SEPARATOR_PIECE
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "common"))
+
+from building import read_lines, write_lines
+from segments import SEPARATOR_PIECE, join_pieces
 
 Segment = tuple[list[str], list[str]]  # pieces of the source and of the target
 
