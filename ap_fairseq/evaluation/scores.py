@@ -141,8 +141,8 @@ def score(
 
     Returns:
         For each metric its score (0-100; TER may exceed 100, and lower is better) and ``<metric>_signature``; with
-        ``bleu`` also ``length_ratio``, the hypothesis length over the reference length as sacreBLEU counts tokens; and
-        the number of ``sentences``.
+        ``bleu`` also ``length_ratio``, the hypothesis length over the reference length as sacreBLEU counts tokens, and
+        ``bleu_unpenalized``, BLEU without its brevity penalty; and the number of ``sentences``.
 
     Raises:
         ArtifactError: if the numbers of sentences differ.
@@ -156,6 +156,7 @@ def score(
         result[f"{name}_signature"] = str(metric.get_signature())
         if name == "bleu":
             result["length_ratio"] = value.sys_len / max(value.ref_len, 1)  # references may be empty lines
+            result["bleu_unpenalized"] = value.score / value.bp if value.bp else 0.0
     return result
 
 

@@ -18,6 +18,7 @@ from fairseq_cli.generate import get_symbols_to_strip_from_output
 
 import ap_fairseq.plugin  # noqa: F401  (registers with fairseq)
 from ap_fairseq.artifacts import PruningMasks
+from ap_fairseq.evaluation.scores import score
 from ap_fairseq.files import ArtifactError, atomic_output, file_sha256, write_json
 from ap_fairseq.model.checkpoints import load_checkpoint, open_with_masks
 from ap_fairseq.model.dynamic import DynamicPruning
@@ -34,13 +35,13 @@ class Translation:
         output: file to write the detokenised hypotheses to, one line each; beside it, with the suffix ``.json``, what
             made them and the loss on the validation data.
         checkpoint: dense or pruned; all systems of a call have the same architecture and dictionaries.
-        masks: file written by ap-masks; it wins over masks in the checkpoint.
+        masks: file written by ap-masks; it wins over masks in the checkpoint. None: those of the checkpoint.
         dynamic: ``top_k``, ``threshold`` and ``log_bits`` as for :meth:`DynamicPruning.from_options`.
     """
 
     output: str
     checkpoint: str
-    masks: str
+    masks: str | None
     dynamic: dict[str, Any] = field(default_factory=dict)
 
 
@@ -51,6 +52,8 @@ class Search:
     Attributes:
         beam: beam size; 0 translates nothing, for the loss alone.
         max_tokens: source tokens of a batch, padding included.
+        lenpens: length penalties, as ``fairseq-generate --lenpen`` takes them. Of several, each system translates with
+            the one that gives it the best BLEU on the validation data.
         max_len_a, max_len_b: a translation has at most max_len_a * source length + max_len_b tokens.
         fp16: half precision.
         cpu: do not use a GPU.
@@ -60,6 +63,7 @@ class Search:
 
     beam: int = 5
     max_tokens: int = 12000
+    lenpens: list[float] = field(default_factory=lambda: [1.0])
     max_len_a: float = 0.0
     max_len_b: int = 200
     fp16: bool = False
@@ -74,7 +78,8 @@ def translate(
     """Translate *subset* of the data-bin folder *data* with each system in turn; existing outputs are not repeated.
 
     The model is built once. Texts are those of ``fairseq-generate`` with the same beam and batches. ``valid_nll`` is
-    the negative log-likelihood (base 2, per target token) of the subset *validation*, as fairseq-validate gives it.
+    the negative log-likelihood (base 2, per target token) of the subset *validation*, as fairseq-validate gives it;
+    ``lenpen`` the length penalty of the search, and ``valid_bleu`` the BLEU on *validation* with each of several.
 
     Raises:
         ArtifactError: for files that are missing or do not belong together.
@@ -83,30 +88,37 @@ def translate(
     systems = [system for system in systems if not _is_done(system, request)]
     if not systems:
         return
-    loaded = systems[0].checkpoint
-    model, task, _ = open_with_masks(loaded, systems[0].masks, data)
+    first = systems[0]
+    model, task, _ = open_with_masks(first.checkpoint, first.masks or "none", data)
+    loaded = first.checkpoint if first.masks else None  # else without the masks of the checkpoint
     device = torch.device("cpu" if search.cpu or not torch.cuda.is_available() else "cuda")
     model = model.to(device, torch.float16 if search.fp16 else torch.float32).eval()
     model.make_generation_fast_(beamable_mm_beam_size=None, need_attn=False)
     batches, validation_batches = (_batches(model, task, name, search.max_tokens) for name in (subset, validation))
-    limits = GenerationConfig(beam=search.beam, max_len_a=search.max_len_a, max_len_b=search.max_len_b)
     for number, system in enumerate(systems):
         print(f"progress: {number} / {len(systems)} systems, {Path(system.output).stem}", flush=True)
         started = time.monotonic()
-        if system.checkpoint != loaded:
+        if system.masks is None:
+            model.prefer_checkpoint_masks()
+        if system.checkpoint != loaded or system.masks is None:
             model.load_state_dict(load_checkpoint(system.checkpoint)["model"], strict=True)
             loaded = system.checkpoint
         _prune(model, system)
+        tuned = {}
         if search.beam:
-            # Anew for each system: captured graphs hold the masks that they were captured with.
-            generator = task.build_generator([model], limits, PrunedSequenceGenerator if search.on_device else None)
-            texts = dict(_hypotheses(model, task, batches, generator, device, search.remove_bpe))
+            lenpen = search.lenpens[0]
+            if len(search.lenpens) > 1:
+                tuned["valid_bleu"] = _bleu_by_lenpen(model, task, validation, validation_batches, search, device)
+                lenpen = max(search.lenpens, key=lambda lenpen: tuned["valid_bleu"][str(lenpen)])
+            tuned["lenpen"] = lenpen
+            texts = _translated(model, task, batches, search, lenpen, device)
             with atomic_output(system.output, overwrite=True) as temporary:
                 lines = "".join(f"{texts[index]}\n" for index in range(len(task.dataset(subset))))
                 Path(temporary).write_text(lines, encoding="utf-8")
         decoded = _dynamic_sparsity(model) if search.beam else {}  # without the validation data, which come now
         document = {
             "valid_nll": _nll(model, task, validation_batches, device),
+            **tuned,
             "checkpoint_sha256": file_sha256(system.checkpoint),
             "masks": model.masks_provenance(),
             **request,
@@ -121,7 +133,8 @@ def translate(
 
 def _prune(model, system: Translation) -> None:
     """Give *model* the masks and the dynamic pruning of *system*."""
-    model.set_masks(PruningMasks.load(system.masks), file_sha256(system.masks))
+    if system.masks is not None:
+        model.set_masks(PruningMasks.load(system.masks), file_sha256(system.masks))
     for site, module in attention_sites(model):
         options = {"top_k": None, "threshold": None, "log_bits": 0, **system.dynamic}
         module.dynamic = DynamicPruning.from_options(site.kind, **options)
@@ -160,14 +173,36 @@ def _is_done(system: Translation, request: dict[str, Any]) -> bool:
         return False
     made = json.loads(path.read_text(encoding="utf-8"))
     dynamic = {name: value for name, value in made.get("dynamic", {}).items() if name != "sparsity"}
-    then = (made["checkpoint_sha256"], made["masks"]["file_sha256"], dynamic, {key: made.get(key) for key in request})
-    now = (file_sha256(system.checkpoint), file_sha256(system.masks), system.dynamic, request)
+    asked = {key: made.get(key) for key in request}
+    asked["search"] = dataclasses.asdict(Search(**asked["search"]))  # with the settings that it did not know then
+    then = (made["checkpoint_sha256"], made["masks"]["file_sha256"], dynamic, asked)
+    masks = None if system.masks is None else file_sha256(system.masks)
+    now = (file_sha256(system.checkpoint), masks, system.dynamic, request)
     if then != now:
         raise ArtifactError(
             f"{system.output} was made from other files or by another search:\n  then {then}\n  now  {now}\nremove "
             f"{path} to translate again, or name another output"
         )
     return True
+
+
+def _bleu_by_lenpen(model, task, subset: str, batches, search: Search, device) -> dict[str, float]:
+    """Return the BLEU on *subset* with each length penalty."""
+    dictionary, dataset = task.target_dictionary, task.dataset(subset)
+    references = [dictionary.string(dataset.tgt[k], search.remove_bpe, escape_unk=True) for k in range(len(dataset))]
+    found = {}
+    for lenpen in search.lenpens:
+        texts = _translated(model, task, batches, search, lenpen, device)
+        found[str(lenpen)] = score([texts[k] for k in range(len(dataset))], references, ["bleu"])["bleu"]
+    return found
+
+
+def _translated(model, task, batches, search: Search, lenpen: float, device) -> dict[int, str]:
+    """Return index in the data set -> text of the best hypothesis."""
+    options = GenerationConfig(beam=search.beam, lenpen=lenpen, max_len_a=search.max_len_a, max_len_b=search.max_len_b)
+    # Anew for each system: captured graphs hold the masks that they were captured with.
+    generator = task.build_generator([model], options, PrunedSequenceGenerator if search.on_device else None)
+    return dict(_hypotheses(model, task, batches, generator, device, search.remove_bpe))
 
 
 @torch.inference_mode()

@@ -3,7 +3,8 @@
 import os
 import shutil
 import subprocess
-from collections.abc import Sequence
+import tarfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from building import PrepareError
@@ -89,6 +90,29 @@ def unpack_packages(files: dict[str, Path], folder: Path) -> None:
                 f"{file} cannot be unpacked (dpkg -x, exit status {done.returncode}): {done.stderr.strip()}. "
                 f"Download the package again"
             )
+
+
+def read_members(file: Path, wanted: Callable[[str], bool]) -> dict[str, bytes]:
+    """Path in the package, without the leading ``./`` -> contents, of the regular files whose path is wanted.
+
+    Raises:
+        PrepareError: if dpkg cannot read the package.
+    """
+    found = {}
+    with subprocess.Popen(["dpkg", "--fsys-tarfile", file], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        try:
+            with tarfile.open(fileobj=process.stdout, mode="r|") as archive:
+                for member in archive:
+                    path = member.name.removeprefix("./")
+                    if member.isfile() and wanted(path):
+                        found[path] = archive.extractfile(member).read()
+        except tarfile.TarError as error:
+            process.kill()
+            raise PrepareError(f"{file} cannot be read ({error}): download the package again") from error
+        said = process.stderr.read().decode(errors="replace").strip()
+    if process.returncode:
+        raise PrepareError(f"{file} cannot be read (dpkg --fsys-tarfile: {said}): download the package again")
+    return found
 
 
 def version_of(file: Path) -> str:

@@ -54,6 +54,41 @@ def match_key(text: str) -> str:
     return key or text
 
 
+# ---------------------------------------------------------------- sentences
+
+SENTENCE_END = re.compile(r"""(?<=[.!?…])(["'”“»›’)\]]*)\s+(?=["'“„«‹‘(\[]*\s?[A-ZÀ-ÖØ-ÝŒ])""")
+# Words before a full stop that rarely end a sentence, in English, German and French.
+ABBREVIATIONS = frozenset(
+    "e.g i.e etc vs cf fig no vol ch sec approx resp dr mr mrs ms st inc ltd co corp bzw z.b d.h u.a usw vgl ggf evtl "
+    "nr abs abb inkl ca bspw sog u.u z.t s p.ex c.-à-d env n art al ex m mme pp".split()
+)
+
+
+def split_sentences(text: str) -> list[str]:
+    """Sentences, by a rule: an end mark, a space and a capital, but not after an abbreviation, a letter or a number."""
+    sentences, start = [], 0
+    for match in SENTENCE_END.finditer(text):
+        word = text[start : match.start()].rsplit(maxsplit=1)[-1] if text[start : match.start()].strip() else ""
+        last = word.strip("\"'“”„«»()[]").rstrip(".").casefold()
+        if word.endswith(".") and (last in ABBREVIATIONS or len(last) < 2 or last.isdigit()):
+            continue
+        sentences.append(text[start : match.end(1)].strip())
+        start = match.end()
+    return [*sentences, text[start:].strip()]
+
+
+def by_sentence(page: Page) -> Page:
+    """The page with its segments split into sentences, where both sides have as many."""
+    pairs = []
+    for pair in page.pairs:
+        sides = [split_sentences(side) for side in pair]
+        if len(sides[0]) == len(sides[1]):
+            pairs += [Pair(*sentence) for sentence in zip(*sides, strict=True)]
+        else:
+            pairs.append(pair)
+    return Page(page.name, pairs)
+
+
 # ---------------------------------------------------------------- filters
 
 

@@ -14,14 +14,20 @@ in a system stands for one system per value (several lists: one per combination)
     granularity  as ap-masks takes it; default 1
     options      further flags of ap-masks; default none
     threshold, log_bits   of the criterion threshold
-    schedule     untuned; one-shot and gradual (fine-tuned from the dense model); scratch (trained under the mask)
+    schedule     untuned; one-shot and gradual (fine-tuned from the dense model); scratch (trained under the mask, or
+                 without one: --attention-masks none); while-training (pruned by the flags `prune` of the sweep)
     rounds       of gradual; default 3
     start        of gradual: the sparsity of a system that is otherwise the same and trained from scratch; the first
                  round records and continues that one, instead of the dense model
     seed         of the dense model (the first one if there is none of this seed), of training and of random masks
     updates      of training; default: the sweep's tune_updates, or dense_updates from scratch
-    flags        further flags of fairseq-train, which win: --dropout 0.3; systems are compared with a dense one of
-                 the same flags
+    flags        further flags of fairseq-train, which win: --dropout 0.3; fine-tuned systems are compared with a dense
+                 one of the same flags
+
+`total_updates` of a result are all updates behind a system, those of the dense model that its masks were made from
+included. `against_dense_equal` compares it with the dense system of as many total updates, and of these with the one of
+the lowest validation loss.
+`search` with several `lenpens` tunes the length penalty of each system on the validation data.
 
 `level` is the data-bin folder and `subset` its part to translate, by default sentences and test. At other levels a line
 is a page or a part of one; scores and tests are then of whole pages (d-BLEU), and s-BLEU is that of the segments.
@@ -41,6 +47,7 @@ import functools
 import itertools
 import json
 import logging
+import math
 import re
 import shlex
 import statistics
@@ -65,14 +72,16 @@ from ap_fairseq.pruning.criteria import CRITERIA
 from ap_fairseq.sites import AttentionKind
 
 STEPS = ("dense", "masks", "train", "translate", "score")
-SCHEDULES = ("untuned", "one-shot", "gradual", "scratch")
+SCHEDULES = ("untuned", "one-shot", "gradual", "scratch", "while-training")
 KEYS = set("pair training dense dense_updates dense_seeds tune tune_updates record search systems".split())
-OPTIONAL = {"level", "subset"}
+OPTIONAL = {"level", "subset", "prune"}
 SEPARATOR = "<sep>"
 SCORES = (  # columns of the table: key of a result, name, format
     ("bleu", "BLEU", ".2f"),
     ("chrf", "chrF2", ".2f"),
     ("length_ratio", "length ratio", ".3f"),
+    ("bleu_unpenalized", "BLEU without brevity penalty", ".2f"),
+    ("lenpen", "length penalty", "g"),
     ("valid_ppl", "validation perplexity", ".2f"),
 )
 
@@ -114,6 +123,8 @@ class System:
             raise ArtifactError(
                 f"flags {self.flags!r} are for fairseq-train, and a system of schedule untuned has none"
             )
+        if self.schedule == "while-training" and self.criterion in ("dense", "percentile"):
+            raise ArtifactError(f"criterion {self.criterion} is not for systems of schedule while-training")
         self.budget_kinds()  # reports unknown kinds
         masked = self.criterion not in ("dense", "top-k", "threshold")
         if self.kinds == "own" and (self.sparsity or not masked or not self.budget_kinds()):
@@ -145,6 +156,11 @@ class System:
             budgets = [word for kind in self.budget_kinds() for word in (f"--{kind.flag}", str(self.sparsity))]
         options = ["--criterion", self.criterion, "--granularity", str(self.granularity), "--seed", str(self.seed)]
         return budgets + options + shlex.split(self.options)
+
+    @property
+    def has_dense_model(self) -> bool:
+        """Whether it is made from a dense model, or from masks of one."""
+        return not (self.schedule == "while-training" or (self.criterion == "dense" and self.schedule == "scratch"))
 
     @property
     def group(self) -> str:
@@ -219,7 +235,10 @@ class Sweep:
     def stats(self, seed: int) -> str:
         return str(self.out / f"stats.s{seed}.safetensors")
 
-    def masks(self, system: System) -> str:
+    def masks(self, system: System) -> str | None:
+        """The masks that the system translates with; None: those of its checkpoint."""
+        if not system.has_dense_model:
+            return None
         if system.schedule == "gradual":
             return str(self.out / "systems" / system.name / f"round-{system.rounds}" / "masks.safetensors")
         return str(self.out / "masks" / f"{system.masks_name}.d{self.dense_seed(system)}.safetensors")
@@ -232,6 +251,7 @@ class Sweep:
             "one-shot": str(folder / "checkpoint_last.pt"),
             "gradual": str(folder / f"round-{system.rounds}" / "checkpoint_last.pt"),
             "scratch": str(folder / "checkpoint_best.pt"),
+            "while-training": str(folder / "checkpoint_best.pt"),
         }[system.schedule]
 
     def translation(self, system: System) -> Path:
@@ -246,13 +266,14 @@ class Sweep:
         """Do all steps up to *until*."""
         for folder in ("masks", "systems", "translations", "scores"):
             (self.out / folder).mkdir(parents=True, exist_ok=True)
-        seeds = {self.dense_seed(system) for system in self.systems}
+        derived = [system for system in self.systems if system.has_dense_model]
+        seeds = {self.dense_seed(system) for system in derived}
         # A folder that was copied from elsewhere needs neither its checkpoints nor a GPU.
         if not all(map(self.translated, self.systems)):
             run_together(self.jobs, [(self.train_dense, [seed]) for seed in sorted(seeds)])
             if until == "dense":
                 return
-            unique = {self.masks(s): s for s in self.systems if s.schedule != "gradual"}
+            unique = {self.masks(s): s for s in derived if s.schedule != "gradual"}
             run_together(self.jobs, [(self.build_masks, [system]) for system in unique.values()])
             if until == "masks":
                 return
@@ -294,10 +315,18 @@ class Sweep:
         """Updates after the dense model's, or all of them from scratch."""
         if system.schedule == "untuned":
             return 0
-        return system.updates or self.description["dense_updates" if system.schedule == "scratch" else "tune_updates"]
+        full = system.schedule in ("scratch", "while-training")
+        return system.updates or self.description["dense_updates" if full else "tune_updates"]
+
+    def total_updates(self, system: System) -> int:
+        """All updates behind a system: its own, the dense model's, and those of the system it starts from."""
+        before = self.total_updates(system.started_from) if system.start else 0
+        if system.has_dense_model and not before:
+            before = self.description["dense_updates"]
+        return before + self.updates(system)
 
     def tune(self, system: System) -> None:
-        recipe = "dense" if system.schedule == "scratch" else "tune"
+        recipe = "dense" if system.schedule in ("scratch", "while-training") else "tune"
         updates = self.updates(system)
         flags = self.training(recipe, system.seed, updates // (system.rounds if system.schedule == "gradual" else 1))
         flags = [f"pruned_{word}" if word.startswith("transformer") else word for word in flags]
@@ -309,7 +338,10 @@ class Sweep:
             # Its rounds are stages of their own folder.
             prune_gradually(self.bin, start, str(folder), system.mask_flags(), flags, recording, system.rounds, updates)
             return
-        own = ["--attention-masks", self.masks(system), "--save-dir", str(folder), "--max-update", updates]
+        own = ["--attention-masks", self.masks(system) or "none", "--save-dir", str(folder), "--max-update", updates]
+        if system.schedule == "while-training":
+            own += ["--task", "pruned_translation", "--prune-flags", shlex.join(system.mask_flags())]
+            own += shlex.split(self.description.get("prune", ""))
         if system.schedule == "one-shot":
             own += ["--finetune-from-model", start]
         self.stages.run(f"{system.name}.train", "fairseq-train", self.bin, *PLUGIN, *flags, *own)
@@ -371,10 +403,11 @@ class Sweep:
             "level": self.level,
             "subset": self.subset,
             "updates": self.updates(system),
+            "total_updates": self.total_updates(system),
             "masks_sha256": provenance["masks_sha256"],
             "sparsity": provenance["sparsity"],
             "total": provenance["total"],
-            "vanished_heads": provenance["vanished_heads"],
+            "vanished_heads": provenance.get("vanished_heads", {}),
             **made,
             "valid_ppl": 2 ** made["valid_nll"],
             **self.scores(system),
@@ -413,11 +446,17 @@ class Sweep:
             return same and self.updates(dense) == updates
 
         dense = [s for s in self.systems if s.criterion == "dense" and self.dense_seed(s) == self.dense_seed(system)]
+        equal = [s for s in dense if s.seed == system.seed and self.total_updates(s) == self.total_updates(system)]
         found = {
+            "against_dense_equal": min(equal, key=self.valid_nll, default=None),
             "against_dense": next((s for s in dense if s.schedule == "untuned"), None),
             "against_dense_tuned": next((s for s in dense if s.schedule == "one-shot" and alike(s)), None),
         }
         return {name: s for name, s in found.items() if s is not None and s != system}
+
+    def valid_nll(self, system: System) -> float:
+        made = self.translation(system).with_suffix(".json")
+        return json.loads(made.read_text(encoding="utf-8"))["valid_nll"] if made.exists() else math.inf
 
     def compared(self, baseline: System, system: System) -> dict[str, Any]:
         """sacreBLEU's paired bootstrap of BLEU and chrF."""
@@ -480,6 +519,7 @@ def title(result: dict[str, Any]) -> str:
         "untuned": ", no fine-tuning" if masked else "",
         "one-shot": ", fine-tuned",
         "scratch": ", from scratch",
+        "while-training": ", while training",
         "gradual": f", gradual in {rounds} round{'s' if rounds > 1 else ''}",
     }[schedule]
     text += f", {result['flags'].replace('--', '')}" if result.get("flags") else ""
@@ -491,9 +531,19 @@ def format_table(results: Sequence[dict[str, Any]]) -> str:
     """Render results as a Markdown table: mean over seeds, ± sample standard deviation where there are several."""
     kinds = [kind.value for kind in AttentionKind]
     scored = [(key, name, form) for key, name, form in SCORES if any(key in result for result in results)]
-    tests = [name for name in ("against_dense", "against_dense_tuned") if any(name in result for result in results)]
-    header = ["system", "seeds", "updates", *kinds, "all pairs", "kept mass", *(name for _, name, _ in scored)]
-    header += [{"against_dense": "against dense (p)"}.get(name, "against dense, fine-tuned (p)") for name in tests]
+    tests = {
+        name: title
+        for name, title in (
+            ("against_dense_equal", "against dense, equal updates (p)"),
+            ("against_dense", "against dense (p)"),
+            ("against_dense_tuned", "against dense, fine-tuned (p)"),
+        )
+        if any(name in result for result in results)
+    }
+    updates = [key for key in ("updates", "total_updates") if all(key in result for result in results)]
+    header = ["system", "seeds", *(key.replace("_", " ") for key in updates), *kinds, "all pairs", "kept mass"]
+    header += [name for _, name, _ in scored]
+    header += tests.values()
     rows = []
     groups: dict[tuple[str, str | None], list[dict[str, Any]]] = {}
     for result in results:
@@ -504,7 +554,8 @@ def format_table(results: Sequence[dict[str, Any]]) -> str:
         shares = [[r["sparsity"].get(kind, {"effective": 0.0})["effective"] for r in runs] for kind in kinds]
         shares.append([r["total"]["effective"] for r in runs])
         shares.append([r["total"]["kept_mass"] for r in runs if "kept_mass" in r["total"]])
-        cells = [name, str(len(runs)), str(runs[0]["updates"]), *(_mean(values, ".1%") for values in shares)]
+        cells = [name, str(len(runs)), *(str(runs[0][key]) for key in updates)]
+        cells += [_mean(values, ".1%") for values in shares]
         cells += [_mean([r[key] for r in runs if key in r], form) for key, _, form in scored]
         for name in tests:
             compared = [r[name]["bleu"] for r in runs if name in r]

@@ -15,6 +15,7 @@ from plugin.commands import PLUGIN, ROOT, TINY, generate, run
 
 from ap_fairseq.artifacts import AttentionStats, PruningMasks
 from ap_fairseq.cli import prune_schedule
+from ap_fairseq.evaluation.scores import score
 from ap_fairseq.experiments.progress import last_value
 from ap_fairseq.experiments.translation import Search, Translation, translate
 from ap_fairseq.files import ArtifactError
@@ -131,7 +132,8 @@ def test_flags_of_a_system_reach_its_training_its_name_and_its_baseline(corpus, 
     assert pruned.name == "mean.global.50.g1.one-shot.dropout-0.3-weight-decay-0.1.s1" and made.masks(
         pruned
     ) == made.masks(plain)
-    assert made.baselines(pruned) == {"against_dense_tuned": dense} and made.baselines(plain) == {}
+    assert made.baselines(pruned) == {"against_dense_tuned": dense, "against_dense_equal": dense}
+    assert made.baselines(plain) == {"against_dense_equal": dense}
     result = dataclasses.asdict(pruned) | {"group": pruned.group}
     assert sweep.title(result) == "mean 50%, fine-tuned, dropout 0.3 weight-decay 0.1"
     commands = []
@@ -154,10 +156,74 @@ def test_the_tuned_baseline_has_as_many_updates(corpus, tmp_path):
     names = [{name: found.name for name, found in made.baselines(system).items()} for system in made.systems[3:]]
     dense = {"against_dense": "dense.untuned.s1"}
     assert names == [
-        dense | {"against_dense_tuned": "dense.one-shot.s1"},
-        dense | {"against_dense_tuned": "dense.one-shot.u9.s1"},
+        dense | dict.fromkeys(["against_dense_tuned", "against_dense_equal"], "dense.one-shot.s1"),
+        dense | dict.fromkeys(["against_dense_tuned", "against_dense_equal"], "dense.one-shot.u9.s1"),
         dense,
     ]
+
+
+def test_total_updates_include_those_behind_the_masks(corpus, tmp_path):
+    """A comparison at equal updates counted neither the dense model that masks were made from nor the first stage."""
+    systems = [
+        {"criterion": "dense", "schedule": ["scratch", "one-shot", "untuned"]},
+        {"criterion": "mean", "sparsity": 0.4, "schedule": ["scratch", "while-training", "one-shot", "untuned"]},
+        {"criterion": "mean", "sparsity": 0.6, "schedule": "gradual", "rounds": 1, "start": 0.4},
+    ]
+    made = sweep.Sweep(description(systems=systems), corpus, tmp_path, 1, {})
+    assert [made.total_updates(system) for system in made.systems] == [3, 7, 3, 6, 3, 7, 3, 10]
+    with pytest.raises(ArtifactError, match="criterion percentile is not for systems of schedule while-training"):
+        sweep.expand([{"criterion": "percentile", "sparsity": 0.5, "schedule": "while-training"}])
+
+
+def test_dense_and_pruned_while_training_at_equal_updates(corpus, tmp_path):
+    """Neither needs a dense model first; each translates with its own masks and the length penalty that validation
+    chose, and the pruned one is compared with the best of the dense ones of as many updates."""
+    training = description()["training"].replace(" --disable-validation", "").replace("--lr 1e-3", "--lr 3e-3")
+    systems = [
+        {"criterion": "dense", "schedule": "scratch", "flags": ["--dropout 0.3", "--dropout 0.1"]},
+        {"criterion": "importance", "sparsity": 0.5, "schedule": "while-training", "flags": "--dropout 0.1"},
+    ]
+    made = description(
+        training=training,
+        dense_updates=40,
+        prune="--prune-start 10 --prune-end 20 --prune-every 5 --prune-sample 60",
+        systems=systems,
+        search={"beam": 2, "max_tokens": 1500, "cpu": True, "lenpens": [0.2, 3.0], "max_len_b": 20},
+    )
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(made))
+    printed = python(*command(tmp_path, corpus, "unused")[:-2])
+    assert not (tmp_path / "out" / "dense.s1").exists() and not list((tmp_path / "out").glob("stats*"))
+    found = results(tmp_path)
+    dense = [found[f"dense.scratch.dropout-{rate}.s1"] for rate in ("0.3", "0.1")]
+    pruned = found["importance.global.50.g1.while-training.dropout-0.1.s1"]
+    assert [row["total"]["effective"] for row in dense] == [0, 0]
+    assert pruned["total"]["effective"] == pytest.approx(0.5, abs=0.01)
+    for row in (*dense, pruned):
+        assert row["total_updates"] == 40
+        assert row["valid_bleu"][str(row["lenpen"])] == max(row["valid_bleu"].values())
+    best = min(dense, key=lambda row: row["valid_nll"])
+    assert pruned["against_dense_equal"]["baseline"] == best["system"]
+    assert "against dense, equal updates (p)" in printed and " length penalty |" in printed
+
+
+def test_a_length_penalty_that_validation_chose_is_that_of_fairseq(corpus, dense, tmp_path):
+    """The text is that of fairseq-generate with this --lenpen, and the BLEU on the validation data is of its text."""
+    search = Search(beam=2, max_tokens=1500, cpu=True, lenpens=[0.1, 3.0], max_len_b=20)
+    data = corpus / "data-bin" / "sentences"
+    translate([Translation(str(tmp_path / "a.txt"), str(dense), "none")], str(data), search)
+    made = json.loads((tmp_path / "a.json").read_text())
+    options = ["--beam", 2, "--remove-bpe", "sentencepiece", "--max-len-b", 20, "--lenpen"]
+    log = generate(data, dense, *options, made["lenpen"])
+    expected = dict(re.findall(r"^D-(\d+)\t\S+\t(.*)$", log, re.M))
+    assert (tmp_path / "a.txt").read_text().splitlines() == [expected[str(n)] for n in range(220)]
+    valid = read_hypotheses_of(generate(data, dense, "--gen-subset", "valid", *options, 3.0))
+    assert made["valid_bleu"]["3.0"] == pytest.approx(score(*valid, ["bleu"])["bleu"], abs=1e-6)
+
+
+def read_hypotheses_of(log: str) -> tuple[list[str], list[str]]:
+    """Hypotheses and references of a log of fairseq-generate, in the order of the data."""
+    sides = [dict(re.findall(pattern, log, re.M)) for pattern in (r"^D-(\d+)\t\S+\t(.*)$", r"^T-(\d+)\t(.*)$")]
+    return tuple([side[str(n)] for n in range(len(side))] for side in sides)
 
 
 def test_the_table_shows_means_over_seeds(swept):
