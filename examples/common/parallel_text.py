@@ -56,10 +56,10 @@ def match_key(text: str) -> str:
 
 # ---------------------------------------------------------------- sentences
 
-SENTENCE_END = re.compile(r"""(?<=[.!?…])(["'”“»›’)\]]*)\s+(?=["'“„«‹‘(\[]*\s?[A-ZÀ-ÖØ-ÝŒ])""")
+SENTENCE_END = re.compile(r"""(?<=[.!?…])(\s»|["'”“»›’)\]]*)\s+(?=["'“„«‹‘(\[]*\s?[A-ZÀ-ÖØ-ÝŒ])""")
 # Words before a full stop that rarely end a sentence, in English, German and French.
 ABBREVIATIONS = frozenset(
-    "e.g i.e etc vs cf fig no vol ch sec approx resp dr mr mrs ms st inc ltd co corp bzw z.b d.h u.a usw vgl ggf evtl "
+    "e.g i.e etc vs cf fig vol ch sec approx resp dr mr mrs ms st inc ltd co corp bzw z.b d.h u.a usw vgl ggf evtl "
     "nr abs abb inkl ca bspw sog u.u z.t s p.ex c.-à-d env n art al ex m mme pp".split()
 )
 

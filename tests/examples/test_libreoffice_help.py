@@ -5,7 +5,6 @@ import gettext
 import json
 import os
 import shutil
-import struct
 import subprocess
 import sys
 import tarfile
@@ -23,6 +22,7 @@ import segments
 from corpus import Block, Page, Pair
 from hypothesis import example, given
 from hypothesis import strategies as st
+from packages import contents, write_command, write_mo
 from parallel_text import Shares
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "libreoffice_help"
@@ -160,23 +160,6 @@ def test_interface_pair_placeholders():
     assert pair == ("Copy %1 to $(ARG1) in LibreOffice", "In LibreOffice %1 nach $(ARG1) kopieren")
     assert corpus.interface_pair("Copy %1", "Kopieren") is None
     assert corpus.interface_pair("Copy %1", "%1 und %1 kopieren") is None
-
-
-def write_mo(file: Path, messages: dict[str, str]) -> None:
-    """A gettext catalogue; ids sorted, plural forms separated by a zero byte, as the format demands."""
-    entries = sorted((key.encode(), text.encode()) for key, text in {"": HEADER, **messages}.items())
-    start = 28 + 16 * len(entries)
-    tables, data = [b"", b""], b""
-    for column in (0, 1):
-        for entry in entries:
-            tables[column] += struct.pack("<II", len(entry[column]), start + len(data))
-            data += entry[column] + b"\0"
-    head = struct.pack("<7I", 0x950412DE, 0, len(entries), 28, 28 + 8 * len(entries), 0, 0)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_bytes(head + tables[0] + tables[1] + data)
-
-
-HEADER = "Content-Type: text/plain; charset=UTF-8\nPlural-Forms: nplurals=2; plural=(n != 1);\n"
 
 
 def test_align_messages(tmp_path):
@@ -363,12 +346,6 @@ def deb_dir(tmp_path_factory):
     return folder
 
 
-def write_command(folder: Path, name: str, script: str) -> None:
-    folder.mkdir(exist_ok=True)
-    (folder / name).write_text(f"#!/bin/sh\n{script}\n")
-    (folder / name).chmod(0o755)
-
-
 @pytest.fixture
 def commands(tmp_path, monkeypatch):
     """A folder in front of PATH with a stand-in for dpkg."""
@@ -395,14 +372,6 @@ def run(tmp_path, deb_dir, commands, monkeypatch):
         return prepare.prepare(prepare.parse_args(arguments))
 
     return run
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    """Every file of a finished output folder that is data, by path."""
-    files = (file for file in sorted(folder.rglob("*")) if file.is_file())
-    paths = {file.relative_to(folder).as_posix(): file for file in files}
-    skipped = ("counts.json", ".lock", ".steps/", "packages/")
-    return {path: file.read_bytes() for path, file in paths.items() if not path.startswith(skipped)}
 
 
 def test_sentence_level(run, tmp_path):
