@@ -8,7 +8,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -27,7 +27,7 @@ from building import (
     write_dictionary,
     write_lines,
 )
-from segments import SEPARATOR, Page, Pair, cut_page, join_pieces, join_segments
+from segments import SEPARATOR, SEPARATOR_PIECE, Page, Pair, cut_page, join_pieces, join_segments
 
 LEVELS = ("sentences", "pages")
 
@@ -220,15 +220,20 @@ def unique_lines(pages: Iterable[Page]) -> list[Line]:
 
 
 def split_pages(
-    pages: Sequence[Page], train_only: Sequence[Page], seed: int, shares: Shares
+    pages: Sequence[Page],
+    train_only: Sequence[Page],
+    seed: int,
+    shares: Shares,
+    unit: Callable[[str], str] = str,
 ) -> tuple[dict[str, list[Page]], dict[str, int]]:
     """Pages by split; valid and test without the segments that are in training, valid also without those in test.
 
     train_only: text for training that belongs to no page, as interface strings; it is not in the result.
+    unit: of the name of a page, what decides its split.
     """
     parts: dict[str, list[Page]] = {split: [] for split in SPLITS}
     for page in pages:
-        parts[split_of(page.name, seed, shares)].append(page)
+        parts[split_of(unit(page.name), seed, shares)].append(page)
     seen, dropped = Seen(), {}
     for part in (*parts["train"], *train_only):
         seen.add(part.pairs)
@@ -312,13 +317,21 @@ def write_encoded(
     return counts
 
 
-def build_sentencepiece(work: Path, out: Path, pair: Sequence[str], bpe_size: int, coverage: float) -> dict[str, Any]:
-    """``spm.model``, ``dict.txt`` and the encoded sentences in ``bpe-sentences/``."""
+def build_sentencepiece(
+    work: Path,
+    out: Path,
+    pair: Sequence[str],
+    bpe_size: int,
+    coverage: float,
+    symbols: Sequence[str] = (SEPARATOR_PIECE,),
+) -> dict[str, Any]:
+    """``spm.model``, ``dict.txt`` and the encoded sentences in ``bpe-sentences/``; ``symbols`` are one piece each."""
     text = {
         split: [read_lines(out / "sentences" / f"{split}.{fairseq_language(language)}") for language in pair]
         for split in SPLITS
     }
-    train_sentencepiece(work / "spm.model", (line for side in text["train"] for line in side), bpe_size, coverage)
+    lines = (line for side in text["train"] for line in side)
+    train_sentencepiece(work / "spm.model", lines, bpe_size, coverage, symbols)
     processor = load_sentencepiece(work / "spm.model")
     encoded = {split: [encode(processor, side) for side in text[split]] for split in SPLITS}
     frequency = Counter(piece for side in encoded["train"] for pieces in side for piece in pieces)
@@ -374,9 +387,9 @@ def build_pages(work: Path, out: Path, pair: Sequence[str], page_tokens: int) ->
 # ---------------------------------------------------------------- data-bin
 
 
-def build_data_bin(work: Path, out: Path, pair: Sequence[str]) -> dict[str, Any]:
+def build_data_bin(work: Path, out: Path, pair: Sequence[str], levels: Sequence[str] = LEVELS) -> dict[str, Any]:
     """``data-bin/sentences`` and ``data-bin/pages``, by fairseq-preprocess with one dictionary for all sides."""
-    folders = {level: out / f"bpe-{level}" for level in LEVELS}
+    folders = {level: out / f"bpe-{level}" for level in levels}
     languages = [fairseq_language(language) for language in pair]
     preprocess(languages, folders, out / "dict.txt", work / "data-bin", out / "logs")
     return {}

@@ -1,7 +1,12 @@
 """Stand-ins for what the corpora of Debian packages need: catalogues, commands, and the data that came out."""
 
+import io
 import struct
+import tarfile
+from collections.abc import Sequence
 from pathlib import Path
+
+from sentences import Pages
 
 HEADER = "Content-Type: text/plain; charset=UTF-8\nPlural-Forms: nplurals=2; plural=(n != 1);\n"
 
@@ -32,3 +37,38 @@ def contents(folder: Path) -> dict[str, bytes]:
     paths = {file.relative_to(folder).as_posix(): file for file in files}
     skipped = ("counts.json", ".lock", ".steps/", "packages/")
     return {path: file.read_bytes() for path, file in paths.items() if not path.startswith(skipped)}
+
+
+DPKG = 'case "$1" in -x) mkdir -p "$3" && tar -xf "$2" -C "$3";; --fsys-tarfile) cat "$2";; esac'
+
+
+def write_deb(folder: Path, name: str, files: dict[str, bytes]) -> None:
+    """A tar archive under the name of a package, which the stand-in for dpkg below can read."""
+    with tarfile.open(folder / f"{name}_1%3a2-3_all.deb", "w") as archive:
+        for path, data in files.items():
+            entry = tarfile.TarInfo(f"./{path}")
+            entry.size = len(data)
+            archive.addfile(entry, io.BytesIO(data))
+
+
+def help_page(texts: list[str]) -> bytes:
+    blocks = "".join(f"<p id='p{number}'>{text}</p>" for number, text in enumerate(texts))
+    return f'<html><body><div id="DisplayArea">{blocks}</div></body></html>'.encode()
+
+
+def write_help_packages(folder: Path, pages: Pages, languages: Sequence[str]) -> None:
+    """LibreOffice's packages of English (``en``) and other languages: pages of the help, one interface string."""
+    for language in languages:
+        spelled, name = ("en-US", "en-us") if language == "en" else (language, language)
+        root = f"usr/share/libreoffice/help/{spelled}/text/swriter"
+        texts = {
+            f"{root}/{number}.html": help_page([part[language] for part in parts])
+            for number, (_, parts) in enumerate(pages)
+        }
+        write_deb(folder, f"libreoffice-help-{name}", texts)
+        if language != "en":
+            catalogue = folder / "sw.mo"
+            write_mo(catalogue, {"M\x04_Save as": f"_Save in {language}"})
+            path = f"usr/lib/libreoffice/program/resource/{language}/LC_MESSAGES/sw.mo"
+            write_deb(folder, f"libreoffice-l10n-{language}", {path: catalogue.read_bytes()})
+            catalogue.unlink()

@@ -1,10 +1,8 @@
 """The corpus builder of examples/debian_text, on small hand-made descriptions, man pages and packages; no network."""
 
 import gzip
-import io
 import subprocess
 import sys
-import tarfile
 from pathlib import Path
 
 import apt_lists
@@ -15,7 +13,7 @@ import man_pages
 import parallel_text
 import pytest
 from man_pages import Block
-from packages import contents, write_command, write_mo
+from packages import DPKG, contents, write_command, write_deb, write_help_packages
 from segments import Page, Pair
 from sentences import write_pages
 
@@ -282,20 +280,6 @@ def test_only_packages_that_hold_both_sides_of_a_page_are_downloaded(tmp_path, m
 # ---------------------------------------------------------------- the whole builder
 
 
-def write_deb(folder: Path, name: str, files: dict[str, bytes]) -> None:
-    """A tar archive under the name of a package, which the stand-in for dpkg below can read."""
-    with tarfile.open(folder / f"{name}_1%3a2-3_all.deb", "w") as archive:
-        for path, data in files.items():
-            entry = tarfile.TarInfo(f"./{path}")
-            entry.size = len(data)
-            archive.addfile(entry, io.BytesIO(data))
-
-
-def help_page(texts: list[str]) -> bytes:
-    blocks = "".join(f"<p id='p{number}'>{text}</p>" for number, text in enumerate(texts))
-    return f'<html><body><div id="DisplayArea">{blocks}</div></body></html>'.encode()
-
-
 @pytest.fixture(scope="module")
 def fetched(tmp_path_factory):
     """A folder of --fetch: a third of a small corpus's pages as descriptions, man pages and help pages each."""
@@ -315,22 +299,8 @@ def fetched(tmp_path_factory):
             roff = "\n.PP\n".join(part[language] for part in parts)
             files[f"{where}/page{number}.1.gz"] = gzip.compress(f".TH P 1\n.SH NAME\n{roff}\n".encode(), mtime=0)
         write_deb(folder, f"man-{language}", {**files, "usr/share/doc/man/copyright": b"free"})
-        name, lower = ("en-US", "en-us") if language == "en" else ("de", "de")
-        root = f"usr/share/libreoffice/help/{name}/text/swriter"
-        texts = {
-            f"{root}/{number}.html": help_page([part[language] for part in parts])
-            for number, (_, parts) in enumerate(helped)
-        }
-        write_deb(folder, f"libreoffice-help-{lower}", texts)
-    catalogue = folder / "sw.mo"
-    write_mo(catalogue, {"M\x04_Save as": "Speichern _unter"})
-    path = "usr/lib/libreoffice/program/resource/de/LC_MESSAGES/sw.mo"
-    write_deb(folder, "libreoffice-l10n-de", {path: catalogue.read_bytes()})
-    catalogue.unlink()
+    write_help_packages(folder, helped, ["en", "de"])
     return folder
-
-
-DPKG = 'case "$1" in -x) mkdir -p "$3" && tar -xf "$2" -C "$3";; --fsys-tarfile) cat "$2";; esac'
 
 
 @pytest.fixture

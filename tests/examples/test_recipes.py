@@ -152,7 +152,7 @@ def test_data_that_were_removed_are_made_again(recipe, tmp_path):
     assert (tmp_path / "the data, ü/counts.json").exists()
 
 
-@pytest.mark.parametrize("data_set", [*DATA_SETS, "libreoffice_help", "debian_text"])
+@pytest.mark.parametrize("data_set", [*DATA_SETS, "libreoffice_help", "debian_text", "libreoffice_one_to_many"])
 def test_recipes_name_flags_that_the_commands_know(data_set, tmp_path):
     """What no test runs to its end: the real sizes."""
     toml = tomllib.loads((EXAMPLES / data_set / "recipe.toml").read_text("utf-8"))
@@ -177,7 +177,7 @@ def test_all_gpus_are_used_that_divide_the_batch(monkeypatch, visible, used, siz
     assert recipe_program.Recipe(folder, args, []).gpus == used
 
 
-@pytest.mark.parametrize("data_set", [*DATA_SETS, "libreoffice_help", "debian_text"])
+@pytest.mark.parametrize("data_set", [*DATA_SETS, "libreoffice_help", "debian_text", "libreoffice_one_to_many"])
 def test_run_sh_shows_the_stages_and_options(data_set, tmp_path):
     """From any folder, through a link with a space in its path; the options of the preparation are there, too."""
     (tmp_path / "my examples").symlink_to(EXAMPLES)
