@@ -2,7 +2,7 @@
 """Run a list of pruned systems: masks, training, translation, scores; one JSON line each and a table.
 
     sweep.py SWEEP.yaml --data DIR --out DIR [--jobs N] [--dense SEED=CHECKPOINT ...] [--only REGEX] [--until STEP]
-    sweep.py --table results.jsonl [--only REGEX]
+    sweep.py --table results.jsonl ... [--only REGEX]
 
 SWEEP.yaml holds everything that a result depends on: flags of training and recording, the search, and `systems`. A list
 in a system stands for one system per value (several lists: one per combination):
@@ -58,6 +58,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from fairseq.data.data_utils import load_indexed_dataset
 
 from ap_fairseq.artifacts import AttentionStats
 from ap_fairseq.cli.common import exit_on_sigterm
@@ -330,6 +331,9 @@ class Sweep:
         updates = self.updates(system)
         flags = self.training(recipe, system.seed, updates // (system.rounds if system.schedule == "gradual" else 1))
         flags = [f"pruned_{word}" if word.startswith("transformer") else word for word in flags]
+        if system.schedule == "while-training":
+            flags += ["--task", "pruned_translation", "--prune-flags", shlex.join(system.mask_flags())]
+            flags += shlex.split(self.description.get("prune", ""))
         flags += shlex.split(system.flags)
         folder = self.out / "systems" / system.name
         start = self.trained(system.started_from) if system.start else self.checkpoint(self.dense_seed(system))
@@ -339,9 +343,6 @@ class Sweep:
             prune_gradually(self.bin, start, str(folder), system.mask_flags(), flags, recording, system.rounds, updates)
             return
         own = ["--attention-masks", self.masks(system) or "none", "--save-dir", str(folder), "--max-update", updates]
-        if system.schedule == "while-training":
-            own += ["--task", "pruned_translation", "--prune-flags", shlex.join(system.mask_flags())]
-            own += shlex.split(self.description.get("prune", ""))
         if system.schedule == "one-shot":
             own += ["--finetune-from-model", start]
         self.stages.run(f"{system.name}.train", "fairseq-train", self.bin, *PLUGIN, *flags, *own)
@@ -370,6 +371,11 @@ class Sweep:
     @property
     def reference(self) -> Path:
         return self.data / self.level / f"{self.subset}.{self.target}"
+
+    @functools.cached_property
+    def training_pairs(self) -> int:
+        file = Path(self.bin) / f"train.{self.source}-{self.target}.{self.target}"
+        return len(load_indexed_dataset(str(file), None))
 
     def read_texts(self, path: Path) -> list[str]:
         """Return the texts to score: sentences, or at other levels whole pages without separators."""
@@ -402,6 +408,7 @@ class Sweep:
             "dense_seed": self.dense_seed(system),
             "level": self.level,
             "subset": self.subset,
+            "training_pairs": self.training_pairs,
             "updates": self.updates(system),
             "total_updates": self.total_updates(system),
             "masks_sha256": provenance["masks_sha256"],
@@ -545,12 +552,14 @@ def format_table(results: Sequence[dict[str, Any]]) -> str:
     header += [name for _, name, _ in scored]
     header += tests.values()
     rows = []
-    groups: dict[tuple[str, str | None], list[dict[str, Any]]] = {}
+    groups: dict[tuple[str, str | None, int | None], list[dict[str, Any]]] = {}
     for result in results:
-        groups.setdefault((result["group"], result.get("subset")), []).append(result)
-    several = len({subset for _, subset in groups}) > 1
-    for (_, subset), runs in groups.items():
+        key = result["group"], result.get("subset"), result.get("training_pairs")
+        groups.setdefault(key, []).append(result)
+    several, sizes = (len({key[column] for key in groups}) > 1 for column in (1, 2))
+    for (_, subset, pairs), runs in groups.items():
         name = f"{title(runs[0])} ({subset})" if several else title(runs[0])
+        name += f", {pairs:,} training pairs" if sizes and pairs else ""
         shares = [[r["sparsity"].get(kind, {"effective": 0.0})["effective"] for r in runs] for kind in kinds]
         shares.append([r["total"]["effective"] for r in runs])
         shares.append([r["total"]["kept_mass"] for r in runs if "kept_mass" in r["total"]])
@@ -599,7 +608,9 @@ def get_parser() -> argparse.ArgumentParser:
         "--only", default="", metavar="REGEX", help="only systems whose name it matches; in a sweep, the dense ones too"
     )
     parser.add_argument("--until", choices=STEPS, default="score", help="last step to do (default: %(default)s)")
-    parser.add_argument("--table", type=Path, metavar="JSONL", help="print the table of a results file, nothing else")
+    parser.add_argument(
+        "--table", nargs="+", type=Path, metavar="JSONL", help="print the table of results files, nothing else"
+    )
     return parser
 
 
@@ -610,10 +621,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     logging.getLogger("sacrebleu").setLevel(logging.WARNING)
     try:
         if args.table:
-            results = [json.loads(line) for line in read_lines(args.table)]
+            results = [json.loads(line) for file in args.table for line in read_lines(file)]
             chosen = [result for result in results if re.search(args.only, result["system"])]
             if not chosen:
-                parser.error(f"none of the {len(results)} systems of {args.table} has a name with --only {args.only}")
+                files = " ".join(map(str, args.table))
+                parser.error(f"none of the {len(results)} systems of {files} has a name with --only {args.only}")
             print(format_table(chosen))
             return
         if not (args.sweep and args.data and args.out):

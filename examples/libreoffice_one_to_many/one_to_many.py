@@ -36,7 +36,7 @@ from segments import Page, Pair
 PAIR = ("en", "many")
 SHARES = Shares(test=0.02, valid=0.012)  # of the pages
 # Those whose help is translated in large part, but for Chinese, Japanese and Korean.
-LANGUAGES = "ca cs da de el es fr hu it nl pl pt pt-br ru sl sv tr".split()
+LANGUAGES = "cs da de el es fi fr hu it nl pl pt pt-br ru sl sv tr".split()
 
 
 def tag(language: str) -> str:

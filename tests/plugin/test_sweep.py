@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import sweep
 import yaml
+from fairseq import options
 from plugin.commands import PLUGIN, ROOT, TINY, generate, run
 
 from ap_fairseq.artifacts import AttentionStats, PruningMasks
@@ -19,6 +20,7 @@ from ap_fairseq.evaluation.scores import score
 from ap_fairseq.experiments.progress import last_value
 from ap_fairseq.experiments.translation import Search, Translation, translate
 from ap_fairseq.files import ArtifactError
+from ap_fairseq.pruning.flags import parse_mask_flags
 from ap_fairseq.training.schedule import share_of_round
 
 SWEEP = ROOT / "examples/libreoffice_help/sweep.py"
@@ -173,6 +175,50 @@ def test_total_updates_include_those_behind_the_masks(corpus, tmp_path):
     assert [made.total_updates(system) for system in made.systems] == [3, 7, 3, 6, 3, 7, 3, 10]
     with pytest.raises(ArtifactError, match="criterion percentile is not for systems of schedule while-training"):
         sweep.expand([{"criterion": "percentile", "sparsity": 0.5, "schedule": "while-training"}])
+
+
+def test_flags_of_a_system_win_over_the_schedule_of_the_sweep(corpus, tmp_path, monkeypatch):
+    systems = [{"criterion": "mean", "sparsity": 0.4, "schedule": "while-training", "flags": "--prune-start 7"}]
+    made = sweep.Sweep(description(systems=systems, prune="--prune-start 2 --prune-end 9"), corpus, tmp_path, 1, {})
+    commands = []
+    monkeypatch.setattr(made.stages, "run", lambda name, *command: commands.append([str(word) for word in command]))
+    made.tune(made.systems[0])
+    expected = {"--prune-start": "7", "--prune-end": "9", "--task": "pruned_translation", "--attention-masks": "none"}
+    expected |= {"--arch": "pruned_transformer", "--max-update": "3"}
+    expected |= {"--prune-flags": "--total 0.4 --criterion mean --granularity 1 --seed 1"}
+    assert {flag: last_value(flag, commands[0]) for flag in expected} == expected
+
+
+def test_the_table_of_two_corpora_names_their_sizes(corpus, tmp_path, capsys):
+    made = sweep.Sweep(description(), corpus, tmp_path, 1, {})
+    result = {
+        **dataclasses.asdict(made.systems[0]), "group": "dense.untuned", "system": "dense.untuned.s1", "updates": 0,
+        "sparsity": {}, "total": {"effective": 0.0}, "device": "CPU", "versions": {"torch": "2"}, "valid_ppl": 3.0,
+    }  # fmt: skip
+    for name, pairs in (("a", made.training_pairs), ("b", 10**6)):
+        (tmp_path / name).write_text(json.dumps({**result, "training_pairs": pairs}) + "\n")
+    assert made.training_pairs > 100
+    sweep.main(["--table", str(tmp_path / "a"), str(tmp_path / "b")])
+    printed = capsys.readouterr().out
+    assert f"| dense, {made.training_pairs:,} training pairs " in printed and "| dense, 1,000,000 training" in printed
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "examples").glob("*/sweeps/*.yaml")), ids=lambda file: file.stem)
+def test_published_sweeps_are_well_formed(file, tmp_path, monkeypatch):
+    """Every system of every sweep: its keys, names, flags of ap-masks and of fairseq-train."""
+    described = yaml.safe_load(file.read_text())
+    level = described.get("level", "sentences")
+    (tmp_path / "data" / "data-bin" / level).mkdir(parents=True)
+    made = sweep.Sweep(described, tmp_path / "data", tmp_path / "out", 1, {})
+    commands = []
+    monkeypatch.setattr(made.stages, "run", lambda name, *command: commands.append([str(word) for word in command]))
+    for system in made.systems:
+        if system.mask_flags():
+            parse_mask_flags(system.mask_flags())
+        if system.schedule not in ("untuned", "gradual"):
+            made.tune(system)
+            args = options.parse_args_and_arch(options.get_training_parser(), commands.pop()[1:])
+            assert args.max_update == made.updates(system) and args.arch.startswith("pruned_transformer")
 
 
 def test_dense_and_pruned_while_training_at_equal_updates(corpus, tmp_path):
