@@ -157,6 +157,42 @@ def one_command() -> str:
     return markdown(Table(header, body))
 
 
+def dropout() -> str:
+    """Dense and 80% pruned at the same number of own updates, by the strength of regularisation."""
+    rows = []
+    for dropout, updates in (("0.2 / 0 / 0", 6000), ("0.2 / 0 / 0", 12000), ("0.3 / 0.1 / 0.1", 12000)):
+        found = {
+            row["system"]: row["bleu"]
+            for row in load(RESULTS / "en-fr-es.json")["rows"]
+            if (row["pair"], row["dropout"], row["updates"]) == ("en-fr", dropout, updates)
+        }
+        rows.append(("en-fr", dropout, "from scratch", updates, found["dense"], found["importance 80%, from scratch"]))
+    lines = load(RESULTS / "h100-converged.jsonl")
+    groups = ("dense.untuned", "importance.global.80.g1.smooth-32.scratch")
+    rows.append(
+        ("en-de", "0.2 / 0 / 0", "from scratch", 6000, *(lookup(lines, f"group={name}/bleu") for name in groups))
+    )
+    dense, pruned, *_ = one_command_systems()
+    rows.append(("en-de", "0.3 / 0.1 / 0.1", "while training", dense["updates"], dense["bleu"], pruned["bleu"]))
+    header = ["pair", "dropout", "80% pruned", "updates", "dense, BLEU", "80%, BLEU", "difference"]
+    body = [
+        [pair, strength, how, f"{updates:,}", f"{dense:.2f}", f"{pruned:.2f}", f"{pruned - dense:+.2f}"]
+        for pair, strength, how, updates, dense, pruned in rows
+    ]
+    return markdown(Table(header, body, align="lllrrrr"))
+
+
+def debian_corpus(example: str) -> str:
+    """Training, validation and test pairs by source of the text, or by language."""
+    columns = load(ROOT / "examples" / example / "results" / "corpus.json")["pairs"]
+    header = ["", *(f"{name}, {split}" for name in columns for split in ("train", "valid", "test"))]
+    names = list(dict.fromkeys(name for splits in columns.values() for part in splits.values() for name in part))
+    splits = [part for found in columns.values() for part in found.values()]
+    body = [[name, *(f"{part.get(name, 0):,}" for part in splits)] for name in names]
+    body.append(["all", *(f"{sum(part.values()):,}" for part in splits)])
+    return markdown(Table(header, body))
+
+
 def by_length() -> str:
     """BLEU of each system by the length of the reference."""
     systems = load(RESULTS / "h100-by-length.json")["systems"]
@@ -262,6 +298,9 @@ def tables() -> dict[str, Callable[[], str]]:
         "en-es": lambda: quality("en-es"),
         "digest": quality_digest,
         "one-command": one_command,
+        "dropout": dropout,
+        "debian-text": lambda: debian_corpus("debian_text"),
+        "one-to-many": lambda: debian_corpus("libreoffice_one_to_many"),
         "h100-converged-digest": lambda: sweep("h100-converged", lambda line: re.search(DIGEST, line["system"])),
         "h100-converged-kinds": kinds,
         "h100-pages-digest": lambda: sweep("h100-pages", lambda line: line["subset"] in ("test", "test2")),
