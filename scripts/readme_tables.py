@@ -300,7 +300,6 @@ def tables() -> dict[str, Callable[[], str]]:
         "one-command": one_command,
         "dropout": dropout,
         "debian-text": lambda: debian_corpus("debian_text"),
-        "one-to-many": lambda: debian_corpus("libreoffice_one_to_many"),
         "h100-converged-digest": lambda: sweep("h100-converged", lambda line: re.search(DIGEST, line["system"])),
         "h100-converged-kinds": kinds,
         "h100-pages-digest": lambda: sweep("h100-pages", lambda line: line["subset"] in ("test", "test2")),

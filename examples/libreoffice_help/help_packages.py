@@ -10,6 +10,7 @@ from typing import Any
 import corpus
 import debs
 from building import PrepareError
+from corpus import Block
 from parallel_text import Filter, english_texts, filter_pages
 from segments import Page, Pair
 
@@ -92,16 +93,26 @@ def help_folder(packages: Path, language: str) -> Path:
 # ---------------------------------------------------------------- text
 
 
-def read_pair(packages: Path, source: str, target: str) -> tuple[list[Page], list[Page], dict[str, Any]]:
+def read_help(packages: Path, language: str) -> dict[str, list[Block]]:
+    """page name -> blocks."""
+    return corpus.read_help(help_folder(packages, language))
+
+
+def read_pair(
+    packages: Path, source: str, target: str, english_help: dict[str, list[Block]] | None = None
+) -> tuple[list[Page], list[Page], dict[str, Any]]:
     """The filtered text of a language pair in a folder of unpacked packages: help pages, interface strings, counts.
 
     Interface strings are a page for each catalogue, named ``interface/CATALOGUE``.
+
+    english_help: what ``read_help`` gives for ``en``, where it was read before.
 
     Raises:
         PrepareError: if the two languages share no page.
     """
     pair = (source, target)
-    blocks = {language: corpus.read_help(help_folder(packages, language)) for language in {"en", *pair}}
+    blocks = {"en": english_help or read_help(packages, "en")}
+    blocks |= {language: read_help(packages, language) for language in {*pair} - {"en"}}
     messages = {
         language: None if language == "en" else corpus.read_messages(packages / message_package(language))
         for language in pair

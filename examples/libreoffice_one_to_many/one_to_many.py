@@ -21,7 +21,7 @@ import help_packages
 import parallel_text
 import segments
 from building import SPLITS, PrepareError, Step, build, file_hash
-from help_packages import build_packages, package_language, packages_of, read_pair
+from help_packages import build_packages, package_language, packages_of, read_help, read_pair
 from parallel_text import (
     Shares,
     build_data_bin,
@@ -61,8 +61,10 @@ def build_text(work: Path, out: Path, languages: Sequence[str], seed: int) -> di
     Held-out segments go whose English is in the training text of any language, or whose translation is.
     """
     pages, interface = [], []
+    english_help = read_help(out / "packages", "en")
     for language in languages:
-        for read, into in zip(read_pair(out / "packages", "en", language), (pages, interface), strict=False):
+        of_language = read_pair(out / "packages", "en", language, english_help)
+        for read, into in zip(of_language[:2], (pages, interface), strict=True):
             into += [Page(f"{language}:{page.name}", page.pairs) for page in read]
     parts, dropped = split_pages(pages, interface, seed, SHARES, unit=lambda name: name.partition(":")[2])
     counts: dict[str, Counter[str]] = {}
