@@ -57,17 +57,17 @@ class Call(NamedTuple):
     def launches(
         self, kernel: tuple[Hashable, ...], build: Callable[[], list[Launch]], q: Tensor, k: Tensor, v: Tensor, *others
     ) -> list[Launch]:
-        """Return what launches a kernel on such tensors: `build()`, which is kept.
+        """Return what launches a kernel on such tensors: `build()`, kept for this call's `alike` and for other layouts.
 
         kernel: its name, and what else `build` looks at beside sizes, strides and types.
         others: further tensors whose sizes follow from those of q, k and v.
         """
         key = (*kernel, epoch(), precision(q.dtype), *[x.stride() for x in others])
-        if self.alike is None:
-            return kept((*key, *self._description(q, k, v)), build)
-        found = self.alike.get(key)
+        found = None if self.alike is None else self.alike.get(key)
         if found is None:
-            found = self.alike[key] = build()
+            found = kept((*key, *self._description(q, k, v)), build)
+            if self.alike is not None:
+                self.alike[key] = found
         return found
 
     def _description(self, *inputs: Tensor) -> tuple[Hashable, ...]:

@@ -22,7 +22,7 @@ COLUMN_GROUP = 64  # keys per step of the row pointers
 
 MOST_LISTED = 2**31 - 1 - 2 * COLUMN_GROUP  # int32 pointers; a decode step may count a group past the last cell
 MOST_BLOCKS = (1 << 15) - 1  # numbers of full and of partial blocks share an int32
-MOST_ANSWERS = 1024  # kept for calls of other sizes, some kilobytes each
+MOST_ANSWERS = 512  # kept for calls of other sizes, some 3 KB each
 
 # Time per cell of a full tile relative to 128 x 128 tiles: small tiles load keys and values for fewer rows. Forward
 # under block masks of 90% (H100, bfloat16, D = 64, T = 4096); at 50% and in training it differs by up to 0.15.

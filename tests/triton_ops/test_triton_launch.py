@@ -57,6 +57,24 @@ def test_a_call_like_an_earlier_one_is_neither_checked_nor_bound_again(size, mon
         assert all(torch.equal(a, b) for a, b in zip(run(layout, seed), results, strict=True))
 
 
+@BOTH_SIZES
+def test_layers_share_launches(size, monkeypatch):
+    """Every layer has a mask, and most batches sizes that no earlier one had: they are bound for the first layer."""
+
+    def run(layout):
+        q, k, v = small_problem(size)
+        out = block_sparse_attention(q, k, v, layout, backend="triton")
+        return [out, *torch.autograd.grad(out.square().sum(), (q, k, v))]
+
+    other = AttentionLayout.from_keep_mask(~random_layout(size).keep_mask(), tile=32)
+    expected = run(other)
+    launch.forget()
+    other.answers.clear()
+    run(random_layout(size))
+    monkeypatch.setattr(launch.Launch, "__init__", None)
+    assert all(torch.equal(a, b) for a, b in zip(run(other), expected, strict=True))
+
+
 OTHERWISE = {
     "causal": dict(causal=True),
     "dropout": dict(dropout_p=0.3, seed=5),
