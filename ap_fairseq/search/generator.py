@@ -6,6 +6,7 @@ import functools
 import logging
 
 import torch
+from fairseq.search import DiverseBeamSearch
 from fairseq.sequence_generator import EnsembleModelWithAlignment, SequenceGenerator
 from torch import Tensor
 
@@ -99,6 +100,10 @@ class PrunedSequenceGenerator(SequenceGenerator):
             return self.search_on_device(sample, prefix_tokens, bos_token)[0]
         self._log_cache_savings()
         self.model.max_steps = self._limits(sample)[0] + 1
+        if isinstance(
+            self.search, DiverseBeamSearch
+        ):  # fairseq looks up what a batch remembers by numbers of the data set
+            sample = {**sample, "id": None}
         return super()._generate(sample, prefix_tokens, constraints, bos_token)
 
     def _log_cache_savings(self) -> None:

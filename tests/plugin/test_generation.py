@@ -130,7 +130,7 @@ SEARCHES = {
 @pytest.mark.parametrize("backend", ["sdpa", "triton"])
 @pytest.mark.parametrize("case", SEARCHES)
 def test_other_searches_find_what_fairseqs_find(case, backend, caplog):
-    """Sampling from one token is deterministic. In fairseq-generate, stock groups fail: they index by sentence ids."""
+    """Sampling from one token is deterministic."""
     options, rows = SEARCHES[case]
     systems, options = models(attention_backend=backend), {"max_len_b": 15, **options}
     n = len(LENGTHS) if backend == "sdpa" or DEVICE == "cuda" else 4
@@ -181,6 +181,19 @@ def test_samples_are_distributed_as_fairseqs_and_a_seed_repeats_them(options):
     for h in ours:  # not those of the truncated distribution
         if (text := tuple(h["tokens"].tolist())) in score:
             torch.testing.assert_close(h["positional_scores"], score[text], atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("fallback", [None, "tests"])
+def test_groups_work_for_any_sentences_of_a_data_set(fallback, monkeypatch):
+    """fairseq-generate names them, and fairseq's search took the names for places in the batch: an IndexError."""
+    monkeypatch.setattr(PrunedSequenceGenerator, "_unprofitable", lambda self, device: fallback)
+    systems, options = models(), dict(beam_size=4, max_len_b=9)
+    named = {**sample(LENGTHS), "id": torch.arange(70, 70 + len(LENGTHS))}
+    ours, fairseqs = (
+        made(systems, VOCAB, search_strategy=DiverseBeamSearch(VOCAB, 2, 0.5), **options)
+        for made in (PrunedSequenceGenerator, SequenceGenerator)
+    )
+    assert_same(ours.generate([], named), fairseqs.generate([], sample(LENGTHS)))
 
 
 def test_groups_that_a_beam_has_not_are_refused():
