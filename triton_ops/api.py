@@ -228,7 +228,7 @@ def block_sparse_attention(
     the kernels read everything inside the lengths.
 
     Raises ValueError or TypeError, naming both values, for shapes, types, devices, lengths or a back end that
-    do not fit.
+    do not fit. `layout` remembers calls that ran on the kernels: one that differs in values alone is not checked again.
     """
     if q.dim() != 4 or k.dim() != 4 or v.dim() != 4:
         raise ValueError(f"q, k, v must be (B, H, T, D), got {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}")
