@@ -51,6 +51,9 @@ def beam_search() -> None:
                 kv, pool = random(20, 2, 2, 64).to(DEVICE), torch.empty(1000, 2, 64, device=DEVICE)
                 append_to_pool(kv, pool, beams.offsets[:2], beams.state.step)
             beams.advance(4, random(20, 500, seed=step).to(DEVICE), torch.zeros(500, device=DEVICE), 2)
+        beams.number_slots(4)
+        sums, place = random(4, 500, seed=3).to(DEVICE).topk(5)
+        beams.continue_by(4, (sums, place % 5, place), 2)  # drawn tokens
         states.append(beams)
     torch.testing.assert_close(states[0].state.scores, states[1].state.scores)
 

@@ -37,8 +37,8 @@ class PrunedSequenceGeneratorWithAlignment(SequenceGeneratorWithAlignment, Prune
         if self.fallback_reason(sample, kwargs.get("constraints")) is not None:
             return super().generate(models, sample, **kwargs)
         found, encoder_outs = self.search_on_device(sample, kwargs.get("prefix_tokens"), kwargs.get("bos_token"))
-        first_token = kwargs.get("bos_token") or self.eos
-        source = sample["net_input"]["src_tokens"]
+        source, first_token = sample["net_input"]["src_tokens"], kwargs.get("bos_token")
+        first_token = self.eos if first_token is None else first_token
         hypotheses = [(number, h) for number, sentence in enumerate(found) for h in sentence]
         longest = max(h["tokens"].numel() for _, h in hypotheses)
         sides = [model.cfg.decoder for model in self.model.models]

@@ -1,4 +1,4 @@
-"""fairseq's sequence generator whose beam search over pruned transformers runs on the device."""
+"""fairseq's sequence generator whose searches over pruned transformers run on the device."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ class LimitedEnsemble(EnsembleModelWithAlignment):
 
 
 class PrunedSequenceGenerator(SequenceGenerator):
-    """fairseq's generator; beam search over pruned transformers runs on static buffers and CUDA graphs.
+    """fairseq's generator; searches over pruned transformers run on static buffers and CUDA graphs.
 
-    Other searches and models use fairseq's own loop, which is logged once with the reason; so does a CPU without
-    kernels, where batches rounded up to the size of buffers only cost time.
+    Constrained searches and other models use fairseq's own loop, which is logged once with the reason; so does a CPU
+    without kernels, where batches rounded up to the size of buffers only cost time.
     """
 
     def __init__(self, models, tgt_dict, **kwargs):
@@ -100,10 +100,8 @@ class PrunedSequenceGenerator(SequenceGenerator):
             return self.search_on_device(sample, prefix_tokens, bos_token)[0]
         self._log_cache_savings()
         self.model.max_steps = self._limits(sample)[0] + 1
-        if isinstance(
-            self.search, DiverseBeamSearch
-        ):  # fairseq looks up what a batch remembers by numbers of the data set
-            sample = {**sample, "id": None}
+        if isinstance(self.search, DiverseBeamSearch):
+            sample = {**sample, "id": None}  # by which fairseq would look up sentences of the batch
         return super()._generate(sample, prefix_tokens, constraints, bos_token)
 
     def _log_cache_savings(self) -> None:

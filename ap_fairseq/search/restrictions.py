@@ -44,7 +44,7 @@ class Restrictions:
         if rules.no_repeat_ngram_size:
             history = self.history[: log_probs.size(0)]
             history.index_copy_(1, state.step, state.tokens[: log_probs.size(0), None])
-            free = None if forced is None else forced.eq(rules.pad).repeat_interleave(rules.beam)
+            free = None if forced is None else forced.eq(rules.pad)[:, None].expand(n, rules.beam).reshape(-1)
             forbid_repetitions(log_probs, history, state.step, rules.no_repeat_ngram_size, rules.pad, free)
         if rules.exact_length:
             too_short = state.step < self.lengths[sentence]

@@ -1,4 +1,4 @@
-"""The rules of a beam search, read off fairseq's generator for every batch."""
+"""The rules of a search, read off fairseq's generator for every batch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ NORMAL, BEFORE_MIN_LEN, AT_MAX_LEN, WITHIN_PREFIX = range(4)  # phases of a sear
 
 @dataclass(frozen=True)
 class SearchRules:
-    """Rules of a beam search, as ``fairseq.sequence_generator`` defines them.
+    """Rules of a search, as ``fairseq.sequence_generator`` defines them.
 
     Attributes:
         beam: hypotheses of a sentence.

@@ -105,7 +105,7 @@ class Sampling(Strategy):
             values[..., 1:].masked_fill_(mass[..., :-1] >= self.top_p, -math.inf)
         # The first of independent exponential clocks of these rates to ring is a draw by them, and none is waited for.
         clock = torch.empty_like(values).exponential_().clamp_min_(torch.finfo(values.dtype).tiny)
-        drawn = (values - clock.log_()).argmax(-1, keepdim=True)
+        drawn = clock.log_().neg_().add_(values).argmax(-1, keepdim=True)
         sums = step.scores() + values.gather(-1, drawn)[..., 0]
         token = (drawn if tokens is None else tokens.gather(-1, drawn))[..., 0]
         return sums, torch.arange(token.size(1), device=token.device).expand_as(token), token
