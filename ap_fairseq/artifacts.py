@@ -527,10 +527,14 @@ class PruningMasks:
                     f"cross: relative masks of shape {shape}, expected (layers, heads, 2 S - 1) of {heads} layers and "
                     "heads"
                 )
-            if self.relative.slope < 0 or not self.relative.keep[..., shape[2] // 2].all():
+            place = self.relative.anchor + shape[2] // 2
+            inside = place.shape == shape[:2] and place.min() >= 0 and place.max() < shape[2]
+            kept = inside and np.take_along_axis(self.relative.keep, place[..., None], 2).all()
+            if self.relative.slope < 0 or not kept:
                 raise ArtifactError(
-                    f"cross: relative masks of slope {self.relative.slope} must be of one above 0 and keep offset 0 in "
-                    "every head, or a row could be empty"
+                    f"cross: relative masks of slope {self.relative.slope} with anchors "
+                    f"{self.relative.anchor.tolist()}; expected a slope of at least 0, and an anchor for each head "
+                    "that it keeps, or a row could be empty"
                 )
 
     @classmethod
@@ -566,7 +570,8 @@ class PruningMasks:
     def packed(self) -> dict[str, np.ndarray]:
         """Return the tensors as stored: int64 words of 32 cells and int64 (2,) ranges (Tq, Tk).
 
-        Relative masks add ``cross.offsets``, words likewise, and ``cross.geometry`` int64 (2,): slope, offsets.
+        Relative masks add ``cross.offsets``, words likewise, ``cross.geometry`` int64 (2,): slope, offsets, and
+        ``cross.anchor`` int64 (layers, heads).
         """
         tensors = {}
         for kind in self.kinds:
@@ -575,6 +580,7 @@ class PruningMasks:
             tensors[f"{kind.value}.range"] = np.array(self.keep[kind].shape[2:], dtype=np.int64)
         if self.relative is not None:
             tensors["cross.offsets"] = pack_cells(self.relative.keep)
+            tensors["cross.anchor"] = self.relative.anchor
             tensors["cross.geometry"] = np.array([self.relative.slope, self.relative.keep.shape[2]], dtype=np.int64)
         return tensors
 
@@ -616,7 +622,8 @@ class PruningMasks:
                     raise ArtifactError(
                         f"cross: relative masks of shape {words.shape} for geometry {geometry.tolist()}"
                     )
-                relative = RelativeMask(slope, unpack_cells(words, n_offsets))
+                anchor = _tensor(tensors, "cross.anchor", np.int64, 2)
+                relative = RelativeMask(slope, unpack_cells(words, n_offsets), anchor)
             masks = cls(keep, extrapolation, metadata, relative)
             _require_architecture(metadata, masks.architecture)
             return masks

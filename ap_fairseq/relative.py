@@ -2,8 +2,9 @@
 
 Query i of a sentence with S source tokens has its *centre* at key c(i, S) = min(round(slope * i), S - 1): the source
 position that corresponds to it where sentences grow evenly, and the last source token where they do not. The cell
-(i, c + o) has the *offset* o. The centre exists in every row of every sentence, so a mask that keeps offset 0 leaves no
-row empty, and a pattern in offsets continues to any length.
+(i, c + o) has the *offset* o. Each head has an *anchor*, an offset whose cell it always keeps; where that lies outside
+the source, the nearest source token takes its place. So no row is empty, and a pattern in offsets continues to any
+length.
 
 The slope is a whole number of 1/65536 key positions per query position, so that every program rounds alike.
 """
@@ -63,11 +64,29 @@ class RelativeMask:
 
     Attributes:
         slope: of the diagonal.
-        keep: bool (layers, heads, 2 S - 1), True = kept; offset 0, the middle, is True. Offsets outside are kept.
+        keep: bool (layers, heads, 2 S - 1), True = kept; those of the anchors are True. Offsets outside are kept.
+        anchor: int64 (layers, heads), offsets.
     """
 
     slope: int
     keep: np.ndarray
+    anchor: np.ndarray
+
+    def anchored(self, rows: np.ndarray) -> np.ndarray:
+        """Return the offsets of the anchors in rows of :func:`rows_by_centre`: int64 (layers, heads, S + 1, S)."""
+        size, middle = np.indices(rows.shape)
+        return (middle + self.anchor[..., None, None]).clip(0, np.maximum(size - 1, 0)) - middle
+
+    def moved(self, rows: np.ndarray) -> np.ndarray:
+        """Where the source's ends move an anchor to an offset that is else pruned: bool, shape as :meth:`anchored`."""
+        keep, offset = self.grown(2 * rows.shape[1] - 1), self.anchored(rows) + rows.shape[1] - 1
+        flat = np.take_along_axis(keep, offset.reshape(*keep.shape[:2], -1), 2)
+        return ~flat.reshape(offset.shape)
+
+    def kept_pairs(self, rows: np.ndarray) -> np.ndarray:
+        """Count the pairs that each head keeps in rows of :func:`rows_by_centre`: int64 (layers, heads)."""
+        keep = self.grown(2 * rows.shape[1] - 1)
+        return (keep * offset_support(rows)).sum(2) + (self.moved(rows) * rows).sum((2, 3))
 
     def grown(self, size: int) -> np.ndarray:
         """Return the mask over *size* offsets, an odd number: bool (layers, heads, *size*)."""
@@ -79,7 +98,29 @@ class RelativeMask:
         column = np.arange(length if n_keys is None else n_keys)
         offset = column - centre(self.slope, np.arange(n_queries), np.int64(length))[:, None]
         widest = int(np.abs(offset).max(initial=0))
-        return self.grown(2 * widest + 1)[..., offset + widest]
+        kept = self.grown(2 * widest + 1)[..., offset + widest]
+        anchor = (column[0] - offset[:, 0] + self.anchor[..., None]).clip(0, length - 1)  # (layers, heads, n_queries)
+        return kept | (column == anchor[..., None])
+
+
+def choose_anchors(score: np.ndarray, most: int) -> np.ndarray:
+    """Give each head the offset of its highest score that fewer than *most* heads with higher ones have already.
+
+    Args:
+        score: float64 (heads, 2 S - 1).
+
+    Returns:
+        int64 (heads,), offsets.
+    """
+    heads, n_offsets = score.shape
+    anchor = np.full(heads, n_offsets)
+    taken = np.zeros(n_offsets, dtype=np.int64)
+    for place in np.argsort(-score, axis=None, kind="stable"):
+        head, offset = divmod(int(place), n_offsets)
+        if anchor[head] == n_offsets and taken[offset] < most:
+            anchor[head] = offset
+            taken[offset] += 1
+    return anchor - n_offsets // 2
 
 
 def widened(offsets: np.ndarray, size: int, value: float) -> np.ndarray:

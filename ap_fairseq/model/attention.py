@@ -19,7 +19,7 @@ from triton_ops.api import HEAD_SIZES
 from triton_ops.dense import attend_dense
 from triton_ops.layout import unpack_cells
 
-OFFSET_BUFFERS = ("offset_words", "offset_geometry")
+OFFSET_BUFFERS = ("offset_words", "offset_geometry", "offset_anchor")
 MASK_BUFFERS = ("keep_words", "extrapolation_words", "mask_range", *OFFSET_BUFFERS)
 LAST_USE_MEMO = 16  # answers of `last_use` that a module remembers: searches ask for a few lengths again and again
 
@@ -43,9 +43,10 @@ class PrunedMultiheadAttention(NotScriptable, MultiheadAttention):
     - ``keep_words`` int64 (heads, Tq, ceil(Tk / 32)) and ``extrapolation_words`` int64 (heads,
       ceil((Tq + Tk - 1) / 32)): 32 cells to a word, bit set = kept (see :func:`ap_fairseq.artifacts.pack_cells`);
     - ``mask_range`` int64 (2,): Tq, Tk. Before a mask is set all three are empty, and a forward pass is an error;
-    - ``offset_words`` int64 (heads, ceil(O / 32)) and ``offset_geometry`` int64 (2,): the slope, and the number O of
-      offsets. Cross-attention under a mask relative to a scaled diagonal (:mod:`ap_fairseq.relative`) keeps the cells
-      that both masks keep, and runs on torch's attention, as the kernels read no such mask. Empty for other masks.
+    - ``offset_words`` int64 (heads, ceil(O / 32)), ``offset_geometry`` int64 (2,): the slope, and the number O of
+      offsets, and ``offset_anchor`` int64 (heads,). Cross-attention under a mask relative to a scaled diagonal
+      (:mod:`ap_fairseq.relative`) keeps the cells that both masks keep, and runs on torch's attention, as the kernels
+      read no such mask. Empty for other masks.
 
     Args:
         embed_dim, num_heads: as in fairseq.
@@ -122,6 +123,7 @@ class PrunedMultiheadAttention(NotScriptable, MultiheadAttention):
         mask_range: Tensor,
         offset_words: Tensor | None = None,
         offset_geometry: Tensor | None = None,
+        offset_anchor: Tensor | None = None,
     ) -> None:
         """Take a packed mask (shapes as the buffers). A checkpoint loaded afterwards does not replace it.
 
@@ -130,8 +132,8 @@ class PrunedMultiheadAttention(NotScriptable, MultiheadAttention):
         """
         buffers = no_offsets(self.num_heads)
         buffers |= {"keep_words": keep_words, "extrapolation_words": extrapolation_words, "mask_range": mask_range}
-        if offset_words is not None and offset_geometry is not None:
-            buffers |= {"offset_words": offset_words, "offset_geometry": offset_geometry}
+        if offset_words is not None:
+            buffers |= zip(OFFSET_BUFFERS, (offset_words, offset_geometry, offset_anchor), strict=True)
         for name, value in buffers.items():
             setattr(self, name, value.to(self.out_proj.weight.device))
         self.mask_is_explicit = True
@@ -152,7 +154,7 @@ class PrunedMultiheadAttention(NotScriptable, MultiheadAttention):
 
     def _forget_derived(self) -> None:
         self._layout: AttentionLayout | None = None
-        self._offsets: tuple[int, Tensor] | None = None
+        self._offsets: tuple[int, Tensor, Tensor | None] | None = None
         self._last_use: tuple[AttentionLayout | None, dict[int, Tensor]] = None, {}
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
@@ -183,19 +185,27 @@ class PrunedMultiheadAttention(NotScriptable, MultiheadAttention):
             rows: int64 (R,), query positions.
             lengths: int64 (B,), source tokens of each sentence.
         """
-        slope, table = self._offset_table()
-        centre = torch.minimum(scaled(slope, rows), (lengths - 1).clamp_min(0)[:, None])  # (B, R)
+        slope, table, anchor = self._offset_table()
+        last = (lengths - 1).clamp_min(0)[:, None]  # (B, 1)
+        centre = torch.minimum(scaled(slope, rows), last)  # (B, R)
         key = torch.arange(n_keys, device=rows.device)
         index = key - centre[..., None] + table.size(1) // 2  # (B, R, n_keys)
-        return table[:, index.clamp(0, table.size(1) - 1)].transpose(0, 1)
+        kept = table[:, index.clamp(0, table.size(1) - 1)].transpose(0, 1)
+        if anchor is None:
+            return kept
+        cell = torch.minimum((centre[:, None] + anchor[:, None]).clamp_min(0), last[..., None])  # (B, heads, R)
+        return kept | (key == cell[..., None])
 
     @torch.inference_mode(False)
-    def _offset_table(self) -> tuple[int, Tensor]:
-        """Return the slope and bool (heads, 2 S + 1): what is kept at each offset, and at both ends what is beyond."""
+    def _offset_table(self) -> tuple[int, Tensor, Tensor | None]:
+        """Return the slope, bool (heads, 2 S + 1), what is kept at each offset, and anchors, int64 (heads,).
+
+        The ends of the table are for offsets beyond the mask. Anchors are None where all are 0, which is in the table.
+        """
         if self._offsets is None or self._offsets[1].device != self.offset_words.device:
             slope, n_offsets = self.offset_geometry.tolist()
             table = F.pad(unpack_cells(self.offset_words, n_offsets), (1, 1), value=True)
-            self._offsets = slope, table
+            self._offsets = slope, table, self.offset_anchor if self.offset_anchor.any() else None
         return self._offsets
 
     @torch.inference_mode(False)  # what is kept may be needed for training later
@@ -443,6 +453,7 @@ def no_offsets(num_heads: int) -> dict[str, Tensor]:
     return {
         "offset_words": torch.zeros(num_heads, 0, dtype=torch.int64),
         "offset_geometry": torch.zeros(0, dtype=torch.int64),
+        "offset_anchor": torch.zeros(0, dtype=torch.int64),
     }
 
 

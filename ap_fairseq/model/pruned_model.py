@@ -99,8 +99,8 @@ class PrunedModel(NotScriptable):
         """Give every attention module its mask; a checkpoint loaded afterwards does not replace them."""
         tensors = {name: torch.from_numpy(array) for name, array in masks.packed().items()}
         for (kind, layer), module in attention_sites(self):
-            by_layer = ("keep", "extrapolation", "range", "offsets", "geometry")
-            packed = [tensors.get(f"{kind.value}.{name}") for name in by_layer]
+            names = ("keep", "extrapolation", "range", "offsets", "geometry", "anchor")
+            packed = [tensors.get(f"{kind.value}.{name}") for name in names]
             module.set_mask(*(x if x is None else x.clone() if x.dim() == 1 else x[layer].clone() for x in packed))
         if masks.relative is not None:
             logger.info(RELATIVE_RUNS_ON_SDPA)

@@ -22,7 +22,7 @@ from ap_fairseq.pruning import criteria
 from ap_fairseq.pruning.select import beyond_best, prune_lowest, prune_surplus_first, weight_of
 from ap_fairseq.pruning.spec import Granularity, MaskSpec, block_shape
 from ap_fairseq.pruning.summary import LayerSummary, missed_budgets, sparsity_on, summarize, total_of, vanished_heads
-from ap_fairseq.relative import RelativeMask
+from ap_fairseq.relative import RelativeMask, choose_anchors
 from ap_fairseq.sites import AttentionKind
 
 Cells = dict[AttentionKind, np.ndarray]
@@ -98,17 +98,21 @@ def _calibrated(stats: AttentionStats, spec: MaskSpec, growing: bool) -> BuiltMa
 
 def _build(stats: AttentionStats, spec: MaskSpec, growing: bool, wanted: MaskSpec) -> BuiltMasks:
     """Build masks by *spec*; warnings and provenance are those of *wanted*, the specification before calibration."""
-    recorded = stats
+    recorded, rows = stats, np.zeros((1, 1), dtype=np.int64)
     if spec.in_offsets(AttentionKind.CROSS):
-        stats = stats.in_offsets()
+        rows, stats = stats.rows_by_centre(), stats.in_offsets()
         stats.require_pairs()
     if spec.criterion == "percentile":
         keep, extrapolation = _by_percentile(stats, spec)
     else:
-        keep, extrapolation = _ranked(stats, spec, growing)
+        keep, extrapolation, units = _ranked(stats, spec, growing, rows)
     for kind in stats.kinds:
         _finish(keep[kind], extrapolation[kind], stats, kind, spec)
-    masks = _masks(keep, extrapolation, recorded, spec)
+    relative = None
+    if spec.in_offsets(AttentionKind.CROSS):
+        slope, anchor = recorded.by_offset().slope, units[AttentionKind.CROSS].anchor
+        relative, keep, extrapolation = _relative(keep, extrapolation, slope, anchor)
+    masks = PruningMasks(keep, extrapolation, relative=relative)
     summary = summarize(masks, recorded)
     kinds = [row for row in summary if row.layer is None]
     vanished = vanished_heads(masks, recorded)
@@ -139,14 +143,17 @@ def _build(stats: AttentionStats, spec: MaskSpec, growing: bool, wanted: MaskSpe
     return BuiltMasks(masks, summary, warnings)
 
 
-def _masks(keep: Cells, extrapolation: Cells, stats: AttentionStats, spec: MaskSpec) -> PruningMasks:
-    """Return the masks; decisions about offsets become masks relative to the scaled diagonal."""
-    kind, relative = AttentionKind.CROSS, None
-    if spec.in_offsets(kind):
-        relative = RelativeMask(stats.by_offset().slope, keep[kind][:, :, 0])
-        everything = np.ones((*keep[kind].shape[:2], 1, 1), dtype=bool)
-        keep, extrapolation = {**keep, kind: everything}, {**extrapolation, kind: everything[..., 0]}
-    return PruningMasks(keep, extrapolation, relative=relative)
+def _relative(keep: Cells, extrapolation: Cells, slope: int, anchor: np.ndarray) -> tuple[RelativeMask, Cells, Cells]:
+    """Turn decisions about offsets of cross-attention into a relative mask over a mask that keeps everything."""
+    kind = AttentionKind.CROSS
+    offsets = keep[kind][:, :, 0]
+    np.put_along_axis(offsets, anchor[..., None] + offsets.shape[2] // 2, True, axis=2)
+    everything = np.ones((*offsets.shape[:2], 1, 1), dtype=bool)
+    return (
+        RelativeMask(slope, offsets, anchor),
+        {**keep, kind: everything},
+        {**extrapolation, kind: everything[..., 0]},
+    )
 
 
 def _named(by_kind: Mapping[AttentionKind, Any]) -> dict[str, Any]:
@@ -163,12 +170,18 @@ def _all_kept(stats: AttentionStats) -> tuple[Cells, Cells]:
 # -- criteria -------------------------------------------------------------------------------------------------------
 
 
-def _ranked(stats: AttentionStats, spec: MaskSpec, growing: bool) -> tuple[Cells, Cells]:
-    """Prune units in ascending order of score until each scope's budget of pairs is reached."""
-    units = {kind: _Units.from_stats(stats, kind, spec) for kind in stats.kinds if kind in spec.budgets}
+def _ranked(
+    stats: AttentionStats, spec: MaskSpec, growing: bool, rows: np.ndarray
+) -> tuple[Cells, Cells, dict[AttentionKind, _Units]]:
+    """Prune units in ascending order of score until each scope's budget of pairs is reached.
+
+    Args:
+        rows: those of cross-attention by centre, where its units are offsets.
+    """
+    units = {kind: _Units.from_stats(stats, kind, spec, rows) for kind in stats.kinds if kind in spec.budgets}
     keep, extrapolation = _all_kept(stats)
     for members, target in _scopes(units, stats, spec):
-        parts = [(units[kind].score[index], units[kind].weight) for kind, index in members]
+        parts = [(units[kind].score[index], units[kind].weight[index]) for kind, index in members]
         surplus = [units[kind].surplus[index] for kind, index in members]
         if not growing:
             target = _required_by_cap(parts, surplus, target, members, stats, spec)
@@ -182,7 +195,7 @@ def _ranked(stats: AttentionStats, spec: MaskSpec, growing: bool) -> tuple[Cells
                 cells[:] = whole[..., units[kind].cell_unit]
             thresholds = np.where(units[kind].offset_surplus[index], surplus_threshold, threshold)
             extrapolation[kind][index] = units[kind].offset_score[index] > thresholds
-    return keep, extrapolation
+    return keep, extrapolation, units
 
 
 def _required_by_cap(parts, surplus, target: float, members, stats: AttentionStats, spec: MaskSpec) -> float:
@@ -228,13 +241,14 @@ class _Units:
 
     Attributes:
         score: float64 (layers, heads, units), with 1 for an axis that shares scores; higher = keep, infinite = always.
-        weight: int64 (units,): observed pairs in the unit, over all heads that share the score, always-kept cells left
-            out.
+        weight: int64, the shape of *score*: observed pairs in the unit, over all heads that share the score, without
+            always-kept cells.
         offset_score: float64 (layers or 1, heads or 1, Tq + Tk - 1): the score along each diagonal, +inf where never
             observed.
         cell_unit: int64 (Tq, Tk): the unit of each cell.
         surplus: bool, the shape of *score*: units in heads beyond those that ``max_heads`` leaves them, pruned first.
         offset_surplus: bool, the shape of *offset_score*: offsets likewise.
+        anchor: int64 (layers, heads), the offset that each head always keeps; of cross-attention by offset.
     """
 
     score: np.ndarray
@@ -243,9 +257,10 @@ class _Units:
     cell_unit: np.ndarray
     surplus: np.ndarray
     offset_surplus: np.ndarray
+    anchor: np.ndarray
 
     @classmethod
-    def from_stats(cls, stats: AttentionStats, kind: AttentionKind, spec: MaskSpec) -> _Units:
+    def from_stats(cls, stats: AttentionStats, kind: AttentionKind, spec: MaskSpec, rows: np.ndarray) -> _Units:
         support, heads = stats.support[kind], stats.mass[kind].shape[:2]
         criterion = criteria.CRITERIA[spec.criterion]
         cell_unit = _number_units(support.shape, 1 if spec.in_offsets(kind) else spec.granularity_of(kind))
@@ -265,6 +280,12 @@ class _Units:
             raise ArtifactError(f"{kind.value}: scores by --criterion {spec.criterion} overflow; record again")
         if criterion.ties:
             score = score - TIES * np.random.default_rng(spec.seed).random(len(pairs))
+        anchor = np.zeros(heads, dtype=np.int64)
+        if spec.in_offsets(kind):
+            score = np.broadcast_to(score, (*heads, len(pairs))).copy()
+            anchor = _anchors(score * support[0], kind, spec)
+            pairs = pairs - _anchored_pairs(anchor, rows, pairs)
+            np.put_along_axis(score, anchor[..., None] + score.shape[2] // 2, np.inf, axis=2)
         if count := int(spec.min_heads.get(kind, 0)):
             score, offset_score = (_always_in_best_heads(s, heads, count, kind) for s in (score, offset_score))
         surplus, offset_surplus = (np.zeros(s.shape, dtype=bool) for s in (score, offset_score))
@@ -275,15 +296,17 @@ class _Units:
         for layer, head in np.ndindex(score.shape[:2]) if spec.min_kept else ():
             lowest = score[layer, head].min() - 1
             ranked = np.where(surplus[layer, head], lowest, score[layer, head])
-            (free,), _ = prune_lowest([(ranked, pairs)], (1 - spec.min_kept) * support.sum(), at_most=True)
-            if (surplus[layer, head] & ~free & (pairs > 0)).any():
+            weight = np.broadcast_to(pairs, score.shape)[layer, head]
+            (free,), _ = prune_lowest([(ranked, weight)], (1 - spec.min_kept) * support.sum(), at_most=True)
+            if (surplus[layer, head] & ~free & (weight > 0)).any():
                 raise UserError(
                     f"--min-kept {spec.min_kept} is more than --max-heads {kind.value}={spec.max_heads[kind]:g} leaves "
                     f"head {head} of layer {layer}; lower --min-kept or raise --max-heads"
                 )
             score[layer, head, ~free] = np.inf
         sharing = np.prod(heads) // np.prod(score.shape[:2])
-        return cls(score, pairs * sharing, offset_score, cell_unit, surplus, offset_surplus)
+        weights = np.broadcast_to(pairs * sharing, score.shape)
+        return cls(score, weights, offset_score, cell_unit, surplus, offset_surplus, anchor)
 
 
 def _always_in_best_heads(score: np.ndarray, heads: tuple[int, int], count: int, kind: AttentionKind) -> np.ndarray:
@@ -307,6 +330,39 @@ def _always_in_best_heads(score: np.ndarray, heads: tuple[int, int], count: int,
     return by_head.reshape(*heads, -1)
 
 
+def _anchors(total: np.ndarray, kind: AttentionKind, spec: MaskSpec) -> np.ndarray:
+    """Choose the offset that each head always keeps: int64 (layers, heads).
+
+    That is the diagonal, or with ``max_heads`` the best one that no more heads have than it allows: the pairs of one
+    offset in every head are most of what a high budget leaves.
+
+    Args:
+        total: float64 (layers, heads, offsets), score of all pairs of each offset.
+    """
+    layers, heads, n_offsets = total.shape
+    if kind not in spec.max_heads:
+        return np.zeros((layers, heads), dtype=np.int64)
+    groups = total if spec.max_heads_of == "layer" else total.reshape(1, -1, n_offsets)
+    most = _cap(groups.shape[1], kind, spec)
+    return np.stack([choose_anchors(group, most) for group in groups]).reshape(layers, heads)
+
+
+def _anchored_pairs(anchor: np.ndarray, rows: np.ndarray, pairs: np.ndarray) -> np.ndarray:
+    """Count the prunable *pairs* (offsets,) that anchors keep anyhow: int64 (layers, heads, offsets)."""
+    n_offsets = len(pairs)
+    counts = np.zeros((*anchor.shape, n_offsets), dtype=np.int64)
+    offset = RelativeMask(0, np.zeros((*anchor.shape, 1), dtype=bool), anchor).anchored(rows) + n_offsets // 2
+    for head in np.ndindex(anchor.shape):
+        np.add.at(counts[head], offset[head].ravel(), rows.ravel())
+    return np.minimum(counts, pairs)
+
+
+def _cap(heads: int, kind: AttentionKind, spec: MaskSpec) -> int:
+    """Return how many of *heads* heads may keep a unit: ``max_heads``, or as many as its share of them."""
+    most = spec.max_heads[kind]
+    return int(most) if most >= 1 else max(1, int(most * heads + 1e-9))
+
+
 def _beyond_cap(score: np.ndarray, kind: AttentionKind, spec: MaskSpec) -> np.ndarray:
     """Mark, for each unit, the heads beyond the best that ``max_heads`` allows: bool (layers, heads, units).
 
@@ -322,7 +378,7 @@ def _beyond_cap(score: np.ndarray, kind: AttentionKind, spec: MaskSpec) -> np.nd
     if most > groups.shape[1]:
         of = f"{heads} heads in a layer" if spec.max_heads_of == "layer" else f"{layers} layers of {heads} heads"
         raise UserError(f"--max-heads {kind.value}={most:g}, but it has {of}; lower it, or leave it out")
-    count = int(most) if most >= 1 else max(1, int(most * groups.shape[1] + 1e-9))
+    count = _cap(groups.shape[1], kind, spec)
     draw = np.random.default_rng([spec.seed, list(AttentionKind).index(kind)])
     return np.stack([beyond_best(group, count, draw) for group in groups]).reshape(score.shape)
 
@@ -360,7 +416,8 @@ def _always_kept(stats: AttentionStats, kind: AttentionKind, spec: MaskSpec) -> 
     """The guaranteed cell of each row and the sets that *spec* names, bool (Tq, Tk)."""
     if spec.in_offsets(kind):
         n_offsets = stats.support[kind].shape[1]
-        return np.abs(np.arange(n_offsets) - n_offsets // 2)[None] <= (spec.keep_diagonal or 0)
+        distance = np.abs(np.arange(n_offsets) - n_offsets // 2)[None]
+        return distance <= (-1 if spec.keep_diagonal is None else spec.keep_diagonal)
     cells = criteria.guaranteed(stats.support[kind].shape, kind)
     cells[:, : spec.keep_first] = True
     if spec.keep_diagonal is not None:

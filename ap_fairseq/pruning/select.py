@@ -19,15 +19,15 @@ def prune_lowest(
     """Mark units in ascending order of score until their weight comes nearest to *target*, or the last below it.
 
     Args:
-        parts: pairs of scores, float64 (..., units), and weights, numbers (units,). Units of weight 0 (never observed,
-            or always kept) and of infinite score are not candidates.
+        parts: pairs of scores, float64 (..., units), and weights, numbers of the same shape or (units,). Units of
+            weight 0 (never observed, or always kept) and of infinite score are not candidates.
         at_most: never exceed the target.
 
     Returns:
         bool arrays of the shapes of the scores (True = pruned), and the score up to which units were pruned (-inf for
         none).
     """
-    rows = [(row, weight) for score, weight in parts for row in score.reshape(-1, score.shape[-1])]
+    rows = _rows(parts)
     low, high, spent = _critical_range(rows, target)
     undecided = list(_candidates(rows, low, high))
     score, weight = (np.concatenate([part[k] for part in undecided]) for k in (0, 1))
@@ -86,10 +86,14 @@ def prune_surplus_first(
 
 def weight_of(parts: Sequence[tuple[np.ndarray, np.ndarray]], marks: Sequence[np.ndarray]) -> float:
     """Return the weight of the marked units, bool arrays of the shapes of the scores."""
-    rows = [
-        (row, weight) for (_, weight), mark in zip(parts, marks, strict=True) for row in mark.reshape(-1, len(weight))
-    ]
+    rows = _rows([(mark, weight) for (_, weight), mark in zip(parts, marks, strict=True)])
     return float(sum(weight[row].sum() for row, weight in rows))
+
+
+def _rows(parts: Sequence[tuple[np.ndarray, np.ndarray]]) -> Rows:
+    """Pair each head's scores (or marks) with its weights; views, as 10^8 units would be copied."""
+    spread = [(score, np.broadcast_to(weight, score.shape)) for score, weight in parts]
+    return [(score[head], weight[head]) for score, weight in spread for head in np.ndindex(score.shape[:-1])]
 
 
 def _candidates(rows: Rows, low: float, high: float) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:

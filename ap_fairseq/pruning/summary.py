@@ -79,13 +79,19 @@ def _layers(keep: np.ndarray, stats: AttentionStats, kind: AttentionKind) -> lis
 
 
 def _relative_layers(masks: RelativeMask, stats: AttentionStats) -> list[dict[str, float]]:
-    """As :func:`_layers`, for masks relative to the scaled diagonal; rows are those of all sentences."""
+    """As :func:`_layers`, for masks relative to the scaled diagonal; rows are those of all sentences.
+
+    Kept mass leaves out that of anchors which the source's ends moved: it was recorded by offset.
+    """
     offsets, rows = stats.in_offsets(), stats.rows_by_centre()
     support = offsets.support[AttentionKind.CROSS][0]
     keep = masks.grown(len(support))
     layers = _layers(keep[:, :, None], offsets, AttentionKind.CROSS)
-    lone = rows * (np.arange(len(rows)) > 1)[:, None] * (kept_in_row(keep, rows) == 1)  # of sources of several tokens
+    alone = kept_in_row(keep, rows) + masks.moved(rows) == 1
+    lone = rows * (np.arange(len(rows)) > 1)[:, None] * alone  # of sources of several tokens
+    kept = masks.kept_pairs(rows).sum(1)
     for layer, counts in enumerate(layers):
+        counts["pruned"] = counts["pairs"] - kept[layer]
         counts |= {"not_kept": counts["pruned"], "cells": counts["pairs"]}
         counts |= {"guaranteed": lone[layer].sum(), "rows": rows.sum() * keep.shape[1]}
     return layers
@@ -105,14 +111,15 @@ def sparsity_on(masks: PruningMasks, lengths: np.ndarray) -> dict[str, float]:
     shares, pruned_pairs, all_pairs = {}, 0, 0
     for kind in masks.kinds:
         if kind is AttentionKind.CROSS and masks.relative is not None:
-            support = offset_support(rows_by_centre(lengths, masks.relative.slope))
-            keep = masks.relative.grown(len(support))
+            rows = rows_by_centre(lengths, masks.relative.slope)
+            pairs = int(offset_support(rows).sum()) * int(np.prod(masks.relative.anchor.shape))
+            pruned = pairs - int(masks.relative.kept_pairs(rows).sum())
         else:
             support = support_of(kind, by_pair(lengths))
             keep = masks.grown(kind, support.shape)
-        heads = int(np.prod(keep.shape[:2]))
-        pairs = int(support.sum()) * heads
-        pruned = int((support * (heads - keep.sum((0, 1), dtype=np.int64))).sum())
+            heads = int(np.prod(keep.shape[:2]))
+            pairs = int(support.sum()) * heads
+            pruned = int((support * (heads - keep.sum((0, 1), dtype=np.int64))).sum())
         shares[kind.value] = pruned / pairs
         pruned_pairs, all_pairs = pruned_pairs + pruned, all_pairs + pairs
     return {**shares, "total": pruned_pairs / all_pairs}
@@ -134,9 +141,10 @@ def vanished_heads(masks: PruningMasks, stats: AttentionStats) -> dict[str, list
         support, keep = stats.support[kind], masks.keep[kind]
         others = (support > 0) & ~criteria.guaranteed(support.shape, kind)
         if kind is AttentionKind.CROSS and masks.relative is not None:
-            others = offset_support(stats.rows_by_centre())[None] > 0
-            others[0, others.shape[1] // 2] = False
-            keep = masks.relative.grown(others.shape[1])[:, :, None]
+            offsets = offset_support(stats.rows_by_centre()) > 0
+            place = np.arange(len(offsets)) - len(offsets) // 2
+            others = (offsets & (place != masks.relative.anchor[..., None]))[:, :, None]
+            keep = masks.relative.grown(len(offsets))[:, :, None]
         empty = ~(keep & others).any((-2, -1)) & others.any()
         if empty.any():
             vanished[kind.value] = np.argwhere(empty).tolist()

@@ -318,13 +318,19 @@ def _decided(masks: PruningMasks, stats: AttentionStats, kind: AttentionKind) ->
 
 def head_sparsity(masks: PruningMasks, stats: AttentionStats, kind: AttentionKind) -> np.ndarray:
     """Effective sparsity of each head: float64 (layers, heads)."""
+    if is_relative(masks, kind):
+        rows = stats.rows_by_centre()
+        return 1 - masks.relative.kept_pairs(rows) / offset_support(rows).sum()
     keep, support = _decided(masks, stats, kind)
     kept = np.stack([[support[head].sum() for head in layer] for layer in keep])
     return 1 - kept / support.sum()
 
 
 def seen_by(masks: PruningMasks, stats: AttentionStats, kind: AttentionKind) -> np.ndarray:
-    """Share of the pairs of positions of a layer that 0, 1, ... heads of it keep: float64 (heads + 1,), sum 1."""
+    """Share of the pairs of positions of a layer that 0, 1, ... heads of it keep: float64 (heads + 1,), sum 1.
+
+    Of relative masks by offset, without the anchors that a source's ends moved.
+    """
     keep, support = _decided(masks, stats, kind)
     layers, heads = keep.shape[:2]
     counts = sum(np.bincount(layer.sum(0).ravel(), weights=support.ravel(), minlength=heads + 1) for layer in keep)

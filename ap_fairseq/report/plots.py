@@ -488,7 +488,8 @@ def offsets(stats: AttentionStats, masks: PruningMasks, name: str) -> Figure:
     seen = analysis.seen_by(masks, stats, AttentionKind.CROSS)
     text = (
         f"Offset 0 of query i is key min(round({slope:.3f} i), S - 1) of a source of S tokens. {1 - seen[0]:.1%} of "
-        f"the pairs are kept by some head of a layer; offsets to {reach} on either side have 95% of all pairs."
+        f"the pairs are kept by some head of a layer; offsets to {reach} on either side have 95% of all pairs. "
+        f"Anchors: {', '.join(map(str, masks.relative.anchor.ravel().tolist()))}."
     )
     return Figure(
         f"offsets_{name}",

@@ -37,6 +37,8 @@ SLOPE = relative.slope_of(9, 10)
 
 
 def relative_masks(share=0.6, seed=1, **spec) -> PruningMasks:
+    """Masks whose heads have different anchors."""
+    spec = {"max_heads": {CROSS: 1}, **spec}
     stats = random_stats(longest=(9, 11), seed=seed)
     return build_masks(stats, MaskSpec({CROSS: share}, granularity=SCALED, **spec)).masks
 
@@ -52,6 +54,8 @@ def cells_of(masks: PruningMasks, target: int, source: int) -> np.ndarray:
             place = j - centre + n_offsets // 2
             if 0 <= place < n_offsets:
                 kept[:, :, i, j] = masks.relative.keep[:, :, place]
+        for layer, head in np.ndindex(masks.relative.anchor.shape):
+            kept[layer, head, i, min(max(centre + masks.relative.anchor[layer, head], 0), source - 1)] = True
     return kept
 
 
@@ -73,6 +77,7 @@ def translate(model, source, inputs):
 
 def test_pairs_of_offsets_and_rows_are_counted_as_a_loop_over_sentences_counts_them():
     masks = relative_masks()
+    assert masks.relative.anchor.any()
     masks.relative.slope = SLOPE
     lengths = np.array([[4, 5, 2], [9, 3, 1], [1, 1, 3], [7, 11, 1]])
     rows = relative.rows_by_centre(lengths, SLOPE)
@@ -88,16 +93,18 @@ def test_pairs_of_offsets_and_rows_are_counted_as_a_loop_over_sentences_counts_t
             centre = relative.centre(SLOPE, np.int64(i), np.int64(source))
             counted[np.arange(source) - centre + longest - 1] += count
     np.testing.assert_array_equal(support, counted)
-    np.testing.assert_array_equal((masks.relative.grown(len(support)) * support).sum(2), kept_pairs)
-    in_row = relative.kept_in_row(masks.relative.grown(len(support)), rows)
+    np.testing.assert_array_equal(masks.relative.kept_pairs(rows), kept_pairs)
+    in_row = relative.kept_in_row(masks.relative.grown(len(support)), rows) + masks.relative.moved(rows)
     np.testing.assert_array_equal((rows * in_row).sum((2, 3)), kept_pairs)
     np.testing.assert_array_equal((rows * (in_row == 1)).sum((2, 3)), lone)
 
 
+@pytest.mark.parametrize("caps", [{}, {CROSS: 1}])
 @pytest.mark.parametrize("criterion", ["mean", "normalised", "diagonal-mean", "importance", "random"])
-def test_budgets_hold_over_the_recorded_sentences(criterion):
+def test_budgets_hold_over_the_recorded_sentences(criterion, caps):
     stats = random_stats(longest=(40, 50), sentences=400, heads=4)
-    masks = build_masks(stats, MaskSpec({CROSS: 0.8}, granularity="scaled-diagonal", criterion=criterion)).masks
+    spec = MaskSpec({CROSS: 0.8}, granularity="scaled-diagonal", criterion=criterion, max_heads=caps)
+    masks = build_masks(stats, spec).masks
     kept = total = 0
     for target, source, count in stats.lengths:
         cells = cells_of(masks, target, source)
@@ -111,17 +118,24 @@ def test_budgets_hold_over_the_recorded_sentences(criterion):
 def test_the_best_offsets_are_kept_by_at_most_so_many_heads():
     stats = random_stats(longest=(30, 30), sentences=300, heads=4)
     spec = MaskSpec({CROSS: 0.7}, granularity=SCALED, criterion="importance", max_heads={CROSS: 2})
-    keep = build_masks(stats, spec).masks.relative.keep
-    origin = keep.shape[2] // 2
-    assert keep[..., origin].all()
+    masks = build_masks(stats, spec).masks.relative
     support = relative.offset_support(stats.rows_by_centre())
-    others = np.delete(keep, origin, 2)[..., np.delete(support, origin) > 0]
-    assert others.sum(1).max() == 2
-    score = np.delete(stats.relative.importance / np.maximum(support, 1), origin, 2)[
-        ..., np.delete(support, origin) > 0
-    ]
-    ranks = score.argsort(1).argsort(1)
-    assert (ranks[others] >= 2).all() and score[others].min() >= score[~others & (ranks >= 2)].max()
+    seen = support > 0
+    assert masks.keep[..., seen].sum(1).max() == 2
+    for layer in range(2):
+        assert np.bincount(masks.anchor[layer] + 99).max() <= 2
+    score = (stats.relative.importance / np.maximum(support, 1))[..., seen]
+    keep, ranks = masks.keep[..., seen], score.argsort(1).argsort(1)
+    anchor = np.flatnonzero(seen) - len(seen) // 2 == masks.anchor[..., None]
+    others = ~anchor.any(1, keepdims=True) & (ranks >= 2)
+    assert score[keep & others].min() >= score[~keep & others].max()
+
+
+def test_anchors_are_the_best_offsets_that_are_left():
+    score = np.array([[1.0, 9, 2], [3, 8, 1], [2, 7, 6], [1, 2, 5]])
+    assert relative.choose_anchors(score[:3], 1).tolist() == [0, -1, 1]
+    assert relative.choose_anchors(score, 2).tolist() == [0, 0, 1, 1]
+    assert relative.choose_anchors(score, 4).tolist() == [0, 0, 0, 1]
 
 
 def test_a_global_budget_weighs_offsets_against_cells():
@@ -161,7 +175,7 @@ def test_statistics_of_version_0_2_are_told_to_be_recorded_anew():
 
 
 def test_keeping_the_diagonal_keeps_offsets_near_it():
-    keep = relative_masks(0.6, keep_diagonal=1).relative.keep
+    keep = relative_masks(0.6, keep_diagonal=1, max_heads={}).relative.keep
     assert keep[..., keep.shape[2] // 2 - 1 : keep.shape[2] // 2 + 2].all() and not keep.all()
 
 
@@ -180,6 +194,7 @@ def test_files_hold_offsets_and_older_programs_refuse_them(tmp_path):
     again = PruningMasks.load(tmp_path / "m.st")
     assert again.relative.slope == masks.relative.slope
     np.testing.assert_array_equal(again.relative.keep, masks.relative.keep)
+    np.testing.assert_array_equal(again.relative.anchor, masks.relative.anchor)
     assert again.metadata["format"] == "ap-pruning-masks-3"  # version 0.2 reads -2 alone
     random_masks(0.5).save(tmp_path / "absolute.st")
     assert PruningMasks.load(tmp_path / "absolute.st").metadata["format"] == "ap-pruning-masks-2"
@@ -187,12 +202,13 @@ def test_files_hold_offsets_and_older_programs_refuse_them(tmp_path):
 
 def test_damaged_offsets_are_refused():
     masks, stats = relative_masks(), random_stats()
-    keep = masks.relative.keep.copy()
-    keep[0, 1, keep.shape[2] // 2] = False
+    keep, anchor = masks.relative.keep.copy(), masks.relative.anchor
+    keep[0, 1, keep.shape[2] // 2 + anchor[0, 1]] = False
     for wrong, message in (
-        (RelativeMask(SLOPE, keep), "keep offset 0"),
-        (RelativeMask(-1, masks.relative.keep), "slope -1"),
-        (RelativeMask(SLOPE, masks.relative.keep[..., 1:]), "relative masks of shape"),
+        (RelativeMask(SLOPE, keep, anchor), "an anchor for each head that it keeps"),
+        (RelativeMask(SLOPE, masks.relative.keep, anchor + 99), "an anchor for each head"),
+        (RelativeMask(-1, masks.relative.keep, anchor), "slope -1"),
+        (RelativeMask(SLOPE, masks.relative.keep[..., 1:], anchor), "relative masks of shape"),
     ):
         with pytest.raises(ArtifactError, match=message):
             PruningMasks(masks.keep, masks.extrapolation, relative=wrong)
@@ -270,7 +286,9 @@ def test_recorded_offsets_are_those_of_each_sentence(limits):
 def test_offsets_that_keep_everything_change_nothing():
     everything = random_masks(0.0)
     ones = np.ones((2, 2, 21), dtype=bool)
-    offsets = PruningMasks(everything.keep, everything.extrapolation, relative=RelativeMask(SLOPE, ones))
+    offsets = PruningMasks(
+        everything.keep, everything.extrapolation, relative=RelativeMask(SLOPE, ones, np.array([[0, 1], [-2, 3]]))
+    )
     dense, ours = (pruned_model(masks, VOCAB) for masks in (everything, offsets))
     source, inputs, _ = sentences(([5, 3, 1, 30], [4, 6, 2, 40]))  # beyond the recorded range, too
     assert torch.equal(translate(dense, source, inputs), translate(ours, source, inputs))
