@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from fairseq import utils
 from fairseq.dataclass.configs import GenerationConfig
+from fairseq.tasks.translation import TranslationTask
 from fairseq_cli.generate import get_symbols_to_strip_from_output
 
 import ap_fairseq.plugin  # noqa: F401  (registers with fairseq)
@@ -24,6 +25,7 @@ from ap_fairseq.model.checkpoints import load_checkpoint, open_with_masks
 from ap_fairseq.model.dynamic import DynamicPruning
 from ap_fairseq.provenance import versions
 from ap_fairseq.search.generator import PrunedSequenceGenerator
+from ap_fairseq.search.task import PrunedTranslationTask
 from ap_fairseq.sites import attention_sites
 
 
@@ -90,6 +92,8 @@ def translate(
         return
     first = systems[0]
     model, task, _ = open_with_masks(first.checkpoint, first.masks or "none", data)
+    if isinstance(task, PrunedTranslationTask):  # it keeps its generator, whose graphs hold the masks of one system
+        task = TranslationTask(task.cfg, task.source_dictionary, task.target_dictionary)
     loaded = first.checkpoint if first.masks else None  # else without the masks of the checkpoint
     device = torch.device("cpu" if search.cpu or not torch.cuda.is_available() else "cuda")
     model = model.to(device, torch.float16 if search.fp16 else torch.float32).eval()

@@ -17,6 +17,7 @@ from plugin.commands import PLUGIN, ROOT, TINY, generate, run
 from ap_fairseq.artifacts import AttentionStats, PruningMasks
 from ap_fairseq.cli import prune_schedule
 from ap_fairseq.evaluation.scores import score
+from ap_fairseq.experiments import translation
 from ap_fairseq.experiments.progress import last_value
 from ap_fairseq.experiments.translation import Search, Translation, translate
 from ap_fairseq.files import ArtifactError
@@ -221,7 +222,7 @@ def test_published_sweeps_are_well_formed(file, tmp_path, monkeypatch):
             assert args.max_update == made.updates(system) and args.arch.startswith("pruned_transformer")
 
 
-def test_dense_and_pruned_while_training_at_equal_updates(corpus, tmp_path):
+def test_dense_and_pruned_while_training_at_equal_updates(corpus, tmp_path, monkeypatch):
     """Neither needs a dense model first; each translates with its own masks and the length penalty that validation
     chose, and the pruned one is compared with the best of the dense ones of as many updates."""
     training = description()["training"].replace(" --disable-validation", "").replace("--lr 1e-3", "--lr 3e-3")
@@ -250,6 +251,23 @@ def test_dense_and_pruned_while_training_at_equal_updates(corpus, tmp_path):
     best = min(dense, key=lambda row: row["valid_nll"])
     assert pruned["against_dense_equal"]["baseline"] == best["system"]
     assert "against dense, equal updates (p)" in printed and " length penalty |" in printed
+
+    # The task of the pruned checkpoint would give every system the generator, and the captured masks, of the first.
+    built = []
+
+    class Spy(translation.PrunedSequenceGenerator):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            built.append(self)
+
+    monkeypatch.setattr(translation, "PrunedSequenceGenerator", Spy)
+    checkpoint = str(tmp_path / "out" / "systems" / pruned["system"] / "checkpoint_best.pt")
+    again = [Translation(str(tmp_path / f"{name}.txt"), checkpoint, None) for name in "ab"]
+    search = Search(beam=2, max_tokens=1500, cpu=True, on_device=True, lenpens=[pruned["lenpen"]], max_len_b=20)
+    translate(again, str(corpus / "data-bin" / "sentences"), search)
+    assert len(built) == 2
+    expected = (tmp_path / "out" / "translations" / f"{pruned['system']}.txt").read_text()
+    assert (tmp_path / "a.txt").read_text() == (tmp_path / "b.txt").read_text() == expected
 
 
 def test_a_length_penalty_that_validation_chose_is_that_of_fairseq(corpus, dense, tmp_path):
