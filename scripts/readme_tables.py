@@ -182,7 +182,7 @@ def dropout() -> str:
     return markdown(Table(header, body, align="lllrrrr"))
 
 
-def debian_corpus(example: str) -> str:
+def split_pairs(example: str) -> str:
     """Training, validation and test pairs by source of the text, or by language."""
     columns = load(ROOT / "examples" / example / "results" / "corpus.json")["pairs"]
     header = ["", *(f"{name}, {split}" for name in columns for split in ("train", "valid", "test"))]
@@ -299,7 +299,8 @@ def tables() -> dict[str, Callable[[], str]]:
         "digest": quality_digest,
         "one-command": one_command,
         "dropout": dropout,
-        "debian-text": lambda: debian_corpus("debian_text"),
+        "debian-text": lambda: split_pairs("debian_text"),
+        "one-to-many": lambda: split_pairs("libreoffice_one_to_many"),
         "h100-converged-digest": lambda: sweep("h100-converged", lambda line: re.search(DIGEST, line["system"])),
         "h100-converged-kinds": kinds,
         "h100-pages-digest": lambda: sweep("h100-pages", lambda line: line["subset"] in ("test", "test2")),
