@@ -2,9 +2,9 @@
 
 For half precision, head sizes up to 64 and square tiles the choices are the fastest of sweeps on an H200 and an H100
 (torch 2.11, triton 3.6, D = 64; `scripts/tune_attention.py` repeats them), those of decode on an H100 with float16.
-Those for larger heads, float32 and flat tiles were chosen by registers and shared memory alone. A choice depends on
-tile sizes, head size, type and size classes only, never on a sequence length inside a size class, so a new length does
-not compile anything.
+Those of 64 x 16 are the best of a few on an H200 (`scripts/kernels.h200.json`). Those for larger heads, float32 and the
+other flat tiles were chosen by registers and shared memory alone. A choice depends on tile sizes, head size, type and
+size classes only, never on a sequence length inside a size class, so a new length does not compile anything.
 """
 
 from __future__ import annotations
@@ -106,8 +106,8 @@ def forward_config(table: TileTable, dim: int, dtype: torch.dtype) -> Config:
         (32, 32): Config(32, 32, 1, 3, 168),
         (64, 64): Config(64, 64, 4, 2, 112),
         (128, 128): Config(64, 128, 4, 2, 168),
-        (64, 16): Config(64, 64, 4, 2),
-        (128, 16): Config(64, 64, 4, 2),
+        (64, 16): Config(64, 32, 4, 3),
+        (128, 16): Config(64, 32, 4, 3),
         (64, 1): Config(64, 64, 4, 2),
     }[tile]
 
@@ -140,7 +140,7 @@ def dkdv_config(table: TileTable, dim: int, dtype: torch.dtype) -> Config:
     if dtype == torch.float32:
         return Config(32, min(table.outer, 32), 4, 1)
     if table.outer < 64 <= table.inner:
-        return Config(64, 16, 4, 2)
+        return Config(64, 16, 1 if dim <= 64 else 4, 2)
     if dim > 64:
         return {
             (16, 16): Config(32, 16, 1, 2),
