@@ -133,7 +133,7 @@ def _fairseq_configuration(args: argparse.Namespace, argv: list[str], task: Reco
         argv = [*argv, "--max-tokens", "12000"]
     # Before the caller's flags, which win. With its default of 8, fairseq main silently drops a last batch that is no
     # multiple of it.
-    argv = [args.data, "--path", args.path, "--required-batch-size-multiple", "1", *argv]
+    argv = [args.data, "--path", args.path, "--required-batch-size-multiple", "1", *task.flags, *argv]
     if args.user_dir is not None:
         argv += ["--user-dir", args.user_dir]
     fairseq_args = options.parse_args_and_arch(options.get_validation_parser(default_task=task.name), argv)

@@ -43,8 +43,7 @@ class PrunedLanguageModel(CapturedUpdates, PrunedModel, stock.TransformerLanguag
 
         Raises:
             ArtifactError: if the masks cannot be read or were made for another architecture or dictionary.
-            UserError: for ``--base-layers``, ``--ddp-backend fully_sharded``, and tasks that predict other tokens than
-                the next one.
+            UserError: for ``--base-layers`` and ``--ddp-backend fully_sharded``.
         """
         if cfg.base_layers:
             raise UserError(f"--base-layers {cfg.base_layers}: pruned_transformer_lm has no BASE layers; leave it out")

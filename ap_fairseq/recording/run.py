@@ -223,6 +223,12 @@ def load_model(job: Recording) -> tuple[BaseFairseqModel, Any, FairseqTask]:
                 "add symbols, as translation_multi_simple_epoch does, cannot be recorded)"
             )
     load_parameters(model, parameters, job.checkpoint, cfg.model)
+    blocks = job.task_settings.get("tokens_per_sample")
+    if blocks is not None and blocks > model.max_positions():
+        raise UserError(
+            f"--tokens-per-sample {blocks}: the model of {job.checkpoint} takes {model.max_positions()} positions; "
+            "pass at most that"
+        )
     if "ema" in (state.get("extra_state") or {}):
         logger.warning(
             f"{job.checkpoint} also holds averaged parameters (--store-ema); those of its last update are recorded"

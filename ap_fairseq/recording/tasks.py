@@ -34,6 +34,7 @@ class RecordedTask:
         fixed: settings that recording needs, whatever the checkpoint was trained with.
         refused: settings that change what is recorded and are the checkpoint's, with their short flags.
         chosen: settings that a command line may choose; the checkpoint's are the default.
+        flags: of fairseq-validate, to which settings of the task refer.
     """
 
     name: str
@@ -42,6 +43,7 @@ class RecordedTask:
     fixed: Mapping[str, Any] = field(default_factory=dict)
     refused: Mapping[str, str | None] = field(default_factory=dict)
     chosen: tuple[str, ...] = ()
+    flags: tuple[str, ...] = ()
 
     def settings(self, stored: Mapping[str, Any], data: str, chosen: Mapping[str, Any]) -> dict[str, Any]:
         """Return the settings of the task for recording: those *stored* in the checkpoint, but for a few."""
@@ -86,6 +88,7 @@ TASKS = (
         SentencePredictionConfig,
         RobertaModel,
         refused={"init_token": None, "separator_token": None, "num_classes": None, "max_positions": None},
+        flags=("--criterion", "sentence_prediction"),
     ),
 )
 

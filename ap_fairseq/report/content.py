@@ -66,7 +66,8 @@ class Report:
             shape = f"{layers} layers × {heads} heads, {queries} × {keys} positions"
             shapes.setdefault(shape, []).append(kind.value)
         listed = "; ".join(f"{', '.join(kinds)}: {shape}" for shape, kinds in shapes.items())
-        return f"Recorded on {analysis.sentences(self.stats):,} sentence pairs. {listed}."
+        what = "sentence pairs" if AttentionKind.CROSS in self.stats.mass else "sentences or blocks of text"
+        return f"Recorded on {analysis.sentences(self.stats):,} {what}. {listed}."
 
     @cached_property
     def maps(self) -> dict[AttentionKind, analysis.Maps]:

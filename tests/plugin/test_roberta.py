@@ -1,0 +1,179 @@
+"""RoBERTa: one stack of encoder self-attention under masks, through fairseq's own commands."""
+
+import argparse
+import random
+import re
+import shutil
+
+import pytest
+import torch
+from fairseq.models.roberta import RobertaModel
+from plugin.builders import batch, dictionary, random_masks
+from plugin.commands import PLUGIN, run
+
+from ap_fairseq.artifacts import AttentionStats, PruningMasks
+from ap_fairseq.model.checkpoints import load_checkpoint
+from ap_fairseq.model.roberta import PrunedRobertaModel
+from ap_fairseq.provenance import decode_provenance
+from ap_fairseq.sites import AttentionKind, architecture
+
+KIND = AttentionKind.ENCODER_SELF
+VOCAB = dictionary(40)
+LENGTHS = [12, 5, 9]
+SIZES = dict(
+    encoder_layers=2, encoder_embed_dim=16, encoder_ffn_embed_dim=32, encoder_attention_heads=2, max_positions=16
+)
+
+
+def build(model, **options):
+    torch.manual_seed(5)
+    stock = dict(dropout=0.0, attention_dropout=0.0, mha_reg_scale_factor=0.0, ffn_reg_scale_factor=0.0)
+    args = argparse.Namespace(**SIZES, **stock, **options)
+    return model.build_model(args, argparse.Namespace(cfg=None, source_dictionary=VOCAB, target_dictionary=VOCAB))
+
+
+def encoder_masks(sparsity: float) -> PruningMasks:
+    drawn = random_masks(sparsity, longest=(16, 16))
+    return PruningMasks({KIND: drawn.keep[KIND]}, {KIND: drawn.extrapolation[KIND]})
+
+
+# -- the model --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"encoder_normalize_before": True}], ids=str)
+def test_all_ones_masks_give_the_outputs_and_gradients_of_fairseq(options):
+    stock, ours = build(RobertaModel, **options).double(), build(PrunedRobertaModel, attention_masks="none", **options)
+    ours.double()
+    assert architecture(ours) == {"encoder_self": [2, 2]}
+    for name, parameter in stock.named_parameters():
+        assert torch.equal(parameter, ours.get_parameter(name)), name
+    tokens = batch(LENGTHS, VOCAB, left=False)
+    outputs = [model(tokens, masked_tokens=tokens.ne(VOCAB.pad()))[0] for model in (stock, ours)]
+    torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-11, atol=1e-12)
+    for output in outputs:
+        output.square().sum().backward()
+    for name, parameter in stock.named_parameters():
+        torch.testing.assert_close(ours.get_parameter(name).grad, parameter.grad, rtol=1e-8, atol=1e-9, msg=name)
+
+
+def test_masks_prune_and_padding_changes_nothing():
+    model = build(PrunedRobertaModel).double().eval()
+    model.set_masks(encoder_masks(0.0))
+    tokens = batch(LENGTHS, VOCAB, left=False)
+    whole, _ = model(tokens, features_only=True)
+    model.set_masks(encoder_masks(0.6))
+    pruned, _ = model(tokens, features_only=True)
+    assert not torch.allclose(pruned[0], whole[0])
+    for row, length in enumerate(LENGTHS):
+        alone, _ = model(tokens[row : row + 1, :length], features_only=True)
+        torch.testing.assert_close(pruned[row, :length], alone[0], rtol=1e-11, atol=1e-12)
+
+
+def test_checkpoints_of_fairseq_0_12_2_load():
+    """They hold zero-filled copies of each layer's parameters, under names that no other release knows."""
+    state = build(RobertaModel).state_dict()
+    expected = state["encoder.sentence_encoder.layers.0.fc1.weight"].clone()
+    state["encoder.sentence_encoder.layers.0.fc1_weight"] = torch.zeros_like(expected)
+    model = build(PrunedRobertaModel, attention_masks="none")
+    model.load_state_dict(state)
+    assert torch.equal(model.get_parameter("encoder.sentence_encoder.layers.0.fc1.weight"), expected)
+
+
+# -- fairseq's commands -----------------------------------------------------------------------------------------------
+
+TINY = "--encoder-layers 2 --encoder-embed-dim 32 --encoder-ffn-embed-dim 64 --encoder-attention-heads 2".split()
+
+
+def train(data, save_dir, *flags, task="masked_lm", arch="roberta", updates=30) -> str:
+    text = ["--tokens-per-sample", 32, "--sample-break-mode", "complete"] if task == "masked_lm" else []
+    return run(
+        *["fairseq-train", data, *PLUGIN, "--task", task, "--criterion", task, "--arch", arch, *TINY, *text],
+        *"--optimizer adam --lr 3e-3 --lr-scheduler inverse_sqrt --warmup-updates 10 --max-tokens 960 --cpu".split(),
+        *"--seed 7 --no-epoch-checkpoints --log-format json --log-interval 1 --num-workers 0".split(),
+        *["--max-update", updates, "--save-dir", save_dir, *flags],
+    )
+
+
+def losses(log: str) -> list[str]:
+    return re.findall(r'"(?:loss|valid_loss)": "([\d.]+)"', log)
+
+
+@pytest.fixture(scope="module")
+def text_bin(toy_text, tmp_path_factory):
+    """The toy text for masked_lm, and below it a classification set: do the words come in their order or reversed?"""
+    folder = tmp_path_factory.mktemp("roberta") / "data-bin"
+    prefixes = [word for split in ("train", "valid", "test") for word in (f"--{split}pref", toy_text / f"{split}.en")]
+    run("fairseq-preprocess", "--only-source", "--destdir", folder, *prefixes)
+    raw = folder.parent / "classes"
+    raw.mkdir()
+    draw = random.Random(3)
+    for split in ("train", "valid"):
+        lines = (toy_text / f"{split}.en").read_text("utf-8").splitlines()[:300]
+        labels = [draw.choice(["straight", "reversed"]) for _ in lines]
+        text = [" ".join(reversed(t.split())) if n == "reversed" else t for t, n in zip(lines, labels, strict=True)]
+        (raw / f"{split}.input0").write_text("".join(f"{line}\n" for line in text), "utf-8")
+        (raw / f"{split}.label").write_text("".join(f"{label}\n" for label in labels), "utf-8")
+    for part, own in (("input0", ["--srcdict", folder / "dict.txt"]), ("label", [])):
+        pairs = [word for split in ("train", "valid") for word in (f"--{split}pref", raw / f"{split}.{part}")]
+        run("fairseq-preprocess", "--only-source", *own, *pairs, "--destdir", raw / "bin" / part)
+    shutil.copytree(raw / "bin", folder, dirs_exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def dense_roberta(text_bin, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("dense-roberta")
+    return folder / "checkpoint_last.pt", train(text_bin, folder)
+
+
+@pytest.fixture(scope="module")
+def roberta_masks(text_bin, dense_roberta, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("roberta-masks")
+    stats, masks = folder / "stats.safetensors", folder / "masks.safetensors"
+    run("ap-record", text_bin, "--path", dense_roberta[0], "--importance", "--cpu", "--num-workers", 0, "-o", stats)
+    run("ap-masks", stats, "--encoder-self", 0.5, "-o", masks)
+    return stats, masks
+
+
+def test_training_under_all_ones_masks_is_stock_training(text_bin, dense_roberta, tmp_path):
+    log = train(text_bin, tmp_path, "--attention-masks", "none", arch="pruned_roberta")
+    assert len(losses(log)) > 30
+    assert losses(log) == losses(dense_roberta[1])
+
+
+def test_statistics_of_an_encoder(roberta_masks):
+    stats = AttentionStats.load(roberta_masks[0])
+    assert stats.architecture == {"encoder_self": [2, 2]}
+    support = stats.support[KIND]
+    assert (support == support.T).all() and support[0, 0] == stats.metadata["sentences"]
+    assert stats.importance[KIND].any()
+
+
+def test_a_pruned_encoder_is_fine_tuned_and_classifies(text_bin, dense_roberta, roberta_masks, tmp_path):
+    """Masks recorded under masked_lm hold for sentence_prediction: the dictionary and the positions are the same."""
+    pretrained = tmp_path / "pretrained"
+    start = ["--finetune-from-model", dense_roberta[0], "--attention-masks", roberta_masks[1]]
+    train(text_bin, pretrained, *start, arch="pruned_roberta", updates=10)
+    classes = ["--num-classes", 2, "--init-token", 0, "--separator-token", 2, "--classification-head-name", "order"]
+    log = train(
+        *[text_bin, tmp_path / "tuned", *classes, "--max-positions", 32, "--best-checkpoint-metric", "accuracy"],
+        *["--restore-file", pretrained / "checkpoint_last.pt", "--reset-optimizer", "--reset-dataloader"],
+        *["--reset-meters", "--reset-lr-scheduler"],
+        **dict(task="sentence_prediction", arch="pruned_roberta", updates=60),
+    )
+    assert "effective sparsity encoder_self 50.0%" in log
+    accuracy = [float(share) for share in re.findall(r'"valid_accuracy": "([\d.]+)"', log)]
+    assert accuracy[-1] > 90  # of 60 sentences; half of them by chance
+    tuned = tmp_path / "tuned" / "checkpoint_last.pt"
+    provenance = decode_provenance(load_checkpoint(tuned)["model"]["mask_metadata"])
+    assert provenance["sparsity"]["encoder_self"]["effective"] == pytest.approx(0.5, abs=0.01)
+
+    stats = tmp_path / "stats.safetensors"
+    run("ap-record", text_bin, "--path", tuned, "--importance", "--sample", 50, "--cpu", "-o", stats)
+    recorded = AttentionStats.load(stats)
+    assert recorded.metadata["sentences"] == 50 and recorded.importance[KIND].any()
+
+    applied = tmp_path / "applied.pt"
+    run("ap-apply", dense_roberta[0], "--attention-masks", roberta_masks[1], "-o", applied)
+    valid = ["--valid-subset", "test", "--cpu", "--max-tokens", 960, "--num-workers", 0]
+    run("fairseq-validate", text_bin, *PLUGIN, "--path", applied, "--task", "masked_lm", *valid)
