@@ -1,0 +1,96 @@
+"""examples/language_model: text of HTML pages, its split, and a run of every stage."""
+
+import importlib.util
+import json
+import random
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "language_model"
+
+PAGE = """<html><head><title>No text</title></head><body><nav><p>Home page</p></nav>
+<h1>Files &amp; folders</h1><p>A file<br>has a <em>name</em>.</p><pre>rm file</pre>
+<ul><li>first item</li><li><p>second item</p></li></ul><p>12 &ndash; 13</p>
+<table><tr><td>cell one<td>cell two</table>outside of any block</body></html>"""
+
+
+def module(name: str):
+    sys.path.insert(0, str(EXAMPLE))
+    try:
+        spec = importlib.util.spec_from_file_location(f"language_model_{name}", EXAMPLE / f"{name}.py")
+        loaded = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = loaded
+        spec.loader.exec_module(loaded)
+        return loaded
+    finally:
+        sys.path.remove(str(EXAMPLE))
+
+
+def test_lines_of_a_page_are_its_innermost_blocks():
+    expected = ["Files & folders", "A file has a name.", "first item", "second item", "cell one", "cell two"]
+    assert module("prepare").page_lines(PAGE) == expected
+
+
+def test_navigation_short_pages_and_repetitions_are_left_out(tmp_path):
+    prepare, package = module("prepare"), tmp_path / "some-doc"
+    package.mkdir()
+    body = " ".join(f"word{k}" for k in range(60))
+    for k in range(12):
+        (package / f"{k:02}.html").write_text(f"<p>Next chapter</p><p>Page {k} says {body}</p>", "utf-8")
+    (package / "copy.html").write_text(f"<p>Next chapter</p><p>Page 3 says {body}</p>", "utf-8")
+    (package / "short.html").write_text("<p>Nothing here</p>", "utf-8")
+    documents = prepare.documents_of(package)
+    assert [name for name, _ in documents] == [f"some-doc/{k:02}.html" for k in range(12)]
+    assert documents[5][1] == [f"Page 5 says {body}"]
+    splits = [prepare.split_of(f"some-doc/{k}", seed=1) for k in range(2000)]
+    assert splits == [prepare.split_of(f"some-doc/{k}", seed=1) for k in range(2000)]
+    assert 20 < splits.count("valid") < 60 and 20 < splits.count("test") < 60
+
+
+def test_every_stage_runs(tmp_path, monkeypatch):
+    """On sentences of a small grammar, given as --data-bin."""
+    from plugin.commands import run, sentence_pairs
+
+    text = [pair[0] for pair in sentence_pairs(400, seed=1)]
+    random.Random(1).shuffle(text)
+    for split, part in (("train", text[:300]), ("valid", text[300:350]), ("test", text[350:])):
+        (tmp_path / split).write_text("".join(f"{line}\n" for line in part), "utf-8")
+    prefixes = [word for split in ("train", "valid", "test") for word in (f"--{split}pref", tmp_path / split)]
+    run("fairseq-preprocess", "--only-source", *prefixes, "--destdir", tmp_path / "bin")
+
+    program = module("run")
+    size = program.Size(
+        model="--arch transformer_lm --decoder-layers 1 --decoder-embed-dim 16 --decoder-input-dim 16 "
+        "--decoder-output-dim 16 --decoder-ffn-embed-dim 16 --decoder-attention-heads 2",
+        training="--optimizer adam --lr 1e-2 --max-tokens 512",
+        block=16,
+        updates=20,
+        cpu=True,
+    )
+    monkeypatch.setattr(program, "Size", lambda **_: size)
+    out = tmp_path / "run"
+    flags = ["--size", "small", "--shares", "0.5", "--gradual", "--data-bin", str(tmp_path / "bin"), "--out", str(out)]
+    program.main(flags)
+    rows = {row["system"]: row for row in json.loads((out / "results.json").read_text("utf-8"))["rows"]}
+    assert list(rows) == ["dense", "importance.50.g1.scratch", "importance.50.g1.gradual"]
+    assert rows["dense"]["pruned"] == rows["dense"]["change"] == 0
+    for name in list(rows)[1:]:
+        assert rows[name]["pruned"] == pytest.approx(0.5, abs=0.02)
+        assert rows[name]["perplexity"] == pytest.approx(2 ** rows[name]["loss"], rel=1e-2)
+    before = (out / "dense" / "checkpoint_last.pt").stat().st_mtime
+    program.main(flags)  # everything is done
+    assert (out / "dense" / "checkpoint_last.pt").stat().st_mtime == before
+
+
+def test_recipes_are_read_and_faults_named(capsys):
+    program = module("run")
+    import tomllib
+
+    for name, table in tomllib.loads((EXAMPLE / "recipe.toml").read_text("utf-8")).items():
+        size = program.Size(**table)
+        assert "transformer_lm" in size.model and shlex.split(size.training), name
+    with pytest.raises(SystemExit, match="--size large is unknown; there are full small wikitext103"):
+        program.main(["--size", "large"])
