@@ -20,7 +20,9 @@ DATA = {  # pattern -> what made it, or reads what was typed in
     "scripts/tune_attention.*.json": "scripts/tune_attention.py",
     "examples/libreoffice_help/results/*.json": "ap_fairseq/cli/evaluate.py",
     "examples/libreoffice_help/results/*.jsonl": "examples/libreoffice_help/sweep.py",
+    "examples/*/results/corpus.json": "scripts/readme_tables.py",
     "scripts/rivals.json": "scripts/readme_tables.py",
+    "scripts/kernels.*.json": "scripts/readme_tables.py",
     "tests/plugin/scored_run.json": "ap_fairseq/cli/evaluate.py",
     "tests/plugin/quickstart_stats.safetensors": "ap_fairseq/recording/recorder.py",
 }
