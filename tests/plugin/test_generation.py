@@ -133,7 +133,9 @@ def test_other_searches_find_what_fairseqs_find(case, backend, caplog):
     """Sampling from one token is deterministic."""
     options, rows = SEARCHES[case]
     systems, options = models(attention_backend=backend), {"max_len_b": 15, **options}
-    n = len(LENGTHS) if backend == "sdpa" or DEVICE == "cuda" else 4
+    n = len(LENGTHS)
+    if backend == "triton" and DEVICE == "cpu":  # the interpreter is slow
+        n, options = 4, {**options, "max_len_b": min(options["max_len_b"], 12)}
     prefix = None if rows is None else prefixes(rows)[:n]
 
     def made(generator):
