@@ -18,6 +18,7 @@ from triton_ops import AttentionLayout, block_sparse_attention, use_kernels
 from triton_ops.api import HEAD_SIZES
 from triton_ops.dense import attend_dense
 from triton_ops.layout import unpack_cells
+from triton_ops.reference import visible_cells
 
 OFFSET_BUFFERS = ("offset_words", "offset_geometry", "offset_anchor")
 MASK_BUFFERS = ("keep_words", "extrapolation_words", "mask_range", *OFFSET_BUFFERS)
@@ -395,9 +396,17 @@ class PrunedMultiheadAttention(NotScriptable, MultiheadAttention):
                 keep = self.keep_mask(row + 1, cache.n_columns())[:, row]
             k, v, lengths = cache.dense(keep)
             by_sentence = q.unflatten(0, (k.size(0), -1)).transpose(1, 2)  # (B, H, beam, D): a step's beams are queries
-            softmax = None if self.dynamic is None else self.dynamic.probabilities
-            options = dict(k_lengths=lengths, dropout_p=dropout_p, scale=self.scaling, softmax=softmax)
-            output, _, weights = attend_dense(by_sentence, k, v, keep.unsqueeze(-2), details=want_weights, **options)
+            keep = keep.unsqueeze(-2)
+            if q.is_cpu and not (want_weights or self.dynamic is not None or self.is_relative):
+                # Without what `attend_dense` does for empty rows, of which a global mask has none.
+                cells = None if lengths is None and keep.all() else visible_cells(keep, None, lengths)
+                output = F.scaled_dot_product_attention(
+                    by_sentence, k, v, attn_mask=cells, dropout_p=dropout_p, scale=self.scaling
+                )
+            else:
+                softmax = None if self.dynamic is None else self.dynamic.probabilities
+                options = dict(k_lengths=lengths, dropout_p=dropout_p, scale=self.scaling, softmax=softmax)
+                output, _, weights = attend_dense(by_sentence, k, v, keep, details=want_weights, **options)
             output = output.transpose(1, 2).flatten(0, 1)
             weights = None if weights is None else weights.transpose(1, 2).flatten(0, 1).unsqueeze(2)
         if kernels:

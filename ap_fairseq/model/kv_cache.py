@@ -367,7 +367,9 @@ class CrossAttentionCache(PagedCrossAttention):
     beam: int
     max_steps: int | None
     row: int = -1
-    _dense: tuple[Tensor, Tensor, Tensor] | None = None  # all columns, which serve all steps until sentences leave
+    _dense: tuple[Tensor, Tensor, Tensor | None] | None = (
+        None  # all columns, which serve all steps until sentences leave
+    )
 
     @classmethod
     def from_encoder_output(
@@ -410,9 +412,11 @@ class CrossAttentionCache(PagedCrossAttention):
         if sentences is not None:
             self.starts, self.lengths, self._dense = self.starts[sentences], self.lengths[sentences], None
 
-    def dense(self, keep: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def dense(self, keep: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         if self._dense is None:
-            self._dense = super().dense(self.stored)
+            k, v, lengths = super().dense(self.stored)
+            whole = lengths.is_cpu and bool((lengths == self.n_columns()).all())  # a GPU would have to be waited for
+            self._dense = k, v, None if whole else lengths
         return self._dense
 
 

@@ -12,10 +12,12 @@ from fairseq.models.transformer import (
 )
 from fairseq.modules import transformer_layer
 from fairseq.modules.checkpoint_activations import checkpoint_wrapper
+from fairseq.modules.quant_noise import quant_noise
 from torch import Tensor, nn
 
 from ap_fairseq.model.attention import NotScriptable, PrunedMultiheadAttention
 from ap_fairseq.model.dynamic import DynamicPruning
+from ap_fairseq.model.few_rows import StepLinear, project
 from ap_fairseq.model.kv_cache import group_hypotheses
 from ap_fairseq.sites import AttentionKind
 
@@ -57,6 +59,11 @@ class PrunedTransformerDecoderLayer(transformer_layer.TransformerDecoderLayerBas
 
     def make_generation_fast_(self, **kwargs):
         """fairseq's hook before generation, which would set ``need_attn``."""
+
+    def build_fc1(self, input_dim, output_dim, q_noise, qn_block_size):
+        return quant_noise(StepLinear(input_dim, output_dim), q_noise, qn_block_size)
+
+    build_fc2 = build_fc1
 
     def build_self_attention(self, embed_dim, cfg, add_bias_kv=False, add_zero_attn=False):
         if cfg.cross_self_attention:  # attends to source and target at once: neither kind, so it stays dense
@@ -151,6 +158,9 @@ class PrunedTransformerDecoder(NotScriptable, TransformerDecoderBase):
     def build_decoder_layer(self, cfg, no_encoder_attn=False):
         layer = PrunedTransformerDecoderLayer(cfg, no_encoder_attn)
         return _wrap_layer(layer, cfg, transformer_layer.TransformerDecoderLayerBase)
+
+    def output_layer(self, features):
+        return super().output_layer(features) if self.adaptive_softmax else project(self.output_projection, features)
 
     def returns_weights(self, incremental_state=None) -> bool:
         """Whether a pass without *alignment_layer* returns attention weights, which take a slower path."""
