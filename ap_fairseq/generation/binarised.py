@@ -57,7 +57,7 @@ def translate_subset(cfg, ranks: int, folder: Path) -> Joined:
     cfg.common.log_format, cfg.common.log_interval = "simple", 1
     cfg.distributed_training.distributed_world_size = ranks
     logs = [folder / f"rank{rank}.log" for rank in range(ranks)]
-    run_ranks(f"generate {cfg.dataset.gen_subset}", logs, translate_share, cfg, folder)
+    run_ranks(f"generate {cfg.dataset.gen_subset}", logs, cfg.common.cpu, translate_share, cfg, folder)
     shares = [json.loads((folder / f"rank{rank}.json").read_text(encoding="utf-8")) for rank in range(ranks)]
     outputs = [folder / f"rank{rank}" / f"generate-{cfg.dataset.gen_subset}.txt" for rank in range(ranks)]
     sentences = join(output for output in outputs if output.exists())

@@ -23,10 +23,14 @@ from ap_fairseq.files import UserError
 GRACE_SECONDS = 10  # that a process has to end when it is asked to
 
 
-def run_ranks(name: str, logs: list[Path], function: Callable, *args: Any) -> None:
+def run_ranks(name: str, logs: list[Path], cpu: bool, function: Callable, *args: Any) -> None:
     """Run ``function(rank, *args)`` in one process for each of *logs*, on a GPU of its own if the machine has any.
 
     Everything that a process prints goes to its log. Their progress is shown added up.
+
+    Args:
+        name: of the work, for its progress.
+        cpu: use no GPU; the processes share the cores.
 
     Raises:
         UserError: if a process fails, after the others were ended; it names the log and shows its end.
@@ -34,7 +38,7 @@ def run_ranks(name: str, logs: list[Path], function: Callable, *args: Any) -> No
     for log in logs:
         log.unlink(missing_ok=True)
     ranks = [
-        PROCESSES.Process(target=call_logged, args=(log, _run, (rank, len(logs), function, args)))
+        PROCESSES.Process(target=call_logged, args=(log, _run, (rank, len(logs), cpu, function, args)))
         for rank, log in enumerate(logs)
     ]
     try:
@@ -59,10 +63,10 @@ def run_ranks(name: str, logs: list[Path], function: Callable, *args: Any) -> No
                 rank.kill()
 
 
-def _run(rank: int, ranks: int, function: Callable, args: tuple) -> None:
+def _run(rank: int, ranks: int, cpu: bool, function: Callable, args: tuple) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    if torch.cuda.is_available():
-        torch.cuda.set_device(rank % torch.cuda.device_count())
+    if torch.cuda.is_available() and not cpu:
+        torch.cuda.set_device(rank)
     else:
         torch.set_num_threads(max(1, torch.get_num_threads() // ranks))
     try:

@@ -103,7 +103,7 @@ def translate_text(args, cfg, text: Text, ranks: int, folder: Path) -> list[Path
         logger.info(f"{len(parts) - len(todo)} of {len(parts)} parts were translated before")
     if todo:
         logs = [folder / f"rank{rank}.log" for rank in range(min(ranks, len(todo)))]
-        run_ranks("translate", logs, translate_parts, cfg, text, folder, todo, len(logs))
+        run_ranks("translate", logs, cfg.common.cpu, translate_parts, cfg, text, folder, todo, len(logs))
         cut = sum(len(_CUT.findall(log.read_text(encoding="utf-8"))) for log in logs)
         if cut:
             logger.warning(f"{cut} lines were cut to the length that the model reads (--truncate-source)")
