@@ -22,6 +22,7 @@ DATA = {  # pattern -> what made it, or reads what was typed in
     "examples/libreoffice_help/results/*.jsonl": "examples/libreoffice_help/sweep.py",
     "examples/*/results/corpus.json": "scripts/readme_tables.py",
     "scripts/rivals.json": "scripts/readme_tables.py",
+    "examples/language_model/results/*.json": "examples/language_model/run.py",
     "scripts/kernels.*.json": "scripts/readme_tables.py",
     "tests/plugin/scored_run.json": "ap_fairseq/cli/evaluate.py",
     "tests/plugin/quickstart_stats.safetensors": "ap_fairseq/recording/recorder.py",
