@@ -20,6 +20,12 @@ CONTENTS = {
 """The lists of files in packages, as the package apt-file configures them."""
 
 
+def apt_language(language: str) -> str:
+    """A language as apt's lists and the folders of man pages spell it: ``pt_BR`` for ``pt-br``."""
+    base, _, region = language.partition("-")
+    return f"{base}_{region.upper()}" if region else base
+
+
 def man_page(path: str) -> tuple[str, str] | None:
     """(language, "man1/ls.1") of a path; the language is en for pages in no folder of a language."""
     match = MAN_PAGE.fullmatch(path)

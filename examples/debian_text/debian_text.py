@@ -24,6 +24,7 @@ import help_packages
 import man_pages
 import parallel_text
 import segments
+from apt_lists import apt_language
 from building import SPLITS, PrepareError, Step, build, file_hash
 from parallel_text import (
     Filter,
@@ -52,15 +53,16 @@ def fetch(folder: Path, language: str, max_package: int) -> None:
     max_package: bytes; larger packages are left out. Few of them hold more than a page or two.
     """
     debs.require_commands(COMMANDS, WHAT, FETCH)
-    lists = apt_lists.Lists(folder / ".apt", ("en", language))
-    for name in ("en", language):
+    names = ("en", apt_language(language))
+    lists = apt_lists.Lists(folder / ".apt", names)
+    for name in names:
         text = lists.translations(name)
         if not text.strip():
             raise PrepareError(
                 f"apt's sources have no descriptions in {name!r}: are they Debian's? Languages are de, fr …"
             )
         (folder / f"Translation-{name}").write_text(text, "utf-8")
-    sizes = lists.sizes(lists.man_packages(language), folder)
+    sizes = lists.sizes(lists.man_packages(names[1]), folder)
     packages = {name for name, size in sizes.items() if size <= max_package}
     debs.download_packages(sorted(packages | set(help_packages.packages_of([language]))), folder, lists.options)
     shutil.rmtree(folder / ".apt")
@@ -75,7 +77,8 @@ def build_packages(work: Path, language: str, deb_dir: Path | None, max_package:
         fetch(deb_dir, language, max_package)
     out = work / "packages"
     out.mkdir()
-    for name in ("en", language):
+    names = ("en", apt_language(language))
+    for name in names:
         file = deb_dir / f"Translation-{name}"
         if not file.is_file():
             raise PrepareError(f"{deb_dir} has no {file.name}: --deb-dir takes a folder of `{FETCH}`")
@@ -84,7 +87,7 @@ def build_packages(work: Path, language: str, deb_dir: Path | None, max_package:
     debs.unpack_packages(office, out)
     files = sorted(file for file in deb_dir.glob("*.deb") if file not in office.values())
     for file in files:
-        wanted = debs.read_members(file, lambda path: (apt_lists.man_page(path) or ("",))[0] in ("en", language))
+        wanted = debs.read_members(file, lambda path: (apt_lists.man_page(path) or ("",))[0] in names)
         for path, packed in wanted.items():
             side, page = apt_lists.man_page(path)
             unpacked = out / "man" / side / page
@@ -99,7 +102,7 @@ def build_packages(work: Path, language: str, deb_dir: Path | None, max_package:
 
 def read_descriptions(packages: Path, language: str) -> tuple[list[Page], Counter[str]]:
     return descriptions.align(
-        *((packages / f"Translation-{side}").read_text("utf-8").split("\n") for side in ("en", language))
+        *((packages / f"Translation-{side}").read_text("utf-8").split("\n") for side in ("en", apt_language(language)))
     )
 
 
@@ -107,10 +110,10 @@ def read_man_pages(packages: Path, language: str) -> tuple[list[Page], Counter[s
     """Pages ``man/man1/ls.1``, counts, and all English texts."""
     pages, english = [], set()
     counts = Counter(pages=0, other_format=0, unaligned_pages=0)
-    folder = packages / "man"
-    for file in sorted((folder / language).rglob("*.*")):
-        name = file.relative_to(folder / language).as_posix()
-        original = folder / "en" / name
+    originals, translations = (packages / "man" / side for side in ("en", apt_language(language)))
+    for file in sorted(translations.rglob("*.*")):
+        name = file.relative_to(translations).as_posix()
+        original = originals / name
         if not original.is_file():
             continue
         sides = [man_pages.blocks(side.read_text("utf-8", errors="replace")) for side in (original, file)]

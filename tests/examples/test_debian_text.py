@@ -234,6 +234,11 @@ def test_segments_are_split_where_both_sides_have_as_many_sentences():
 # ---------------------------------------------------------------- apt's lists
 
 
+def test_languages_as_apt_spells_them():
+    """LibreOffice's packages have pt-br where descriptions and man pages have pt_BR."""
+    assert [apt_lists.apt_language(language) for language in ("de", "pt-br", "zh-cn")] == ["de", "pt_BR", "zh_CN"]
+
+
 def test_paths_of_man_pages():
     assert apt_lists.man_page("usr/share/man/man1/ls.1.gz") == ("en", "man1/ls.1")
     assert apt_lists.man_page("usr/share/man/pt_BR/man8/a.8.gz") == ("pt_BR", "man8/a.8")
