@@ -41,7 +41,7 @@ class Lists:
 
     def __init__(self, folder: Path, languages: Sequence[str]):
         self.lists = folder / "lists"
-        (self.lists / "partial").mkdir(parents=True)
+        (self.lists / "partial").mkdir(parents=True, exist_ok=True)  # there after an interrupted run
         settings = {
             "Dir::State::lists": str(self.lists),
             "Dir::Cache": str(folder / "cache"),
@@ -62,7 +62,8 @@ class Lists:
 
     def translations(self, language: str) -> str:
         """All ``Translation-LANGUAGE`` files, one after the other."""
-        return "\n".join(self._lines(f"*_Translation-{language}*")) + "\n"
+        written = language.replace("_", "%5f")  # in file names, apt writes an underscore for each slash of an address
+        return "\n".join(self._lines(f"*_Translation-{written}*")) + "\n"
 
     def man_packages(self, language: str) -> set[str]:
         """The packages that hold man pages of the language, and those that hold their English originals."""

@@ -249,7 +249,7 @@ APT_GET = r"""
 lists=; for word; do case "$word" in Dir::State::lists=*) lists=${word#*=};; esac; done
 case " $* " in
     *" update "*)
-        for name in en de; do printf 'Package: a\n' > "$lists/x_Translation-$name"; done
+        for name in en de pt%5fBR; do printf 'Package: a\n' > "$lists/x_Translation-$name"; done
         printf 'usr/share/man/de/man1/%s.1.gz utils/manpages-de\n' ls big > "$lists/x_Contents-all"
         printf 'usr/share/man/man1/ls.1.gz  admin/coreutils,x/other\nusr/share/man/man1/big.1.gz  x/huge\n' >> "$lists/x_Contents-all"
         printf 'usr/share/man/man1/alone.1.gz  x/alone\n' >> "$lists/x_Contents-all";;
@@ -269,6 +269,7 @@ def test_only_packages_that_hold_both_sides_of_a_page_are_downloaded(tmp_path, m
     monkeypatch.setattr(apt_lists, "APT_HELPER", str(tmp_path / "bin" / "helper"))
     folder = tmp_path / "fetched"
     folder.mkdir()
+    (folder / ".apt" / "lists" / "partial").mkdir(parents=True)  # of an interrupted run
     debian_text.fetch(folder, "de", 4_000_000)
     assert (folder / "downloaded").read_text().split() == [
         "download",
@@ -280,6 +281,8 @@ def test_only_packages_that_hold_both_sides_of_a_page_are_downloaded(tmp_path, m
     ]
     assert (folder / "Translation-de").read_text() == "Package: a\n"
     assert not (folder / ".apt").exists()
+    lists = apt_lists.Lists(tmp_path / "other", ("en", "pt_BR"))
+    assert lists.translations("pt_BR") == "Package: a\n"
 
 
 # ---------------------------------------------------------------- the whole builder
