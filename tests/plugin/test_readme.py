@@ -153,6 +153,7 @@ def fairseq_flags():
         options.get_interactive_generation_parser(),
         options.get_validation_parser(),
         options.get_preprocessing_parser(),
+        options.get_eval_lm_parser(),
     ]
     components = [ARCH_MODEL_REGISTRY["pruned_transformer"], *TASK_REGISTRY.values()]
     components += [component for registry in REGISTRIES.values() for component in registry["registry"].values()]
