@@ -193,6 +193,44 @@ def split_pairs(example: str) -> str:
     return markdown(Table(header, body))
 
 
+def cross_masks() -> str:
+    """Masks of cross-attention, alone and with the other kinds, on a small model."""
+    report = load(RESULTS / "cross-masks.json")
+    dense = report["dense"]
+    header = [
+        "budget",
+        "cross-attention by",
+        "most heads for one",
+        "always kept",
+        "cross pruned",
+        "perplexity",
+        "bits above dense",
+    ]
+    body = [["none: dense", "", "", "", "0%", f"{dense['valid_ppl']:.2f}", "0"]]
+    runs = [(re.sub(r"--criterion importance ", "", run["flags"]), run) for run in report["runs"] if run["seed"] == 1]
+    for flags, run in sorted(runs, key=lambda pair: (pair[0].split()[:2], -pair[1]["valid_ppl"])):
+        budget, share = flags.split()[:2]
+        scaled, cap = "scaled-diagonal" in flags, re.search(r"--max-heads (?:cross=)?(\S+)", flags)
+        units = "offset" if scaled else "cell"
+        kept = "column 0" if not scaled else "own anchors" if cap and "note" not in run else "offset 0"
+        heads = f"{cap[1]} of the {'8' if '-of kind' in flags else '4 of a layer'}" if cap else "any"
+        units += ", mean attention" if "--criterion mean" in flags else ""
+        pruned = f"{run['pruned']['cross']:.1%}"
+        bits = f"{run['valid_nll'] - dense['valid_nll']:.2f}"
+        body.append(
+            [
+                f"{'cross' if budget == '--cross' else 'all kinds'} {float(share):.0%}",
+                units,
+                heads,
+                kept,
+                pruned,
+                f"{run['valid_ppl']:.2f}",
+                bits,
+            ]
+        )
+    return markdown(Table(header, body, align="llllrrr"))
+
+
 def by_length() -> str:
     """BLEU of each system by the length of the reference."""
     systems = load(RESULTS / "h100-by-length.json")["systems"]
@@ -298,6 +336,7 @@ def tables() -> dict[str, Callable[[], str]]:
         "en-es": lambda: quality("en-es"),
         "digest": quality_digest,
         "one-command": one_command,
+        "cross-masks": cross_masks,
         "dropout": dropout,
         "debian-text": lambda: split_pairs("debian_text"),
         "one-to-many": lambda: split_pairs("libreoffice_one_to_many"),
