@@ -442,9 +442,11 @@ def test_the_report_draws_offsets_in_their_own_coordinates():
 def test_from_recording_to_translation(data_bin, dense, tmp_path):
     stats, masks, pruned = (tmp_path / name for name in ("s.st", "m.st", "pruned.pt"))
     run("ap-record", data_bin, "--path", dense, "--importance", "-o", stats, "--cpu", "--max-tokens", 2000)
+    recorded = AttentionStats.load(stats)
+    assert recorded.lengths[:, 2].sum() == 1000 and recorded.validation_lengths[:, 2].sum() == 60
     flags = ["--total", 0.5, "--criterion", "importance", "--granularity", "cross=scaled-diagonal"]
-    run("ap-masks", stats, *flags, "-o", masks)
-    assert PruningMasks.load(masks).metadata["total"]["effective"] == pytest.approx(0.5, abs=0.01)
+    run("ap-masks", stats, *flags, "--calibrate", "-o", masks)
+    assert PruningMasks.load(masks).metadata["validation"]["total"] == pytest.approx(0.5, abs=0.01)
     run("ap-apply", dense, "--attention-masks", masks, "--data", data_bin, "-o", pruned)
     hypotheses = generate(data_bin, pruned)
     on_device = generate(data_bin, pruned, "--task", "pruned_translation")
@@ -454,9 +456,11 @@ def test_from_recording_to_translation(data_bin, dense, tmp_path):
 def test_pruning_while_training_by_offsets(data_bin, tmp_path):
     flags = ["--task", "pruned_translation", "--attention-masks", "none", "--attention-sparsity", 0.8]
     flags += ["--prune-start", 4, "--prune-end", 8, "--prune-every", 4]
-    flags += ["--prune-flags", "--criterion importance --granularity cross=scaled-diagonal --max-heads cross=1"]
+    mask_flags = "--criterion importance --granularity cross=scaled-diagonal --max-heads cross=1 --calibrate"
+    flags += ["--prune-flags", mask_flags]
     log = train(data_bin, tmp_path, *flags, arch="pruned_transformer", updates=10)
-    assert "update 8: 80." in log or "update 8: 79." in log
+    held = re.search(r"update 8: [\d.]+% of the pairs pruned \(([\d.]+)% of those of the validation sentences\)", log)
+    assert float(held[1]) == pytest.approx(80, abs=1)
     assert "torch's attention (sdpa)" in log
     state = load_checkpoint(tmp_path / "checkpoint_last.pt")["model"]
     assert state["decoder.layers.0.encoder_attn.offset_words"].numel() > 0
