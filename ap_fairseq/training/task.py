@@ -87,7 +87,8 @@ class PruningWhileTraining:
                     f"--attention-sparsity prunes pruned_transformer architectures, not {type(model).__name__}; "
                     "train with --arch pruned_transformer..."
                 )
-            model.prefer_checkpoint_masks()  # of a training that resumes
+            if not from_checkpoint:  # else masks that are named replace those of the checkpoint
+                model.prefer_checkpoint_masks()  # of a training that resumes
         return model
 
     def train_step(self, sample, model, criterion, optimizer, update_num, ignore_grad=False):

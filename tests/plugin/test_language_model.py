@@ -290,13 +290,18 @@ def test_a_model_trained_under_masks_keeps_them(text_bin, lm_masks, tmp_path):
     )
 
 
-def test_a_language_model_is_pruned_while_it_trains(text_bin, tmp_path):
+def test_a_language_model_is_pruned_while_it_trains(text_bin, lm_masks, tmp_path):
+    """ap-apply once wrote such checkpoints with their own masks in place of those that it was given."""
     schedule = ["--attention-sparsity", 0.8, "--prune-start", 10, "--prune-end", 30, "--prune-every", 10]
     masks = ["--attention-masks", "none", "--prune-sample", 50]
     log = train(*[text_bin, tmp_path, *masks, *schedule], arch="pruned_transformer_lm", task="pruned_language_modeling")
     shares = [float(share) for share in re.findall(r"update \d+: ([\d.]+)% of the pairs pruned", log)]
     assert shares == pytest.approx([56.3, 77.0, 80.0], abs=1)  # 80% of 1 - (1 - n/3)^3
     assert "50 sentences recorded" in log
+    applied = run(
+        "ap-apply", tmp_path / "checkpoint_last.pt", "--attention-masks", lm_masks, "-o", tmp_path / "half.pt"
+    )
+    assert "effective sparsity decoder_self 50.0%" in applied
 
 
 def test_a_report_of_one_kind(lm_stats, lm_masks, tmp_path):
