@@ -2,12 +2,14 @@
 
 A document is one HTML page, kept whole: one line for each paragraph, heading, list item or table cell, and an empty
 line at its end, as fairseq's --sample-break-mode complete_doc reads it. Pages are split into train, valid and test.
+Beside it is a classification set for RoBERTa: the package of a page, from its first words.
 """
 
 import argparse
 import gzip
 import hashlib
 import importlib.util
+import itertools
 import shlex
 import subprocess
 import sys
@@ -39,6 +41,7 @@ LISTS = frozenset("ul ol dl table".split())  # whose end closes a block that has
 SKIPPED = frozenset("head nav pre script style header footer form".split())
 MOST_PAGES = 10  # a line on more pages of a package than this is navigation
 LEAST_WORDS = 50  # of a document
+CLASS_WORDS = 40  # of a page, from which its package is to be told
 SHARES = {"valid": 0.02, "test": 0.02}
 
 
@@ -110,6 +113,16 @@ def documents_of(package: Path) -> list[tuple[str, list[str]]]:
     return documents
 
 
+def documents_in(lines: Sequence[str]) -> list[list[str]]:
+    """The documents of a text: lines up to an empty one."""
+    return [list(document) for kept, document in itertools.groupby(lines, bool) if kept]
+
+
+def first_words(document: Sequence[str]) -> str:
+    """The beginning of a document, on one line."""
+    return " ".join(" ".join(document).split()[:CLASS_WORDS])
+
+
 def split_of(name: str, seed: int) -> str:
     """The split of a document, by a hash of its name."""
     draw = int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:8], "big") / 2**64
@@ -139,7 +152,8 @@ def build_packages(work: Path, packages: Sequence[str], deb_dir: Path | None) ->
 
 
 def build_text(work: Path, out: Path, packages: Sequence[str], seed: int) -> dict[str, Any]:
-    """``text/``: {train,valid,test}.txt."""
+    """``text/``: {train,valid,test}.txt, and .label: the package of each document."""
+    labels: dict[str, list[str]] = {split: [] for split in SPLITS}
     lines: dict[str, list[str]] = {split: [] for split in SPLITS}
     documents: dict[str, Counter[str]] = {split: Counter() for split in SPLITS}
     words: dict[str, int] = {}
@@ -152,9 +166,11 @@ def build_text(work: Path, out: Path, packages: Sequence[str], seed: int) -> dic
             split = split_of(name, seed)
             documents[split][package] += 1
             lines[split] += [*text, ""]
+            labels[split].append(package)
     (work / "text").mkdir()
     for split in SPLITS:
         write_lines(work / "text" / f"{split}.txt", lines[split])
+        write_lines(work / "text" / f"{split}.label", labels[split])
     return {
         "words": words,
         "documents": {split: dict(counts) for split, counts in documents.items()},
@@ -163,7 +179,7 @@ def build_text(work: Path, out: Path, packages: Sequence[str], seed: int) -> dic
 
 
 def build_pieces(work: Path, out: Path, bpe_size: int) -> dict[str, Any]:
-    """``spm.model``, ``dict.txt`` and the text in pieces, ``bpe/``."""
+    """``spm.model``, ``dict.txt`` and ``bpe/``: the text in pieces, and first words and label of each document."""
     text = {split: read_lines(out / "text" / f"{split}.txt") for split in SPLITS}
     building.train_sentencepiece(work / "spm.model", filter(None, text["train"]), bpe_size, 0.9995)
     processor = building.load_sentencepiece(work / "spm.model")
@@ -172,6 +188,9 @@ def build_pieces(work: Path, out: Path, bpe_size: int) -> dict[str, Any]:
     (work / "bpe").mkdir()
     for split in SPLITS:
         write_lines(work / "bpe" / split, map(" ".join, pieces[split]))
+        openings = building.encode(processor, [first_words(document) for document in documents_in(text[split])])
+        write_lines(work / "bpe" / f"{split}.input0", map(" ".join, openings))
+        write_lines(work / "bpe" / f"{split}.label", read_lines(out / "text" / f"{split}.label"))
     return {
         "dictionary": building.write_dictionary(work / "dict.txt", processor, frequency),
         "tokens": {split: sum(map(len, lines)) + len(lines) for split, lines in pieces.items()},  # ends of line count
@@ -179,18 +198,21 @@ def build_pieces(work: Path, out: Path, bpe_size: int) -> dict[str, Any]:
 
 
 def build_data_bin(work: Path, out: Path) -> dict[str, Any]:
-    """``data-bin/``, by fairseq-preprocess."""
-    # fmt: off
-    command = [
-        sys.executable, "-m", "fairseq_cli.preprocess", "--only-source", "--srcdict", str(out / "dict.txt"),
-        *(word for split in SPLITS for word in (f"--{split}pref", split)),
-        "--destdir", str(work / "data-bin"), "--workers", "1",
-    ]
-    # fmt: on
-    done = subprocess.run(command, cwd=out / "bpe", text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    if done.returncode:
-        tail = "\n".join(done.stdout.splitlines()[-5:])
-        raise PrepareError(f"{shlex.join(command)} failed with exit status {done.returncode}:\n{tail}")
+    """``data-bin/`` of the text, and its folders ``input0`` and ``label`` of the classes, by fairseq-preprocess."""
+    dictionary = ["--srcdict", str(out / "dict.txt")]
+    for part, own in (("", dictionary), ("input0", dictionary), ("label", [])):
+        suffix = f".{part}" if part else ""
+        # fmt: off
+        command = [
+            sys.executable, "-m", "fairseq_cli.preprocess", "--only-source", *own,
+            *(word for split in SPLITS for word in (f"--{split}pref", f"{split}{suffix}")),
+            "--destdir", str(work / "data-bin" / part), "--workers", "1",
+        ]
+        # fmt: on
+        done = subprocess.run(command, cwd=out / "bpe", text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        if done.returncode:
+            tail = "\n".join(done.stdout.splitlines()[-5:])
+            raise PrepareError(f"{shlex.join(command)} failed with exit status {done.returncode}:\n{tail}")
     return {}
 
 

@@ -45,6 +45,9 @@ def test_navigation_short_pages_and_repetitions_are_left_out(tmp_path):
     documents = prepare.documents_of(package)
     assert [name for name, _ in documents] == [f"some-doc/{k:02}.html" for k in range(12)]
     assert documents[5][1] == [f"Page 5 says {body}"]
+    text = [line for _, lines in documents for line in [*lines, ""]]
+    assert prepare.documents_in(text) == [lines for _, lines in documents]
+    assert prepare.first_words(documents[5][1]) == " ".join(["Page", "5", "says", *body.split()[:37]])
     splits = [prepare.split_of(f"some-doc/{k}", seed=1) for k in range(2000)]
     assert splits == [prepare.split_of(f"some-doc/{k}", seed=1) for k in range(2000)]
     assert 20 < splits.count("valid") < 60 and 20 < splits.count("test") < 60
