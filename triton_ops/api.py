@@ -452,7 +452,7 @@ def advance_beams(state: BeamState, n: int, logits: Tensor, penalty: Tensor | No
     """Choose how the first *n* sentences go on, and record it.
 
     Args:
-        logits: (n * beam, V), of the next token; contiguous.
+        logits: (n * beam, V), of the next token.
         penalty: float32 (V,), added to log-probabilities. These count as -inf where they are NaN, as in fairseq. None:
             *logits* are float32 log-probabilities, penalized already.
         eos: the token that ends a hypothesis.
@@ -463,6 +463,7 @@ def advance_beams(state: BeamState, n: int, logits: Tensor, penalty: Tensor | No
     if kernels and state.beam <= beam_state.MAX_KERNEL_BEAM:
         from . import beam_search  # imports triton
 
+        logits = logits.contiguous()
         maxima, lse = beam_search.largest_of_groups(logits, penalty, size)
         groups = beam_state.best_groups(maxima.view(n, state.beam, -1), scores, k)
         beam_search.choose(state, n, logits, penalty, lse, groups, size, eos)
@@ -503,6 +504,7 @@ def best_tokens(logits: Tensor, penalty: Tensor | None, k: int, kernels: bool) -
     if kernels:
         from . import beam_search  # imports triton
 
+        logits = logits.contiguous()
         maxima, lse = beam_search.largest_of_groups(logits, penalty, size)
     else:
         logits = logits if penalty is None else logits.log_softmax(-1, dtype=torch.float32)

@@ -119,6 +119,15 @@ def test_the_kernels_change_the_state_as_torch_does(n, beam, step, vocab_size, c
     assert_alike(ours, expected, n + 1)
 
 
+def test_logits_may_have_any_stride():
+    """Kernels that read a row as if its tokens lay side by side went on with wrong ones, without an error."""
+    logits = torch.randn(34, 9, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    ours, expected = (random_state(2, 3, 1, 9, seed=4) for _ in range(2))
+    for state, rows in ((ours, logits.t()), (expected, logits.t().contiguous())):
+        advance_beams(state, 3, rows, torch.zeros(34, device=DEVICE), EOS, True)
+    assert_alike(ours, expected, 3)
+
+
 @pytest.mark.parametrize("step", [0, 3, 8])
 @pytest.mark.parametrize(("beam", "k"), [(1, 1), (1, 2), (3, 3), (3, 6), (5, 5)])
 def test_the_kernel_goes_on_by_given_candidates_as_torch_does(beam, k, step):
