@@ -414,7 +414,7 @@ def test_errors_name_the_fault_and_write_nothing(data_bin, dense, stats_file, ma
         (cli_masks.main, [stats_file, "--cross", 1.0, "-o", out], r"'1.0' is not a share in \[0, 1\)"),
         (cli_masks.main, [stats_file, "--cross", 0.5, "-o", masks_file], "exists; pass --overwrite"),
         (cli_masks.main, [stats_file, "--sparsity", 0.5, "-o", out], "unrecognized arguments: --sparsity"),
-        (cli_masks.main, [stats_file, "--granularity", 8, "-o", out], "'8' is not one of 1, 16, 32, 64, 128, diagonal"),
+        (cli_masks.main, [stats_file, "--granularity", 0, "-o", out], "0 is not N .N x N blocks"),
         (apply.main, [dense, "--attention-masks", stats_file, "-o", out], "expected 'ap-pruning-masks-2'"),
         (apply.main, [dense, "--attention-masks", masks_file, "--data", tmp_path, "-o", out], "pass --data DIR"),
         (apply.main, [dense, "--attention-masks", "", "-o", out], "is a folder; expected pruning masks"),  # a TypeError
@@ -435,4 +435,4 @@ def test_training_stops_without_usable_masks(data_bin, tmp_path):
     log = train(data_bin, tmp_path / "x", *missing, arch="pruned_transformer", updates=1, expect=1)
     assert "missing.safetensors does not exist" in log
     log = train(data_bin, tmp_path / "y", arch="pruned_transformer", updates=1, expect=1)
-    assert "this pruned_transformer has no masks: start training with" in log and "begin training epoch" not in log
+    assert "this pruned model has no masks: start training with" in log and "begin training epoch" not in log
