@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from enum import StrEnum
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -68,6 +68,11 @@ def architecture(model: BaseFairseqModel) -> dict[str, list[int]]:
         layers, _ = shape.get(site.kind.value, [0, 0])
         shape[site.kind.value] = [layers + 1, module.num_heads]
     return shape
+
+
+def describe_architecture(shape: Mapping[str, list[int]]) -> str:
+    """Return e.g. ``encoder_self 6 layers x 4 heads, cross 6 layers x 4 heads``."""
+    return ", ".join(f"{kind} {layers} layers x {heads} heads" for kind, (layers, heads) in shape.items())
 
 
 def per_kind(name: str, text: str | float | None) -> dict[AttentionKind, float]:

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ap_fairseq.artifacts import AttentionStats, PruningMasks, describe_architecture
+from ap_fairseq.artifacts import AttentionStats, PruningMasks
 from ap_fairseq.files import ArtifactError
 from ap_fairseq.pruning.criteria import guaranteed, percentile_thresholds, slope
 from ap_fairseq.relative import offset_support
-from ap_fairseq.sites import AttentionKind
+from ap_fairseq.sites import AttentionKind, describe_architecture
 
 # The named patterns of heads in machine translation (Voita et al. 2019, arXiv 1905.09418, section 4; Raganato et al.
 # 2020, arXiv 2002.10260, section 3), as the mass that lies on one cell of each row.
