@@ -72,14 +72,9 @@ class RelativeMask:
     keep: np.ndarray
     anchor: np.ndarray
 
-    def anchored(self, rows: np.ndarray) -> np.ndarray:
-        """Return the offsets of the anchors in rows of :func:`rows_by_centre`: int64 (layers, heads, S + 1, S)."""
-        size, middle = np.indices(rows.shape)
-        return (middle + self.anchor[..., None, None]).clip(0, np.maximum(size - 1, 0)) - middle
-
     def moved(self, rows: np.ndarray) -> np.ndarray:
-        """Where the source's ends move an anchor to an offset that is else pruned: bool, shape as :meth:`anchored`."""
-        keep, offset = self.grown(2 * rows.shape[1] - 1), self.anchored(rows) + rows.shape[1] - 1
+        """Where the source's ends move an anchor to an offset that is else pruned: bool (layers, heads, S + 1, S)."""
+        keep, offset = self.grown(2 * rows.shape[1] - 1), anchored(self.anchor, rows) + rows.shape[1] - 1
         flat = np.take_along_axis(keep, offset.reshape(*keep.shape[:2], -1), 2)
         return ~flat.reshape(offset.shape)
 
@@ -101,6 +96,20 @@ class RelativeMask:
         kept = self.grown(2 * widest + 1)[..., offset + widest]
         anchor = (column[0] - offset[:, 0] + self.anchor[..., None]).clip(0, length - 1)  # (layers, heads, n_queries)
         return kept | (column == anchor[..., None])
+
+
+def anchored(anchor: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Return the offset that each row of each head keeps: its anchor, or the nearest one within the source.
+
+    Args:
+        anchor: int64 (layers, heads), offsets.
+        rows: of :func:`rows_by_centre`.
+
+    Returns:
+        int64 (layers, heads, S + 1, S).
+    """
+    size, middle = np.indices(rows.shape)
+    return (middle + anchor[..., None, None]).clip(0, np.maximum(size - 1, 0)) - middle
 
 
 def choose_anchors(score: np.ndarray, most: int) -> np.ndarray:

@@ -64,10 +64,10 @@ def write_masks(
     output,
     overwrite: bool = False,
     per_layer: bool = False,
-    growing: bool = False,
+    share: float = 1.0,
 ) -> None:
-    """Build masks (:func:`build_masks`), save them, and print their effect on the recorded data."""
-    built = build_masks(stats, spec, growing=growing)
+    """Build masks for a *share* of the budgets, save them, and print their effect on the recorded data."""
+    built = build_masks(stats, spec, share)
     built.masks.save(output, overwrite=overwrite)
     for message in built.warnings:
         logger.warning(message)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import logging
 import shlex
 from collections.abc import Sequence
@@ -58,11 +57,9 @@ def get_parser() -> argparse.ArgumentParser:
 
 
 def write_round_masks(stats_file: str, output: str, flags: Sequence[str], share: float) -> None:
-    """Build the masks of one round: those of the ap-masks *flags* with all budgets times *share*."""
+    """Build the masks of one round: those of the ap-masks *flags* for a *share* of their budgets."""
     stats = AttentionStats.load(stats_file)
-    spec = spec_from(parse_mask_flags(flags), stats)
-    budgets = {kind: budget * share for kind, budget in spec.budgets.items()}
-    write_masks(stats, dataclasses.replace(spec, budgets=budgets), output, overwrite=True, growing=share < 1)
+    write_masks(stats, spec_from(parse_mask_flags(flags), stats), output, overwrite=True, share=share)
 
 
 def prune_gradually(

@@ -17,17 +17,16 @@ from typing import Any
 import numpy as np
 
 from ap_fairseq.artifacts import AttentionStats, PruningMasks, extrapolated
-from ap_fairseq.files import ArtifactError, UserError
+from ap_fairseq.files import UserError
 from ap_fairseq.pruning import criteria
-from ap_fairseq.pruning.select import beyond_best, prune_lowest, prune_surplus_first, weight_of
-from ap_fairseq.pruning.spec import Granularity, MaskSpec, block_shape
+from ap_fairseq.pruning.select import prune_surplus_first, weight_of
+from ap_fairseq.pruning.spec import MaskSpec
 from ap_fairseq.pruning.summary import LayerSummary, missed_budgets, sparsity_on, summarize, total_of, vanished_heads
-from ap_fairseq.relative import RelativeMask, choose_anchors
+from ap_fairseq.pruning.units import Units, always_kept
+from ap_fairseq.relative import RelativeMask
 from ap_fairseq.sites import AttentionKind
 
 Cells = dict[AttentionKind, np.ndarray]
-
-TIES = 1e-6  # weight of the draw among equal scores, in key positions: distances from a sloped diagonal differ by more
 
 
 @dataclass(frozen=True)
@@ -46,11 +45,12 @@ class BuiltMasks:
     warnings: list[str]
 
 
-def build_masks(stats: AttentionStats, spec: MaskSpec, *, growing: bool = False) -> BuiltMasks:
+def build_masks(stats: AttentionStats, spec: MaskSpec, share: float = 1.0) -> BuiltMasks:
     """Derive pruning masks from attention statistics.
 
     Args:
-        growing: the budgets are to grow: a ``max_heads`` that they are too small for need not hold yet.
+        share: of the budgets, in (0, 1]. Below 1 they are to grow, and a ``max_heads`` for which they are too small
+            need not hold yet.
 
     Raises:
         UserError: for statistics without pairs or scores, or a spec that does not fit them.
@@ -62,9 +62,10 @@ def build_masks(stats: AttentionStats, spec: MaskSpec, *, growing: bool = False)
                 "out"
             )
     stats.require_pairs()
+    spec = dataclasses.replace(spec, budgets={kind: budget * share for kind, budget in spec.budgets.items()})
     if spec.calibrate:
-        return _calibrated(stats, spec, growing)
-    return _build(stats, spec, growing, spec)
+        return _calibrated(stats, spec, growing=share < 1)
+    return _build(stats, spec, share < 1, spec)
 
 
 CALIBRATIONS = 8  # at most; two or three come within a tenth of a percentage point
@@ -172,13 +173,13 @@ def _all_kept(stats: AttentionStats) -> tuple[Cells, Cells]:
 
 def _ranked(
     stats: AttentionStats, spec: MaskSpec, growing: bool, rows: np.ndarray
-) -> tuple[Cells, Cells, dict[AttentionKind, _Units]]:
+) -> tuple[Cells, Cells, dict[AttentionKind, Units]]:
     """Prune units in ascending order of score until each scope's budget of pairs is reached.
 
     Args:
         rows: those of cross-attention by centre, where its units are offsets.
     """
-    units = {kind: _Units.from_stats(stats, kind, spec, rows) for kind in stats.kinds if kind in spec.budgets}
+    units = {kind: Units.from_stats(stats, kind, spec, rows) for kind in stats.kinds if kind in spec.budgets}
     keep, extrapolation = _all_kept(stats)
     for members, target in _scopes(units, stats, spec):
         parts = [(units[kind].score[index], units[kind].weight[index]) for kind, index in members]
@@ -216,7 +217,7 @@ def _required_by_cap(parts, surplus, target: float, members, stats: AttentionSta
     return max(target, least)
 
 
-def _scopes(units: Mapping[AttentionKind, _Units], stats: AttentionStats, spec: MaskSpec):
+def _scopes(units: Mapping[AttentionKind, Units], stats: AttentionStats, spec: MaskSpec):
     """Return (members, pairs to prune) of each group that shares a threshold; a member is (kind, index into L, H)."""
     groups = []
     for kind, unit in units.items():
@@ -235,154 +236,6 @@ def _scopes(units: Mapping[AttentionKind, _Units], stats: AttentionStats, spec: 
     return groups
 
 
-@dataclass
-class _Units:
-    """The prunable units of one kind.
-
-    Attributes:
-        score: float64 (layers, heads, units), with 1 for an axis that shares scores; higher = keep, infinite = always.
-        weight: int64, the shape of *score*: observed pairs in the unit, over all heads that share the score, without
-            always-kept cells.
-        offset_score: float64 (layers or 1, heads or 1, Tq + Tk - 1): the score along each diagonal, +inf where never
-            observed.
-        cell_unit: int64 (Tq, Tk): the unit of each cell.
-        surplus: bool, the shape of *score*: units in heads beyond those that ``max_heads`` leaves them, pruned first.
-        offset_surplus: bool, the shape of *offset_score*: offsets likewise.
-        anchor: int64 (layers, heads), the offset that each head always keeps; of cross-attention by offset.
-    """
-
-    score: np.ndarray
-    weight: np.ndarray
-    offset_score: np.ndarray
-    cell_unit: np.ndarray
-    surplus: np.ndarray
-    offset_surplus: np.ndarray
-    anchor: np.ndarray
-
-    @classmethod
-    def from_stats(cls, stats: AttentionStats, kind: AttentionKind, spec: MaskSpec, rows: np.ndarray) -> _Units:
-        support, heads = stats.support[kind], stats.mass[kind].shape[:2]
-        criterion = criteria.CRITERIA[spec.criterion]
-        cell_unit = _number_units(support.shape, 1 if spec.in_offsets(kind) else spec.granularity_of(kind))
-        prunable = np.where(_always_kept(stats, kind, spec), 0, support)
-        pairs = criteria.sum_by(cell_unit, prunable)
-        if criterion.score is None:
-            draw = np.random.default_rng([spec.seed, list(AttentionKind).index(kind)])
-            score, offset_score = draw.random((*heads, len(pairs))), draw.random((*heads, sum(support.shape) - 1))
-            offset_score[..., criteria.unseen_offsets(support)] = np.inf
-        else:
-            cells = criterion.score(stats, kind)
-            if spec.smooth and not spec.in_offsets(kind):  # an offset is a whole diagonal
-                cells = criteria.smoothed(cells, support, spec.smooth)
-            offset_score = criteria.offset_scores(cells, support)
-            score = criteria.sum_by(cell_unit, cells * prunable) / np.maximum(pairs, 1)
-        if not np.isfinite(score).all():
-            raise ArtifactError(f"{kind.value}: scores by --criterion {spec.criterion} overflow; record again")
-        if criterion.ties:
-            score = score - TIES * np.random.default_rng(spec.seed).random(len(pairs))
-        anchor = np.zeros(heads, dtype=np.int64)
-        if spec.in_offsets(kind):
-            score = np.broadcast_to(score, (*heads, len(pairs))).copy()
-            anchor = _anchors(score * support[0], kind, spec)
-            pairs = pairs - _anchored_pairs(anchor, rows, pairs)
-            np.put_along_axis(score, anchor[..., None] + score.shape[2] // 2, np.inf, axis=2)
-        if count := int(spec.min_heads.get(kind, 0)):
-            score, offset_score = (_always_in_best_heads(s, heads, count, kind) for s in (score, offset_score))
-        surplus, offset_surplus = (np.zeros(s.shape, dtype=bool) for s in (score, offset_score))
-        if kind in spec.max_heads:
-            score, offset_score = (np.broadcast_to(s, (*heads, s.shape[2])).copy() for s in (score, offset_score))
-            surplus, offset_surplus = (_beyond_cap(s, kind, spec) for s in (score, offset_score))
-            offset_surplus &= np.isfinite(offset_score)  # offsets that were never observed are kept
-        for layer, head in np.ndindex(score.shape[:2]) if spec.min_kept else ():
-            lowest = score[layer, head].min() - 1
-            ranked = np.where(surplus[layer, head], lowest, score[layer, head])
-            weight = np.broadcast_to(pairs, score.shape)[layer, head]
-            (free,), _ = prune_lowest([(ranked, weight)], (1 - spec.min_kept) * support.sum(), at_most=True)
-            if (surplus[layer, head] & ~free & (weight > 0)).any():
-                raise UserError(
-                    f"--min-kept {spec.min_kept} is more than --max-heads {kind.value}={spec.max_heads[kind]:g} leaves "
-                    f"head {head} of layer {layer}; lower --min-kept or raise --max-heads"
-                )
-            score[layer, head, ~free] = np.inf
-        sharing = np.prod(heads) // np.prod(score.shape[:2])
-        weights = np.broadcast_to(pairs * sharing, score.shape)
-        return cls(score, weights, offset_score, cell_unit, surplus, offset_surplus, anchor)
-
-
-def _always_in_best_heads(score: np.ndarray, heads: tuple[int, int], count: int, kind: AttentionKind) -> np.ndarray:
-    """Give each unit an infinite score in the *count* heads of all layers that score it highest.
-
-    Args:
-        score: float64 (layers or 1, heads or 1, units).
-        heads: layers, heads.
-
-    Returns:
-        float64 (layers, heads, units).
-
-    Raises:
-        UserError: if there are fewer heads.
-    """
-    if count > np.prod(heads):
-        raise UserError(f"--min-heads {kind.value}={count}, but it has {heads[0]} layers of {heads[1]} heads; lower it")
-    by_head = np.broadcast_to(score, (*heads, score.shape[2])).reshape(-1, score.shape[2]).copy()
-    best = np.argpartition(by_head, -count, axis=0)[-count:]
-    np.put_along_axis(by_head, best, np.inf, axis=0)
-    return by_head.reshape(*heads, -1)
-
-
-def _anchors(total: np.ndarray, kind: AttentionKind, spec: MaskSpec) -> np.ndarray:
-    """Choose the offset that each head always keeps: int64 (layers, heads).
-
-    That is the diagonal, or with ``max_heads`` the best one that no more heads have than it allows: the pairs of one
-    offset in every head are most of what a high budget leaves.
-
-    Args:
-        total: float64 (layers, heads, offsets), score of all pairs of each offset.
-    """
-    layers, heads, n_offsets = total.shape
-    if kind not in spec.max_heads:
-        return np.zeros((layers, heads), dtype=np.int64)
-    groups = total if spec.max_heads_of == "layer" else total.reshape(1, -1, n_offsets)
-    most = _cap(groups.shape[1], kind, spec)
-    return np.stack([choose_anchors(group, most) for group in groups]).reshape(layers, heads)
-
-
-def _anchored_pairs(anchor: np.ndarray, rows: np.ndarray, pairs: np.ndarray) -> np.ndarray:
-    """Count the prunable *pairs* (offsets,) that anchors keep anyhow: int64 (layers, heads, offsets)."""
-    n_offsets = len(pairs)
-    counts = np.zeros((*anchor.shape, n_offsets), dtype=np.int64)
-    offset = RelativeMask(0, np.zeros((*anchor.shape, 1), dtype=bool), anchor).anchored(rows) + n_offsets // 2
-    for head in np.ndindex(anchor.shape):
-        np.add.at(counts[head], offset[head].ravel(), rows.ravel())
-    return np.minimum(counts, pairs)
-
-
-def _cap(heads: int, kind: AttentionKind, spec: MaskSpec) -> int:
-    """Return how many of *heads* heads may keep a unit: ``max_heads``, or as many as its share of them."""
-    most = spec.max_heads[kind]
-    return int(most) if most >= 1 else max(1, int(most * heads + 1e-9))
-
-
-def _beyond_cap(score: np.ndarray, kind: AttentionKind, spec: MaskSpec) -> np.ndarray:
-    """Mark, for each unit, the heads beyond the best that ``max_heads`` allows: bool (layers, heads, units).
-
-    Args:
-        score: float64 (layers, heads, units).
-
-    Raises:
-        UserError: if there are fewer heads.
-    """
-    layers, heads, units = score.shape
-    groups = score if spec.max_heads_of == "layer" else score.reshape(1, -1, units)
-    most = spec.max_heads[kind]
-    if most > groups.shape[1]:
-        of = f"{heads} heads in a layer" if spec.max_heads_of == "layer" else f"{layers} layers of {heads} heads"
-        raise UserError(f"--max-heads {kind.value}={most:g}, but it has {of}; lower it, or leave it out")
-    count = _cap(groups.shape[1], kind, spec)
-    draw = np.random.default_rng([spec.seed, list(AttentionKind).index(kind)])
-    return np.stack([beyond_best(group, count, draw) for group in groups]).reshape(score.shape)
-
-
 def _by_percentile(stats: AttentionStats, spec: MaskSpec) -> tuple[Cells, Cells]:
     """Prune, in each layer of a kind, the cells up to the authors' percentile."""
     keep, extrapolation = _all_kept(stats)
@@ -398,7 +251,7 @@ def _finish(keep, extrapolation, stats: AttentionStats, kind: AttentionKind, spe
     """Apply to every mask, in place: extrapolation to unobserved cells, always-kept cells, causality."""
     support = stats.support[kind]
     if spec.in_offsets(kind):
-        keep[..., (support == 0) | _always_kept(stats, kind, spec)] = True
+        keep[..., (support == 0) | always_kept(stats, kind, spec)] = True
         return
     if spec.extrapolate == "keep":
         extrapolation[:] = True
@@ -407,29 +260,6 @@ def _finish(keep, extrapolation, stats: AttentionStats, kind: AttentionKind, spe
         extrapolation[..., max(0, middle - spec.keep_diagonal) : middle + spec.keep_diagonal + 1] = True
     unseen = support == 0
     keep[..., unseen] = extrapolated(extrapolation, len(support), support.shape)[..., unseen]
-    keep[..., _always_kept(stats, kind, spec)] = True
+    keep[..., always_kept(stats, kind, spec)] = True
     if kind.causal:
         keep &= np.tri(*support.shape, dtype=np.bool_)
-
-
-def _always_kept(stats: AttentionStats, kind: AttentionKind, spec: MaskSpec) -> np.ndarray:
-    """The guaranteed cell of each row and the sets that *spec* names, bool (Tq, Tk)."""
-    if spec.in_offsets(kind):
-        n_offsets = stats.support[kind].shape[1]
-        distance = np.abs(np.arange(n_offsets) - n_offsets // 2)[None]
-        return distance <= (-1 if spec.keep_diagonal is None else spec.keep_diagonal)
-    cells = criteria.guaranteed(stats.support[kind].shape, kind)
-    cells[:, : spec.keep_first] = True
-    if spec.keep_diagonal is not None:
-        cells |= criteria.near_diagonal(stats, kind, spec.keep_diagonal)
-    return cells
-
-
-def _number_units(shape: tuple[int, int], granularity: Granularity) -> np.ndarray:
-    """Return the number of each cell's unit: int64 (Tq, Tk)."""
-    block = block_shape(granularity)
-    if block is None:  # diagonals
-        return criteria.cell_offset(shape)
-    row, column = np.ogrid[: shape[0], : shape[1]]
-    per_row = -(-shape[1] // block[1])
-    return row // block[0] * per_row + column // block[1]

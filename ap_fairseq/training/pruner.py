@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
-import dataclasses
 import logging
 import os
 import time
@@ -74,10 +73,8 @@ class TrainingPruner:
         started = time.monotonic()
         stats = self.record(model, criterion)
         recorded = time.monotonic()
-        spec = spec_from(self.flags, stats)
         share = self.schedule.share(update)
-        spec = dataclasses.replace(spec, budgets={kind: budget * share for kind, budget in spec.budgets.items()})
-        built = build_masks(stats, spec, growing=share < 1)
+        built = build_masks(stats, spec_from(self.flags, stats), share)
         model.set_masks(built.masks)
         # fairseq compares with the best loss so far, which a model had that was pruned less.
         checkpoint_utils.save_checkpoint.__dict__.pop("best", None)

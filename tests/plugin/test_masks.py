@@ -597,7 +597,7 @@ def test_a_cap_that_prunes_more_than_the_budget_is_refused_unless_the_budget_gro
         UserError, match=r"--max-heads cross=1 prunes at least 7\d\.\d% of .* cross, the budget is 30.0%"
     ):
         build_masks(stats, spec)
-    growing = build_masks(stats, spec, growing=True).masks
+    growing = build_masks(stats, MaskSpec({kind: 0.9}, max_heads={kind: 1}), share=1 / 3).masks
     assert effective(growing, stats, kind) == pytest.approx(0.3, abs=0.01)
     final = build_masks(stats, MaskSpec({kind: 0.9}, max_heads={kind: 1})).masks
     assert not (final.keep[kind] & ~growing.keep[kind]).any()  # what a growing budget prunes stays pruned
