@@ -314,19 +314,27 @@ def kinds() -> str:
     return markdown(Table(["pruned", *(f"{share}%" for share in shares)], rows))
 
 
+def language_models() -> str:
+    """Test perplexities of the small language models."""
+    ways = {"": "dense", "scratch": "under the masks from the start", "gradual": "pruned while training"}
+    rows = []
+    for row in load(ROOT / "examples/language_model/results/cpu.json")["rows"]:
+        way = ways[row["system"].rpartition(".")[2] if "." in row["system"] else ""]
+        rows.append([way, f"{row['pruned']:.0%}", f"{row['perplexity']:.1f}", f"{row['change']:+.1%}"])
+    return markdown(Table(["system", "pairs pruned", "perplexity", "change"], rows))
+
+
 def sweep(name: str, keep: Callable[[dict[str, Any]], Any]) -> str:
     """Some systems of a sweep, dense ones first, without the columns of kinds and chrF2."""
     lines = [line for line in load(RESULTS / f"{name}.jsonl") if keep(line)]
     order = {"dense": 0, "importance": 1}
     lines.sort(key=lambda line: (line["subset"], order.get(line["criterion"], 2)))
-    table = script(EXAMPLE / "sweep.py").format_table(lines)
-    rows, made = table.rsplit("\n\n", 1)
+    module = script(ROOT / "examples" / "common" / "sweep_table.py")
+    whole = module.table(lines)
     dropped = {*(kind.value for kind in AttentionKind), "chrF2", "validation perplexity", "against dense (p)"}
-    cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows.splitlines()]
-    kept = [column for column, title in enumerate(cells[0]) if title not in dropped]
-    cells[1] = [re.sub("-+", "---", cell) for cell in cells[1]]
-    lines = ["| " + " | ".join(row[column] for column in kept) + " |" for row in cells]
-    return "\n".join(lines) + "\n\n" + made
+    kept = [column for column, title in enumerate(whole.header) if title not in dropped]
+    rows = [[row[column] for column in kept] for row in whole.rows]
+    return f"{markdown(Table([whole.header[column] for column in kept], rows))}\n\n{module.note(lines)}"
 
 
 def tables() -> dict[str, Callable[[], str]]:
@@ -339,6 +347,7 @@ def tables() -> dict[str, Callable[[], str]]:
         "cross-masks": cross_masks,
         "dropout": dropout,
         "debian-text": lambda: split_pairs("debian_text"),
+        "language-model": language_models,
         "one-to-many": lambda: split_pairs("libreoffice_one_to_many"),
         "h100-converged-digest": lambda: sweep("h100-converged", lambda line: re.search(DIGEST, line["system"])),
         "h100-converged-kinds": kinds,

@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 import sweep
+import sweep_table
 import yaml
 from fairseq import options
 from plugin.commands import PLUGIN, ROOT, TINY, generate, run
+from systems import System, expand
 
 from ap_fairseq.artifacts import AttentionStats, PruningMasks
 from ap_fairseq.cli import prune_schedule
@@ -24,7 +26,7 @@ from ap_fairseq.files import ArtifactError
 from ap_fairseq.pruning.flags import parse_mask_flags
 from ap_fairseq.training.schedule import share_of_round
 
-SWEEP = ROOT / "examples/libreoffice_help/sweep.py"
+SWEEP = ROOT / "examples/common/sweep.py"
 
 TRAINING = (
     f"{' '.join(TINY)} --optimizer adam --lr 1e-3 --lr-scheduler fixed --criterion cross_entropy --max-tokens 2000 "
@@ -138,7 +140,7 @@ def test_flags_of_a_system_reach_its_training_its_name_and_its_baseline(corpus, 
     assert made.baselines(pruned) == {"against_dense_tuned": dense, "against_dense_equal": dense}
     assert made.baselines(plain) == {"against_dense_equal": dense}
     result = dataclasses.asdict(pruned) | {"group": pruned.group}
-    assert sweep.title(result) == "mean 50%, fine-tuned, dropout 0.3 weight-decay 0.1"
+    assert sweep_table.title(result) == "mean 50%, fine-tuned, dropout 0.3 weight-decay 0.1"
     commands = []
     monkeypatch.setattr(made.stages, "run", lambda name, *command: commands.append([str(word) for word in command]))
     for system in made.systems:
@@ -175,7 +177,7 @@ def test_total_updates_include_those_behind_the_masks(corpus, tmp_path):
     made = sweep.Sweep(description(systems=systems), corpus, tmp_path, 1, {})
     assert [made.total_updates(system) for system in made.systems] == [3, 7, 3, 6, 3, 7, 3, 10]
     with pytest.raises(ArtifactError, match="criterion percentile is not for systems of schedule while-training"):
-        sweep.expand([{"criterion": "percentile", "sparsity": 0.5, "schedule": "while-training"}])
+        expand([{"criterion": "percentile", "sparsity": 0.5, "schedule": "while-training"}])
 
 
 def test_flags_of_a_system_win_over_the_schedule_of_the_sweep(corpus, tmp_path, monkeypatch):
@@ -298,7 +300,7 @@ def test_the_table_shows_means_over_seeds(swept):
     bleu = [found[f"mean.global.50.g1.one-shot.s{seed}"]["bleu"] for seed in (1, 2)]
     row = rows["mean 50%, fine-tuned"]
     assert row[1:4] == ["2", "4", "7"] and row[9].startswith(f"{sum(bleu) / 2:.2f} ± ")
-    assert sweep.format_table(list(found.values())) in printed
+    assert sweep_table.format_table(list(found.values())) in printed
 
 
 def test_systems_of_one_process_translate_as_fairseq_generate_does(swept, data_bin):
@@ -431,7 +433,7 @@ def test_shares_grow_to_one():
 )
 def test_bad_systems_name_the_fault(changes, message):
     with pytest.raises(ArtifactError, match=message):
-        sweep.expand([changes])
+        expand([changes])
 
 
 def test_a_sweep_by_importance_records_it(corpus, tmp_path):
@@ -441,8 +443,8 @@ def test_a_sweep_by_importance_records_it(corpus, tmp_path):
 
 
 def test_lists_stand_for_all_combinations():
-    systems = sweep.expand([{"criterion": "random", "sparsity": [0.5, 0.8], "granularity": [1, 16], "seed": [1, 2]}])
-    assert len(systems) == 8 and systems[0].mask_flags()[:2] == ["--total", "0.5"]
+    found = expand([{"criterion": "random", "sparsity": [0.5, 0.8], "granularity": [1, 16], "seed": [1, 2]}])
+    assert len(found) == 8 and found[0].mask_flags()[:2] == ["--total", "0.5"]
 
 
 def test_a_translation_of_other_files_is_not_taken_for_this_one(swept, data_bin, dense):
@@ -493,7 +495,7 @@ def test_the_loss_is_that_of_fairseq_and_can_be_all(corpus, dense, tmp_path):
     assert pruned["valid_nll"] != found["dense.untuned.s1"]["valid_nll"]
     assert 0.3 < found["top-k.global.50.untuned.s1"]["total"]["effective"] < 0.7  # of the validation data
     assert not list((tmp_path / "out" / "translations").glob("*.txt"))
-    table = sweep.format_table(list(found.values()))
+    table = sweep_table.format_table(list(found.values()))
     assert "validation perplexity |" in table and "BLEU" not in table
 
 
@@ -522,5 +524,5 @@ def test_the_loss_is_that_of_fairseq_and_can_be_all(corpus, dense, tmp_path):
     ],
 )
 def test_tables_name_systems_in_words(settings, title):
-    system = sweep.System(**settings)
-    assert sweep.title({**dataclasses.asdict(system), "group": system.group}) == title
+    system = System(**settings)
+    assert sweep_table.title({**dataclasses.asdict(system), "group": system.group}) == title

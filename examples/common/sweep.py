@@ -50,148 +50,29 @@ import logging
 import math
 import re
 import shlex
-import statistics
 import sys
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 from fairseq.data.data_utils import load_indexed_dataset
+from sweep_table import format_table
+from systems import System, expand
 
 from ap_fairseq.artifacts import AttentionStats
 from ap_fairseq.cli.common import exit_on_sigterm
 from ap_fairseq.cli.prune_schedule import prune_gradually
 from ap_fairseq.evaluation.scores import compare_systems, score, score_documents
-from ap_fairseq.evaluation.tables import Table, markdown
 from ap_fairseq.experiments.stages import PLUGIN, Stages, run_together
 from ap_fairseq.experiments.translation import Search, Translation, translate
 from ap_fairseq.files import ArtifactError, UserError, atomic_output, file_sha256, read_lines, write_json
 from ap_fairseq.model.dynamic import top_k_for
-from ap_fairseq.pruning.criteria import CRITERIA
-from ap_fairseq.sites import AttentionKind
 
 STEPS = ("dense", "masks", "train", "translate", "score")
-SCHEDULES = ("untuned", "one-shot", "gradual", "scratch", "while-training")
 KEYS = set("pair training dense dense_updates dense_seeds tune tune_updates record search systems".split())
 OPTIONAL = {"level", "subset", "prune"}
 SEPARATOR = "<sep>"
-SCORES = (  # columns of the table: key of a result, name, format
-    ("bleu", "BLEU", ".2f"),
-    ("chrf", "chrF2", ".2f"),
-    ("length_ratio", "length ratio", ".3f"),
-    ("bleu_unpenalized", "BLEU without brevity penalty", ".2f"),
-    ("lenpen", "length penalty", "g"),
-    ("valid_ppl", "validation perplexity", ".2f"),
-)
-
-
-@dataclass(frozen=True)
-class System:
-    """One entry of the table, with one seed; see the head of this file."""
-
-    criterion: str
-    kinds: str = "global"
-    sparsity: float = 0.0
-    granularity: int | str = 1
-    options: str = ""
-    threshold: float = 0.0
-    log_bits: int = 0
-    schedule: str = "untuned"
-    rounds: int = 3
-    start: float = 0.0
-    seed: int = 1
-    updates: int | None = None
-    flags: str = ""
-
-    def __post_init__(self):
-        for name, value, valid in (
-            ("criterion", self.criterion, ("dense", *CRITERIA, "top-k", "threshold")),
-            ("schedule", self.schedule, SCHEDULES),
-        ):
-            if value not in valid:
-                raise ArtifactError(f"{name} {value!r} of a system is not one of {', '.join(valid)}")
-        if self.criterion in ("top-k", "threshold") and self.schedule != "untuned":
-            raise ArtifactError(
-                f"{self.criterion} prunes at inference time; its schedule is untuned, not {self.schedule}"
-            )
-        if self.criterion == "threshold" and not self.threshold:
-            raise ArtifactError("a system of criterion threshold needs a threshold, e.g. threshold: 0.01")
-        if self.start and self.schedule != "gradual":
-            raise ArtifactError(f"start {self.start} is for systems of schedule gradual, not {self.schedule}")
-        if self.flags and self.schedule == "untuned":
-            raise ArtifactError(
-                f"flags {self.flags!r} are for fairseq-train, and a system of schedule untuned has none"
-            )
-        if self.schedule == "while-training" and self.criterion in ("dense", "percentile"):
-            raise ArtifactError(f"criterion {self.criterion} is not for systems of schedule while-training")
-        self.budget_kinds()  # reports unknown kinds
-        masked = self.criterion not in ("dense", "top-k", "threshold")
-        if self.kinds == "own" and (self.sparsity or not masked or not self.budget_kinds()):
-            raise ArtifactError(
-                "a system of kinds own names its budgets in options (--encoder-self 0.95 --cross 0.7), and no sparsity"
-            )
-
-    def budget_kinds(self) -> list[AttentionKind]:
-        """The kinds that the sparsity is for."""
-        if self.kinds in ("global", "per-kind"):
-            return list(AttentionKind)
-        if self.kinds == "own":
-            return [kind for kind in AttentionKind if f"--{kind.flag}" in shlex.split(self.options)]
-        names = self.kinds.split("+")
-        if not set(names) <= set(AttentionKind):
-            names = "+".join(AttentionKind)
-            raise ArtifactError(f"kinds {self.kinds!r} is not global, per-kind, own, or some of {names}")
-        return [AttentionKind(name) for name in names]
-
-    def mask_flags(self) -> list[str]:
-        """Flags of ap-masks; none for systems without masks."""
-        if self.criterion in ("dense", "top-k", "threshold"):
-            return []
-        if self.kinds == "own":
-            budgets = []
-        elif self.kinds == "global" and self.criterion != "percentile":
-            budgets = ["--total", str(self.sparsity)]
-        else:
-            budgets = [word for kind in self.budget_kinds() for word in (f"--{kind.flag}", str(self.sparsity))]
-        options = ["--criterion", self.criterion, "--granularity", str(self.granularity), "--seed", str(self.seed)]
-        return budgets + options + shlex.split(self.options)
-
-    @property
-    def has_dense_model(self) -> bool:
-        """Whether it is made from a dense model, or from masks of one."""
-        return not (self.schedule == "while-training" or (self.criterion == "dense" and self.schedule == "scratch"))
-
-    @property
-    def group(self) -> str:
-        """What the table calls it: everything but the seed."""
-        parts = [self.criterion]
-        if self.criterion == "threshold":
-            parts.append(f"{self.threshold:g}" + (f".{self.log_bits}bit" if self.log_bits else ""))
-        elif self.criterion != "dense":
-            parts += [self.kinds] if self.kinds == "own" else [self.kinds, f"{100 * self.sparsity:g}"]
-            parts += [f"g{self.granularity}"] if self.criterion != "top-k" else []
-        if self.options:
-            parts.append(self.options.replace("--", "").replace(" ", "-"))
-        parts += [f"from-{100 * self.start:g}"] if self.start else []
-        parts += [self.schedule] + ([f"r{self.rounds}"] if self.schedule == "gradual" else [])
-        parts += [self.flags.replace("--", "").replace(" ", "-").replace("/", "_")] if self.flags else []
-        return ".".join(parts + ([f"u{self.updates}"] if self.updates else []))
-
-    @property
-    def name(self) -> str:
-        return f"{self.group}.s{self.seed}"
-
-    @property
-    def started_from(self) -> System:
-        """The system from scratch that `start` names."""
-        return dataclasses.replace(self, sparsity=self.start, start=0.0, schedule="scratch", updates=None)
-
-    @property
-    def masks_name(self) -> str:
-        untrained = dataclasses.replace(self, schedule="untuned", updates=None, flags="")
-        return untrained.name if self.mask_flags() else "all-ones"
 
 
 class Sweep:
@@ -484,113 +365,6 @@ class Sweep:
             Path(temporary).write_text(lines, encoding="utf-8")
         print(format_table(results))
         print(f"results: {self.out / 'results.jsonl'}")
-
-
-def expand(entries: Iterable[dict[str, Any]]) -> list[System]:
-    """Return one system for each combination of the listed values.
-
-    Raises:
-        ArtifactError: for unknown keys or values, or two systems of one name.
-    """
-    known = {field.name for field in dataclasses.fields(System)}
-    systems = []
-    for entry in entries:
-        if entry.keys() - known or "criterion" not in entry:
-            raise ArtifactError(f"system {entry} needs a criterion, and only the keys {', '.join(sorted(known))}")
-        values = [value if isinstance(value, list) else [value] for value in entry.values()]
-        systems += [System(**dict(zip(entry, combination, strict=True))) for combination in itertools.product(*values)]
-    names = [system.name for system in systems]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise ArtifactError(f"systems named twice: {', '.join(twice)}")
-    return systems
-
-
-def title(result: dict[str, Any]) -> str:
-    """Return a group's name in words, e.g. ``importance 80%, smooth 32, fine-tuned``."""
-    criterion, kinds, schedule, group = (result[key] for key in ("criterion", "kinds", "schedule", "group"))
-    text = {"percentile": "published percentile"}.get(criterion, criterion)
-    text = f"sentence-level {text}" if group.startswith("sentence-level.") else text
-    masked = criterion not in ("dense", "top-k", "threshold")
-    if criterion == "threshold":
-        text += f" {result['threshold']:g}" + (f", {result['log_bits']} log bits" if result.get("log_bits") else "")
-    elif criterion != "dense" and kinds != "own":
-        share = re.search(rf"\.{re.escape(kinds)}\.(\d+(\.\d+)?)\b", group)[1]
-        text += (f" {100 * result['start']:g}% → " if result.get("start") else " ") + f"{share}%"
-        text += {"global": "", "per-kind": " per kind"}.get(kinds, f" of {kinds}")
-    if masked and result["granularity"] != 1:
-        text += f", blocks of {result['granularity']}"
-    text += f", {result['options'].replace('--', '')}" if result["options"] else ""
-    rounds = result.get("rounds", 1)
-    text += {
-        "untuned": ", no fine-tuning" if masked else "",
-        "one-shot": ", fine-tuned",
-        "scratch": ", from scratch",
-        "while-training": ", while training",
-        "gradual": f", gradual in {rounds} round{'s' if rounds > 1 else ''}",
-    }[schedule]
-    text += f", {result['flags'].replace('--', '')}" if result.get("flags") else ""
-    own_updates = re.search(r"\.u(\d+)$", group)
-    return text + (f", {int(own_updates[1]) / 1000:g}k updates" if own_updates else "")
-
-
-def format_table(results: Sequence[dict[str, Any]]) -> str:
-    """Render results as a Markdown table: mean over seeds, ± sample standard deviation where there are several."""
-    kinds = [kind.value for kind in AttentionKind]
-    scored = [(key, name, form) for key, name, form in SCORES if any(key in result for result in results)]
-    tests = {
-        name: title
-        for name, title in (
-            ("against_dense_equal", "against dense, equal updates (p)"),
-            ("against_dense", "against dense (p)"),
-            ("against_dense_tuned", "against dense, fine-tuned (p)"),
-        )
-        if any(name in result for result in results)
-    }
-    updates = [key for key in ("updates", "total_updates") if all(key in result for result in results)]
-    header = ["system", "seeds", *(key.replace("_", " ") for key in updates), *kinds, "all pairs", "kept mass"]
-    header += [name for _, name, _ in scored]
-    header += tests.values()
-    rows = []
-    groups: dict[tuple[str, str | None, int | None], list[dict[str, Any]]] = {}
-    for result in results:
-        key = result["group"], result.get("subset"), result.get("training_pairs")
-        groups.setdefault(key, []).append(result)
-    several, sizes = (len({key[column] for key in groups}) > 1 for column in (1, 2))
-    for (_, subset, pairs), runs in groups.items():
-        name = f"{title(runs[0])} ({subset})" if several else title(runs[0])
-        name += f", {pairs:,} training pairs" if sizes and pairs else ""
-        shares = [[r["sparsity"].get(kind, {"effective": 0.0})["effective"] for r in runs] for kind in kinds]
-        shares.append([r["total"]["effective"] for r in runs])
-        shares.append([r["total"]["kept_mass"] for r in runs if "kept_mass" in r["total"]])
-        cells = [name, str(len(runs)), *(str(runs[0][key]) for key in updates)]
-        cells += [_mean(values, ".1%") for values in shares]
-        cells += [_mean([r[key] for r in runs if key in r], form) for key, _, form in scored]
-        for name in tests:
-            compared = [r[name]["bleu"] for r in runs if name in r]
-            p_values = ", ".join(_p(test["p"]) for test in compared)
-            cells.append(f"{_mean([test['difference'] for test in compared], '+.2f')} ({p_values})" if compared else "")
-        rows.append(cells)
-    first = results[0]
-    made = f"{first['device']}, torch {first['versions']['torch']}"
-    if "bleu" in first:
-        made = (
-            f"{first['sentences']:,} texts, beam {first['search']['beam']}, {made}; BLEU `{first['bleu_signature']}`, "
-            f"chrF2 `{first['chrf_signature']}`; differences in BLEU with sacreBLEU's paired bootstrap, one p for each "
-            "seed"
-        )
-    return f"{markdown(Table(header, rows))}\n\nEffective sparsity per kind and over all pairs; {made}."
-
-
-def _mean(values: Sequence[float], form: str) -> str:
-    if not values:
-        return ""
-    text = format(statistics.fmean(values), form)
-    return text if len(values) == 1 else f"{text} ± {format(statistics.stdev(values), form.lstrip('+'))}"
-
-
-def _p(value: float) -> str:
-    return "p < 0.001" if value < 0.001 else f"p = {value:.3f}"
 
 
 def get_parser() -> argparse.ArgumentParser:
