@@ -5,9 +5,11 @@ folder that has it is finished. A second run repeats only the steps whose option
 after them.
 """
 
+import argparse
 import fcntl
 import hashlib
 import importlib.metadata
+import importlib.util
 import io
 import json
 import platform
@@ -18,7 +20,8 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -261,3 +264,53 @@ def build(out: Path, steps: Sequence[Step], options: Mapping[str, Any]) -> dict[
             record = {"options": plain, "versions": versions()}
             write_json(finished, {**record, **counts})
         return json.loads(finished.read_text("utf-8"))
+
+
+# ---------------------------------------------------------------- prepare.sh
+
+
+def prepare_parser(description: str, out: str, bpe_size: int) -> argparse.ArgumentParser:
+    """The parser of a ``prepare.sh``, with the options that all of them have.
+
+    out: the default output folder, for the help.
+    """
+    parser = argparse.ArgumentParser(prog="prepare.sh", description=description)
+    add = parser.add_argument
+    add("--out", type=Path, metavar="DIR", help=f"output folder (default: {out} beside prepare.sh)")
+    add("--bpe-size", type=int, default=bpe_size, metavar="N", help="entries of the dictionary (default: %(default)s)")
+    add("--deb-dir", type=Path, metavar="DIR", help="folder with the Debian packages, used instead of apt")
+    add("--seed", type=int, default=1, metavar="N", help="of the split into train, valid and test (default: 1)")
+    return parser
+
+
+def check_options(parser: argparse.ArgumentParser, args: argparse.Namespace, **least: int) -> None:
+    """Refuses numbers that are too small, and makes all paths absolute, because programs run in other folders."""
+    for name, number in {"bpe_size": 100, **least}.items():
+        if getattr(args, name) is not None and getattr(args, name) < number:
+            parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected at least {number}")
+    coverage = getattr(args, "character_coverage", 1.0)
+    if not 0.9 <= coverage <= 1:
+        parser.error(f"--character-coverage is {coverage}, expected between 0.9 and 1")
+    for name, value in vars(args).items():
+        if isinstance(value, Path):
+            setattr(args, name, value.absolute())
+
+
+def prepare(args: argparse.Namespace, steps_of: Callable[[argparse.Namespace], Sequence[Step]]) -> dict[str, Any]:
+    """Builds ``args.out`` and returns what ``counts.json`` holds."""
+    missing = [name for name in ("sentencepiece", "fairseq") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise PrepareError(
+            f"{sys.executable} has no module {' and no '.join(missing)}: activate the environment in which "
+            "ap-fairseq is installed, or install it there (`python3 -m pip install -e .` in the repository root)"
+        )
+    return build(args.out, steps_of(args), vars(args))
+
+
+@contextmanager
+def one_line_errors(program: str = "prepare.sh") -> Iterator[None]:
+    """Ends the program with one line for what the user can put right."""
+    try:
+        yield
+    except PrepareError as error:
+        sys.exit(f"{program}: error: {error}")

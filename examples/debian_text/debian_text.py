@@ -5,7 +5,6 @@ Run by ``prepare.sh``. Steps are those of ``examples/common/building.py``.
 
 import argparse
 import gzip
-import importlib.util
 import shutil
 import sys
 from collections import Counter
@@ -25,7 +24,7 @@ import man_pages
 import parallel_text
 import segments
 from apt_lists import apt_language
-from building import SPLITS, PrepareError, Step, build, file_hash
+from building import SPLITS, PrepareError, Step, check_options, file_hash, one_line_errors, prepare, prepare_parser
 from parallel_text import (
     Filter,
     Shares,
@@ -236,32 +235,33 @@ def summary(counts: dict[str, Any]) -> str:
 
 
 def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="prepare.sh", description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = prepare_parser(__doc__.split("\n")[0], "data/en-TGT", bpe_size=12000)
     add = parser.add_argument
     add("source", nargs="?", metavar="en", default="en", help="the source language is English")
-    add("target", nargs="?", metavar="TGT", default="de", help="target language: de, fr, es, pt-br, …")
-    add("--out", type=Path, metavar="DIR", help="output folder (default: data/en-TGT beside prepare.sh)")
-    add("--bpe-size", type=int, default=12000, metavar="N", help="entries of the joint dictionary")
-    add("--page-tokens", type=int, default=1000, metavar="N", help="longest document, in tokens per side")
-    add("--max-words", type=int, default=100, metavar="N", help="longest sentence, in words; pages keep all")
-    add("--max-package-mb", type=float, default=4, metavar="X", help="download no package that is larger")
-    add("--deb-dir", type=Path, metavar="DIR", help="folder of --fetch, used instead of apt")
-    add("--fetch", type=Path, metavar="DIR", help="download into this folder, and do nothing else")
-    add("--seed", type=int, default=1, metavar="N", help="of the split into train, valid and test")
+    add("target", nargs="?", metavar="TGT", default="de", help="target language: de, fr, es, pt-br, … (default: de)")
+    add(
+        "--page-tokens",
+        type=int,
+        default=1000,
+        metavar="N",
+        help="longest document, in tokens per side (default: 1000)",
+    )
+    add(
+        "--max-words",
+        type=int,
+        default=100,
+        metavar="N",
+        help="longest sentence, in words; pages keep all (default: 100)",
+    )
+    add("--max-package-mb", type=float, default=4, metavar="X", help="download no package that is larger (default: 4)")
+    add("--fetch", type=Path, metavar="DIR", help="download what --deb-dir takes into this folder, and do nothing else")
     args = parser.parse_args(arguments)
     if args.source != "en" or args.target == "en":
         parser.error(f"the pair is {args.source} {args.target}; this corpus translates from en into another language")
     args.language = help_packages.package_language(args.target)
-    for name, least in (("bpe_size", 100), ("page_tokens", 1), ("max_words", 1)):
-        if getattr(args, name) < least:
-            parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected at least {least}")
     if args.out is None:
         args.out = Path(__file__).resolve().parent / "data" / f"en-{fairseq_language(args.language)}"
-    for name in ("out", "deb_dir", "fetch"):  # absolute, because programs run in other folders
-        if getattr(args, name) is not None:
-            setattr(args, name, getattr(args, name).absolute())
+    check_options(parser, args, page_tokens=1, max_words=1)
     if args.deb_dir is not None and not args.deb_dir.is_dir():
         parser.error(f"--deb-dir {args.deb_dir} is not a folder")
     return args
@@ -274,21 +274,13 @@ def languages(args: argparse.Namespace) -> tuple[str, str]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     args = parse_args(arguments)
-    missing = [name for name in ("sentencepiece", "fairseq") if importlib.util.find_spec(name) is None]
-    try:
+    with one_line_errors():
         if args.fetch is not None:
             args.fetch.mkdir(parents=True, exist_ok=True)
             fetch(args.fetch, args.language, round(args.max_package_mb * 1e6))
             print(f"fetched: {args.fetch}")
             return
-        if missing:
-            raise PrepareError(
-                f"{sys.executable} has no module {' and no '.join(missing)}: activate the environment in which "
-                f"ap-fairseq is installed, or install it there (`python3 -m pip install -e .` in the repository root)"
-            )
-        counts = build(args.out, steps_of(args), vars(args))
-    except PrepareError as error:
-        sys.exit(f"prepare.sh: error: {error}")
+        counts = prepare(args, steps_of)
     print(summary(counts))
     print(f"counts: {args.out / 'counts.json'}; data: {args.out / 'data-bin'}/{{{','.join(parallel_text.LEVELS)}}}")
 

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))  # prepare.py, beside this file
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # beside this file
 
 try:
-    import prepare
+    import documentation
     import torch
 
     import ap_fairseq.plugin  # noqa: F401  (loaded once for all stages)
@@ -164,7 +164,7 @@ class Experiment:
 
     def run(self) -> None:
         if self.args.data_bin is None:
-            self.stages.run("prepare", prepare.main, self.prepare)
+            self.stages.run("prepare", documentation.main, self.prepare)
         self.train("dense", pruned=False)
         stats = self.run_folder / "stats.safetensors"
         # fmt: off

@@ -4,7 +4,6 @@ Run by ``prepare.sh``. Steps are those of ``examples/common/building.py``.
 """
 
 import argparse
-import importlib.util
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ import debs
 import help_packages
 import parallel_text
 import segments
-from building import SPLITS, PrepareError, Step, build, file_hash, read_lines
+from building import SPLITS, Step, check_options, file_hash, one_line_errors, prepare, prepare_parser, read_lines
 from help_packages import build_packages, package_language, packages_of, read_pair
 from parallel_text import LEVELS, Shares, encoding_steps, fairseq_language, write_text
 
@@ -40,8 +39,9 @@ def build_text(work: Path, out: Path, pair: Sequence[str], seed: int, max_words:
 # ---------------------------------------------------------------- steps
 
 
-def steps_of(args: argparse.Namespace, pair: tuple[str, str]) -> list[Step]:
+def steps_of(args: argparse.Namespace) -> list[Step]:
     out: Path = args.out
+    pair = (args.source, args.target)
     packages = {"pair": list(pair)}
     if args.deb_dir is not None:
         files = debs.find_packages(packages_of(pair), args.deb_dir)
@@ -92,37 +92,31 @@ def summary(counts: dict[str, Any], pair: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
-def prepare(args: argparse.Namespace) -> dict[str, Any]:
-    """All steps for one language pair; returns what ``counts.json`` holds."""
-    return build(args.out, steps_of(args, (args.source, args.target)), vars(args))
-
-
 def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="prepare.sh", description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    parser = prepare_parser(__doc__.split("\n")[0], "data/SRC-TGT", bpe_size=4000)
+    add = parser.add_argument
+    add(
+        "source",
+        nargs="?",
+        metavar="SRC",
+        default="en",
+        help="source language, as in libreoffice-help-SRC (default: en)",
     )
-    parser.add_argument(
-        "source", nargs="?", metavar="SRC", default="en", help="source language, as in libreoffice-help-SRC"
+    add("target", nargs="?", metavar="TGT", default="de", help="target language (default: de)")
+    add(
+        "--page-tokens",
+        type=int,
+        default=1000,
+        metavar="N",
+        help="longest document, in tokens per side (default: 1000)",
     )
-    parser.add_argument("target", nargs="?", metavar="TGT", default="de", help="target language")
-    parser.add_argument(
-        "--out", type=Path, metavar="DIR", help="output folder (default: data/SRC-TGT beside prepare.sh)"
-    )
-    parser.add_argument("--bpe-size", type=int, default=4000, metavar="N", help="entries of the joint dictionary")
-    parser.add_argument(
-        "--page-tokens", type=int, default=1000, metavar="N", help="longest document, in tokens per side"
-    )
-    parser.add_argument(
+    add(
         "--max-words",
         type=int,
         metavar="N",
         help="keep only segments of at most N words at sentence level, in all splits: an easier, smaller task",
     )
-    parser.add_argument(
-        "--deb-dir", type=Path, metavar="DIR", help="folder with downloaded .deb files, used instead of apt"
-    )
-    parser.add_argument("--seed", type=int, default=1, metavar="N", help="of the split into train, valid and test")
-    parser.add_argument(
+    add(
         "--character-coverage",
         type=float,
         metavar="P",
@@ -133,19 +127,13 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     args.source, args.target = package_language(args.source), package_language(args.target)
     if args.source == args.target:
         parser.error(f"source and target language are both {args.source!r}; choose two different languages")
-    for name, least in (("bpe_size", 100), ("page_tokens", 1), ("max_words", 1)):
-        if getattr(args, name) is not None and getattr(args, name) < least:
-            parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected at least {least}")
     if args.character_coverage is None:
         large = LARGE_SCRIPTS & {args.source, args.target}
         args.character_coverage = COVERAGE_OF_LARGE_SCRIPTS if large else 1.0
-    if not 0.9 <= args.character_coverage <= 1:
-        parser.error(f"--character-coverage is {args.character_coverage}, expected between 0.9 and 1")
     if args.out is None:
         name = f"{fairseq_language(args.source)}-{fairseq_language(args.target)}"
         args.out = Path(__file__).resolve().parent / "data" / name
-    # Absolute, because apt-get, dpkg and fairseq-preprocess do not all run in this folder.
-    args.out = args.out.absolute()
+    check_options(parser, args, page_tokens=1, max_words=1)
     return args
 
 
@@ -156,16 +144,8 @@ def languages(args: argparse.Namespace) -> tuple[str, str]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     args = parse_args(arguments)
-    missing = [name for name in ("sentencepiece", "fairseq") if importlib.util.find_spec(name) is None]
-    try:
-        if missing:
-            raise PrepareError(
-                f"{sys.executable} has no module {' and no '.join(missing)}: activate the environment in which "
-                f"ap-fairseq is installed, or install it there (`python3 -m pip install -e .` in the repository root)"
-            )
-        counts = prepare(args)
-    except PrepareError as error:
-        sys.exit(f"prepare.sh: error: {error}")
+    with one_line_errors():
+        counts = prepare(args, steps_of)
     print(summary(counts, (args.source, args.target)))
     print(f"counts: {args.out / 'counts.json'}; data: {args.out / 'data-bin'}/{{{','.join(LEVELS)}}}")
 

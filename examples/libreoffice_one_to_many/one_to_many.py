@@ -5,7 +5,6 @@ A source sentence begins with a tag that names the target language, ``<2de>``. R
 """
 
 import argparse
-import importlib.util
 import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -20,7 +19,7 @@ import debs
 import help_packages
 import parallel_text
 import segments
-from building import SPLITS, PrepareError, Step, build, file_hash
+from building import SPLITS, PrepareError, Step, check_options, file_hash, one_line_errors, prepare, prepare_parser
 from help_packages import build_packages, package_language, packages_of, read_help, read_pair
 from parallel_text import (
     Shares,
@@ -120,30 +119,26 @@ def summary(counts: dict[str, Any]) -> str:
 
 
 def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="prepare.sh", description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = prepare_parser(__doc__.split("\n")[0], "data/en-many", bpe_size=24000)
     add = parser.add_argument
     add("source", nargs="?", metavar="en", choices=[PAIR[0]], default=PAIR[0], help="the source language is English")
     add("target", nargs="?", metavar="many", choices=[PAIR[1]], default=PAIR[1], help="the target is all --languages")
-    add("--languages", nargs="+", default=LANGUAGES, metavar="TGT", help="target languages, as in libreoffice-help-TGT")
-    add("--out", type=Path, metavar="DIR", help="output folder (default: data/en-many beside prepare.sh)")
-    add("--bpe-size", type=int, default=24000, metavar="N", help="entries of the joint dictionary")
-    add("--character-coverage", type=float, default=0.9999, metavar="P", help="of SentencePiece")
-    add("--deb-dir", type=Path, metavar="DIR", help="folder with downloaded .deb files, used instead of apt")
-    add("--seed", type=int, default=1, metavar="N", help="of the split into train, valid and test")
+    add(
+        "--languages",
+        nargs="+",
+        default=LANGUAGES,
+        metavar="TGT",
+        help="target languages, as in libreoffice-help-TGT (default: 17)",
+    )
+    add("--character-coverage", type=float, default=0.9999, metavar="P", help="of SentencePiece (default: %(default)s)")
     args = parser.parse_args(arguments)
     args.languages = sorted(map(package_language, args.languages))
     twice = sorted({language for language in args.languages if args.languages.count(language) > 1})
     if twice or "en" in args.languages:
         parser.error(f"--languages names {' '.join(twice) or 'en'}; give each target language once, without en")
-    if args.bpe_size < 100:
-        parser.error(f"--bpe-size is {args.bpe_size}, expected at least 100")
-    if not 0.9 <= args.character_coverage <= 1:
-        parser.error(f"--character-coverage is {args.character_coverage}, expected between 0.9 and 1")
     if args.out is None:
         args.out = Path(__file__).resolve().parent / "data" / "-".join(PAIR)
-    args.out = args.out.absolute()
+    check_options(parser, args)
     return args
 
 
@@ -154,16 +149,8 @@ def languages(args: argparse.Namespace) -> tuple[str, str]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     args = parse_args(arguments)
-    missing = [name for name in ("sentencepiece", "fairseq") if importlib.util.find_spec(name) is None]
-    try:
-        if missing:
-            raise PrepareError(
-                f"{sys.executable} has no module {' and no '.join(missing)}: activate the environment in which "
-                f"ap-fairseq is installed, or install it there (`python3 -m pip install -e .` in the repository root)"
-            )
-        counts = build(args.out, steps_of(args), vars(args))
-    except PrepareError as error:
-        sys.exit(f"prepare.sh: error: {error}")
+    with one_line_errors():
+        counts = prepare(args, steps_of)
     print(summary(counts))
     print(f"counts: {args.out / 'counts.json'}; data: {args.out / 'data-bin' / 'sentences'}")
 

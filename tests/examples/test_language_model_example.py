@@ -31,25 +31,25 @@ def module(name: str):
 
 def test_lines_of_a_page_are_its_innermost_blocks():
     expected = ["Files & folders", "A file has a name.", "first item", "second item", "cell one", "cell two"]
-    assert module("prepare").page_lines(PAGE) == expected
+    assert module("documentation").page_lines(PAGE) == expected
 
 
 def test_navigation_short_pages_and_repetitions_are_left_out(tmp_path):
-    prepare, package = module("prepare"), tmp_path / "some-doc"
+    documentation, package = module("documentation"), tmp_path / "some-doc"
     package.mkdir()
     body = " ".join(f"word{k}" for k in range(60))
     for k in range(12):
         (package / f"{k:02}.html").write_text(f"<p>Next chapter</p><p>Page {k} says {body}</p>", "utf-8")
     (package / "copy.html").write_text(f"<p>Next chapter</p><p>Page 3 says {body}</p>", "utf-8")
     (package / "short.html").write_text("<p>Nothing here</p>", "utf-8")
-    documents = prepare.documents_of(package)
+    documents = documentation.documents_of(package)
     assert [name for name, _ in documents] == [f"some-doc/{k:02}.html" for k in range(12)]
     assert documents[5][1] == [f"Page 5 says {body}"]
     text = [line for _, lines in documents for line in [*lines, ""]]
-    assert prepare.documents_in(text) == [lines for _, lines in documents]
-    assert prepare.first_words(documents[5][1]) == " ".join(["Page", "5", "says", *body.split()[:37]])
-    splits = [prepare.split_of(f"some-doc/{k}", seed=1) for k in range(2000)]
-    assert splits == [prepare.split_of(f"some-doc/{k}", seed=1) for k in range(2000)]
+    assert documentation.documents_in(text) == [lines for _, lines in documents]
+    assert documentation.first_words(documents[5][1]) == " ".join(["Page", "5", "says", *body.split()[:37]])
+    splits = [documentation.split_of(f"some-doc/{k}", seed=1) for k in range(2000)]
+    assert splits == [documentation.split_of(f"some-doc/{k}", seed=1) for k in range(2000)]
     assert 20 < splits.count("valid") < 60 and 20 < splits.count("test") < 60
 
 

@@ -369,7 +369,7 @@ def run(tmp_path, deb_dir, commands, monkeypatch):
 
     def run(*options, deb_dir=deb_dir):
         arguments = ["--out", str(tmp_path / "out"), "--deb-dir", str(deb_dir), "--bpe-size", "150", *options]
-        return prepare.prepare(prepare.parse_args(arguments))
+        return building.prepare(prepare.parse_args(arguments), prepare.steps_of)
 
     return run
 
@@ -629,7 +629,7 @@ def test_failed_download(tmp_path):
 def test_language_that_the_folder_lacks(run):
     """With --deb-dir, a missing package is named with its language and the command that gets it."""
     message = "no .deb file of libreoffice-help-fr libreoffice-l10n-fr.*`apt-get download libreoffice"
-    with pytest.raises(prepare.PrepareError, match=message):
+    with pytest.raises(building.PrepareError, match=message):
         run("en", "fr")
 
 
@@ -638,7 +638,7 @@ def test_two_versions_of_a_package(run, deb_dir, tmp_path):
     folder = tmp_path / "debs"
     shutil.copytree(deb_dir, folder)
     shutil.copy(next(folder.glob("libreoffice-help-de_*")), folder / "libreoffice-help-de_4%3a7.5.0-1_all.deb")
-    with pytest.raises(prepare.PrepareError, match="2 versions of libreoffice-help-de: .*7.4.7.*, .*7.5.0.*Keep one"):
+    with pytest.raises(building.PrepareError, match="2 versions of libreoffice-help-de: .*7.4.7.*, .*7.5.0.*Keep one"):
         run(deb_dir=folder)
 
 
@@ -650,7 +650,7 @@ def test_damaged_package(run, deb_dir, tmp_path, capsys):
     shutil.copytree(deb_dir, folder)
     next(folder.glob("libreoffice-l10n-de_*")).write_bytes(b"half a download")
     with pytest.raises(
-        prepare.PrepareError, match="(?s)libreoffice-l10n-de_.* cannot be unpacked .*Download the package"
+        building.PrepareError, match="(?s)libreoffice-l10n-de_.* cannot be unpacked .*Download the package"
     ):
         run(deb_dir=folder)
     report = capsys.readouterr().out
@@ -665,7 +665,7 @@ def test_foreign_output_folder(run, tmp_path):
     (tmp_path / "out/pages").mkdir(parents=True)
     (tmp_path / "out/pages/mine.txt").write_text("keep")
     with pytest.raises(
-        prepare.PrepareError, match="out is not empty and holds no data of this program: choose another"
+        building.PrepareError, match="out is not empty and holds no data of this program: choose another"
     ):
         run()
     assert (tmp_path / "out/pages/mine.txt").read_text() == "keep"
@@ -674,7 +674,7 @@ def test_foreign_output_folder(run, tmp_path):
 def test_output_that_cannot_be_made(run, tmp_path):
     """An output path below a file is an error that names it."""
     (tmp_path / "out").write_text("a file")
-    with pytest.raises(prepare.PrepareError, match="cannot write to .*out"):
+    with pytest.raises(building.PrepareError, match="cannot write to .*out"):
         run()
 
 
@@ -683,19 +683,19 @@ def test_two_runs_at_once(run, tmp_path):
     run()
     with (tmp_path / "out/.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(prepare.PrepareError, match="another run is working in"):
+        with pytest.raises(building.PrepareError, match="another run is working in"):
             run()
 
 
 def test_dictionary_too_large(run):
     """A --bpe-size that the text cannot fill is an error that names it, with SentencePiece's own reason."""
-    with pytest.raises(prepare.PrepareError, match="cannot train with --bpe-size 30000 on this text: .+"):
+    with pytest.raises(building.PrepareError, match="cannot train with --bpe-size 30000 on this text: .+"):
         run("--bpe-size", "30000")
 
 
 def test_page_limit_below_every_segment(run):
     """A --page-tokens that no segment fits is an error that names it."""
-    with pytest.raises(prepare.PrepareError, match="no train segment fits --page-tokens 1: all"):
+    with pytest.raises(building.PrepareError, match="no train segment fits --page-tokens 1: all"):
         run("--page-tokens", "1")
 
 

@@ -8,7 +8,6 @@ Beside it is a classification set for RoBERTa: the package of a page, from its f
 import argparse
 import gzip
 import hashlib
-import importlib.util
 import itertools
 import shlex
 import subprocess
@@ -23,7 +22,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "common"))  # besid
 
 import building
 import debs
-from building import SPLITS, PrepareError, Step, build, read_lines, write_lines
+from building import (
+    SPLITS,
+    PrepareError,
+    Step,
+    check_options,
+    one_line_errors,
+    prepare,
+    prepare_parser,
+    read_lines,
+    write_lines,
+)
 from segments import clean
 
 PACKAGES = (
@@ -244,38 +253,25 @@ def steps_of(args: argparse.Namespace) -> list[Step]:
 
 
 def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="prepare.sh", description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    parser = prepare_parser(__doc__.split("\n")[0], "data/full", bpe_size=8000)
+    parser.add_argument(
+        "--packages",
+        nargs="+",
+        metavar="NAME",
+        default=PACKAGES,
+        help="Debian packages with HTML pages in English (default: six)",
     )
-    add = parser.add_argument
-    add("--out", type=Path, metavar="DIR", help="output folder (default: data/full beside prepare.sh)")
-    add("--packages", nargs="+", metavar="NAME", default=PACKAGES, help="Debian packages with HTML pages in English")
-    add("--bpe-size", type=int, default=8000, metavar="N", help="entries of the dictionary")
-    add("--deb-dir", type=Path, metavar="DIR", help="folder with the packages, used instead of apt-get download")
-    add("--seed", type=int, default=1, metavar="N", help="of the split into train, valid and test")
     args = parser.parse_args(arguments)
-    if args.bpe_size < 100:
-        parser.error(f"--bpe-size is {args.bpe_size}, expected at least 100")
     if args.out is None:
         args.out = Path(__file__).resolve().parent / "data" / "full"
-    for name in ("out", "deb_dir"):  # absolute, because programs run in other folders
-        if getattr(args, name) is not None:
-            setattr(args, name, getattr(args, name).absolute())
+    check_options(parser, args)
     return args
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     args = parse_args(arguments)
-    missing = [name for name in ("sentencepiece", "fairseq") if importlib.util.find_spec(name) is None]
-    try:
-        if missing:
-            raise PrepareError(
-                f"{sys.executable} has no module {' and no '.join(missing)}: activate the environment in which "
-                f"ap-fairseq is installed, or install it there (`python3 -m pip install -e .` in the repository root)"
-            )
-        counts = build(args.out, steps_of(args), vars(args))
-    except PrepareError as error:
-        sys.exit(f"prepare.sh: error: {error}")
+    with one_line_errors():
+        counts = prepare(args, steps_of)
     for split in SPLITS:
         print(
             f"{split:>6}: {sum(counts['documents'][split].values()):,} documents, {counts['split_words'][split]:,} "
