@@ -218,7 +218,7 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path):
     script = (
         "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
         "from plugin.builders import random_stats\n"
-        "from ap_fairseq.artifacts import ArtifactError\n"
+        "from ap_fairseq.files import ArtifactError\n"
         "try:\n"
         f"    random_stats(longest=(60, 60)).save({str(tmp_path / 'stats')!r})\n"
         "except ArtifactError as error:\n"
