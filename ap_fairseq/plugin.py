@@ -1,4 +1,4 @@
-"""Registration with fairseq: task ``pruned_translation``, model ``pruned_transformer`` and its architectures.
+"""Registration with fairseq: the pruned models with their architectures, and the tasks.
 
 A Python program that uses fairseq's functions imports this module; ``--user-dir`` imports it through the package.
 """
@@ -29,8 +29,7 @@ patch_alignment_generators()
 import ap_fairseq.model.language_model  # noqa: E402  (registration needs a checked fairseq)
 import ap_fairseq.model.roberta  # noqa: E402
 import ap_fairseq.model.transformer  # noqa: E402
-import ap_fairseq.search.task  # noqa: E402
-import ap_fairseq.training.task  # noqa: E402, F401
+import ap_fairseq.search.task  # noqa: E402, F401
 from ap_fairseq.files import UserError  # noqa: E402
 
 

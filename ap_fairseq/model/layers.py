@@ -10,7 +10,7 @@ from fairseq.models.transformer import (
     TransformerDecoderBase,
     TransformerEncoderBase,
 )
-from fairseq.modules import transformer_layer
+from fairseq.modules import AdaptiveInput, transformer_layer
 from fairseq.modules.checkpoint_activations import checkpoint_wrapper
 from fairseq.modules.quant_noise import quant_noise
 from torch import Tensor, nn
@@ -268,7 +268,8 @@ class PrunedTransformerDecoder(NotScriptable, TransformerDecoderBase):
 
     def embed(self, tokens: Tensor, positions: Tensor | None) -> Tensor:
         """Embed tokens (..., ) and add their positional embeddings (..., C): the input of the first layer, (..., C)."""
-        x = self.embed_scale * self.embed_tokens(tokens)
+        adaptive = isinstance(self.embed_tokens, AdaptiveInput) and not self.training
+        x = self.embed_scale * (embed_bands(self.embed_tokens, tokens) if adaptive else self.embed_tokens(tokens))
         if self.quant_noise is not None:
             x = self.quant_noise(x)
         if self.project_in_dim is not None:
@@ -283,6 +284,19 @@ class PrunedTransformerDecoder(NotScriptable, TransformerDecoderBase):
         """Turn the output of the last layer into features, (..., C) -> (..., C')."""
         x = x if self.layer_norm is None else self.layer_norm(x)
         return x if self.project_out_dim is None else self.project_out_dim(x)
+
+
+def embed_bands(embedding: AdaptiveInput, tokens: Tensor) -> Tensor:
+    """Compute what fairseq's adaptive input does for *tokens* (..., ), by all bands, so without waiting for the device.
+
+    Training leaves that to fairseq: there a token is worth a wait, as it costs the product of its own band alone.
+    """
+    first, x = 0, None
+    for end, band in zip(embedding.cutoff, embedding.embeddings, strict=True):
+        own = band((tokens - first).clamp(0, end - first - 1))
+        x = own if x is None else torch.where((tokens >= first)[..., None], own, x)
+        first = end
+    return x
 
 
 def padding_or_none(padding: Tensor) -> Tensor | None:

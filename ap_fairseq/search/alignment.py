@@ -25,9 +25,14 @@ class PrunedSequenceGeneratorWithAlignment(SequenceGeneratorWithAlignment, Prune
 
     Args:
         print_alignment: ``hard`` or ``soft``; the other arguments are fairseq's.
+
+    Raises:
+        UserError: for language models.
     """
 
     def __init__(self, models, tgt_dict, left_pad_target=False, print_alignment="hard", **kwargs):
+        if not all(hasattr(model, "encoder") for model in models):
+            raise UserError("--print-alignment: a language model has no cross-attention to align by; leave it out")
         super().__init__(models, tgt_dict, left_pad_target, print_alignment, **kwargs)
         self.hard = print_alignment == "hard"
 

@@ -67,6 +67,23 @@ class BeamSearchState:
             value.zero_()
         self.lengths.fill_(1)[:n] = lengths  # empty places of the batch attend to one slot that exists
 
+    def skip(self, prefix: Tensor, sums: Tensor) -> None:
+        """Go to the step after *prefix*, int64 (B, P), whose position s has sentence b in slot number b.
+
+        Args:
+            sums: float32 (B, P), of log-probabilities up to every position.
+        """
+        state, (n, size) = self.state, prefix.shape
+        state.step.fill_(size)
+        state.scores[:n] += sums[:, -1:]
+        state.chosen_token[:size, :n] = prefix.t()[..., None]
+        state.chosen_score[:size, :n] = sums.t()[..., None]
+        state.chosen_beam[:size, :n] = 0  # all of them are alike
+        hypotheses = slice(n * state.beam)
+        state.tokens[hypotheses] = prefix[:, -1].repeat_interleave(state.beam)
+        sentence = self.number[:n].repeat_interleave(state.beam)
+        state.block_table[hypotheses, :size] = sentence[:, None]
+
     def number_slots(self, n: int) -> None:
         """Number the slots that a step of the first *n* sentences writes."""
         n_hypotheses = n * self.state.beam

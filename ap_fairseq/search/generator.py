@@ -1,4 +1,4 @@
-"""fairseq's sequence generator whose searches over pruned transformers run on the device."""
+"""fairseq's sequence generator whose searches over pruned models run on the device."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ import functools
 import logging
 
 import torch
+from fairseq.modules import CharacterTokenEmbedder
 from fairseq.search import DiverseBeamSearch
 from fairseq.sequence_generator import EnsembleModelWithAlignment, SequenceGenerator
 from torch import Tensor
 
 from ap_fairseq.files import UserError
 from ap_fairseq.model.kv_cache import limit_steps
+from ap_fairseq.model.language_model import PrunedLanguageModel
+from ap_fairseq.model.pruned_model import PrunedModel
 from ap_fairseq.model.transformer import PrunedTransformerModel
 from ap_fairseq.search.restrictions import NGramBlock
 from ap_fairseq.search.rules import SearchRules
@@ -34,13 +37,13 @@ class LimitedEnsemble(EnsembleModelWithAlignment):
 
     def forward_decoder(self, tokens, encoder_outs, incremental_states, temperature=1.0):
         for model, state in zip(self.models, incremental_states, strict=True):
-            if self.max_steps is not None and isinstance(model, PrunedTransformerModel):
+            if self.max_steps is not None and isinstance(model, PrunedModel):
                 limit_steps(state, self.max_steps)
         return super().forward_decoder(tokens, encoder_outs, incremental_states, temperature)
 
 
 class PrunedSequenceGenerator(SequenceGenerator):
-    """fairseq's generator; searches over pruned transformers run on static buffers and CUDA graphs.
+    """fairseq's generator; searches over pruned models run on static buffers and CUDA graphs.
 
     Constrained searches and other models use fairseq's own loop, which is logged once with the reason; so does a CPU
     without kernels, where batches rounded up to the size of buffers only cost time.
@@ -59,12 +62,14 @@ class PrunedSequenceGenerator(SequenceGenerator):
         if not covers(self.search):
             name = type(self.search).__name__
             return f"the search {name} ({SEARCH_OPTIONS.get(name, 'search_strategy')})"
-        if not all(isinstance(model, PrunedTransformerModel) for model in models):
-            return "an ensemble with models other than pruned_transformer"
+        if not any(
+            all(isinstance(model, kind) for model in models) for kind in (PrunedTransformerModel, PrunedLanguageModel)
+        ):
+            return "an ensemble with models other than pruned_transformer, or other than pruned_transformer_lm"
         if not all(model.decoder.layers for model in models):
             return "a decoder without layers (--decoder-layers 0)"
-        if any(model.decoder.adaptive_softmax is not None for model in models):
-            return "adaptive softmax (--adaptive-softmax-cutoff)"
+        if any(isinstance(model.decoder.embed_tokens, CharacterTokenEmbedder) for model in models):
+            return "words from their characters (--character-embeddings)"
         if not all(layer.self_attn.self_attention for model in models for layer in model.decoder.layers):
             return "attention to source and target at once (--cross-self-attention)"
         modules = [module for model in models for _, module in attention_sites(model)]
@@ -106,7 +111,7 @@ class PrunedSequenceGenerator(SequenceGenerator):
 
     def _log_cache_savings(self) -> None:
         for model in self.model.models:  # --eval-bleu does not prepare them for inference
-            if isinstance(model, PrunedTransformerModel):
+            if isinstance(model, PrunedModel):
                 model.log_cache_savings()
 
     def _limits(self, sample: dict) -> tuple[int, Tensor]:
@@ -120,7 +125,7 @@ class PrunedSequenceGenerator(SequenceGenerator):
 
     def search_on_device(
         self, sample: dict, prefix_tokens: Tensor | None, bos_token: int | None
-    ) -> tuple[list[list[dict[str, Tensor]]], list[dict]]:
+    ) -> tuple[list[list[dict[str, Tensor]]], list[dict] | None]:
         """Translate a batch that needs no fallback; return its hypotheses, on the CPU, and the encoders' outputs."""
         self._log_cache_savings()
         source, (max_len, lengths) = sample["net_input"]["src_tokens"], self._limits(sample)
@@ -129,7 +134,7 @@ class PrunedSequenceGenerator(SequenceGenerator):
         encoder_outs = self.model.forward_encoder(sample["net_input"])
         needed = Capacity(
             sentences=bucket(source.size(0)),
-            source_length=max(256, bucket(source.size(1))),
+            source_length=0 if encoder_outs is None else max(256, bucket(source.size(1))),
             positions=max(min(max(256, bucket(max_len + 1)), self.max_len), max_len + 1),
         )
         rules = SearchRules.from_generator(self)
@@ -145,4 +150,4 @@ class PrunedSequenceGenerator(SequenceGenerator):
 @functools.cache
 def log_fallback(reason: str) -> None:
     """Log, once in a process, that fairseq's own generator searches."""
-    logger.info(f"fairseq's own generator is used: {reason} is not covered by --task pruned_translation")
+    logger.info(f"fairseq's own generator is used: {reason} is not covered by the search on the device")

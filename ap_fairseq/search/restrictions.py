@@ -28,11 +28,16 @@ class Restrictions:
         size = (n_hypotheses, n_positions) if rules.no_repeat_ngram_size else (0, 0)
         self.history = torch.zeros(size, dtype=torch.int64, device=device)  # the tokens of every hypothesis
 
-    def begin(self, prefix: Tensor | None, lengths: Tensor) -> None:
+    def begin(self, prefix: Tensor, lengths: Tensor) -> None:
         """Start with sentences of *lengths*, int64 (n,), which begin with *prefix*, int64 (n, P), padded."""
         self.lengths[: lengths.numel()] = lengths
-        if prefix is not None:
-            self.prefix.fill_(self.rules.pad)[: prefix.size(1), : prefix.size(0)] = prefix.t()
+        self.prefix.fill_(self.rules.pad)[: prefix.size(1), : prefix.size(0)] = prefix.t()
+
+    def skip(self, previous: Tensor) -> None:
+        """Go to the step after those that decoded the tokens *previous*, int64 (B, P), of all hypotheses."""
+        if self.rules.no_repeat_ngram_size:
+            (n, size), beam = previous.shape, self.rules.beam
+            self.history[: n * beam, :size] = previous.repeat_interleave(beam, 0)
 
     def apply(self, n: int, log_probs: Tensor, within_prefix: bool) -> None:
         """Change *log_probs*, float32 (n * beam, V), of the next token of the first *n* sentences."""

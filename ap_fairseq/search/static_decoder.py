@@ -29,17 +29,22 @@ from ap_fairseq.model.kv_cache import (
     renumber_live,
     stored_columns,
 )
+from ap_fairseq.model.language_model import PrunedLanguageModel
 from ap_fairseq.model.transformer import PrunedTransformerModel
 from ap_fairseq.search.beams import BeamSearchState
 from ap_fairseq.search.restrictions import Restrictions
-from ap_fairseq.search.rules import SearchRules
+from ap_fairseq.search.rules import WITHIN_PREFIX, SearchRules
 from ap_fairseq.search.static_cache import StaticCrossAttentionCache, StaticSelfAttentionCache
-from ap_fairseq.search.strategies import Step, penalized_log_probs
+from ap_fairseq.search.strategies import Sampling, Step, penalized_log_probs
 from ap_fairseq.sites import AttentionKind, attention_sites
 from triton_ops import AttentionLayout
 
 HOST_LAG_STEPS = 3  # steps that the host may run ahead of the device
 SOURCE_SIZES_MEMO = 256  # lengths for which a decoder remembers what the masks store of a source
+SHORTEST_PREFILL = 8  # tokens of a prefix that are worth a pass of their own, which no graph replays
+MAX_LOGITS = 1 << 26  # that such a pass computes at a time
+
+Model = PrunedTransformerModel | PrunedLanguageModel
 
 
 def bucket(n: int) -> int:
@@ -66,9 +71,7 @@ class Capacity:
 class StaticDecoder:
     """Buffers of one capacity, the decoders bound to them, and the graphs that were captured over them."""
 
-    def __init__(
-        self, models: Iterable[PrunedTransformerModel], rules: SearchRules, capacity: Capacity, device: torch.device
-    ):
+    def __init__(self, models: Iterable[Model], rules: SearchRules, capacity: Capacity, device: torch.device):
         self.models, self.rules, self.capacity = list(models), rules, capacity
         self.penalties = rules.token_penalties(device)
         self.positions = [_position_table(model.decoder, capacity.positions, device) for model in self.models]
@@ -135,7 +138,7 @@ class StaticDecoder:
 
     def search(
         self,
-        encoder_outs: list[dict],
+        encoder_outs: list[dict] | None,
         max_len: int,
         first_token: int,
         source_lengths: Tensor,
@@ -144,26 +147,28 @@ class StaticDecoder:
         """Translate one batch; the result is that of ``SequenceGenerator.generate``, on the CPU.
 
         Args:
+            encoder_outs: of each model; None for language models.
             source_lengths: int64 (B,), by which the lengths of translations are judged, if they are.
             prefix: int64 (B, P), tokens that the translations begin with, padded on the right.
         """
         if self.capture and self.layouts != (layouts := self._layouts()):
             self._forget_graphs()
             self.layouts = layouts
-        n_sentences = encoder_outs[0]["encoder_out"][0].size(1)
-        prefix = None if prefix is None else prefix[:, :max_len]
-        prefix_len = 0 if prefix is None else prefix.size(1)
+        n_sentences = source_lengths.numel()
+        prefix = prefix[:, :max_len] if prefix is not None else source_lengths.new_empty(n_sentences, 0)
+        prefix_len = prefix.size(1)
         n = self._begin(encoder_outs, n_sentences, max_len, first_token)
         self.rules.fill_phases(self.phases, max_len, prefix_len)
         self.restrictions.begin(prefix, source_lengths)
-        self._search(n, max_len, prefix_len)
+        if done := self._prefill_length(prefix):
+            self._prefill(encoder_outs, prefix[:, :done], first_token, max_len)
+        self._search(n, done, max_len, prefix_len)
         longest = source_lengths if self.rules.match_source_len else None
         return self.beams.hypotheses(n_sentences, self.rules.eos, self.rules.len_penalty, longest)
 
-    def _search(self, n: int, max_len: int, prefix_len: int) -> None:
+    def _search(self, n: int, first_step: int, max_len: int, prefix_len: int) -> None:
         counts = deque()
-        self.used = dict.fromkeys(self.self_sites, 0)
-        for step in range(max_len + 1):
+        for step in range(first_step, max_len + 1):
             new = {module: n * self.rules.beam * module.num_heads for module in self.self_sites}
             if any(self.used[module] + new[module] > self.kv_pools[module].size(0) for module in new):
                 self._make_room(n, step, max_len)
@@ -180,17 +185,19 @@ class StaticDecoder:
                     n = smaller
                     counts.clear()  # of the larger batch
 
-    def _begin(self, encoder_outs: list[dict], n_sentences: int, max_len: int, first_token: int) -> int:
+    def _begin(self, encoder_outs: list[dict] | None, n_sentences: int, max_len: int, first_token: int) -> int:
         beams, n = self.beams, bucket(n_sentences)
-        padding = encoder_outs[0]["encoder_padding_mask"]
-        size, batch, _ = encoder_outs[0]["encoder_out"][0].shape
-        real = ~padding[0] if padding else torch.ones(batch, size, dtype=torch.bool, device=beams.starts.device)
+        padding = encoder_outs[0]["encoder_padding_mask"] if encoder_outs else ()
+        size = encoder_outs[0]["encoder_out"][0].size(0) if encoder_outs else 1
+        real = ~padding[0] if padding else torch.ones(n_sentences, size, dtype=torch.bool, device=beams.starts.device)
         n_first = 1
         if self.rules.strategy is not None:
             n_first = self.rules.strategy.n_first(self.rules.beam)
             self.memory.zero_()
         beams.begin(real.sum(1), max_len, first_token, n_first)
-        self._store_sources(encoder_outs, real, max_len)
+        self.used = dict.fromkeys(self.self_sites, 0)
+        if self.cross_sites:
+            self._store_sources(encoder_outs, real, max_len)
         self._copy_projections()
         return n
 
@@ -206,8 +213,6 @@ class StaticDecoder:
 
     def _store_sources(self, encoder_outs: list[dict], real: Tensor, max_len: int) -> None:
         """Fill the pools of cross-attention; bool *real* (B, S) says which source tokens there are."""
-        if not self.cross_sites:
-            return
         stored = self._source_columns(real.size(1), max_len, real.device)
         keys = {module: key for module, (key, _) in stored.items()}
         layouts: dict[bytes, SourceSlots] = {}  # sites often store the same columns
@@ -254,12 +259,16 @@ class StaticDecoder:
 
     def _store_source(self, module: PrunedMultiheadAttention, slots: SourceSlots, source: Tensor) -> None:
         n_slots = slots.column.numel()
+        self._reserve(module, n_slots)
+        self.kv_pools[module][:n_slots] = slots.gather(module.project_source(source))
+
+    @torch.inference_mode(False)
+    def _reserve(self, module: PrunedMultiheadAttention, n_slots: int) -> None:
+        """Give a module a pool of *n_slots* or more; the contents of a smaller one are lost."""
         if self.kv_pools[module].size(0) < n_slots:
             self._forget_graphs()
-            with torch.inference_mode(False):
-                nothing = self.kv_pools[module] = self.kv_pools[module].new_empty(0)  # frees what the next one may take
-                self.kv_pools[module] = nothing.new_empty(bucket(n_slots), 2, module.head_dim)
-        self.kv_pools[module][:n_slots] = slots.gather(module.project_source(source))
+            nothing = self.kv_pools[module] = self.kv_pools[module].new_empty(0)  # frees what the next one may take
+            self.kv_pools[module] = nothing.new_empty(bucket(n_slots), 2, module.head_dim)
 
     @torch.inference_mode(False)
     def _make_room(self, n: int, length: int, max_len: int) -> None:
@@ -294,6 +303,55 @@ class StaticDecoder:
 
         return wait
 
+    # -- a prefix -----------------------------------------------------------------------------------------------------
+
+    def _prefill_length(self, prefix: Tensor) -> int:
+        """Return how many tokens of *prefix* (B, P) are forced by one pass: all sentences have them, and go on."""
+        if not isinstance(self.rules.strategy, Sampling | None):  # diverse searches charge forced tokens, too
+            return 0
+        if prefix.size(1) < SHORTEST_PREFILL:
+            return 0
+        forced = prefix.ne(self.rules.pad) & prefix.ne(self.rules.eos)
+        length = int(forced.cumprod(1).sum(1).min())
+        return length if length >= SHORTEST_PREFILL else 0
+
+    def _prefill(self, encoder_outs: list[dict] | None, prefix: Tensor, first_token: int, max_len: int) -> None:
+        """Do the steps of *prefix*, int64 (B, P), by one pass over its positions, whose slots all beams share."""
+        previous = prefix.roll(1, 1)
+        previous[:, 0] = first_token
+        features = [
+            self._cache_prefix(model, previous, encoder_out, max_len)
+            for model, encoder_out in zip(self.models, encoder_outs or [None] * len(self.models), strict=True)
+        ]
+        n_positions = max(1, MAX_LOGITS // (prefix.size(0) * self.rules.vocab_size))
+        log_probs = []
+        for start in range(0, prefix.size(1), n_positions):
+            part = slice(start, start + n_positions)
+            logits = self._logits([x[:, part].flatten(0, 1) for x in features])
+            scores = penalized_log_probs(logits, self.penalties[WITHIN_PREFIX])
+            log_probs.append(scores.gather(1, prefix[:, part].flatten()[:, None]).view(prefix.size(0), -1))
+        self.beams.skip(prefix, torch.cat(log_probs, 1).cumsum(1))
+        self.restrictions.skip(previous)
+
+    def _cache_prefix(self, model: Model, previous: Tensor, encoder_out: dict | None, max_len: int) -> Tensor:
+        """Fill the pools of self-attention by the tokens *previous* (B, P); return features, (B, P, C)."""
+        (n, size), decoder = previous.shape, model.decoder
+        features, extra = decoder.extract_features(previous, encoder_out=encoder_out)
+        for index in range(len(decoder.layers)):
+            layer, x = decoder.layers[index], extra["inner_states"][index]
+            module = layer.self_attn
+            if layer.normalize_before:
+                x = layer.self_attn_layer_norm(x)
+            readable = self._last_use(module, max_len, self.capacity.positions)[:, :size] >= size  # (H, P)
+            kv = module.project_source(x.flatten(0, 1)).unflatten(0, (size, n)).permute(3, 0, 1, 2, 4)[readable]
+            used = self.used[module] = kv.size(0) * n
+            self._reserve(module, used + n * self.rules.beam * module.num_heads)
+            self.kv_pools[module][:used] = kv.flatten(0, 1)
+            number = (readable.flatten().cumsum(0) - 1).view_as(readable)
+            self.beams.offsets[self.heads[module], :size] = (n * number * readable).to(torch.int32)
+            self.beams.used[self.heads[module]] = used
+        return features
+
     # -- a step -------------------------------------------------------------------------------------------------------
 
     def _run(self, n: int, within_prefix: bool) -> None:
@@ -307,7 +365,7 @@ class StaticDecoder:
         if self.capture:
             self.graphs[key], _ = self.graph_pool.capture(lambda: self._step(n, within_prefix, states))
 
-    def _incremental_state(self, model: PrunedTransformerModel, n: int) -> dict:
+    def _incremental_state(self, model: Model, n: int) -> dict:
         state: dict = {}
         for (kind, _), module in attention_sites(model):
             if kind is AttentionKind.ENCODER_SELF:
@@ -325,7 +383,13 @@ class StaticDecoder:
         """Decode one token of every hypothesis and choose how to go on. No shape and no branch depends on a value."""
         beams, rules = self.beams, self.rules
         beams.number_slots(n)
-        logits = self._logits(n * rules.beam, states)
+        tokens, step = beams.state.tokens[: n * rules.beam], beams.state.step
+        logits = self._logits(
+            [
+                decoder_step(model.decoder, tokens, positions[step], state)
+                for model, positions, state in zip(self.models, self.positions, states, strict=True)
+            ]
+        )
         penalty = self.penalties[self.phases[beams.state.step]][0]
         if rules.restricted or within_prefix:
             logits, penalty = penalized_log_probs(logits, penalty), None
@@ -337,21 +401,25 @@ class StaticDecoder:
             beams.continue_by(n, rules.strategy.candidates(step), rules.eos)
         self.restrictions.follow(n)
 
-    def _logits(self, n: int, states: list[dict]) -> Tensor:
-        """Logits (n, V) of the next token; of an ensemble, logarithms of the average probabilities."""
+    def _logits(self, features: list[Tensor]) -> Tensor:
+        """Logits (N, V) of the next token from the features (N, C) of every model.
+
+        Of an ensemble, logarithms of the average probabilities; of adaptive softmax, of its probabilities.
+        """
         results = []
-        for model, positions, state in zip(self.models, self.positions, states, strict=True):
-            logits = decoder_step(model.decoder, self.beams.state.tokens[:n], positions[self.beams.state.step], state)
+        for model, x in zip(self.models, features, strict=True):
+            logits = model.decoder.output_layer(x)  # features still, under adaptive softmax, as in fairseq
             if self.rules.temperature != 1:
                 logits = logits.div_(self.rules.temperature)
+            if len(self.models) > 1 or model.decoder.adaptive_softmax is not None:
+                logits = model.get_normalized_probs((logits[:, None], None), True)[:, 0]
             results.append(logits)
         if len(results) == 1:
             return results[0]
-        log_probs = [model.get_normalized_probs((x, None), True) for model, x in zip(self.models, results, strict=True)]
-        return torch.logsumexp(torch.stack(log_probs), 0) - math.log(len(results))
+        return torch.logsumexp(torch.stack(results), 0) - math.log(len(results))
 
 
-def decoder_modules(models: Iterable[PrunedTransformerModel]) -> list[PrunedMultiheadAttention]:
+def decoder_modules(models: Iterable[Model]) -> list[PrunedMultiheadAttention]:
     """Return the attention modules that a step of decoding runs."""
     sites = (site for model in models for site in attention_sites(model))
     return [module for (kind, _), module in sites if kind is not AttentionKind.ENCODER_SELF]
@@ -374,10 +442,10 @@ def decoder_step(decoder, tokens: Tensor, position: Tensor, incremental_state: d
         incremental_state: holds the caches of all attention modules.
 
     Returns:
-        Logits (N, V).
+        Features (N, C).
     """
     x = decoder.embed(tokens, position)[None]  # (T = 1, N, C)
     for index in range(len(decoder.layers)):
         # The caches hold the projected encoder output; its place in the call only says that there is one.
         x = decoder.layers[index](x, x, incremental_state=incremental_state)[0]
-    return decoder.output_layer(decoder.finish(x[0]))
+    return decoder.finish(x[0])

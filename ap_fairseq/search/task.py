@@ -1,10 +1,11 @@
-"""The task ``pruned_translation``: fairseq's translation that prunes while it trains and searches on the device."""
+"""Tasks that prune while they train and search on the device: ``pruned_translation``, ``pruned_language_modeling``."""
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from fairseq.tasks import register_task
+from fairseq.tasks.language_modeling import LanguageModelingConfig, LanguageModelingTask
 from fairseq.tasks.translation import TranslationConfig, TranslationTask
 
 from ap_fairseq.search.alignment import PrunedSequenceGeneratorWithAlignment
@@ -12,14 +13,8 @@ from ap_fairseq.search.generator import PrunedSequenceGenerator
 from ap_fairseq.training.task import PruningWhileTraining, PruningWhileTrainingConfig
 
 
-@dataclass
-class PrunedTranslationConfig(PruningWhileTrainingConfig, TranslationConfig):
-    """fairseq's configuration of ``translation``, and when and how much to prune."""
-
-
-@register_task("pruned_translation", dataclass=PrunedTranslationConfig)
-class PrunedTranslationTask(PruningWhileTraining, TranslationTask):
-    """``translation`` that prunes pruned transformers while they train, and whose search is decided on the device."""
+class SearchOnDevice:
+    """The part of a task whose search is decided on the device; fairseq's own task class comes after it."""
 
     _built: tuple[tuple, Any] | None = None  # what the last generator was built for, and that generator
 
@@ -35,3 +30,25 @@ class PrunedTranslationTask(PruningWhileTraining, TranslationTask):
         if self._built is None or self._built[0] != wanted:
             self._built = wanted, super().build_generator(models, args, *options)
         return self._built[1]
+
+
+@dataclass
+class PrunedTranslationConfig(PruningWhileTrainingConfig, TranslationConfig):
+    """fairseq's configuration of ``translation``, and when and how much to prune."""
+
+
+@register_task("pruned_translation", dataclass=PrunedTranslationConfig)
+class PrunedTranslationTask(SearchOnDevice, PruningWhileTraining, TranslationTask):
+    """``translation`` that prunes pruned transformers while they train, and whose search is decided on the device."""
+
+
+@dataclass
+class PrunedLanguageModelingConfig(PruningWhileTrainingConfig, LanguageModelingConfig):
+    """fairseq's configuration of ``language_modeling``, and when and how much to prune."""
+
+    prune_sample: int = field(default=500, metadata={"help": "training blocks that a pruning records"})
+
+
+@register_task("pruned_language_modeling", dataclass=PrunedLanguageModelingConfig)
+class PrunedLanguageModelingTask(SearchOnDevice, PruningWhileTraining, LanguageModelingTask):
+    """``language_modeling`` that prunes a ``pruned_transformer_lm`` while it trains, and searches on the device."""

@@ -1,12 +1,10 @@
-"""Tasks that prune while they train: what they share, and ``pruned_language_modeling``."""
+"""What tasks that prune while they train share."""
 
 import shlex
 from dataclasses import dataclass, field
 from typing import Optional  # fairseq's parser reads Optional[X], not X | None
 
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
-from fairseq.tasks import register_task
-from fairseq.tasks.language_modeling import LanguageModelingConfig, LanguageModelingTask
 from omegaconf import II
 
 from ap_fairseq.files import UserError
@@ -96,15 +94,3 @@ class PruningWhileTraining:
         if self.pruner is not None:
             self.pruner.before_batch(model, criterion, update_num)
         return super().train_step(sample, model, criterion, optimizer, update_num, ignore_grad)
-
-
-@dataclass
-class PrunedLanguageModelingConfig(PruningWhileTrainingConfig, LanguageModelingConfig):
-    """fairseq's configuration of ``language_modeling``, and when and how much to prune."""
-
-    prune_sample: int = field(default=500, metadata={"help": "training blocks that a pruning records"})
-
-
-@register_task("pruned_language_modeling", dataclass=PrunedLanguageModelingConfig)
-class PrunedLanguageModelingTask(PruningWhileTraining, LanguageModelingTask):
-    """``language_modeling`` that prunes a ``pruned_transformer_lm`` while it trains."""

@@ -6,10 +6,12 @@ import numpy as np
 import torch
 from fairseq.data import Dictionary
 from fairseq.models.transformer import TransformerConfig, TransformerModelBase
+from fairseq.models.transformer_lm import TransformerLanguageModel
 
 from ap_fairseq.artifacts import AttentionStats, PruningMasks
 from ap_fairseq.lengths import support_of
-from ap_fairseq.model.config import PrunedTransformerConfig
+from ap_fairseq.model.config import PrunedLanguageModelConfig, PrunedTransformerConfig
+from ap_fairseq.model.language_model import PrunedLanguageModel
 from ap_fairseq.model.transformer import PrunedTransformerModel
 from ap_fairseq.pruning.build import build_masks
 from ap_fairseq.pruning.spec import MaskSpec
@@ -62,6 +64,32 @@ def dense_model(vocab: Dictionary | None = None, **options):
     return TransformerModelBase.build_model(cfg, task(vocab or dictionary())).eval()
 
 
+LM_SIZES = dict(
+    decoder_layers=2,
+    decoder_embed_dim=16,
+    decoder_input_dim=16,
+    decoder_output_dim=16,
+    decoder_ffn_embed_dim=32,
+    decoder_attention_heads=2,
+    tokens_per_sample=16,
+    max_target_positions=None,
+    add_bos_token=False,
+    tpu=False,
+    dropout=0.0,
+)
+
+
+def language_models(vocab: Dictionary, seed: int = 5, **options):
+    """fairseq's language model and ours under all-ones masks, from the same seed, in eval mode."""
+    built = []
+    lm_task = argparse.Namespace(cfg=None, source_dictionary=vocab, target_dictionary=vocab)
+    for model, masks in ((TransformerLanguageModel, {}), (PrunedLanguageModel, {"attention_masks": "none"})):
+        torch.manual_seed(seed)
+        cfg = PrunedLanguageModelConfig(**{**LM_SIZES, **options, **masks})
+        built.append(model.build_model(cfg, lm_task).eval())
+    return built
+
+
 def random_stats(
     seed: int = 0, longest=(9, 11), sentences: int = 40, layers: int = 2, heads: int = 2
 ) -> AttentionStats:
@@ -88,6 +116,12 @@ def random_masks(sparsity: float, seed: int = 0, kinds=tuple(AttentionKind), **s
     """Random masks of the given effective sparsity in *kinds*; the other kinds are kept whole."""
     spec = MaskSpec({kind: sparsity for kind in kinds}, criterion="random", seed=seed, extrapolate="keep")
     return build_masks(random_stats(**shape), spec).masks
+
+
+def causal_masks(sparsity: float, longest: int = 16, seed: int = 0) -> PruningMasks:
+    """Random masks of a language model."""
+    kind, drawn = AttentionKind.DECODER_SELF, random_masks(sparsity, seed, longest=(longest, longest))
+    return PruningMasks({kind: drawn.keep[kind]}, {kind: drawn.extrapolation[kind]})
 
 
 def batch(lengths, vocab: Dictionary, left: bool, seed: int = 0) -> torch.Tensor:

@@ -8,6 +8,7 @@ import logging
 import math
 import weakref
 
+import numpy as np
 import pytest
 import scipy.stats
 import torch
@@ -17,13 +18,22 @@ from fairseq.search import BeamSearch, DiverseBeamSearch, DiverseSiblingsSearch,
 from fairseq.sequence_generator import SequenceGenerator, SequenceGeneratorWithAlignment
 from fairseq.utils import extract_soft_alignment
 from plugin import builders
-from plugin.builders import batch, dense_model, dictionary, pruned_model, random_masks
+from plugin.builders import (
+    batch,
+    causal_masks,
+    dense_model,
+    dictionary,
+    language_models,
+    pruned_model,
+    random_masks,
+)
 from plugin.hypotheses import assert_same
 
 from ap_fairseq.files import UserError
 from ap_fairseq.search import alignment, generator, static_decoder
 from ap_fairseq.search.alignment import PrunedSequenceGeneratorWithAlignment
 from ap_fairseq.search.generator import PrunedSequenceGenerator
+from ap_fairseq.sites import AttentionKind
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 VOCAB = dictionary(30)
@@ -43,7 +53,8 @@ def models(n: int = 1, sparsity: float = 0.6, **options):
         model = pruned_model(random_masks(sparsity, seed=seed, longest=(30, 12)), VOCAB, **SIZES, **options)
         for parameter in model.parameters():  # untrained models end nowhere or at once; livelier ones end everywhere
             parameter.data.mul_(1 + seed / 10)
-        model.decoder.output_projection.weight.data.mul_(3)
+        if model.decoder.adaptive_softmax is None:
+            model.decoder.output_projection.weight.data.mul_(3)
         made.append(model.to(DEVICE))
     return made
 
@@ -155,19 +166,25 @@ def test_other_searches_find_what_fairseqs_find(case, backend, caplog):
 @pytest.mark.parametrize(
     "options", [{}, dict(sampling_topk=4), dict(sampling_topp=0.7)], ids=["all", "top 4", "top 0.7"]
 )
-def test_samples_are_distributed_as_fairseqs_and_a_seed_repeats_them(options):
+@pytest.mark.parametrize("prompt", [0, 10], ids=["translations", "continuations"])
+def test_samples_are_distributed_as_fairseqs_and_a_seed_repeats_them(options, prompt):
     """4,000 translations of one sentence each: a chi-square test of how often each of them, or all rare ones, came."""
     vocab = dictionary(6)
-    model = pruned_model(random_masks(0.5, longest=(9, 9)), vocab, **SIZES).to(DEVICE)
-    model.decoder.output_projection.weight.data.mul_(0.3)
+    if prompt:
+        _, model = language_model(0.5, vocab)
+        prefix = batch([prompt + 1], vocab, left=True).to(DEVICE).expand(1000, -1)[:, :-1]
+    else:
+        model = pruned_model(random_masks(0.5, longest=(9, 9)), vocab, **SIZES).to(DEVICE)
+        prefix = None
+    model.decoder.output_projection.weight.data.mul_(0.3 if prompt == 0 else 0.1)
     source = batch([4], vocab, left=True).to(DEVICE).expand(1000, -1)
     inputs = {"net_input": {"src_tokens": source, "src_lengths": torch.full((1000,), 4, device=DEVICE)}}
 
     def sampled(generator, seed):
         search = Sampling(vocab, **options)
         torch.manual_seed(seed)
-        made = generator([model], vocab, beam_size=4, max_len_b=2, search_strategy=search)
-        return [h for sentence in made.generate([], inputs) for h in sentence]
+        made = generator([model], vocab, beam_size=4, max_len_b=prompt + 2, search_strategy=search)
+        return [h for sentence in made.generate([], inputs, prefix_tokens=prefix) for h in sentence]
 
     ours, again, others, fairseqs = (
         sampled(*case) for case in [(PrunedSequenceGenerator, seed) for seed in (1, 1, 2)] + [(SequenceGenerator, 1)]
@@ -311,11 +328,133 @@ def test_beams_wider_than_the_kernels_take_are_chosen_from_by_torch(monkeypatch)
     assert_same(generator.generate([], sample([3, 4])), expected)
 
 
-def test_a_decoder_without_cross_attention_is_searched_as_in_fairseq():
-    systems = models(no_cross_attention=True)
-    expected = SequenceGenerator(systems, VOCAB, beam_size=3, max_len_b=8).generate([], sample(LENGTHS))
-    generator = PrunedSequenceGenerator(systems, VOCAB, beam_size=3, max_len_b=8)
-    assert_same(generator.generate([], sample(LENGTHS)), expected)
+@pytest.mark.parametrize(
+    "options", [dict(no_cross_attention=True), dict(adaptive_softmax_cutoff=[8, 20], adaptive_softmax_dropout=0.0)]
+)
+def test_other_decoders_are_searched_as_in_fairseq(options, caplog):
+    systems, options = models(**options), dict(beam_size=3, max_len_b=12, temperature=0.7)
+    expected = SequenceGenerator(systems, VOCAB, **options).generate([], sample(LENGTHS))
+    with caplog.at_level(logging.INFO, "ap_fairseq.search.generator"):
+        assert_same(PrunedSequenceGenerator(systems, VOCAB, **options).generate([], sample(LENGTHS)), expected)
+    assert "fairseq's own generator" not in caplog.text
+
+
+# -- language models --------------------------------------------------------------------------------------------------
+
+ADAPTIVE = dict(
+    adaptive_input=True,
+    adaptive_input_cutoff="8,20",
+    adaptive_softmax_cutoff="8,20",
+    tie_adaptive_weights=True,
+    tie_adaptive_proj=True,
+    decoder_input_dim=32,
+    decoder_output_dim=32,
+)
+PROMPTS = [12, 9, 17, 14, 10]
+
+
+def language_model(sparsity: float, vocab=VOCAB, **options):
+    """fairseq's model where nothing is pruned, and ours; both livelier than untrained ones, as in `models`."""
+    stock, ours = language_models(vocab, **{"decoder_embed_dim": 32, "tokens_per_sample": 64, **options})
+    if ours.decoder.adaptive_softmax is None:
+        ours.decoder.output_projection.weight.data.mul_(3)
+    if sparsity:
+        ours.set_masks(causal_masks(sparsity, longest=64))
+    stock.load_state_dict({name: ours.state_dict()[name] for name in stock.state_dict()})
+    return ours.to(DEVICE) if sparsity else stock.to(DEVICE), ours.to(DEVICE)
+
+
+def prompts(lengths, seed: int = 0):
+    """A sample of `language_modeling`, and what its `inference_step` makes of it: the tokens after the first."""
+    inputs = sample([n + 1 for n in lengths], seed)
+    rows = inputs["net_input"]["src_tokens"]
+    for row, n in zip(rows, lengths, strict=True):
+        row.copy_(row.roll(n + 1))  # to the left
+        row[: n + 1] = row[: n + 1].roll(1)  # end of sentence first
+    return inputs, rows[:, 1:]
+
+
+CONTINUED = {
+    "beam": (dict(beam_size=4, max_len_b=24, len_penalty=0.5), PROMPTS, {}),
+    "greedy": (dict(max_len_b=24), PROMPTS, {}),
+    "short prompts": (dict(beam_size=3, max_len_b=24), [3, 1, 5, 0], {}),
+    "as long as the context": (dict(beam_size=3, max_len_b=999, min_len=60), PROMPTS, {}),
+    "beyond the context": (dict(beam_size=3, max_len_b=999), [64, 66], {}),
+    "another first token": (dict(beam_size=3, max_len_b=20, temperature=1.4, bos_token=7), PROMPTS, {}),
+    "unknown words": (dict(beam_size=3, max_len_b=24, unk_penalty=2.0, tokens_to_suppress=("w3",)), PROMPTS, {}),
+    "bigrams": (dict(beam_size=3, max_len_b=40, no_repeat_ngram_size=2, min_len=30), PROMPTS, {}),
+    "siblings": (dict(beam_size=4, max_len_b=24), PROMPTS, {}),
+    "discounted groups": (dict(beam_size=3, max_len_b=24), PROMPTS, {}),
+    "top 1": (dict(beam_size=3, max_len_b=24), PROMPTS, {}),
+    "as the prompt is long": (dict(beam_size=3, match_source_len=True), PROMPTS, {}),
+    "adaptive": (dict(beam_size=3, max_len_b=24, temperature=0.8), PROMPTS, ADAPTIVE),
+    "gpt": (dict(beam_size=3, max_len_b=999), PROMPTS, dict(decoder_learned_pos=True, decoder_normalize_before=True)),
+}
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.7], ids=["all ones, fairseq's model", "pruned"])
+@pytest.mark.parametrize("case", CONTINUED)
+def test_prompts_are_continued_as_by_fairseq(case, sparsity, monkeypatch, caplog):
+    """Slots that nothing was written to hold NaN; those of a prompt that no later row keeps have none."""
+    monkeypatch.setattr(static_decoder, "MAX_LOGITS", 34 * 5 * 4)  # several parts
+    options, lengths, sizes = CONTINUED[case]
+    stock, ours = language_model(sparsity, **sizes)
+    options, search = {**options}, strategy(case, options.get("beam_size", 1))
+    bos = options.pop("bos_token", None)
+    generator = PrunedSequenceGenerator([ours], VOCAB, search_strategy=search, **options)
+    fairseqs = SequenceGenerator([stock], VOCAB, search_strategy=strategy(case, options.get("beam_size", 1)), **options)
+    if fairseqs.repeat_ngram_blocker is not None:
+        fairseqs.repeat_ngram_blocker = WorkingBlock(options["no_repeat_ngram_size"])
+    with caplog.at_level(logging.INFO, "ap_fairseq.search.generator"):
+        for seed in (0, 1):
+            inputs, prefix = prompts(lengths, seed)
+            if case == "unknown words":
+                prefix[0, :5] = VOCAB.unk()
+            expected = fairseqs.generate([], inputs, prefix_tokens=prefix, bos_token=bos)
+            assert_same(generator.generate([], inputs, prefix_tokens=prefix, bos_token=bos), expected)
+            for pool in generator._decoder.kv_pools.values():
+                pool.fill_(torch.nan)
+    assert "fairseq's own generator" not in caplog.text
+
+
+def test_prompts_are_continued_by_the_kernels_and_by_ensembles():
+    systems = [language_model(0.6, seed=seed, attention_backend="triton")[1] for seed in (5, 6)]
+    inputs, prefix = prompts([9, 12])
+    options = dict(beam_size=2, max_len_b=16)
+    expected = SequenceGenerator(systems, VOCAB, **options).generate([], inputs, prefix_tokens=prefix)
+    generator = PrunedSequenceGenerator(systems, VOCAB, **options)
+    assert_same(generator.generate([], inputs, prefix_tokens=prefix), expected)
+
+
+def test_alignments_of_continuations_are_refused():
+    """They failed on the missing encoder."""
+    with pytest.raises(UserError, match="--print-alignment: a language model has no cross-attention"):
+        PrunedSequenceGeneratorWithAlignment([language_model(0.0)[1]], VOCAB)
+
+
+def test_a_prompt_is_read_in_one_pass_and_its_slots_are_shared(monkeypatch):
+    steps, search, run = [], static_decoder.StaticDecoder._search, static_decoder.StaticDecoder._run
+    slots = []
+    monkeypatch.setattr(static_decoder, "SHORTEST_PREFILL", 9)
+    monkeypatch.setattr(static_decoder.StaticDecoder, "_run", lambda *args: steps.append(args) or run(*args))
+    monkeypatch.setattr(
+        static_decoder.StaticDecoder, "_search", lambda self, *args: slots.append({**self.used}) or search(self, *args)
+    )
+    _, model = language_model(0.0)
+    keep = causal_masks(0.0, longest=64)
+    window = np.tri(64, k=0, dtype=bool) & ~np.tri(64, k=-4, dtype=bool)
+    keep.keep[AttentionKind.DECODER_SELF] &= window
+    model.set_masks(keep)
+    for lengths, n_steps, n_slots in (
+        ([9, 12], 20 - 9 + 1, 2 * 2 * 3),  # two sentences, two heads, three columns that row 9 keeps beside its own
+        ([8, 12], 20 + 1, 0),
+    ):
+        steps.clear(), slots.clear()
+        inputs, prefix = prompts(lengths)
+        generator = PrunedSequenceGenerator([model], VOCAB, beam_size=3, max_len_b=20, min_len=20)
+        generator.generate([], inputs, prefix_tokens=prefix)
+        assert len(steps) == n_steps
+        assert [*slots[0].values()] == [n_slots] * 2  # of two layers
 
 
 def test_batches_of_other_shapes_and_changed_weights_reuse_or_replace_the_buffers():

@@ -9,10 +9,10 @@ import pytest
 import torch
 from fairseq.criterions.adaptive_loss import AdaptiveLoss
 from fairseq.models.transformer_lm import TransformerLanguageModel
-from plugin.builders import batch, dictionary, random_masks
+from plugin.builders import LM_SIZES, batch, causal_masks, dictionary, language_models, random_masks
 from plugin.commands import PLUGIN, run
 
-from ap_fairseq.artifacts import AttentionStats, PruningMasks
+from ap_fairseq.artifacts import AttentionStats
 from ap_fairseq.files import UserError
 from ap_fairseq.model.checkpoints import load_checkpoint
 from ap_fairseq.model.config import PrunedLanguageModelConfig
@@ -25,19 +25,6 @@ KIND = AttentionKind.DECODER_SELF
 VOCAB = dictionary(40)
 LENGTHS = [12, 5, 9]
 
-SIZES = dict(
-    decoder_layers=2,
-    decoder_embed_dim=16,
-    decoder_input_dim=16,
-    decoder_output_dim=16,
-    decoder_ffn_embed_dim=32,
-    decoder_attention_heads=2,
-    tokens_per_sample=16,
-    max_target_positions=None,
-    add_bos_token=False,
-    tpu=False,
-    dropout=0.0,
-)
 BAEVSKI = dict(
     adaptive_input=True,
     adaptive_input_cutoff="10,25",
@@ -52,26 +39,10 @@ def task(vocab=VOCAB):
     return argparse.Namespace(cfg=None, source_dictionary=vocab, target_dictionary=vocab)
 
 
-def causal_masks(sparsity: float) -> PruningMasks:
-    drawn = random_masks(sparsity, longest=(16, 16))
-    return PruningMasks({KIND: drawn.keep[KIND]}, {KIND: drawn.extrapolation[KIND]})
-
-
-def pair(**options):
-    """fairseq's language model and ours under all-ones masks, from the same seed."""
-    built = []
-    for model, masks in ((TransformerLanguageModel, {}), (PrunedLanguageModel, {"attention_masks": "none"})):
-        torch.manual_seed(5)
-        cfg = PrunedLanguageModelConfig(**{**SIZES, **options, **masks})
-        built.append(model.build_model(cfg, task()).double())
-    return built
-
-
 def pruned(sparsity: float = 0.5, **options) -> PrunedLanguageModel:
-    torch.manual_seed(5)
-    model = PrunedLanguageModel.build_model(PrunedLanguageModelConfig(**{**SIZES, **options}), task()).double()
+    _, model = language_models(VOCAB, **options)
     model.set_masks(causal_masks(sparsity))
-    return model.eval()
+    return model.double()
 
 
 # -- the model --------------------------------------------------------------------------------------------------------
@@ -88,7 +59,7 @@ def pruned(sparsity: float = 0.5, **options) -> PrunedLanguageModel:
     ids=["plain", "gpt", "projected", "baevski"],
 )
 def test_all_ones_masks_give_the_losses_and_gradients_of_fairseq(options):
-    stock, ours = pair(**options)
+    stock, ours = (model.double().train() for model in language_models(VOCAB, **options))
     assert {name for name, _ in stock.named_parameters()} == {name for name, _ in ours.named_parameters()}
     tokens, target = batch(LENGTHS, VOCAB, left=False), batch(LENGTHS, VOCAB, left=False, seed=1)
     losses = []
@@ -145,11 +116,11 @@ def test_replayed_updates_are_direct_ones():
 
 def test_masks_of_another_model_are_refused(tmp_path):
     random_masks(0.5).save(tmp_path / "translation.safetensors")
-    cfg = PrunedLanguageModelConfig(**SIZES, attention_masks=str(tmp_path / "translation.safetensors"))
+    cfg = PrunedLanguageModelConfig(**LM_SIZES, attention_masks=str(tmp_path / "translation.safetensors"))
     with pytest.raises(UserError, match="encoder_self 2 layers x 2 heads.*the model has decoder_self 2 layers x 2"):
         PrunedLanguageModel.build_model(cfg, task())
     with pytest.raises(UserError, match="--base-layers 1"):
-        PrunedLanguageModel.build_model(PrunedLanguageModelConfig(**SIZES, base_layers=1), task())
+        PrunedLanguageModel.build_model(PrunedLanguageModelConfig(**LM_SIZES, base_layers=1), task())
 
 
 # -- fairseq's commands -----------------------------------------------------------------------------------------------
@@ -195,6 +166,19 @@ def continuations(data, path, *flags) -> list[str]:
     found = [line.split("\t")[2] for line in log.splitlines() if line.startswith("H-")]
     assert len(found) == 220
     return found
+
+
+def prompted(data, path, *flags) -> tuple[list[str], list[float], str]:
+    """What fairseq-interactive makes of prompts: texts, scores of texts and tokens, and its log."""
+    log = run(
+        *["fairseq-interactive", data, *PLUGIN, "--path", path, "--cpu", "--buffer-size", 3, "--batch-size", 3],
+        *["--tokens-per-sample", BLOCK, "--beam", 2, "--max-len-b", 14, *flags],
+        input="the new cell opens the last window and the\nthe first page closes the empty list and\nthe\n",
+    )
+    texts = re.findall(r"^H-\d\t\S+\t(.*)", log, re.MULTILINE)
+    scores = re.findall(r"^[HP]-\d\t([-. \d]+)", log, re.MULTILINE)
+    assert len(texts) == 3
+    return texts, [float(score) for line in scores for score in line.split()], log
 
 
 @pytest.fixture(scope="module")
@@ -274,8 +258,12 @@ def test_masks_applied_without_training(text_bin, dense_lm, lm_masks, tmp_path):
         stock = evaluate(text_bin, dense_lm[0], *window)
         assert evaluate(text_bin, ones, *window) == stock
         assert evaluate(text_bin, half, *window) != stock
-    for search in (("--beam", 3), ("--beam", 1, "--sampling", "--sampling-topk", 5, "--seed", 4)):
-        assert continuations(text_bin, ones, *search) == continuations(text_bin, dense_lm[0], *search)
+    assert continuations(text_bin, ones, "--beam", 3) == continuations(text_bin, dense_lm[0], "--beam", 3)
+    kernels = ["--task", "pruned_language_modeling", "--model-overrides", "{'attention_backend': 'triton'}"]
+    expected, expected_scores, _ = prompted(text_bin, dense_lm[0], "--task", "language_modeling")
+    texts, scores, log = prompted(text_bin, ones, *kernels)  # interpreted
+    assert texts == expected and "fairseq's own generator" not in log
+    assert scores == pytest.approx(expected_scores, abs=2e-4)
 
 
 def test_a_model_trained_under_masks_keeps_them(text_bin, lm_masks, tmp_path):
