@@ -59,6 +59,10 @@ class PrunedMultiheadAttention(NotScriptable, MultiheadAttention):
         max_steps: decoding takes at most so many steps. The caches drop what no mask row below keeps; None: unknown, so
             they keep all. A search that knows better says so (see :func:`ap_fairseq.model.kv_cache.limit_steps`).
 
+    Attributes:
+        selected: bool (B, heads, S), the source tokens of a batch that heads may attend to within the mask, True =
+            visible; None: all (see :mod:`ap_fairseq.model.head_masking`).
+
     Raises:
         UserError: for options that have no meaning under a mask (quant-noise, xFormers, bias_kv, zero_attn), or a
             head size that ``triton`` does not support.
@@ -113,6 +117,7 @@ class PrunedMultiheadAttention(NotScriptable, MultiheadAttention):
         for name, value in no_offsets(num_heads).items():
             self.register_buffer(name, value)
         self.mask_is_explicit = False
+        self.selected: Tensor | None = None
         self._forget_derived()
 
     # -- the mask -----------------------------------------------------------------------------------------------------
@@ -325,7 +330,8 @@ class PrunedMultiheadAttention(NotScriptable, MultiheadAttention):
 
     def runs_kernels(self, dtype: torch.dtype, device: torch.device) -> bool:
         """Whether attention to tensors of that type on that device runs on the kernels."""
-        return self.dynamic is None and not self.is_relative and use_kernels(self.backend, dtype, self.head_dim, device)
+        by_sentence = self.dynamic is not None or self.is_relative or self.selected is not None
+        return not by_sentence and use_kernels(self.backend, dtype, self.head_dim, device)
 
     def waits_for_device(self, dtype: torch.dtype, device: torch.device) -> bool:
         """Whether a step of decoding by such a cache as counts its steps on the device waits for that count."""
@@ -338,12 +344,14 @@ class PrunedMultiheadAttention(NotScriptable, MultiheadAttention):
         lengths = None if key_padding is None else real_lengths(key_padding)
         q_lengths = lengths if self.self_attention else None
         options = dict(q_lengths=q_lengths, k_lengths=lengths, dropout_p=self._dropout_p(), scale=self.scaling)
-        if self.dynamic is not None or self.is_relative:
+        if self.dynamic is not None or self.is_relative or self.selected is not None:
             keep = self.keep_mask(q.size(2), k.size(2))
             if self.is_relative:
                 rows = torch.arange(q.size(2), device=q.device)
                 sources = rows.new_full((1,), k.size(2)) if lengths is None else lengths
                 keep = self.relative_mask(rows, sources, k.size(2))
+            if self.selected is not None:
+                keep = keep & self.selected[:, :, None]
             softmax = None if self.dynamic is None else self.dynamic.probabilities
             output, _, weights = attend_dense(q, k, v, keep, softmax=softmax, details=want_weights, **options)
             return output, weights
@@ -396,8 +404,9 @@ class PrunedMultiheadAttention(NotScriptable, MultiheadAttention):
                 keep = self.keep_mask(row + 1, cache.n_columns())[:, row]
             k, v, lengths = cache.dense(keep)
             by_sentence = q.unflatten(0, (k.size(0), -1)).transpose(1, 2)  # (B, H, beam, D): a step's beams are queries
-            keep = keep.unsqueeze(-2)
-            if q.is_cpu and not (want_weights or self.dynamic is not None or self.is_relative):
+            selected = cache.selected
+            keep = (keep if selected is None else keep & selected).unsqueeze(-2)
+            if q.is_cpu and not (want_weights or self.dynamic is not None or self.is_relative or selected is not None):
                 # Without what `attend_dense` does for empty rows, of which a global mask has none.
                 cells = None if lengths is None and keep.all() else visible_cells(keep, None, lengths)
                 output = F.scaled_dot_product_attention(
@@ -419,9 +428,11 @@ class PrunedMultiheadAttention(NotScriptable, MultiheadAttention):
         size = key.size(0)
         last_use = None if max_steps is None else self.last_use(max_steps, size)
         stored = stored_columns(last_use, size, self.num_heads, key.device)
-        return CrossAttentionCache.from_encoder_output(
+        cache = CrossAttentionCache.from_encoder_output(
             self.project_source, stored, key, key_padding, n_hypotheses, max_steps
         )
+        cache.selected = self.selected
+        return cache
 
     def _project_step(self, query: Tensor, projection: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor | None]:
         """(N, C) -> q (N, H, D), and in self-attention keys and values (N, 2, H, D)."""

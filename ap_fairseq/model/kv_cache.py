@@ -42,9 +42,11 @@ class KVCache(ABC):
     Attributes:
         projection: stacked weight (3C, C) and bias (3C,) of q, k and v, by which self-attention projects a step in one
             product; None: by three.
+        selected: bool (B, H, S), the source tokens that each head may attend to; None: all.
     """
 
     projection: tuple[Tensor, Tensor] | None = None
+    selected: Tensor | None = None
 
     @abstractmethod
     def advance(self, kv: Tensor | None) -> None:
@@ -411,6 +413,7 @@ class CrossAttentionCache(PagedCrossAttention):
         sentences, self.beam = group_hypotheses(new_order, self.lengths.numel(), self.beam)
         if sentences is not None:
             self.starts, self.lengths, self._dense = self.starts[sentences], self.lengths[sentences], None
+            self.selected = None if self.selected is None else self.selected[sentences]
 
     def dense(self, keep: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         if self._dense is None:

@@ -79,6 +79,8 @@ class PrunedSequenceGenerator(SequenceGenerator):
             return "pruning at inference time (--attention-top-k, --attention-threshold)"
         if 2 * self.beam_size >= self.vocab_size:
             return f"--beam {self.beam_size} with a vocabulary of {self.vocab_size} tokens"
+        if any(module.selected is not None for module in modules):
+            return "masking of heads (--head-masking)"
         options = {
             "constraints (--constraints)": constraints is not None,
             "a language model (--lm-path)": self.lm_model is not None,

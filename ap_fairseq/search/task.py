@@ -1,13 +1,15 @@
 """Tasks that prune while they train and search on the device: ``pruned_translation``, ``pruned_language_modeling``."""
 
+import contextlib
 import copy
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Optional  # fairseq's parser reads Optional[X], not X | None
 
 from fairseq.tasks import register_task
 from fairseq.tasks.language_modeling import LanguageModelingConfig, LanguageModelingTask
 from fairseq.tasks.translation import TranslationConfig, TranslationTask
 
+from ap_fairseq.model.head_masking import HeadMasking
 from ap_fairseq.search.alignment import PrunedSequenceGeneratorWithAlignment
 from ap_fairseq.search.generator import PrunedSequenceGenerator
 from ap_fairseq.training.task import PruningWhileTraining, PruningWhileTrainingConfig
@@ -34,12 +36,40 @@ class SearchOnDevice:
 
 @dataclass
 class PrunedTranslationConfig(PruningWhileTrainingConfig, TranslationConfig):
-    """fairseq's configuration of ``translation``, and when and how much to prune."""
+    """fairseq's configuration of ``translation``, when and how much to prune, and which heads to mask."""
+
+    head_masking: Optional[str] = field(
+        default=None,
+        metadata={
+            "help": "for analysis: file with a line for each sentence of the subset, of 0 and 1 for each source token "
+            "(the last for its end of sentence): 1 = --masked-heads may attend to it (Cao and Wang 2021)"
+        },
+    )
+    masked_heads: Optional[str] = field(
+        default=None,
+        metadata={"help": "cross-attention heads of --head-masking: LAYER:HEAD,LAYER:HEAD,..., counted from 0"},
+    )
 
 
 @register_task("pruned_translation", dataclass=PrunedTranslationConfig)
 class PrunedTranslationTask(SearchOnDevice, PruningWhileTraining, TranslationTask):
     """``translation`` that prunes pruned transformers while they train, and whose search is decided on the device."""
+
+    def __init__(self, cfg, *args, **kwargs):
+        super().__init__(cfg, *args, **kwargs)
+        options = (getattr(cfg, name, None) for name in ("head_masking", "masked_heads"))  # fairseq's own has neither
+        self.head_masking = HeadMasking.from_options(*options)
+
+    def load_dataset(self, split, *args, **kwargs):
+        super().load_dataset(split, *args, **kwargs)
+        if self.head_masking is not None:
+            self.head_masking.require_sentences(split, len(self.datasets[split]))
+
+    def inference_step(self, generator, models, sample, prefix_tokens=None, constraints=None):
+        """As fairseq's; heads are masked meanwhile, if that was asked for."""
+        masking = self.head_masking
+        with contextlib.nullcontext() if masking is None else masking.applied(models, sample):
+            return super().inference_step(generator, models, sample, prefix_tokens, constraints)
 
 
 @dataclass

@@ -1,13 +1,22 @@
-"""Inference-time pruning: top-k keeps k, a threshold keeps what reaches it, rounding has few values."""
+"""Inference-time pruning: top-k keeps k, a threshold keeps what reaches it, rounding has few values.
+
+Masked heads see selected source tokens only.
+"""
+
+import logging
 
 import numpy as np
 import pytest
 import torch
-from plugin.builders import batch, dictionary, pruned_model, random_masks
+from fairseq.sequence_generator import SequenceGenerator
+from plugin.builders import batch, dense_model, dictionary, pruned_model, random_masks
+from plugin.hypotheses import assert_same
 
 from ap_fairseq.files import UserError
 from ap_fairseq.lengths import support_of
 from ap_fairseq.model.dynamic import DynamicPruning, top_k_for
+from ap_fairseq.model.head_masking import HeadMasking
+from ap_fairseq.search.generator import PrunedSequenceGenerator
 from ap_fairseq.sites import AttentionKind, attention_sites, per_kind
 
 VOCAB = dictionary()
@@ -129,3 +138,111 @@ def test_bad_options_name_the_fault(options, message):
 def test_numbers_per_kind():
     assert per_kind("x", None) == {} and per_kind("x", "0.5") == dict.fromkeys(AttentionKind, 0.5)
     assert per_kind("x", "cross=2, encoder_self=3") == {AttentionKind.CROSS: 2, AttentionKind.ENCODER_SELF: 3}
+
+
+# -- attention head masking -------------------------------------------------------------------------------------------
+
+LENGTHS = [5, 2, 7, 4]
+LINES = "1 0\n0 1 1 0 1\n1 1 1 1 1 1 1\n0 0 0 0\n"
+ORDER = [1, 0, 2, 3]  # the lines of LENGTHS: all tokens of the third are selected, none of the fourth
+
+
+def masking(tmp_path, lines=LINES, heads="1:0") -> HeadMasking:
+    (tmp_path / "selected.txt").write_text(lines, "utf-8")
+    return HeadMasking.from_options(str(tmp_path / "selected.txt"), heads)
+
+
+def sentences(which=(0, 1, 2, 3)):
+    source = batch(LENGTHS, VOCAB, left=True)[list(which)]
+    lengths, numbers = (torch.tensor(values)[list(which)] for values in (LENGTHS, ORDER))
+    return {"id": numbers, "net_input": {"src_tokens": source[:, -int(lengths.max()) :], "src_lengths": lengths}}
+
+
+@pytest.mark.parametrize("step_by_step", [False, True])
+def test_masked_heads_attend_to_selected_tokens_and_other_heads_as_before(step_by_step, tmp_path):
+    """Softmax over fewer scores is the softmax over all of them, divided by the share of those that are left."""
+    model, draw = pruned_model(random_masks(0.3), VOCAB).requires_grad_(False), torch.Generator().manual_seed(1)
+    module = model.decoder.layers[1].encoder_attn
+    query, key = (torch.randn(n, 4, 16, generator=draw) for n in (6, 7))
+    padding = torch.arange(7) >= torch.tensor(LENGTHS)[:, None]
+
+    def attend():
+        """Output (T, B, C), and weights of the heads (H, B, T, S)."""
+        if not step_by_step:
+            return module(query, key, key, key_padding_mask=padding, need_head_weights=True)
+        state, options = {}, dict(key_padding_mask=padding, need_head_weights=True)
+        steps = [module(row[None], key, key, incremental_state=state, **options) for row in query]
+        return torch.cat([output for output, _ in steps]), torch.cat([weights for _, weights in steps], 2)
+
+    output, free = attend()
+    with masking(tmp_path).applied([model], sentences()):
+        masked_output, masked = attend()
+        assert model.decoder.layers[0].encoder_attn.selected is None
+    assert module.selected is None and torch.equal(attend()[0], output)
+    assert torch.equal(masked[1], free[1])
+    rows = [[0, 1, 1, 0, 1], [1, 0], [1] * 7, [0] * 4]
+    for b, row in enumerate(rows):
+        part = free[0, b, :, : len(row)] * torch.tensor(row)
+        expected = torch.nan_to_num(part / part.sum(-1, keepdim=True))
+        torch.testing.assert_close(masked[0, b, :, : len(row)], expected)
+        assert not masked[0, b, :, len(row) :].any()
+    assert not masked[0, 3].any() and masked[0, 0].any()
+    torch.testing.assert_close(masked_output[:, 2], output[:, 2])  # all tokens selected
+    module.v_proj.weight.data[:8], module.v_proj.bias.data[:8] = 0, 0
+    torch.testing.assert_close(masked_output[:, 3], attend()[0][:, 3])  # none: the head adds nothing
+
+
+def test_lines_follow_their_sentences_through_a_search(tmp_path, caplog):
+    """Sentences leave it one after the other; each finds what it finds alone."""
+    model = pruned_model(random_masks(0.3, longest=(30, 12)), VOCAB)
+    model.decoder.output_projection.weight.data.mul_(3)
+    search = PrunedSequenceGenerator([model], VOCAB, beam_size=3, max_len_b=20)
+    free = search.generate([], sentences())
+    heads = masking(tmp_path, heads="1:0,0:0,0:1")
+    with caplog.at_level(logging.INFO, "ap_fairseq.search.generator"), heads.applied([model], sentences()):
+        together = search.generate([], sentences())
+        whole = model(**sentences()["net_input"], prev_output_tokens=sentences()["net_input"]["src_tokens"])[0]
+    assert "masking of heads (--head-masking) is not covered" in caplog.text
+    for number in range(4):
+        with heads.applied([model], sentences([number])):
+            assert_same(
+                [together[number]],
+                SequenceGenerator([model], VOCAB, beam_size=3, max_len_b=20).generate([], sentences([number])),
+            )
+    assert_same([together[2]], [free[2]])
+    assert whole.isfinite().all()
+    assert [h["score"] for h in together[0]] != [h["score"] for h in free[0]]
+
+
+def test_files_and_heads_that_do_not_fit_are_refused(tmp_path):
+    model, heads = pruned_model(random_masks(0.3), VOCAB), masking(tmp_path)
+    heads.require_sentences("test", 4)
+    path = tmp_path / "selected.txt"
+    with pytest.raises(UserError, match=f"{path} has 4 lines, the subset 'test' 5 sentences"):
+        heads.require_sentences("test", 5)
+    for lines, options, message in (
+        ("1 0 1\n" + LINES[4:], {}, "line 1 has 3 numbers, the sentence 2 tokens; write one for each token, the last"),
+        ("1 0 x\n", {}, "line 1 has 'x', expected 0 or 1"),
+        (LINES, {"heads": "2:0"}, "--masked-heads 2:0: the model has 2 layers of cross-attention with 2 heads"),
+        (LINES, {"heads": "0:2"}, "--masked-heads 0:2: the model has 2 layers"),
+        (LINES, {"heads": "0.1"}, "--masked-heads '0.1': expected LAYER:HEAD"),
+    ):
+        with pytest.raises(UserError, match=message), masking(tmp_path, lines, **options).applied([model], sentences()):
+            pass
+    assert HeadMasking.from_options(None, None) is None
+    with pytest.raises(UserError, match="--head-masking without --masked-heads"):
+        HeadMasking.from_options(str(path), None)
+    with pytest.raises(UserError, match="--masked-heads without --head-masking"):
+        HeadMasking.from_options(None, "0:0")
+    masked = masking(tmp_path)
+    with pytest.raises(UserError, match="use fairseq-generate"), masked.applied([model], {"net_input": {}}):
+        pass
+    with (
+        pytest.raises(UserError, match="heads of pruned_transformer"),
+        masked.applied([dense_model(VOCAB)], sentences()),
+    ):
+        pass
+    sizes = dict(encoder_embed_dim=32, decoder_embed_dim=32, decoder_input_dim=32, decoder_output_dim=32)
+    kernels = pruned_model(random_masks(0.3), VOCAB, attention_backend="triton", **sizes)
+    with pytest.raises(UserError, match="triton with --head-masking"), masked.applied([kernels], sentences()):
+        pass

@@ -70,8 +70,11 @@ def test_training_logs_carry_the_effective_sparsity(tuned, masks_file):
     assert all(f"pruned_{kind.value}".encode() in events.read_bytes() for kind in AttentionKind)
 
 
-def test_all_ones_masks_translate_as_stock_fairseq_does(data_bin, dense, all_ones):
-    """Hypotheses, scores and alignments of 220 sentences, with fairseq's left-padded batches."""
+def test_all_ones_masks_translate_as_stock_fairseq_does(data_bin, toy_text, dense, all_ones, tmp_path):
+    """Hypotheses, scores and alignments of 220 sentences, with fairseq's left-padded batches.
+
+    Masked heads change those sentences alone whose line in the file hides tokens from them.
+    """
     stock, ours = (generate(data_bin, path, "--print-alignment", "soft") for path in (dense, all_ones))
     expected, found = hypotheses(stock), hypotheses(ours)
     assert len(expected) == len(found) >= 200
@@ -82,6 +85,13 @@ def test_all_ones_masks_translate_as_stock_fairseq_does(data_bin, dense, all_one
     assert expected.keys() == found.keys() and len(expected) >= 200
     for n in expected:
         np.testing.assert_allclose(found[n], expected[n], atol=2e-6)
+
+    lines = (toy_text / "test.en").read_text("utf-8").splitlines()
+    seen = [["01"[n % 2]] * (len(line.split()) + 1) for n, line in enumerate(lines)]
+    (tmp_path / "seen.txt").write_text("".join(" ".join(row) + "\n" for row in seen))
+    task = ["--task", "pruned_translation", "--head-masking", tmp_path / "seen.txt", "--masked-heads", "0:0,1:1"]
+    masked, free = hypotheses(generate(data_bin, all_ones, *task)), hypotheses(ours)
+    assert {n for n in free if masked[n] == free[n]} == {*range(1, len(lines), 2)}
 
 
 def test_the_task_pruned_translation_translates_as_stock_fairseq_does(data_bin, dense, all_ones):
