@@ -19,15 +19,15 @@ def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description="Write a pruned_transformer checkpoint with the weights of a dense (or pruned) checkpoint and the "
         "given masks, to translate without fine-tuning or to start fine-tuning from; with --to-stock, a checkpoint of "
-        "fairseq's own transformer, which fairseq reads without this plugin, and CTranslate2's converter does."
+        "fairseq's own model, which fairseq reads without this plugin, and CTranslate2's converter does."
     )
     parser.add_argument("checkpoint", help="checkpoint of a transformer* or pruned_transformer* architecture")
     parser.add_argument("--attention-masks", metavar="FILE", help="file of ap-masks, or none: keep all")
     parser.add_argument(
         "--to-stock",
         action="store_true",
-        help="write fairseq's architecture transformer. The masks of the checkpoint must keep all, or are dropped with "
-        "--attention-masks none",
+        help="write fairseq's own model: transformer, transformer_lm or roberta. The masks of the checkpoint must keep "
+        "all, or are dropped with --attention-masks none",
     )
     parser.add_argument("--data", metavar="DIR", help="data-bin with the dictionaries (default: as in the checkpoint)")
     add_user_dir(parser)
@@ -42,13 +42,13 @@ def main(argv: list[str]) -> None:
         raise UserError("--attention-masks is missing; name a file of ap-masks, or none to keep every pair")
     if args.to_stock and args.attention_masks not in (None, "none"):
         raise UserError(
-            f"--to-stock with --attention-masks {args.attention_masks}: fairseq's transformer has no masks; leave one "
+            f"--to-stock with --attention-masks {args.attention_masks}: fairseq's own models have no masks; leave one "
             "of them out"
         )
     import_user_dir(args.user_dir)
     if args.to_stock:
         convert_to_stock(args.checkpoint, args.output, args.attention_masks == "none", args.data, args.overwrite)
-        logger.info(f"fairseq's own transformer -> {args.output}")
+        logger.info(f"fairseq's own model -> {args.output}")
         return
     provenance = apply_masks(args.checkpoint, args.attention_masks, args.output, args.data, args.overwrite)
     logger.info(f"{describe_sparsity(provenance)} -> {args.output}")

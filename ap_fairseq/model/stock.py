@@ -1,17 +1,20 @@
-"""Dense models of this package as checkpoints of fairseq's own transformer."""
+"""Dense models of this package as checkpoints of fairseq's own models."""
 
 from __future__ import annotations
 
 import argparse
 import collections
-import dataclasses
+import copy
 import logging
 from typing import Any
 
 import torch
 from fairseq import utils
 from fairseq.models import build_model
+from fairseq.models.transformer_lm import TransformerLanguageModelConfig
+from fairseq.tasks.language_modeling import LanguageModelingConfig
 from fairseq.tasks.translation import TranslationConfig
+from omegaconf import OmegaConf
 
 from ap_fairseq.files import ArtifactError, refuse_existing
 from ap_fairseq.model.attention import MASK_BUFFERS, PrunedMultiheadAttention
@@ -23,15 +26,22 @@ from ap_fairseq.model.checkpoints import (
     stored_model,
 )
 from ap_fairseq.model.config import OWN_DEFAULTS
-from ap_fairseq.model.transformer import PrunedTransformerModel
+from ap_fairseq.model.pruned_model import PrunedModel
 from ap_fairseq.provenance import decode_provenance, describe_sparsity
 from ap_fairseq.sites import attention_sites
 
 logger = logging.getLogger(__name__)
 
+# The models and tasks of this package, and fairseq's own; of a task with its options.
+MODELS = {"pruned_transformer": "transformer", "pruned_transformer_lm": "transformer_lm", "pruned_roberta": "roberta"}
+TASKS = {
+    "pruned_translation": ("translation", TranslationConfig),
+    "pruned_language_modeling": ("language_modeling", LanguageModelingConfig),
+}
+
 
 def convert_to_stock(checkpoint, output, drop_masks: bool = False, data: str | None = None, overwrite: bool = False):
-    """Write a pruned checkpoint whose masks keep everything as one of fairseq's own ``transformer``.
+    """Write a pruned checkpoint whose masks keep everything as one of fairseq's own model.
 
     Its form is that of ``fairseq-train``, so fairseq reads it without this plugin, and CTranslate2's converter does.
 
@@ -45,22 +55,23 @@ def convert_to_stock(checkpoint, output, drop_masks: bool = False, data: str | N
     refuse_existing(output, overwrite, (checkpoint,))
     state = load_checkpoint(checkpoint)
     name, model_class = stored_model(state)
-    if model_class is not None and not issubclass(model_class, PrunedTransformerModel):
+    if model_class is not None and not issubclass(model_class, PrunedModel):
         raise ArtifactError(
-            f"{checkpoint} holds a model {name!r}; --to-stock takes pruned_transformer, and fairseq's own "
+            f"{checkpoint} holds a model {name!r}; --to-stock takes {', '.join(MODELS)}, and fairseq's own "
             "architectures need no conversion"
         )
     if drop_masks and (provenance := decode_provenance(state["model"].get("mask_metadata"))):
         logger.warning(f"the masks of {checkpoint} are dropped: {describe_sparsity(provenance)}")
     model, task, state = open_with_masks(checkpoint, "none" if drop_masks else None, data)
     require_dense(model, state["cfg"]["model"], checkpoint)
-    args = stock_options(state["cfg"])
+    cfg = {**state["cfg"], "model": stock_options(state["cfg"]), "task": _stock_task(state["cfg"]["task"])}
     own = (*MASK_BUFFERS, "mask_metadata")
     parameters = {name: value for name, value in model.state_dict().items() if not name.endswith(own)}
-    load_parameters(build_model(argparse.Namespace(**vars(args)), task), dict(parameters), checkpoint, args)
+    given = OmegaConf.create(copy.deepcopy(cfg), flags={"allow_objects": True}).model
+    load_parameters(build_model(given, task), dict(parameters), checkpoint, given)
     result = {
         "args": None,
-        "cfg": {**state["cfg"], "model": args, "task": _stock_task(state["cfg"]["task"])},
+        "cfg": cfg,
         "model": collections.OrderedDict(parameters),
         "criterion": None,
         "optimizer_history": state.get("optimizer_history", [])[-1:],
@@ -71,18 +82,18 @@ def convert_to_stock(checkpoint, output, drop_masks: bool = False, data: str | N
     save_checkpoint(utils.move_to_cpu(result), output, overwrite)
 
 
-def require_dense(model: PrunedTransformerModel, options: dict[str, Any], checkpoint) -> None:
-    """Raise :class:`ArtifactError` unless the model computes what fairseq's transformer does."""
+def require_dense(model: PrunedModel, options: dict[str, Any], checkpoint) -> None:
+    """Raise :class:`ArtifactError` unless the model computes what fairseq's own does."""
     given = [name for name in ("attention_top_k", "attention_threshold") if options.get(name) is not None]
     if given:
         flag = f"--{given[0].replace('_', '-')} {options[given[0]]}"
-        raise ArtifactError(f"{checkpoint} has {flag}, which fairseq's transformer cannot do; it cannot be --to-stock")
+        raise ArtifactError(f"{checkpoint} has {flag}, which fairseq's own model cannot do; it cannot be --to-stock")
     if all(_keeps_everything(module) for _, module in attention_sites(model)):
         return
     pruned = describe_sparsity(model.masks_provenance() or {})
     raise ArtifactError(
-        f"{checkpoint} has masks ({pruned}); fairseq's transformer would compute the pruned pairs, too, and translate "
-        "worse than it does under its masks. Translate it with --user-dir, train a dense model from it (fairseq-train "
+        f"{checkpoint} has masks ({pruned}); fairseq's own model would compute the pruned pairs, too, and do worse "
+        "than it does under its masks. Use it with --user-dir, train a dense model from it (fairseq-train "
         "--attention-masks none --finetune-from-model), or drop the masks with --attention-masks none --to-stock"
     )
 
@@ -96,15 +107,20 @@ def _keeps_everything(module: PrunedMultiheadAttention) -> bool:
     return bool((module.keep_mask(rows, columns) | ~(attendable.tril() if module.kind.causal else attendable)).all())
 
 
-def stock_options(cfg: dict[str, Any]) -> argparse.Namespace:
-    """Return the options of fairseq's ``transformer`` that has the sizes of a pruned one, as ``fairseq-train`` stores
-    them: those of the model beside those of the task.
+def stock_options(cfg: dict[str, Any]) -> argparse.Namespace | dict[str, Any]:
+    """Return the options of fairseq's model that has the sizes of a pruned one, as ``fairseq-train`` stores them.
+
+    They are a dictionary for a language model, and else those of the model beside those of the task.
 
     Args:
-        cfg: configuration of a checkpoint of ``pruned_transformer``.
+        cfg: configuration of a checkpoint of a pruned model.
     """
+    arch = MODELS[cfg["model"]["_name"]]
+    if arch == "transformer_lm":
+        fields = TransformerLanguageModelConfig.__dataclass_fields__
+        return {**{name: value for name, value in cfg["model"].items() if name in fields}, "_name": arch}
     options = {name: value for name, value in cfg["model"].items() if name not in (*OWN_DEFAULTS, "_name")}
-    arch, layer, heads = "transformer", *(cfg["model"].get(f"alignment_{name}") for name in ("layer", "heads"))
+    layer, heads = (cfg["model"].get(f"alignment_{name}") for name in ("layer", "heads"))
     if layer is not None or heads is not None:
         arch = "transformer_align"
         options["alignment_layer"] = options["decoder_layers"] - 1 if layer is None else layer
@@ -114,8 +130,8 @@ def stock_options(cfg: dict[str, Any]) -> argparse.Namespace:
 
 
 def _stock_task(task: dict[str, Any]) -> dict[str, Any]:
-    """Return the options of fairseq's task ``translation`` for those of ``pruned_translation``; others stay."""
-    if task["_name"] != "pruned_translation":
+    """Return the options of fairseq's own task for those of one of this package; others stay."""
+    if task["_name"] not in TASKS:
         return task
-    fields = {field.name for field in dataclasses.fields(TranslationConfig)}
-    return {**{name: value for name, value in task.items() if name in fields}, "_name": "translation"}
+    stock, config = TASKS[task["_name"]]
+    return {**{name: value for name, value in task.items() if name in config.__dataclass_fields__}, "_name": stock}

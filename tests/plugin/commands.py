@@ -6,6 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
+from fairseq import checkpoint_utils
+
 ROOT = Path(__file__).resolve().parents[2]
 PLUGIN = ["--user-dir", str(ROOT / "ap_fairseq")]
 
@@ -73,3 +76,13 @@ def generate(data, path, *flags, subset="test", expect=0) -> str:
         *["--max-tokens", 1500, "--required-batch-size-multiple", 1, *flags],
         expect=expect,
     )
+
+
+def assert_reads_as_stock(path, dense) -> None:
+    """Check that fairseq reads a checkpoint as the model and the parameters of a dense one, without the plugin."""
+    found, expected = (checkpoint_utils.load_model_ensemble([str(part)])[0][0] for part in (path, dense))
+    assert type(found) is type(expected)
+    assert type(found).__module__.startswith("fairseq.")
+    parameters = found.state_dict()
+    assert parameters.keys() == expected.state_dict().keys()
+    assert all(torch.equal(parameters[name], value) for name, value in expected.state_dict().items())

@@ -335,5 +335,5 @@ def test_one_pruned_cell_is_no_dense_model(where, cell):
     model.set_masks(masks)
     with pytest.raises(ArtifactError, match="x.pt has masks"):
         require_dense(model, {}, "x.pt")
-    with pytest.raises(ArtifactError, match="--attention-top-k 4, which fairseq's transformer cannot do"):
+    with pytest.raises(ArtifactError, match="--attention-top-k 4, which fairseq's own model cannot do"):
         require_dense(model, {"attention_top_k": "4"}, "x.pt")

@@ -10,13 +10,14 @@ import torch
 from fairseq.criterions.adaptive_loss import AdaptiveLoss
 from fairseq.models.transformer_lm import TransformerLanguageModel
 from plugin.builders import LM_SIZES, batch, causal_masks, dictionary, language_models, random_masks
-from plugin.commands import PLUGIN, run
+from plugin.commands import PLUGIN, assert_reads_as_stock, run
 
 from ap_fairseq.artifacts import AttentionStats
-from ap_fairseq.files import UserError
+from ap_fairseq.files import ArtifactError, UserError
 from ap_fairseq.model.checkpoints import load_checkpoint
 from ap_fairseq.model.config import PrunedLanguageModelConfig
 from ap_fairseq.model.language_model import PrunedLanguageModel
+from ap_fairseq.model.stock import convert_to_stock
 from ap_fairseq.model.training_graphs import TrainingGraphs
 from ap_fairseq.provenance import decode_provenance
 from ap_fairseq.sites import AttentionKind, architecture
@@ -254,6 +255,13 @@ def test_masks_applied_without_training(text_bin, dense_lm, lm_masks, tmp_path):
     ones, half = tmp_path / "ones.pt", tmp_path / "half.pt"
     run("ap-apply", dense_lm[0], "--attention-masks", "none", "-o", ones)
     run("ap-apply", dense_lm[0], "--attention-masks", lm_masks, "-o", half)
+    stock = tmp_path / "stock.pt"
+    convert_to_stock(ones, stock)
+    assert_reads_as_stock(stock, dense_lm[0])
+    with pytest.raises(ArtifactError, match=r"half.pt has masks \(effective sparsity decoder_self 50.0%\)"):
+        convert_to_stock(half, tmp_path / "refused.pt")
+    with pytest.raises(ArtifactError, match="holds a model 'transformer_lm'.*fairseq's own architectures need no"):
+        convert_to_stock(dense_lm[0], tmp_path / "refused.pt")
     for window in ((), ("--context-window", 8, "--batch-size", 1)):
         stock = evaluate(text_bin, dense_lm[0], *window)
         assert evaluate(text_bin, ones, *window) == stock

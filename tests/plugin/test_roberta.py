@@ -9,11 +9,12 @@ import pytest
 import torch
 from fairseq.models.roberta import RobertaModel
 from plugin.builders import batch, dictionary, random_masks
-from plugin.commands import PLUGIN, run
+from plugin.commands import PLUGIN, assert_reads_as_stock, run
 
 from ap_fairseq.artifacts import AttentionStats, PruningMasks
 from ap_fairseq.model.checkpoints import load_checkpoint
 from ap_fairseq.model.roberta import PrunedRobertaModel
+from ap_fairseq.model.stock import convert_to_stock
 from ap_fairseq.provenance import decode_provenance
 from ap_fairseq.sites import AttentionKind, architecture
 
@@ -175,5 +176,7 @@ def test_a_pruned_encoder_is_fine_tuned_and_classifies(text_bin, dense_roberta, 
 
     applied = tmp_path / "applied.pt"
     run("ap-apply", dense_roberta[0], "--attention-masks", roberta_masks[1], "-o", applied)
+    convert_to_stock(applied, tmp_path / "stock.pt", drop_masks=True)
+    assert_reads_as_stock(tmp_path / "stock.pt", dense_roberta[0])
     valid = ["--valid-subset", "test", "--cpu", "--max-tokens", 960, "--num-workers", 0]
     run("fairseq-validate", text_bin, *PLUGIN, "--path", applied, "--task", "masked_lm", *valid)
