@@ -27,6 +27,7 @@ from ap_fairseq.model.checkpoints import (
 )
 from ap_fairseq.model.config import OWN_DEFAULTS
 from ap_fairseq.model.pruned_model import PrunedModel
+from ap_fairseq.model.roberta import PrunedRobertaModel
 from ap_fairseq.provenance import decode_provenance, describe_sparsity
 from ap_fairseq.sites import attention_sites
 
@@ -68,6 +69,8 @@ def convert_to_stock(checkpoint, output, drop_masks: bool = False, data: str | N
     own = (*MASK_BUFFERS, "mask_metadata")
     parameters = {name: value for name, value in model.state_dict().items() if not name.endswith(own)}
     given = OmegaConf.create(copy.deepcopy(cfg), flags={"allow_objects": True}).model
+    if isinstance(model, PrunedRobertaModel):
+        given.load_checkpoint_heads = True  # those of a classifier
     load_parameters(build_model(given, task), dict(parameters), checkpoint, given)
     result = {
         "args": None,

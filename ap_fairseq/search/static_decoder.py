@@ -342,10 +342,11 @@ class StaticDecoder:
             module = layer.self_attn
             if layer.normalize_before:
                 x = layer.self_attn_layer_norm(x)
+            # Slots for what the coming rows read, of one head after the other.
             readable = self._last_use(module, max_len, self.capacity.positions)[:, :size] >= size  # (H, P)
             kv = module.project_source(x.flatten(0, 1)).unflatten(0, (size, n)).permute(3, 0, 1, 2, 4)[readable]
             used = self.used[module] = kv.size(0) * n
-            self._reserve(module, used + n * self.rules.beam * module.num_heads)
+            self._reserve(module, used + bucket(n) * self.rules.beam * module.num_heads)  # and for the next step
             self.kv_pools[module][:used] = kv.flatten(0, 1)
             number = (readable.flatten().cumsum(0) - 1).view_as(readable)
             self.beams.offsets[self.heads[module], :size] = (n * number * readable).to(torch.int32)
@@ -383,13 +384,11 @@ class StaticDecoder:
         """Decode one token of every hypothesis and choose how to go on. No shape and no branch depends on a value."""
         beams, rules = self.beams, self.rules
         beams.number_slots(n)
-        tokens, step = beams.state.tokens[: n * rules.beam], beams.state.step
-        logits = self._logits(
-            [
-                decoder_step(model.decoder, tokens, positions[step], state)
-                for model, positions, state in zip(self.models, self.positions, states, strict=True)
-            ]
-        )
+        features = [
+            decoder_step(model.decoder, beams.state.tokens[: n * rules.beam], positions[beams.state.step], state)
+            for model, positions, state in zip(self.models, self.positions, states, strict=True)
+        ]
+        logits = self._logits(features)
         penalty = self.penalties[self.phases[beams.state.step]][0]
         if rules.restricted or within_prefix:
             logits, penalty = penalized_log_probs(logits, penalty), None

@@ -122,6 +122,7 @@ SEARCHES = {
         dict(beam_size=3, min_len=4, tokens_to_suppress=("w4",)),
         [["w4", "w4"], ["w1"], []],
     ),
+    "long prefixes": (dict(beam_size=3, unk_penalty=0.5), [["w5", "w6", "<unk>"] * 3, ["w7"] * 11]),  # in one pass
     "eos in prefixes": (dict(beam_size=3, min_len=3), [["w5", "</s>"], ["w1", "w2", "w3"], ["w6", "w7", "</s>"], []]),
     "prefix beyond the maximum length": (dict(beam_size=2, max_len_b=2), [["w5", "w6", "w7", "w8"], ["w9"]]),
     "match source length": (dict(beam_size=3, match_source_len=True), None),
