@@ -21,7 +21,15 @@ from ap_fairseq.files import UserError
 from ap_fairseq.pruning import criteria
 from ap_fairseq.pruning.select import prune_surplus_first, weight_of
 from ap_fairseq.pruning.spec import MaskSpec
-from ap_fairseq.pruning.summary import LayerSummary, missed_budgets, sparsity_on, summarize, total_of, vanished_heads
+from ap_fairseq.pruning.summary import (
+    LayerSummary,
+    missed_budgets,
+    pairs_on,
+    sparsity_on,
+    summarize,
+    total_of,
+    vanished_heads,
+)
 from ap_fairseq.pruning.units import Units, always_kept
 from ap_fairseq.relative import RelativeMask
 from ap_fairseq.sites import AttentionKind
@@ -80,15 +88,13 @@ def _calibrated(stats: AttentionStats, spec: MaskSpec, growing: bool) -> BuiltMa
         )
     wanted = {kind.value: budget for kind, budget in spec.budgets.items()}
     corrected, tried = dict(spec.budgets), []
+    pairs = pairs_on(stats.architecture, stats.validation_lengths)
     for _ in range(CALIBRATIONS):
         built = _build(stats, dataclasses.replace(spec, budgets=corrected), growing, spec)
         reached = built.masks.metadata["validation"]
-        if spec.scope == "global":
-            pairs = {row.kind: row.pairs for row in built.summary if row.layer is None}
-            goal = sum(share * pairs[name] for name, share in wanted.items()) / sum(pairs.values())
-            errors = dict.fromkeys(wanted, goal - reached["total"])
-        else:
-            errors = {name: share - reached[name] for name, share in wanted.items()}
+        errors = {name: share - reached[name] for name, share in wanted.items()}
+        if spec.scope == "global" and errors:
+            errors = dict.fromkeys(wanted, np.average(list(errors.values()), weights=[pairs[name] for name in errors]))
         worst = max(map(abs, errors.values()), default=0.0)
         tried.append((worst, built))
         if worst < 1e-3:
@@ -106,7 +112,8 @@ def _build(stats: AttentionStats, spec: MaskSpec, growing: bool, wanted: MaskSpe
     if spec.criterion == "percentile":
         keep, extrapolation = _by_percentile(stats, spec)
     else:
-        keep, extrapolation, units = _ranked(stats, spec, growing, rows)
+        corrected = spec.budgets != wanted.budgets
+        keep, extrapolation, units = _ranked(stats, spec, growing, rows, corrected)
     for kind in stats.kinds:
         _finish(keep[kind], extrapolation[kind], stats, kind, spec)
     relative = None
@@ -137,7 +144,11 @@ def _build(stats: AttentionStats, spec: MaskSpec, growing: bool, wanted: MaskSpe
         **({} if validation is None else {"validation": validation}),
         "vanished_heads": vanished,
     }
-    warnings = missed_budgets(summary, wanted, validation)
+    held = None
+    if spec.calibrate and validation is not None:
+        pairs = pairs_on(masks.architecture, recorded.validation_lengths)
+        held = {kind: (validation[kind], n) for kind, n in pairs.items()}
+    warnings = missed_budgets(summary, wanted, held)
     for name, heads in vanished.items():
         listed = ", ".join(f"{layer}.{head}" for layer, head in heads)
         warnings.append(f"{name}: {len(heads)} heads (layer.head) keep nothing but the guaranteed cells: {listed}")
@@ -172,12 +183,13 @@ def _all_kept(stats: AttentionStats) -> tuple[Cells, Cells]:
 
 
 def _ranked(
-    stats: AttentionStats, spec: MaskSpec, growing: bool, rows: np.ndarray
+    stats: AttentionStats, spec: MaskSpec, growing: bool, rows: np.ndarray, corrected: bool
 ) -> tuple[Cells, Cells, dict[AttentionKind, Units]]:
     """Prune units in ascending order of score until each scope's budget of pairs is reached.
 
     Args:
         rows: those of cross-attention by centre, where its units are offsets.
+        corrected: the budgets are not those that were asked for, so they may be too small for ``max_heads``.
     """
     units = {kind: Units.from_stats(stats, kind, spec, rows) for kind in stats.kinds if kind in spec.budgets}
     keep, extrapolation = _all_kept(stats)
@@ -185,7 +197,7 @@ def _ranked(
         parts = [(units[kind].score[index], units[kind].weight[index]) for kind, index in members]
         surplus = [units[kind].surplus[index] for kind, index in members]
         if not growing:
-            target = _required_by_cap(parts, surplus, target, members, stats, spec)
+            target = _required_by_cap(parts, surplus, target, members, stats, spec, corrected)
         pruned, surplus_threshold, threshold = prune_surplus_first(parts, surplus, target)
         for (kind, index), part in zip(members, pruned, strict=True):
             whole = ~part
@@ -199,16 +211,18 @@ def _ranked(
     return keep, extrapolation, units
 
 
-def _required_by_cap(parts, surplus, target: float, members, stats: AttentionStats, spec: MaskSpec) -> float:
+def _required_by_cap(
+    parts, surplus, target: float, members, stats: AttentionStats, spec: MaskSpec, corrected: bool
+) -> float:
     """Return the pairs to prune: *target*, or a little more where ``max_heads`` takes as much.
 
     Raises:
-        UserError: where it takes more than one percentage point above the budget.
+        UserError: where it takes more than one percentage point above the budget, unless that was *corrected*.
     """
     least = weight_of(parts, surplus)
     kinds = list(dict.fromkeys(kind for kind, _ in members))
     pairs = sum(stats.support[kind].sum() * np.prod(stats.mass[kind][index].shape[:2]) for kind, index in members)
-    if least > target + 0.01 * pairs:
+    if least > target + 0.01 * pairs and not corrected:
         caps = ", ".join(f"{kind.value}={spec.max_heads[kind]:g}" for kind in kinds if kind in spec.max_heads)
         raise UserError(
             f"--max-heads {caps} prunes at least {least / pairs:.1%} of the pairs of {', '.join(kinds)}, the budget is "

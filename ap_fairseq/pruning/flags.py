@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import shlex
 from collections.abc import Mapping, Sequence
 
 from ap_fairseq.artifacts import AttentionStats, PruningMasks
@@ -146,6 +147,14 @@ def add_mask_options(parser: argparse.ArgumentParser) -> None:
         "recorded ones",
     )
     parser.add_argument("--seed", type=int, default=1, help="for random masks and ties (default: %(default)s)")
+
+
+def split_flags(name: str, flags: str) -> list[str]:
+    """Split the argument of the option *name* into words, as a shell does."""
+    try:
+        return shlex.split(flags)
+    except ValueError as error:
+        raise UserError(f"{name} {flags!r} cannot be split into flags: {error}") from error
 
 
 def parse_mask_flags(flags: Sequence[str]) -> argparse.Namespace:

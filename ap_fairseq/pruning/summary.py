@@ -125,6 +125,12 @@ def sparsity_on(masks: PruningMasks, lengths: np.ndarray) -> dict[str, float]:
     return {**shares, "total": pruned_pairs / all_pairs}
 
 
+def pairs_on(architecture: Mapping[str, Sequence[int]], lengths: np.ndarray) -> dict[str, int]:
+    """Count the pairs of each kind in sentences of *lengths*, int64 (n, 3), over layers and heads."""
+    counts = {kind: int(support_of(AttentionKind(kind), by_pair(lengths)).sum()) for kind in architecture}
+    return {kind: count * int(np.prod(architecture[kind])) for kind, count in counts.items()}
+
+
 def total_of(kinds: Sequence[LayerSummary]) -> dict[str, float]:
     """Return effective sparsity and kept mass over all pairs of several rows of a summary."""
     pairs, mass = sum(row.pairs for row in kinds), sum(row.mass for row in kinds)
@@ -152,23 +158,21 @@ def vanished_heads(masks: PruningMasks, stats: AttentionStats) -> dict[str, list
 
 
 def missed_budgets(
-    summary: Iterable[LayerSummary], spec: MaskSpec, validation: Mapping[str, float] | None = None
+    summary: Iterable[LayerSummary], spec: MaskSpec, validation: Mapping[str, tuple[float, int]] | None = None
 ) -> list[str]:
     """Explain, in one sentence each, effective sparsities more than one percentage point off their budget.
 
     Args:
-        validation: the sparsities that count if the budgets are calibrated, by :func:`sparsity_on`.
+        validation: sparsity and pairs of each kind that count in place of the recorded ones, for calibrated budgets.
     """
     if spec.criterion == "percentile":
         return []  # its budgets are nominal
-    totals = [row for row in summary if row.layer is None and AttentionKind(row.kind) in spec.budgets]
-    checks = [(row.kind, row.effective, spec.budgets[AttentionKind(row.kind)]) for row in totals]
-    if spec.scope == "global" and totals:
-        target = np.average([target for _, _, target in checks], weights=[row.pairs for row in totals])
-        checks = [("all kinds together", total_of(totals)["effective"], target)]
-    if spec.calibrate and validation is not None:
-        reached = {**validation, "all kinds together": validation["total"]}
-        checks = [(name, reached[name], target) for name, _, target in checks]
+    found = validation or {row.kind: (row.effective, row.pairs) for row in summary if row.layer is None}
+    checks = [(kind.value, found[kind][0], budget) for kind, budget in spec.budgets.items()]
+    if spec.scope == "global" and checks:
+        weights = [found[name][1] for name, *_ in checks]
+        reached, target = (np.average(shares, weights=weights) for shares in list(zip(*checks, strict=True))[1:])
+        checks = [("all kinds together", reached, target)]
     granularities = {spec.granularity_of(kind) for kind in spec.budgets}
     if granularities == {1}:
         reason = "every row keeps one guaranteed cell, and rows of short sentences have few others"

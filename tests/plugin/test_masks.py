@@ -685,6 +685,31 @@ def test_budgets_hold_on_the_validation_sentences_where_that_is_asked(scope, gra
         assert all(abs(held.masks.metadata["validation"][kind] - 0.8) < 0.01 for kind in ALL)
 
 
+def test_one_budget_of_some_kinds_holds_on_their_validation_pairs():
+    """The pairs of the kinds without a budget were counted too: masks as asked for came with a warning."""
+    stats = random_stats(longest=(30, 35), sentences=200)
+    budgets = {AttentionKind.CROSS: 0.9, AttentionKind.ENCODER_SELF: 0.6}
+    built = build_masks(stats, MaskSpec(budgets, scope="global", calibrate=True))
+    lengths = stats.validation_lengths  # target, source, number
+    pairs = {
+        kind: (lengths[:, 1] * lengths[:, int(kind is not AttentionKind.CROSS)] * lengths[:, 2]).sum()
+        for kind in budgets
+    }
+    pruned = sum(built.masks.metadata["validation"][kind] * n for kind, n in pairs.items())
+    assert pruned / sum(pairs.values()) == pytest.approx(
+        sum(budgets[kind] * n for kind, n in pairs.items()) / sum(pairs.values()), abs=1e-3
+    )
+    assert not built.warnings
+
+
+def test_a_cap_that_allows_a_budget_allows_its_calibration():
+    """It was refused with a budget that nobody had given: a correction went below what the cap prunes."""
+    stats = random_stats(longest=(30, 35), sentences=200)
+    stats.validation_lengths = stats.lengths[stats.lengths[:, :2].min(1) > 20]
+    built = build(stats, 0.48, kinds=[AttentionKind.CROSS], max_heads={AttentionKind.CROSS: 1}, calibrate=True)
+    assert built.masks.metadata["validation"]["cross"] == pytest.approx(0.48, abs=0.01) and not built.warnings
+
+
 def test_both_sparsities_are_printed_and_older_statistics_are_refused(tmp_path, capsys):
     stats = random_stats(longest=(30, 30), sentences=200)
     stats.save(tmp_path / "s.st")
