@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from ap_fairseq.cli.common import command
 from ap_fairseq.cli.masks import write_masks
 from ap_fairseq.experiments.stages import PLUGIN, Stages
 from ap_fairseq.files import UserError, require_file
-from ap_fairseq.pruning.flags import budget_flags, parse_mask_flags, spec_from
+from ap_fairseq.pruning.flags import budget_flags, parse_mask_flags, spec_from, split_flags
 from ap_fairseq.training.schedule import SHAPES, share_of_round
 
 logger = logging.getLogger(__name__)
@@ -95,14 +94,6 @@ def prune_gradually(
     return current, masks
 
 
-def _split(name: str, flags: str) -> list[str]:
-    """Split the argument of the option *name* into words, as a shell does."""
-    try:
-        return shlex.split(flags)
-    except ValueError as error:
-        raise UserError(f"{name} {flags!r} cannot be split into flags: {error}") from error
-
-
 @command
 def main(argv: list[str]) -> None:
     split = argv.index("--") if "--" in argv else len(argv)
@@ -115,7 +106,7 @@ def main(argv: list[str]) -> None:
     if taken or not {"--arch", "-a"} & given:
         fault = f"{', '.join(sorted(taken))} given" if taken else "no --arch given"
         raise UserError(f"fairseq-train flags after --: {fault}; give --arch, and leave the others to the rounds")
-    mask_flags, record_flags = _split("--masks", args.masks), _split("--record", args.record)
+    mask_flags, record_flags = split_flags("--masks", args.masks), split_flags("--record", args.record)
     parsed = parse_mask_flags(mask_flags)
     if len(budget_flags(parsed)) != 1:
         raise UserError(

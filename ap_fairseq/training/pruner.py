@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import dataclasses
 import logging
 import os
 import time
@@ -18,12 +19,15 @@ from torch import nn
 
 from ap_fairseq.artifacts import AttentionStats
 from ap_fairseq.files import UserError
+from ap_fairseq.lengths import support_of
 from ap_fairseq.model.pruned_model import PrunedModel
 from ap_fairseq.provenance import dictionary_hashes, versions
 from ap_fairseq.pruning.build import build_masks
 from ap_fairseq.pruning.flags import spec_from
 from ap_fairseq.recording.recorder import AttentionRecorder, data_parallel_group, sample_by_length
 from ap_fairseq.recording.tasks import diagonal_slope, languages, longest_sides, validation_lengths
+from ap_fairseq.relative import RelativeStats, slope_of
+from ap_fairseq.sites import AttentionKind, architecture
 from ap_fairseq.training.schedule import PruningSchedule
 
 logger = logging.getLogger(__name__)
@@ -43,17 +47,40 @@ class TrainingPruner:
         flags: parsed flags of ap-masks, with the final budgets.
         sample: sentences to record, drawn evenly over all lengths.
         batch: ``max_tokens`` and ``max_sentences`` of a recorded batch.
+
+    Raises:
+        UserError: for a sample of no sentences.
     """
 
     def __init__(
         self, task, schedule: PruningSchedule, flags: argparse.Namespace, sample: int, batch: dict[str, int | None]
     ):
         self.task, self.schedule, self.flags = task, schedule, flags
+        if sample < 1:
+            raise UserError(f"--prune-sample {sample}: a pruning records at least 1 sentence")
         self.sample, self.batch = sample, batch
         self.importance = self.flags.criterion == "importance"
         self.done: int | None = None  # the update at which masks were derived last: updates have several batches
         self.seconds = 0.0
         self.started = time.monotonic()
+
+    def require_fitting(self, model: PrunedModel) -> None:
+        """Derive masks from statistics without meaning: flags that do not fit the model fail before it trains.
+
+        What only real statistics show is not found: budgets that a minimum or maximum of heads does not leave.
+
+        Raises:
+            UserError: for such flags.
+        """
+        support = {AttentionKind(kind): support_of(AttentionKind(kind), {(2, 2): 1}) for kind in architecture(model)}
+        mass = {kind: np.ones((*architecture(model)[kind], 2, 2)) * cells for kind, cells in support.items()}
+        relative = None
+        if AttentionKind.CROSS in mass:
+            relative = RelativeStats(slope_of(1, 1), *2 * [np.ones((*mass[AttentionKind.CROSS].shape[:2], 3))])
+        stats = AttentionStats(mass, support, importance=mass, lengths=np.array([[2, 2, 1]]), relative=relative)
+        lengths = validation_lengths(self.task) if self.flags.calibrate else None
+        stats.validation_lengths = stats.validation_lengths if lengths is None else lengths
+        build_masks(stats, dataclasses.replace(spec_from(self.flags, stats), min_kept=0.0), share=0.5)
 
     def before_batch(self, model: nn.Module, criterion: nn.Module, update: int) -> None:
         """Prune *model* if that is due after *update* updates. Every rank calls it."""

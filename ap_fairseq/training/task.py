@@ -1,6 +1,5 @@
 """What tasks that prune while they train share."""
 
-import shlex
 from dataclasses import dataclass, field
 from typing import Optional  # fairseq's parser reads Optional[X], not X | None
 
@@ -9,7 +8,7 @@ from omegaconf import II
 
 from ap_fairseq.files import UserError
 from ap_fairseq.model.pruned_model import PrunedModel
-from ap_fairseq.pruning.flags import parse_mask_flags
+from ap_fairseq.pruning.flags import parse_mask_flags, split_flags
 from ap_fairseq.sites import AttentionKind
 from ap_fairseq.training.pruner import TrainingPruner
 from ap_fairseq.training.schedule import SHAPES, PruningSchedule
@@ -49,7 +48,7 @@ def build_pruner(task, cfg: PruningWhileTrainingConfig) -> TrainingPruner | None
     Raises:
         UserError: for flags that contradict each other.
     """
-    flags = parse_mask_flags(shlex.split(cfg.prune_flags))
+    flags = parse_mask_flags(split_flags("--prune-flags", cfg.prune_flags))
     given = [name for name in ("total", "like", *AttentionKind) if getattr(flags, name) is not None]
     if cfg.attention_sparsity is None and not given:
         return None
@@ -86,6 +85,7 @@ class PruningWhileTraining:
                     "train with --arch pruned_transformer..."
                 )
             if not from_checkpoint:  # else masks that are named replace those of the checkpoint
+                self.pruner.require_fitting(model)
                 model.prefer_checkpoint_masks()  # of a training that resumes
         return model
 

@@ -6,12 +6,15 @@ import pytest
 import torch
 from fairseq.data import Dictionary
 from fairseq.tasks.translation import TranslationConfig
+from plugin.builders import pruned_model
 from plugin.commands import generate, train
 
 from ap_fairseq.files import UserError
 from ap_fairseq.model.checkpoints import load_checkpoint
 from ap_fairseq.provenance import decode_provenance
+from ap_fairseq.pruning.flags import parse_mask_flags
 from ap_fairseq.search.task import PrunedTranslationTask
+from ap_fairseq.training.pruner import TrainingPruner
 from ap_fairseq.training.schedule import PruningSchedule, share_of_round
 
 SCHEDULE = ["--attention-sparsity", 0.6, "--prune-start", 18, "--prune-end", 34, "--prune-every", 8]
@@ -110,6 +113,11 @@ def test_budgets_by_kind_and_other_criteria(data_bin, tmp_path):
         ),
         (["--attention-sparsity", 0.5, "--prune-flags", "--cross 0.5"], "pruned_transformer", "both name budgets"),
         (["--attention-sparsity", 0.5], "transformer", "pruned_transformer"),
+        (
+            ["--prune-flags", "--total 0.5 --max-heads 99"],
+            "pruned_transformer",
+            "--max-heads encoder_self=99, but it has",
+        ),
     ],
 )
 def test_flags_that_cannot_be_are_refused_at_the_start(data_bin, tmp_path, flags, arch, message):
@@ -118,6 +126,32 @@ def test_flags_that_cannot_be_are_refused_at_the_start(data_bin, tmp_path, flags
     log = train(data_bin, tmp_path, "--task", "pruned_translation", *masks, *flags, arch=arch, updates=2, expect=1)
     assert re.search(f"fairseq-train: error: .*{message}", log) and "Traceback" not in log, log[-2000:]
     assert not (tmp_path / "checkpoint_last.pt").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--total 0.8 --cross 0.4", "--total and --cross all give budgets"),
+        ("--like missing.safetensors", "missing.safetensors does not exist"),
+        ("--total 0.8 --criterion percentile", "--total gives effective sparsity"),
+        ("--cross 0.8 --min-heads 5", "--min-heads cross=5, but it has 2 layers of 2 heads"),
+        ("--cross 0.8 --granularity scaled-diagonal --keep-first 1", "--keep-first 1 keeps columns"),
+        ("--total 0.8 --calibrate", "--calibrate needs the lengths of the validation sentences"),
+    ],
+)
+def test_mask_flags_that_do_not_fit_are_refused_before_the_first_update(flags, message):
+    """They ended a training at its first pruning, after thousands of updates."""
+    pruner = TrainingPruner(object(), PruningSchedule(10, 10, 1), parse_mask_flags(flags.split()), 50, {})
+    with pytest.raises(UserError, match=message):
+        pruner.require_fitting(pruned_model())
+
+
+def test_mask_flags_that_only_data_can_refuse_are_left_to_them():
+    flags = "--total 0.8 --max-heads 1 --min-kept 0.4 --granularity 3x5 --smooth 9 --criterion importance"
+    schedule = PruningSchedule(10, 10, 1)
+    TrainingPruner(object(), schedule, parse_mask_flags(flags.split()), 50, {}).require_fitting(pruned_model())
+    with pytest.raises(UserError, match="--prune-sample 0: a pruning records at least 1 sentence"):
+        TrainingPruner(object(), schedule, parse_mask_flags([]), 0, {})
 
 
 def test_a_task_with_the_configuration_of_fairseq_prunes_nothing():
