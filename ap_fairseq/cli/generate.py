@@ -7,6 +7,7 @@ import logging
 import shutil
 import sys
 import tempfile
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,10 +18,11 @@ from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 
 import ap_fairseq.plugin  # noqa: F401  (registers with fairseq)
 from ap_fairseq.cli.common import command
-from ap_fairseq.files import UserError, atomic_output, refuse_existing, require_file
+from ap_fairseq.files import ArtifactError, UserError, atomic_output, refuse_existing, require_file
 from ap_fairseq.generation.binarised import translate_subset
 from ap_fairseq.generation.ranks import locked
 from ap_fairseq.generation.text import PART_LINES, SETTINGS, Text, spool_stdin, translate_text, write_parts
+from ap_fairseq.provenance import dictionary_files
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +77,7 @@ def get_parser() -> argparse.ArgumentParser:
 
 @command
 def main(argv: list[str]) -> None:
-    given = {word.split("=")[0] for word in argv}
+    given = {word.split("=")[0] if word.startswith("--") else word[:2] for word in argv}
     # Before the caller's flags, which win. With its default of 8, fairseq main drops an incomplete last batch.
     args = options.parse_args_and_arch(get_parser(), ["--required-batch-size-multiple", "1", *argv])
     is_text = args.input is not None
@@ -83,6 +85,10 @@ def main(argv: list[str]) -> None:
         for flag in [flag for flag in refused if flag in given]:
             raise UserError(f"{flag} has no meaning for ap-generate{' --input' * is_text}; {refused[flag]}")
     _require_files(args)
+    if args.beam < 1:
+        raise UserError(f"--beam {args.beam}: a search keeps at least 1 hypothesis")
+    if args.buffer_size < 0:
+        raise UserError(f"--buffer-size {args.buffer_size} is not a number of lines")
     if args.max_tokens is None and args.batch_size is None:
         args.max_tokens = 12000  # as fairseq-generate
     args.log_format, args.tpu = "simple", False  # fairseq's parser sets the latter for --bf16
@@ -115,9 +121,16 @@ def _require_files(args: argparse.Namespace) -> None:
         raise UserError("--path is missing; name a checkpoint, or several joined by colons")
     for path in utils.split_paths(args.path):
         require_file(path, "a fairseq checkpoint")
-    folder = utils.split_paths(args.data)[0]
-    if not any(Path(folder).glob("dict.*.txt")):
-        raise UserError(f"{folder} has no dictionary dict.*.txt; name a folder made by fairseq-preprocess")
+        with open(path, "rb") as stream:
+            begin = stream.read(2)
+        if not begin or (begin == b"PK" and not zipfile.is_zipfile(path)):
+            raise ArtifactError(f"{path} is empty or cut off, expected a fairseq checkpoint; copy it again")
+    folders = utils.split_paths(args.data)
+    if not dictionary_files(folders[0]):
+        raise UserError(f"{folders[0]} has no dictionary dict*.txt; name a folder made by fairseq-preprocess")
+    if args.input is None and not any(list(Path(folder).glob(f"{args.gen_subset}.*")) for folder in folders):
+        subsets = sorted({file.name.split(".")[0] for folder in folders for file in Path(folder).glob("*.idx")})
+        raise UserError(f"--gen-subset {args.gen_subset}: {args.data} has {', '.join(subsets) or 'no subset'}")
 
 
 def _translate_subset(args: argparse.Namespace, cfg, ranks: int) -> None:
@@ -156,21 +169,26 @@ def _work_folder(path: Path | None, keep: tuple[str, ...] = ()) -> Iterator[Path
     """Yield a folder for logs and parts, which goes when all is done; a run that fails leaves its logs.
 
     Args:
-        path: of the folder; None for a temporary one.
+        path: of the folder; None for a temporary one, which stays only for the log that an error names.
         keep: what names of further files begin with that a run which fails leaves there.
     """
+    temporary = path is None
     if path is None:
-        path = Path(tempfile.mkdtemp(prefix="ap-generate-"))
+        path, keep = Path(tempfile.mkdtemp(prefix="ap-generate-")), ()
+    elif path.exists() and not path.is_dir():
+        raise ArtifactError(f"{path} is a file, a folder of this name holds what is unfinished; move it away")
     path.mkdir(exist_ok=True)
     with locked(path):
         try:
             yield path
-        except BaseException:
+        except BaseException as error:
             for entry in path.iterdir():
                 if entry.is_dir():
                     shutil.rmtree(entry)
                 elif not entry.name.startswith(keep) and entry.suffix != ".log":
                     entry.unlink()
+            if temporary and str(path) not in str(error):
+                shutil.rmtree(path)
             raise
         shutil.rmtree(path)
 

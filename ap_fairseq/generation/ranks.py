@@ -6,6 +6,7 @@ import fcntl
 import multiprocessing
 import multiprocessing.connection
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -91,6 +92,8 @@ def _failure(rank: int, status: int, log: Path) -> str:
         return f"{last.removeprefix('error: ')} (process {rank}; its log is {log})"
     died = f"died of {signal.Signals(-status).name}" if status < 0 else f"failed with status {status}"
     hint = "; if memory ran out, lower --max-tokens" if status == -signal.SIGKILL else ""
+    if (free := shutil.disk_usage(log.parent).free) < 1 << 20:  # then the log may lack what went wrong
+        hint += f"; {free:,} bytes are free on the disk of its log"
     return f"process {rank} {died}, the others were ended{hint}; the end of its log {log}:\n{end}"
 
 

@@ -6,6 +6,7 @@ import ast
 import hashlib
 import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -42,6 +43,7 @@ class Text:
         sha256: of its bytes.
         lines: how many it has.
         offsets: where each part begins, in bytes.
+        digests: SHA-256 of the bytes of each part.
         part_lines: lines of a part; the last may have fewer.
     """
 
@@ -50,6 +52,7 @@ class Text:
     sha256: str
     lines: int
     offsets: tuple[int, ...]
+    digests: tuple[str, ...]
     part_lines: int
 
     @classmethod
@@ -60,25 +63,34 @@ class Text:
             ArtifactError: for a missing file, or a line that is not UTF-8.
         """
         require_file(path, "a text file with one sentence a line")
-        digest, offsets, position, number = hashlib.sha256(), [], 0, 0
+        digest, offsets, parts, position, number = hashlib.sha256(), [], [], 0, 0
         with open(path, "rb") as stream:
             for number, line in enumerate(stream, 1):
                 try:
                     line.decode("utf-8")
                 except UnicodeDecodeError as error:
-                    raise ArtifactError(f"{name} line {number} is not UTF-8: {error}") from error
+                    raise ArtifactError(f"{name} line {number} is not UTF-8: {error}; convert the text") from error
                 if (number - 1) % part_lines == 0:
                     offsets.append(position)
+                    parts.append(hashlib.sha256())
                 position += len(line)
                 digest.update(line)
-        return cls(path, name, digest.hexdigest(), number, tuple(offsets), part_lines)
+                parts[-1].update(line)
+        digests = tuple(part.hexdigest() for part in parts)
+        return cls(path, name, digest.hexdigest(), number, tuple(offsets), digests, part_lines)
 
     def part(self, number: int) -> list[str]:
-        """Return the lines of a part, without the white space around them."""
+        """Return the lines of a part, without the white space around them.
+
+        Raises:
+            UserError: if the file is no longer as it was when it was scanned.
+        """
         end = self.offsets[number + 1] if number + 1 < len(self.offsets) else None
         with open(self.path, "rb") as stream:
             stream.seek(self.offsets[number])
             content = stream.read() if end is None else stream.read(end - self.offsets[number])
+        if hashlib.sha256(content).hexdigest() != self.digests[number]:
+            raise UserError(f"{self.name} changed while it was translated; translate it anew, or restore it and go on")
         return [line.strip() for line in content.decode("utf-8").removesuffix("\n").split("\n")]
 
 
@@ -152,7 +164,8 @@ class Translator:
             first: number of the first line, likewise.
 
         Raises:
-            UserError: for a line that is longer than the model reads, unless ``--truncate-source`` allows to cut it.
+            UserError: for a line that is longer than the model reads, unless ``--truncate-source`` allows to cut it,
+                or longer than a batch may be.
         """
         filled = [number for number, line in enumerate(lines) if line]
         sources = [self._encode(lines[number], name, first + number) for number in filled]
@@ -163,21 +176,27 @@ class Translator:
                 # Not fairseq's post_process_prediction, which adds the words of the text to the dictionary. A list, as
                 # fairseq goes through a tensor element by element: eight times as slow.
                 text = self.hub.tgt_dict.string(best["tokens"].tolist(), self.cfg.common_eval.post_process)
-                texts[number] = self.hub.detokenize(self.hub.remove_bpe(text))
+                text = self.hub.detokenize(self.hub.remove_bpe(text))
+                texts[number] = text.replace("\n", " ")  # which a BPE of bytes may spell
         return texts
 
     def _encode(self, line: str, name: str, number: int) -> torch.Tensor:
         """Return the tokens of a line, int64 (T,), ending in EOS."""
         tokens = self.hub.encode(line)
-        if len(tokens) <= self.longest:
-            return tokens
-        if not getattr(self.cfg.task, "truncate_source", False):
+        if len(tokens) > self.longest:
+            if not getattr(self.cfg.task, "truncate_source", False):
+                raise UserError(
+                    f"{name} line {number} has {len(tokens)} tokens, the model reads at most {self.longest}; split the "
+                    "line, or cut all such lines with --truncate-source"
+                )
+            print(f"line {number} was cut from {len(tokens)} to {self.longest} tokens", flush=True)
+            tokens = torch.cat([tokens[: self.longest - 1], tokens[-1:]])
+        if len(tokens) > (self.cfg.dataset.max_tokens or math.inf):
             raise UserError(
-                f"{name} line {number} has {len(tokens)} tokens, the model reads at most {self.longest}; split the "
-                "line, or cut all such lines with --truncate-source"
+                f"{name} line {number} has {len(tokens)} tokens, a batch at most --max-tokens "
+                f"{self.cfg.dataset.max_tokens}; raise it"
             )
-        print(f"line {number} was cut from {len(tokens)} to {self.longest} tokens", flush=True)
-        return torch.cat([tokens[: self.longest - 1], tokens[-1:]])
+        return tokens
 
 
 # -- what the parts were made with ------------------------------------------------------------------------------------
@@ -206,7 +225,10 @@ def _require_same(now: dict[str, Any], folder: Path) -> None:
     if not path.exists():
         write_json(path, now)
         return
-    then = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        then = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (TypeError, ValueError) as error:
+        raise ArtifactError(f"{path} is damaged ({error}); remove {folder} to begin anew") from error
     if now.get("truncate_source") and then.get("truncate_source") is False:
         then["truncate_source"] = True  # parts made without it have no line to cut
         write_json(path, then, overwrite=True)

@@ -1,5 +1,6 @@
 """ap-generate: several processes print what fairseq-generate prints; a text that was cut goes on where it stopped."""
 
+import argparse
 import os
 import re
 import signal
@@ -7,12 +8,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
+import torch
 from plugin.commands import PLUGIN, run
 
 from ap_fairseq.cli import generate
-from ap_fairseq.generation.text import Text
+from ap_fairseq.generation import ranks
+from ap_fairseq.generation.text import Text, Translator
 
 AP_GENERATE = [sys.executable, "-m", "ap_fairseq.cli.generate"]
 TWO = ["--cpu", "--num-processes", "2", "--num-workers", "0"]
@@ -186,12 +190,51 @@ def test_a_signal_ends_all_processes(running, tmp_path, number):
         (["--input", "missing"], "missing does not exist; expected a text file with one sentence a line"),
         (["--num-processes", "0"], "--num-processes 0: at least one process translates"),
         (["--path", "missing.pt"], "missing.pt does not exist; expected a fairseq checkpoint"),
+        (["-ox"], "-o has no meaning for ap-generate; the lines of a test set go to standard output"),
+        (["--gen-subset", "tset"], "--gen-subset tset: "),
+        (["--beam", "0"], "--beam 0: a search keeps at least 1 hypothesis"),
+        (["--input", "x", "--buffer-size", "-2"], "--buffer-size -2 is not a number of lines"),
     ],
 )
 def test_what_has_no_meaning_is_refused(data_bin, dense, capsys, flags, message):
     with pytest.raises(SystemExit) as stop:
         generate.main([str(data_bin), "--path", str(dense), "--cpu", *flags])
     assert stop.value.code == 2 and f"error: {message}" in capsys.readouterr().err
+
+
+def test_files_that_cannot_be_used_are_named(data_bin, dense, tmp_path, capsys, monkeypatch):
+    """They ended in tracebacks, and left empty temporary folders behind."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    cut, text, bad, output = (tmp_path / name for name in ("cut.pt", "in", "bad", "out"))
+    cut.write_bytes(Path(dense).read_bytes()[:5000])
+    text.write_text("the page opens\n", "utf-8")
+    bad.write_bytes(b"\xff\n")
+
+    def error(*flags):
+        with pytest.raises(SystemExit):
+            generate.main([str(data_bin), "--path", str(dense), "--cpu", *map(str, flags)])
+        return capsys.readouterr().err
+
+    assert f"{cut} is empty or cut off, expected a fairseq checkpoint; copy it" in error("--path", cut, "--input", text)
+    assert "line 1 is not UTF-8" in error("--input", bad) and not any((tmp_path / "temporary").iterdir())
+    parts = tmp_path / "out.parts"
+    parts.write_text("")
+    assert f"{parts} is a file, a folder of this name holds" in error("--input", text, "--output", output)
+    parts.unlink()
+    parts.mkdir()
+    (parts / "translation.json").write_text("{")
+    assert "translation.json is damaged (Expecting" in error("--input", text, "--output", output)
+    flags = ["--input", text, "--max-tokens", 3]
+    assert f"{text} line 1 has 4 tokens, a batch at most --max-tokens 3; raise it" in error(*flags)
+    assert [path.name for left in (tmp_path / "temporary").iterdir() for path in left.iterdir()] == ["rank0.log"]
+
+
+def test_a_log_on_a_full_disk_is_said_to_be_on_one(tmp_path, monkeypatch):
+    """The message ended with an empty log."""
+    (tmp_path / "rank0.log").touch()
+    monkeypatch.setattr(ranks.shutil, "disk_usage", lambda _: argparse.Namespace(free=4096))
+    assert "; 4,096 bytes are free on the disk of its log" in ranks._failure(0, 1, tmp_path / "rank0.log")
 
 
 def test_more_processes_than_gpus_are_refused(monkeypatch):
@@ -209,6 +252,26 @@ def test_parts_of_a_text_are_its_lines(tmp_path):
     text = Text.scan(tmp_path / "in", "in", 2)
     assert (text.lines, len(text.offsets)) == (5, 3)
     assert [text.part(k) for k in range(3)] == [["one\x0cone", "two\u2028two"], ["", "four"], ["five"]]
+    (tmp_path / "in").write_bytes("\n".join([*lines, "six"]).encode())  # it grew after it was read
+    assert text.part(1) == ["", "four"]
+    with pytest.raises(generate.UserError, match="in changed while it was translated"):
+        text.part(2)
     (tmp_path / "bad").write_bytes(b"fine\n\xff\n")
     with pytest.raises(generate.UserError, match="bad line 2 is not UTF-8"):
         Text.scan(tmp_path / "bad", "bad", 2)
+
+
+def test_a_line_that_a_bpe_of_bytes_spells_stays_in_one_line():
+    """A line feed in one translation shifted all lines after it."""
+    translator = Translator.__new__(Translator)
+    translator.cfg = argparse.Namespace(
+        generation=argparse.Namespace(beam=1),
+        common_eval=argparse.Namespace(post_process=None),
+        dataset=argparse.Namespace(max_tokens=None),
+    )
+    translator.longest = 10
+    translator.hub = Mock()
+    translator.hub.encode.return_value = torch.tensor([4, 2])
+    translator.hub.generate.return_value = [[{"tokens": torch.tensor([4, 2])}]]
+    translator.hub.detokenize.return_value = "one\ntwo"
+    assert translator.translate(["x"], "in", 1) == ["one two"]
