@@ -39,9 +39,10 @@ class PrunedSequenceGeneratorWithAlignment(SequenceGeneratorWithAlignment, Prune
     @torch.no_grad()
     def generate(self, models, sample, **kwargs):
         """As fairseq's; only searches in its own loop add the ``attention`` itself."""
-        if self.fallback_reason(sample, kwargs.get("constraints")) is not None:
+        prefix = kwargs.get("prefix_tokens")
+        if self.fallback_reason(sample, kwargs.get("constraints"), prefix) is not None:
             return super().generate(models, sample, **kwargs)
-        found, encoder_outs = self.search_on_device(sample, kwargs.get("prefix_tokens"), kwargs.get("bos_token"))
+        found, encoder_outs = self.search_on_device(sample, prefix, kwargs.get("bos_token"))
         source, first_token = sample["net_input"]["src_tokens"], kwargs.get("bos_token")
         first_token = self.eos if first_token is None else first_token
         hypotheses = [(number, h) for number, sentence in enumerate(found) for h in sentence]

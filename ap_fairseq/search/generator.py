@@ -18,7 +18,7 @@ from ap_fairseq.model.pruned_model import PrunedModel
 from ap_fairseq.model.transformer import PrunedTransformerModel
 from ap_fairseq.search.restrictions import NGramBlock
 from ap_fairseq.search.rules import SearchRules
-from ap_fairseq.search.static_decoder import Capacity, StaticDecoder, bucket, decoder_modules
+from ap_fairseq.search.static_decoder import Capacity, StaticDecoder, bucket, decoder_modules, prefill_length
 from ap_fairseq.search.strategies import covers
 from ap_fairseq.sites import attention_sites
 
@@ -94,16 +94,29 @@ class PrunedSequenceGenerator(SequenceGenerator):
             return "decoding on a CPU without Triton kernels"
         return None
 
-    def fallback_reason(self, sample: dict, constraints: Tensor | None) -> str | None:
+    def fallback_reason(self, sample: dict, constraints: Tensor | None, prefix: Tensor | None) -> str | None:
         """Return why fairseq's own loop translates a batch, or None; log it."""
-        reason = self._not_covered(constraints) or self._unprofitable(sample["net_input"]["src_tokens"].device)
+        reason = self._not_covered(constraints)
+        if reason is None:
+            reason = self._unprofitable(sample["net_input"]["src_tokens"].device)
+            if reason is not None and self._saves_steps(sample, prefix):
+                reason = None
         if reason is not None:
             log_fallback(reason)
         return reason
 
+    def _saves_steps(self, sample: dict, prefix: Tensor | None) -> bool:
+        """Whether a batch begins with a prefix whose steps, done by one pass, outweigh what the others may cost more.
+
+        On a CPU, a step may take a fifth longer than in fairseq's own loop.
+        """
+        if prefix is None:
+            return False
+        return 4 * prefill_length(prefix, SearchRules.from_generator(self)) >= self._limits(sample)[0]
+
     @torch.no_grad()
     def _generate(self, sample, prefix_tokens=None, constraints=None, bos_token=None):
-        if self.fallback_reason(sample, constraints) is None:
+        if self.fallback_reason(sample, constraints, prefix_tokens) is None:
             return self.search_on_device(sample, prefix_tokens, bos_token)[0]
         self._log_cache_savings()
         self.model.max_steps = self._limits(sample)[0] + 1

@@ -160,7 +160,7 @@ class StaticDecoder:
         n = self._begin(encoder_outs, n_sentences, max_len, first_token)
         self.rules.fill_phases(self.phases, max_len, prefix_len)
         self.restrictions.begin(prefix, source_lengths)
-        if done := self._prefill_length(prefix):
+        if done := prefill_length(prefix, self.rules):
             self._prefill(encoder_outs, prefix[:, :done], first_token, max_len)
         self._search(n, done, max_len, prefix_len)
         longest = source_lengths if self.rules.match_source_len else None
@@ -305,16 +305,6 @@ class StaticDecoder:
 
     # -- a prefix -----------------------------------------------------------------------------------------------------
 
-    def _prefill_length(self, prefix: Tensor) -> int:
-        """Return how many tokens of *prefix* (B, P) are forced by one pass: all sentences have them, and go on."""
-        if not isinstance(self.rules.strategy, Sampling | None):  # diverse searches charge forced tokens, too
-            return 0
-        if prefix.size(1) < SHORTEST_PREFILL:
-            return 0
-        forced = prefix.ne(self.rules.pad) & prefix.ne(self.rules.eos)
-        length = int(forced.cumprod(1).sum(1).min())
-        return length if length >= SHORTEST_PREFILL else 0
-
     def _prefill(self, encoder_outs: list[dict] | None, prefix: Tensor, first_token: int, max_len: int) -> None:
         """Do the steps of *prefix*, int64 (B, P), by one pass over its positions, whose slots all beams share."""
         previous = prefix.roll(1, 1)
@@ -422,6 +412,16 @@ def decoder_modules(models: Iterable[Model]) -> list[PrunedMultiheadAttention]:
     """Return the attention modules that a step of decoding runs."""
     sites = (site for model in models for site in attention_sites(model))
     return [module for (kind, _), module in sites if kind is not AttentionKind.ENCODER_SELF]
+
+
+def prefill_length(prefix: Tensor, rules: SearchRules) -> int:
+    """Return how many tokens of *prefix* (B, P) are forced by one pass: all sentences have them, and go on."""
+    if not isinstance(rules.strategy, Sampling | None):  # diverse searches charge forced tokens, too
+        return 0
+    if prefix.size(1) < SHORTEST_PREFILL:
+        return 0
+    length = int((prefix.ne(rules.pad) & prefix.ne(rules.eos)).cumprod(1).sum(1).min())
+    return length if length >= SHORTEST_PREFILL else 0
 
 
 def _position_table(decoder, n: int, device: torch.device) -> Tensor | None:

@@ -144,6 +144,7 @@ def test_numbers_per_kind():
 
 LENGTHS = [5, 2, 7, 4]
 LINES = "1 0\n0 1 1 0 1\n1 1 1 1 1 1 1\n0 0 0 0\n"
+WIDE = dict(encoder_embed_dim=32, decoder_embed_dim=32, decoder_input_dim=32, decoder_output_dim=32)
 ORDER = [1, 0, 2, 3]  # the lines of LENGTHS: all tokens of the third are selected, none of the fourth
 
 
@@ -194,7 +195,7 @@ def test_masked_heads_attend_to_selected_tokens_and_other_heads_as_before(step_b
 
 def test_lines_follow_their_sentences_through_a_search(tmp_path, caplog):
     """Sentences leave it one after the other; each finds what it finds alone."""
-    model = pruned_model(random_masks(0.3, longest=(30, 12)), VOCAB)
+    model = pruned_model(random_masks(0.3, longest=(30, 12)), VOCAB, **WIDE)
     model.decoder.output_projection.weight.data.mul_(3)
     search = PrunedSequenceGenerator([model], VOCAB, beam_size=3, max_len_b=20)
     free = search.generate([], sentences())
@@ -203,6 +204,8 @@ def test_lines_follow_their_sentences_through_a_search(tmp_path, caplog):
         together = search.generate([], sentences())
         whole = model(**sentences()["net_input"], prev_output_tokens=sentences()["net_input"]["src_tokens"])[0]
     assert "masking of heads (--head-masking) is not covered" in caplog.text
+    ends = [max(h["tokens"].numel() for h in hypotheses) for hypotheses in together]
+    assert ends[0] != ends[1] < ends[2]  # the search goes on with fewer sentences
     for number in range(4):
         with heads.applied([model], sentences([number])):
             assert_same(
@@ -242,7 +245,6 @@ def test_files_and_heads_that_do_not_fit_are_refused(tmp_path):
         masked.applied([dense_model(VOCAB)], sentences()),
     ):
         pass
-    sizes = dict(encoder_embed_dim=32, decoder_embed_dim=32, decoder_input_dim=32, decoder_output_dim=32)
-    kernels = pruned_model(random_masks(0.3), VOCAB, attention_backend="triton", **sizes)
+    kernels = pruned_model(random_masks(0.3), VOCAB, attention_backend="triton", **WIDE)
     with pytest.raises(UserError, match="triton with --head-masking"), masked.applied([kernels], sentences()):
         pass

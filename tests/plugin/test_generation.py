@@ -427,6 +427,19 @@ def test_prompts_are_continued_by_the_kernels_and_by_ensembles():
     assert_same(generator.generate([], inputs, prefix_tokens=prefix), expected)
 
 
+@pytest.mark.parametrize(("max_len", "own"), [(36, False), (37, True)])
+def test_on_a_cpu_prompts_of_a_quarter_of_the_length_are_searched_on_the_device(max_len, own, monkeypatch, caplog):
+    monkeypatch.setattr(PrunedSequenceGenerator, "_unprofitable", lambda self, device: "a CPU")
+    stock, ours = language_model(0.0)
+    inputs, prefix = prompts(PROMPTS)
+    options = dict(beam_size=2, max_len_b=max_len)
+    expected = SequenceGenerator([stock], VOCAB, **options).generate([], inputs, prefix_tokens=prefix)
+    with caplog.at_level(logging.INFO, "ap_fairseq.search.generator"):
+        found = PrunedSequenceGenerator([ours], VOCAB, **options).generate([], inputs, prefix_tokens=prefix)
+    assert_same(found, expected)
+    assert ("fairseq's own generator" in caplog.text) is own
+
+
 def test_alignments_of_continuations_are_refused():
     """They failed on the missing encoder."""
     with pytest.raises(UserError, match="--print-alignment: a language model has no cross-attention"):
