@@ -194,9 +194,22 @@ def _budgets(args: argparse.Namespace, stats: AttentionStats) -> Mapping[Attenti
 
 
 def spec_from(args: argparse.Namespace, stats: AttentionStats) -> MaskSpec:
-    """Return what the flags of :func:`add_mask_options` ask for."""
+    """Return what the flags of :func:`add_mask_options` ask for.
+
+    Raises:
+        UserError: for flags that contradict each other, or settings by name of a kind that no budget prunes.
+    """
+    budgets = _budgets(args, stats)
+    for flag in ("--granularity", "--min-heads", "--max-heads"):
+        value = getattr(args, flag[2:].replace("-", "_"))
+        named = value if isinstance(value, Mapping) else per_kind(flag, value) if "=" in str(value) else ()
+        if unused := [kind.value for kind in named if kind not in budgets]:
+            raise UserError(
+                f"{flag} names {', '.join(unused)}, which has no budget and keeps every pair; leave it out there, or "
+                f"give a budget ({', '.join(f'--{AttentionKind(kind).flag}' for kind in unused)})"
+            )
     return MaskSpec(
-        budgets=_budgets(args, stats),
+        budgets=budgets,
         criterion=args.criterion,
         scope=args.scope or ("global" if args.total is not None else "kind"),
         granularity=args.granularity,

@@ -797,6 +797,11 @@ def test_budgets_are_not_taken_from_masks_that_do_not_tell_them(tmp_path, capsys
         (["--granularity", "cross=16,cross=1"], "'cross=16,cross=1' gives a kind twice"),
         (["--granularity", "source=16"], "'source=16': expected KIND=GRANULARITY"),
         (["--total", 0.5, "--max-heads", "two"], "--max-heads is 'two', expected a number"),
+        (["--cross", 0.5, "--max-heads", "decoder_self=1"], "--max-heads names decoder_self, which has no budget"),
+        (
+            ["--cross", 0.5, "--granularity", "cross=16,encoder_self=16"],
+            "--granularity names encoder_self, which has no",
+        ),
         (
             ["--total", 0.5, "--criterion", "percentile"],
             "error: --total gives effective sparsity, --criterion percentile",
