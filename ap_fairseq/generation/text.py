@@ -154,7 +154,8 @@ class Translator:
             model.to(device, torch.float16 if cfg.common.fp16 else None)
         self.cfg = cfg
         self.hub = GeneratorHubInterface(cfg, task, models).to(device)
-        self.longest = self.hub.max_positions[0]
+        longest = self.hub.max_positions
+        self.longest = longest if isinstance(longest, int) else longest[0]  # a language model has one side
 
     def translate(self, lines: list[str], name: str, first: int) -> list[str]:
         """Return the best translation of each line, detokenised; an empty line stays empty.
@@ -184,10 +185,11 @@ class Translator:
         """Return the tokens of a line, int64 (T,), ending in EOS."""
         tokens = self.hub.encode(line)
         if len(tokens) > self.longest:
-            if not getattr(self.cfg.task, "truncate_source", False):
+            cut = getattr(self.cfg.task, "truncate_source", None)  # which tasks of language models have not
+            if not cut:
                 raise UserError(
                     f"{name} line {number} has {len(tokens)} tokens, the model reads at most {self.longest}; split the "
-                    "line, or cut all such lines with --truncate-source"
+                    f"line{'' if cut is None else ', or cut all such lines with --truncate-source'}"
                 )
             print(f"line {number} was cut from {len(tokens)} to {self.longest} tokens", flush=True)
             tokens = torch.cat([tokens[: self.longest - 1], tokens[-1:]])

@@ -169,12 +169,15 @@ def continuations(data, path, *flags) -> list[str]:
     return found
 
 
+PROMPTS = "the new cell opens the last window and the\nthe first page closes the empty list and\nthe\n"
+
+
 def prompted(data, path, *flags) -> tuple[list[str], list[float], str]:
     """What fairseq-interactive makes of prompts: texts, scores of texts and tokens, and its log."""
     log = run(
         *["fairseq-interactive", data, *PLUGIN, "--path", path, "--cpu", "--buffer-size", 3, "--batch-size", 3],
         *["--tokens-per-sample", BLOCK, "--beam", 2, "--max-len-b", 14, *flags],
-        input="the new cell opens the last window and the\nthe first page closes the empty list and\nthe\n",
+        input=PROMPTS,
     )
     texts = re.findall(r"^H-\d\t\S+\t(.*)", log, re.MULTILINE)
     scores = re.findall(r"^[HP]-\d\t([-. \d]+)", log, re.MULTILINE)
@@ -271,6 +274,12 @@ def test_masks_applied_without_training(text_bin, dense_lm, lm_masks, tmp_path):
     texts, scores, log = prompted(text_bin, ones, *kernels)  # interpreted
     assert texts == expected and "fairseq's own generator" not in log
     assert scores == pytest.approx(expected_scores, abs=2e-4)
+
+    (tmp_path / "prompts").write_text(PROMPTS)
+    files = ["--input", tmp_path / "prompts", "--output", tmp_path / "continued"]
+    options = ["--task", "pruned_language_modeling", "--tokens-per-sample", BLOCK, "--beam", 2, "--max-len-b", 14]
+    run("ap-generate", text_bin, "--path", ones, "--cpu", *options, *files)
+    assert (tmp_path / "continued").read_text().splitlines() == expected
 
 
 def test_a_model_trained_under_masks_keeps_them(text_bin, lm_masks, tmp_path):
