@@ -88,11 +88,6 @@ class HeadMasking:
 
     def _rows(self, sample: dict[str, Any]) -> Tensor:
         """Return the lines of the sentences of a batch, bool (B, S), with False where they are padded."""
-        if "id" not in sample:
-            raise UserError(
-                "--head-masking: this batch is of no data set that the lines of the file could belong to; use "
-                "fairseq-generate"
-            )
         source = sample["net_input"]["src_tokens"]
         rows = torch.zeros(source.shape, dtype=torch.bool)
         for row, number, length in zip(

@@ -9,6 +9,7 @@ from fairseq.tasks import register_task
 from fairseq.tasks.language_modeling import LanguageModelingConfig, LanguageModelingTask
 from fairseq.tasks.translation import TranslationConfig, TranslationTask
 
+from ap_fairseq.files import UserError
 from ap_fairseq.model.head_masking import HeadMasking
 from ap_fairseq.search.alignment import PrunedSequenceGeneratorWithAlignment
 from ap_fairseq.search.generator import PrunedSequenceGenerator
@@ -66,8 +67,17 @@ class PrunedTranslationTask(SearchOnDevice, PruningWhileTraining, TranslationTas
             self.head_masking.require_sentences(split, len(self.datasets[split]))
 
     def inference_step(self, generator, models, sample, prefix_tokens=None, constraints=None):
-        """As fairseq's; heads are masked meanwhile, if that was asked for."""
+        """As fairseq's; heads are masked meanwhile, if that was asked for.
+
+        Raises:
+            UserError: if they are to be masked for sentences of no subset, such as those of ``fairseq-interactive``.
+        """
         masking = self.head_masking
+        if masking is not None and not self.datasets:
+            raise UserError(
+                f"--head-masking {masking.path}: its lines belong to the sentences of a binarised subset, these are of "
+                "none; use fairseq-generate"
+            )
         with contextlib.nullcontext() if masking is None else masking.applied(models, sample):
             return super().inference_step(generator, models, sample, prefix_tokens, constraints)
 

@@ -3,6 +3,7 @@
 Masked heads see selected source tokens only.
 """
 
+import argparse
 import logging
 
 import numpy as np
@@ -17,6 +18,7 @@ from ap_fairseq.lengths import support_of
 from ap_fairseq.model.dynamic import DynamicPruning, top_k_for
 from ap_fairseq.model.head_masking import HeadMasking
 from ap_fairseq.search.generator import PrunedSequenceGenerator
+from ap_fairseq.search.task import PrunedTranslationTask
 from ap_fairseq.sites import AttentionKind, attention_sites, per_kind
 
 VOCAB = dictionary()
@@ -238,8 +240,9 @@ def test_files_and_heads_that_do_not_fit_are_refused(tmp_path):
     with pytest.raises(UserError, match="--masked-heads without --head-masking"):
         HeadMasking.from_options(None, "0:0")
     masked = masking(tmp_path)
-    with pytest.raises(UserError, match="use fairseq-generate"), masked.applied([model], {"net_input": {}}):
-        pass
+    with pytest.raises(UserError, match="belong to the sentences of a binarised subset, these are of none"):
+        interactive = argparse.Namespace(head_masking=masked, datasets={})
+        PrunedTranslationTask.inference_step(interactive, None, [model], sentences())
     with (
         pytest.raises(UserError, match="heads of pruned_transformer"),
         masked.applied([dense_model(VOCAB)], sentences()),
