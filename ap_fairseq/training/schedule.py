@@ -51,6 +51,17 @@ class PruningSchedule:
         """The updates after which new masks are derived."""
         return [*range(self.start, self.end, self.every), self.end]
 
+    def cut_by(self, max_update: int) -> str | None:
+        """Return what a training of *max_update* updates (0: without end) leaves out of the schedule; None: nothing."""
+        if not 0 < max_update <= self.end:
+            return None
+        done = [update for update in self.updates if update < max_update]
+        reached = f"{self.share(done[-1]):.1%}" if done else "nothing"
+        return (
+            f"--max-update {max_update} ends the training before the last pruning, after --prune-end {self.end} updates"
+            f": {reached} of the budget is pruned then"
+        )
+
     def share(self, update: int) -> float:
         """Return the share of the final budget that is pruned after *update*, one of :attr:`updates`, in (0, 1]."""
         return share_of_round(self.updates.index(update) + 1, len(self.updates), self.shape)

@@ -1,5 +1,6 @@
 """What tasks that prune while they train share."""
 
+import logging
 from dataclasses import dataclass, field
 from typing import Optional  # fairseq's parser reads Optional[X], not X | None
 
@@ -12,6 +13,8 @@ from ap_fairseq.pruning.flags import parse_mask_flags, split_flags
 from ap_fairseq.sites import AttentionKind
 from ap_fairseq.training.pruner import TrainingPruner
 from ap_fairseq.training.schedule import SHAPES, PruningSchedule
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -40,6 +43,7 @@ class PruningWhileTrainingConfig(FairseqDataclass):
     )
     max_tokens: Optional[int] = II("dataset.max_tokens")
     batch_size: Optional[int] = II("dataset.batch_size")
+    max_update: int = II("optimization.max_update")
 
 
 def build_pruner(task, cfg: PruningWhileTrainingConfig) -> TrainingPruner | None:
@@ -74,6 +78,7 @@ class PruningWhileTraining:
         super().__init__(cfg, *args, **kwargs)
         # A program may build the task with fairseq's own configuration, which lacks these fields.
         self.pruner = build_pruner(self, cfg) if hasattr(cfg, "prune_flags") else None
+        self.max_update = getattr(cfg, "max_update", None) or 0  # 0: no limit
 
     def build_model(self, cfg, from_checkpoint=False):
         """As fairseq's, after a check that the model can be pruned, if that was asked for."""
@@ -86,6 +91,8 @@ class PruningWhileTraining:
                 )
             if not from_checkpoint:  # else masks that are named replace those of the checkpoint
                 self.pruner.require_fitting(model)
+                if message := self.pruner.schedule.cut_by(self.max_update):
+                    logger.warning(message)
                 model.prefer_checkpoint_masks()  # of a training that resumes
         return model
 

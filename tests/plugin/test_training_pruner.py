@@ -49,6 +49,9 @@ def test_budgets_grow_to_the_last_update_of_the_schedule():
     assert [linear.share(update) for update in linear.updates] == pytest.approx([1 / 3, 2 / 3, 1])
     assert PruningSchedule(start=5, end=5, every=3).updates == [5]
     assert share_of_round(1, 3) == pytest.approx(19 / 27)
+    assert [schedule.cut_by(updates) for updates in (0, 4501)] == [None, None]
+    assert "before the last pruning, after --prune-end 4500 updates: 98.4% of the budget" in schedule.cut_by(4500)
+    assert "nothing of the budget is pruned" in schedule.cut_by(2000)
 
 
 @pytest.mark.parametrize(
@@ -67,6 +70,7 @@ def test_schedules_that_cannot_be_are_refused(updates, message):
 def test_one_command_prunes_in_steps_and_leaves_an_ordinary_checkpoint(trained, data_bin):
     folder, log = trained
     assert prunings(log) == [(18, pytest.approx(42.2, abs=0.5)), (26, pytest.approx(57.8, abs=0.5)), (34, 60.0)]
+    assert "ends the training before" not in log
     assert sparsity(folder / "checkpoint_last.pt") == pytest.approx(0.6, abs=0.01)
     shares = [float(x) for x in re.findall(r'train_inner \| .*?"pruned_cross": "([0-9.]+)"', log)]
     assert shares[0] == 0 < shares[20] < shares[-1]  # what training logs and TensorBoard show
@@ -80,6 +84,7 @@ def test_a_resumed_training_derives_the_masks_it_would_have_derived(trained, dat
     (tmp_path / "checkpoint_last.pt").write_bytes(before.read_bytes())
     log = train(data_bin, tmp_path, *ONE_COMMAND, arch="pruned_transformer", updates=27)
     assert prunings(log) == [(26, pytest.approx(57.8, abs=0.5))]
+    assert "--max-update 27 ends the training before the last pruning" in log
     resumed = masks(tmp_path / "checkpoint_last.pt")
     train(data_bin, tmp_path / "straight", *ONE_COMMAND, arch="pruned_transformer", updates=27)
     straight = masks(tmp_path / "straight" / "checkpoint_last.pt")
