@@ -63,6 +63,8 @@ def main(argv: list[str]) -> None:
             raise ArtifactError(f"--last takes one folder, got {len(paths)} paths")
         paths = last_checkpoints(paths[0], args.last)
         logger.info(f"averaging {', '.join(path.name for path in paths)}")
+    elif folder := next((path for path in paths if Path(path).is_dir()), None):
+        raise ArtifactError(f"{folder} is a folder; name its checkpoints, or average its last N with --last N")
     average_checkpoints(paths, args.output, args.overwrite)
 
 

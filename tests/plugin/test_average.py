@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from ap_fairseq.cli import average
 from ap_fairseq.cli.average import last_checkpoints
 from ap_fairseq.files import ArtifactError
 from ap_fairseq.model.checkpoints import average_checkpoints
@@ -43,3 +44,12 @@ def test_averages_count_a_checkpoint_once_and_hold_numbers(tmp_path):
     assert not paths["out"].exists()
     average_checkpoints([paths["a"], paths["b"]], paths["out"])
     assert torch.load(paths["out"])["model"]["weight"].item() == 2
+
+
+def test_a_folder_without_a_number_is_told_of_it(tmp_path, capsys):
+    """The message asked for a checkpoint, and did not say how to name those of a folder."""
+    with pytest.raises(SystemExit):
+        average.main([str(tmp_path), "-o", str(tmp_path / "out.pt")])
+    assert (
+        f"{tmp_path} is a folder; name its checkpoints, or average its last N with --last N" in capsys.readouterr().err
+    )
