@@ -8,10 +8,13 @@ Depends on torch; triton is imported when a kernel first runs.
 """
 
 from .api import append_to_pool, block_sparse_attention, check_length_values, decode_attention, interpreted, use_kernels
-from .layout import AttentionLayout
+from .layout import AttentionLayout, Layout
+from .offsets import OffsetLayout
 
 __all__ = [
     "AttentionLayout",
+    "Layout",
+    "OffsetLayout",
     "append_to_pool",
     "block_sparse_attention",
     "check_length_values",

@@ -11,7 +11,7 @@ from torch import Tensor
 from . import beam_state
 from .beam_state import BeamState
 from .dense import attend_dense, draw_seed
-from .layout import AttentionLayout
+from .layout import AttentionLayout, Layout
 from .reference import decode_reference, laid_out_as, without_padding
 
 HEAD_SIZES = (16, 32, 64, 96, 128)
@@ -121,7 +121,7 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _check_kinds(q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout, heads: int) -> None:
+def _check_kinds(q: Tensor, k: Tensor, v: Tensor, layout: Layout, heads: int) -> None:
     """Check types, devices and heads, for the forward pass and the decode step."""
     if not q.dtype == k.dtype == v.dtype:
         raise TypeError(f"q, k, v must share one dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
@@ -182,7 +182,7 @@ def block_sparse_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    layout: AttentionLayout,
+    layout: Layout,
     *,
     q_lengths: Tensor | None = None,
     k_lengths: Tensor | None = None,
@@ -199,8 +199,9 @@ def block_sparse_attention(
     q: (B, H, Tq, D); k, v: (B, H, Tk, D): float16, bfloat16 or float32, any strides (views of time-first
         tensors need no copy as long as the D elements of a row are adjacent). D is 16, 32, 64, 96 or 128; back end
         sdpa takes any, and float64. Under autocast they take the autocast type.
-    layout: of H heads or 1, with q_size >= Tq and k_size >= Tk; its upper left corner is used. Call its `prepare`
-        before a trace (torch.compile) or a capture (CUDA graphs).
+    layout: of H heads or 1, with q_size >= Tq and k_size >= Tk; its upper left corner is used. Call the `prepare` of an
+        `AttentionLayout` before a trace (torch.compile) or a capture (CUDA graphs). The cells of an `OffsetLayout`
+        depend on the k_lengths of each sentence; not with causal.
     q_lengths, k_lengths: (B,) int32 or int64, valid positions from the left (right padding). Padded query
         rows give 0. What padding holds has no effect, NaN and infinity included. On a GPU lengths are clamped to the
         sizes (`check_length_values` checks them).
@@ -263,6 +264,8 @@ def block_sparse_attention(
         raise ValueError(f"dropout_p must lie in [0, 1), got {dropout_p}")
     q_lengths = _checked_lengths("q_lengths", q_lengths, batch, q_size, q.device)
     k_lengths = _checked_lengths("k_lengths", k_lengths, batch, k_size, q.device)
+    if causal and not isinstance(layout, AttentionLayout):
+        raise ValueError("causal=True with a layout of offsets: these say which keys of another text are kept")
     scale = _check_scale(scale, dim)
     seed = _checked_seed(seed, q.device) if dropout_p > 0 else None
 
@@ -273,7 +276,7 @@ def block_sparse_attention(
             without_padding(q, q_lengths),
             without_padding(k, k_lengths),
             without_padding(v, k_lengths),
-            layout.keep_mask(q_size, k_size),
+            layout.keep_mask(q_size, k_size, k_lengths),
             scale=scale,
             q_lengths=q_lengths,
             k_lengths=k_lengths,
@@ -291,14 +294,12 @@ def block_sparse_attention(
 
     if dropout_p > 0 and seed is None:
         seed = draw_seed(q.device)
-    read = layout.causal() if causal else layout
-    tables: list[Tensor] = []
-    if small_size(q_size, k_size, dim, q.dtype) is None:
-        tables += read.query_table()[:2]
-        if _wants_grad(q, k, v):
-            tables += read.key_table()[:2]
+    read = layout.causal() if causal and isinstance(layout, AttentionLayout) else layout
+    small = small_size(q_size, k_size, dim, q.dtype) is not None
+    tables = [] if small else read.tables(_wants_grad(q, k, v))
+    mask = read.words, read.row_shift, tables, *read.tile
     alike: dict | None = None if question is None else {}
-    call = Call(read.words, read.row_shift, tables, *read.tile, None, None, None, dropout_p, scale, alike)
+    call = Call(*mask, None, None, None, dropout_p, scale, read.slope, read.anchor, alike)
     if question is not None and probs is None:
         layout.remember(question, (attend, call))
     rows = tuple(_rows(x) for x in (q, k, v))
@@ -313,7 +314,7 @@ def decode_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    layout: AttentionLayout,
+    layout: Layout,
     step: int | Tensor,
     *,
     k_lengths: Tensor | None = None,
@@ -330,6 +331,7 @@ def decode_attention(
         (B, beam, H, S, D), one per hypothesis; (B, H, S, D), one per sentence for all its beams; or a pool in
         which `block_table` or `cache_starts` finds a position: R slots (R, H, D), or (R, D) with `cache_offsets`, where
         every head has slots of its own. S may exceed what is filled.
+    layout: as in `block_sparse_attention`. Ahead of a trace or a capture call `row_lists`.
     step: decode step = cached length before the step, an int or a one-element int32 or int64 tensor on the device
         (read when the kernel runs, so that a captured CUDA graph can be replayed for every step).
     k_lengths: (B,) int32 or int64, valid cache positions of each sentence, at most layout.k_size. Without it (decoder
@@ -394,7 +396,7 @@ def decode_attention(
         step = torch.full((1,), step, dtype=torch.int64, device=q.device)
 
     if not use_kernels(backend, q.dtype, dim, q.device):
-        row = layout.keep_row(step)[:, :k_size]
+        row = layout.keep_row(step, k_size, k_lengths)
         return decode_reference(
             q,
             k,
@@ -411,7 +413,7 @@ def decode_attention(
 
     lists = layout.row_lists()
     tables = (k_lengths, block_table, cache_starts, cache_offsets)
-    return decode_step(_rows(q), _rows(k), _rows(v), *lists, step, k_size, *tables, scale)
+    return decode_step(_rows(q), _rows(k), _rows(v), *lists, step, k_size, *tables, scale, layout.slope, layout.anchor)
 
 
 def append_to_pool(kv: Tensor, pool: Tensor, offsets: Tensor, step: Tensor) -> None:

@@ -24,6 +24,8 @@ from .descriptors import aligned, tile_block
 from .launch import Launch, launches_of
 from .primitives import (
     LOG2E,
+    RUN_TIME,
+    any_kept,
     dot,
     dot_add,
     dropout_bits,
@@ -35,6 +37,7 @@ from .primitives import (
     listed_positions,
     load_rows,
     load_tile,
+    positions,
     sequence_length,
 )
 
@@ -55,13 +58,13 @@ def _dq_step(
     return dot_add(b_ds.to(b_k.dtype), b_k, b_dq, PRECISION)
 
 
-@triton.jit(do_not_specialize=["H", "MH", "TQ", "TK", "LQ", "RS", "KW", "NO", "NI", "first_h", "first_b", "threshold"])
+@triton.jit(do_not_specialize=RUN_TIME)
 def _dq_kernel(
     p_q, p_k, p_v, p_o, p_do, p_lse, p_dlse, p_dq, p_delta, p_words, p_entries, p_counts,
-    p_q_lengths, p_k_lengths, p_seed, d_k, d_v, scale, scale_log2, threshold, inverse_keep,
+    p_q_lengths, p_k_lengths, p_seed, p_anchor, d_k, d_v, scale, scale_log2, threshold, inverse_keep,
     s_qb, s_qh, s_qt, s_kb, s_kh, s_kt, s_vb, s_vh, s_vt, s_ob, s_oh, s_ot, s_gb, s_gh, s_gt,
     s_dqb, s_dqh, s_dqt,
-    H, MH, TQ, TK, LQ, RS, KW, NO, NI, first_h, first_b,
+    H, MH, TQ, TK, LQ, RS, KW, SLOPE, NO, NI, first_h, first_b,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, G: tl.constexpr, GO: tl.constexpr,
     INT32_OFFSETS: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -96,7 +99,11 @@ def _dq_kernel(
     p_words += i_mh.to(tl.int64) * KW * LQ
     if INT32_OFFSETS:
         s_vt = s_kt  # equal, and told so the compiler shares the offsets
-    n_inside, n_full, n_total = list_lengths(p_counts, k_length, G)
+    if p_anchor is None:
+        n_inside, n_full, n_total = list_lengths(p_counts, k_length, G)
+    else:
+        p_anchor += i_mh
+        n_inside, n_total = 0, (k_length + G - 1) // G
     seed = 0
     if DROPOUT:
         seed = tl.load(p_seed)
@@ -115,34 +122,55 @@ def _dq_kernel(
     tl.store(p_delta + o_row, b_delta, mask=o_m < TQ)
 
     b_dq = tl.zeros([BM, BD], dtype=tl.float32)
-    for i in range((n_inside * G + BN - 1) // BN):
-        start, o_x, m_n = full_positions(p_entries, i, n_inside, BN, G)
-        b_k = load_tile(d_k, i_b, i_h, p_k, s_kt, start, o_x, INT32_OFFSETS, BN, G, D, BD)  # [BN, BD]
-        b_v = load_tile(d_v, i_b, i_h, p_v, s_vt, start, o_x, INT32_OFFSETS, BN, G, D, BD)  # [BN, BD]
-        m_z = m_m
-        if DROPOUT:
-            m_z = dropout_bits(seed, i_bh, o_m[:, None], (start + o_x)[None, :], threshold)
-        b_pivot = b_lse[:, None]
-        if BN > G:
-            b_pivot = tl.where(m_n[None, :], b_pivot, float("inf"))
-        b_dq = _dq_step(
-            b_dq, b_q, b_do, b_pivot, b_delta, b_k, b_v, m_m, m_z, scale_log2, inverse_keep, False, DROPOUT, PRECISION
-        )
+    if p_anchor is None:
+        for i in range((n_inside * G + BN - 1) // BN):
+            start, o_x, m_n = full_positions(p_entries, i, n_inside, BN, G)
+            b_k = load_tile(d_k, i_b, i_h, p_k, s_kt, start, o_x, INT32_OFFSETS, BN, G, D, BD)  # [BN, BD]
+            b_v = load_tile(d_v, i_b, i_h, p_v, s_vt, start, o_x, INT32_OFFSETS, BN, G, D, BD)  # [BN, BD]
+            m_z = m_m
+            if DROPOUT:
+                m_z = dropout_bits(seed, i_bh, o_m[:, None], (start + o_x)[None, :], threshold)
+            b_pivot = b_lse[:, None]
+            if BN > G:
+                b_pivot = tl.where(m_n[None, :], b_pivot, float("inf"))
+            b_dq = _dq_step(
+                b_dq,
+                b_q,
+                b_do,
+                b_pivot,
+                b_delta,
+                b_k,
+                b_v,
+                m_m,
+                m_z,
+                scale_log2,
+                inverse_keep,
+                False,
+                DROPOUT,
+                PRECISION,
+            )
     for first in tl.range(n_inside * G, n_total * G, BN, num_stages=1):
-        start, o_x, m_n = listed_positions(p_entries, first, n_full, n_total, k_length, NI, BN, G)
-        if G == 1:
-            m_s = keep_bits_of_keys(p_words, o_m, m_m, p_entries, first, n_full, n_total, k_length, NI, LQ, RS, BN)
+        some = True
+        if p_anchor is not None:
+            start, o_x, m_n = positions(first, k_length, BN)
+            m_s = keep_bits_by_key(p_words, p_anchor, first, o_m, m_m, k_length, KW, LQ, RS, SLOPE, BN)
+            some = any_kept(m_s)
         else:
-            m_s = keep_bits(p_words, o_m, m_m, p_entries, first, n_full, n_total, k_length, NI, LQ, RS, BN, G)
-        b_k = load_rows(p_k, s_kt, start, o_x, m_n, INT32_OFFSETS, G, D, BD)
-        b_v = load_rows(p_v, s_vt, start, o_x, m_n, INT32_OFFSETS, G, D, BD)
-        m_z = m_m
-        if DROPOUT:
-            m_z = dropout_bits(seed, i_bh, o_m[:, None], (start + o_x)[None, :], threshold)
-        b_dq = _dq_step(
-            b_dq, b_q, b_do, b_lse[:, None], b_delta, b_k, b_v, m_s, m_z, scale_log2, inverse_keep,
-            True, DROPOUT, PRECISION,
-        )  # fmt: skip
+            start, o_x, m_n = listed_positions(p_entries, first, n_full, n_total, k_length, NI, BN, G)
+            if G == 1:
+                m_s = keep_bits_of_keys(p_words, o_m, m_m, p_entries, first, n_full, n_total, k_length, NI, LQ, RS, BN)
+            else:
+                m_s = keep_bits(p_words, o_m, m_m, p_entries, first, n_full, n_total, k_length, NI, LQ, RS, BN, G)
+        if some:
+            b_k = load_rows(p_k, s_kt, start, o_x, m_n, INT32_OFFSETS, G, D, BD)
+            b_v = load_rows(p_v, s_vt, start, o_x, m_n, INT32_OFFSETS, G, D, BD)
+            m_z = m_m
+            if DROPOUT:
+                m_z = dropout_bits(seed, i_bh, o_m[:, None], (start + o_x)[None, :], threshold)
+            b_dq = _dq_step(
+                b_dq, b_q, b_do, b_lse[:, None], b_delta, b_k, b_v, m_s, m_z, scale_log2, inverse_keep,
+                True, DROPOUT, PRECISION,
+            )  # fmt: skip
     p_dq += i_b64 * s_dqb + i_h64 * s_dqh
     p_row = p_dq + o_m64 * s_dqt + o_d[None, :]
     tl.store(p_row, (b_dq * scale).to(p_dq.dtype.element_ty), mask=(o_m < TQ)[:, None] & m_d[None, :])
@@ -170,13 +198,13 @@ def _dkdv_step(
     return b_dk, b_dv
 
 
-@triton.jit(do_not_specialize=["H", "MH", "TQ", "TK", "LQ", "RS", "KW", "NO", "NI", "first_h", "first_b", "threshold"])
+@triton.jit(do_not_specialize=RUN_TIME)
 def _dkdv_kernel(
     p_q, p_k, p_v, p_do, p_lse, p_delta, p_dk, p_dv, p_words, p_entries, p_counts,
-    p_q_lengths, p_k_lengths, p_seed, d_q, d_do, scale, scale_log2, threshold, inverse_keep,
+    p_q_lengths, p_k_lengths, p_seed, p_anchor, d_q, d_do, scale, scale_log2, threshold, inverse_keep,
     s_qb, s_qh, s_qt, s_kb, s_kh, s_kt, s_vb, s_vh, s_vt, s_gb, s_gh, s_gt,
     s_dkb, s_dkh, s_dkt, s_dvb, s_dvh, s_dvt,
-    H, MH, TQ, TK, LQ, RS, KW, NO, NI, first_h, first_b,
+    H, MH, TQ, TK, LQ, RS, KW, SLOPE, NO, NI, first_h, first_b,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, G: tl.constexpr, GO: tl.constexpr,
     INT32_OFFSETS: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -212,7 +240,11 @@ def _dkdv_kernel(
     p_words += i_mh.to(tl.int64) * KW * LQ
     if INT32_OFFSETS:
         s_gt = s_qt  # equal, and told so the compiler shares the offsets
-    n_inside, n_full, n_total = list_lengths(p_counts, q_length, G)
+    if p_anchor is None:
+        n_inside, n_full, n_total = list_lengths(p_counts, q_length, G)
+    else:
+        p_anchor += i_mh
+        n_inside, n_total = 0, (q_length + G - 1) // G
     seed = 0
     if DROPOUT:
         seed = tl.load(p_seed)
@@ -222,35 +254,43 @@ def _dkdv_kernel(
     b_dk = tl.zeros([BN, BD], dtype=tl.float32)
     b_dv = tl.zeros([BN, BD], dtype=tl.float32)
 
-    for i in range((n_inside * G + BM - 1) // BM):
-        start, o_x, m_m = full_positions(p_entries, i, n_inside, BM, G)
-        b_q = load_tile(d_q, i_b, i_h, p_q, s_qt, start, o_x, INT32_OFFSETS, BM, G, D, BD)  # [BM, BD]
-        b_do = load_tile(d_do, i_b, i_h, p_do, s_gt, start, o_x, INT32_OFFSETS, BM, G, D, BD)  # [BM, BD]
-        b_lse, b_delta = tl.load(p_lse + start + o_x), tl.load(p_delta + start + o_x)
-        if BM > G:
-            b_lse = tl.where(m_m, b_lse, float("-inf"))
-        m_z = m_n
-        if DROPOUT:
-            m_z = dropout_bits(seed, i_bh, (start + o_x)[:, None], o_n[None, :], threshold)
-        b_dk, b_dv = _dkdv_step(
-            b_dk, b_dv, b_k, b_v, b_q, b_do, b_lse, b_delta, m_n, m_z, scale_log2, inverse_keep,
-            False, DROPOUT, PRECISION,
-        )  # fmt: skip
+    if p_anchor is None:
+        for i in range((n_inside * G + BM - 1) // BM):
+            start, o_x, m_m = full_positions(p_entries, i, n_inside, BM, G)
+            b_q = load_tile(d_q, i_b, i_h, p_q, s_qt, start, o_x, INT32_OFFSETS, BM, G, D, BD)  # [BM, BD]
+            b_do = load_tile(d_do, i_b, i_h, p_do, s_gt, start, o_x, INT32_OFFSETS, BM, G, D, BD)  # [BM, BD]
+            b_lse, b_delta = tl.load(p_lse + start + o_x), tl.load(p_delta + start + o_x)
+            if BM > G:
+                b_lse = tl.where(m_m, b_lse, float("-inf"))
+            m_z = m_n
+            if DROPOUT:
+                m_z = dropout_bits(seed, i_bh, (start + o_x)[:, None], o_n[None, :], threshold)
+            b_dk, b_dv = _dkdv_step(
+                b_dk, b_dv, b_k, b_v, b_q, b_do, b_lse, b_delta, m_n, m_z, scale_log2, inverse_keep,
+                False, DROPOUT, PRECISION,
+            )  # fmt: skip
     for first in tl.range(n_inside * G, n_total * G, BM, num_stages=1):
-        start, o_x, m_m = listed_positions(p_entries, first, n_full, n_total, q_length, NI, BM, G)
+        some = True
+        if p_anchor is not None:
+            start, o_x, m_m = positions(first, q_length, BM)
+        else:
+            start, o_x, m_m = listed_positions(p_entries, first, n_full, n_total, q_length, NI, BM, G)
         o_m = start + o_x
-        m_s = keep_bits_by_key(p_words, i_n, o_m, m_m, k_length, LQ, RS, BN)
-        b_q = load_rows(p_q, s_qt, start, o_x, m_m, INT32_OFFSETS, G, D, BD)
-        b_do = load_rows(p_do, s_gt, start, o_x, m_m, INT32_OFFSETS, G, D, BD)
-        b_lse = tl.load(p_lse + o_m, mask=m_m, other=float("-inf"))
-        b_delta = tl.load(p_delta + o_m, mask=m_m, other=0.0)
-        m_z = m_n
-        if DROPOUT:
-            m_z = dropout_bits(seed, i_bh, o_m[:, None], o_n[None, :], threshold)
-        b_dk, b_dv = _dkdv_step(
-            b_dk, b_dv, b_k, b_v, b_q, b_do, b_lse, b_delta, m_s, m_z, scale_log2, inverse_keep,
-            True, DROPOUT, PRECISION,
-        )  # fmt: skip
+        m_s = keep_bits_by_key(p_words, p_anchor, i_n, o_m, m_m, k_length, KW, LQ, RS, SLOPE, BN)
+        if p_anchor is not None:
+            some = any_kept(m_s)
+        if some:
+            b_q = load_rows(p_q, s_qt, start, o_x, m_m, INT32_OFFSETS, G, D, BD)
+            b_do = load_rows(p_do, s_gt, start, o_x, m_m, INT32_OFFSETS, G, D, BD)
+            b_lse = tl.load(p_lse + o_m, mask=m_m, other=float("-inf"))
+            b_delta = tl.load(p_delta + o_m, mask=m_m, other=0.0)
+            m_z = m_n
+            if DROPOUT:
+                m_z = dropout_bits(seed, i_bh, o_m[:, None], o_n[None, :], threshold)
+            b_dk, b_dv = _dkdv_step(
+                b_dk, b_dv, b_k, b_v, b_q, b_do, b_lse, b_delta, m_s, m_z, scale_log2, inverse_keep,
+                True, DROPOUT, PRECISION,
+            )  # fmt: skip
     # Padded keys that share a tile with the last key were computed along: their gradient is 0.
     b_dk = tl.where(m_n[:, None], b_dk * scale, 0.0)
     b_dv = tl.where(m_n[:, None], b_dv * inverse_keep, 0.0)

@@ -22,6 +22,7 @@ class Call(NamedTuple):
         sentence kernels run.
     q_lengths, k_lengths: (B,) or None.
     seed: int64 (1,); None without dropout.
+    slope, anchor: as in `layout.Layout`.
     alike: launches of calls that differ in nothing but addresses from this one; None: look for them by all the rest.
         Not an argument of the operators.
     """
@@ -36,12 +37,15 @@ class Call(NamedTuple):
     seed: Tensor | None
     dropout_p: float
     scale: float
+    slope: int = 0
+    anchor: Tensor | None = None
     alike: dict[Hashable, list[Launch]] | None = None
 
     def on(self, q_lengths: Tensor | None, k_lengths: Tensor | None, seed: Tensor | None) -> Call:
         """Return this call with other tensors of the same kinds."""
-        words, row_shift, tables, tile_q, tile_k, _, _, _, dropout_p, scale, alike = self
-        return Call(words, row_shift, tables, tile_q, tile_k, q_lengths, k_lengths, seed, dropout_p, scale, alike)
+        words, row_shift, tables, tile_q, tile_k, _, _, _, dropout_p, scale, slope, anchor, alike = self
+        tensors = q_lengths, k_lengths, seed
+        return Call(words, row_shift, tables, tile_q, tile_k, *tensors, dropout_p, scale, slope, anchor, alike)
 
     def operands(self) -> tuple:
         """Return the arguments of the operators."""
@@ -76,11 +80,11 @@ class Call(NamedTuple):
         shapes = [x.shape for x in (self.words, *self.tables)]
         kinds = [(x.shape, x.stride(), x.dtype, x.device) for x in inputs]
         numbers = self.row_shift, self.tile_q, self.tile_k, self.seed is None, self.dropout_p, self.scale
-        return *kinds, *shapes, *lengths, *numbers
+        return *kinds, *shapes, *lengths, *numbers, self.slope, self.anchor is None
 
     def tensors(self) -> dict[str, Tensor | None]:
         """Return the tensors that all forward and backward kernels take, by the names of `primitives.py`."""
-        return dict(p_q_lengths=self.q_lengths, p_k_lengths=self.k_lengths, p_seed=self.seed)
+        return dict(p_q_lengths=self.q_lengths, p_k_lengths=self.k_lengths, p_seed=self.seed, p_anchor=self.anchor)
 
     def numbers(self) -> dict[str, Any]:
         """Return the numbers that all of them take."""
@@ -91,6 +95,7 @@ class Call(NamedTuple):
             KW=n_words,
             LQ=word_rows,
             RS=self.row_shift,
+            SLOPE=self.slope,
             scale_log2=self.scale * LOG2E.value,
             threshold=threshold,
             inverse_keep=1.0 / (1.0 - threshold / DROPOUT_RESOLUTION),  # 1 / (1 - p) with p as the threshold has it

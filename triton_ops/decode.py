@@ -15,15 +15,17 @@ from torch import Tensor
 
 from .config import ceil_div, decode_config, power_of_two, precision
 from .layout import COLUMN_GROUP, RowLists
-from .primitives import LOG2E, NO_KEY, dot, dot_add, sequence_length
+from .primitives import LOG2E, NO_KEY, anchored, diagonal, dot, dot_add, sequence_length
 
 
 # Strides of tables are sizes of caches, which change from sentence to sentence.
-@triton.jit(do_not_specialize=["s_rb", "s_rw", "s_sb", "s_sh", "s_fh", "BEAM", "H", "MH", "TK", "LQ", "N_GROUPS"])
+@triton.jit(
+    do_not_specialize=["s_rb", "s_rw", "s_sb", "s_sh", "s_fh", "BEAM", "H", "MH", "TK", "LQ", "N_GROUPS", "SLOPE"]
+)
 def _decode_kernel(
-    p_q, p_k, p_v, p_o, p_columns, p_pointers, p_step, p_k_lengths, p_table, p_starts, p_offsets, scale_log2,
+    p_q, p_k, p_v, p_o, p_columns, p_pointers, p_step, p_k_lengths, p_table, p_starts, p_offsets, p_anchor, scale_log2,
     s_qb, s_qw, s_qh, s_kb, s_kw, s_kh, s_kt, s_vb, s_vw, s_vh, s_vt, s_ob, s_ow, s_oh, s_rb, s_rw, s_sb, s_sh, s_fh,
-    BEAM, H, MH, TK, LQ, N_GROUPS,
+    BEAM, H, MH, TK, LQ, N_GROUPS, SLOPE,
     D: tl.constexpr, BD: tl.constexpr, BW: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -31,6 +33,8 @@ def _decode_kernel(
 
     In a pool (p_table or p_starts) s_kt is the stride of slots, and s_kb and s_kw are 0; so is s_kh where every head
     has slots of its own (p_offsets).
+
+    A mask of offsets has one row, whose columns `shift` makes those of a step; the anchor comes last.
     """
     pid = tl.program_id(0)
     i_h = pid % H
@@ -40,11 +44,21 @@ def _decode_kernel(
         i_w, i_b = 0, pid // H
     i_b64, i_h64, i_w64 = i_b.to(tl.int64), i_h.to(tl.int64), tl.cast(i_w, tl.int64)
     k_length = sequence_length(p_k_lengths, i_b, TK)
+    i_mh = tl.where(MH > 1, i_h, 0)
     # A step outside the mask would read past the lists; the caller checks it where it can.
-    step = tl.minimum(tl.maximum(tl.load(p_step), 0), LQ - 1).to(tl.int32)
-    p_pointers += (tl.where(MH > 1, i_h, 0) * LQ + step).to(tl.int64) * (N_GROUPS + 1)
-    first = tl.load(p_pointers)
-    last = tl.load(p_pointers + (k_length + GROUP - 1) // GROUP)
+    step = tl.maximum(tl.load(p_step), 0)
+    p_pointers += (i_mh * LQ + tl.minimum(step, LQ - 1).to(tl.int32)).to(tl.int64) * (N_GROUPS + 1)
+    if p_anchor is None:
+        first = tl.load(p_pointers)
+        last = tl.load(p_pointers + (k_length + GROUP - 1) // GROUP)
+        end = last
+    else:
+        i_centre = diagonal(step, k_length, SLOPE)
+        i_anchor = anchored(p_anchor + i_mh, i_centre, k_length)
+        shift = N_GROUPS * (GROUP // 2) - i_centre  # offset 0 is in the middle
+        first = tl.load(p_pointers + shift // GROUP)
+        last = tl.load(p_pointers + (shift + k_length + GROUP - 1) // GROUP)
+        end = last + 1
 
     o_d = tl.arange(0, BD)
     m_d = o_d < D
@@ -69,11 +83,14 @@ def _decode_kernel(
         b_m = tl.full([BW], NO_KEY, dtype=tl.float32)
         b_l = tl.zeros([BW], dtype=tl.float32)
 
-    for start in range(first, last, BN):
+    for start in range(first, end, BN):
         o_f = start + tl.arange(0, BN)
         m_f = o_f < last
         o_n = tl.load(p_columns + o_f, mask=m_f, other=0).to(tl.int32)
         m_n = m_f & (o_n < k_length)
+        if p_anchor is not None:
+            o_n = tl.where(m_f, o_n - shift, i_anchor)
+            m_n = ((m_f & (o_n != i_anchor)) | (o_f == last)) & (o_n >= 0) & (o_n < k_length)
         m_nd = m_n[:, None] & m_d[None, :]
         o_row = o_n.to(tl.int64)
         if p_table is not None:
@@ -131,6 +148,8 @@ def decode(
     cache_starts: Tensor | None,
     cache_offsets: Tensor | None,
     scale: float,
+    slope: int,
+    anchor: Tensor | None,
 ) -> Tensor:
     """Launch the decode kernel. q (B, beam, H, D); caches as in `api.decode_attention`."""
     batch, beam, heads, dim = q.shape
@@ -146,11 +165,11 @@ def decode(
     _decode_kernel[(batch * heads * (1 if shared else beam),)](
         p_q=q, p_k=k, p_v=v, p_o=out, p_columns=lists.columns, p_pointers=lists.pointers, p_step=step,
         p_k_lengths=k_lengths, p_table=block_table, p_starts=cache_starts, p_offsets=cache_offsets,
-        scale_log2=scale * LOG2E.value,
+        p_anchor=anchor, scale_log2=scale * LOG2E.value,
         s_qb=q.stride(0), s_qw=q.stride(1), s_qh=q.stride(2), s_kb=s_kb, s_kw=s_kw, s_kh=s_kh, s_kt=s_kt,
         s_vb=s_vb, s_vw=s_vw, s_vh=s_vh, s_vt=s_vt, s_ob=out.stride(0), s_ow=out.stride(1), s_oh=out.stride(2),
         s_rb=s_rb, s_rw=s_rw, s_sb=s_sb, s_sh=s_sh, s_fh=0 if cache_offsets is None else cache_offsets.stride(0),
-        BEAM=beam, H=heads, MH=lists.pointers.size(0), TK=k_size, LQ=n_rows, N_GROUPS=n_pointers - 1,
+        BEAM=beam, H=heads, MH=lists.pointers.size(0), TK=k_size, LQ=n_rows, N_GROUPS=n_pointers - 1, SLOPE=slope,
         D=dim, BD=power_of_two(dim), BW=rows, BN=config.block_k, GROUP=COLUMN_GROUP,
         PRECISION=precision(q.dtype), **config.launch(),
     )  # fmt: skip

@@ -14,26 +14,30 @@ from .launch import Launch, launches_of
 from .primitives import (
     LN2,
     NO_KEY,
+    RUN_TIME,
+    any_kept,
     dot,
     dot_add,
     dropout_bits,
     full_positions,
     keep_bits,
+    keep_bits_by_key,
     keep_bits_of_keys,
     list_lengths,
     listed_positions,
     load_rows,
     load_tile,
+    positions,
     sequence_length,
 )
 
 
-@triton.jit(do_not_specialize=["H", "MH", "TQ", "TK", "LQ", "RS", "KW", "NO", "NI", "first_h", "first_b", "threshold"])
+@triton.jit(do_not_specialize=RUN_TIME)
 def _forward_kernel(
-    p_q, p_k, p_v, p_o, p_lse, p_words, p_entries, p_counts, p_q_lengths, p_k_lengths, p_seed, d_k, d_v,
-    scale_log2, threshold, inverse_keep,
+    p_q, p_k, p_v, p_o, p_lse, p_words, p_entries, p_counts, p_q_lengths, p_k_lengths, p_seed, p_anchor,
+    d_k, d_v, scale_log2, threshold, inverse_keep,
     s_qb, s_qh, s_qt, s_kb, s_kh, s_kt, s_vb, s_vh, s_vt, s_ob, s_oh, s_ot,
-    H, MH, TQ, TK, LQ, RS, KW, NO, NI, first_h, first_b,
+    H, MH, TQ, TK, LQ, RS, KW, SLOPE, NO, NI, first_h, first_b,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, G: tl.constexpr, GO: tl.constexpr,
     INT32_OFFSETS: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -66,7 +70,11 @@ def _forward_kernel(
     p_words += i_mh.to(tl.int64) * KW * LQ
     if INT32_OFFSETS:
         s_vt = s_kt  # equal, and told so the compiler shares the offsets
-    n_inside, n_full, n_total = list_lengths(p_counts, k_length, G)
+    if p_anchor is None:
+        n_inside, n_full, n_total = list_lengths(p_counts, k_length, G)
+    else:
+        p_anchor += i_mh
+        n_inside, n_total = 0, (k_length + G - 1) // G
     if DROPOUT:
         seed = tl.load(p_seed)
 
@@ -75,45 +83,53 @@ def _forward_kernel(
     b_l = tl.zeros([BM, 8], dtype=tl.float32)  # sums of every eighth key: a thread adds up those that it holds
     b_m = tl.full([BM], NO_KEY, dtype=tl.float32)
 
-    # Where a step begins is read a step ahead, so that its keys and values are asked for without waiting for that.
-    next_start, o_x, next_m = full_positions(p_entries, 0, n_inside, BN, G)
-    for i in range((n_inside * G + BN - 1) // BN):
-        start, m_n = next_start, next_m
-        next_start, o_x, next_m = full_positions(p_entries, i + 1, n_inside, BN, G)
-        b_k = load_tile(d_k, i_b, i_h, p_k, s_kt, start, o_x, INT32_OFFSETS, BN, G, D, BD)  # [BN, BD]
-        b_s = dot(b_q, tl.trans(b_k), PRECISION)  # [BM, BN]
-        b_new = tl.maximum(b_m, tl.max(b_s, 1) * scale_log2)
-        b_pivot = b_new[:, None]
-        if BN > G:  # a block that is there twice does not change the maximum; the second time it must not count
-            b_pivot = tl.where(m_n[None, :], b_pivot, float("inf"))
-        b_p = tl.exp2(b_s * scale_log2 - b_pivot)
-        b_a = tl.exp2(b_m - b_new)
-        b_l = b_l * b_a[:, None] + tl.sum(b_p.reshape([BM, BN // 8, 8]), 1)
-        b_m = b_new
-        if DROPOUT:
-            b_p = tl.where(dropout_bits(seed, i_bh, o_m[:, None], (start + o_x)[None, :], threshold), b_p, 0.0)
-        b_v = load_tile(d_v, i_b, i_h, p_v, s_vt, start, o_x, INT32_OFFSETS, BN, G, D, BD)  # [BN, BD]
-        b_o = dot_add(b_p.to(b_v.dtype), b_v, b_o * b_a[:, None], PRECISION)
+    if p_anchor is None:
+        # Where a step begins is read a step ahead, so that its keys and values are asked for without waiting for that.
+        next_start, o_x, next_m = full_positions(p_entries, 0, n_inside, BN, G)
+        for i in range((n_inside * G + BN - 1) // BN):
+            start, m_n = next_start, next_m
+            next_start, o_x, next_m = full_positions(p_entries, i + 1, n_inside, BN, G)
+            b_k = load_tile(d_k, i_b, i_h, p_k, s_kt, start, o_x, INT32_OFFSETS, BN, G, D, BD)  # [BN, BD]
+            b_s = dot(b_q, tl.trans(b_k), PRECISION)  # [BM, BN]
+            b_new = tl.maximum(b_m, tl.max(b_s, 1) * scale_log2)
+            b_pivot = b_new[:, None]
+            if BN > G:  # a block that is there twice does not change the maximum; the second time it must not count
+                b_pivot = tl.where(m_n[None, :], b_pivot, float("inf"))
+            b_p = tl.exp2(b_s * scale_log2 - b_pivot)
+            b_a = tl.exp2(b_m - b_new)
+            b_l = b_l * b_a[:, None] + tl.sum(b_p.reshape([BM, BN // 8, 8]), 1)
+            b_m = b_new
+            if DROPOUT:
+                b_p = tl.where(dropout_bits(seed, i_bh, o_m[:, None], (start + o_x)[None, :], threshold), b_p, 0.0)
+            b_v = load_tile(d_v, i_b, i_h, p_v, s_vt, start, o_x, INT32_OFFSETS, BN, G, D, BD)  # [BN, BD]
+            b_o = dot_add(b_p.to(b_v.dtype), b_v, b_o * b_a[:, None], PRECISION)
 
-    # What is left: full blocks that reach past the last key, and partial blocks.
+    # What is left: full blocks that reach past the last key, and partial blocks. Of a mask of offsets: everything.
     for first in tl.range(n_inside * G, n_total * G, BN, num_stages=1):
-        start, o_x, m_n = listed_positions(p_entries, first, n_full, n_total, k_length, NI, BN, G)
-        if G == 1:
-            m_s = keep_bits_of_keys(p_words, o_m, m_m, p_entries, first, n_full, n_total, k_length, NI, LQ, RS, BN)
+        some = True
+        if p_anchor is not None:
+            start, o_x, m_n = positions(first, k_length, BN)
+            m_s = keep_bits_by_key(p_words, p_anchor, first, o_m, m_m, k_length, KW, LQ, RS, SLOPE, BN)
+            some = any_kept(m_s)
         else:
-            m_s = keep_bits(p_words, o_m, m_m, p_entries, first, n_full, n_total, k_length, NI, LQ, RS, BN, G)
-        b_k = load_rows(p_k, s_kt, start, o_x, m_n, INT32_OFFSETS, G, D, BD)
-        b_s = dot(b_q, tl.trans(b_k), PRECISION)
-        b_s = tl.where(m_s, b_s, float("-inf"))
-        b_new = tl.maximum(b_m, tl.max(b_s, 1) * scale_log2)
-        b_p = tl.exp2(b_s * scale_log2 - b_new[:, None])
-        b_a = tl.exp2(b_m - b_new)
-        b_l = b_l * b_a[:, None] + tl.sum(b_p.reshape([BM, BN // 8, 8]), 1)
-        b_m = b_new
-        if DROPOUT:
-            b_p = tl.where(dropout_bits(seed, i_bh, o_m[:, None], (start + o_x)[None, :], threshold), b_p, 0.0)
-        b_v = load_rows(p_v, s_vt, start, o_x, m_n, INT32_OFFSETS, G, D, BD)
-        b_o = dot_add(b_p.to(b_v.dtype), b_v, b_o * b_a[:, None], PRECISION)
+            start, o_x, m_n = listed_positions(p_entries, first, n_full, n_total, k_length, NI, BN, G)
+            if G == 1:
+                m_s = keep_bits_of_keys(p_words, o_m, m_m, p_entries, first, n_full, n_total, k_length, NI, LQ, RS, BN)
+            else:
+                m_s = keep_bits(p_words, o_m, m_m, p_entries, first, n_full, n_total, k_length, NI, LQ, RS, BN, G)
+        if some:
+            b_k = load_rows(p_k, s_kt, start, o_x, m_n, INT32_OFFSETS, G, D, BD)
+            b_s = dot(b_q, tl.trans(b_k), PRECISION)
+            b_s = tl.where(m_s, b_s, float("-inf"))
+            b_new = tl.maximum(b_m, tl.max(b_s, 1) * scale_log2)
+            b_p = tl.exp2(b_s * scale_log2 - b_new[:, None])
+            b_a = tl.exp2(b_m - b_new)
+            b_l = b_l * b_a[:, None] + tl.sum(b_p.reshape([BM, BN // 8, 8]), 1)
+            b_m = b_new
+            if DROPOUT:
+                b_p = tl.where(dropout_bits(seed, i_bh, o_m[:, None], (start + o_x)[None, :], threshold), b_p, 0.0)
+            b_v = load_rows(p_v, s_vt, start, o_x, m_n, INT32_OFFSETS, G, D, BD)
+            b_o = dot_add(b_p.to(b_v.dtype), b_v, b_o * b_a[:, None], PRECISION)
 
     b_l = tl.sum(b_l, 1)
     m_seen = b_l > 0

@@ -8,6 +8,7 @@ device of the mask, once per attention site.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -166,6 +167,22 @@ def _choose_row_group(words: Tensor) -> int:
     return max([1] + [group for group, same in zip(TILE_SIZES, torch.stack(alike).tolist(), strict=True) if same])
 
 
+def list_rows(keep: Tensor) -> RowLists:
+    """The lists of a keep mask (M, Tq, Tk). One host synchronisation."""
+    columns = keep.nonzero()[:, 2].to(torch.int16 if keep.size(2) <= 2**15 else torch.int32)
+    if keep.numel() > MOST_LISTED and columns.numel() > MOST_LISTED:  # in a trace only the former is known
+        raise ValueError(
+            f"{columns.numel()} kept cells, at most {MOST_LISTED} can be listed for decoding with int32 "
+            "pointers; use a sparser or a smaller mask"
+        )
+    n_groups = -(-keep.size(2) // COLUMN_GROUP)
+    keep = torch.nn.functional.pad(keep, (0, n_groups * COLUMN_GROUP - keep.size(2)))
+    per_group = keep.view(*keep.shape[:2], n_groups, COLUMN_GROUP).sum(3)
+    ends = per_group.flatten().cumsum(0).view_as(per_group)
+    first = ends[..., :1] - per_group[..., :1]
+    return RowLists(columns, torch.cat((first, ends), 2).to(torch.int32))
+
+
 def key_tile(tile: tuple[int, int]) -> tuple[int, int]:
     """Queries and keys of the tiles of the key table.
 
@@ -174,8 +191,68 @@ def key_tile(tile: tuple[int, int]) -> tuple[int, int]:
     return tile if tile[1] > 1 else (tile[0], tile[0])
 
 
+class Layout(ABC):
+    """A mask as the kernels read it: cell by cell (`AttentionLayout`), or by offset (`offsets.OffsetLayout`).
+
+    words: (M, KW, LQ) int32, packed cells; M is the number of heads, or 1 when all heads share the mask.
+    q_size, k_size: queries and keys that it covers. A call may use any Tq <= q_size and Tk <= k_size.
+    tile: queries and keys of the tiles of the kernels, one of TILES.
+    slope, anchor: as in `offsets.OffsetLayout`; 0 and None for a mask of cells.
+    """
+
+    words: Tensor
+    q_size: int
+    k_size: int
+    tile: tuple[int, int]
+    row_group: int
+    slope: int
+    anchor: Tensor | None
+
+    def __post_init__(self) -> None:
+        self._row_lists: RowLists | None = None
+        self.answers: dict[tuple, Any] = {}  # what `api.block_sparse_attention` found out about calls: see there
+
+    def __getstate__(self) -> dict[str, Any]:  # compiled kernels cannot be copied
+        return self.__dict__ | dict(answers={})
+
+    @property
+    def mask_heads(self) -> int:
+        return self.words.size(0)
+
+    @property
+    def row_shift(self) -> int:
+        """log2 of row_group: row i reads word row i >> row_shift."""
+        return self.row_group.bit_length() - 1
+
+    @property
+    def device(self) -> torch.device:
+        return self.words.device
+
+    def remember(self, question: tuple, answer: Any) -> None:
+        """Keep an answer for the next calls; of the last MOST_ANSWERS or more."""
+        if len(self.answers) >= MOST_ANSWERS:
+            self.answers.clear()
+        self.answers[question] = answer
+
+    @abstractmethod
+    def tables(self, training: bool) -> list[Tensor]:
+        """What the kernels of long sequences read beside the words: tensors of one tile table, in training of two."""
+
+    @abstractmethod
+    def row_lists(self) -> RowLists:
+        """What a decode step reads."""
+
+    @abstractmethod
+    def keep_mask(self, q_size: int, k_size: int, k_lengths: Tensor | None = None) -> Tensor:
+        """The upper left corner as bool, True = kept: (M, q_size, k_size), or (B, M, ...) where sentences differ."""
+
+    @abstractmethod
+    def keep_row(self, step: Tensor, k_size: int, k_lengths: Tensor | None = None) -> Tensor:
+        """Row `step` (one-element tensor) likewise: (M, k_size), or (B, M, k_size)."""
+
+
 @dataclass(eq=False)
-class AttentionLayout:
+class AttentionLayout(Layout):
     """Which cells of an attention site are computed, per head.
 
     Build it with `from_keep_mask`, once per site. Tables for the kernels are derived on first use and
@@ -194,16 +271,14 @@ class AttentionLayout:
     tile: tuple[int, int]
     row_group: int = 1
     is_causal: bool = False
+    slope: int = 0
+    anchor: Tensor | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self._tables: dict[str, TileTable] = {}
-        self._row_lists: RowLists | None = None
         self._causal: AttentionLayout | None = None
         self._keep: Tensor | None = None
-        self.answers: dict[tuple, Any] = {}  # what `api.block_sparse_attention` found out about calls: see there
-
-    def __getstate__(self) -> dict[str, Any]:  # compiled kernels cannot be copied
-        return self.__dict__ | dict(answers={})
 
     @classmethod
     @torch.inference_mode(False)  # may be saved for backward
@@ -233,19 +308,6 @@ class AttentionLayout:
             pair = _choose_tile(words, keep.size(2))
         row_group = _choose_row_group(words)
         return cls(words[..., ::row_group].contiguous(), keep.size(1), keep.size(2), pair, row_group, causal)
-
-    @property
-    def mask_heads(self) -> int:
-        return self.words.size(0)
-
-    @property
-    def row_shift(self) -> int:
-        """log2 of row_group: row i reads word row i >> row_shift."""
-        return self.row_group.bit_length() - 1
-
-    @property
-    def device(self) -> torch.device:
-        return self.words.device
 
     @torch.inference_mode(False)
     def to(self, device) -> AttentionLayout:
@@ -289,24 +351,15 @@ class AttentionLayout:
                 self._tables["key"] = _table(some.transpose(1, 2), every.transpose(1, 2), cols, rows)
         return self._tables["key"]
 
+    def tables(self, training: bool) -> list[Tensor]:
+        """Entries and counts of the query table, and in training of the key table."""
+        return [*self.query_table()[:2], *(self.key_table()[:2] if training else ())]
+
     @torch.inference_mode(False)
     def row_lists(self) -> RowLists:
         """Kept keys of every query position (decode). One host synchronisation, on the first call."""
         if self._row_lists is None:
-            keep = self._unpack()
-            kind = torch.int16 if self.k_size <= 2**15 else torch.int32
-            columns = keep.nonzero()[:, 2].to(kind)
-            if keep.numel() > MOST_LISTED and columns.numel() > MOST_LISTED:  # in a trace only the former is known
-                raise ValueError(
-                    f"{columns.numel()} kept cells, at most {MOST_LISTED} can be listed for decoding with int32 "
-                    "pointers; use a sparser or a smaller mask"
-                )
-            n_groups = -(-self.k_size // COLUMN_GROUP)
-            keep = torch.nn.functional.pad(keep, (0, n_groups * COLUMN_GROUP - self.k_size))
-            per_group = keep.view(*keep.shape[:2], n_groups, COLUMN_GROUP).sum(3)
-            ends = per_group.flatten().cumsum(0).view_as(per_group)
-            first = ends[..., :1] - per_group[..., :1]
-            self._row_lists = RowLists(columns, torch.cat((first, ends), 2).to(torch.int32))
+            self._row_lists = list_rows(self._unpack())
         return self._row_lists
 
     def prepare(self, *, training: bool = True, causal: bool = False, decode: bool = False) -> AttentionLayout:
@@ -319,10 +372,12 @@ class AttentionLayout:
             layout.row_lists()
         return self
 
-    def keep_mask(self, q_size: int | None = None, k_size: int | None = None) -> Tensor:
+    def keep_mask(
+        self, q_size: int | None = None, k_size: int | None = None, k_lengths: Tensor | None = None
+    ) -> Tensor:
         """The upper left corner (M, q_size, k_size) of the keep mask as bool, by default all of it; kept unpacked.
 
-        Raises ValueError for sizes beyond the mask.
+        Whatever `k_lengths`, of which only offsets make use. Raises ValueError for sizes beyond the mask.
         """
         q_size = self.q_size if q_size is None else q_size
         k_size = self.k_size if k_size is None else k_size
@@ -336,10 +391,10 @@ class AttentionLayout:
     def _unpack(self) -> Tensor:
         return unpack_cells(_spread(self.words, self.row_group, self.q_size).transpose(1, 2), self.k_size)
 
-    def keep_row(self, step: Tensor) -> Tensor:
-        """Row `step` (one-element tensor) of the keep mask: (M, k_size) bool."""
+    def keep_row(self, step: Tensor, k_size: int, k_lengths: Tensor | None = None) -> Tensor:
+        """Row `step` (one-element tensor) of the keep mask: (M, k_size) bool. `k_lengths` as in `keep_mask`."""
         words = self.words.index_select(2, step.reshape(1) // self.row_group)
-        return unpack_cells(words.squeeze(2), self.k_size)
+        return unpack_cells(words.squeeze(2), k_size)
 
     def last_use(self, n_rows: int) -> Tensor:
         """The last of the first `n_rows` >= 1 rows that keeps each column, int64 (M, k_size); -1 where none does."""
@@ -349,12 +404,6 @@ class AttentionLayout:
         last = torch.stack([((words >> bit & 1) * group).amax(2) for bit in range(WORD)], 2)
         last = last.flatten(1)[:, : self.k_size].long()
         return (last * self.row_group).clamp_max(min(n_rows, self.q_size)) - 1
-
-    def remember(self, question: tuple, answer: Any) -> None:
-        """Keep an answer for the next calls; of the last MOST_ANSWERS or more."""
-        if len(self.answers) >= MOST_ANSWERS:
-            self.answers.clear()
-        self.answers[question] = answer
 
     def memory(self) -> dict[str, int]:
         """Bytes on the device: packed cells, tile lists, decode lists and the dense mask, those that exist so far."""

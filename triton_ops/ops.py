@@ -73,18 +73,19 @@ def _save(ctx, inputs, output) -> None:
     q, k, v, *arguments = inputs
     call = Call(*arguments)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(q, k, v, *output, call.words, call.q_lengths, call.k_lengths, call.seed, *call.tables)
-    ctx.numbers = dict(
-        row_shift=call.row_shift, tile_q=call.tile_q, tile_k=call.tile_k, dropout_p=call.dropout_p, scale=call.scale
-    )
+    tensors = call.words, call.q_lengths, call.k_lengths, call.seed, call.anchor
+    ctx.save_for_backward(q, k, v, *output, *tensors, *call.tables)
+    ctx.numbers = dict(row_shift=call.row_shift, tile_q=call.tile_q, tile_k=call.tile_k)
+    ctx.numbers |= dict(dropout_p=call.dropout_p, scale=call.scale, slope=call.slope)
 
 
 def _gradients(ctx, grad_out, grad_lse, backward_of=_backward):
     """Gradients of q, k and v."""
-    q, k, v, out, lse, words, q_lengths, k_lengths, seed, *tables = ctx.saved_tensors
+    q, k, v, out, lse, words, q_lengths, k_lengths, seed, anchor, *tables = ctx.saved_tensors
     if grad_out is None and grad_lse is None:
         return None, None, None
-    call = Call(words=words, tables=tables, q_lengths=q_lengths, k_lengths=k_lengths, seed=seed, **ctx.numbers)
+    tensors = dict(words=words, tables=tables, q_lengths=q_lengths, k_lengths=k_lengths, seed=seed, anchor=anchor)
+    call = Call(**tensors, **ctx.numbers)
     grad_out = torch.zeros_like(out) if grad_out is None else grad_out
     return backward_of(grad_out, grad_lse, q, k, v, out, lse, call)
 
@@ -94,7 +95,7 @@ def _gradients(ctx, grad_out, grad_lse, backward_of=_backward):
 # Schemas are written out: what torch infers from annotations depends on its version. The fields of a `Call`:
 _CALL = (
     "Tensor words, int row_shift, Tensor[] tables, int tile_q, int tile_k, "
-    "Tensor? q_lengths, Tensor? k_lengths, Tensor? seed, float dropout_p, float scale"
+    "Tensor? q_lengths, Tensor? k_lengths, Tensor? seed, float dropout_p, float scale, int slope, Tensor? anchor"
 )
 
 attention_op = torch.library.custom_op(
@@ -160,12 +161,14 @@ def _decode(
     cache_starts: Tensor | None,
     cache_offsets: Tensor | None,
     scale: float,
+    slope: int,
+    anchor: Tensor | None,
 ) -> Tensor:
     if q.numel() == 0:
         return torch.empty_like(q)
+    tables = k_lengths, block_table, cache_starts, cache_offsets
     with _device_of(q):
-        lists = RowLists(columns, pointers)
-        return decode(q, k, v, lists, step, k_size, k_lengths, block_table, cache_starts, cache_offsets, scale)
+        return decode(q, k, v, RowLists(columns, pointers), step, k_size, *tables, scale, slope, anchor)
 
 
 decode_op = torch.library.custom_op(
@@ -173,12 +176,13 @@ decode_op = torch.library.custom_op(
     _decode,
     mutates_args=(),
     schema="(Tensor q, Tensor k, Tensor v, Tensor columns, Tensor pointers, Tensor step, SymInt k_size, "
-    "Tensor? k_lengths, Tensor? block_table, Tensor? cache_starts, Tensor? cache_offsets, float scale) -> Tensor",
+    "Tensor? k_lengths, Tensor? block_table, Tensor? cache_starts, Tensor? cache_offsets, float scale, "
+    "int slope, Tensor? anchor) -> Tensor",
 )
 
 
 @decode_op.register_fake
-def _(q, k, v, columns, pointers, step, k_size, k_lengths, block_table, cache_starts, cache_offsets, scale):
+def _(q, *_):
     return torch.empty_like(q)
 
 

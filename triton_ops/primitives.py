@@ -8,6 +8,7 @@ One code of names for all kernels:
     MH                    heads of the mask: H, or 1 if all share it
     KW LQ RS              packed mask (MH, KW, LQ): KW words of 32 keys; LQ rows, each for 2^RS queries. In decode.py
                           LQ: rows of the mask
+    p_anchor SLOPE        of a mask of offsets (`offsets.py`), of the head: anchor and slope; None and 0 for other masks
     G GO                  sizes of the blocks in tile lists, and of the outer tiles that have the lists
     NO NI                 outer tiles of a tile table, inner blocks of each
     W                     keys that one word serves in a step
@@ -24,6 +25,7 @@ Positions are int32, addresses int64.
 import triton
 import triton.language as tl
 
+from .offsets import SLOPE_BITS
 from .reference import PHILOX_ROUNDS
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -31,6 +33,10 @@ LN2 = tl.constexpr(0.6931471805599453)
 # Pivot of a row that has seen no key: finite, so that exp2(-inf - pivot) is 0 and never NaN.
 NO_KEY = tl.constexpr(-1.0e38)
 ROUNDS = tl.constexpr(PHILOX_ROUNDS)
+BITS = tl.constexpr(SLOPE_BITS)
+HALF = tl.constexpr(1 << (SLOPE_BITS - 1))
+# Arguments of the kernels over tiles that differ from call to call: no value of them compiles a kernel of its own.
+RUN_TIME = ["H", "MH", "TQ", "TK", "LQ", "RS", "KW", "SLOPE", "NO", "NI", "first_h", "first_b", "threshold"]
 
 
 @triton.jit
@@ -57,6 +63,18 @@ def sequence_length(p_lengths, i_b, T):
         # Clamped in its own type: int64 beyond 2^31 would wrap.
         length = tl.minimum(tl.maximum(tl.load(p_lengths + i_b), 0), T).to(tl.int32)
     return length
+
+
+@triton.jit
+def diagonal(o_m, length, SLOPE):
+    """The centres of queries o_m in a sentence of `length` keys: round(SLOPE · o_m / 2^BITS), at most the last key."""
+    return tl.minimum((o_m.to(tl.int64) * SLOPE + HALF) >> BITS, length - 1).to(tl.int32)
+
+
+@triton.jit
+def anchored(p_anchor, i_centre, length):
+    """The keys of the anchor of a head for queries with these centres."""
+    return tl.minimum(tl.maximum(i_centre + tl.load(p_anchor), 0), length - 1)
 
 
 @triton.jit
@@ -127,6 +145,18 @@ def listed_positions(p_entries, first, n_full, n_total, length, N_INNER, STEP: t
         start = listed_start(p_entries, first, n_full, n_total, N_INNER, G)
     m_x = (first + o_x < n_total * G) & (start + o_x % G < length)
     return start, o_x % G, m_x
+
+
+@triton.jit
+def any_kept(m_s):
+    return tl.max(tl.max(m_s.to(tl.int32), 1), 0) > 0
+
+
+@triton.jit
+def positions(first, length, STEP: tl.constexpr):
+    """As `listed_positions` for masks of offsets, which have no lists: the STEP positions from `first` on."""
+    o_x = tl.arange(0, STEP)
+    return first, o_x, first + o_x < length
 
 
 @triton.jit
@@ -220,18 +250,28 @@ def keep_bits_of_keys(
 
 
 @triton.jit
-def keep_bits_by_key(p_words, i_n, o_m, m_m, length, LQ, RS, BN: tl.constexpr):
-    """Keep bits of query rows o_m and keys i_n ... i_n + BN - 1, False where one does not exist, [BM, BN]."""
+def keep_bits_by_key(p_words, p_anchor, i_n, o_m, m_m, length, KW, LQ, RS, SLOPE, BN: tl.constexpr):
+    """Keep bits of query rows o_m and keys i_n ... i_n + BN - 1, False where one does not exist, [BM, BN].
+
+    Those of offsets are a window of their table, which begins where the centre says; `length` is that of the sentence.
+    """
     W: tl.constexpr = BN if BN < 32 else 32
     o_n = tl.arange(0, BN)
+    o_row = o_m >> RS
+    if p_anchor is not None:
+        i_centre = diagonal(o_m, length, SLOPE)
+        o_row = KW * 16 - i_centre  # offset 0 is in the middle
     b_bits = tl.zeros([o_m.shape[0], BN], dtype=tl.int32)
     for j in tl.static_range(BN // W):
         i_key = i_n + j * W
         # Words exist for keys below `length` only.
         m_w = m_m & (o_m * 0 + i_key < length)
-        b_w = tl.load(p_words + (i_key // 32) * LQ.to(tl.int64) + (o_m >> RS), mask=m_w, other=0)  # [BM]
+        b_w = tl.load(p_words + (i_key // 32) * LQ.to(tl.int64) + o_row, mask=m_w, other=0)  # [BM]
         b_bits = tl.where((o_n // W == j)[None, :], _existing(b_w, i_key, length, W)[:, None], b_bits)
-    return _test_bits(b_bits, o_n, W)
+    m_s = _test_bits(b_bits, o_n, W)
+    if p_anchor is not None:
+        m_s |= m_m[:, None] & ((i_n + o_n)[None, :] == anchored(p_anchor, i_centre, length)[:, None])
+    return m_s
 
 
 @triton.jit

@@ -149,8 +149,8 @@ def decode_reference(
 ) -> Tensor:
     """One query row per (sentence, beam, head).
 
-    q (B, beam, H, D); caches as in `api.decode_attention`; keep_row (H or 1, S), True = kept; k_lengths (B,):
-    valid cache positions. Returns (B, beam, H, D).
+    q (B, beam, H, D); caches as in `api.decode_attention`; keep_row (H or 1, S), or (B or 1, H or 1, S) where sentences
+    differ, True = kept; k_lengths (B,): valid cache positions. Returns (B, beam, H, D).
     """
     batch, beam, heads, dim = q.shape
     size = keep_row.size(-1)
@@ -176,10 +176,11 @@ def decode_reference(
         q = q.flatten(0, 1)[:, :, None]
         k, v = k.flatten(0, 1), v.flatten(0, 1)
         k_lengths = None if k_lengths is None else k_lengths.repeat_interleave(beam)
+        keep_row = keep_row.repeat_interleave(beam, 0) if keep_row.dim() == 3 and keep_row.size(0) > 1 else keep_row
     else:
         q = q.transpose(1, 2)
     # What is not read need not have a slot, nor hold numbers.
     k, v = (x[:, :, :size].masked_fill(~keep_row[..., None], 0) for x in (k, v))
-    keep = keep_row[:, None].expand(-1, q.size(2), -1)
+    keep = keep_row.unsqueeze(-2).expand(*keep_row.shape[:-1], q.size(2), -1)
     out = attention_reference(q, k, v, keep, scale=scale, k_lengths=k_lengths)[0]
     return out.view(batch, beam, heads, dim) if per_beam else out.transpose(1, 2)

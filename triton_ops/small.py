@@ -29,23 +29,24 @@ from .primitives import LN2, NO_KEY, dot, dropout_bits, keep_bits_by_key, sequen
 
 @triton.jit
 def _row_scores(
-    p_q, p_k, p_words, o_m, o_n, m_md, m_nd, m_m, k_length, s_qt, s_kt, o_d, LQ, RS, scale_log2,
+    p_q, p_k, p_words, p_anchor, o_m, o_n, m_md, m_nd, m_m, k_length, s_qt, s_kt, o_d, KW, LQ, RS, SLOPE, scale_log2,
     BN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """(Q, K, masked scores in base-2 units, pivot of each row)."""
     b_q = tl.load(p_q + o_m.to(tl.int64)[:, None] * s_qt + o_d[None, :], mask=m_md, other=0.0)
     b_k = tl.load(p_k + o_n.to(tl.int64)[:, None] * s_kt + o_d[None, :], mask=m_nd, other=0.0)
-    m_s = keep_bits_by_key(p_words, 0, o_m, m_m, k_length, LQ, RS, BN)
+    m_s = keep_bits_by_key(p_words, p_anchor, 0, o_m, m_m, k_length, KW, LQ, RS, SLOPE, BN)
     b_s = dot(b_q, tl.trans(b_k), PRECISION) * scale_log2  # [BM, BN]
     b_s = tl.where(m_s, b_s, float("-inf"))
     return b_q, b_k, b_s, tl.maximum(tl.max(b_s, 1), NO_KEY)
 
 
-@triton.jit(do_not_specialize=["H", "MH", "TQ", "TK", "LQ", "RS", "KW", "n_tiles", "threshold"])
+@triton.jit(do_not_specialize=["H", "MH", "TQ", "TK", "LQ", "RS", "KW", "SLOPE", "n_tiles", "threshold"])
 def _small_forward_kernel(
-    p_q, p_k, p_v, p_o, p_lse, p_words, p_q_lengths, p_k_lengths, p_seed, scale_log2, threshold, inverse_keep,
+    p_q, p_k, p_v, p_o, p_lse, p_words, p_q_lengths, p_k_lengths, p_seed, p_anchor,
+    scale_log2, threshold, inverse_keep,
     s_qb, s_qh, s_qt, s_kb, s_kh, s_kt, s_vb, s_vh, s_vt, s_ob, s_oh, s_ot,
-    H, MH, TQ, TK, LQ, RS, KW, n_tiles,
+    H, MH, TQ, TK, LQ, RS, KW, SLOPE, n_tiles,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -65,12 +66,15 @@ def _small_forward_kernel(
     m_m, m_n = o_m < q_length, o_n < k_length
     m_nd = m_n[:, None] & m_d[None, :]
 
+    i_mh = tl.where(MH > 1, i_h, 0)
+    if p_anchor is not None:
+        p_anchor += i_mh
     p_v += i_b64 * s_vb + i_h64 * s_vh
     b_v = tl.load(p_v + o_n.to(tl.int64)[:, None] * s_vt + o_d[None, :], mask=m_nd, other=0.0)
     b_q, b_k, b_s, b_m = _row_scores(
         p_q + i_b64 * s_qb + i_h64 * s_qh, p_k + i_b64 * s_kb + i_h64 * s_kh,
-        p_words + tl.where(MH > 1, i_h, 0).to(tl.int64) * KW * LQ,
-        o_m, o_n, m_m[:, None] & m_d[None, :], m_nd, m_m, k_length, s_qt, s_kt, o_d, LQ, RS, scale_log2, BN, PRECISION,
+        p_words + i_mh.to(tl.int64) * KW * LQ, p_anchor, o_m, o_n, m_m[:, None] & m_d[None, :], m_nd, m_m,
+        k_length, s_qt, s_kt, o_d, KW, LQ, RS, SLOPE, scale_log2, BN, PRECISION,
     )  # fmt: skip
     b_p = tl.exp2(b_s - b_m[:, None])
     b_l = tl.sum(b_p, 1)
@@ -89,9 +93,9 @@ def _small_forward_kernel(
 
 @triton.jit
 def _head_backward(
-    p_q, p_k, p_v, p_do, p_dlse, p_dq, p_dk, p_dv, p_words, p_seed,
+    p_q, p_k, p_v, p_do, p_dlse, p_dq, p_dk, p_dv, p_words, p_seed, p_anchor,
     scale, scale_log2, threshold, inverse_keep, s_qt, s_kt, s_vt, s_gt, s_dqt, s_dkt, s_dvt,
-    i_bh, q_length, k_length, TQ, TK, LQ, RS,
+    i_bh, q_length, k_length, TQ, TK, LQ, RS, KW, SLOPE,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -105,8 +109,9 @@ def _head_backward(
     b_do = tl.load(p_do + o_m64 * s_gt + o_d[None, :], mask=m_md, other=0.0)
     b_v = tl.load(p_v + o_n64 * s_vt + o_d[None, :], mask=m_nd, other=0.0)
     b_q, b_k, b_s, b_m = _row_scores(
-        p_q, p_k, p_words, o_m, o_n, m_md, m_nd, m_m, k_length, s_qt, s_kt, o_d, LQ, RS, scale_log2, BN, PRECISION
-    )
+        p_q, p_k, p_words, p_anchor, o_m, o_n, m_md, m_nd, m_m, k_length, s_qt, s_kt, o_d, KW, LQ, RS, SLOPE,
+        scale_log2, BN, PRECISION,
+    )  # fmt: skip
     b_p = tl.exp2(b_s - b_m[:, None])
     b_l = tl.sum(b_p, 1)
     b_p = b_p * (1.0 / tl.where(b_l > 0, b_l, 1.0))[:, None]
@@ -142,13 +147,13 @@ def _zero_rows(p_x, first, end, stride, N: tl.constexpr, D: tl.constexpr, BD: tl
     )
 
 
-@triton.jit(do_not_specialize=["H", "MH", "TQ", "TK", "LQ", "RS", "KW", "threshold"])
+@triton.jit(do_not_specialize=["H", "MH", "TQ", "TK", "LQ", "RS", "KW", "SLOPE", "threshold"])
 def _small_backward_kernel(
-    p_q, p_k, p_v, p_do, p_dlse, p_dq, p_dk, p_dv, p_words, p_q_lengths, p_k_lengths, p_seed,
+    p_q, p_k, p_v, p_do, p_dlse, p_dq, p_dk, p_dv, p_words, p_q_lengths, p_k_lengths, p_seed, p_anchor,
     scale, scale_log2, threshold, inverse_keep,
     s_qb, s_qh, s_qt, s_kb, s_kh, s_kt, s_vb, s_vh, s_vt, s_gb, s_gh, s_gt,
     s_dqb, s_dqh, s_dqt, s_dkb, s_dkh, s_dkt, s_dvb, s_dvh, s_dvt,
-    H, MH, TQ, TK, LQ, RS, KW,
+    H, MH, TQ, TK, LQ, RS, KW, SLOPE,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -169,12 +174,16 @@ def _small_backward_kernel(
     p_dq += i_b64 * s_dqb + i_h64 * s_dqh
     p_dk += i_b64 * s_dkb + i_h64 * s_dkh
     p_dv += i_b64 * s_dvb + i_h64 * s_dvh
-    p_words += tl.where(MH > 1, i_h, 0).to(tl.int64) * KW * LQ
+    i_mh = tl.where(MH > 1, i_h, 0)
+    p_words += i_mh.to(tl.int64) * KW * LQ
+    if p_anchor is not None:
+        p_anchor += i_mh
 
     if BM >= 128 and q_length <= BM // 2 and k_length <= BN // 2:  # a quarter of the work
         _head_backward(
-            p_q, p_k, p_v, p_do, p_dlse, p_dq, p_dk, p_dv, p_words, p_seed, scale, scale_log2, threshold, inverse_keep,
-            s_qt, s_kt, s_vt, s_gt, s_dqt, s_dkt, s_dvt, i_bh, q_length, k_length, TQ, TK, LQ, RS,
+            p_q, p_k, p_v, p_do, p_dlse, p_dq, p_dk, p_dv, p_words, p_seed, p_anchor,
+            scale, scale_log2, threshold, inverse_keep, s_qt, s_kt, s_vt, s_gt, s_dqt, s_dkt, s_dvt,
+            i_bh, q_length, k_length, TQ, TK, LQ, RS, KW, SLOPE,
             D, BD, BM // 2, BN // 2, DROPOUT, PRECISION,
         )  # fmt: skip
         _zero_rows(p_dq, BM // 2, TQ, s_dqt, BM // 2, D, BD)
@@ -182,8 +191,9 @@ def _small_backward_kernel(
         _zero_rows(p_dv, BN // 2, TK, s_dvt, BN // 2, D, BD)
     else:
         _head_backward(
-            p_q, p_k, p_v, p_do, p_dlse, p_dq, p_dk, p_dv, p_words, p_seed, scale, scale_log2, threshold, inverse_keep,
-            s_qt, s_kt, s_vt, s_gt, s_dqt, s_dkt, s_dvt, i_bh, q_length, k_length, TQ, TK, LQ, RS,
+            p_q, p_k, p_v, p_do, p_dlse, p_dq, p_dk, p_dv, p_words, p_seed, p_anchor,
+            scale, scale_log2, threshold, inverse_keep, s_qt, s_kt, s_vt, s_gt, s_dqt, s_dkt, s_dvt,
+            i_bh, q_length, k_length, TQ, TK, LQ, RS, KW, SLOPE,
             D, BD, BM, BN, DROPOUT, PRECISION,
         )  # fmt: skip
 

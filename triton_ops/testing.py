@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from .api import block_sparse_attention
-from .layout import AttentionLayout
+from .layout import AttentionLayout, Layout
+from .offsets import SLOPE_BITS, OffsetLayout
 from .reference import attention_reference, decode_reference, dropout_keep, visible_cells
 
 # Roundings, in units of machine epsilon, that the kernels may add to the error of the reference. Half precision: P
@@ -45,9 +46,21 @@ def block_mask(
     return mask.repeat_interleave(cols, 2)[:, :, :k_size]
 
 
+def random_offsets(heads: int, k_size: int, device="cpu") -> OffsetLayout:
+    """A tenth of the offsets of sentences of `k_size` keys, and the diagonal, whose slope is 0.9."""
+    keep = torch.rand(heads, 2 * k_size - 1, generator=torch.Generator().manual_seed(1)) < 0.1
+    keep[:, k_size - 1] = True
+    anchor = torch.zeros(heads, dtype=torch.int64)
+    return OffsetLayout.from_offsets(keep, round(0.9 * (1 << SLOPE_BITS)), anchor, k_size).to(device)
+
+
 @dataclass
 class Case:
-    """One attention problem, inputs included. Padded positions of q, k, v and the gradient hold NaN."""
+    """One attention problem, inputs included. Padded positions of q, k, v and the gradient hold NaN.
+
+    keep: as in `reference.visible_cells`.
+    offsets: what the kernels read of it where it is one of offsets; else they read a layout made with `tile`.
+    """
 
     q: Tensor
     k: Tensor
@@ -62,10 +75,11 @@ class Case:
     seed: int = 0
     scale: float = 1.0
     tile: int | tuple[int, int] | None = None
-    layout: AttentionLayout = field(init=False)
+    offsets: OffsetLayout | None = None
+    layout: Layout = field(init=False)
 
     def __post_init__(self) -> None:
-        self.layout = AttentionLayout.from_keep_mask(self.keep, tile=self.tile)
+        self.layout = self.offsets or AttentionLayout.from_keep_mask(self.keep, tile=self.tile)
 
     def options(self) -> dict:
         return dict(
@@ -135,7 +149,7 @@ def _clean(x: Tensor, lengths: Tensor | None) -> Tensor:
 def run_reference(case: Case, dtype: torch.dtype) -> dict[str, Tensor]:
     """out, lse, dq, dk, dv of the definition computed in `dtype`."""
     q, k, v = (x.detach().to(dtype).requires_grad_() for x in (case.q, case.k, case.v))
-    keep = case.keep[:, : q.size(2), : k.size(2)]
+    keep = case.keep[..., : q.size(2), : k.size(2)]
     out, lse, _ = attention_reference(q, k, v, keep, **case.options())
     outputs, grads = [out], [_clean(case.grad_out, case.q_lengths).to(dtype)]
     if case.grad_lse is not None:
@@ -165,7 +179,7 @@ def rounding_scale(case: Case) -> dict[str, float]:
     """
     q, k, v, g = (torch.nan_to_num(x.double()) for x in (case.q, case.k, case.v, case.grad_out))
     batch, heads, q_size = q.shape[:3]
-    keep = case.keep[:, :q_size, : k.size(2)]
+    keep = case.keep[..., :q_size, : k.size(2)]
     cells = visible_cells(keep, case.q_lengths, case.k_lengths, case.causal)
     scores = (q @ k.transpose(-1, -2) * case.scale).masked_fill(~cells, -torch.inf)
     p = torch.nan_to_num(torch.softmax(scores, -1))

@@ -18,6 +18,7 @@ from triton_ops import AttentionLayout, backward, beam_search, decode, forward, 
 from triton_ops.api import advance_beams, continue_beams
 from triton_ops.beam_state import BeamState
 from triton_ops.call import Call
+from triton_ops.testing import random_offsets
 
 KERNELS = [
     forward._forward_kernel,
@@ -73,18 +74,25 @@ def compile_only(self, grid):
         kernel = self.run(*args, grid=grid, warmup=True, **options)
         wgmma = "wgmma.mma_async" in kernel.asm["ptx"]
         constants = {p.name: options[p.name] for p in self.params if p.is_constexpr}
-        compiled[id(kernel)] = dict(name=self.__name__, shared=kernel.metadata.shared, wgmma=wgmma, **constants)
+        offsets = options["p_anchor"] is not None if "p_anchor" in options else None
+        compiled[id(kernel)] = dict(
+            name=self.__name__, shared=kernel.metadata.shared, wgmma=wgmma, offsets=offsets, **constants
+        )
 
     return launch
 
 
 def attend(dtype, dim, tile, dropout_p, size, batch):
-    layout = AttentionLayout.from_keep_mask(torch.ones(2, 600, 600, dtype=torch.bool), tile=tile)
+    """Under a mask of cells in such tiles, or for None one of offsets."""
+    if tile is None:
+        layout = random_offsets(2, 600)
+    else:
+        layout = AttentionLayout.from_keep_mask(torch.ones(2, 600, 600, dtype=torch.bool), tile=tile)
     q, k, v = (torch.empty(size, batch, 2, dim, dtype=dtype).permute(1, 2, 0, 3) for _ in range(3))
     lengths = torch.ones(batch, dtype=torch.int64)
     seed = torch.ones(1, dtype=torch.int64) if dropout_p else None
-    tables = [*layout.query_table()[:2], *layout.key_table()[:2]]
-    rest = (layout.words, layout.row_shift, tables, *layout.tile, lengths, lengths, seed, dropout_p, 0.1)
+    mask = layout.words, layout.row_shift, layout.tables(training=True), *layout.tile
+    rest = (*mask, lengths, lengths, seed, dropout_p, 0.1, layout.slope, layout.anchor)
     out, lse = ops.attention_op(q, k, v, *rest)
     ops.attention_backward_op(torch.empty_like(out), None, q, k, v, out, lse, *rest)
 
@@ -119,22 +127,24 @@ def describe(x):
 
 
 def decode_steps(dtype, dim, size, batch, beam=3):
-    """With every kind of cache and every combination of tables."""
-    lists = AttentionLayout.from_keep_mask(torch.ones(2, 8, size, dtype=torch.bool), tile=64).row_lists()
+    """With every kind of cache and every combination of tables; cross-attention under a mask of offsets, too."""
+    cells = AttentionLayout.from_keep_mask(torch.ones(2, 8, size, dtype=torch.bool), tile=64)
     q = torch.empty(batch, beam, 2, dim, dtype=dtype)
     lengths = torch.ones(batch, dtype=torch.int64)
     rows, offsets = torch.zeros(batch, beam, size, dtype=torch.int32), torch.zeros(2, size, dtype=torch.int32)
     starts = torch.zeros(batch, 2, dtype=torch.int64)
     pool = torch.empty(size, 2, dim, dtype=dtype)
-    for k, *tables in [
-        (torch.empty(batch, beam, 2, size, dim, dtype=dtype), None, None, None),
-        (torch.empty(batch, 2, size, dim, dtype=dtype), None, None, None),
-        (pool, rows, None, None),
-        (pool[:, 0], rows, None, offsets),
-        (pool, None, starts[:, 0].contiguous(), None),
-        (pool[:, 0], None, starts, offsets),
+    for layout, k, *tables in [
+        (cells, torch.empty(batch, beam, 2, size, dim, dtype=dtype), None, None, None),
+        (cells, torch.empty(batch, 2, size, dim, dtype=dtype), None, None, None),
+        (cells, pool, rows, None, None),
+        (cells, pool[:, 0], rows, None, offsets),
+        (cells, pool, None, starts[:, 0].contiguous(), None),
+        (cells, pool[:, 0], None, starts, offsets),
+        (random_offsets(2, size), pool[:, 0], None, starts, offsets),
     ]:
-        ops.decode_op(q, k, k, *lists, torch.tensor([3]), size, lengths, *tables, 0.1)
+        mask = layout.slope, layout.anchor
+        ops.decode_op(q, k, k, *layout.row_lists(), torch.tensor([3]), size, lengths, *tables, 0.1, *mask)
 
 
 def search_step(size, batch, beam=3):
@@ -156,10 +166,14 @@ def main():
     attend(torch.bfloat16, 128, 128, 0.1, 300, 2)
     for tile in [(64, 16), (128, 16), (64, 1)]:
         attend(torch.bfloat16, 64, tile, 0.0, 300, 2)
+    for size in (20, 100, 300):
+        attend(torch.bfloat16, 64, None, 0.0, size, 2)
+    attend(torch.float32, 96, None, 0.0, 300, 2)
     before_lengths = len(compiled)
 
     def lengths_seen(size, batch):
         attend(torch.bfloat16, 32, 64, 0.1, size, batch)
+        attend(torch.bfloat16, 32, None, 0.1, size, batch)
         decode_steps(torch.bfloat16, 32, size, batch)
         search_step(size, batch)
 

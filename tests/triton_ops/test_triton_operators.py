@@ -31,7 +31,8 @@ def test_opcheck_attention(size, dropout_p):
     tables = [*layout.query_table()[:2], *layout.key_table()[:2]]
     lengths = torch.tensor([size, size // 2], device=DEVICE)
     seed = torch.tensor([3], device=DEVICE) if dropout_p else None
-    arguments = (q, k, v, layout.words, layout.row_shift, tables, *layout.tile, lengths, lengths, seed, dropout_p, 0.25)
+    mask, numbers = (layout.words, layout.row_shift, tables, *layout.tile), (dropout_p, 0.25, 0, None)
+    arguments = (q, k, v, *mask, lengths, lengths, seed, *numbers)
     torch.library.opcheck(attention_op, arguments, rtol=1e-4, atol=1e-5)
 
 
@@ -39,7 +40,7 @@ def test_opcheck_decode():
     layout, _ = problem(24)
     q, k = torch.randn(2, 3, 2, 16, device=DEVICE), torch.randn(2, 3, 2, 24, 16, device=DEVICE)
     step = torch.tensor([7], device=DEVICE)
-    torch.library.opcheck(decode_op, (q, k, k, *layout.row_lists(), step, 24, None, None, None, None, 0.25))
+    torch.library.opcheck(decode_op, (q, k, k, *layout.row_lists(), step, 24, *[None] * 4, 0.25, 0, None))
 
 
 @BOTH_SIZES
