@@ -11,7 +11,9 @@ tensor (what stock fairseq computes), FlexAttention with the same block mask, an
 90% sparsity even 4 x 16 x 4096 takes no longer than its launch from Python, which the section `host` measures by
 itself. `tflops` counts kept cells only (all of a dense rival): 4 D FLOP per kept cell forward, 10 D more backward.
 `gathered` is what forward reads of keys and values, each kept block once per query tile, over its time. Heads have 64
-elements but in the section `head sizes`; blocks are squares but in the section `flat`. The section `ceilings` measures
+elements but in the section `head sizes`; blocks are squares but in the section `flat`. The section `relative` compares
+masks of offsets with masks of the same cells and with torch's attention, for which it builds the mask of every sentence
+in every call, as a model does. The section `ceilings` measures
 what the chip gives: a matrix product of 8192³, and reads of the same gathered blocks without any arithmetic.
 """
 
@@ -39,9 +41,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from provenance import git_commit
 
 from triton_ops import AttentionLayout, block_sparse_attention, decode_attention
+from triton_ops.dense import attend_dense
 from triton_ops.layout import TILES
 from triton_ops.reference import attention_reference
-from triton_ops.testing import assert_decode_within_budget, assert_within_budget, block_mask, make_case
+from triton_ops.testing import (
+    assert_decode_within_budget,
+    assert_within_budget,
+    block_mask,
+    make_case,
+    random_offsets,
+)
 
 DEVICE = "cuda"
 DENSE_MASK_LIMIT = 2048  # longest sequences for which a dense mask and the scores of the reference are built
@@ -187,6 +196,25 @@ def gate() -> None:
             )
         )
 
+    for size in (32, 128, 200):
+        layout, lengths = random_offsets(2, size, DEVICE), torch.tensor([size, size // 2, 1])
+        assert_within_budget(
+            make_case(
+                batch=3,
+                heads=2,
+                q_size=size,
+                k_size=size,
+                dim=64,
+                dtype=BFLOAT16,
+                keep=layout.keep_mask(size, size, lengths.to(DEVICE)),
+                offsets=layout,
+                scale=0.125,
+                dropout_p=0.1,
+                k_lengths=lengths,
+                device=DEVICE,
+            )
+        )
+
     keep = torch.rand(2, 90, 100, device=DEVICE) < 0.3
     layout, step = AttentionLayout.from_keep_mask(keep), torch.tensor([60], device=DEVICE)
     q = torch.randn(3, 5, 2, 64, device=DEVICE, dtype=BFLOAT16)
@@ -194,6 +222,10 @@ def gate() -> None:
         tensors = [q, *(torch.randn(shape, device=DEVICE, dtype=BFLOAT16) for _ in range(2))]
         ours = decode_attention(*tensors, layout, step, backend="triton")
         assert_decode_within_budget(ours, *tensors, keep[:, 60], scale=0.125)
+    layout, lengths = random_offsets(2, 100, DEVICE), torch.tensor([100, 40, 1], device=DEVICE)
+    ours = decode_attention(*tensors, layout, step, k_lengths=lengths, backend="triton")
+    row = layout.keep_row(step, 100, lengths)
+    assert_decode_within_budget(ours, *tensors, row, k_lengths=lengths, scale=0.125)
 
 
 def square_case(
@@ -359,6 +391,53 @@ def decode_case(batch: int, beam: int, heads: int, size: int, sparsity: float, r
     return rows
 
 
+def relative_case(batch: int, heads: int, size: int, repeats: int) -> list[dict]:
+    """Cross-attention of sentences of random lengths under a mask of offsets, forward + backward."""
+    (q, k, v, grad), lengths, _ = sentence_problem(batch, heads, size)
+    layout = random_offsets(heads, size, DEVICE)
+    keep = layout.keep_mask(size, size)[0]
+    absolute = AttentionLayout.from_keep_mask(keep).prepare()
+    methods = {
+        "ours": functools.partial(block_sparse_attention, layout=layout, k_lengths=lengths, backend="triton"),
+        "mask of cells": functools.partial(
+            block_sparse_attention, layout=absolute, k_lengths=lengths, backend="triton"
+        ),
+        "sdpa, mask built": functools.partial(block_sparse_attention, layout=layout, k_lengths=lengths, backend="sdpa"),
+    }
+    shape = dict(case="relative", batch=batch, heads=heads, size=size, dim=q.size(-1), dtype="bfloat16")
+    shape |= dict(sparsity=1 - float(keep.float().mean()), mean_length=float(lengths.float().mean()))
+    rows = []
+    for direction in BOTH:
+        for name, method in methods.items():
+            run = functools.partial(method, q, k, v) if direction == "forward" else training_step(method, q, k, v, grad)
+            rows.append(dict(**shape, direction=direction, method=name, **measure(run, repeats)))
+    return rows
+
+
+def relative_decode_case(batch: int, beam: int, heads: int, size: int, repeats: int) -> list[dict]:
+    """One step of cross-attention, whose beams share a cache, under a mask of offsets."""
+    (q, k, v, _), lengths, _ = sentence_problem(batch, heads, size)
+    q = q[:, :, :1].expand(-1, -1, beam, -1).transpose(1, 2).contiguous()
+    layout, step = random_offsets(heads, size, DEVICE), torch.tensor([size // 2], device=DEVICE)
+    keep = layout.keep_mask(size, size)[0]
+    absolute = AttentionLayout.from_keep_mask(keep).prepare(decode=True)
+    layout.row_lists()
+
+    def dense():
+        row = layout.keep_row(step, size, lengths).unsqueeze(-2)
+        return attend_dense(q.transpose(1, 2), k, v, row, scale=0.125, k_lengths=lengths)[0]
+
+    step_of = functools.partial(decode_attention, q, k, v, step=step, k_lengths=lengths, backend="triton")
+    methods = {
+        "ours": functools.partial(step_of, layout=layout),
+        "mask of cells": functools.partial(step_of, layout=absolute),
+        "sdpa, mask built": dense,
+    }
+    shape = dict(case="decode relative", batch=batch, beam=beam, heads=heads, size=size, dim=q.size(-1))
+    shape |= dict(dtype="bfloat16", sparsity=1 - float(keep[:, size // 2].float().mean()))
+    return [dict(**shape, method=name, **measure(run, repeats)) for name, run in methods.items()]
+
+
 def memory_case(batch: int, heads: int, size: int) -> list[dict]:
     """Peak memory of forward + backward above the inputs, ours against SDPA's flash back end."""
     q, k, v, grad = (torch.randn(batch, heads, size, 64, device=DEVICE, dtype=BFLOAT16) for _ in range(4))
@@ -475,6 +554,11 @@ def sections(repeats: int) -> dict[str, list[Callable[[], list[dict]]]]:
             for batch, size in [(256, 32), (128, 64), (64, 128)]
         ],
         "decode": [lambda: decode_case(64, 5, 8, 1000, 0.9, repeats)],
+        "relative": [
+            functools.partial(relative_case, batch, 8, size, repeats)
+            for batch, size in [(256, 32), (128, 64), (64, 128), (8, 1024)]
+        ]
+        + [functools.partial(relative_decode_case, 64, 5, 8, size, repeats) for size in (30, 1000)],
         "memory": [lambda: memory_case(2, 16, 8192)],
         "host": [lambda: host_case(4, 8, 32, repeats), lambda: host_case(1, 4, 512, repeats)],
         "ceilings": [lambda: ceiling_case(repeats)],
@@ -520,6 +604,7 @@ RIVALS = {  # column of the table: what is in it
     "SDPA of a step": ("sdpa of a step",),
     "reference": ("reference",),
 }
+RIVALS_OF_OFFSETS = {"mask of cells": ("mask of cells",), "SDPA, mask built": ("sdpa, mask built",)}  # where measured
 
 
 def table(report: dict) -> str:
@@ -530,6 +615,8 @@ def table(report: dict) -> str:
     for row in report["rows"]:
         groups.setdefault(group_key(row), []).append(row)
     dense_rows = [row for row in report["rows"] if row["method"] in DENSE]
+    with_offsets = any(row["method"] in methods for row in report["rows"] for methods in RIVALS_OF_OFFSETS.values())
+    columns = RIVALS | (RIVALS_OF_OFFSETS if with_offsets else {})
     body = []
     for rows in groups.values():
         ours = next((row for row in rows if row["method"] == "ours"), None)
@@ -542,11 +629,11 @@ def table(report: dict) -> str:
         shape = f"{batch}, {ours['heads']}, {ours['size']}" + (f", D = {ours['dim']}" if ours["dim"] != 64 else "")
         cells = [ours["case"], shape, f"{ours['sparsity']:.1%}"]
         cells += [str(ours.get("block", 1)), ours.get("direction", "step"), f"{ours['median_ms']:.3g}", rate]
-        body.append(cells + [_times_longer(rivals, methods, ours["median_ms"]) for methods in RIVALS.values()])
-    header = ["case", "B, H, T", "sparsity", "block", "direction", "ours, ms", "TFLOP/s", *RIVALS]
+        body.append(cells + [_times_longer(rivals, methods, ours["median_ms"]) for methods in columns.values()])
+    header = ["case", "B, H, T", "sparsity", "block", "direction", "ours, ms", "TFLOP/s", *columns]
     made = f"{report['device']}, torch {report['torch']}, triton {report['triton']}, commit {report['commit']}: "
     lines = [f"{made}`{report['command']}`", *([report["note"]] if "note" in report else []), ""]
-    return "\n".join([*lines, markdown(Table(header, body, align="llrrl" + "r" * (2 + len(RIVALS))))])
+    return "\n".join([*lines, markdown(Table(header, body, align="llrrl" + "r" * (2 + len(columns))))])
 
 
 def _times_longer(rows: list[dict], methods: tuple[str, ...], ours: float) -> str:

@@ -9,7 +9,7 @@ import torch
 from ap_fairseq.search.beams import BeamSearchState
 from triton_ops import AttentionLayout, append_to_pool, decode_attention
 from triton_ops.layout import TILES
-from triton_ops.testing import assert_within_budget, block_mask, make_case
+from triton_ops.testing import assert_within_budget, block_mask, make_case, random_offsets
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # a CPU with TRITON_INTERPRET=1 checks the script itself
 
@@ -29,12 +29,17 @@ def attention() -> None:
         lengths = dict.fromkeys(("q_lengths", "k_lengths"), torch.tensor([size, size // 2, 0]))
         keep = random(2, size, size) < 0.7
         assert_within_budget(make_case(batch=3, q_size=size, k_size=size, keep=keep, causal=True, **lengths, **common))
+    for size in (32, 128, 200):
+        lengths, offsets = torch.tensor([size, size // 2, 1]), random_offsets(2, size, DEVICE)
+        keep = offsets.keep_mask(size, size, lengths.to(DEVICE))
+        sizes = dict(batch=3, q_size=size, k_size=size, k_lengths=lengths)
+        assert_within_budget(make_case(keep=keep, offsets=offsets, **sizes, **common))
 
 
 def decoding() -> None:
-    layout = AttentionLayout.from_keep_mask((random(2, 90, 90) < 0.5).to(DEVICE))
+    cells, offsets = AttentionLayout.from_keep_mask((random(2, 90, 90) < 0.5).to(DEVICE)), random_offsets(2, 90, DEVICE)
     q = random(2, 3, 2, 64).to(DEVICE, torch.float16)
-    for shape in [(2, 3, 2, 90, 64), (2, 2, 90, 64)]:
+    for layout, shape in [(cells, (2, 3, 2, 90, 64)), (cells, (2, 2, 90, 64)), (offsets, (2, 2, 90, 64))]:
         k, v = (random(*shape, seed=seed).to(DEVICE, torch.float16) for seed in (2, 3))
         ours, reference = (decode_attention(q, k, v, layout, 60, backend=name) for name in ("triton", "sdpa"))
         torch.testing.assert_close(ours, reference, rtol=2e-2, atol=2e-2)

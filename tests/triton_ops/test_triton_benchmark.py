@@ -52,6 +52,7 @@ def test_every_section_runs_and_is_tabulated(bench):
     rows += bench.square_case(1, 1, 150, 0.5, (64, 16), ["forward"], 1, rivals=False, dim=16)
     rows += bench.sentence_case(2, 1, 16, 1)
     rows += bench.decode_case(1, 2, 1, 30, 0.9, 1)
+    rows += bench.relative_case(2, 1, 16, 1) + bench.relative_decode_case(1, 2, 1, 30, 1)
     rows += [dict(case="ceiling", method="product", median_ms=1.0, tflops=700.0)]
     report = dict(device="CPU", torch="2", triton="3", commit="0", command="none", rows=rows)
     report = json.loads(json.dumps(report))
@@ -62,8 +63,11 @@ def test_every_section_runs_and_is_tabulated(bench):
         "% | 64x16 | forward | 2 |",
         "| sentence | 2, 1, 16 |",
         "| decode self | 1x2, 1, 30 |",
-        "| forward | 2 | 0 | | | | | 1.00 | | | 1.00 |",  # ours in ms; then dense mask and reference
-        "| step | 2 | | | | | | | 1.00 | 1.00 | |",
+        "| forward | 2 | 0 | | | | | 1.00 | | | 1.00 | | |",  # ours in ms; then dense mask and reference
+        "| relative | 2, 1, 16 |",
+        "| forward+backward | 2 | | | | | | | | | | 1.00 | 1.00 |",
+        "| decode relative | 1x2, 1, 30 |",
+        "| step | 2 | | | | | | | 1.00 | 1.00 | | | |",
         "bytes per cell",
         "Ceiling, product: 700",
     ):
