@@ -12,9 +12,8 @@ from ap_fairseq.artifacts import extrapolated
 from ap_fairseq.files import ArtifactError, UserError
 from ap_fairseq.model.dynamic import DynamicPruning
 from ap_fairseq.model.kv_cache import CrossAttentionCache, KVCache, SelfAttentionCache, step_limit, stored_columns
-from ap_fairseq.relative import scaled
 from ap_fairseq.sites import AttentionKind
-from triton_ops import AttentionLayout, block_sparse_attention, use_kernels
+from triton_ops import AttentionLayout, Layout, OffsetLayout, block_sparse_attention, use_kernels
 from triton_ops.api import HEAD_SIZES
 from triton_ops.dense import attend_dense
 from triton_ops.layout import unpack_cells
@@ -22,6 +21,8 @@ from triton_ops.reference import visible_cells
 
 OFFSET_BUFFERS = ("offset_words", "offset_geometry", "offset_anchor")
 MASK_BUFFERS = ("keep_words", "extrapolation_words", "mask_range", *OFFSET_BUFFERS)
+# Whether the back end auto runs relative masks on the kernels, which it will once these were measured on a GPU.
+AUTO_RUNS_RELATIVE_ON_KERNELS = False
 LAST_USE_MEMO = 16  # answers of `last_use` that a module remembers: searches ask for a few lengths again and again
 
 
@@ -45,16 +46,16 @@ class PrunedMultiheadAttention(NotScriptable, MultiheadAttention):
       ceil((Tq + Tk - 1) / 32)): 32 cells to a word, bit set = kept (see :func:`ap_fairseq.artifacts.pack_cells`);
     - ``mask_range`` int64 (2,): Tq, Tk. Before a mask is set all three are empty, and a forward pass is an error;
     - ``offset_words`` int64 (heads, ceil(O / 32)), ``offset_geometry`` int64 (2,): the slope, and the number O of
-      offsets, and ``offset_anchor`` int64 (heads,). Cross-attention under a mask relative to a scaled diagonal
-      (:mod:`ap_fairseq.relative`) keeps the cells that both masks keep, and runs on torch's attention, as the kernels
-      read no such mask. Empty for other masks.
+      offsets, and ``offset_anchor`` int64 (heads,). With them cross-attention is under a mask relative to a scaled
+      diagonal (:mod:`ap_fairseq.relative`), and the others keep everything. Empty for other masks.
 
     Args:
         embed_dim, num_heads: as in fairseq.
         kind: the attention kind, which decides causality and where keys come from.
         backend: ``triton`` (block-sparse kernels), ``sdpa`` (torch's attention under a dense mask, any device) or
-            ``auto``, which takes the kernels for half and single precision on a GPU and else sdpa. ``triton`` raises
-            UserError where the kernels cannot run.
+            ``auto``, which takes the kernels for half and single precision on a GPU and else sdpa, which it also takes
+            for relative masks (:data:`AUTO_RUNS_RELATIVE_ON_KERNELS`). ``triton`` raises UserError where the kernels
+            cannot run.
         dynamic: pruning per sentence, on top of the mask; not with ``triton``.
         max_steps: decoding takes at most so many steps. The caches drop what no mask row below keeps; None: unknown, so
             they keep all. A search that knows better says so (see :func:`ap_fairseq.model.kv_cache.limit_steps`).
@@ -131,11 +132,7 @@ class PrunedMultiheadAttention(NotScriptable, MultiheadAttention):
         offset_geometry: Tensor | None = None,
         offset_anchor: Tensor | None = None,
     ) -> None:
-        """Take a packed mask (shapes as the buffers). A checkpoint loaded afterwards does not replace it.
-
-        Raises:
-            UserError: for a mask relative to a scaled diagonal with the back end ``triton``.
-        """
+        """Take a packed mask (shapes as the buffers). A checkpoint loaded afterwards does not replace it."""
         buffers = no_offsets(self.num_heads)
         buffers |= {"keep_words": keep_words, "extrapolation_words": extrapolation_words, "mask_range": mask_range}
         if offset_words is not None:
@@ -144,24 +141,21 @@ class PrunedMultiheadAttention(NotScriptable, MultiheadAttention):
             setattr(self, name, value.to(self.out_proj.weight.device))
         self.mask_is_explicit = True
         self._forget_derived()
-        self._require_backend()
 
     @property
     def is_relative(self) -> bool:
         """Whether the mask is relative to a scaled diagonal."""
         return self.offset_geometry.numel() > 0
 
-    def _require_backend(self) -> None:
-        if self.is_relative and self.backend == "triton":
-            raise UserError(
-                f"--attention-backend triton: the masks of {self.kind.value} attention are relative to a scaled "
-                "diagonal, which the kernels do not read; use auto or sdpa, or masks of another --granularity"
-            )
+    @property
+    def resolved_backend(self) -> str:
+        """The back end, with what ``auto`` means for the mask."""
+        relative_on_sdpa = self.is_relative and self.backend == "auto" and not AUTO_RUNS_RELATIVE_ON_KERNELS
+        return "sdpa" if relative_on_sdpa else self.backend
 
     def _forget_derived(self) -> None:
-        self._layout: AttentionLayout | None = None
-        self._offsets: tuple[int, Tensor, Tensor | None] | None = None
-        self._last_use: tuple[AttentionLayout | None, dict[int, Tensor]] = None, {}
+        self._layout: Layout | None = None
+        self._last_use: tuple[Layout | None, dict[int, Tensor]] = None, {}
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         if prefix + "keep_words" in state_dict:  # checkpoints of version 0.2 have no offsets
@@ -175,63 +169,44 @@ class PrunedMultiheadAttention(NotScriptable, MultiheadAttention):
                 setattr(self, name, torch.empty_like(state_dict[key], device=getattr(self, name).device))
         self._forget_derived()
         super()._load_from_state_dict(state_dict, prefix, *args)
-        self._require_backend()
 
     def keep_mask(self, n_queries: int, n_keys: int) -> Tensor:
         """Return the keep mask, bool (heads, n_queries, n_keys), True = kept; the diagonal pattern beyond its range.
 
-        Without offsets, which depend on the sentence: :meth:`relative_mask`.
+        Of a relative mask (1, heads, n_queries, n_keys), for a source of *n_keys* tokens.
         """
         return self.layout(n_queries, n_keys).keep_mask(n_queries, n_keys)
 
-    def relative_mask(self, rows: Tensor, lengths: Tensor, n_keys: int) -> Tensor:
-        """Return what a mask relative to a scaled diagonal keeps: bool (B, heads, R, n_keys), True = kept.
-
-        Args:
-            rows: int64 (R,), query positions.
-            lengths: int64 (B,), source tokens of each sentence.
-        """
-        slope, table, anchor = self._offset_table()
-        last = (lengths - 1).clamp_min(0)[:, None]  # (B, 1)
-        centre = torch.minimum(scaled(slope, rows), last)  # (B, R)
-        key = torch.arange(n_keys, device=rows.device)
-        index = key - centre[..., None] + table.size(1) // 2  # (B, R, n_keys)
-        kept = table[:, index.clamp(0, table.size(1) - 1)].transpose(0, 1)
-        if anchor is None:
-            return kept
-        cell = torch.minimum((centre[:, None] + anchor[:, None]).clamp_min(0), last[..., None])  # (B, heads, R)
-        return kept | (key == cell[..., None])
-
-    @torch.inference_mode(False)
-    def _offset_table(self) -> tuple[int, Tensor, Tensor | None]:
-        """Return the slope, bool (heads, 2 S + 1), what is kept at each offset, and anchors, int64 (heads,).
-
-        The ends of the table are for offsets beyond the mask. Anchors are None where all are 0, which is in the table.
-        """
-        if self._offsets is None or self._offsets[1].device != self.offset_words.device:
-            slope, n_offsets = self.offset_geometry.tolist()
-            table = F.pad(unpack_cells(self.offset_words, n_offsets), (1, 1), value=True)
-            self._offsets = slope, table, self.offset_anchor if self.offset_anchor.any() else None
-        return self._offsets
-
     @torch.inference_mode(False)  # what is kept may be needed for training later
-    def layout(self, n_queries: int, n_keys: int) -> AttentionLayout:
-        """Return the keep mask as attention reads it: at least (n_queries, n_keys), built once and kept."""
+    def layout(self, n_queries: int, n_keys: int) -> Layout:
+        """Return the mask as attention reads it: at least (n_queries, n_keys), built once and kept."""
         layout = self._layout
         if layout is None or layout.device != self.keep_words.device:
-            layout = self._layout = AttentionLayout.from_keep_mask(self._unpack(n_queries, n_keys))
+            layout = self._layout = self._build_layout(n_queries, n_keys)
         elif layout.q_size < n_queries or layout.k_size < n_keys:  # either side only grows
             size = max(layout.q_size, n_queries), max(layout.k_size, n_keys)
-            layout = self._layout = AttentionLayout.from_keep_mask(self._unpack(*size))
+            layout = self._layout = self._build_layout(*size)
         return layout
 
-    def derived(self) -> AttentionLayout | None:
+    def _build_layout(self, n_queries: int, n_keys: int) -> Layout:
+        if not self.is_relative:
+            return AttentionLayout.from_keep_mask(self._unpack(n_queries, n_keys))
+        slope, n_offsets = self.offset_geometry.tolist()
+        n_keys = max(n_offsets // 2 + 1, 1 << (n_keys - 1).bit_length())  # doubled: built anew only a few times
+        return OffsetLayout.from_offsets(unpack_cells(self.offset_words, n_offsets), slope, self.offset_anchor, n_keys)
+
+    def derived(self) -> Layout | None:
         """Return the layout that passes read now, if any; a graph that holds its address must keep it alive."""
         return self._layout
 
     @torch.inference_mode(False)
     def last_use(self, n_rows: int, n_keys: int) -> Tensor:
-        """Return the last of the first *n_rows* mask rows that keeps each column, int64 (heads, n_keys); or -1."""
+        """Return the last of the first *n_rows* mask rows that keeps each column, int64 (heads, n_keys); or -1.
+
+        Of a relative mask the very last: what its rows keep depends on the sentence.
+        """
+        if self.is_relative:
+            return self.offset_words.new_full((self.num_heads, n_keys), n_rows - 1)
         layout = self.layout(n_rows, n_keys)
         if self._last_use[0] is not layout:
             self._last_use = (layout, {})
@@ -330,8 +305,8 @@ class PrunedMultiheadAttention(NotScriptable, MultiheadAttention):
 
     def runs_kernels(self, dtype: torch.dtype, device: torch.device) -> bool:
         """Whether attention to tensors of that type on that device runs on the kernels."""
-        by_sentence = self.dynamic is not None or self.is_relative or self.selected is not None
-        return not by_sentence and use_kernels(self.backend, dtype, self.head_dim, device)
+        by_sentence = self.dynamic is not None or self.selected is not None
+        return not by_sentence and use_kernels(self.resolved_backend, dtype, self.head_dim, device)
 
     def waits_for_device(self, dtype: torch.dtype, device: torch.device) -> bool:
         """Whether a step of decoding by such a cache as counts its steps on the device waits for that count."""
@@ -344,19 +319,16 @@ class PrunedMultiheadAttention(NotScriptable, MultiheadAttention):
         lengths = None if key_padding is None else real_lengths(key_padding)
         q_lengths = lengths if self.self_attention else None
         options = dict(q_lengths=q_lengths, k_lengths=lengths, dropout_p=self._dropout_p(), scale=self.scaling)
-        if self.dynamic is not None or self.is_relative or self.selected is not None:
-            keep = self.keep_mask(q.size(2), k.size(2))
-            if self.is_relative:
-                rows = torch.arange(q.size(2), device=q.device)
-                sources = rows.new_full((1,), k.size(2)) if lengths is None else lengths
-                keep = self.relative_mask(rows, sources, k.size(2))
+        layout = self.layout(q.size(2), k.size(2))
+        if self.dynamic is not None or self.selected is not None:
+            keep = layout.keep_mask(q.size(2), k.size(2), lengths)
             if self.selected is not None:
                 keep = keep & self.selected[:, :, None]
             softmax = None if self.dynamic is None else self.dynamic.probabilities
             output, _, weights = attend_dense(q, k, v, keep, softmax=softmax, details=want_weights, **options)
             return output, weights
-        layout = self.layout(q.size(2), k.size(2))
-        attended = block_sparse_attention(q, k, v, layout, backend=self.backend, return_probs=want_weights, **options)
+        backend = self.resolved_backend
+        attended = block_sparse_attention(q, k, v, layout, backend=backend, return_probs=want_weights, **options)
         return attended if want_weights else (attended, None)
 
     # -- decoding -----------------------------------------------------------------------------------------------------
@@ -397,8 +369,8 @@ class PrunedMultiheadAttention(NotScriptable, MultiheadAttention):
         output = weights = None
         if want_weights or not kernels:
             if self.is_relative:
-                row = torch.as_tensor(cache.step(), device=q.device).reshape(1)
-                keep = self.relative_mask(row, cache.lengths, cache.n_columns())[:, :, 0]  # (B, H, columns)
+                step, size = torch.as_tensor(cache.step(), device=q.device), cache.n_columns()
+                keep = self.layout(1, size).keep_row(step, size, cache.lengths)  # (B, H, columns)
             else:
                 row = cache.mask_row()
                 keep = self.keep_mask(row + 1, cache.n_columns())[:, row]

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from ap_fairseq.files import UserError
-from triton_ops import AttentionLayout, decode_attention
+from triton_ops import Layout, decode_attention
 
 INITIAL_CAPACITY = 24  # positions per hypothesis that a new pool has slots for
 
@@ -69,7 +69,7 @@ class KVCache(ABC):
         """Return the rows and columns of the layout that `attend` needs, known without waiting."""
 
     @abstractmethod
-    def attend(self, q: Tensor, layout: AttentionLayout, scale: float) -> Tensor:
+    def attend(self, q: Tensor, layout: Layout, scale: float) -> Tensor:
         """Attend with the queries q (N, H, D) of the step, by the kernel; (N, H, D)."""
 
     @abstractmethod
@@ -125,7 +125,7 @@ class PagedSelfAttention(KVCache):
     def layout_size(self) -> tuple[int, int]:  # until the table grows
         return self.block_table.size(1), self.block_table.size(1)
 
-    def attend(self, q: Tensor, layout: AttentionLayout, scale: float) -> Tensor:
+    def attend(self, q: Tensor, layout: Layout, scale: float) -> Tensor:
         k, v = self.pool.unbind(1)
         tables = dict(block_table=self.block_table[None], cache_offsets=self.offsets)
         return decode_attention(q[None], k, v, layout, self.step(), scale=scale, **tables)[0]
@@ -340,7 +340,7 @@ class PagedCrossAttention(KVCache):
     def n_columns(self) -> int:
         return self.offsets.size(1)
 
-    def attend(self, q: Tensor, layout: AttentionLayout, scale: float) -> Tensor:
+    def attend(self, q: Tensor, layout: Layout, scale: float) -> Tensor:
         by_sentence = q.unflatten(0, (self.lengths.numel(), -1))
         k, v = self.pool.unbind(1)
         tables = dict(k_lengths=self.lengths, cache_starts=self.starts, cache_offsets=self.offsets)

@@ -37,7 +37,7 @@ from ap_fairseq.search.rules import WITHIN_PREFIX, SearchRules
 from ap_fairseq.search.static_cache import StaticCrossAttentionCache, StaticSelfAttentionCache
 from ap_fairseq.search.strategies import Sampling, Step, penalized_log_probs
 from ap_fairseq.sites import AttentionKind, attention_sites
-from triton_ops import AttentionLayout
+from triton_ops import Layout
 
 HOST_LAG_STEPS = 3  # steps that the host may run ahead of the device
 SOURCE_SIZES_MEMO = 256  # lengths for which a decoder remembers what the masks store of a source
@@ -103,7 +103,7 @@ class StaticDecoder:
         self.graphs: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}  # of n sentences, within prefixes or not
         self.graph_pool = GraphPool()
         self.source_columns: dict[tuple[int, int], tuple[list, dict]] = {}  # see `_source_columns`
-        self.layouts: list[AttentionLayout] = []
+        self.layouts: list[Layout] = []
         # Graphs hold addresses: of the parameters, and of the layouts, which must not be dropped before them.
         self.parameters = [
             (part._parameters, name) for model in self.models for part in model.modules() for name in part._parameters
@@ -122,7 +122,7 @@ class StaticDecoder:
         values = (owner[name] for owner, name in self.parameters)  # walking through the modules takes ten times as long
         return [value.data_ptr() for value in values if value is not None]
 
-    def _layouts(self) -> list[AttentionLayout]:
+    def _layouts(self) -> list[Layout]:
         n, size = self.capacity.positions, self.capacity.source_length
         return [module.layout(n, n if module.self_attention else size) for module in self.kv_pools]
 

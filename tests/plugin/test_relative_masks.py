@@ -34,6 +34,7 @@ CROSS = AttentionKind.CROSS
 SOURCE_LENGTHS, TARGET_LENGTHS = [5, 3, 1, 9], [4, 6, 2, 8]
 SCALED = {CROSS: "scaled-diagonal"}
 SLOPE = relative.slope_of(9, 10)
+WIDE = dict(encoder_embed_dim=32, decoder_embed_dim=32, decoder_input_dim=32, decoder_output_dim=32)  # for the kernels
 
 
 def relative_masks(share=0.6, seed=1, **spec) -> PruningMasks:
@@ -342,15 +343,19 @@ def test_decoding_step_by_step_equals_the_full_forward():
     torch.testing.assert_close(torch.cat(steps, 1), full)
 
 
+@pytest.mark.parametrize("backend", ["sdpa", "triton"])
 @pytest.mark.parametrize("generator", [SequenceGenerator, PrunedSequenceGenerator])
-def test_beam_search_equals_a_search_by_full_forwards(generator):
+def test_beam_search_equals_a_search_by_full_forwards(generator, backend):
     """The masks of a step depend on its row and on the length of each sentence, in both loops."""
-    model = pruned_model(relative_masks(), VOCAB, max_target_positions=40)
+    model = pruned_model(relative_masks(), VOCAB, max_target_positions=40, attention_backend=backend, **WIDE)
     model.decoder.output_projection.weight.data.mul_(3)
     lengths = [9, 2, 5, 1]
     source = batch(lengths, VOCAB, left=True)
     sample = {"net_input": {"src_tokens": source, "src_lengths": torch.tensor(lengths)}}
-    found = generator([model], VOCAB, beam_size=3, max_len_b=14).generate([model], sample)
+    options = dict(beam_size=3, max_len_b=14) if backend == "sdpa" else dict(beam_size=2, max_len_b=11)
+    found = generator([model], VOCAB, **options).generate([model], sample)
+    for _, module in attention_sites(model):
+        module.backend = "sdpa"
     for sentence, hypotheses in zip(source, plain(found), strict=True):
         for tokens, score, *_ in hypotheses[:1]:
             tokens = torch.as_tensor(tokens)
@@ -359,7 +364,7 @@ def test_beam_search_equals_a_search_by_full_forwards(generator):
             chosen = logits.log_softmax(-1).gather(1, tokens[:, None]).sum() / len(tokens)
             assert float(chosen) == pytest.approx(float(score), abs=1e-4)
     other = PrunedSequenceGenerator if generator is SequenceGenerator else SequenceGenerator
-    assert_same(found, other([model], VOCAB, beam_size=3, max_len_b=14).generate([model], sample))
+    assert_same(found, other([model], VOCAB, **options).generate([model], sample))
 
 
 def test_gradients_reach_kept_keys_only():
@@ -389,15 +394,34 @@ def test_checkpoints_carry_offsets_and_those_of_version_0_2_load(caplog):
     assert fresh.masks_sha256() == old.masks_sha256()
 
 
-def test_the_kernels_are_refused():
-    options = dict(attention_backend="triton", encoder_embed_dim=32, decoder_embed_dim=32)
-    options |= dict(decoder_input_dim=32, decoder_output_dim=32)
-    message = "--attention-backend triton: the masks of cross attention are relative to a scaled diagonal"
-    with pytest.raises(UserError, match=message):
-        pruned_model(relative_masks(), VOCAB, **options)
-    state = pruned_model(relative_masks(), VOCAB, **{**options, "attention_backend": "sdpa"}).state_dict()
-    with pytest.raises(UserError, match=message):
-        pruned_model(None, VOCAB, **options).load_state_dict(state)
+def test_kernels_run_where_they_are_asked_for(caplog):
+    """The default, auto, leaves relative masks to torch until kernels for them were measured."""
+    caplog.set_level(logging.INFO)
+    told = "torch's attention (sdpa), unless --attention-backend triton asks for the kernels"
+    for backend, on_kernels in (("auto", False), ("triton", True)):
+        caplog.clear()
+        model = pruned_model(relative_masks(), VOCAB, attention_backend=backend, **WIDE)
+        for (kind, _), module in attention_sites(model):
+            runs = module.runs_kernels(torch.float32, torch.device("cpu"))
+            assert runs == on_kernels
+            assert module.resolved_backend == ("sdpa" if kind is CROSS and not on_kernels else backend)
+        assert (told in caplog.text) != on_kernels
+
+
+@pytest.mark.parametrize("lengths", [([5, 2, 1], [4, 6, 9]), ([131, 40], [30, 20])], ids=["sentences", "long"])
+def test_kernels_and_sdpa_agree_in_outputs_and_gradients(lengths):
+    """Padded on the left as fairseq does; beyond the recorded lengths; targets that are longer than their sources."""
+    masks, results = relative_masks(0.7), []
+    source, inputs, target = sentences(lengths, left=True)
+    for backend in ("sdpa", "triton"):
+        model = pruned_model(masks, VOCAB, attention_backend=backend, **WIDE).train()
+        logits = model(source, source.ne(PAD).sum(1), inputs)[0][target.ne(PAD)]
+        logits.log_softmax(-1)[:, 5].mean().backward()
+        results.append((logits, {name: p.grad for name, p in model.named_parameters()}))
+    torch.testing.assert_close(results[0][0], results[1][0], atol=1e-5, rtol=1e-4)
+    for name, gradient in results[0][1].items():
+        difference = (gradient - results[1][1][name]).abs().max()
+        assert difference <= 1e-5 + 1e-3 * gradient.abs().max(), name
 
 
 # -- the report -------------------------------------------------------------------------------------------------------
@@ -451,6 +475,23 @@ def test_from_recording_to_translation(data_bin, dense, tmp_path):
     hypotheses = generate(data_bin, pruned)
     on_device = generate(data_bin, pruned, "--task", "pruned_translation")
     assert re.findall(r"^H-.*", hypotheses, re.M) == re.findall(r"^H-.*", on_device, re.M) != []
+    # The kernels, interpreted: in translation, and in training from scratch.
+    short = ["--beam", 2, "--max-len-a", 0, "--max-len-b", 4]
+    kernels = ["--task", "pruned_translation", "--model-overrides", "{'attention_backend': 'triton'}"]
+    expected, found = (
+        re.findall(r"^H-\d+\t(\S+)\t(.*)", generate(data_bin, pruned, *short, *flags, subset="valid"), re.M)
+        for flags in ([], kernels)
+    )
+    assert [text for _, text in found] == [text for _, text in expected] != []
+    np.testing.assert_allclose([float(x) for x, _ in found], [float(x) for x, _ in expected], atol=1e-4)
+    flags = ["--attention-masks", masks, "--max-tokens", 80, "--disable-validation", "--dropout", 0]
+    logs = {}
+    for backend in ("sdpa", "triton"):
+        options = [*flags, "--attention-backend", backend]
+        log = train(data_bin, tmp_path / backend, *options, arch="pruned_transformer", updates=3)
+        logs[backend] = [float(x) for x in re.findall(r'"loss": "([\d.]+)"', log)]
+    assert len(logs["triton"]) >= 3
+    np.testing.assert_allclose(logs["triton"], logs["sdpa"], atol=0.002)  # printed with three digits
 
 
 def test_pruning_while_training_by_offsets(data_bin, tmp_path):
