@@ -47,6 +47,15 @@ def test_flat_tiles_use_the_tensor_cores_of_hopper(report):
     assert all(kernel["wgmma"] for kernel in flat)
 
 
+def test_masks_of_offsets_are_compiled_for_every_attention_kernel(report):
+    offsets = [k for k in report["kernels"] if k["offsets"]]
+    assert {k["name"] for k in offsets} == {
+        *("_forward_kernel", "_dq_kernel", "_dkdv_kernel", "_decode_kernel"),
+        *("_small_forward_kernel", "_small_backward_kernel"),
+    }
+    assert all(k["wgmma"] for k in offsets if k.get("BM", 0) >= 64 and k["PRECISION"] == "ieee")
+
+
 @pytest.mark.parametrize("size, kernels", [("sentence", 2), ("lists", 3)])
 def test_triton_binds_the_arguments_of_launches_alike_once(report, size, kernels):
     """And always where addresses are no multiples of 16 bytes: kernels are compiled for these, too."""
