@@ -10,6 +10,7 @@ import importlib
 import importlib.metadata
 import os
 import re
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -58,6 +59,12 @@ def allow_fairseq_checkpoints() -> None:
         + [DictConfig, ListConfig, ContainerMetadata, Metadata, AnyNode]
         + [typing.Any, dict, list, int, collections.defaultdict, _TensorPlaceholder]
     )
+
+
+def hide_notices_of_hydra() -> None:
+    """Hide what hydra says of fairseq's use of it: 25 lines at the start of a command, which no user can act on."""
+    warnings.filterwarnings("ignore", module=r"hydra\.")
+    warnings.filterwarnings("ignore", r"\s*'config' is validated against ConfigStore schema")  # at the caller's line
 
 
 def patch_ema_integers() -> None:

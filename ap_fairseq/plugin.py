@@ -8,6 +8,7 @@ import sys
 
 from ap_fairseq.compat import (
     allow_fairseq_checkpoints,
+    hide_notices_of_hydra,
     patch_alignment_generators,
     patch_ema_integers,
     patch_gloo_shutdown,
@@ -19,6 +20,7 @@ from ap_fairseq.compat import (
 
 require_fairseq()
 allow_fairseq_checkpoints()
+hide_notices_of_hydra()
 patch_ema_integers()
 patch_gloo_shutdown()
 patch_numpy_long()

@@ -83,8 +83,8 @@ def _calibrated(stats: AttentionStats, spec: MaskSpec, growing: bool) -> BuiltMa
     """Build masks whose budgets hold on the validation lengths, by correcting the budgets for what they miss there."""
     if not len(stats.validation_lengths):
         raise UserError(
-            "--calibrate needs the lengths of the validation sentences, which these statistics lack; record with "
-            "ap-record on a data-bin that has a subset valid, or leave --calibrate out"
+            "--calibrate needs the lengths of the validation sentences, which these statistics lack; record a "
+            "translation model with ap-record on a data-bin that has a subset valid, or leave --calibrate out"
         )
     wanted = {kind.value: budget for kind, budget in spec.budgets.items()}
     corrected, tried = dict(spec.budgets), []
