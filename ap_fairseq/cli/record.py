@@ -1,4 +1,4 @@
-"""``ap-record``: run a dense checkpoint over a data set and write its attention statistics.
+"""``ap-record``: run a checkpoint over a data set and write its attention statistics.
 
 The command line is checked here against checkpoint and data; :mod:`ap_fairseq.recording.run` records on each rank.
 """

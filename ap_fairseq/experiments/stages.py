@@ -19,7 +19,6 @@ import os
 import shlex
 import sys
 import time
-import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -208,7 +207,7 @@ def call_logged(log: Path, program: str | Callable, args: Sequence[Any]) -> None
     except SystemExit:
         raise
     except BaseException:
-        traceback.print_exc()
+        sys.excepthook(*sys.exc_info())  # as of a program: what the user can mend is one line
         sys.exit(1)
 
 

@@ -106,9 +106,8 @@ def record(cfg, job: Recording) -> AttentionStats:
         UserError: for what the user can mend. Nothing is written then.
     """
     job.require_valid()
-    group = (
-        data_parallel_group()
-    )  # made while all ranks are there: who waits for a dead one to join waits for half an hour
+    # Made while all ranks are there: a rank that waits for a dead one to join waits for half an hour.
+    group = data_parallel_group()
     model, saved_cfg, task = load_model(job)
     cuda = _place(model, cfg)
     criterion = _build_criterion(task, saved_cfg.criterion, job)

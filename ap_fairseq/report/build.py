@@ -10,8 +10,9 @@ from pathlib import Path
 
 from ap_fairseq.artifacts import AttentionStats, PruningMasks
 from ap_fairseq.files import ArtifactError, atomic_output, file_sha256, write_json
-from ap_fairseq.report import page, plots, results, tables
+from ap_fairseq.report import page, results, tables
 from ap_fairseq.report.content import Report
+from ap_fairseq.report.figure import Figure
 
 
 def load(
@@ -70,7 +71,7 @@ def check_folder(path, names: list[str], overwrite: bool) -> Path:
     return path
 
 
-def write_figures(figures: list[plots.Figure], folder: Path) -> None:
+def write_figures(figures: list[Figure], folder: Path) -> None:
     """Write each figure as PNG and SVG; the folder is made if need be."""
     folder.mkdir(exist_ok=True)
     for figure in figures:

@@ -12,6 +12,7 @@ from ap_fairseq.artifacts import AttentionStats, PruningMasks
 from ap_fairseq.provenance import mask_spec, versions
 from ap_fairseq.pruning.summary import LayerSummary, summarize, total_of, vanished_heads
 from ap_fairseq.report import analysis, plots, results, statements, tables
+from ap_fairseq.report.figure import Figure
 from ap_fairseq.sites import AttentionKind
 
 FORMAT = "ap-report-1"
@@ -141,7 +142,7 @@ class Report:
         found += [self.masks_table] if self.masks else []
         return found + ([tables.systems_table(self.systems)] if self.systems else [])
 
-    def overview_figures(self) -> list[plots.Figure]:
+    def overview_figures(self) -> list[Figure]:
         """Draw the mean attention of each kind and what the first masks keep of it."""
         name = next(iter(self.masks), None)
         means = {kind: plots.head_average(self.stats, kind) for kind in self.stats.kinds}
@@ -151,7 +152,7 @@ class Report:
             for kind, text in self.overview.items()
         ]
 
-    def figures(self) -> list[plots.Figure]:
+    def figures(self) -> list[Figure]:
         """Draw every figure for which there are data."""
         stats, scale, drawn = self.stats, self.colour_scale, self.overview_figures()
         for kind in stats.kinds:

@@ -12,12 +12,13 @@ import numpy as np
 
 from ap_fairseq.report import analysis, plots, tables
 from ap_fairseq.report.content import Report
+from ap_fairseq.report.figure import Figure
 from ap_fairseq.sites import AttentionKind
 
 _STEPS = 254  # of the logarithmic scale in which mean attention is stored: codes 1 to 255; 0 is 0
 
 
-def render(report: Report, figures: list[plots.Figure]) -> str:
+def render(report: Report, figures: list[Figure]) -> str:
     """Return the page as text."""
     data, blobs = _explorer(report)
     environment = jinja2.Environment(

@@ -1,32 +1,27 @@
 """The figures of the report, drawn with matplotlib, each with an alternative text made from its numbers.
 
 Colours are the Okabe-Ito palette, which readers with the common kinds of colour blindness can tell apart; lines differ
-by marker or style as well. Everything that is not data is drawn in ``INK``, which the page replaces by its text colour.
+by marker or style as well.
 """
 
 from __future__ import annotations
 
-import functools
-import io
 import itertools
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import matplotlib
 import numpy as np
 from matplotlib.colors import LogNorm, Normalize
-from matplotlib.figure import Figure as Canvas
 from matplotlib.patches import Patch
 
 from ap_fairseq.artifacts import AttentionStats, PruningMasks
 from ap_fairseq.pruning.summary import LayerSummary
 from ap_fairseq.relative import SLOPE_BITS, offset_support
 from ap_fairseq.report import analysis
+from ap_fairseq.report.figure import INK, Figure, percent_axis, styled, subplots
 from ap_fairseq.report.results import Measurements, System, curves
 from ap_fairseq.sites import AttentionKind
 
-INK = "#1b1f24"
 KIND_TITLES = {
     AttentionKind.ENCODER_SELF: "encoder self-attention",
     AttentionKind.DECODER_SELF: "decoder self-attention",
@@ -56,82 +51,6 @@ PATTERN_COLOURS = {
     analysis.BROAD: "#d9d9d9",
 }
 
-_STYLE = {
-    "font.size": 9,
-    "axes.titlesize": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": INK,
-    "axes.labelcolor": INK,
-    "axes.facecolor": "none",
-    "text.color": INK,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "grid.color": "#8a8f98",
-    "grid.alpha": 0.35,
-    "legend.frameon": False,
-    "svg.fonttype": "none",
-    "figure.constrained_layout.use": True,
-}
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A drawn figure: file name without ending, heading, caption, and a text for those who cannot see it."""
-
-    name: str
-    title: str
-    caption: str
-    alt: str
-    canvas: Canvas
-
-    def save(self, path, file_format: str) -> None:
-        """Write PNG (150 dots per inch) or SVG on a white ground."""
-        with matplotlib.rc_context({**_STYLE, "svg.hashsalt": self.name}):
-            metadata = {"Date": None} if file_format == "svg" else {}  # the same input gives the same file
-            self.canvas.savefig(path, format=file_format, dpi=150, facecolor="white", metadata=metadata)
-
-    def inline_svg(self) -> str:
-        """Return an ``<svg>`` element for the page: no ground, lines and text in the colour of the surrounding text."""
-        stream = io.StringIO()
-        with matplotlib.rc_context({**_STYLE, "svg.hashsalt": self.name}):
-            self.canvas.savefig(stream, format="svg", facecolor="none", metadata={"Date": None})
-        svg = stream.getvalue()
-        svg = svg[svg.index("<svg") :]
-        svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-        svg = re.sub(r'(<image [^>]*?) id="[^"]*"', r"\1", svg)  # equal for equal images, and nothing refers to it
-        # Ids are unique within one figure only, and the namespaces are implied in HTML.
-        svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{self.name}-", svg)
-        svg = re.sub(r' xmlns(:xlink)?="[^"]*"', "", svg)
-        width, height = re.search(r'width="([\d.]+)pt" height="([\d.]+)pt"', svg).groups()
-        # Neither so large that it looks clumsy nor so small that it cannot be read: a narrow page scrolls it instead.
-        size = f"width: 100%; max-width: {1.7 * float(width):.0f}px; min-width: {1.1 * float(width):.0f}px"
-        svg = svg.replace(f'width="{width}pt" height="{height}pt"', f'style="{size}" aria-hidden="true"', 1)
-        return svg.replace(INK, "currentColor")
-
-
-def _figure(columns: int, rows: int = 1, width: float = 3.1, height: float = 2.7, **subplots):
-    """Return a canvas and its axes (rows, columns); room for labels is left however few axes there are."""
-    canvas = Canvas(figsize=(max(4.0, width * columns), max(2.2, height * rows)), layout="constrained")
-    return canvas, canvas.subplots(rows, columns, squeeze=False, **subplots)
-
-
-def _styled(draw):
-    """Run a drawing function under the report's style."""
-
-    @functools.wraps(draw)
-    def styled(*args, **kwargs):
-        with matplotlib.rc_context(_STYLE):
-            return draw(*args, **kwargs)
-
-    return styled
-
-
-def _percent_axis(axis, label: str) -> None:
-    axis.set_label_text(label)
-    axis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0, decimals=0))
-
-
 # -- attention and support ------------------------------------------------------------------------------------------
 
 
@@ -156,7 +75,7 @@ def palette() -> list[int]:
     return (matplotlib.colormaps["viridis"](np.arange(256))[:, :3] * 255).round().astype(int).ravel().tolist()
 
 
-@_styled
+@styled
 def attention(
     stats: AttentionStats, kind: AttentionKind, scale: tuple[float, float], masks: PruningMasks | None, name: str = ""
 ) -> Figure:
@@ -167,7 +86,7 @@ def attention(
     maps = analysis.maps(stats, kind, factor)
     shown = np.s_[: -(-rows // factor), : -(-columns // factor)]
     layers, heads = maps.mean.shape[:2]
-    canvas, axes = _figure(heads, layers, width=1.5, height=1.6, sharex=True, sharey=True)
+    canvas, axes = subplots(heads, layers, width=1.5, height=1.6, sharex=True, sharey=True)
     norm = LogNorm(*scale)
     grey = matplotlib.colors.LinearSegmentedColormap.from_list("pruned", ["#ededed", "#8c8c8c"])
     cells = None if masks is None else analysis.kept_cells(masks, stats, kind)
@@ -221,7 +140,7 @@ def head_average(stats: AttentionStats, kind: AttentionKind) -> analysis.Maps:
     return analysis.Maps(maps.mean.mean((0, 1), keepdims=True), maps.support, factor)
 
 
-@_styled
+@styled
 def overview(
     stats: AttentionStats,
     kind: AttentionKind,
@@ -246,7 +165,7 @@ def overview(
         shades = matplotlib.colors.LinearSegmentedColormap.from_list("kept", ["#ededed", KIND_COLOURS[kind]])
         title = f"kept: {share:.1%} of the pairs (shade: share of heads)"
         panels.append((title, kept, shades, Normalize(0, 1), matplotlib.ticker.PercentFormatter(1.0, decimals=0)))
-    canvas, axes = _figure(1, len(panels), width=4.0, height=2.9)
+    canvas, axes = subplots(1, len(panels), width=4.0, height=2.9)
     for axis, (title, values, colours, norm, percent) in zip(axes[:, 0], panels, strict=True):
         extent = (-0.5, columns - 0.5, rows - 0.5, -0.5)
         image = axis.imshow(
@@ -262,10 +181,10 @@ def overview(
     return Figure(f"overview_{kind.value}", KIND_TITLES[kind], caption, alt, canvas)
 
 
-@_styled
+@styled
 def support(stats: AttentionStats) -> Figure:
     """Draw in how many sentences each cell is attendable."""
-    canvas, axes = _figure(len(stats.kinds))
+    canvas, axes = subplots(len(stats.kinds))
     top = max(int(stats.support[kind].max()) for kind in stats.kinds)
     norm = LogNorm(1, top) if top > 1 else Normalize(0, 1)
     texts = []
@@ -287,10 +206,10 @@ def support(stats: AttentionStats) -> Figure:
 # -- curves -----------------------------------------------------------------------------------------------------------
 
 
-@_styled
+@styled
 def kept_mass(kept: dict[AttentionKind, analysis.KeptMass], summaries: dict[str, list[LayerSummary]]) -> Figure:
     """Draw kept mass over effective sparsity: per kind, layer and head, with the masks as points."""
-    canvas, axes = _figure(len(kept), sharey=True)
+    canvas, axes = subplots(len(kept), sharey=True)
     texts = []
     for axis, (kind, curve) in zip(axes[0], kept.items(), strict=True):
         colour = KIND_COLOURS[kind]
@@ -307,11 +226,11 @@ def kept_mass(kept: dict[AttentionKind, analysis.KeptMass], summaries: dict[str,
             row = next(row for row in rows if row.kind == kind.value and row.layer is None)
             axis.plot(row.effective, row.kept_mass, marker, color=INK, mfc="none", ms=6, label=name)
         axis.set(title=kind.value, xlim=(0, 1), ylim=(0, 1.02))
-        _percent_axis(axis.xaxis, "effective sparsity")
+        percent_axis(axis.xaxis, "effective sparsity")
         axis.grid(True)
         shares = [f"{curve.kind.at(x):.0%} at {x:.0%}" for x in (0.5, 0.8, 0.9) if curve.kind.at(x) is not None]
         texts.append(f"{kind.value} keeps {', '.join(shares) if shares else 'all: nothing can be pruned'}")
-    _percent_axis(axes[0, 0].yaxis, "kept attention mass")
+    percent_axis(axes[0, 0].yaxis, "kept attention mass")
     axes[0, -1].legend(fontsize=7, loc="lower left")
     text = "; ".join(texts) + "."
     caption = (
@@ -321,12 +240,12 @@ def kept_mass(kept: dict[AttentionKind, analysis.KeptMass], summaries: dict[str,
     return Figure("kept_mass", "Kept mass over effective sparsity", caption, f"Falling curves. {text}", canvas)
 
 
-@_styled
+@styled
 def nominal(
     nominal: np.ndarray, effective: dict[AttentionKind, np.ndarray], summaries: dict[str, list[LayerSummary]]
 ) -> Figure:
     """Draw effective over nominal sparsity of the authors' percentile, with the masks as points."""
-    canvas, axes = _figure(1, width=4.6, height=3.2)
+    canvas, axes = subplots(1, width=4.6, height=3.2)
     axis, texts = axes[0, 0], []
     axis.plot([0, 1], [0, 1], color=INK, lw=0.8, ls=":", label="equal")
     for dash, (kind, values) in zip(itertools.cycle(DASHES), effective.items()):
@@ -344,8 +263,8 @@ def nominal(
             label=name,
         )
     axis.set(xlim=(0, 1), ylim=(0, 1))
-    _percent_axis(axis.xaxis, "nominal sparsity (of the square of positions)")
-    _percent_axis(axis.yaxis, "effective sparsity")
+    percent_axis(axis.xaxis, "nominal sparsity (of the square of positions)")
+    percent_axis(axis.yaxis, "effective sparsity")
     axis.grid(True)
     axis.legend(fontsize=7, loc="upper left")
     text = f"Share of the existing pairs that a nominal 50% prunes: {', '.join(texts)}."
@@ -355,13 +274,13 @@ def nominal(
 # -- heads ------------------------------------------------------------------------------------------------------------
 
 
-@_styled
+@styled
 def concentration(measured: dict[AttentionKind, analysis.Concentration]) -> Figure:
     """Draw one table of layers x heads for each kind (rows) and measure (columns)."""
     present = [name for name in MEASURES if any(name in c.heads for c in measured.values())]
     layers, heads = (max(c.patterns.shape[k] for c in measured.values()) for k in range(2))
     height = 0.9 + 0.24 * layers
-    canvas, axes = _figure(len(present), len(measured), width=max(2.0, 0.34 * heads + 0.7), height=height)
+    canvas, axes = subplots(len(present), len(measured), width=max(2.0, 0.34 * heads + 0.7), height=height)
     texts = []
     for line, (kind, c) in zip(axes, measured.items(), strict=True):
         for axis, name in zip(line, present, strict=True):
@@ -406,11 +325,11 @@ def _number_table(axis, values: np.ndarray, title: str) -> None:
     axis.set_title(title, fontsize=8)
 
 
-@_styled
+@styled
 def patterns(measured: dict[AttentionKind, analysis.Concentration]) -> Figure:
     """Draw the named pattern of each head."""
     layers, heads = (max(c.patterns.shape[k] for c in measured.values()) for k in range(2))
-    canvas, axes = _figure(len(measured), width=max(2.6, 0.55 * heads + 0.6), height=0.9 + 0.3 * layers)
+    canvas, axes = subplots(len(measured), width=max(2.6, 0.55 * heads + 0.6), height=0.9 + 0.3 * layers)
     names = [*analysis.PATTERNS, analysis.BROAD]
     colours = matplotlib.colors.ListedColormap([PATTERN_COLOURS[name] for name in names])
     texts = []
@@ -435,10 +354,10 @@ def patterns(measured: dict[AttentionKind, analysis.Concentration]) -> Figure:
     return Figure("patterns", "Named patterns", caption, f"Name of each head's pattern. {text}", canvas)
 
 
-@_styled
+@styled
 def layer_sparsity(summaries: dict[str, list[LayerSummary]], kinds: Sequence[AttentionKind]) -> Figure:
     """Draw effective sparsity (bars) and kept mass (dots) of each layer, one row of panels for each mask."""
-    canvas, axes = _figure(len(kinds), len(summaries), height=2.2, sharey=True)
+    canvas, axes = subplots(len(kinds), len(summaries), height=2.2, sharey=True)
     texts = []
     for line, (name, rows) in zip(axes, summaries.items(), strict=True):
         for axis, kind in zip(line, kinds, strict=True):
@@ -450,7 +369,7 @@ def layer_sparsity(summaries: dict[str, list[LayerSummary]], kinds: Sequence[Att
             axis.set(xlabel="layer", xticks=at)
             shares = [row.effective for row in layers]
             texts.append(f"{name}, {kind.value}: {min(shares):.0%} to {max(shares):.0%} of a layer's pairs")
-        _percent_axis(line[0].yaxis, "pruned pairs (bar)\nkept mass (dot)")
+        percent_axis(line[0].yaxis, "pruned pairs (bar)\nkept mass (dot)")
     text = "; ".join(texts) + "."
     return Figure(
         "layer_sparsity",
@@ -461,7 +380,7 @@ def layer_sparsity(summaries: dict[str, list[LayerSummary]], kinds: Sequence[Att
     )
 
 
-@_styled
+@styled
 def offsets(stats: AttentionStats, masks: PruningMasks, name: str) -> Figure:
     """Draw cross-attention by offset from the scaled diagonal, a row for each head; pruned offsets are grey."""
     relative, support = stats.by_offset(), offset_support(stats.rows_by_centre())
@@ -471,7 +390,7 @@ def offsets(stats: AttentionStats, masks: PruningMasks, name: str) -> Figure:
     layers, heads = relative.mass.shape[:2]
     mean = (relative.mass / np.maximum(support, 1))[shown].reshape(layers * heads, -1)
     keep = masks.relative.grown(len(support))[shown].reshape(layers * heads, -1)
-    canvas, axes = _figure(1, width=6.4, height=1.2 + 0.16 * layers * heads)
+    canvas, axes = subplots(1, width=6.4, height=1.2 + 0.16 * layers * heads)
     norm = LogNorm(max(mean.max() * 1e-3, mean[mean > 0].min()), mean.max())
     grey = matplotlib.colors.LinearSegmentedColormap.from_list("pruned", ["#ededed", "#8c8c8c"])
     extent = (-reach - 0.5, reach + 0.5, layers * heads - 0.5, -0.5)
@@ -508,11 +427,11 @@ def _pairs_within(support: np.ndarray) -> np.ndarray:
     return sides.cumsum()
 
 
-@_styled
+@styled
 def seen_by(masks: dict[str, PruningMasks], stats: AttentionStats) -> Figure:
     """Draw how many heads of a layer keep a pair of positions, one row of panels for each mask."""
     kinds = stats.kinds
-    canvas, axes = _figure(len(kinds), len(masks), height=2.2, sharey=True)
+    canvas, axes = subplots(len(kinds), len(masks), height=2.2, sharey=True)
     texts = []
     for line, (name, one) in zip(axes, masks.items(), strict=True):
         for axis, kind in zip(line, kinds, strict=True):
@@ -521,7 +440,7 @@ def seen_by(masks: dict[str, PruningMasks], stats: AttentionStats) -> Figure:
             axis.set(title=kind.value if len(masks) == 1 else f"{name}: {kind.value}", ylim=(0, 1.05))
             axis.set(xlabel="heads of a layer", xticks=range(0, len(shares), -(-len(shares) // 9)))
             texts.append(f"{name}, {kind.value}: no head keeps {shares[0]:.0%} of a layer's pairs of positions")
-        _percent_axis(line[0].yaxis, "pairs of positions")
+        percent_axis(line[0].yaxis, "pairs of positions")
     text = "; ".join(texts) + "."
     return Figure(
         "seen_by",
@@ -535,11 +454,11 @@ def seen_by(masks: dict[str, PruningMasks], stats: AttentionStats) -> Figure:
 # -- quality, speed, memory -------------------------------------------------------------------------------------------
 
 
-@_styled
+@styled
 def quality(systems: list[System]) -> Figure:
     """Draw BLEU and chrF over effective sparsity, a line for each series, with 95% confidence intervals."""
     metrics = ("BLEU", "chrF2")
-    canvas, axes = _figure(2, width=4.2, height=3.4)
+    canvas, axes = subplots(2, width=4.2, height=3.4)
     sources, texts = set(), []
     for axis, metric in zip(axes[0], metrics, strict=True):
         series = curves(systems, metric)
@@ -570,7 +489,7 @@ def quality(systems: list[System]) -> Figure:
             if metric == "BLEU":
                 texts += [f"{name} at {p.sparsity:.0%} BLEU {p.score:.1f}" for p in points]
         axis.set(title=metric, ylabel=metric)
-        _percent_axis(axis.xaxis, "effective sparsity of the pruned kinds")
+        percent_axis(axis.xaxis, "effective sparsity of the pruned kinds")
         axis.set_xlim(-0.02, 1)
         axis.grid(True)
     handles, labels = axes[0, 0].get_legend_handles_labels()
@@ -579,11 +498,11 @@ def quality(systems: list[System]) -> Figure:
     return Figure("quality", "Translation quality over effective sparsity", bands, "; ".join(texts) + ".", canvas)
 
 
-@_styled
+@styled
 def measurements(name: str, title: str, label: str, problems: list[Measurements], device: str) -> Figure:
     """Draw a measured quantity over effective sparsity, a panel for each problem; dense methods are level lines."""
     columns = min(2, len(problems))
-    canvas, axes = _figure(columns, -(-len(problems) // columns), width=4.2, height=2.9)
+    canvas, axes = subplots(columns, -(-len(problems) // columns), width=4.2, height=2.9)
     texts = []
     methods = list(dict.fromkeys(method for problem in problems for method in problem.methods))
     for axis in axes.flat[len(problems) :]:
@@ -603,7 +522,7 @@ def measurements(name: str, title: str, label: str, problems: list[Measurements]
         axis.set_title(problem.title, fontsize=8)
         axis.set_ylabel(label)
         axis.set(xlim=(-0.02, 1), ylim=(0, None))
-        _percent_axis(axis.xaxis, "effective sparsity")
+        percent_axis(axis.xaxis, "effective sparsity")
         axis.grid(True)
         axis.legend(fontsize=6.5)
     return Figure(name, title, f"{label}, measured on {device}.", "; ".join(texts) + ".", canvas)

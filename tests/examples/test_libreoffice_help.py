@@ -785,7 +785,7 @@ def test_the_recipe_runs_from_the_packages_to_the_report(deb_dir, commands, tmp_
     options = ["--pair", "de", "en", "--size", "tiny", "--gpus", 0, "--systems", "per-kind", "window", "--jobs", 2]
     options += ["--data", data, "--out", run, "--deb-dir", deb_dir, "--bpe-size", 150, "--page-tokens", 60]
     environment = {"PATH": os.environ["PATH"], "OMP_NUM_THREADS": "1"}
-    status = forked.run_recipe([EXAMPLE, "all", *options], tmp_path / "printed", environment)
+    status = forked.call(forked.recipe, [EXAMPLE, "all", *options], tmp_path / "printed", environment)
     printed = (tmp_path / "printed").read_text()
     assert status == 0, printed
     document = json.loads((run / "results.json").read_text())

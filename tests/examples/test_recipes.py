@@ -53,7 +53,7 @@ def recipe(data_mirror, tmp_path):
         ]
         words = [EXAMPLES / data_set, stage, "--size", "tiny", "--gpus", 0, "--jobs", 2, *folders, *options]
         mirrored = {"AP_DATA_MIRROR": data_mirror.as_uri(), "AP_DATA_CHECKSUMS": str(data_mirror / "SHA256SUMS")}
-        status = forked.run_recipe(words, tmp_path / "printed", {**mirrored, "OMP_NUM_THREADS": "1"})
+        status = forked.call(forked.recipe, words, tmp_path / "printed", {**mirrored, "OMP_NUM_THREADS": "1"})
         printed = (tmp_path / "printed").read_text()
         logs = "".join(f"\n{log}:\n{log.read_text()[-1500:]}" for log in tmp_path.glob("run's folder/logs/*.log"))
         assert status == expect, printed + logs

@@ -4,8 +4,10 @@ import os
 import random
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
+import forked
 import torch
 from fairseq import checkpoint_utils
 
@@ -34,8 +36,23 @@ def sentence_pairs(n: int, seed: int) -> list[tuple[str, str]]:
     return list(pairs.items())
 
 
-def run(*command, expect: int = 0, environment=(), **kwargs) -> str:
-    """Run a console command of this environment and return its output; fail with it on another exit status."""
+def run(*command, expect: int = 0) -> str:
+    """Run a console command and return its output; fail with it on another exit status.
+
+    It runs in a fork that has imported fairseq and the plugin already, which saves five seconds. With a GPU it is a
+    process of its own.
+    """
+    if torch.cuda.is_available() or not forked.is_command(command[0]):
+        return run_process(*command, expect=expect)
+    with tempfile.NamedTemporaryFile("r", suffix=".log") as log:
+        status = forked.call(forked.command, command, Path(log.name))
+        printed = log.read()
+    assert status == expect, f"{command} exited with {status}:\n{printed[-4000:]}"
+    return printed
+
+
+def run_process(*command, expect: int = 0, environment=(), **kwargs) -> str:
+    """Run a program of this environment as a user does, in a process of its own; otherwise as :func:`run`."""
     executable = Path(sys.executable).parent / command[0]
     completed = subprocess.run(
         [str(executable), *map(str, command[1:])],

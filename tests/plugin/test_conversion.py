@@ -13,7 +13,7 @@ from fairseq.models import ARCH_CONFIG_REGISTRY, ARCH_MODEL_REGISTRY, build_mode
 from fairseq.models.transformer import TransformerModelBase
 from fairseq.models.transformer_align import TransformerAlignModel
 from plugin.builders import SIZES, batch, dictionary, pruned_model, random_masks, task
-from plugin.commands import generate, run
+from plugin.commands import generate, run, run_process
 
 from ap_fairseq.artifacts import PruningMasks
 from ap_fairseq.files import ArtifactError, UserError
@@ -280,7 +280,7 @@ def test_stock_fairseq_reads_what_to_stock_writes(dense, data_bin, masks_file, t
     ones, stock = tmp_path / "ones.pt", tmp_path / "stock.pt"
     run("ap-apply", dense, "--attention-masks", "none", "-o", ones)
     run("python", "-m", "ap_fairseq.cli.apply", ones, "--to-stock", "-o", stock)
-    log = run(
+    log = run_process(
         *["fairseq-generate", data_bin, "--path", stock, "--cpu", "--beam", 3, "--max-tokens", 1500],
         *["--required-batch-size-multiple", 1, "--gen-subset", "valid"],
         environment={"TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "1"},

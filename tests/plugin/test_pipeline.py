@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from fairseq import checkpoint_utils
-from plugin.commands import PLUGIN, ROOT, TINY, generate, run, train
+from plugin.commands import PLUGIN, ROOT, TINY, generate, run, run_process, train
 
 from ap_fairseq.artifacts import AttentionStats, PruningMasks
 from ap_fairseq.cli import apply, evaluate, record
@@ -230,7 +230,7 @@ def test_interactive_and_from_pretrained_translate_alike(data_bin, tuned, toy_te
     """fairseq-interactive always pads on the left; the hub interface loads by the registered model."""
     source = (toy_text / "test.en").read_text().splitlines()[:6]
     flags = ["--path", tuned / "checkpoint_last.pt", "--cpu", "--beam", 3, "--buffer-size", 6, "--max-tokens", 500]
-    log = run(
+    log = run_process(
         *["fairseq-interactive", data_bin, *PLUGIN, *flags, "--source-lang", "en", "--target-lang", "de"],
         input="\n".join(source) + "\n",
     )
@@ -297,7 +297,7 @@ def test_constraints_are_met_as_in_stock_fairseq(data_bin, dense, all_ones, toy_
     for path, its_task in ((dense, "translation"), (all_ones, task)):
         flags = ["--path", path, "--task", its_task, "--constraints", "--cpu", "--beam", 3, "--source-lang", "en"]
         text = "\n".join(lines) + "\n"
-        logs.append(run("fairseq-interactive", data_bin, *PLUGIN, *flags, "--target-lang", "de", input=text))
+        logs.append(run_process("fairseq-interactive", data_bin, *PLUGIN, *flags, "--target-lang", "de", input=text))
     stock, ours = map(hypotheses, logs)
     assert {n: h for n, (_, h) in stock.items()} == {n: h for n, (_, h) in ours.items()} and len(stock) == 5
     assert all("neue" in tokens for _, tokens in ours.values())
@@ -332,7 +332,7 @@ def test_hydra_train_reads_the_model_from_yaml(data_bin, masks_file, tmp_path):
         "distributed_training": {"distributed_world_size": 1},
     }
     (tmp_path / "pruned.yaml").write_text(json.dumps(config))  # JSON is YAML
-    run("fairseq-hydra-train", "--config-dir", tmp_path, "--config-name", "pruned", cwd=tmp_path)
+    run_process("fairseq-hydra-train", "--config-dir", tmp_path, "--config-name", "pruned", cwd=tmp_path)
     state = load_checkpoint(tmp_path / "out" / "checkpoint_last.pt")
     assert state["cfg"]["model"]["encoder_layers"] == 2 and state["cfg"]["model"]["attention_masks"] is None
     assert state["model"]["mask_metadata"].numel() > 0

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from plugin.commands import TINY, generate, run
+from plugin.commands import TINY, generate, run, run_process
 
 from ap_fairseq.artifacts import AttentionStats, PruningMasks
 from ap_fairseq.cli import record
@@ -57,7 +57,7 @@ def run_torchrun(*command, **kwargs) -> str:
     """Run a command as two ranks under torchrun; return the log of both."""
     executable = Path(sys.executable).parent / command[0]
     launcher = ["torchrun", "--standalone", "--nproc-per-node", RANKS, "--no-python", executable]
-    return run(*launcher, *command[1:], *GLOO, **kwargs)
+    return run_process(*launcher, *command[1:], *GLOO, **kwargs)
 
 
 def run_slurm(folder: Path, *command) -> str:

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from plugin.builders import batch, dense_model, dictionary
-from plugin.commands import ROOT, run
+from plugin.commands import ROOT, run, run_process
 
 from ap_fairseq.artifacts import AttentionStats
 from ap_fairseq.cli import record as record_command
@@ -451,7 +451,7 @@ def test_user_dir_may_name_this_package_again(data_bin, dense, tmp_path, spellin
     (tmp_path / "ap_fairseq").symlink_to(ROOT / "ap_fairseq")
     user_dir = {"absolute": ROOT / "ap_fairseq", "link": tmp_path / "ap_fairseq", "name": "ap_fairseq"}[spelling]
     command = ["ap-record", data_bin, "--path", dense, "-o", tmp_path / "stats", "--cpu", "--subset", "valid"]
-    run(*command, "--user-dir", user_dir, "--num-workers", 0, "--user-dir", user_dir, cwd="/")
+    run_process(*command, "--user-dir", user_dir, "--num-workers", 0, "--user-dir", user_dir, cwd="/")
 
 
 def test_importance_without_cross_attention_counts_nothing_in_the_encoder():
