@@ -4,6 +4,7 @@ Python's forkserver, and not a fork of pytest: autograd refuses to run in a chil
 """
 
 import importlib.metadata
+import io
 import multiprocessing
 import multiprocessing.forkserver
 import os
@@ -19,7 +20,9 @@ EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
 PRELOADED = ["torch._dynamo", "ap_fairseq.plugin", "ap_fairseq.experiments.translation", "matplotlib.pyplot"]
 PRELOADED += [f"ap_fairseq.cli.{name}" for name in ("apply", "average", "evaluate", "masks", "record")]
-PRELOADED += [f"fairseq_cli.{name}" for name in ("eval_lm", "generate", "preprocess", "train", "validate")]
+PRELOADED += [
+    f"fairseq_cli.{name}" for name in ("eval_lm", "generate", "interactive", "preprocess", "train", "validate")
+]
 
 server = multiprocessing.get_context("forkserver")
 server.set_forkserver_preload(PRELOADED)
@@ -37,18 +40,21 @@ def start_server() -> None:
             os.environ["CUDA_VISIBLE_DEVICES"] = visible
 
 
-def call(function: Callable, arguments: Sequence[object], output: Path, environment: Mapping[str, str] = {}) -> int:
+def call(
+    function: Callable, arguments: Sequence[object], output: Path, environment: Mapping[str, str] = {}, text: str = ""
+) -> int:
     """Run ``function(*words)`` in a fork of the server, without GPUs; return its exit status.
 
     Args:
         arguments: become the words.
         output: file of all that it prints.
         environment: variables to change.
+        text: what it reads from standard input.
     """
     start_server()
     output.write_text("")
     words = [str(argument) for argument in arguments]
-    process = server.Process(target=_run, args=(function, words, str(output), dict(environment)))
+    process = server.Process(target=_run, args=(function, words, str(output), dict(environment), text))
     process.start()
     process.join(timeout=300)
     if process.exitcode is None:
@@ -57,7 +63,8 @@ def call(function: Callable, arguments: Sequence[object], output: Path, environm
     return process.exitcode
 
 
-def _run(function: Callable, words: list[str], output: str, environment: dict[str, str]) -> None:
+def _run(function: Callable, words: list[str], output: str, environment: dict[str, str], text: str) -> None:
+    sys.stdin = io.StringIO(text)
     os.environ.update(environment)
     torch.set_num_threads(1)
     call_logged(Path(output), function, words)

@@ -36,16 +36,16 @@ def sentence_pairs(n: int, seed: int) -> list[tuple[str, str]]:
     return list(pairs.items())
 
 
-def run(*command, expect: int = 0) -> str:
+def run(*command, expect: int = 0, input: str = "") -> str:
     """Run a console command and return its output; fail with it on another exit status.
 
     It runs in a fork that has imported fairseq and the plugin already, which saves five seconds. With a GPU it is a
     process of its own.
     """
     if torch.cuda.is_available() or not forked.is_command(command[0]):
-        return run_process(*command, expect=expect)
+        return run_process(*command, expect=expect, input=input)
     with tempfile.NamedTemporaryFile("r", suffix=".log") as log:
-        status = forked.call(forked.command, command, Path(log.name))
+        status = forked.call(forked.command, command, Path(log.name), text=input)
         printed = log.read()
     assert status == expect, f"{command} exited with {status}:\n{printed[-4000:]}"
     return printed

@@ -297,7 +297,7 @@ def test_constraints_are_met_as_in_stock_fairseq(data_bin, dense, all_ones, toy_
     for path, its_task in ((dense, "translation"), (all_ones, task)):
         flags = ["--path", path, "--task", its_task, "--constraints", "--cpu", "--beam", 3, "--source-lang", "en"]
         text = "\n".join(lines) + "\n"
-        logs.append(run_process("fairseq-interactive", data_bin, *PLUGIN, *flags, "--target-lang", "de", input=text))
+        logs.append(run("fairseq-interactive", data_bin, *PLUGIN, *flags, "--target-lang", "de", input=text))
     stock, ours = map(hypotheses, logs)
     assert {n: h for n, (_, h) in stock.items()} == {n: h for n, (_, h) in ours.items()} and len(stock) == 5
     assert all("neue" in tokens for _, tokens in ours.values())
