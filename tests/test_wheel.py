@@ -61,18 +61,22 @@ def test_the_folder_for_user_dir_is_the_installed_one(installed):
     assert Path(installed.user_dir()) == (installed.site / "ap_fairseq").resolve()
 
 
-@pytest.mark.parametrize(
-    "command",
-    ["ap-record", "ap-masks", "ap-prune-schedule", "ap-apply", "ap-average", "ap-generate", "ap-evaluate", "ap-report"],
-)
-def test_every_command_has_help(installed, command):
-    assert installed.run(command, "--help").startswith(f"usage: {command} ")
+COMMANDS = "ap-record ap-masks ap-prune-schedule ap-apply ap-average ap-generate ap-evaluate ap-report".split()
+HELP = """
+import contextlib, importlib.metadata, sys
+for entry_point in importlib.metadata.distribution("ap-fairseq").entry_points:
+    sys.argv = [entry_point.name, "--help"]
+    with contextlib.suppress(SystemExit):
+        entry_point.load()()
+"""
 
 
-def test_no_command_is_missing_in_the_list_above(installed):
-    names = {path.name for path in installed.bin.glob("ap-*")}
-    (mark,) = test_every_command_has_help.pytestmark
-    assert names == set(mark.args[1])
+def test_every_command_has_help(installed):
+    """All but one in a single process, as most of them import fairseq."""
+    assert {path.name for path in installed.bin.glob("ap-*")} == set(COMMANDS)
+    assert installed.run("ap-masks", "--help").startswith("usage: ap-masks ")
+    shown = [line.split()[1] for line in installed.run("python", "-c", HELP).splitlines() if line.startswith("usage: ")]
+    assert sorted(shown) == sorted(COMMANDS)
 
 
 def test_fairseq_preprocesses_and_trains_with_the_user_dir(installed):

@@ -80,7 +80,7 @@ def train(data, save_dir, *flags, arch="transformer", updates=200, expect=0) -> 
         *["fairseq-train", data, *PLUGIN, "--arch", arch, *TINY, "--save-dir", save_dir, "--max-update", updates],
         *"--optimizer adam --lr 3e-3 --lr-scheduler inverse_sqrt --warmup-updates 40 --clip-norm 1.0".split(),
         *"--criterion label_smoothed_cross_entropy --label-smoothing 0.1 --max-tokens 2000 --cpu --seed 7".split(),
-        *"--no-epoch-checkpoints --log-format json --log-interval 1".split(),
+        *"--no-epoch-checkpoints --log-format json --log-interval 1 --num-workers 0".split(),
         *flags,
         expect=expect,
     )
@@ -90,7 +90,7 @@ def generate(data, path, *flags, subset="test", expect=0) -> str:
     """Translate on the CPU with fairseq-generate."""
     return run(
         *["fairseq-generate", data, *PLUGIN, "--path", path, "--gen-subset", subset, "--cpu", "--beam", 3],
-        *["--max-tokens", 1500, "--required-batch-size-multiple", 1, *flags],
+        *["--max-tokens", 1500, "--required-batch-size-multiple", 1, "--num-workers", 0, *flags],
         expect=expect,
     )
 
