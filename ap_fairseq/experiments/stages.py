@@ -191,7 +191,10 @@ def _run(program: str | Callable, args: Sequence[Any]) -> None:
 
 
 def call_logged(log: Path, program: str | Callable, args: Sequence[Any]) -> None:
-    """Run a command or a function in a child process: what it prints goes to the log, faults with their traceback."""
+    """Run a command or a function in a child process: what it prints goes to the log, faults as of a program.
+
+    That is one line for what the user can mend (:func:`ap_fairseq.plugin.report_user_errors`), else a traceback.
+    """
     sys.stdout = sys.stderr = stream = open(log, "a", encoding="utf-8", buffering=1)
     os.dup2(stream.fileno(), 1)
     os.dup2(stream.fileno(), 2)
@@ -207,7 +210,7 @@ def call_logged(log: Path, program: str | Callable, args: Sequence[Any]) -> None
     except SystemExit:
         raise
     except BaseException:
-        sys.excepthook(*sys.exc_info())  # as of a program: what the user can mend is one line
+        sys.excepthook(*sys.exc_info())
         sys.exit(1)
 
 

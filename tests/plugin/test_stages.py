@@ -12,7 +12,7 @@ from plugin.commands import ROOT, TINY
 
 from ap_fairseq.experiments.progress import Progress, State, read_state
 from ap_fairseq.experiments.stages import PLUGIN, StageError, Stages, read_mark, run_together
-from ap_fairseq.files import ArtifactError
+from ap_fairseq.files import ArtifactError, UserError
 
 
 def read(path):
@@ -30,6 +30,18 @@ def test_a_failed_stage_shows_its_log_and_runs_again(tmp_path, capsys):
     assert "x: done before" in capsys.readouterr().out
     with pytest.raises(ArtifactError, match="stage x in .* was done with other settings"):
         stages.run("x", read, str(tmp_path / "other"))
+
+
+def refuse():
+    raise UserError("--frobnicate 2 is too much; give 1")
+
+
+def test_what_the_user_can_mend_is_one_line_of_the_log(tmp_path):
+    """A traceback of thirty lines hid it."""
+    stages = Stages(tmp_path)
+    with pytest.raises(StageError, match="error: --frobnicate 2 is too much; give 1"):
+        stages.run("x", refuse)
+    assert len(stages.log("x").read_text().splitlines()) == 1
 
 
 def test_a_log_holds_one_run(tmp_path):
