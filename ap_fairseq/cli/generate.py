@@ -85,8 +85,9 @@ def main(argv: list[str]) -> None:
         for flag in [flag for flag in refused if flag in given]:
             raise UserError(f"{flag} has no meaning for ap-generate{' --input' * is_text}; {refused[flag]}")
     _require_files(args)
-    if args.beam < 1:
-        raise UserError(f"--beam {args.beam}: a search keeps at least 1 hypothesis")
+    for flag, number in (("--beam", args.beam), ("--nbest", args.nbest)):
+        if number < 1:
+            raise UserError(f"{flag} {number}: a search keeps and returns at least 1 hypothesis")
     if args.buffer_size < 0:
         raise UserError(f"--buffer-size {args.buffer_size} is not a number of lines")
     if args.max_tokens is None and args.batch_size is None:

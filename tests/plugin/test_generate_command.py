@@ -194,7 +194,8 @@ def test_a_signal_ends_all_processes(running, tmp_path, number):
         (["--path", "missing.pt"], "missing.pt does not exist; expected a fairseq checkpoint"),
         (["-ox"], "-o has no meaning for ap-generate; the lines of a test set go to standard output"),
         (["--gen-subset", "tset"], "--gen-subset tset: "),
-        (["--beam", "0"], "--beam 0: a search keeps at least 1 hypothesis"),
+        (["--beam", "0"], "--beam 0: a search keeps and returns at least 1 hypothesis"),
+        (["--nbest", "0"], "--nbest 0: a search keeps and returns at least 1 hypothesis"),
         (["--input", "x", "--buffer-size", "-2"], "--buffer-size -2 is not a number of lines"),
     ],
 )
