@@ -128,23 +128,28 @@ def choose(state: BeamState, n: int, sums: Tensor, parent: Tensor, token: Tensor
 
     ends = token.eq(eos) & sums.ne(-math.inf)
     ends[:, :beam] &= ~ignored
-    counted = ends[:, :beam] & ~done[:, None]  # only among the first `beam` candidates
-    place = n_final[:, None] + counted.cumsum(1) - 1
-    place = torch.where(counted & (place < beam), place, beam)
-    where = (sentence[:, None].expand_as(place), place)
-    state.final_step.index_put_(where, state.step.to(torch.int32).expand_as(place))
-    state.final_beam.index_put_(where, parent[:, :beam].to(torch.int32))
-    state.final_score.index_put_(where, sums[:, :beam].contiguous())
-    n_final.copy_((n_final + counted.sum(1)).clamp_max(beam))
+    some_end = sums.is_cuda or bool(ends.any() or ignored.any())  # a GPU would have to be waited for
+    if some_end:
+        counted = ends[:, :beam] & ~done[:, None]  # only among the first `beam` candidates
+        place = n_final[:, None] + counted.cumsum(1) - 1
+        place = torch.where(counted & (place < beam), place, beam)
+        where = (sentence[:, None].expand_as(place), place)
+        state.final_step.index_put_(where, state.step.to(torch.int32).expand_as(place))
+        state.final_beam.index_put_(where, parent[:, :beam].to(torch.int32))
+        state.final_score.index_put_(where, sums[:, :beam].contiguous())
+        n_final.copy_((n_final + counted.sum(1)).clamp_max(beam))
     ended = (n_final == beam) | (state.step >= state.max_len)
     state.unfinished.sub_((ended & ~done).sum())
     done |= ended
 
-    ends[:, :beam] |= ignored
-    order = ends * k + torch.arange(k, device=ends.device)
-    order, active = order.topk(beam, largest=False)
-    ignored.copy_(order >= k)
-    parent, token, sums = (x.gather(1, active) for x in (parent, token, sums))
+    if some_end:
+        ends[:, :beam] |= ignored
+        order = ends * k + torch.arange(k, device=ends.device)
+        order, active = order.topk(beam, largest=False)
+        ignored.copy_(order >= k)
+        parent, token, sums = (x.gather(1, active) for x in (parent, token, sums))
+    else:
+        parent, token, sums = (x[:, :beam] for x in (parent, token, sums))
     at = (state.step.expand_as(sentence), sentence)
     state.chosen_beam.index_put_(at, parent.to(torch.int32))
     state.chosen_token.index_put_(at, token.to(torch.int32))

@@ -10,8 +10,17 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ap_fairseq.artifacts import extrapolated
 from ap_fairseq.files import ArtifactError, UserError
+from ap_fairseq.model.cpu_linear import PackedLinear
 from ap_fairseq.model.dynamic import DynamicPruning
-from ap_fairseq.model.kv_cache import CrossAttentionCache, KVCache, SelfAttentionCache, step_limit, stored_columns
+from ap_fairseq.model.kv_cache import (
+    CrossAttentionCache,
+    HostCache,
+    KVCache,
+    PagedCache,
+    SelfAttentionCache,
+    step_limit,
+    stored_columns,
+)
 from ap_fairseq.sites import AttentionKind
 from triton_ops import AttentionLayout, Layout, OffsetLayout, block_sparse_attention, use_kernels
 from triton_ops.api import HEAD_SIZES
@@ -106,6 +115,8 @@ class PrunedMultiheadAttention(NotScriptable, MultiheadAttention):
             encoder_decoder_attention=kind is AttentionKind.CROSS,
             **kwargs,
         )
+        for projection in (self.q_proj, self.k_proj, self.v_proj, self.out_proj):
+            projection.__class__ = PackedLinear
         self.kind = kind
         self.backend = backend
         self.dynamic = dynamic
@@ -289,10 +300,11 @@ class PrunedMultiheadAttention(NotScriptable, MultiheadAttention):
         if incremental_state is not None:
             output, weights = self._decode(query[0], key, key_padding_mask, incremental_state, want_weights)
         else:
-            if self.self_attention:
+            if self.self_attention and not query.is_cpu:
                 q, k, v = F.linear(query, *self.stacked_projection()).chunk(3, dim=-1)
             else:
-                q, k, v = self.q_proj(query), self.k_proj(key), self.v_proj(key)
+                source = query if self.self_attention else key
+                q, k, v = self.q_proj(query), self.k_proj(source), self.v_proj(source)
             output, weights = self._attend(*map(self.split_heads, (q, k, v)), key_padding_mask, want_weights)
         output = self.out_proj(output.permute(2, 0, 1, 3).flatten(2))
         if not want_weights:
@@ -357,6 +369,8 @@ class PrunedMultiheadAttention(NotScriptable, MultiheadAttention):
                 cache = self._cross_cache(key, key_padding, q.size(0), max_steps)
             self.set_incremental_state(incremental_state, "attn_state", {"cache": cache})
         cache.advance(kv)
+        if isinstance(cache, HostCache):  # of a search, which has no dropout and reads no weights
+            return self.attend_step(q, cache).unsqueeze(2), None
 
         dropout_p = self._dropout_p()
         kernels = self.runs_kernels(q.dtype, q.device)
@@ -368,12 +382,7 @@ class PrunedMultiheadAttention(NotScriptable, MultiheadAttention):
         kernels = kernels and not dropout_p
         output = weights = None
         if want_weights or not kernels:
-            if self.is_relative:
-                step, size = torch.as_tensor(cache.step(), device=q.device), cache.n_columns()
-                keep = self.layout(1, size).keep_row(step, size, cache.lengths)  # (B, H, columns)
-            else:
-                row = cache.mask_row()
-                keep = self.keep_mask(row + 1, cache.n_columns())[:, row]
+            keep = self._step_mask(cache)
             k, v, lengths = cache.dense(keep)
             by_sentence = q.unflatten(0, (k.size(0), -1)).transpose(1, 2)  # (B, H, beam, D): a step's beams are queries
             selected = cache.selected
@@ -393,6 +402,26 @@ class PrunedMultiheadAttention(NotScriptable, MultiheadAttention):
         if kernels:
             output = cache.attend(q, self.layout(*cache.layout_size()), self.scaling)
         return output.unsqueeze(2), weights
+
+    def _step_mask(self, cache: KVCache) -> Tensor:
+        """Return the mask row of the step, bool (H, columns), or (B, H, columns) of a mask relative to a diagonal."""
+        size = cache.n_columns()
+        if self.is_relative:
+            step = torch.as_tensor(cache.step(), device=self.keep_words.device)
+            return self.layout(1, size).keep_row(step, size, cache.lengths)
+        row = cache.mask_row()
+        return self.keep_mask(row + 1, size)[:, row]
+
+    def attend_step(self, q: Tensor, cache: HostCache) -> Tensor:
+        """Attend with the queries q (N, H, D) of the step of a search on the CPU; (N, H, D)."""
+        return cache.attend_within(q, None if cache.whole else self._step_mask(cache), self.scaling)
+
+    def keeps_all(self, n_queries: int, n_keys: int) -> bool:
+        """Whether the mask keeps every cell of so many queries and keys."""
+        if self.is_relative:
+            return False  # some sentence may miss some
+        keep = self.keep_mask(n_queries, n_keys)
+        return bool((keep.tril() == torch.ones_like(keep).tril()).all() if self.kind.causal else keep.all())
 
     def _cross_cache(
         self, key: Tensor, key_padding: Tensor | None, n_hypotheses: int, max_steps: int | None
@@ -428,7 +457,7 @@ class PrunedMultiheadAttention(NotScriptable, MultiheadAttention):
         kv = torch.stack([self.k_proj(source), self.v_proj(source)], 1)
         return kv.unflatten(-1, (self.num_heads, self.head_dim))
 
-    def _cache(self, incremental_state: dict) -> KVCache | None:
+    def _cache(self, incremental_state: dict) -> PagedCache | HostCache | None:
         state = self.get_incremental_state(incremental_state, "attn_state")
         return None if state is None else state["cache"]
 

@@ -64,6 +64,10 @@ class KVCache(ABC):
     def n_columns(self) -> int:
         """Return the number of mask columns that the step sees."""
 
+
+class PagedCache(KVCache):
+    """A cache that the decoding kernel reads, and torch's attention once it is gathered."""
+
     @abstractmethod
     def layout_size(self) -> tuple[int, int]:
         """Return the rows and columns of the layout that `attend` needs, known without waiting."""
@@ -81,6 +85,20 @@ class KVCache(ABC):
         Args:
             keep: bool (H, columns), the mask row of the step. Other cells may have no slot: they get one that exists.
         """
+
+
+class HostCache(KVCache):
+    """A cache that torch's attention reads as it is, on a CPU.
+
+    Attributes:
+        whole: no step's mask row prunes anything.
+    """
+
+    whole = False
+
+    @abstractmethod
+    def attend_within(self, q: Tensor, keep: Tensor | None, scale: float) -> Tensor:
+        """Attend with the queries q (N, H, D) of the step within its mask row *keep*, bool ((B,) H, columns)."""
 
 
 def limit_steps(incremental_state: dict, max_steps: int) -> None:
@@ -106,7 +124,7 @@ def _check_step(step: int, max_steps: int | None) -> None:
 
 
 @dataclass(eq=False)
-class PagedSelfAttention(KVCache):
+class PagedSelfAttention(PagedCache):
     """How a step reads the slots of one decoder self-attention site.
 
     Attributes:
@@ -322,7 +340,7 @@ def stored_columns(last_use: Tensor | None, size: int, heads: int, device: torch
 
 
 @dataclass(eq=False)
-class PagedCrossAttention(KVCache):
+class PagedCrossAttention(PagedCache):
     """How a step reads the slots of one cross-attention site.
 
     Attributes:

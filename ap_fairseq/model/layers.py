@@ -16,8 +16,8 @@ from fairseq.modules.quant_noise import quant_noise
 from torch import Tensor, nn
 
 from ap_fairseq.model.attention import NotScriptable, PrunedMultiheadAttention
+from ap_fairseq.model.cpu_linear import PackedLinear, project
 from ap_fairseq.model.dynamic import DynamicPruning
-from ap_fairseq.model.few_rows import StepLinear, project
 from ap_fairseq.model.kv_cache import group_hypotheses
 from ap_fairseq.sites import AttentionKind
 
@@ -43,6 +43,11 @@ def _attention(embed_dim: int, cfg: TransformerConfig, kind: AttentionKind, **kw
 class PrunedTransformerEncoderLayer(transformer_layer.TransformerEncoderLayerBase):
     """fairseq's encoder layer with pruned self-attention."""
 
+    def build_fc1(self, input_dim, output_dim, q_noise, qn_block_size):
+        return quant_noise(PackedLinear(input_dim, output_dim), q_noise, qn_block_size)
+
+    build_fc2 = build_fc1
+
     def build_self_attention(self, embed_dim, cfg):
         return _attention(embed_dim, cfg, AttentionKind.ENCODER_SELF)
 
@@ -61,7 +66,7 @@ class PrunedTransformerDecoderLayer(transformer_layer.TransformerDecoderLayerBas
         """fairseq's hook before generation, which would set ``need_attn``."""
 
     def build_fc1(self, input_dim, output_dim, q_noise, qn_block_size):
-        return quant_noise(StepLinear(input_dim, output_dim), q_noise, qn_block_size)
+        return quant_noise(PackedLinear(input_dim, output_dim), q_noise, qn_block_size)
 
     build_fc2 = build_fc1
 

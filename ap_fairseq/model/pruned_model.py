@@ -19,6 +19,7 @@ from ap_fairseq.compat import drop_bettertransformer_copies
 from ap_fairseq.files import ArtifactError, UserError, file_sha256
 from ap_fairseq.model.attention import MASK_BUFFERS, NotScriptable
 from ap_fairseq.model.config import OWN_DEFAULTS, is_interpolation
+from ap_fairseq.model.cpu_linear import forget_packed
 from ap_fairseq.model.kv_cache import peak_share
 from ap_fairseq.provenance import (
     DAMAGED_MASKS,
@@ -126,6 +127,10 @@ class PrunedModel(NotScriptable):
                 "--attention-masks none for a dense model, or load a checkpoint that was trained so"
             )
         return super().max_positions()
+
+    def train(self, mode: bool = True):
+        forget_packed(self)
+        return super().train(mode)
 
     def prepare_for_onnx_export_(self, **kwargs):
         """fairseq's hook before an export, which is refused."""

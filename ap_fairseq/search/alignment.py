@@ -40,7 +40,7 @@ class PrunedSequenceGeneratorWithAlignment(SequenceGeneratorWithAlignment, Prune
     def generate(self, models, sample, **kwargs):
         """As fairseq's; only searches in its own loop add the ``attention`` itself."""
         prefix = kwargs.get("prefix_tokens")
-        if self.fallback_reason(sample, kwargs.get("constraints"), prefix) is not None:
+        if self.fallback_reason(kwargs.get("constraints")) is not None:
             return super().generate(models, sample, **kwargs)
         found, encoder_outs = self.search_on_device(sample, prefix, kwargs.get("bos_token"))
         source, first_token = sample["net_input"]["src_tokens"], kwargs.get("bos_token")

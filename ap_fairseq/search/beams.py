@@ -101,8 +101,15 @@ class BeamSearchState:
         continue_beams(self.state, n, *candidates, eos, self.kernels)
 
     def shrink(self, n: int, smaller: int) -> Tensor:
-        """Move the unfinished ones of the first *n* sentences to the first *smaller* places; return where they were."""
-        order = self.state.done[:n].argsort(stable=True)[:smaller]
+        """Move the unfinished ones of the first *n* sentences to the first *smaller* places; return where they were.
+
+        Those that are there stay.
+        """
+        done, behind = self.state.done[:smaller], self.state.done[smaller:n]
+        rank = done.cumsum(0) - 1  # of the free places
+        comes = behind.argsort(stable=True) + smaller
+        fills = done & (rank < (~behind).sum())
+        order = torch.where(fills, comes[rank.clamp(0, n - smaller - 1)], torch.arange(smaller, device=done.device))
         self.state.select(order)
         for value in (self.starts, self.lengths):
             value[:smaller] = value[order]

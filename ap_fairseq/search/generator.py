@@ -16,9 +16,10 @@ from ap_fairseq.model.kv_cache import limit_steps
 from ap_fairseq.model.language_model import PrunedLanguageModel
 from ap_fairseq.model.pruned_model import PrunedModel
 from ap_fairseq.model.transformer import PrunedTransformerModel
+from ap_fairseq.search.host_decoder import HostDecoder
 from ap_fairseq.search.restrictions import NGramBlock
 from ap_fairseq.search.rules import SearchRules
-from ap_fairseq.search.static_decoder import Capacity, StaticDecoder, bucket, decoder_modules, prefill_length
+from ap_fairseq.search.static_decoder import Capacity, StaticDecoder, bucket, decoder_modules
 from ap_fairseq.search.strategies import covers
 from ap_fairseq.sites import attention_sites
 
@@ -43,10 +44,9 @@ class LimitedEnsemble(EnsembleModelWithAlignment):
 
 
 class PrunedSequenceGenerator(SequenceGenerator):
-    """fairseq's generator; searches over pruned models run on static buffers and CUDA graphs.
+    """fairseq's generator; searches over pruned models run on static buffers and CUDA graphs, or on the CPU.
 
-    Constrained searches and other models use fairseq's own loop, which is logged once with the reason; so does a CPU
-    without kernels, where batches rounded up to the size of buffers only cost time.
+    Constrained searches and other models use fairseq's own loop, which is logged once with the reason.
     """
 
     def __init__(self, models, tgt_dict, **kwargs):
@@ -87,36 +87,20 @@ class PrunedSequenceGenerator(SequenceGenerator):
         }
         return next((name for name, given in options.items() if given), None)
 
-    def _unprofitable(self, device: torch.device) -> str | None:
-        """Why fairseq's own loop is faster for models that this search covers, or None."""
+    def _decoder_class(self, device: torch.device) -> type[StaticDecoder]:
         module, dtype = decoder_modules(self.model.models)[0], next(self.model.models[0].parameters()).dtype
-        if device.type == "cpu" and not module.runs_kernels(dtype, device):
-            return "decoding on a CPU without Triton kernels"
-        return None
+        return HostDecoder if device.type == "cpu" and not module.runs_kernels(dtype, device) else StaticDecoder
 
-    def fallback_reason(self, sample: dict, constraints: Tensor | None, prefix: Tensor | None) -> str | None:
+    def fallback_reason(self, constraints: Tensor | None) -> str | None:
         """Return why fairseq's own loop translates a batch, or None; log it."""
         reason = self._not_covered(constraints)
-        if reason is None:
-            reason = self._unprofitable(sample["net_input"]["src_tokens"].device)
-            if reason is not None and self._saves_steps(sample, prefix):
-                reason = None
         if reason is not None:
             log_fallback(reason)
         return reason
 
-    def _saves_steps(self, sample: dict, prefix: Tensor | None) -> bool:
-        """Whether a batch begins with a prefix whose steps, done by one pass, outweigh what the others may cost more.
-
-        On a CPU, a step may take a fifth longer than in fairseq's own loop.
-        """
-        if prefix is None:
-            return False
-        return 4 * prefill_length(prefix, SearchRules.from_generator(self)) >= self._limits(sample)[0]
-
     @torch.no_grad()
     def _generate(self, sample, prefix_tokens=None, constraints=None, bos_token=None):
-        if self.fallback_reason(sample, constraints, prefix_tokens) is None:
+        if self.fallback_reason(constraints) is None:
             return self.search_on_device(sample, prefix_tokens, bos_token)[0]
         self._log_cache_savings()
         self.model.max_steps = self._limits(sample)[0] + 1
@@ -157,7 +141,7 @@ class PrunedSequenceGenerator(SequenceGenerator):
             capacity = needed if self._decoder is None else needed.joined(self._decoder.capacity)
             self._decoder = None  # its memory is free before the next one is made
             with torch.inference_mode(False):  # a later batch may come outside of it
-                self._decoder = StaticDecoder(self.model.models, rules, capacity, source.device)
+                self._decoder = self._decoder_class(source.device)(self.model.models, rules, capacity, source.device)
         first_token = self.eos if bos_token is None else bos_token
         return self._decoder.search(encoder_outs, max_len, first_token, lengths, prefix_tokens), encoder_outs
 

@@ -14,11 +14,11 @@ from __future__ import annotations
 import itertools
 import math
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ap_fairseq.cuda_graphs import GraphPool
 from ap_fairseq.model.attention import PrunedMultiheadAttention
@@ -45,6 +45,7 @@ SHORTEST_PREFILL = 8  # tokens of a prefix that are worth a pass of their own, w
 MAX_LOGITS = 1 << 26  # that such a pass computes at a time
 
 Model = PrunedTransformerModel | PrunedLanguageModel
+LayerStep = Callable[[Tensor], Tensor]  # one new token of the hypotheses, (N, C) -> (N, C)
 
 
 def bucket(n: int) -> int:
@@ -86,19 +87,7 @@ class StaticDecoder:
             for module, n, end in zip(sites, sizes, itertools.accumulate(sizes), strict=True)
         }
         dtype = next(self.models[0].parameters()).dtype
-
-        def empty(*shape: int) -> Tensor:
-            return torch.empty(shape, dtype=dtype, device=device)
-
-        n_slots = capacity.sentences * rules.beam * min(INITIAL_CAPACITY, capacity.positions)
-        self.kv_pools = {module: empty(n_slots * module.num_heads, 2, module.head_dim) for module in self.self_sites}
-        self.kv_pools |= {
-            module: empty(0, 2, module.head_dim) for module in self.cross_sites
-        }  # of the first batch's size
-        self.projections = {
-            module: (empty(3 * module.embed_dim, module.embed_dim), empty(3 * module.embed_dim))
-            for module in self.self_sites
-        }
+        self._allocate(dtype, device)
         self.used: dict[PrunedMultiheadAttention, int] = {}  # slots of each pool in use, as the host counts them
         self.graphs: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}  # of n sentences, within prefixes or not
         self.graph_pool = GraphPool()
@@ -117,6 +106,22 @@ class StaticDecoder:
         self.restrictions = Restrictions(self.beams.state, rules)
         self.memory = None if rules.strategy is None else rules.strategy.memory(capacity.sentences, device)
         self.phases = torch.empty(capacity.positions, dtype=torch.int64, device=device)
+
+    def _allocate(self, dtype: torch.dtype, device: torch.device) -> None:
+        """Make the pools of the KV caches, and room for the stacked projections of self-attention."""
+
+        def empty(*shape: int) -> Tensor:
+            return torch.empty(shape, dtype=dtype, device=device)
+
+        n_slots = self.capacity.sentences * self.rules.beam * min(INITIAL_CAPACITY, self.capacity.positions)
+        self.kv_pools = {module: empty(n_slots * module.num_heads, 2, module.head_dim) for module in self.self_sites}
+        self.kv_pools |= {
+            module: empty(0, 2, module.head_dim) for module in self.cross_sites
+        }  # of the first batch's size
+        self.projections = {
+            module: (empty(3 * module.embed_dim, module.embed_dim), empty(3 * module.embed_dim))
+            for module in self.self_sites
+        }
 
     def _addresses(self) -> list[int]:
         values = (owner[name] for owner, name in self.parameters)  # walking through the modules takes ten times as long
@@ -169,24 +174,38 @@ class StaticDecoder:
     def _search(self, n: int, first_step: int, max_len: int, prefix_len: int) -> None:
         counts = deque()
         for step in range(first_step, max_len + 1):
-            new = {module: n * self.rules.beam * module.num_heads for module in self.self_sites}
-            if any(self.used[module] + new[module] > self.kv_pools[module].size(0) for module in new):
-                self._make_room(n, step, max_len)
+            self._reserve_step(n, step, max_len)
             self._run(n, step < prefix_len)
-            for module, number in new.items():
-                self.used[module] += number
             counts.append(self._count_unfinished())
             if len(counts) > HOST_LAG_STEPS:
                 unfinished = counts.popleft()()
                 if unfinished == 0:
                     break
-                if (smaller := bucket(unfinished)) < n:
-                    self.restrictions.select(self.beams.shrink(n, smaller))
+                if (smaller := self._places(unfinished)) < n:
+                    self._shrink(n, smaller)
                     n = smaller
                     counts.clear()  # of the larger batch
 
+    def _places(self, n_sentences: int) -> int:
+        """Return how many places a batch has for so many sentences: few numbers, of which each has a graph."""
+        return bucket(n_sentences)
+
+    def _reserve_step(self, n: int, step: int, max_len: int) -> None:
+        """Make sure that the pools have room for a step of the first *n* sentences, and count its slots."""
+        new = {module: n * self.rules.beam * module.num_heads for module in self.self_sites}
+        if any(self.used[module] + new[module] > self.kv_pools[module].size(0) for module in new):
+            self._make_room(n, step, max_len)
+        for module, number in new.items():
+            self.used[module] += number
+
+    def _shrink(self, n: int, smaller: int) -> Tensor:
+        """Move the unfinished ones of the first *n* sentences to the first *smaller* places; return where they were."""
+        order = self.beams.shrink(n, smaller)
+        self.restrictions.select(order)
+        return order
+
     def _begin(self, encoder_outs: list[dict] | None, n_sentences: int, max_len: int, first_token: int) -> int:
-        beams, n = self.beams, bucket(n_sentences)
+        beams, n = self.beams, self._places(n_sentences)
         padding = encoder_outs[0]["encoder_padding_mask"] if encoder_outs else ()
         size = encoder_outs[0]["encoder_out"][0].size(0) if encoder_outs else 1
         real = ~padding[0] if padding else torch.ones(n_sentences, size, dtype=torch.bool, device=beams.starts.device)
@@ -195,11 +214,15 @@ class StaticDecoder:
             n_first = self.rules.strategy.n_first(self.rules.beam)
             self.memory.zero_()
         beams.begin(real.sum(1), max_len, first_token, n_first)
+        self._prepare_caches(encoder_outs, real, max_len)
+        return n
+
+    def _prepare_caches(self, encoder_outs: list[dict] | None, real: Tensor, max_len: int) -> None:
+        """Empty the caches of self-attention and fill those of cross-attention."""
         self.used = dict.fromkeys(self.self_sites, 0)
         if self.cross_sites:
             self._store_sources(encoder_outs, real, max_len)
         self._copy_projections()
-        return n
 
     def _copy_projections(self) -> None:
         """Stack the weights of q, k and v of every site as they are now: one product of a step for three."""
@@ -332,16 +355,21 @@ class StaticDecoder:
             module = layer.self_attn
             if layer.normalize_before:
                 x = layer.self_attn_layer_norm(x)
-            # Slots for what the coming rows read, of one head after the other.
-            readable = self._last_use(module, max_len, self.capacity.positions)[:, :size] >= size  # (H, P)
-            kv = module.project_source(x.flatten(0, 1)).unflatten(0, (size, n)).permute(3, 0, 1, 2, 4)[readable]
-            used = self.used[module] = kv.size(0) * n
-            self._reserve(module, used + bucket(n) * self.rules.beam * module.num_heads)  # and for the next step
-            self.kv_pools[module][:used] = kv.flatten(0, 1)
-            number = (readable.flatten().cumsum(0) - 1).view_as(readable)
-            self.beams.offsets[self.heads[module], :size] = (n * number * readable).to(torch.int32)
-            self.beams.used[self.heads[module]] = used
+            kv = module.project_source(x.flatten(0, 1)).unflatten(0, (size, n))
+            self._store_prefix(module, kv, max_len)
         return features
+
+    def _store_prefix(self, module: PrunedMultiheadAttention, kv: Tensor, max_len: int) -> None:
+        """Store keys and values of the first positions, (P, B, 2, H, D): those that coming rows read, head by head."""
+        size, n = kv.shape[:2]
+        readable = self._last_use(module, max_len, self.capacity.positions)[:, :size] >= size  # (H, P)
+        kv = kv.permute(3, 0, 1, 2, 4)[readable]
+        used = self.used[module] = kv.size(0) * n
+        self._reserve(module, used + bucket(n) * self.rules.beam * module.num_heads)  # and for the next step
+        self.kv_pools[module][:used] = kv.flatten(0, 1)
+        number = (readable.flatten().cumsum(0) - 1).view_as(readable)
+        self.beams.offsets[self.heads[module], :size] = (n * number * readable).to(torch.int32)
+        self.beams.used[self.heads[module]] = used
 
     # -- a step -------------------------------------------------------------------------------------------------------
 
@@ -351,12 +379,13 @@ class StaticDecoder:
         if key in self.graphs:
             self.graphs[key].replay()
             return
-        states = [self._incremental_state(model, n) for model in self.models]
-        self._step(n, within_prefix, states)
+        layers = [self._layers(model, n) for model in self.models]
+        self._step(n, within_prefix, layers)
         if self.capture:
-            self.graphs[key], _ = self.graph_pool.capture(lambda: self._step(n, within_prefix, states))
+            self.graphs[key], _ = self.graph_pool.capture(lambda: self._step(n, within_prefix, layers))
 
-    def _incremental_state(self, model: Model, n: int) -> dict:
+    def _layers(self, model: Model, n: int) -> list[LayerStep]:
+        """Return the step of every decoder layer for the first *n* sentences."""
         state: dict = {}
         for (kind, _), module in attention_sites(model):
             if kind is AttentionKind.ENCODER_SELF:
@@ -368,15 +397,15 @@ class StaticDecoder:
                 n_hypotheses, projection = n * self.rules.beam, self.projections[module]
                 cache = StaticSelfAttentionCache(pool, self.beams, n_hypotheses, heads, projection)
             module.set_incremental_state(state, "attn_state", {"cache": cache})
-        return state
+        return [layer_step(model.decoder.layers[i], state) for i in range(len(model.decoder.layers))]
 
-    def _step(self, n: int, within_prefix: bool, states: list[dict]) -> None:
+    def _step(self, n: int, within_prefix: bool, layers: list[list[LayerStep]]) -> None:
         """Decode one token of every hypothesis and choose how to go on. No shape and no branch depends on a value."""
         beams, rules = self.beams, self.rules
         beams.number_slots(n)
         features = [
-            decoder_step(model.decoder, beams.state.tokens[: n * rules.beam], positions[beams.state.step], state)
-            for model, positions, state in zip(self.models, self.positions, states, strict=True)
+            decoder_step(model.decoder, beams.state.tokens[: n * rules.beam], positions[beams.state.step], steps)
+            for model, positions, steps in zip(self.models, self.positions, layers, strict=True)
         ]
         logits = self._logits(features)
         penalty = self.penalties[self.phases[beams.state.step]][0]
@@ -432,19 +461,29 @@ def _position_table(decoder, n: int, device: torch.device) -> Tensor | None:
     return decoder.embed_positions(tokens)[0]
 
 
-def decoder_step(decoder, tokens: Tensor, position: Tensor, incremental_state: dict) -> Tensor:
+def layer_step(layer: nn.Module, incremental_state: dict) -> LayerStep:
+    """Let a decoder layer compute one new token, (N, C) -> (N, C), over the caches in *incremental_state*."""
+
+    def run(x: Tensor) -> Tensor:
+        x = x[None]  # (T = 1, N, C)
+        # The caches hold the projected encoder output; its place in the call only says that there is one.
+        return layer(x, x, incremental_state=incremental_state)[0][0]
+
+    return run
+
+
+def decoder_step(decoder, tokens: Tensor, position: Tensor, layers: list[LayerStep]) -> Tensor:
     """Compute one new token as fairseq's decoder does, without looking at how many came before.
 
     Args:
         tokens: int64 (N,), the last token of every hypothesis.
         position: (1, C), its positional embedding.
-        incremental_state: holds the caches of all attention modules.
+        layers: the steps of its layers.
 
     Returns:
         Features (N, C).
     """
-    x = decoder.embed(tokens, position)[None]  # (T = 1, N, C)
-    for index in range(len(decoder.layers)):
-        # The caches hold the projected encoder output; its place in the call only says that there is one.
-        x = decoder.layers[index](x, x, incremental_state=incremental_state)[0]
-    return decoder.finish(x[0])
+    x = decoder.embed(tokens, position)
+    for layer in layers:
+        x = layer(x)
+    return decoder.finish(x)

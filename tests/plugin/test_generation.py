@@ -30,7 +30,7 @@ from plugin.builders import (
 from plugin.hypotheses import assert_same
 
 from ap_fairseq.files import UserError
-from ap_fairseq.search import alignment, generator, static_decoder
+from ap_fairseq.search import alignment, generator, host_decoder, static_decoder
 from ap_fairseq.search.alignment import PrunedSequenceGeneratorWithAlignment
 from ap_fairseq.search.generator import PrunedSequenceGenerator
 from ap_fairseq.sites import AttentionKind
@@ -41,10 +41,14 @@ SIZES = dict(encoder_embed_dim=32, decoder_embed_dim=32, decoder_input_dim=32, d
 
 
 @pytest.fixture(autouse=True)
-def _also_without_kernels(monkeypatch):
-    """The rules of the search, which are faster to test without the interpreter."""
-    monkeypatch.setattr(PrunedSequenceGenerator, "_unprofitable", lambda self, device: None)
+def _log_again():
     generator.log_fallback.cache_clear()
+
+
+@pytest.fixture
+def paged(monkeypatch):
+    """The search over pools, of which a CPU without kernels has none."""
+    monkeypatch.setattr(PrunedSequenceGenerator, "_decoder_class", lambda self, device: static_decoder.StaticDecoder)
 
 
 def models(n: int = 1, sparsity: float = 0.6, **options):
@@ -206,7 +210,7 @@ def test_samples_are_distributed_as_fairseqs_and_a_seed_repeats_them(options, pr
 @pytest.mark.parametrize("fallback", [None, "tests"])
 def test_groups_work_for_any_sentences_of_a_data_set(fallback, monkeypatch):
     """fairseq-generate names them, and fairseq's search took the names for places in the batch: an IndexError."""
-    monkeypatch.setattr(PrunedSequenceGenerator, "_unprofitable", lambda self, device: fallback)
+    monkeypatch.setattr(PrunedSequenceGenerator, "_not_covered", lambda self, constraints: fallback)
     systems, options = models(), dict(beam_size=4, max_len_b=9)
     named = {**sample(LENGTHS), "id": torch.arange(70, 70 + len(LENGTHS))}
     ours, fairseqs = (
@@ -301,7 +305,7 @@ def test_a_reference_of_nothing_is_a_prefix_too():
 
 def test_fairseqs_own_search_blocks_ngrams_too(monkeypatch):
     """Stock fairseq without its CUDA extension repeats them (issue 5206), as every sentence here would."""
-    monkeypatch.setattr(PrunedSequenceGenerator, "_unprofitable", lambda self, device: "tests")
+    monkeypatch.setattr(PrunedSequenceGenerator, "_not_covered", lambda self, constraints: "tests")
     options = dict(beam_size=3, max_len_b=30, min_len=25)
 
     def repeated(tokens):
@@ -427,26 +431,13 @@ def test_prompts_are_continued_by_the_kernels_and_by_ensembles():
     assert_same(generator.generate([], inputs, prefix_tokens=prefix), expected)
 
 
-@pytest.mark.parametrize(("max_len", "own"), [(36, False), (37, True)])
-def test_on_a_cpu_prompts_of_a_quarter_of_the_length_are_searched_on_the_device(max_len, own, monkeypatch, caplog):
-    monkeypatch.setattr(PrunedSequenceGenerator, "_unprofitable", lambda self, device: "a CPU")
-    stock, ours = language_model(0.0)
-    inputs, prefix = prompts(PROMPTS)
-    options = dict(beam_size=2, max_len_b=max_len)
-    expected = SequenceGenerator([stock], VOCAB, **options).generate([], inputs, prefix_tokens=prefix)
-    with caplog.at_level(logging.INFO, "ap_fairseq.search.generator"):
-        found = PrunedSequenceGenerator([ours], VOCAB, **options).generate([], inputs, prefix_tokens=prefix)
-    assert_same(found, expected)
-    assert ("fairseq's own generator" in caplog.text) is own
-
-
 def test_alignments_of_continuations_are_refused():
     """They failed on the missing encoder."""
     with pytest.raises(UserError, match="--print-alignment: a language model has no cross-attention"):
         PrunedSequenceGeneratorWithAlignment([language_model(0.0)[1]], VOCAB)
 
 
-def test_a_prompt_is_read_in_one_pass_and_its_slots_are_shared(monkeypatch):
+def test_a_prompt_is_read_in_one_pass_and_its_slots_are_shared(monkeypatch, paged):
     steps, search, run = [], static_decoder.StaticDecoder._search, static_decoder.StaticDecoder._run
     slots = []
     monkeypatch.setattr(static_decoder, "SHORTEST_PREFILL", 9)
@@ -496,7 +487,7 @@ def test_inference_mode_leaves_nothing_behind_that_training_or_other_batches_can
     assert all(p.grad is not None for p in systems[0].parameters())
 
 
-def test_full_pools_drop_dead_rows_and_grow(monkeypatch):
+def test_full_pools_drop_dead_rows_and_grow(monkeypatch, paged):
     monkeypatch.setattr(static_decoder, "INITIAL_CAPACITY", 2)
     dropped = []
     real = static_decoder.renumber_live
@@ -506,6 +497,27 @@ def test_full_pools_drop_dead_rows_and_grow(monkeypatch):
     expected = SequenceGenerator(systems, VOCAB, **options).generate([], sample(LENGTHS))
     assert_same(PrunedSequenceGenerator(systems, VOCAB, **options).generate([], sample(LENGTHS)), expected)
     assert len(dropped) >= 2
+
+
+@pytest.mark.parametrize("case", ["norm after", "norm before", "double precision"])
+def test_slots_of_a_cpu_are_dropped_and_sentences_leave(case, monkeypatch):
+    """Weights in double precision are not packed: fairseq's modules compute them."""
+    monkeypatch.setattr(host_decoder, "FIRST_SLOTS", 9)
+    monkeypatch.setattr(PrunedSequenceGenerator, "_decoder_class", lambda self, device: host_decoder.HostDecoder)
+    kept, sizes, keep, run = [], [], host_decoder.SentenceSlots.keep, host_decoder.HostDecoder._run
+    monkeypatch.setattr(
+        host_decoder.SentenceSlots,
+        "keep",
+        lambda self, order, capacity: kept.append((self.used, order.size(1))) or keep(self, order, capacity),
+    )
+    monkeypatch.setattr(host_decoder.HostDecoder, "_run", lambda self, n, *more: sizes.append(n) or run(self, n, *more))
+    systems, options = models(decoder_normalize_before=case == "norm before"), dict(beam_size=4, max_len_b=30)
+    systems = [system.double() if case == "double precision" else system for system in systems]
+    expected = SequenceGenerator(systems, VOCAB, **options).generate([], sample(LENGTHS))
+    assert_same(PrunedSequenceGenerator(systems, VOCAB, **options).generate([], sample(LENGTHS)), expected)
+    assert any(after < before for before, after in kept)
+    assert sizes[0] == len(LENGTHS) and sizes == sorted(sizes, reverse=True)
+    assert sizes[-1] < len(LENGTHS)
 
 
 def test_rules_changed_after_the_first_batch_hold_for_the_next():
@@ -531,7 +543,7 @@ def test_buffers_on_the_device_go_with_the_generator():
         gc.enable()
 
 
-def test_the_batch_shrinks_when_sentences_finish(monkeypatch):
+def test_the_batch_shrinks_when_sentences_finish(monkeypatch, paged):
     sizes = []
     real = static_decoder.StaticDecoder._run
     monkeypatch.setattr(

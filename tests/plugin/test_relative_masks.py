@@ -476,7 +476,12 @@ def test_from_recording_to_translation(data_bin, dense, tmp_path):
     run("ap-apply", dense, "--attention-masks", masks, "--data", data_bin, "-o", pruned)
     hypotheses = generate(data_bin, pruned)
     on_device = generate(data_bin, pruned, "--task", "pruned_translation")
-    assert re.findall(r"^H-.*", hypotheses, re.M) == re.findall(r"^H-.*", on_device, re.M) != []
+    texts, scores = (
+        [re.findall(pattern, log, re.M) for log in (hypotheses, on_device)]
+        for pattern in (r"^D-(\d+)\t\S+\t(.*)", r"^D-\d+\t(\S+)")
+    )
+    assert texts[0] == texts[1] != []
+    np.testing.assert_allclose(*(np.array(log, dtype=float) for log in scores), atol=1e-5)
     # The kernels, interpreted: in translation, and in training from scratch.
     short = ["--beam", 2, "--max-len-a", 0, "--max-len-b", 4]
     kernels = ["--task", "pruned_translation", "--model-overrides", "{'attention_backend': 'triton'}"]
