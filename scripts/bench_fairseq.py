@@ -37,8 +37,9 @@ not give back; process_bytes is all that the device holds then, CUDA's context i
 of a GPU goes: of a few more updates, or the first steps of a batch, without the profiler for the wall time and with it
 for the kernels.
 
-On a CPU (--device cpu) precision is fp32, all systems use fairseq's own search, as pruned_translation does there, and
-memory is not measured.
+On a CPU (--device cpu) precision is fp32, memory is not measured, and seconds are those that the process computed, its
+threads together, so that what else runs there counts little: they are those of the clock with one thread on an idle
+machine (OMP_NUM_THREADS=1).
 """
 
 from __future__ import annotations
@@ -304,11 +305,12 @@ class Workload:
 
     def timed(self, work: Callable, *arguments) -> tuple[float, object]:
         """Return the seconds that a call takes on the device, and its result."""
+        now = time.process_time if self.device.type == "cpu" else time.perf_counter
         self.synchronize()
-        start = time.perf_counter()
+        start = now()
         result = work(*arguments)
         self.synchronize()
-        return time.perf_counter() - start, result
+        return now() - start, result
 
     def synchronize(self) -> None:
         if self.device.type == "cuda":
@@ -400,8 +402,9 @@ def work(options: argparse.Namespace) -> None:
         kind, page, max_tokens, limit = CASES[case]
         if options.system in TRAIN_ONLY and kind == "translate" or options.settings and kind == "train":
             continue
-        if options.max_tokens and kind == "train":
-            max_tokens, limit = options.max_tokens, limit * options.max_tokens // max_tokens
+        if options.max_tokens and max_tokens:
+            limit = limit * options.max_tokens // max_tokens if kind == "train" else limit
+            max_tokens = options.max_tokens
         gc.collect()  # the memory of a case is not that of the one before
         if options.device == "cuda":
             torch.cuda.empty_cache()
@@ -543,7 +546,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="of all systems in turns (default: 3)")
     parser.add_argument("--repeats", type=int, default=1, help="timed passes of each round (default: 1)")
     parser.add_argument("--limit", type=int, help="at most so many sentences or pages in every case")
-    parser.add_argument("--max-tokens", type=int, help=f"of the cases that train (default: {TRAIN_TOKENS})")
+    parser.add_argument(
+        "--max-tokens", type=int, help=f"of batches (default: 12000 or more; in training {TRAIN_TOKENS})"
+    )
     parser.add_argument("--profile", action="store_true", help="add where the time of the GPU goes")
     parser.add_argument("--commit", default=git_commit(), help="to name in the results; default: that of git")
     parser.add_argument("--worker", dest="system", help=argparse.SUPPRESS)
