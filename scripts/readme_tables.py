@@ -274,17 +274,6 @@ def rivals_translation() -> str:
     return markdown(Table(header, rows))
 
 
-def rivals_cpu() -> str:
-    """Speed on a CPU relative to stock fairseq."""
-    header = ["CPU", "ours", "CTranslate2, float32", "CTranslate2, int8"]
-    rows = []
-    for row in load(SCRIPTS / "rivals.json")["cpu"]["rows"]:
-        ours = f"{row['ours']:.2f}" + (f" to {row['ours_best']:.2f}" if "ours_best" in row else "")
-        rival = (f"{row[key]:g}" if key in row else "" for key in ("ctranslate2_float32", "ctranslate2_int8"))
-        rows.append([f"{row['model']}, {row['case']}", ours, *rival])
-    return markdown(Table(header, rows))
-
-
 def rivals_kernels() -> str:
     """Milliseconds of block-sparse attention, FlashAttention-4 and dense cuDNN."""
     columns = {
@@ -356,7 +345,6 @@ def tables() -> dict[str, Callable[[], str]]:
         "corpus": corpus,
         "cpu": lambda: format_markdown(load(RESULTS / "cpu.json")),
         "rivals.translation": rivals_translation,
-        "rivals.cpu": rivals_cpu,
         "rivals.kernels": rivals_kernels,
     }
     for path in sorted(SCRIPTS.glob("*_*.*.json")):

@@ -53,9 +53,9 @@ def test_each_table_is_shown_once():
 
 def test_stale_tables_and_numbers_are_rewritten():
     span = '<!-- n: scripts/rivals.json "translation/rows/case=sentences/stock" ,.0f -->'
-    table = "<!-- results: rivals.cpu -->\n"
+    table = "<!-- results: rivals.translation -->\n"
     first = f"{span}1<!-- /n -->\n{table}old\n<!-- end -->\n{table}<!-- end -->\n"
-    made = f"{table}{readme_tables.rivals_cpu()}\n<!-- end -->\n"
+    made = f"{table}{readme_tables.rivals_translation()}\n<!-- end -->\n"
     assert readme_tables.regenerate(first) == f"{span}11,717<!-- /n -->\n{made}{made}"
     with pytest.raises(KeyError, match="nothing matches"):
         readme_tables.number('scripts/rivals.json "translation/rows/case=none/stock" .1f')
