@@ -168,7 +168,7 @@ def attend(q: Tensor, kv: Tensor, bias: Tensor | None, scale: float) -> Tensor:
 
 
 class HostLayer:
-    """A step of one decoder layer, with what it needs at hand: fairseq's module takes as long to find that.
+    """A step of one decoder layer with its weights and caches at hand; fairseq's modules spend much of a step on calls.
 
     Args:
         layer: one that `covers` says so of.
@@ -185,11 +185,8 @@ class HostLayer:
         self.out = prepared(attention.out_proj)
         self.norm, self.final_norm = layer.self_attn_layer_norm, layer.final_layer_norm
         if cross is not None:
-            self.q, self.cross_out, self.cross_norm = (
-                prepared(cross.q_proj),
-                prepared(cross.out_proj),
-                layer.encoder_attn_layer_norm,
-            )
+            self.q, self.cross_out = prepared(cross.q_proj), prepared(cross.out_proj)
+            self.cross_norm = layer.encoder_attn_layer_norm
         self.fc1, self.fc2 = prepared(layer.fc1), prepared(layer.fc2)
 
     @staticmethod
@@ -234,6 +231,7 @@ class HostLayer:
 
 
 def prepared(linear: nn.Linear) -> tuple[Tensor, Tensor | None]:
+    """Return the packed weight and the bias of a layer."""
     return packed(linear.weight), linear.bias
 
 

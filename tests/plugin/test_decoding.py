@@ -73,6 +73,8 @@ def caches(monkeypatch):
     for module in (kv_cache, static_decoder):
         monkeypatch.setattr(module, "compact", poisoned)
         monkeypatch.setattr(module, "INITIAL_CAPACITY", 2)
+    # A CPU without kernels searches over other caches.
+    monkeypatch.setattr(PrunedSequenceGenerator, "_decoder_class", lambda self, device: static_decoder.StaticDecoder)
     return sizes
 
 
