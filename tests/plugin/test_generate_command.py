@@ -147,7 +147,8 @@ def test_lines_that_are_too_long(data_bin, dense, tmp_path):
 @pytest.fixture
 def running(data_bin, dense, tmp_path):
     """A translation of the training data that takes a while, and its two processes; it is ended after the test."""
-    process = start(data_bin, "--path", dense, "--gen-subset", "train", "--batch-size", 1, "--results-path", tmp_path)
+    flags = ["--gen-subset", "train", "--batch-size", 1, "--min-len", 30]
+    process = start(data_bin, "--path", dense, *flags, "--results-path", tmp_path)
     logs = [tmp_path / "generate-train.txt.parts" / f"rank{rank}.log" for rank in range(2)]
     try:
         wait_for(lambda: process.poll() or all(log.exists() and "progress_bar |" in log.read_text() for log in logs))
