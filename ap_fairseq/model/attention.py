@@ -417,11 +417,11 @@ class PrunedMultiheadAttention(NotScriptable, MultiheadAttention):
         return cache.attend_within(q, None if cache.whole else self._step_mask(cache), self.scaling)
 
     def keeps_all(self, n_queries: int, n_keys: int) -> bool:
-        """Whether the mask keeps every cell of so many queries and keys."""
+        """Whether the mask keeps every attendable cell of so many queries and keys; False of a relative one."""
         if self.is_relative:
-            return False  # some sentence may miss some
+            return False
         keep = self.keep_mask(n_queries, n_keys)
-        return bool((keep.tril() == torch.ones_like(keep).tril()).all() if self.kind.causal else keep.all())
+        return bool(((keep | torch.ones_like(keep).triu(1)) if self.kind.causal else keep).all())
 
     def _cross_cache(
         self, key: Tensor, key_padding: Tensor | None, n_hypotheses: int, max_steps: int | None

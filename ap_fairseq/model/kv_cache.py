@@ -94,7 +94,7 @@ class HostCache(KVCache):
         whole: no step's mask row prunes anything.
     """
 
-    whole = False
+    whole: bool
 
     @abstractmethod
     def attend_within(self, q: Tensor, keep: Tensor | None, scale: float) -> Tensor:

@@ -8,7 +8,6 @@ import copy
 import logging
 from typing import Any
 
-import torch
 from fairseq import utils
 from fairseq.models import build_model
 from fairseq.models.transformer_lm import TransformerLanguageModelConfig
@@ -17,7 +16,7 @@ from fairseq.tasks.translation import TranslationConfig
 from omegaconf import OmegaConf
 
 from ap_fairseq.files import ArtifactError, refuse_existing
-from ap_fairseq.model.attention import MASK_BUFFERS, PrunedMultiheadAttention
+from ap_fairseq.model.attention import MASK_BUFFERS
 from ap_fairseq.model.checkpoints import (
     load_checkpoint,
     load_parameters,
@@ -91,7 +90,8 @@ def require_dense(model: PrunedModel, options: dict[str, Any], checkpoint) -> No
     if given:
         flag = f"--{given[0].replace('_', '-')} {options[given[0]]}"
         raise ArtifactError(f"{checkpoint} has {flag}, which fairseq's own model cannot do; it cannot be --to-stock")
-    if all(_keeps_everything(module) for _, module in attention_sites(model)):
+    # One row and column beyond the recorded range: these have all offsets of the diagonals that continue a mask.
+    if all(module.keeps_all(*(module.mask_range + 1).tolist()) for _, module in attention_sites(model)):
         return
     pruned = describe_sparsity(model.masks_provenance() or {})
     raise ArtifactError(
@@ -99,15 +99,6 @@ def require_dense(model: PrunedModel, options: dict[str, Any], checkpoint) -> No
         "than it does under its masks. Use it with --user-dir, train a dense model from it (fairseq-train "
         "--attention-masks none --finetune-from-model), or drop the masks with --attention-masks none --to-stock"
     )
-
-
-def _keeps_everything(module: PrunedMultiheadAttention) -> bool:
-    """Whether a mask keeps every attendable cell, also beyond its range: the next row and column have all offsets."""
-    if module.is_relative:
-        return False
-    rows, columns = (size + 1 for size in module.mask_range.tolist())
-    attendable = torch.ones(rows, columns, dtype=torch.bool)
-    return bool((module.keep_mask(rows, columns) | ~(attendable.tril() if module.kind.causal else attendable)).all())
 
 
 def stock_options(cfg: dict[str, Any]) -> argparse.Namespace | dict[str, Any]:

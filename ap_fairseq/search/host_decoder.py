@@ -90,8 +90,9 @@ class SentenceSlots:
 class HostSelfAttention(HostCache):
     """Keys and values of one decoder self-attention site: (B, L, 2, H, D), by sentence and slot."""
 
-    def __init__(self, slots: SentenceSlots, heads: int, dim: int, dtype: torch.dtype):
-        self.slots, self.kv = slots, torch.empty(slots.n, slots.capacity, 2, heads, dim, dtype=dtype)
+    def __init__(self, slots: SentenceSlots, heads: int, dim: int, dtype: torch.dtype, whole: bool):
+        self.slots, self.whole = slots, whole
+        self.kv = torch.empty(slots.n, slots.capacity, 2, heads, dim, dtype=dtype)
 
     def advance(self, kv: Tensor) -> None:
         n, used, beam = self.slots.n, self.slots.used, self.slots.state.beam
@@ -128,8 +129,8 @@ class HostCrossAttention(HostCache):
         padding: float (B, 1, 1, S), -inf where sentences have no column and else 0; None: all have all.
     """
 
-    def __init__(self, slots: SentenceSlots, kv: Tensor, padding: Tensor | None, lengths: Tensor):
-        self.slots, self.kv, self.padding, self.all_lengths = slots, kv, padding, lengths
+    def __init__(self, slots: SentenceSlots, kv: Tensor, padding: Tensor | None, lengths: Tensor, whole: bool):
+        self.slots, self.kv, self.padding, self.all_lengths, self.whole = slots, kv, padding, lengths, whole
 
     @property
     def lengths(self) -> Tensor:
@@ -262,13 +263,13 @@ class HostDecoder(StaticDecoder):
             for index in range(len(model.decoder.layers)):
                 layer, cross = model.decoder.layers[index], None
                 module = layer.self_attn
-                own = HostSelfAttention(slots, module.num_heads, module.head_dim, self.dtype)
-                own.whole = module.keeps_all(max_len + 1, max_len + 1)
+                whole = module.keeps_all(max_len + 1, max_len + 1)
+                own = HostSelfAttention(slots, module.num_heads, module.head_dim, self.dtype, whole)
                 self.self_caches[module] = own
                 if layer.encoder_attn is not None:
                     source = self._project_source(layer.encoder_attn, encoder_out["encoder_out"][0])
-                    cross = HostCrossAttention(slots, source, padding, lengths)
-                    cross.whole = layer.encoder_attn.keeps_all(max_len + 1, real.size(1))
+                    whole = layer.encoder_attn.keeps_all(max_len + 1, real.size(1))
+                    cross = HostCrossAttention(slots, source, padding, lengths, whole)
                     self.cross_caches.append(cross)
                 self.layers[-1].append(self._layer(layer, own, cross))
 
