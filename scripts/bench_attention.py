@@ -153,67 +153,22 @@ def flex(keep: Tensor, block: int, autotune: bool) -> Callable[..., Tensor]:
 
 def gate() -> None:
     """Refuse to time kernels that are not right: tile lists, sentence kernels, dropout, decode against float64."""
+    shared = dict(heads=2, dim=64, dtype=BFLOAT16, scale=0.125, dropout_p=0.1, device=DEVICE)
     for number, tile in enumerate(TILES):
         for block in (tile, 1):
             keep = block_mask(2, 300, 260, tile, 0.5, seed=number)
             if block == 1:
                 keep &= torch.rand(keep.shape, generator=torch.Generator().manual_seed(1)) < 0.8
             lengths = dict(q_lengths=torch.tensor([300, 170]), k_lengths=torch.tensor([90, 260]))
-            assert_within_budget(
-                make_case(
-                    batch=2,
-                    heads=2,
-                    q_size=300,
-                    k_size=260,
-                    dim=64,
-                    dtype=BFLOAT16,
-                    keep=keep,
-                    tile=tile,
-                    scale=0.125,
-                    dropout_p=0.1,
-                    device=DEVICE,
-                    **lengths,
-                )
-            )
+            assert_within_budget(make_case(batch=2, q_size=300, k_size=260, keep=keep, tile=tile, **lengths, **shared))
     for size in (32, 64, 128):
         keep = torch.rand(2, size, size, generator=torch.Generator().manual_seed(2)) < 0.7
-        lengths = torch.tensor([size, size // 2, 0])
-        assert_within_budget(
-            make_case(
-                batch=3,
-                heads=2,
-                q_size=size,
-                k_size=size,
-                dim=64,
-                dtype=BFLOAT16,
-                keep=keep,
-                scale=0.125,
-                dropout_p=0.1,
-                q_lengths=lengths,
-                k_lengths=lengths,
-                causal=True,
-                device=DEVICE,
-            )
-        )
-
+        lengths = dict.fromkeys(("q_lengths", "k_lengths"), torch.tensor([size, size // 2, 0]))
+        assert_within_budget(make_case(batch=3, q_size=size, k_size=size, keep=keep, causal=True, **lengths, **shared))
     for size in (32, 128, 200):
         layout, lengths = random_offsets(2, size, DEVICE), torch.tensor([size, size // 2, 1])
-        assert_within_budget(
-            make_case(
-                batch=3,
-                heads=2,
-                q_size=size,
-                k_size=size,
-                dim=64,
-                dtype=BFLOAT16,
-                keep=layout.keep_mask(size, size, lengths.to(DEVICE)),
-                offsets=layout,
-                scale=0.125,
-                dropout_p=0.1,
-                k_lengths=lengths,
-                device=DEVICE,
-            )
-        )
+        mask = dict(keep=layout.keep_mask(size, size, lengths.to(DEVICE)), offsets=layout)
+        assert_within_budget(make_case(batch=3, q_size=size, k_size=size, k_lengths=lengths, **mask, **shared))
 
     keep = torch.rand(2, 90, 100, device=DEVICE) < 0.3
     layout, step = AttentionLayout.from_keep_mask(keep), torch.tensor([60], device=DEVICE)

@@ -283,6 +283,12 @@ def prepare_parser(description: str, out: str, bpe_size: int) -> argparse.Argume
     return parser
 
 
+def add_page_tokens(parser: argparse.ArgumentParser) -> None:
+    """The option of corpora that have documents, too."""
+    help = "longest document, in tokens per side (default: %(default)s)"
+    parser.add_argument("--page-tokens", type=int, default=1000, metavar="N", help=help)
+
+
 def check_options(parser: argparse.ArgumentParser, args: argparse.Namespace, **least: int) -> None:
     """Refuses numbers that are too small, and makes all paths absolute, because programs run in other folders."""
     for name, number in {"bpe_size": 100, **least}.items():

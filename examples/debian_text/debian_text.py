@@ -24,7 +24,17 @@ import man_pages
 import parallel_text
 import segments
 from apt_lists import apt_language
-from building import SPLITS, PrepareError, Step, check_options, file_hash, one_line_errors, prepare, prepare_parser
+from building import (
+    SPLITS,
+    PrepareError,
+    Step,
+    add_page_tokens,
+    check_options,
+    file_hash,
+    one_line_errors,
+    prepare,
+    prepare_parser,
+)
 from parallel_text import (
     Filter,
     Shares,
@@ -239,13 +249,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("source", nargs="?", metavar="en", default="en", help="the source language is English")
     add("target", nargs="?", metavar="TGT", default="de", help="target language: de, fr, es, pt-br, … (default: de)")
-    add(
-        "--page-tokens",
-        type=int,
-        default=1000,
-        metavar="N",
-        help="longest document, in tokens per side (default: 1000)",
-    )
+    add_page_tokens(parser)
     add(
         "--max-words",
         type=int,

@@ -17,7 +17,17 @@ import debs
 import help_packages
 import parallel_text
 import segments
-from building import SPLITS, Step, check_options, file_hash, one_line_errors, prepare, prepare_parser, read_lines
+from building import (
+    SPLITS,
+    Step,
+    add_page_tokens,
+    check_options,
+    file_hash,
+    one_line_errors,
+    prepare,
+    prepare_parser,
+    read_lines,
+)
 from help_packages import build_packages, package_language, packages_of, read_pair
 from parallel_text import LEVELS, Shares, encoding_steps, fairseq_language, write_text
 
@@ -103,13 +113,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         help="source language, as in libreoffice-help-SRC (default: en)",
     )
     add("target", nargs="?", metavar="TGT", default="de", help="target language (default: de)")
-    add(
-        "--page-tokens",
-        type=int,
-        default=1000,
-        metavar="N",
-        help="longest document, in tokens per side (default: 1000)",
-    )
+    add_page_tokens(parser)
     add(
         "--max-words",
         type=int,

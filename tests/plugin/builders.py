@@ -90,6 +90,12 @@ def language_models(vocab: Dictionary, seed: int = 5, **options):
     return built
 
 
+def adaptive(cutoff: str) -> dict[str, object]:
+    """Options of a language model whose input and softmax are adaptive and share parameters."""
+    tied = dict.fromkeys(("adaptive_input", "tie_adaptive_weights", "tie_adaptive_proj"), True)
+    return {**tied, "adaptive_input_cutoff": cutoff, "adaptive_softmax_cutoff": cutoff}
+
+
 def random_stats(
     seed: int = 0, longest=(9, 11), sentences: int = 40, layers: int = 2, heads: int = 2
 ) -> AttentionStats:

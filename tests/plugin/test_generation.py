@@ -19,6 +19,7 @@ from fairseq.sequence_generator import SequenceGenerator, SequenceGeneratorWithA
 from fairseq.utils import extract_soft_alignment
 from plugin import builders
 from plugin.builders import (
+    adaptive,
     batch,
     causal_masks,
     dense_model,
@@ -346,15 +347,7 @@ def test_other_decoders_are_searched_as_in_fairseq(options, caplog):
 
 # -- language models --------------------------------------------------------------------------------------------------
 
-ADAPTIVE = dict(
-    adaptive_input=True,
-    adaptive_input_cutoff="8,20",
-    adaptive_softmax_cutoff="8,20",
-    tie_adaptive_weights=True,
-    tie_adaptive_proj=True,
-    decoder_input_dim=32,
-    decoder_output_dim=32,
-)
+ADAPTIVE = dict(**adaptive("8,20"), decoder_input_dim=32, decoder_output_dim=32)
 PROMPTS = [12, 9, 17, 14, 10]
 
 

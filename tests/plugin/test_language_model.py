@@ -9,7 +9,7 @@ import pytest
 import torch
 from fairseq.criterions.adaptive_loss import AdaptiveLoss
 from fairseq.models.transformer_lm import TransformerLanguageModel
-from plugin.builders import LM_SIZES, batch, causal_masks, dictionary, language_models, random_masks
+from plugin.builders import LM_SIZES, adaptive, batch, causal_masks, dictionary, language_models, random_masks
 from plugin.commands import PLUGIN, assert_reads_as_stock, run
 
 from ap_fairseq.artifacts import AttentionStats
@@ -26,14 +26,7 @@ KIND = AttentionKind.DECODER_SELF
 VOCAB = dictionary(40)
 LENGTHS = [12, 5, 9]
 
-BAEVSKI = dict(
-    adaptive_input=True,
-    adaptive_input_cutoff="10,25",
-    adaptive_softmax_cutoff="10,25",
-    tie_adaptive_weights=True,
-    tie_adaptive_proj=True,
-    no_decoder_final_norm=True,
-)
+BAEVSKI = dict(**adaptive("10,25"), no_decoder_final_norm=True)
 
 
 def task(vocab=VOCAB):
