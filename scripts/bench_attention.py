@@ -6,15 +6,17 @@
     python scripts/bench_attention.py --table scripts/bench_attention.h100.json         # Markdown, no GPU needed
 
 Rivals: SDPA with the flash, cuDNN and memory-efficient back ends (dense), SDPA with the mask as a dense float
-tensor (what stock fairseq computes), FlexAttention with the same block mask, and the definition step by step
-(reference). A rival that cannot run a case is recorded with its error. Everything is timed as CUDA-graph replays: at
-90% sparsity even 4 x 16 x 4096 takes no longer than its launch from Python, which the section `host` measures by
-itself. `tflops` counts kept cells only (all of a dense rival): 4 D FLOP per kept cell forward, 10 D more backward.
-`gathered` is what forward reads of keys and values, each kept block once per query tile, over its time. Heads have 64
-elements but in the section `head sizes`; blocks are squares but in the section `flat`. The section `relative` compares
-masks of offsets with masks of the same cells and with torch's attention, for which it builds the mask of every sentence
-in every call, as a model does. The section `ceilings` measures
-what the chip gives: a matrix product of 8192³, and reads of the same gathered blocks without any arithmetic.
+tensor (what stock fairseq computes), FlexAttention with the same block mask, the definition step by step (reference),
+and where installed FlashAttention-4 (dense, and under the same mask) and cuDNN's block-sparse attention (its forward
+pass). A rival that cannot run a case is recorded with its error; `difference` is how far its results are from ours.
+Everything is timed as CUDA-graph replays: at 90% sparsity even 4 x 16 x 4096 takes no longer than its launch from
+Python, which the section `host` measures by itself. What cannot be captured is called eagerly, and its row has the
+reason, `eager`. `tflops` counts kept cells only (all of a dense rival): 4 D FLOP per kept cell forward, 10 D more
+backward. `gathered` is what forward reads of keys and values, each kept block once per query tile, over its time.
+Heads have 64 elements but in the section `head sizes`; blocks are squares but in the section `flat`. The section
+`relative` compares masks of offsets with masks of the same cells and with torch's attention, for which it builds the
+mask of every sentence in every call, as a model does. The section `ceilings` measures what the chip gives: a matrix
+product of 8192³, and reads of the same gathered blocks without any arithmetic.
 """
 
 from __future__ import annotations
@@ -34,11 +36,12 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import SDPBackend
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from provenance import git_commit
+from rivals_attention import Method, block_sparse, dense, dense_mask, flash_attention_4_dense, flex
 
 from triton_ops import AttentionLayout, block_sparse_attention, decode_attention
 from triton_ops.dense import attend_dense
@@ -59,6 +62,9 @@ DENSE = {
     "sdpa cudnn": SDPBackend.CUDNN_ATTENTION,
     "sdpa efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
+FORWARD_ONLY = ("cudnn sparse",)
+BACKWARD_ONLY = ("fa4 dense deterministic",)  # its forward pass is that of "fa4 dense"
+WRONG = 0.05  # relative difference from our results that bfloat16 does not explain
 BFLOAT16 = torch.bfloat16
 
 
@@ -94,7 +100,8 @@ def time_graph(run: Callable[[], object], repeats: int, calls: int = 10) -> dict
             run()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # The outer context: a capture that fails leaves its own stream behind.
+    with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph):
         for _ in range(calls):
             run()
     timing = time_events(graph.replay, repeats)
@@ -102,17 +109,24 @@ def time_graph(run: Callable[[], object], repeats: int, calls: int = 10) -> dict
 
 
 def measure(run: Callable[[], object], repeats: int) -> dict[str, object]:
-    """Timing of `run`, or the reason why it cannot run."""
+    """Timing of `run`, of eager calls where it cannot be captured; or the reason why it cannot run."""
+    try:
+        run()
+        torch.cuda.synchronize()
+    except Exception as error:  # rivals raise all kinds
+        return dict(error=_reason(error))
     try:
         return dict(time_graph(run, repeats))
-    except (RuntimeError, ValueError, NotImplementedError, triton.TritonError) as error:
+    except Exception as error:
         torch.cuda.synchronize()
-        return dict(error=f"{type(error).__name__}: {str(error).splitlines()[0][:200]}")
+        return dict(time_events(run, repeats), eager=_reason(error))
 
 
-def training_step(
-    forward: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, grad: Tensor
-) -> Callable[[], object]:
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+
+
+def training_step(forward: Method, q: Tensor, k: Tensor, v: Tensor, grad: Tensor) -> Callable[[], tuple[Tensor, ...]]:
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
 
     def run():
@@ -121,31 +135,10 @@ def training_step(
     return run
 
 
-# --- rivals -----------------------------------------------------------------------------------------------------------
-
-
-def dense(backend: SDPBackend) -> Callable[..., Tensor]:
-    def forward(q, k, v):
-        with sdpa_kernel(backend):
-            return F.scaled_dot_product_attention(q, k, v)
-
-    return forward
-
-
-def dense_mask(mask: Tensor, dropout_p: float = 0.0) -> Callable[..., Tensor]:
-    return lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p)
-
-
-def flex(keep: Tensor, block: int, autotune: bool) -> Callable[..., Tensor]:
-    """FlexAttention under the same mask. Its sparse block is 128 by default; smaller ones need autotuning."""
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-    heads, q_size, k_size = keep.shape
-    mask = create_block_mask(
-        lambda b, h, i, j: keep[h, i, j], None, heads, q_size, k_size, device=DEVICE, BLOCK_SIZE=block
-    )
-    mode = "max-autotune-no-cudagraphs" if autotune else None
-    return functools.partial(torch.compile(flex_attention, mode=mode, dynamic=False), block_mask=mask)
+def difference(got: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> float:
+    """The largest of the relative differences of these tensors, in the Euclidean norm."""
+    pairs = zip(got, expected, strict=True)
+    return max(float((a.float() - b.float()).norm() / b.float().norm()) for a, b in pairs)
 
 
 # --- sections ---------------------------------------------------------------------------------------------------------
@@ -193,18 +186,21 @@ def square_case(
     repeats: int,
     rivals: bool,
     dim: int = 64,
+    without: tuple[str, ...] = (),
 ) -> list[dict]:
-    """Self-attention under random masks of blocks, a size or queries x keys: ours and the rivals, both directions."""
+    """Self-attention under random masks of blocks, a size or queries x keys: ours and the rivals, both directions.
+
+    rivals: time those that skip no blocks, too. without: beginnings of the names of rivals to leave out.
+    """
     torch.manual_seed(0)
     q, k, v, grad = (torch.randn(batch, heads, size, dim, device=DEVICE, dtype=BFLOAT16) for _ in range(4))
     keep = block_mask(heads, size, size, block, sparsity, seed=1, device=DEVICE)
     layout = AttentionLayout.from_keep_mask(keep).prepare()
     kept = int(keep.sum()) * batch
-    methods: dict[str, Callable[..., Tensor]] = {
-        "ours": lambda q, k, v: block_sparse_attention(q, k, v, layout, backend="triton")
-    }
+    methods: dict[str, Method] = {"ours": lambda q, k, v: block_sparse_attention(q, k, v, layout, backend="triton")}
+    without_mask: dict[str, Method] = {}
     if rivals:
-        methods |= {name: dense(backend) for name, backend in DENSE.items()}
+        without_mask = {name: dense(backend) for name, backend in DENSE.items()} | flash_attention_4_dense()
         if size <= DENSE_MASK_LIMIT:  # the mask alone takes heads x size² elements, scores batch times that
             float_mask = torch.zeros(keep.shape, device=DEVICE, dtype=BFLOAT16).masked_fill_(~keep, -torch.inf)
             methods["sdpa dense mask"] = dense_mask(float_mask[None])
@@ -214,12 +210,23 @@ def square_case(
     if block == 64 and rivals and size > DENSE_MASK_LIMIT:  # minutes of compilation: once
         methods["flex 64 autotuned"] = flex(keep, 64, autotune=True)
     rows = []
-    block_rows, label = (block, block) if isinstance(block, int) else (block[0], f"{block[0]}x{block[1]}")
+    shape, label = ((block, block), block) if isinstance(block, int) else (block, f"{block[0]}x{block[1]}")
+    methods |= block_sparse(keep, shape, batch)
     masked = dict(block=label, nominal_sparsity=sparsity, sparsity=1 - float(keep.float().mean()))
     for direction in directions:
-        for name, method in methods.items():
-            run = functools.partial(method, q, k, v) if direction == "forward" else training_step(method, q, k, v, grad)
+        results = None
+        for name, method in {**methods, **without_mask}.items():
+            if name.startswith(without):
+                continue
+            if name in FORWARD_ONLY and direction != "forward" or name in BACKWARD_ONLY and direction == "forward":
+                continue
+            run: Callable[[], tuple[Tensor, ...]] = training_step(method, q, k, v, grad)
+            if direction == "forward":
+                run = lambda method=method: (method(q, k, v),)  # noqa: E731
             timing = measure(run, repeats)
+            if "median_ms" in timing and name in methods:
+                results = results or run()
+                timing["difference"] = difference(run(), results)
             row = dict(
                 case="square",
                 batch=batch,
@@ -230,15 +237,15 @@ def square_case(
                 direction=direction,
                 method=name,
                 tile=list(layout.tile) if name == "ours" else None,
-                **(masked if name not in DENSE else {}),
+                **(masked if name in methods else {}),
                 **timing,
             )
             if "median_ms" in timing:
-                computed = kept if name not in DENSE else batch * keep.numel()
+                computed = kept if name in methods else batch * keep.numel()
                 flop = computed * dim * (4 if direction == "forward" else 14)
                 row["tflops"] = flop / timing["median_ms"] / 1e9
                 if name == "ours" and direction == "forward":
-                    row["gathered"] = kept / block_rows * dim * 2 * 2 / timing["median_ms"] / 1e9
+                    row["gathered"] = kept / shape[0] * dim * 2 * 2 / timing["median_ms"] / 1e9
             rows.append(row)
     rows[0]["layout_bytes"] = layout.memory()
     rows[0]["cells"] = keep.numel()
@@ -491,12 +498,13 @@ def host_case(batch: int, heads: int, size: int, repeats: int) -> list[dict]:
 BOTH = ["forward", "forward+backward"]
 
 
-def sections(repeats: int) -> dict[str, list[Callable[[], list[dict]]]]:
+def sections(repeats: int, without: tuple[str, ...] = ()) -> dict[str, list[Callable[[], list[dict]]]]:
     """The cases of every section."""
 
     def square(size: int, batch: int, heads: int, cases: list[tuple], dim: int = 64) -> list[Callable[[], list[dict]]]:
+        case = functools.partial(square_case, batch, heads, size, dim=dim, without=without)
         return [
-            functools.partial(square_case, batch, heads, size, sparsity, block, BOTH, repeats, rivals=i == 0, dim=dim)
+            functools.partial(case, sparsity, block, BOTH, repeats, rivals=i == 0)
             for i, (sparsity, block) in enumerate(cases)
         ]
 
@@ -549,7 +557,11 @@ def shape_of(row: dict) -> tuple:
     return tuple(row.get(name) for name in ("case", "batch", "heads", "size", "dim", "direction"))
 
 
-RIVALS = {  # column of the table: what is in it
+RIVALS = {  # column of the table, if measured: what is in it
+    "FlashAttention-4": ("fa4",),
+    "FlashAttention-4, dense": ("fa4 dense",),
+    "the same, deterministic": ("fa4 dense deterministic",),
+    "cuDNN, block-sparse": ("cudnn sparse",),
     "cuDNN": ("sdpa cudnn",),
     "FlashAttention-2": ("sdpa flash",),
     "efficient": ("sdpa efficient",),
@@ -558,8 +570,9 @@ RIVALS = {  # column of the table: what is in it
     "bmm, softmax, bmm": ("bmm softmax bmm",),
     "SDPA of a step": ("sdpa of a step",),
     "reference": ("reference",),
+    "mask of cells": ("mask of cells",),
+    "SDPA, mask built": ("sdpa, mask built",),
 }
-RIVALS_OF_OFFSETS = {"mask of cells": ("mask of cells",), "SDPA, mask built": ("sdpa, mask built",)}  # where measured
 
 
 def table(report: dict) -> str:
@@ -569,9 +582,9 @@ def table(report: dict) -> str:
     groups: dict[tuple, list[dict]] = {}
     for row in report["rows"]:
         groups.setdefault(group_key(row), []).append(row)
-    dense_rows = [row for row in report["rows"] if row["method"] in DENSE]
-    with_offsets = any(row["method"] in methods for row in report["rows"] for methods in RIVALS_OF_OFFSETS.values())
-    columns = RIVALS | (RIVALS_OF_OFFSETS if with_offsets else {})
+    dense_rows = [row for row in report["rows"] if row["method"] in DENSE or row["method"].startswith("fa4 dense")]
+    measured = {row["method"] for row in report["rows"]}
+    columns = {name: methods for name, methods in RIVALS.items() if measured.intersection(methods)}
     body = []
     for rows in groups.values():
         ours = next((row for row in rows if row["method"] == "ours"), None)
@@ -595,15 +608,23 @@ def _times_longer(rows: list[dict], methods: tuple[str, ...], ours: float) -> st
     row = next((row for row in rows if row["method"] in methods), None)
     if row is None:
         return ""
-    return f"{row['median_ms'] / ours:.2f}" if "median_ms" in row else "error"
+    if "median_ms" not in row:
+        return "error"
+    if row.get("difference", 0) > WRONG:
+        return "wrong"
+    return f"{row['median_ms'] / ours:.2f}" + (" (eager)" if "eager" in row else "")
 
 
 def details(report: dict) -> str:
-    """What is not a time: errors of rivals, sizes of layouts, peak memory, ceilings of the chip, time of the host."""
+    """What is not a time: failures of rivals, sizes of layouts, peak memory, ceilings of the chip, host time."""
     lines = []
     for row in report["rows"]:
         if "error" in row:
             lines.append(f"{row['method']}, {group_key(row)}: {row['error']}")
+        if "eager" in row:
+            lines.append(f"{row['method']}, {group_key(row)}, called eagerly, as a capture fails: {row['eager']}")
+        if row.get("difference", 0) > WRONG:
+            lines.append(f"{row['method']}, {group_key(row)}: {row['difference']:.0%} off our results")
         if row.get("layout_bytes") and row.get("cells"):
             total = sum(row["layout_bytes"].values())
             lines.append(
@@ -630,6 +651,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="JSON file to write")
     parser.add_argument("--only", action="append", choices=list(sections(1)), help="sections to run (default: all)")
+    parser.add_argument(
+        "--without",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="rivals to leave out, as flex (minutes to compile)",
+    )
     parser.add_argument("--repeats", type=int, default=30, help="timed calls or graph replays (default: 30)")
     parser.add_argument("--table", type=Path, metavar="JSON", help="print a Markdown table of a result file and stop")
     options = parser.parse_args(arguments)
@@ -645,7 +673,7 @@ def main(arguments: list[str] | None = None) -> None:
     report: dict[str, object] = provenance()
     rows: list[dict] = []
     report["rows"] = rows
-    for name, cases in sections(options.repeats).items():
+    for name, cases in sections(options.repeats, tuple(options.without)).items():
         if not options.only or name in options.only:
             for case in cases:
                 rows += case()

@@ -2,22 +2,26 @@
 
 import functools
 import importlib.util
+import itertools
 import json
 import subprocess
 import sys
+import types
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
 
 from triton_ops import small
 from triton_ops.config import Config
+from triton_ops.reference import attention_reference
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def script(name, monkeypatch):
-    """A module of scripts/ in which things run once, anywhere, and seem to take 2 ms."""
+def script(name, monkeypatch, timed=False):
+    """A module of scripts/ in which things run once, anywhere, and unless `timed` seem to take 2 ms."""
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
     spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
     module = sys.modules[name] = importlib.util.module_from_spec(spec)  # dataclasses look their module up
@@ -28,7 +32,8 @@ def script(name, monkeypatch):
         return dict(median_ms=2.0, p20_ms=1.0, p80_ms=3.0)
 
     monkeypatch.setattr(module, "DEVICE", "cuda" if torch.cuda.is_available() else "cpu")
-    monkeypatch.setattr(module, "measure", run_once)
+    if not timed:
+        monkeypatch.setattr(module, "measure", run_once)
     return module
 
 
@@ -63,15 +68,116 @@ def test_every_section_runs_and_is_tabulated(bench):
         "% | 64x16 | forward | 2 |",
         "| sentence | 2, 1, 16 |",
         "| decode self | 1x2, 1, 30 |",
-        "| forward | 2 | 0 | | | | | 1.00 | | | 1.00 | | |",  # ours in ms; then dense mask and reference
+        "| TFLOP/s | dense mask | bmm, softmax, bmm | SDPA of a step | reference | mask of cells | SDPA, mask built |",
+        "| forward | 2 | 0 | 1.00 | | | 1.00 | | |",
         "| relative | 2, 1, 16 |",
-        "| forward+backward | 2 | | | | | | | | | | 1.00 | 1.00 |",
+        "| forward+backward | 2 | | | | | | 1.00 | 1.00 |",
         "| decode relative | 1x2, 1, 30 |",
-        "| step | 2 | | | | | | | 1.00 | 1.00 | | | |",
+        "| step | 2 | | | 1.00 | 1.00 | | | |",
         "bytes per cell",
         "Ceiling, product: 700",
     ):
         assert text in printed
+
+
+def stand_in(monkeypatch, name, **content):
+    """A module that seems to be installed."""
+    module = types.ModuleType(name)
+    module.__spec__ = importlib.machinery.ModuleSpec(name, None)
+    vars(module).update(content)
+    monkeypatch.setitem(sys.modules, name, module)
+
+
+@pytest.fixture
+def rivals(monkeypatch):
+    """FlashAttention-4 and cuDNN as far as the benchmark calls them: attention under the mask of their lists.
+
+    FlashAttention-4's backward pass fails, and cuDNN leaves a block out.
+    """
+
+    def listed(counts, indices, rows, columns):
+        assert counts.dtype == indices.dtype == torch.int32
+        kept = torch.zeros(*counts.shape, 256 // columns, dtype=torch.bool)
+        for b, h, i in itertools.product(*map(range, counts.shape)):
+            kept[b, h, i, indices[b, h, i, : counts[b, h, i]].long()] = True
+        return kept.repeat_interleave(rows, 2).repeat_interleave(columns, 3)
+
+    class Lists(NamedTuple):
+        mask_block_cnt: torch.Tensor
+        mask_block_idx: torch.Tensor
+        full_block_cnt: torch.Tensor
+        full_block_idx: torch.Tensor
+        block_size: tuple[int, int]
+
+        def keep(self, by_key=False):
+            assert not self.mask_block_cnt.any()
+            assert self.mask_block_idx.shape[:3] == self.mask_block_cnt.shape == self.full_block_cnt.shape
+            return listed(*self[2:4], *reversed(self.block_size) if by_key else self.block_size)
+
+    def flash_attn_func(q, k, v, block_sparse_tensors, block_sparse_tensors_bwd):
+        keep = block_sparse_tensors.keep()
+        assert keep.equal(block_sparse_tensors_bwd.keep(by_key=True).transpose(2, 3))
+        if q.requires_grad:
+            raise ValueError("no blocks of 64 backward")
+        tensors = [x.transpose(1, 2) for x in (q, k, v)]
+        return attention_reference(*tensors, keep[0], scale=q.size(3) ** -0.5)[0].transpose(1, 2), None
+
+    def forward(q, k, v, q2k_block_index, q2k_block_nums, sparse_block_size):
+        assert q2k_block_nums.size(0) == q.size(0)
+        keep = listed(q2k_block_nums, q2k_block_index, sparse_block_size, sparse_block_size)[0]
+        keep[:, :64, :64] = False
+        return dict(o_tensor=attention_reference(q, k, v, keep, scale=q.size(3) ** -0.5)[0])
+
+    stand_in(monkeypatch, "flash_attn")
+    stand_in(monkeypatch, "flash_attn.cute", flash_attn_func=flash_attn_func)
+    stand_in(monkeypatch, "flash_attn.cute.block_sparsity", BlockSparseTensorsTorch=Lists)
+    stand_in(monkeypatch, "cudnn", BSA=types.SimpleNamespace(block_sparse_attention_forward=forward))
+
+
+def test_rivals_get_our_mask_and_what_they_get_wrong_is_not_timed(bench, rivals, monkeypatch):
+    def measure(run, repeats):
+        try:
+            run()
+        except ValueError as error:
+            return dict(error=str(error))
+        return dict(median_ms=2.0)
+
+    monkeypatch.setattr(bench, "measure", measure)
+    monkeypatch.setattr(bench, "flash_attention_4_dense", dict)
+    rows = bench.square_case(2, 2, 256, 0.5, 64, bench.BOTH, 1, rivals=False)
+    assert [(row["method"], row["direction"]) for row in rows] == [
+        *(("ours", "forward"), ("fa4", "forward"), ("cudnn sparse", "forward")),
+        *(("ours", "forward+backward"), ("fa4", "forward+backward")),
+    ]
+    assert 0 < rows[1]["difference"] < 0.01
+    rest = bench.square_case(2, 2, 256, 0.5, 64, ["forward"], 1, rivals=False, without=("fa4",))
+    assert [row["method"] for row in rest] == ["ours", "cudnn sparse"]
+    report = dict(device="CPU", torch="2", triton="3", commit="0", command="none", rows=rows)
+    printed = " ".join(bench.table(report).split())
+    assert "| TFLOP/s | FlashAttention-4 | cuDNN, block-sparse |" in printed
+    assert "| 1.00 | wrong |" in printed and "| error | |" in printed
+    assert "no blocks of 64 backward" in bench.details(report) and "off our results" in bench.details(report)
+
+
+@pytest.mark.parametrize("fails", ["nowhere", "in a capture", "always"])
+def test_what_cannot_be_captured_is_called_eagerly(fails, monkeypatch):
+    bench = script("bench_attention", monkeypatch, timed=True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+
+    def run(capturing=False):
+        if fails == "always" or capturing:
+            raise AssertionError("first line\nsecond")
+
+    monkeypatch.setattr(bench, "time_events", lambda run, repeats: dict(median_ms=2.0))
+    monkeypatch.setattr(bench, "time_graph", lambda run, repeats: run(fails == "in a capture") or dict(median_ms=1.0))
+    assert (
+        bench.measure(run, 1)
+        == {
+            "nowhere": dict(median_ms=1.0),
+            "in a capture": dict(median_ms=2.0, eager="AssertionError: first line"),
+            "always": dict(error="AssertionError: first line"),
+        }[fails]
+    )
 
 
 def test_kernels_can_be_timed_where_only_torch_and_triton_are_installed():
