@@ -27,12 +27,14 @@ class ArtifactError(UserError):
 def read_lines(path) -> list[str]:
     """Return the lines of a text file; only a line feed ends one, as for fairseq, not every Unicode separator.
 
+    A byte order mark at the beginning belongs to no line.
+
     Raises:
         ArtifactError: for a missing file, or one that is not UTF-8.
     """
     require_file(path, "a text file with one sentence or log entry a line")
     try:
-        with open(path, encoding="utf-8", newline="\n") as lines:
+        with open(path, encoding="utf-8-sig", newline="\n") as lines:
             return [line.rstrip("\n") for line in lines]
     except UnicodeDecodeError as error:
         raise ArtifactError(f"{path} is not UTF-8: {error}") from error

@@ -104,7 +104,7 @@ def evaluate(args: argparse.Namespace) -> dict:
     if args.documents:
         documents = [line.partition("\t")[0] for line in read_lines(args.documents)]
     systems = args.systems
-    hypotheses = {system.name: evaluation.read_hypotheses(system.files, len(references)) for system in systems}
+    hypotheses = {system.name: evaluation.read_hypotheses(system.files, references) for system in systems}
     results = []
     for name, _, checkpoint in systems:
         evaluation.require_parallel(name, hypotheses[name], references)

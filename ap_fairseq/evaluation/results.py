@@ -54,7 +54,7 @@ def read_text(path) -> str:
     """Read a JSON file as text; raises :class:`ArtifactError` if it does not exist or is not UTF-8."""
     require_file(path, "a JSON file")
     try:
-        return Path(path).read_text(encoding="utf-8")
+        return Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ArtifactError(f"{path} is not UTF-8: {error}") from error
 

@@ -38,7 +38,7 @@ _FINISHED = re.compile(r"^Generate \S+ with beam=|samples have invalid sizes and
 _COMPOUND = re.compile(r"(\S)-(\S)")
 
 
-def read_hypotheses(files: Sequence[str | os.PathLike], sentences: int | None = None) -> list[str]:
+def read_hypotheses(files: Sequence[str | os.PathLike], references: Sequence[str] | None = None) -> list[str]:
     """Return the detokenised best hypotheses of a translation in the order of the data set.
 
     Files with lines as fairseq-generate writes them (``S-0``, ``T-0``, ``H-0``, ``D-0``, ``P-0``) are logs; any others
@@ -46,13 +46,15 @@ def read_hypotheses(files: Sequence[str | os.PathLike], sentences: int | None = 
 
     Args:
         files: one file, or the logs of all ranks.
-        sentences: of the data set, if known.
+        references: of the data set, if known.
 
     Raises:
-        ArtifactError: if a file is missing, a log was cut off, or a sentence is missing or was translated twice.
+        ArtifactError: if a file is missing, a log was cut off or has other references, or a sentence is missing or was
+            translated twice.
     """
     lines: list[str] = []
     found: dict[int, str] = {}
+    targets: dict[int, tuple[str, str]] = {}  # sentence -> where its reference was logged, and that
     first: dict[str, str] = {}  # sentence -> where it was translated
     seen: set[tuple[str, str]] = set()
     logged, finished = False, True
@@ -71,15 +73,19 @@ def read_hypotheses(files: Sequence[str | os.PathLike], sentences: int | None = 
                 )
             seen.add((letter, sentence))
             first.setdefault(sentence, f"{file}:{line}")
-        for _, letter, sentence, text in entries:
+        for line, letter, sentence, text in entries:
             if letter == "D":
                 found.setdefault(int(sentence), text.partition("\t")[2])  # with --nbest, the best comes first
+            elif letter == "T":
+                targets[int(sentence)] = f"{file}:{line}", text
         finished &= any(map(_FINISHED.search, own))
     if not logged:
         return lines
-    expected = range(max([sentences or 0, *(number + 1 for number in found)]))
+    expected = range(max([len(references or ()), *(number + 1 for number in found)]))
     if len(found) < max(len(expected), 1):
         raise ArtifactError(f"{os.pathsep.join(map(str, files))} {_gap(found, expected, finished)}")
+    if references is not None and len(references) == len(expected):
+        _require_references(targets, references)
     return [found[number] for number in expected]
 
 
@@ -100,6 +106,27 @@ def _translations(entries: Sequence[tuple[int, str, str, str]]) -> Iterator[tupl
     hypotheses = [(line, letter, sentence) for line, letter, sentence, _ in entries if letter == "D"]
     for _, same in itertools.groupby(hypotheses, key=lambda entry: entry[-1]):
         yield next(same)
+
+
+def _require_references(logged: Mapping[int, tuple[str, str]], references: Sequence[str]) -> None:
+    """Raise :class:`ArtifactError` if more than a tenth of the *references* are not those that were *logged*.
+
+    The log's went through a tokenizer and a dictionary: chrF compares them, and those with unknown words do not count.
+    """
+    known = {number: entry for number, entry in logged.items() if "<unk>" not in entry[1]}
+    same = CHRF(lowercase=True)
+    others = [
+        number
+        for number, (_, text) in known.items()
+        if text != references[number] and same.sentence_score(text, [references[number]]).score < 50
+    ]
+    if len(others) > len(known) / 10:
+        number, (place, text) = others[0], known[others[0]]
+        raise ArtifactError(
+            f"{len(others)} of {len(known)} references are not those of the log, the first at {place}: {text[:60]!r} "
+            f"there, {references[number][:60]!r} in line {number + 1} of the reference; give that of the data set that "
+            "was translated, in its order, and a log of plain text (--remove-bpe)"
+        )
 
 
 def _gap(found: Mapping[int, str], expected: range, finished: bool) -> str:

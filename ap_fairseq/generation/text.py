@@ -40,7 +40,6 @@ class Text:
     Attributes:
         path: the file, UTF-8; only a line feed ends a line.
         name: what messages call it.
-        sha256: of its bytes.
         lines: how many it has.
         offsets: where each part begins, in bytes.
         digests: SHA-256 of the bytes of each part.
@@ -49,7 +48,6 @@ class Text:
 
     path: Path
     name: str
-    sha256: str
     lines: int
     offsets: tuple[int, ...]
     digests: tuple[str, ...]
@@ -63,7 +61,7 @@ class Text:
             ArtifactError: for a missing file, or a line that is not UTF-8.
         """
         require_file(path, "a text file with one sentence a line")
-        digest, offsets, parts, position, number = hashlib.sha256(), [], [], 0, 0
+        offsets, parts, position, number = [], [], 0, 0
         with open(path, "rb") as stream:
             for number, line in enumerate(stream, 1):
                 try:
@@ -74,10 +72,9 @@ class Text:
                     offsets.append(position)
                     parts.append(hashlib.sha256())
                 position += len(line)
-                digest.update(line)
                 parts[-1].update(line)
         digests = tuple(part.hexdigest() for part in parts)
-        return cls(path, name, digest.hexdigest(), number, tuple(offsets), digests, part_lines)
+        return cls(path, name, number, tuple(offsets), digests, part_lines)
 
     def part(self, number: int) -> list[str]:
         """Return the lines of a part, without the white space around them.
@@ -91,7 +88,8 @@ class Text:
             content = stream.read() if end is None else stream.read(end - self.offsets[number])
         if hashlib.sha256(content).hexdigest() != self.digests[number]:
             raise UserError(f"{self.name} changed while it was translated; translate it anew, or restore it and go on")
-        return [line.strip() for line in content.decode("utf-8").removesuffix("\n").split("\n")]
+        encoding = "utf-8" if number else "utf-8-sig"  # a byte order mark belongs to no line
+        return [line.strip() for line in content.decode(encoding).removesuffix("\n").split("\n")]
 
 
 def translate_text(args, cfg, text: Text, ranks: int, folder: Path) -> list[Path]:
@@ -214,7 +212,7 @@ def settings(args, cfg, text: Text) -> dict[str, Any]:
         **options,
         "path": [file_sha256(path) for path in utils.split_paths(cfg.common_eval.path)],
         "dictionaries": dictionary_hashes(tasks.setup_task(cfg.task)),
-        "input": text.sha256,
+        "input": hashlib.sha256("".join(text.digests).encode()).hexdigest(),
         "buffer_size": text.part_lines,
         "versions": versions(),
     }

@@ -52,7 +52,7 @@ class HeadMasking:
             raise UserError(f"--masked-heads {heads!r}: expected LAYER:HEAD,LAYER:HEAD,..., counted from 0")
         named = (tuple(map(int, head.split(":"))) for head in heads.split(","))
         require_file(path, "a line of 0 and 1 for each sentence")
-        with open(path, encoding="utf-8", errors="replace") as lines:
+        with open(path, encoding="utf-8-sig", errors="replace") as lines:
             rows = [line.split() for line in lines]
         for number, row in enumerate(rows, 1):
             if unknown := next((word for word in row if word not in ("0", "1")), None):

@@ -64,8 +64,11 @@ def extract(archive: Path, members: Sequence[str], folder: Path) -> list[Path]:
 
 
 def _read(file: Path) -> Iterator[str]:
-    """The lines of a file; only a line feed ends one, and bytes that are not UTF-8 become U+FFFD (dropped later)."""
-    with file.open(encoding="utf-8", errors="replace", newline="\n") as stream:
+    """The lines of a file; only a line feed ends one, and bytes that are not UTF-8 become U+FFFD (dropped later).
+
+    A byte order mark at the beginning belongs to no line.
+    """
+    with file.open(encoding="utf-8-sig", errors="replace", newline="\n") as stream:
         for line in stream:
             yield line.rstrip("\r\n")
 

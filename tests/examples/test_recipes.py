@@ -257,6 +257,12 @@ def test_documents_are_talks_cut_at_sentence_ends(data_mirror, tmp_path, use_mir
         assert held_out == talks[0].startswith("iwslt17")
 
 
+def test_a_byte_order_mark_belongs_to_no_word(tmp_path):
+    (tmp_path / "en").write_text("\ufeffone\n", encoding="utf-8")
+    (tmp_path / "de").write_text("eins\n")
+    assert list(corpora.read_plain(tmp_path / "en", tmp_path / "de")) == [corpora.Line("one", "eins")]
+
+
 def test_talks_that_do_not_align_are_refused(tmp_path):
     (tmp_path / "en").write_text("<talkid>1</talkid>\none\ntwo\n<url>x</url>\n<talkid>2</talkid>\nthree\n")
     (tmp_path / "de").write_text("<talkid>1</talkid>\neins\n<url>x</url>\n<talkid>2</talkid>\ndrei\n")

@@ -26,9 +26,12 @@ def damaged(every: int) -> list[str]:
 
 
 def test_only_line_feeds_end_a_line(tmp_path):
-    """str.splitlines breaks at U+2028 and others, which shifted references against hypotheses."""
+    """str.splitlines breaks at U+2028 and others, which shifted references against hypotheses.
+
+    A byte order mark belonged to the first word.
+    """
     path = tmp_path / "text"
-    path.write_text("one\u2028still one\ntwo\x85\n", encoding="utf-8")
+    path.write_text("\ufeffone\u2028still one\ntwo\x85\n", encoding="utf-8")
     assert read_lines(path) == ["one\u2028still one", "two\x85"]
 
 
@@ -75,11 +78,11 @@ def test_skipped_sentences_are_not_blamed_on_a_cut_log(tmp_path, numbers):
     with pytest.raises(
         ArtifactError, match=rf"lacks 1 of 4 sentences \({gap}\): fairseq-generate skipped .* so raise"
     ) as error:
-        read_hypotheses([whole], 4)
+        read_hypotheses([whole], ["target"] * 4)
     assert "cut off" not in str(error.value)
     ranks = [write(tmp_path / "rank0", log(0, 2)), write(tmp_path / "rank1", log(3, finished=False))]
     with pytest.raises(ArtifactError, match="rank0:.*rank1 lacks 1 of 4 .* was cut off"):
-        read_hypotheses(ranks, 4)
+        read_hypotheses(ranks, ["target"] * 4)
 
 
 @pytest.mark.parametrize(
@@ -110,6 +113,20 @@ def test_hypotheses_of_a_second_run_without_sources_are_refused(tmp_path):
     path = write(tmp_path / "log", log(0, 1) + "D-0\t-1\tc\nD-1\t-1\tb\n")
     with pytest.raises(ArtifactError, match="sentence 0 was translated twice: .*log:1 and .*log:12"):
         read_hypotheses([path])
+
+
+def test_references_that_the_log_does_not_have_are_refused(tmp_path):
+    """A log was scored against any reference of as many lines: of another data set, or in another order.
+
+    Tokenized, lower-cased and unknown words in the log are no other reference.
+    """
+    logged = [line.lower().replace("t", " t") for line in REFERENCES[:100]]
+    logged[3] = f"{logged[3].split()[0]} <<unk>> <<unk>> <<unk>>"
+    path = write(tmp_path / "log", "".join(f"T-{n}\t{line}\nD-{n}\t-0.1\tx\n" for n, line in enumerate(logged)))
+    assert read_hypotheses([path], REFERENCES[:100]) == ["x"] * 100
+    shifted = [*REFERENCES[:80], *REFERENCES[81:101]]
+    with pytest.raises(ArtifactError, match=r"of 99 references are not those of the log, the first at .*log:161: '"):
+        read_hypotheses([path], shifted)
 
 
 def test_hypotheses_of_nbest_are_one_translation(tmp_path):

@@ -250,14 +250,17 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
 
 
 def test_parts_of_a_text_are_its_lines(tmp_path):
-    """Only a line feed ends a line: not a form feed, nor Unicode's separators; the last may lack it."""
-    lines = ["one\x0cone", "two\u2028two", "", "four\r", "five"]
+    """Only a line feed ends a line: not a form feed, nor Unicode's separators; the last may lack it.
+
+    A byte order mark belonged to the first word; only the first line can have one.
+    """
+    lines = ["\ufeffone\x0cone", "two\u2028two", "\ufeff", "four\r", "five"]
     (tmp_path / "in").write_bytes("\n".join(lines).encode())
     text = Text.scan(tmp_path / "in", "in", 2)
     assert (text.lines, len(text.offsets)) == (5, 3)
-    assert [text.part(k) for k in range(3)] == [["one\x0cone", "two\u2028two"], ["", "four"], ["five"]]
+    assert [text.part(k) for k in range(3)] == [["one\x0cone", "two\u2028two"], ["\ufeff", "four"], ["five"]]
     (tmp_path / "in").write_bytes("\n".join([*lines, "six"]).encode())  # it grew after it was read
-    assert text.part(1) == ["", "four"]
+    assert text.part(1) == ["\ufeff", "four"]
     with pytest.raises(generate.UserError, match="in changed while it was translated"):
         text.part(2)
     (tmp_path / "bad").write_bytes(b"fine\n\xff\n")
