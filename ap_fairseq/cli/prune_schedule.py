@@ -7,13 +7,17 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
+from fairseq import options
+
 import ap_fairseq.plugin  # noqa: F401  (registers with fairseq)
 from ap_fairseq.artifacts import AttentionStats
 from ap_fairseq.cli.common import command
 from ap_fairseq.cli.masks import write_masks
 from ap_fairseq.experiments.stages import PLUGIN, Stages
 from ap_fairseq.files import UserError, require_file
-from ap_fairseq.pruning.flags import budget_flags, parse_mask_flags, spec_from, split_flags
+from ap_fairseq.model.checkpoints import add_user_dir, import_user_dir, open_with_masks
+from ap_fairseq.pruning.flags import budget_flags, parse_mask_flags, require_fitting, spec_from, split_flags
+from ap_fairseq.sites import AttentionKind, architecture
 from ap_fairseq.training.schedule import SHAPES, share_of_round
 
 logger = logging.getLogger(__name__)
@@ -94,6 +98,26 @@ def prune_gradually(
     return current, masks
 
 
+def require_flags(data: str, checkpoint: str, mask_flags: Sequence[str], train_flags: Sequence[str], user_dir) -> None:
+    """Raise :class:`UserError` for flags that would stop a round after its recording.
+
+    Args:
+        user_dir: the user's own plugin, if the checkpoint needs one.
+    """
+    parser = options.get_training_parser()
+
+    def refuse(message: str):
+        raise UserError(f"fairseq-train flags after --: {message}")
+
+    parser.error = refuse
+    options.parse_args_and_arch(parser, [data, *PLUGIN, *train_flags, "--attention-masks", "none"])
+    import_user_dir(user_dir)
+    model, *_ = open_with_masks(checkpoint, "none", data)
+    sizes = architecture(model)
+    held_out = AttentionKind.CROSS in sizes and any(Path(data).glob("valid.*"))
+    require_fitting(parse_mask_flags(mask_flags), sizes, held_out)
+
+
 @command
 def main(argv: list[str]) -> None:
     split = argv.index("--") if "--" in argv else len(argv)
@@ -114,6 +138,9 @@ def main(argv: list[str]) -> None:
         )
     if parsed.criterion == "importance" and "--importance" not in record_flags:
         raise UserError(f"--masks '{args.masks}' ranks by importance, but --record '{args.record}' lacks --importance")
+    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    add_user_dir(own)
+    require_flags(args.data, args.path, mask_flags, train_flags, own.parse_known_args(record_flags)[0].user_dir)
     checkpoint, masks = prune_gradually(
         *(args.data, args.path, args.output, mask_flags, train_flags, record_flags),
         *(args.rounds, args.updates, args.shape),

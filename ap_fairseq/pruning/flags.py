@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import math
 import shlex
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+
 from ap_fairseq.artifacts import AttentionStats, PruningMasks
 from ap_fairseq.files import ArtifactError, UserError
+from ap_fairseq.lengths import support_of
+from ap_fairseq.pruning.build import build_masks
 from ap_fairseq.pruning.criteria import CRITERIA
 from ap_fairseq.pruning.spec import EXTRAPOLATIONS, HEAD_GROUPS, SCOPES, Granularity, MaskSpec, block_shape
+from ap_fairseq.relative import RelativeStats, slope_of
 from ap_fairseq.sites import AttentionKind, per_kind
 
 
@@ -224,3 +230,26 @@ def spec_from(args: argparse.Namespace, stats: AttentionStats) -> MaskSpec:
         calibrate=args.calibrate,
         seed=args.seed,
     )
+
+
+def require_fitting(args: argparse.Namespace, architecture: Mapping[str, Sequence[int]], held_out: bool) -> None:
+    """Derive masks from statistics without meaning: flags that do not fit a model fail before any work.
+
+    What only real statistics show is not found: budgets that a minimum or maximum of heads does not leave.
+
+    Args:
+        architecture: ``{kind: [layers, heads]}``.
+        held_out: the real statistics will have the lengths of validation sentences.
+
+    Raises:
+        UserError: for such flags.
+    """
+    support = {AttentionKind(kind): support_of(AttentionKind(kind), {(2, 2): 1}) for kind in architecture}
+    mass = {kind: np.ones((*architecture[kind], 2, 2)) * cells for kind, cells in support.items()}
+    relative = None
+    if AttentionKind.CROSS in mass:
+        relative = RelativeStats(slope_of(1, 1), *2 * [np.ones((*mass[AttentionKind.CROSS].shape[:2], 3))])
+    lengths = np.array([[2, 2, 1]])
+    stats = AttentionStats(mass, support, importance=mass, lengths=lengths, relative=relative)
+    stats.validation_lengths = lengths[: int(held_out)]
+    build_masks(stats, dataclasses.replace(spec_from(args, stats), min_kept=0.0), share=0.5)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
-import dataclasses
 import logging
 import os
 import time
@@ -19,15 +18,13 @@ from torch import nn
 
 from ap_fairseq.artifacts import AttentionStats
 from ap_fairseq.files import UserError
-from ap_fairseq.lengths import support_of
 from ap_fairseq.model.pruned_model import PrunedModel
 from ap_fairseq.provenance import dictionary_hashes, versions
 from ap_fairseq.pruning.build import build_masks
-from ap_fairseq.pruning.flags import spec_from
+from ap_fairseq.pruning.flags import require_fitting, spec_from
 from ap_fairseq.recording.recorder import AttentionRecorder, data_parallel_group, sample_by_length
 from ap_fairseq.recording.tasks import diagonal_slope, languages, longest_sides, validation_lengths
-from ap_fairseq.relative import RelativeStats, slope_of
-from ap_fairseq.sites import AttentionKind, architecture
+from ap_fairseq.sites import architecture
 from ap_fairseq.training.schedule import PruningSchedule
 
 logger = logging.getLogger(__name__)
@@ -65,22 +62,9 @@ class TrainingPruner:
         self.started = time.monotonic()
 
     def require_fitting(self, model: PrunedModel) -> None:
-        """Derive masks from statistics without meaning: flags that do not fit the model fail before it trains.
-
-        What only real statistics show is not found: budgets that a minimum or maximum of heads does not leave.
-
-        Raises:
-            UserError: for such flags.
-        """
-        support = {AttentionKind(kind): support_of(AttentionKind(kind), {(2, 2): 1}) for kind in architecture(model)}
-        mass = {kind: np.ones((*architecture(model)[kind], 2, 2)) * cells for kind, cells in support.items()}
-        relative = None
-        if AttentionKind.CROSS in mass:
-            relative = RelativeStats(slope_of(1, 1), *2 * [np.ones((*mass[AttentionKind.CROSS].shape[:2], 3))])
-        stats = AttentionStats(mass, support, importance=mass, lengths=np.array([[2, 2, 1]]), relative=relative)
-        lengths = validation_lengths(self.task) if self.flags.calibrate else None
-        stats.validation_lengths = stats.validation_lengths if lengths is None else lengths
-        build_masks(stats, dataclasses.replace(spec_from(self.flags, stats), min_kept=0.0), share=0.5)
+        """Raise :class:`UserError` for flags that do not fit the model, before it trains."""
+        held_out = self.flags.calibrate and validation_lengths(self.task) is not None
+        require_fitting(self.flags, architecture(model), held_out)
 
     def before_batch(self, model: nn.Module, criterion: nn.Module, update: int) -> None:
         """Prune *model* if that is due after *update* updates. Every rank calls it."""

@@ -26,6 +26,7 @@ from ap_fairseq.files import ArtifactError
 from ap_fairseq.pruning.flags import parse_mask_flags
 from ap_fairseq.training.schedule import share_of_round
 
+ARCH = "pruned_transformer"
 SWEEP = ROOT / "examples/common/sweep.py"
 
 TRAINING = (
@@ -385,7 +386,7 @@ def test_rounds_can_start_from_a_model_that_was_trained_under_masks(corpus, dens
 
 
 def test_the_schedule_as_a_command_names_what_is_wrong(dense, data_bin, tmp_path, capsys):
-    """Without a budget, all rounds trained and nothing was pruned; two budgets failed after the first recording."""
+    """Without a budget, all rounds trained and nothing was pruned; other faults showed after the first recording."""
     common = [data_bin, "--path", dense, "-o", tmp_path, "--updates", 4, "--masks", "--total 0.5"]
     for arguments, message in (
         ([*common, "--", "--arch", "pruned_transformer", "--save-dir", "x"], "--save-dir given"),
@@ -404,6 +405,11 @@ def test_the_schedule_as_a_command_names_what_is_wrong(dense, data_bin, tmp_path
         ),
         ([*common, "--masks", "--total 0.5 --cross 0.3", "--", "--arch", "x"], "must give one kind of budget"),
         ([*common, "--masks", "--total 0.5 --criterion importance", "--", "--arch", "x"], "but --record '--max-tokens"),
+        ([*common, "--masks", "--cross 0.5 --min-heads 99", "--", "--arch", ARCH], "--min-heads cross=99, but it has"),
+        ([*common, "--masks", "--total 0.5 --like no", "--", "--arch", ARCH], "must give one kind of budget"),
+        ([*common, "--masks", "--like gone", "--", "--arch", ARCH], "gone does not exist"),
+        ([*common, "--", "--arch", ARCH, "--droput", 1], "fairseq-train flags after --: unrecognized arguments: --dro"),
+        ([*common, "--", "--arch", "transformer"], "unrecognized arguments: --attention-masks none"),
     ):
         with pytest.raises(SystemExit) as stop:
             prune_schedule.main([str(argument) for argument in arguments])
