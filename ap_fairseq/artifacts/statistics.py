@@ -194,10 +194,13 @@ class AttentionStats:
                 )
             seen[digest] = path
         merged = cls.load(paths[0])
+        held_out = [merged.validation_lengths]
         for path in paths[1:]:
             other = cls.load(path)
+            held_out.append(other.validation_lengths)
             with naming(f"{paths[0]} and {path} cannot be merged"):
                 merged = merged.merge(other)
+        merged.validation_lengths = _together(held_out)  # of A, B and again A
         return merged
 
     def merge(self, other: AttentionStats) -> AttentionStats:
@@ -205,6 +208,7 @@ class AttentionStats:
 
         What only one of them has (the mass on the last source token, importance) is left out. Numbers of sentences and
         pairs add up; ``data``, ``sample`` and ``versions`` become lists, one entry for each recording.
+        Validation sentences are those of both data-bins; equal lengths are of the same ones, and count once.
 
         Raises:
             ArtifactError: if they belong to different models, dictionaries, languages or losses, or were cut at
@@ -244,7 +248,7 @@ class AttentionStats:
         relative = None
         if self.relative and other.relative and self.relative.slope == other.relative.slope:
             relative = self.relative.merge(other.relative)
-        validation = self.validation_lengths if len(self.validation_lengths) else other.validation_lengths
+        validation = _together([self.validation_lengths, other.validation_lengths])
         return AttentionStats(mass, support, metadata, end_mass, importance, lengths, relative, validation)
 
     def save(self, path, overwrite: bool = False) -> None:
@@ -322,6 +326,12 @@ def _added(one: np.ndarray, other: np.ndarray) -> np.ndarray:
     for cells in (one, other):
         sums[..., : cells.shape[-2], : cells.shape[-1]] += cells
     return sums
+
+
+def _together(validation: Sequence[np.ndarray]) -> np.ndarray:
+    """Return the lengths of the validation sentences of several recordings; equal ones are of the same sentences."""
+    different = {lengths.tobytes(): lengths for lengths in validation}
+    return counted(np.concatenate(list(different.values())))
 
 
 def _as_list(metadata: Mapping[str, Any], key: str) -> list:

@@ -367,6 +367,26 @@ def test_recordings_of_which_one_has_no_importance_merge_whatever_the_loss():
     assert not first.merge(second).importance
 
 
+def test_validation_sentences_of_all_data_count_once(tmp_path):
+    """Those of the first file alone were taken, so budgets held on one of several corpora."""
+    for name, seed, lengths in (
+        ("a", 0, [[2, 3, 5], [4, 4, 1]]),
+        ("b", 1, [[2, 3, 1]]),
+        ("a again", 2, [[2, 3, 5], [4, 4, 1]]),  # another subset of the same data-bin
+        ("no valid", 3, []),
+    ):
+        stats = random_stats(seed)
+        stats.validation_lengths = np.array(lengths, dtype=np.int64).reshape(-1, 3)
+        stats.save(tmp_path / name)
+    for names, expected in (
+        (["a", "b", "a again", "no valid"], [[2, 3, 6], [4, 4, 1]]),
+        (["no valid", "a", "a again"], [[2, 3, 5], [4, 4, 1]]),
+        (["no valid"], []),
+    ):
+        merged = AttentionStats.load_merged([tmp_path / name for name in names])
+        assert merged.validation_lengths.tolist() == expected
+
+
 @pytest.mark.parametrize("again", ["same name", "link", "copy"])
 def test_statistics_given_twice_are_refused(tmp_path, again):
     """`ap-masks stats.st stats.st` counted every sentence twice."""
