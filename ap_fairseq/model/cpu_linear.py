@@ -33,8 +33,11 @@ def multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def packed(*weights: Tensor) -> Tensor:
-    """Return weights, stacked, in oneDNN's layout, which is kept until one of them changes (see `forget_packed`)."""
-    now = [(x.data_ptr(), None if x.is_inference() else x._version) for x in weights]
+    """Return weights, stacked, in oneDNN's layout, which is kept until one of them changes.
+
+    Changes that torch does not count, those of a weight's ``data``, are seen if they reach more than a few elements.
+    """
+    now = [(x.data_ptr(), None if x.is_inference() else x._version, _sampled(x)) for x in weights]
     kept = _PACKED.setdefault(weights[0], {})
     if len(weights) not in kept or kept[len(weights)][0] != now:
         whole = weights[0].detach() if len(weights) == 1 else torch.cat(weights).detach()
@@ -42,8 +45,14 @@ def packed(*weights: Tensor) -> Tensor:
     return kept[len(weights)][1]
 
 
+def _sampled(weight: Tensor) -> bytes:
+    """Return about 32 elements of a weight (rows, columns), along its diagonal."""
+    step = max(1, (weight.numel() + weight.size(1)) // 32)
+    return weight.detach().reshape(-1)[::step].numpy().tobytes()
+
+
 def forget_packed(module: nn.Module) -> None:
-    """Forget the weights of a module: optimizers change their ``data``, which leaves no trace."""
+    """Free the packed weights of a module."""
     for weight in module.parameters() if _PACKED else ():
         _PACKED.pop(weight, None)
 
