@@ -71,40 +71,54 @@ def build_masks(stats: AttentionStats, spec: MaskSpec, share: float = 1.0) -> Bu
             )
     stats.require_pairs()
     spec = dataclasses.replace(spec, budgets={kind: budget * share for kind, budget in spec.budgets.items()})
-    if spec.calibrate:
-        return _calibrated(stats, spec, growing=share < 1)
-    return _build(stats, spec, share < 1, spec)
+    return _calibrated(stats, spec, share < 1) if spec.calibrate else _build(stats, spec, spec, share < 1)
 
 
-CALIBRATIONS = 8  # at most; two or three come within a tenth of a percentage point
+CALIBRATIONS = 10  # at most; two or three come within CLOSE where masks are of single cells
+CLOSE = 1e-3
 
 
 def _calibrated(stats: AttentionStats, spec: MaskSpec, growing: bool) -> BuiltMasks:
-    """Build masks whose budgets hold on the validation lengths, by correcting the budgets for what they miss there."""
+    """Build masks whose budgets hold on the validation lengths, by correcting the budgets for what they miss there.
+
+    A budget is corrected by its error, or else halfway between those that were too small and too large: where units
+    are few, or ``max_heads`` takes as much, a small correction changes nothing or too much.
+    """
     if not len(stats.validation_lengths):
         raise UserError(
             "--calibrate needs the lengths of the validation sentences, which these statistics lack; record a "
             "translation model with ap-record on a data-bin that has a subset valid, or leave --calibrate out"
         )
-    wanted = {kind.value: budget for kind, budget in spec.budgets.items()}
-    corrected, tried = dict(spec.budgets), []
     pairs = pairs_on(stats.architecture, stats.validation_lengths)
+    budgets = dict(spec.budgets)
+    tried: dict[AttentionKind, list[tuple[float, float]]] = {kind: [] for kind in budgets}
+    low, high = dict.fromkeys(budgets, 0.0), dict.fromkeys(budgets, 1.0)
     for _ in range(CALIBRATIONS):
-        built = _build(stats, dataclasses.replace(spec, budgets=corrected), growing, spec)
+        built = _build(stats, dataclasses.replace(spec, budgets=budgets), spec, growing)
         reached = built.masks.metadata["validation"]
-        errors = {name: share - reached[name] for name, share in wanted.items()}
+        errors = {kind: budget - reached[kind.value] for kind, budget in spec.budgets.items()}
         if spec.scope == "global" and errors:
-            errors = dict.fromkeys(wanted, np.average(list(errors.values()), weights=[pairs[name] for name in errors]))
-        worst = max(map(abs, errors.values()), default=0.0)
-        tried.append((worst, built))
-        if worst < 1e-3:
-            break
-        corrected = {kind: float(np.clip(b + errors[kind.value], 0, 0.9999)) for kind, b in corrected.items()}
-    return min(tried, key=lambda attempt: attempt[0])[1]
+            shared = np.average(list(errors.values()), weights=[pairs[kind.value] for kind in errors])
+            errors = dict.fromkeys(errors, float(shared))
+        if all(abs(error) < CLOSE for error in errors.values()):
+            return built
+        for kind, error in errors.items():
+            budget = budgets[kind]
+            tried[kind].append((abs(error), budget))
+            if abs(error) >= CLOSE:
+                (low if error > 0 else high)[kind] = budget
+                within = low[kind] < budget + error < high[kind]
+                budgets[kind] = budget + error if within else (low[kind] + high[kind]) / 2
+    best = {kind: min(attempts)[1] for kind, attempts in tried.items()}
+    return _build(stats, dataclasses.replace(spec, budgets=best), spec, growing)
 
 
-def _build(stats: AttentionStats, spec: MaskSpec, growing: bool, wanted: MaskSpec) -> BuiltMasks:
-    """Build masks by *spec*; warnings and provenance are those of *wanted*, the specification before calibration."""
+def _build(stats: AttentionStats, spec: MaskSpec, wanted: MaskSpec, growing: bool) -> BuiltMasks:
+    """Build masks by *spec*; errors, warnings and provenance are those of *wanted*, whose budgets were not corrected.
+
+    Args:
+        growing: a ``max_heads`` for which the budgets are too small need not hold yet.
+    """
     recorded, rows = stats, np.zeros((1, 1), dtype=np.int64)
     if spec.in_offsets(AttentionKind.CROSS):
         rows, stats = stats.rows_by_centre(), stats.in_offsets()
@@ -112,8 +126,7 @@ def _build(stats: AttentionStats, spec: MaskSpec, growing: bool, wanted: MaskSpe
     if spec.criterion == "percentile":
         keep, extrapolation = _by_percentile(stats, spec)
     else:
-        corrected = spec.budgets != wanted.budgets
-        keep, extrapolation, units = _ranked(stats, spec, growing, rows, corrected)
+        keep, extrapolation, units = _ranked(stats, spec, wanted, growing, rows)
     for kind in stats.kinds:
         _finish(keep[kind], extrapolation[kind], stats, kind, spec)
     relative = None
@@ -183,21 +196,21 @@ def _all_kept(stats: AttentionStats) -> tuple[Cells, Cells]:
 
 
 def _ranked(
-    stats: AttentionStats, spec: MaskSpec, growing: bool, rows: np.ndarray, corrected: bool
+    stats: AttentionStats, spec: MaskSpec, wanted: MaskSpec, growing: bool, rows: np.ndarray
 ) -> tuple[Cells, Cells, dict[AttentionKind, Units]]:
     """Prune units in ascending order of score until each scope's budget of pairs is reached.
 
     Args:
+        wanted, growing: as for :func:`_build`.
         rows: those of cross-attention by centre, where its units are offsets.
-        corrected: the budgets are not those that were asked for, so they may be too small for ``max_heads``.
     """
     units = {kind: Units.from_stats(stats, kind, spec, rows) for kind in stats.kinds if kind in spec.budgets}
     keep, extrapolation = _all_kept(stats)
-    for members, target in _scopes(units, stats, spec):
+    for (members, target), (_, asked) in zip(*(_scopes(units, stats, s) for s in (spec, wanted)), strict=True):
         parts = [(units[kind].score[index], units[kind].weight[index]) for kind, index in members]
         surplus = [units[kind].surplus[index] for kind, index in members]
         if not growing:
-            target = _required_by_cap(parts, surplus, target, members, stats, spec, corrected)
+            target = max(target, _required_by_cap(parts, surplus, asked, members, stats, spec))
         pruned, surplus_threshold, threshold = prune_surplus_first(parts, surplus, target)
         for (kind, index), part in zip(members, pruned, strict=True):
             whole = ~part
@@ -211,24 +224,22 @@ def _ranked(
     return keep, extrapolation, units
 
 
-def _required_by_cap(
-    parts, surplus, target: float, members, stats: AttentionStats, spec: MaskSpec, corrected: bool
-) -> float:
-    """Return the pairs to prune: *target*, or a little more where ``max_heads`` takes as much.
+def _required_by_cap(parts, surplus, asked: float, members, stats: AttentionStats, spec: MaskSpec) -> float:
+    """Return the pairs that ``max_heads`` prunes at least.
 
     Raises:
-        UserError: where it takes more than one percentage point above the budget, unless that was *corrected*.
+        UserError: for more than one percentage point above the budget *asked* for.
     """
     least = weight_of(parts, surplus)
     kinds = list(dict.fromkeys(kind for kind, _ in members))
     pairs = sum(stats.support[kind].sum() * np.prod(stats.mass[kind][index].shape[:2]) for kind, index in members)
-    if least > target + 0.01 * pairs and not corrected:
+    if least > asked + 0.01 * pairs:
         caps = ", ".join(f"{kind.value}={spec.max_heads[kind]:g}" for kind in kinds if kind in spec.max_heads)
         raise UserError(
             f"--max-heads {caps} prunes at least {least / pairs:.1%} of the pairs of {', '.join(kinds)}, the budget is "
-            f"{target / pairs:.1%}; raise one of them"
+            f"{asked / pairs:.1%}; raise one of them"
         )
-    return max(target, least)
+    return least
 
 
 def _scopes(units: Mapping[AttentionKind, Units], stats: AttentionStats, spec: MaskSpec):

@@ -685,6 +685,21 @@ def test_budgets_hold_on_the_validation_sentences_where_that_is_asked(scope, gra
         assert all(abs(held.masks.metadata["validation"][kind] - 0.8) < 0.01 for kind in ALL)
 
 
+@pytest.mark.parametrize("cap", [None, 1])
+@pytest.mark.parametrize("granularity", [1, 4, "diagonal"])
+def test_calibration_comes_as_near_as_any_budget(granularity, cap):
+    """It was up to 9 points off where its corrections went to and fro, or a cap of heads made them change nothing."""
+    stats = random_stats(longest=(12, 14), sentences=200)
+    for kind in ALL:
+        options = dict(kinds=[kind], granularity=granularity, max_heads={kind: cap} if cap else {})
+        wanted = 0.75 if granularity == "diagonal" else 0.6
+        budgets = np.linspace(wanted if cap else 0.4, 0.98, 50)  # the cap takes as much
+        built = [build(stats, budget, **options) for budget in budgets]
+        built.append(build(stats, wanted, **options, calibrate=True))
+        *errors, error = (abs(one.masks.metadata["validation"][kind] - wanted) for one in built)
+        assert error < max(0.01, min(errors) + 1e-3)
+
+
 def test_one_budget_of_some_kinds_holds_on_their_validation_pairs():
     """The pairs of the kinds without a budget were counted too: masks as asked for came with a warning."""
     stats = random_stats(longest=(30, 35), sentences=200)
