@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-SLOPE_BITS = 16
+SLOPE_BITS = 16  # as triton_ops.offsets, which needs torch
 
 
 def slope_of(n_keys: int, n_queries: int) -> int:

@@ -9,7 +9,6 @@ import argparse
 import collections
 import glob
 import logging
-import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,13 +29,12 @@ from ap_fairseq.artifacts import AttentionStats
 from ap_fairseq.compat import drop_bettertransformer_copies
 from ap_fairseq.files import ArtifactError, UserError, file_sha256, refuse_existing
 from ap_fairseq.model.checkpoints import RECORDABLE, load_parameters, stored_model
-from ap_fairseq.provenance import dictionary_hashes, versions
 from ap_fairseq.recording.recorder import AttentionRecorder, data_parallel_group, gathered, sample_by_length
 from ap_fairseq.recording.tasks import (
     diagonal_slope,
-    languages,
     lengths_of,
     longest_sides,
+    provenance,
     recorded_task,
     validation_lengths,
 )
@@ -132,14 +130,10 @@ def record(cfg, job: Recording) -> AttentionStats:
     stats = recorder.finish(  # names the site and the head where attention itself is not finite
         group=group,
         validation_lengths=validation_lengths(task),
-        data=[{"name": os.path.basename(os.path.abspath(job.data)), "subset": job.subset}],
-        **languages(task),
+        **provenance(task, [job.data], job.subset, criterion if job.importance else None),
         checkpoint=file_sha256(job.checkpoint),
-        dictionaries=dictionary_hashes(task),
         max_positions=job.max_positions,
         sample=None if job.sample is None else {"sentences": job.sample, "seed": cfg.common.seed},
-        loss=type(criterion).__name__ if job.importance else None,  # what importance is of
-        versions=versions(),
     )
     if not np.isfinite(totals["loss"]):
         raise UserError(

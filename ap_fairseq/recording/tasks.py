@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from fairseq.criterions import FairseqCriterion
 from fairseq.data import FairseqDataset, LanguagePairDataset
 from fairseq.dataclass import FairseqDataclass
 from fairseq.models import BaseFairseqModel
@@ -21,6 +23,7 @@ from fairseq.tasks.sentence_prediction import SentencePredictionConfig
 from fairseq.tasks.translation import TranslationConfig, TranslationTask
 
 from ap_fairseq.lengths import counted
+from ap_fairseq.provenance import dictionary_hashes, versions
 from ap_fairseq.relative import slope_of
 
 
@@ -106,11 +109,23 @@ def recorded_task(model: type, stored: Mapping[str, Any]) -> RecordedTask:
     return next((task for task in tasks if name.endswith(task.name)), tasks[0])
 
 
-def languages(task: FairseqTask) -> dict[str, list[str]]:
-    """Return the provenance entry ``languages`` of a translation task, nothing for others."""
-    if not isinstance(task, TranslationTask):
-        return {}
-    return {"languages": [task.cfg.source_lang, task.cfg.target_lang]}
+def provenance(
+    task: FairseqTask, folders: Sequence[str], subset: str, criterion: FairseqCriterion | None
+) -> dict[str, Any]:
+    """Return the provenance of statistics that a task records.
+
+    Args:
+        folders: those of the data.
+        criterion: whose loss importance is of; None: there is no importance.
+    """
+    pair = {"languages": [task.cfg.source_lang, task.cfg.target_lang]} if isinstance(task, TranslationTask) else {}
+    return {
+        **pair,
+        "data": [{"name": os.path.basename(os.path.abspath(folder)), "subset": subset} for folder in folders],
+        "dictionaries": dictionary_hashes(task),
+        "loss": None if criterion is None else type(criterion).__name__,
+        "versions": versions(),
+    }
 
 
 def longest_sides(dataset: FairseqDataset) -> tuple[int, int]:

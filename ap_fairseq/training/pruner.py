@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import copy
 import logging
-import os
 import time
 from collections.abc import Iterator
 
@@ -19,11 +18,10 @@ from torch import nn
 from ap_fairseq.artifacts import AttentionStats
 from ap_fairseq.files import UserError
 from ap_fairseq.model.pruned_model import PrunedModel
-from ap_fairseq.provenance import dictionary_hashes, versions
 from ap_fairseq.pruning.build import build_masks
 from ap_fairseq.pruning.flags import require_fitting, spec_from
 from ap_fairseq.recording.recorder import AttentionRecorder, data_parallel_group, sample_by_length
-from ap_fairseq.recording.tasks import diagonal_slope, languages, longest_sides, validation_lengths
+from ap_fairseq.recording.tasks import diagonal_slope, longest_sides, provenance, validation_lengths
 from ap_fairseq.sites import architecture
 from ap_fairseq.training.schedule import PruningSchedule
 
@@ -122,13 +120,9 @@ class TrainingPruner:
         return recorder.finish(
             group,
             validation_lengths(self.task),
-            data=[{"name": os.path.basename(os.path.abspath(path)), "subset": "train"} for path in folders],
-            **languages(self.task),
-            dictionaries=dictionary_hashes(self.task),
+            **provenance(self.task, folders, "train", criterion if self.importance else None),
             max_positions=MAX_POSITIONS,
             sample={"sentences": self.sample, "seed": 1},
-            loss=type(criterion).__name__ if self.importance else None,
-            versions=versions(),
         )
 
     def batches(self, dataset, model: PrunedModel) -> list[np.ndarray]:
