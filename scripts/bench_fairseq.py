@@ -23,13 +23,14 @@ training sentences, joined up to the length of the case. Systems:
     ctranslate2 (--rivals) the same model in CTranslate2, in a process for each of its settings, of which the fastest
                 counts; the others are listed beside it. On a CPU also with int8 (system "ctranslate2 int8")
 
-Parameters are those of a checkpoint (--path, a dense transformer) or random, the same in all systems. With random
-parameters nothing ends early: every batch is translated to the length of its longest source, so that all systems take
-the same number of steps. With a checkpoint, translations end where the model ends them, and those of sentences have
-BLEU (sacreBLEU, of the words that --remove-bpe leaves). Pages are cut to exactly the tokens of the case, so that
-training on them sees one shape of batch. Translation is timed once from a cold start (graph capture and the first
-compilation of kernels included) and then warm; the median of the warm passes counts, and the median of the rounds of
-them. Training steps are those of fairseq's Trainer.
+Parameters are those of a checkpoint (--path, a dense transformer of any size, of fairseq's own class or of this plugin
+under masks that keep everything) or random, the same in all systems. With random parameters nothing ends early: every
+batch is translated to the length of its longest source, so that all systems take the same number of steps. With a
+checkpoint, translations end where the model ends them, and those of sentences have BLEU (sacreBLEU, of the words that
+--remove-bpe leaves). Pages are cut to exactly the tokens of the case, so that training on them sees one shape of batch.
+Translation is timed once from a cold start (graph capture and the first compilation of kernels included) and then warm;
+the median of the warm passes counts, and the median of the rounds of them. Training steps are those of fairseq's
+Trainer.
 
 Peak memory is what torch allocated at most in the measured passes, parameters and optimizer included, and what captured
 graphs hold for their replays, which torch does not count as allocated; beside it what torch reserved, with what it did
@@ -45,6 +46,7 @@ machine (OMP_NUM_THREADS=1).
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import importlib.util
 import itertools
@@ -56,6 +58,7 @@ import shlex
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
@@ -133,10 +136,10 @@ class Workload:
         from fairseq import tasks
         from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 
-        arch = self.options.arch if self.stock else f"pruned_{self.options.arch}"
+        arch = self.options.arch or "transformer"  # of a checkpoint, whose own options follow
         positions = str(max(1024, page + 2))
         flags = [
-            *[self.options.data, "--arch", arch, "--share-all-embeddings"],
+            *[self.options.data, "--arch", arch if self.stock else f"pruned_{arch}", "--share-all-embeddings"],
             *["--task", "translation" if self.stock or train else "pruned_translation"],
             *["--max-source-positions", positions, "--max-target-positions", positions],
             *"--dropout 0.3 --optimizer adam --lr 5e-4 --criterion label_smoothed_cross_entropy".split(),
@@ -147,15 +150,18 @@ class Workload:
         if not self.stock:
             flags += ["--attention-backend", "sdpa" if self.options.system == "sdpa" else "auto"]
         args = self.args = fairseq_options.parse_args_and_arch(fairseq_options.get_training_parser(), flags)
+        if self.options.path:
+            parameters, own = trained_model(self.options.path)
+            vars(args).update(own)
         cfg = convert_namespace_to_omegaconf(args)
         cfg.common.tpu = False  # fairseq sets it with --bf16
         task = tasks.setup_task(cfg.task)
         torch.manual_seed(1)
         model = task.build_model(cfg.model)
         if self.options.path:
-            from ap_fairseq.model.checkpoints import load_checkpoint
+            from ap_fairseq.model.checkpoints import load_parameters
 
-            model.load_state_dict(load_checkpoint(self.options.path)["model"])
+            load_parameters(model, parameters, self.options.path, None)
         if not self.stock:
             model.set_masks(self.masks(model, page))
         if self.options.system == "stock-sdpa":
@@ -345,6 +351,56 @@ class Workload:
         return dict(unit=unit) | summary(events, wall, n)
 
 
+def trained_model(path: str) -> tuple[dict[str, torch.Tensor], dict]:
+    """Return the parameters of a checkpoint, and the options of its transformer by the names of the command line."""
+    from ap_fairseq.model.checkpoints import load_checkpoint, pruned_options, stored_model
+    from ap_fairseq.model.config import InheritedConfig
+
+    state = load_checkpoint(path)
+    stored = state["cfg"]["model"] if state.get("cfg") else state["args"]
+    options = pruned_options(*stored_model(state), stored)
+    return state["model"], {name: options[name] for name in InheritedConfig.__dataclass_fields__ if name != "_name"}
+
+
+@contextlib.contextmanager
+def stock_checkpoint(path: str, data: str) -> Iterator[str]:
+    """Yield the path of a checkpoint of fairseq's own transformer: *path*, or what `convert_to_stock` makes of it.
+
+    Raises:
+        UserError: if its masks prune anything, or it has other dictionaries than *data*.
+    """
+    from fairseq.data import Dictionary
+    from fairseq.data.data_utils import infer_language_pair
+
+    import ap_fairseq.plugin  # noqa: F401  (registers the plugin)
+    from ap_fairseq.files import UserError
+    from ap_fairseq.model.checkpoints import load_checkpoint, stored_model
+    from ap_fairseq.model.pruned_model import PrunedModel
+    from ap_fairseq.model.stock import convert_to_stock
+
+    state = load_checkpoint(path)
+    source, _ = infer_language_pair(data)
+    n, words = len(state["model"]["encoder.embed_tokens.weight"]), len(Dictionary.load(f"{data}/dict.{source}.txt"))
+    if n != words:
+        raise UserError(
+            f"--path {path} has {n:,} source tokens, {data} {words:,}; name the data that it was trained on"
+        )
+    _, model = stored_model(state)
+    if not issubclass(model or object, PrunedModel):
+        yield path
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        convert_to_stock(path, f"{folder}/stock.pt", data=data)
+        yield f"{folder}/stock.pt"
+
+
+def architecture_of(path: str) -> str:
+    """Return e.g. ``transformer (4 + 4 layers of width 256)``."""
+    _, own = trained_model(path)
+    layers = f"{own['encoder_layers']} + {own['decoder_layers']}"
+    return f"transformer ({layers} layers of width {own['decoder_embed_dim']})"
+
+
 def use_sdpa(model) -> None:
     """Let the cross-attention of a stock transformer take the path that its self-attention takes."""
     for layer in model.decoder.layers:
@@ -525,8 +581,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", nargs="?", help="data-bin folder")
     parser.add_argument("--out", type=Path, help="JSON file to write")
-    parser.add_argument("--arch", default="transformer_iwslt_de_en", help="fairseq's architecture")
-    parser.add_argument("--path", help="checkpoint of a dense transformer of this architecture; default: random")
+    parser.add_argument(
+        "--arch", help="fairseq's architecture, with random parameters (default: transformer_iwslt_de_en)"
+    )
+    parser.add_argument("--path", help="checkpoint of a dense transformer, which brings its own architecture")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--precision", choices=PRECISIONS, help="default: fp16, on a CPU fp32")
     parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=SYSTEMS)
@@ -568,18 +626,36 @@ def main() -> None:
             parser.error(f"--rivals {rival}: the package is not installed; pip install {rival}")
     if options.device == "cpu" and (options.precision == "fp16" or options.profile):
         parser.error("--device cpu takes neither --precision fp16 nor --profile")
+    if options.arch and options.path:
+        parser.error(f"--arch {options.arch} with --path {options.path}: the checkpoint has its own; leave --arch out")
     options.precision = options.precision or ("fp16" if options.device == "cuda" else "fp32")
     if options.system:
         work(options)
         return
+    options.arch = None if options.path else options.arch or "transformer_iwslt_de_en"
+    if options.path is None:
+        run(options, options.arch)
+        return
+    from ap_fairseq.files import UserError
+
+    try:
+        with stock_checkpoint(options.path, options.data) as path:
+            given, options.path = options.path, path
+            run(options, architecture_of(path), given)
+    except UserError as error:
+        parser.error(str(error))
+
+
+def run(options: argparse.Namespace, arch: str, parameters: str = "random") -> None:
+    """Measure all systems, write the report and print it; the status is 1 if a process failed."""
     report = dict(
         device=torch.cuda.get_device_name() if options.device == "cuda" else cpu_name(),
         torch=torch.__version__,
         triton=metadata.version("triton"),
         python=platform.python_version(),
-        arch=options.arch,
+        arch=arch,
         precision=options.precision,
-        parameters=options.path or "random",
+        parameters=parameters,
         command=shlex.join(["python", *sys.argv]),
         time=datetime.now(UTC).isoformat(timespec="seconds"),
         commit=options.commit,

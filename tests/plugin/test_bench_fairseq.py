@@ -13,6 +13,9 @@ import torch
 from plugin.builders import batch, dense_model, dictionary
 from plugin.commands import ROOT, run
 
+from ap_fairseq.files import UserError
+from ap_fairseq.model.checkpoints import apply_masks, load_checkpoint
+
 VOCAB = dictionary()
 
 
@@ -34,6 +37,29 @@ def test_systems_translate_and_train_on_a_cpu(data_bin, tmp_path):
     assert {row["sentences"] for row in translated} == {6}
     assert len({row["tokens"] for row in translated if row["case"] == "sentences"}) == 1
     assert bench.table(report) in printed
+
+
+def test_a_checkpoint_brings_its_own_sizes(dense, data_bin, masks_file, tmp_path):
+    """Sizes were those of --arch, which no trained model has but by chance: parameters did not fit."""
+    ones, out = tmp_path / "ones.pt", tmp_path / "rows.json"
+    apply_masks(dense, "none", ones, str(data_bin))
+    run(
+        *[sys.executable, ROOT / "scripts/bench_fairseq.py", data_bin, "--device", "cpu", "--limit", 6, "--out", out],
+        *["--path", ones, "--rounds", 1, "--systems", "stock", "80", "all-ones", "--cases", "sentences"],
+    )
+    stock, pruned, ours = json.loads(out.read_text(encoding="utf-8"))["rows"]
+    assert stock["bleu"] == ours["bleu"] and stock["tokens"] == ours["tokens"] and pruned["bleu"] >= 0
+    state = load_checkpoint(dense)["cfg"]["model"]
+    layers = f"{state.encoder_layers} + {state.decoder_layers} layers of width {state.decoder_embed_dim}"
+    assert layers in bench.architecture_of(dense)
+
+    (tmp_path / "dict.en.txt").write_text("a 1\n", encoding="utf-8")
+    (tmp_path / "test.en-de.en.idx").touch()
+    with pytest.raises(UserError, match="5; name the data"), bench.stock_checkpoint(dense, str(tmp_path)):
+        pass
+    apply_masks(dense, masks_file, tmp_path / "half.pt", str(data_bin))
+    with pytest.raises(UserError, match="would compute the pruned pairs"):
+        bench.stock_checkpoint(tmp_path / "half.pt", str(data_bin)).__enter__()
 
 
 def test_sdpa_everywhere_computes_what_stock_computes(monkeypatch):
