@@ -165,6 +165,31 @@ def preprocess(
         raise PrepareError(f"fairseq-preprocess failed with exit status {status}; the end of {log}:\n{tail}")
 
 
+def preprocess_text(folder: Path, destination: Path, suffix: str = "", dictionary: Path | None = None) -> None:
+    """``fairseq-preprocess --only-source`` of ``{train,valid,test}SUFFIX``; without a dictionary it makes one."""
+    # fmt: off
+    command = [
+        sys.executable, "-m", "fairseq_cli.preprocess", "--only-source", "--destdir", str(destination.absolute()),
+        *(word for split in SPLITS for word in (f"--{split}pref", f"{split}{suffix}")), "--workers", "1",
+        *(["--srcdict", str(dictionary.absolute())] if dictionary else []),
+    ]
+    # fmt: on
+    done = subprocess.run(command, cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    if done.returncode:
+        tail = "\n".join(done.stdout.splitlines()[-5:])
+        raise PrepareError(f"{shlex.join(command)} failed with exit status {done.returncode}:\n{tail}")
+
+
+def split_of(name: str, seed: int, shares: Mapping[str, float]) -> str:
+    """A split, by a hash of the name: those of *shares* have these shares, the rest is train."""
+    draw = int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:8], "big") / 2**64
+    for split, share in shares.items():
+        if draw < share:
+            return split
+        draw -= share
+    return "train"
+
+
 # ---------------------------------------------------------------- steps
 
 

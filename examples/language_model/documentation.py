@@ -2,15 +2,10 @@
 
 A document is one HTML page, kept whole: one line for each paragraph, heading, list item or table cell, and an empty
 line at its end, as fairseq's --sample-break-mode complete_doc reads it. Pages are split into train, valid and test.
-Beside it is a classification set for RoBERTa: the package of a page, from its first words.
 """
 
 import argparse
 import gzip
-import hashlib
-import itertools
-import shlex
-import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -50,7 +45,6 @@ LISTS = frozenset("ul ol dl table".split())  # whose end closes a block that has
 SKIPPED = frozenset("head nav pre script style header footer form".split())
 MOST_PAGES = 10  # a line on more pages of a package than this is navigation
 LEAST_WORDS = 50  # of a document
-CLASS_WORDS = 40  # of a page, from which its package is to be told
 SHARES = {"valid": 0.02, "test": 0.02}
 
 
@@ -122,24 +116,6 @@ def documents_of(package: Path) -> list[tuple[str, list[str]]]:
     return documents
 
 
-def documents_in(lines: Sequence[str]) -> list[list[str]]:
-    """The documents of a text: lines up to an empty one."""
-    return [list(document) for kept, document in itertools.groupby(lines, bool) if kept]
-
-
-def first_words(document: Sequence[str]) -> str:
-    """The beginning of a document, on one line."""
-    return " ".join(" ".join(document).split()[:CLASS_WORDS])
-
-
-def split_of(name: str, seed: int) -> str:
-    """The split of a document, by a hash of its name."""
-    draw = int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:8], "big") / 2**64
-    if draw < SHARES["valid"]:
-        return "valid"
-    return "test" if draw < SHARES["valid"] + SHARES["test"] else "train"
-
-
 # ---------------------------------------------------------------- steps
 
 
@@ -161,8 +137,7 @@ def build_packages(work: Path, packages: Sequence[str], deb_dir: Path | None) ->
 
 
 def build_text(work: Path, out: Path, packages: Sequence[str], seed: int) -> dict[str, Any]:
-    """``text/``: {train,valid,test}.txt, and .label: the package of each document."""
-    labels: dict[str, list[str]] = {split: [] for split in SPLITS}
+    """``text/``: {train,valid,test}.txt."""
     lines: dict[str, list[str]] = {split: [] for split in SPLITS}
     documents: dict[str, Counter[str]] = {split: Counter() for split in SPLITS}
     words: dict[str, int] = {}
@@ -172,14 +147,12 @@ def build_text(work: Path, out: Path, packages: Sequence[str], seed: int) -> dic
             raise PrepareError(f"the package {package} has no HTML pages; leave it out of --packages")
         words[package] = sum(len(line.split()) for _, text in found for line in text)
         for name, text in found:
-            split = split_of(name, seed)
+            split = building.split_of(name, seed, SHARES)
             documents[split][package] += 1
             lines[split] += [*text, ""]
-            labels[split].append(package)
     (work / "text").mkdir()
     for split in SPLITS:
         write_lines(work / "text" / f"{split}.txt", lines[split])
-        write_lines(work / "text" / f"{split}.label", labels[split])
     return {
         "words": words,
         "documents": {split: dict(counts) for split, counts in documents.items()},
@@ -188,7 +161,7 @@ def build_text(work: Path, out: Path, packages: Sequence[str], seed: int) -> dic
 
 
 def build_pieces(work: Path, out: Path, bpe_size: int) -> dict[str, Any]:
-    """``spm.model``, ``dict.txt`` and ``bpe/``: the text in pieces, and first words and label of each document."""
+    """``spm.model``, ``dict.txt`` and ``bpe/``: the text in pieces."""
     text = {split: read_lines(out / "text" / f"{split}.txt") for split in SPLITS}
     building.train_sentencepiece(work / "spm.model", filter(None, text["train"]), bpe_size, 0.9995)
     processor = building.load_sentencepiece(work / "spm.model")
@@ -197,9 +170,6 @@ def build_pieces(work: Path, out: Path, bpe_size: int) -> dict[str, Any]:
     (work / "bpe").mkdir()
     for split in SPLITS:
         write_lines(work / "bpe" / split, map(" ".join, pieces[split]))
-        openings = building.encode(processor, [first_words(document) for document in documents_in(text[split])])
-        write_lines(work / "bpe" / f"{split}.input0", map(" ".join, openings))
-        write_lines(work / "bpe" / f"{split}.label", read_lines(out / "text" / f"{split}.label"))
     return {
         "dictionary": building.write_dictionary(work / "dict.txt", processor, frequency),
         "tokens": {split: sum(map(len, lines)) + len(lines) for split, lines in pieces.items()},  # ends of line count
@@ -207,21 +177,8 @@ def build_pieces(work: Path, out: Path, bpe_size: int) -> dict[str, Any]:
 
 
 def build_data_bin(work: Path, out: Path) -> dict[str, Any]:
-    """``data-bin/`` of the text, and its folders ``input0`` and ``label`` of the classes, by fairseq-preprocess."""
-    dictionary = ["--srcdict", str(out / "dict.txt")]
-    for part, own in (("", dictionary), ("input0", dictionary), ("label", [])):
-        suffix = f".{part}" if part else ""
-        # fmt: off
-        command = [
-            sys.executable, "-m", "fairseq_cli.preprocess", "--only-source", *own,
-            *(word for split in SPLITS for word in (f"--{split}pref", f"{split}{suffix}")),
-            "--destdir", str(work / "data-bin" / part), "--workers", "1",
-        ]
-        # fmt: on
-        done = subprocess.run(command, cwd=out / "bpe", text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        if done.returncode:
-            tail = "\n".join(done.stdout.splitlines()[-5:])
-            raise PrepareError(f"{shlex.join(command)} failed with exit status {done.returncode}:\n{tail}")
+    """``data-bin/``, by fairseq-preprocess."""
+    building.preprocess_text(out / "bpe", work / "data-bin", dictionary=out / "dict.txt")
     return {}
 
 

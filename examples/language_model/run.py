@@ -1,10 +1,18 @@
 """Language models, dense and under masks: data -> dense model -> statistics -> masks -> pruned models -> perplexity.
 
-All models are trained from scratch with as many updates; "gradual" ones start dense and are pruned while they train.
-What is done is skipped, so the same command resumes. `results.json` and `results.md` hold test perplexities per token.
+A pruned system is named CRITERION.PERCENT.gGRANULARITY.WAY, for example importance.90.g64.gradual:
+
+    criterion    importance, mean, window, or percentile, whose PERCENT is nominal
+    granularity  as ap-masks takes it: 1 for cells, 64 for blocks, diagonal
+    way          scratch: trained under masks that come from the dense model;
+                 gradual: starts dense and is pruned while it trains
+
+All models are trained from scratch with as many updates, in the order in which they are named. What is done is skipped,
+so the same command resumes. `results.json` and `results.md` hold test perplexities per token of all systems that ended.
 """
 
 import argparse
+import json
 import logging
 import re
 import shlex
@@ -34,7 +42,7 @@ except ModuleNotFoundError as missing:
     )
 
 HERE = Path(__file__).resolve().parent
-CRITERIA = {  # flags of ap-masks; SHARE is one of --shares
+CRITERIA = {  # flags of ap-masks
     "importance": "--decoder-self SHARE --criterion importance --smooth 32",
     "mean": "--decoder-self SHARE",
     "percentile": "--decoder-self SHARE --criterion percentile",  # nominal
@@ -47,7 +55,7 @@ class Size:
     """A size of recipe.toml. The strings hold flags of fairseq's commands.
 
     Attributes:
-        model, training: architecture and sizes; optimiser, batches, precision.
+        model, training: architecture and sizes; optimiser, batches, precision. A decay takes all updates.
         block: tokens of a training sample.
         updates: of every training.
         record: further flags of ap-record.
@@ -74,7 +82,22 @@ class System:
     criterion: str
     share: float
     granularity: str
-    way: str  # scratch, or gradual: while training
+    way: str
+
+    @classmethod
+    def named(cls, name: str) -> "System":
+        """Read CRITERION.PERCENT.gGRANULARITY.WAY.
+
+        Raises:
+            UserError: if it is none.
+        """
+        match = re.fullmatch(rf"({'|'.join(CRITERIA)})\.(\d\d?)\.g(\w+)\.(scratch|gradual)", name)
+        if match is None:
+            raise UserError(
+                f"--systems {name}: not CRITERION.PERCENT.gGRANULARITY.WAY, such as importance.90.g1.scratch; criteria "
+                f"are {' '.join(CRITERIA)}, ways scratch and gradual"
+            )
+        return cls(match[1], int(match[2]) / 100, match[3], match[4])
 
     @property
     def masks(self) -> str:
@@ -99,6 +122,7 @@ class Experiment:
         if name not in sizes:
             raise UserError(f"--size {name} is unknown; there are {' '.join(sizes)}")
         self.args, self.name, self.size = args, name, Size(**sizes[name])
+        self.updates = args.updates or self.size.updates
         self.run_folder: Path = args.out or HERE / "runs" / f"{name}-seed{args.seed}"
         self.stages = Stages(self.run_folder)
         data = HERE / "data" / self.size.data
@@ -106,27 +130,29 @@ class Experiment:
         self.prepare = [*shlex.split(self.size.prepare), "--out", str(data)]
         self.device = ["--cpu", "--num-workers", 0] if self.size.cpu else ["--num-workers", 2]
         self.blocks = ["--sample-break-mode", "none", "--tokens-per-sample", self.size.block]
-        self.systems = [
-            System(criterion, share, granularity, "scratch")
-            for criterion in args.criteria
-            for granularity in args.granularity
-            for share in args.shares
-        ]
-        if args.gradual:
-            self.systems += [
-                System("importance", share, g, "gradual") for g in args.granularity for share in args.shares
-            ]
+        self.systems = [System.named(name) for name in args.systems]
+        # Dense models by the flags that they are tuned with; those of the best one are for the pruned systems, too.
+        self.dense = {f"dense.dropout-{p}": ["--dropout", p] for p in args.dropout} or {"dense": []}
 
     def train(self, name: str, *flags: Any, pruned: bool = True, task: str = "language_modeling") -> None:
         model = self.size.model.replace("--arch ", "--arch pruned_") if pruned else self.size.model
+        decay = ["--total-num-update", self.updates] if "polynomial_decay" in self.size.training else []
         # fmt: off
         self.stages.run(
             f"{name}.train", "fairseq-train", self.data_bin, *PLUGIN, "--task", task, *shlex.split(model), *self.blocks,
-            *shlex.split(self.size.training), "--max-update", self.size.updates, "--seed", self.args.seed,
+            *shlex.split(self.size.training), *decay, "--max-update", self.updates, "--seed", self.args.seed,
             "--save-dir", self.run_folder / name, "--no-epoch-checkpoints", "--log-format", "json",
             "--log-interval", 50, *self.device, *flags,
         )
         # fmt: on
+
+    def train_dense(self, name: str) -> None:
+        self.train(name, *self.dense[name], pruned=False)
+        self.evaluate(name)
+
+    def best_dense(self) -> str:
+        """The dense model with the lowest loss on the validation data."""
+        return min(self.dense, key=lambda name: load_checkpoint(self.checkpoint(name))["extra_state"]["val_loss"])
 
     def checkpoint(self, name: str) -> Path:
         return self.run_folder / name / "checkpoint_best.pt"
@@ -134,18 +160,20 @@ class Experiment:
     def masks(self, system: System) -> Path:
         return self.run_folder / f"{system.masks}.safetensors"
 
-    def train_system(self, system: System) -> None:
+    def train_system(self, system: System, baseline: str) -> None:
+        tuned = self.dense[baseline]
         if system.way == "scratch":
-            self.train(system.name, "--attention-masks", self.masks(system))
-            return
-        updates = self.size.updates
-        # fmt: off
-        self.train(
-            system.name, "--attention-masks", "none", "--prune-flags", shlex.join(system.flags),
-            "--prune-start", updates // 10, "--prune-end", updates * 6 // 10, "--prune-every", max(1, updates // 10),
-            task="pruned_language_modeling",
-        )
-        # fmt: on
+            self.train(system.name, *tuned, "--attention-masks", self.masks(system))
+        else:
+            # fmt: off
+            self.train(
+                system.name, *tuned, "--attention-masks", "none", "--prune-flags", shlex.join(system.flags),
+                "--prune-start", self.updates // 10, "--prune-end", self.updates * 6 // 10,
+                "--prune-every", max(1, self.updates // 10), task="pruned_language_modeling",
+            )
+            # fmt: on
+        self.evaluate(system.name)
+        self.report(baseline)
 
     def evaluate(self, name: str) -> None:
         # fmt: off
@@ -154,41 +182,53 @@ class Experiment:
             "--gen-subset", "test", *self.blocks, *self.device, *shlex.split(self.size.evaluate),
         )
         # fmt: on
-
-    def result(self, name: str) -> dict[str, Any]:
         log = self.stages.log(f"{name}.evaluate").read_text("utf-8")
         loss, perplexity = map(float, re.findall(r"Loss \(base 2\): ([\d.]+), Perplexity: ([\d.]+)", log)[-1])
         provenance = decode_provenance(load_checkpoint(self.checkpoint(name))["model"].get("mask_metadata"))
         pruned = provenance["total"]["effective"] if provenance else 0.0
-        return {"system": name, "pruned": pruned, "loss": loss, "perplexity": perplexity}
+        result = {"system": name, "pruned": pruned, "loss": loss, "perplexity": perplexity}
+        write_json(self.result(name), result, overwrite=True)
+        print(json.dumps(result), flush=True)
+
+    def result(self, name: str) -> Path:
+        return self.run_folder / f"{name}.json"
 
     def run(self) -> None:
         if self.args.data_bin is None:
             self.stages.run("prepare", documentation.main, self.prepare)
-        self.train("dense", pruned=False)
-        stats = self.run_folder / "stats.safetensors"
-        # fmt: off
-        self.stages.run(
-            "record", "ap-record", self.data_bin, "--path", self.checkpoint("dense"), "--importance", *self.blocks,
-            *self.device, "-o", stats, "--overwrite", *shlex.split(self.size.record),
-        )
-        # fmt: on
+        run_together(self.args.jobs, [(self.train_dense, [name]) for name in self.dense])
+        baseline = self.best_dense()
         scratch = {system.masks: system for system in self.systems if system.way == "scratch"}
+        if scratch:
+            stats = self.run_folder / "stats.safetensors"
+            # fmt: off
+            self.stages.run(
+                "record", "ap-record", self.data_bin, "--path", self.checkpoint(baseline), "--importance",
+                *self.blocks, *self.device, "-o", stats, "--overwrite", *shlex.split(self.size.record),
+            )
+            # fmt: on
         for name, system in scratch.items():
             output = ["-o", self.masks(system), "--overwrite"]
             self.stages.run(f"{name}.masks", "ap-masks", stats, *system.flags, *output)
-        run_together(self.args.jobs, [(self.train_system, [system]) for system in self.systems])
-        names = ["dense", *(system.name for system in self.systems)]
-        run_together(self.args.jobs, [(self.evaluate, [name]) for name in names])
-        results = [self.result(name) for name in names]
+        run_together(self.args.jobs, [(self.train_system, [system, baseline]) for system in self.systems])
+        print(self.report(baseline))
+
+    def report(self, baseline: str) -> str:
+        """Write the results of all systems that were evaluated, the baseline first; return their table."""
+        names = [baseline, *(name for name in self.dense if name != baseline), *(s.name for s in self.systems)]
+        results = [json.loads(self.result(name).read_text("utf-8")) for name in names if self.result(name).exists()]
         for result in results:
             result["change"] = result["perplexity"] / results[0]["perplexity"] - 1
-        record = {"size": self.name, "seed": self.args.seed, "versions": versions(), "rows": results}
+        # fmt: off
+        record = {
+            "size": self.name, "updates": self.updates, "seed": self.args.seed, "versions": versions(), "rows": results
+        }
+        # fmt: on
         write_json(self.run_folder / "results.json", record, overwrite=True)
         rows = [[r["system"], f"{r['pruned']:.1%}", f"{r['perplexity']:.2f}", f"{r['change']:+.1%}"] for r in results]
         table = markdown(Table(["system", "pairs pruned", "perplexity", "change"], rows))
         (self.run_folder / "results.md").write_text(f"{table}\n", "utf-8")
-        print(table)
+        return table
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -198,16 +238,23 @@ def get_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--size", metavar="NAME", help="of recipe.toml; default: full with a GPU, else small")
     add(
-        "--shares",
+        "--systems",
         nargs="+",
-        type=float,
-        default=[0.5, 0.8, 0.9],
-        metavar="X",
-        help="shares of the pairs to prune; default: 0.5 0.8 0.9",
+        metavar="NAME",
+        default=[f"importance.{n}.g1.scratch" for n in (50, 80, 90)],
+        help="default: 50, 80 and 90%% of the pairs, cells by importance, from scratch",
     )
-    add("--criteria", nargs="+", choices=CRITERIA, default=["importance"], metavar="NAME", help=" ".join(CRITERIA))
-    add("--granularity", nargs="+", default=["1"], metavar="G", help="as for ap-masks; default: 1")
-    add("--gradual", action="store_true", help="also prune while training")
+    add(
+        "--dropout",
+        nargs="+",
+        default=[],
+        metavar="P",
+        help=(
+            "train a dense model with each; the one of the lowest validation loss is the baseline, and pruned systems "
+            "have its dropout; default: the recipe's"
+        ),
+    )
+    add("--updates", type=int, metavar="N", help="of every training, instead of the recipe's")
     add("--seed", type=int, default=1, metavar="N", help="of training; default: 1")
     add("--jobs", type=int, default=1, metavar="N", help="trainings at the same time; default: 1")
     add("--data-bin", type=Path, metavar="DIR", help="your own text, binarised with fairseq-preprocess --only-source")

@@ -7,7 +7,10 @@ import shlex
 import sys
 from pathlib import Path
 
+import building
 import pytest
+
+from ap_fairseq.model.checkpoints import load_checkpoint
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "language_model"
 
@@ -45,11 +48,8 @@ def test_navigation_short_pages_and_repetitions_are_left_out(tmp_path):
     documents = documentation.documents_of(package)
     assert [name for name, _ in documents] == [f"some-doc/{k:02}.html" for k in range(12)]
     assert documents[5][1] == [f"Page 5 says {body}"]
-    text = [line for _, lines in documents for line in [*lines, ""]]
-    assert documentation.documents_in(text) == [lines for _, lines in documents]
-    assert documentation.first_words(documents[5][1]) == " ".join(["Page", "5", "says", *body.split()[:37]])
-    splits = [documentation.split_of(f"some-doc/{k}", seed=1) for k in range(2000)]
-    assert splits == [documentation.split_of(f"some-doc/{k}", seed=1) for k in range(2000)]
+    splits = [building.split_of(f"some-doc/{k}", 1, documentation.SHARES) for k in range(2000)]
+    assert splits == [building.split_of(f"some-doc/{k}", 1, documentation.SHARES) for k in range(2000)]
     assert 20 < splits.count("valid") < 60 and 20 < splits.count("test") < 60
 
 
@@ -75,17 +75,27 @@ def test_every_stage_runs(tmp_path, monkeypatch):
     )
     monkeypatch.setattr(program, "Size", lambda **_: size)
     out = tmp_path / "run"
-    flags = ["--size", "small", "--shares", "0.5", "--gradual", "--data-bin", str(tmp_path / "bin"), "--out", str(out)]
+    systems = ["importance.50.g1.scratch", "mean.50.gdiagonal.gradual"]
+    flags = ["--size", "small", "--updates", "16", "--data-bin", str(tmp_path / "bin"), "--out", str(out)]
+    flags += ["--dropout", "0.9", "0", "--systems", *systems]
     program.main(flags)
     rows = {row["system"]: row for row in json.loads((out / "results.json").read_text("utf-8"))["rows"]}
-    assert list(rows) == ["dense", "importance.50.g1.scratch", "importance.50.g1.gradual"]
-    assert rows["dense"]["pruned"] == rows["dense"]["change"] == 0
-    for name in list(rows)[1:]:
+    assert list(rows) == ["dense.dropout-0", "dense.dropout-0.9", *systems]  # the better one is the baseline
+    assert (
+        rows["dense.dropout-0"]["pruned"]
+        == rows["dense.dropout-0"]["change"]
+        == 0
+        < rows["dense.dropout-0.9"]["change"]
+    )
+    for name in systems:
+        args = load_checkpoint(out / name / "checkpoint_best.pt")["cfg"]
+        assert args["model"]["dropout"] == 0 and args["optimization"]["max_update"] == 16
         assert rows[name]["pruned"] == pytest.approx(0.5, abs=0.02)
         assert rows[name]["perplexity"] == pytest.approx(2 ** rows[name]["loss"], rel=1e-2)
-    before = (out / "dense" / "checkpoint_last.pt").stat().st_mtime
+    checkpoint = out / "dense.dropout-0" / "checkpoint_last.pt"
+    before = checkpoint.stat().st_mtime
     program.main(flags)  # everything is done
-    assert (out / "dense" / "checkpoint_last.pt").stat().st_mtime == before
+    assert checkpoint.stat().st_mtime == before
 
 
 def test_recipes_are_read_and_faults_named(capsys):
@@ -95,5 +105,7 @@ def test_recipes_are_read_and_faults_named(capsys):
     for name, table in tomllib.loads((EXAMPLE / "recipe.toml").read_text("utf-8")).items():
         size = program.Size(**table)
         assert "transformer_lm" in size.model and shlex.split(size.training), name
-    with pytest.raises(SystemExit, match="--size large is unknown; there are full small wikitext103"):
+    with pytest.raises(SystemExit, match="--size large is unknown; there are full short small wikitext103"):
         program.main(["--size", "large"])
+    with pytest.raises(SystemExit, match="--systems importance.100.g1.scratch: not CRITERION.PERCENT"):
+        program.main(["--size", "small", "--systems", "importance.100.g1.scratch"])

@@ -1,4 +1,4 @@
-"""What apt knows of translated text, in a folder of its own: translated descriptions, and packages with man pages.
+"""What apt knows, in a folder of its own: packages, their descriptions in any language, and those with man pages.
 
 apt's own lists stay as they are: ``apt-get update`` runs with other folders, as any user, for the machine's sources.
 """
@@ -35,19 +35,24 @@ def man_page(path: str) -> tuple[str, str] | None:
 class Lists:
     """apt's lists in a folder, updated.
 
+    Args:
+        languages: of the descriptions.
+        contents: also fetch the lists of the files in packages, for ``man_packages``.
+
     Raises:
         PrepareError: if ``apt-get update`` fails.
     """
 
-    def __init__(self, folder: Path, languages: Sequence[str]):
+    def __init__(self, folder: Path, languages: Sequence[str], contents: bool = True):
         self.lists = folder / "lists"
         (self.lists / "partial").mkdir(parents=True, exist_ok=True)  # there after an interrupted run
         settings = {
             "Dir::State::lists": str(self.lists),
             "Dir::Cache": str(folder / "cache"),
             "Acquire::Languages": ",".join(languages),
-            **{f"Acquire::IndexTargets::deb::Contents-deb::{name}": text for name, text in CONTENTS.items()},
         }
+        if contents:
+            settings |= {f"Acquire::IndexTargets::deb::Contents-deb::{name}": text for name, text in CONTENTS.items()}
         self.options = [word for name, text in settings.items() for word in ("-o", f"{name}={text}")]
         done = debs.run(["apt-get", *self.options, "update"], folder)
         if done.returncode:
@@ -64,6 +69,10 @@ class Lists:
         """All ``Translation-LANGUAGE`` files, one after the other."""
         written = language.replace("_", "%5f")  # in file names, apt writes an underscore for each slash of an address
         return "\n".join(self._lines(f"*_Translation-{written}*")) + "\n"
+
+    def packages(self) -> str:
+        """All ``Packages`` files, one after the other."""
+        return "\n".join(self._lines("*_Packages*")) + "\n"
 
     def man_packages(self, language: str) -> set[str]:
         """The packages that hold man pages of the language, and those that hold their English originals."""

@@ -1,0 +1,90 @@
+"""examples/package_sections: the set from apt's lists, and a run of every stage."""
+
+import importlib.util
+import json
+import random
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "package_sections"
+
+PACKAGES = """Package: nethack
+Source: nethack (3.6)
+Description: a game
+ Section: no field of this stanza
+Section: games
+
+Package: sendmail
+Section: contrib/mail
+
+Package: unknown
+Priority: optional
+"""
+
+
+def module(name: str):
+    sys.path.insert(0, str(EXAMPLE))
+    try:
+        spec = importlib.util.spec_from_file_location(f"package_sections_{name}", EXAMPLE / f"{name}.py")
+        loaded = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(loaded)
+        return loaded
+    finally:
+        sys.path.remove(str(EXAMPLE))
+
+
+@pytest.fixture
+def lists(tmp_path):
+    """Packages of two sections, whose descriptions differ in their words; three packages of a source."""
+    draw, folder = random.Random(1), tmp_path / "lists"
+    folder.mkdir()
+    packages, descriptions = [], []
+    for k in range(300):
+        section, words = (("games", "castle dragon level"), ("mail", "letter folder inbox"))[k % 2]
+        text = " ".join(draw.choices([*words.split(), "a", "the", "of"], k=12))
+        packages.append(f"Package: p{k}\nSource: s{k // 6}\nSection: {section}\n")
+        descriptions.append(f"Package: p{k}\nDescription-md5: {k}\nDescription-en: {section} {k}\n {text}\n")
+    (folder / "Packages").write_text("\n".join(packages), "utf-8")
+    (folder / "Translation-en").write_text("\n".join(descriptions), "utf-8")
+    return folder
+
+
+def test_sections_and_sources_of_packages():
+    found = list(module("sections").sections_of(PACKAGES.splitlines()))
+    assert found == [("nethack", "nethack", "games"), ("sendmail", "sendmail", "mail")]
+
+
+def test_a_source_is_in_one_split_and_a_description_comes_once(monkeypatch):
+    sections = module("sections")
+    monkeypatch.setattr(sections, "LEAST", 30)
+    packages = [(f"p{k}", f"s{k // 5}", "games" if k < 600 else "rare") for k in range(620)]
+    described = [(f"p{k}", "", [f"title {k}", "x " * 70]) for k in range(620)]
+    described += [("p1", "", ["title 0", "x " * 70]), ("unknown", "", ["title"])]
+    examples = sections.examples_of(described, packages, seed=1)
+    everything = [pair for pairs in examples.values() for pair in pairs]
+    assert sorted(text for text, _ in everything) == sorted(f"title {k}" + 62 * " x" for k in range(600))
+    assert {section for _, section in everything} == {"games"}  # rare ones are left out
+    splits = {int(text.split()[1]): split for split, pairs in examples.items() for text, _ in pairs}
+    assert all(splits[k] == splits[k - k % 5] for k in splits)
+    assert len(examples["train"]) > 400 and len(examples["valid"]) >= 10 and len(examples["test"]) >= 40
+
+
+def test_every_stage_runs(lists, tmp_path, monkeypatch):
+    program = module("run")
+    sections = program.sections
+    monkeypatch.setattr(sections, "LEAST", 50)
+    data, out = tmp_path / "data", tmp_path / "run"
+    sections.main(["--out", str(data), "--deb-dir", str(lists), "--bpe-size", "100"])
+    program.main(["--data", str(data), "--out", str(out), "--updates", "30", "--seeds", "4", "--shares", "0.5"])
+    rows = json.loads((out / "results.json").read_text("utf-8"))["rows"]
+    assert [(row["system"], row["seed"], row["pruned"] > 0.4) for row in rows] == [("dense", 4, False), ("50", 4, True)]
+    assert rows[1]["pruned"] == pytest.approx(0.5, abs=0.02)
+    assert all(row["test"] > 80 for row in rows)  # half of them by chance
+    assert f"| 50% | {rows[1]['test']:.1f}% |" in " ".join((out / "results.md").read_text("utf-8").split())
+
+
+def test_a_folder_without_lists_is_refused(tmp_path):
+    with pytest.raises(SystemExit, match="has no file Translation-en; it comes from main/i18n"):
+        module("sections").main(["--out", str(tmp_path / "data"), "--deb-dir", str(tmp_path)])
