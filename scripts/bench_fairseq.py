@@ -5,6 +5,7 @@
     python scripts/bench_fairseq.py DATA_BIN --systems stock all-ones --cases sentences --profile
     python scripts/bench_fairseq.py DATA_BIN --device cpu --limit 20 --systems stock all-ones --cases sentences
     python scripts/bench_fairseq.py DATA_BIN --systems stock all-ones --cases sentences --rivals ctranslate2
+    python scripts/bench_fairseq.py TEXT_BIN --arch transformer_lm --systems stock all-ones 90    # language models
     python scripts/bench_fairseq.py --table scripts/bench_fairseq.h100.json           # Markdown, no GPU needed
 
 Nothing else should run on the host: stock fairseq waits for it, and its rate doubles where the host is idle.
@@ -22,6 +23,9 @@ training sentences, joined up to the length of the case. Systems:
 
     ctranslate2 (--rivals) the same model in CTranslate2, in a process for each of its settings, of which the fastest
                 counts; the others are listed beside it. On a CPU also with int8 (system "ctranslate2 int8")
+
+A language model (--arch transformer_lm...; TEXT_BIN is made by fairseq-preprocess --only-source) trains on pages, too,
+and continues prompts of 32 tokens, by beam search and sampling, to the tokens of the case, which include the prompts.
 
 Parameters are those of a checkpoint (--path, a dense transformer of any size, of fairseq's own class or of this plugin
 under masks that keep everything) or random, the same in all systems. With random parameters nothing ends early: every
@@ -96,10 +100,19 @@ CASES = {
     "train pages of 1024": ("train", 1024, TRAIN_TOKENS, 160),
     "train pages of 2048": ("train", 2048, TRAIN_TOKENS, 80),
     "train pages of 4096": ("train", 4096, TRAIN_TOKENS, 40),
+    "continuations to 512": ("translate", 512, 32000, 62),
+    "continuations to 1024": ("translate", 1024, 32000, 31),
+    "continuations to 1024, sampling top 10": ("translate", 1024, 32000, 31),
 }
 NOT_BY_DEFAULT = ("pages of 2048", "pages of 4096")
+PROMPT = 32
 # Cases of other searches than plain beam search; prefixes are those of the references.
 SEARCHES = {
+    "continuations to 512": dict(prefix_size=PROMPT, max_len_a=0, max_len_b=512),
+    "continuations to 1024": dict(prefix_size=PROMPT, max_len_a=0, max_len_b=1024),
+    "continuations to 1024, sampling top 10": dict(
+        prefix_size=PROMPT, max_len_a=0, max_len_b=1024, sampling=True, sampling_topk=10
+    ),
     "sentences, sampling top 10": dict(sampling=True, sampling_topk=10),
     "sentences, prefixes of 5": dict(prefix_size=5),
     "sentences, alignments": dict(print_alignment="hard"),
@@ -131,20 +144,23 @@ class Workload:
         self.dtype = PRECISIONS[options.precision]
         self.device = torch.device(options.device)
 
+    def task_flags(self, page: int, train: bool) -> list[str]:
+        """The flags of fairseq-train that a task and its criterion have of their own."""
+        positions = str(max(1024, page + 2))
+        return [
+            *["--task", "translation" if self.stock or train else "pruned_translation", "--share-all-embeddings"],
+            *["--max-source-positions", positions, "--max-target-positions", positions],
+            *"--criterion label_smoothed_cross_entropy --label-smoothing 0.1 --dropout 0.3".split(),
+        ]
+
     def task_and_model(self, page: int, train: bool):
         from fairseq import options as fairseq_options
         from fairseq import tasks
         from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 
         arch = self.options.arch or "transformer"  # of a checkpoint, whose own options follow
-        positions = str(max(1024, page + 2))
-        flags = [
-            *[self.options.data, "--arch", arch if self.stock else f"pruned_{arch}", "--share-all-embeddings"],
-            *["--task", "translation" if self.stock or train else "pruned_translation"],
-            *["--max-source-positions", positions, "--max-target-positions", positions],
-            *"--dropout 0.3 --optimizer adam --lr 5e-4 --criterion label_smoothed_cross_entropy".split(),
-            *"--label-smoothing 0.1 --max-tokens 16384 --seed 1".split(),
-        ]
+        flags = [self.options.data, "--arch", arch if self.stock else f"pruned_{arch}", *self.task_flags(page, train)]
+        flags += "--optimizer adam --lr 5e-4 --max-tokens 16384 --seed 1".split()
         flags += ["--cpu"] if self.device.type == "cpu" else []
         flags += [f"--{self.options.precision}"] if self.options.precision != "fp32" else []
         if not self.stock:
@@ -351,6 +367,38 @@ class Workload:
         return dict(unit=unit) | summary(events, wall, n)
 
 
+class LanguageModelWorkload(Workload):
+    """A language model on blocks of text."""
+
+    def task_flags(self, page: int, train: bool) -> list[str]:
+        task = "language_modeling" if self.stock or train else "pruned_language_modeling"
+        positions = ["--tokens-per-sample", str(page), "--max-target-positions", str(max(1024, page + 2))]
+        return ["--task", task, *positions, "--share-decoder-input-output-embed", "--dropout", "0.1"]
+
+    def dataset(self, task, split: str, page: int, limit: int) -> torch.Tensor:
+        """Blocks of consecutive text, (at most *limit*, *page* + 1) int64: a block's first token precedes its text."""
+        from fairseq.data.data_utils import load_indexed_dataset
+
+        text = load_indexed_dataset(os.path.join(self.options.data, split), task.source_dictionary)
+        return torch.stack(list(itertools.islice(joined(text, page + 1), limit)))
+
+    def batches(self, blocks: torch.Tensor, max_tokens: int) -> list[dict]:
+        chunks = blocks.split(max(1, max_tokens // (blocks.shape[1] - 1)))
+        return [
+            dict(
+                id=torch.arange(len(chunk)) + sum(map(len, chunks[:i])),
+                net_input=dict(
+                    src_tokens=chunk[:, :-1].contiguous(),
+                    src_lengths=torch.full((len(chunk),), chunk.shape[1] - 1),
+                ),
+                target=chunk[:, 1:].contiguous(),
+                ntokens=chunk[:, 1:].numel(),
+                nsentences=len(chunk),
+            )
+            for i, chunk in enumerate(chunks)
+        ]
+
+
 def trained_model(path: str) -> tuple[dict[str, torch.Tensor], dict]:
     """Return the parameters of a checkpoint, and the options of its transformer by the names of the command line."""
     from ap_fairseq.model.checkpoints import load_checkpoint, pruned_options, stored_model
@@ -449,7 +497,7 @@ def joined(sentences, page: int):
 
 def work(options: argparse.Namespace) -> None:
     """Run the cases of one system and print one JSON line for each."""
-    workload = Workload(options)
+    workload = LanguageModelWorkload(options) if is_language_model(options.arch) else Workload(options)
     if options.settings:
         from rival_ctranslate2 import CTranslate2Workload
 
@@ -468,6 +516,17 @@ def work(options: argparse.Namespace) -> None:
         row |= dict(settings=options.settings) if options.settings else {}
         result = getattr(workload, kind)(page, max_tokens, options.limit or limit, **SEARCHES.get(case, {}))
         print(json.dumps(row | result), flush=True)
+
+
+def is_language_model(arch: str | None) -> bool:
+    return arch is not None and arch.startswith("transformer_lm")
+
+
+def cases_of(arch: str | None) -> list[str]:
+    """The cases of an architecture: translation and training, or continuations and training on pages."""
+    if is_language_model(arch):
+        return [case for case in CASES if case.startswith(("train pages", "continuations"))]
+    return [case for case in CASES if not case.startswith("continuations")]
 
 
 # --- all systems ------------------------------------------------------------------------------------------------------
@@ -592,14 +651,12 @@ def main() -> None:
     parser.add_argument(
         "--remove-bpe", default="sentencepiece", help="what BLEU joins to words (default: %(default)s), as in fairseq"
     )
-    default = [case for case in CASES if case not in NOT_BY_DEFAULT]
     parser.add_argument(
         "--cases",
         nargs="+",
         choices=CASES,
-        default=default,
         metavar="CASE",
-        help=f"{', '.join(CASES)}; default: all but {', '.join(NOT_BY_DEFAULT)}",
+        help=f"{', '.join(CASES)}; default: all of the architecture but {', '.join(NOT_BY_DEFAULT)}",
     )
     parser.add_argument("--rounds", type=int, default=3, help="of all systems in turns (default: 3)")
     parser.add_argument("--repeats", type=int, default=1, help="timed passes of each round (default: 1)")
@@ -628,6 +685,14 @@ def main() -> None:
         parser.error("--device cpu takes neither --precision fp16 nor --profile")
     if options.arch and options.path:
         parser.error(f"--arch {options.arch} with --path {options.path}: the checkpoint has its own; leave --arch out")
+    possible = cases_of(options.arch)
+    options.cases = options.cases or [case for case in possible if case not in NOT_BY_DEFAULT]
+    if impossible := [case for case in options.cases if case not in possible]:
+        parser.error(f"--cases {shlex.join(impossible)}: this architecture has {', '.join(possible)}")
+    if is_language_model(options.arch):  # no cross-attention, nor anything that CTranslate2 translates
+        options.systems = [system for system in options.systems if system != "stock-sdpa"]
+        if options.rivals:
+            parser.error(f"--rivals {' '.join(options.rivals)}: they translate, and {options.arch} is a language model")
     options.precision = options.precision or ("fp16" if options.device == "cuda" else "fp32")
     if options.system:
         work(options)

@@ -21,7 +21,7 @@ VOCAB = dictionary()
 
 def test_systems_translate_and_train_on_a_cpu(data_bin, tmp_path):
     out = tmp_path / "rows.json"
-    cases = ["sentences", *bench.SEARCHES, "train sentences"]
+    cases = [case for case in bench.cases_of("transformer_tiny") if "sentences" in case]
     printed = run(
         *[sys.executable, ROOT / "scripts/bench_fairseq.py", data_bin, "--device", "cpu", "--limit", 6],
         *["--arch", "transformer_tiny", "--rounds", 2, "--max-tokens", 200, "--commit", "abc1234", "--out", out],
@@ -60,6 +60,37 @@ def test_a_checkpoint_brings_its_own_sizes(dense, data_bin, masks_file, tmp_path
     apply_masks(dense, masks_file, tmp_path / "half.pt", str(data_bin))
     with pytest.raises(UserError, match="would compute the pruned pairs"):
         bench.stock_checkpoint(tmp_path / "half.pt", str(data_bin)).__enter__()
+
+
+def test_language_models_continue_and_train_on_a_cpu(toy_text, tmp_path, monkeypatch):
+    """Stock and the plugin under all-ones masks continue a prompt by the same tokens."""
+    monkeypatch.setitem(bench.CASES, "continuations to 512", ("translate", 16, 64, 6))
+    monkeypatch.setitem(bench.SEARCHES, "continuations to 512", dict(prefix_size=4, max_len_a=0, max_len_b=16))
+    monkeypatch.setitem(bench.CASES, "train pages of 512", ("train", 16, 64, 8))
+    text = tmp_path / "bin"
+    run("fairseq-preprocess", "--only-source", "--trainpref", toy_text / "train.en", "--destdir", text)
+    rows, continued = {}, {}
+    for system in ("stock", "all-ones"):
+        options = dict(system=system, data=str(text), arch="transformer_lm", precision="fp32", device="cpu", repeats=1)
+        workload = bench.LanguageModelWorkload(argparse.Namespace(**options, path=None, profile=False))
+        timed = workload.timed
+
+        def kept(work, batches, system=system, timed=timed):
+            seconds, hypotheses = timed(work, batches)
+            continued.setdefault(system, hypotheses)  # of the first timed work, which is the search
+            return seconds, hypotheses
+
+        monkeypatch.setattr(workload, "timed", kept)
+        for case in ("continuations to 512", "train pages of 512"):
+            kind, page, max_tokens, limit = bench.CASES[case]
+            rows[system, case] = getattr(workload, kind)(page, max_tokens, limit, **bench.SEARCHES.get(case, {}))
+    assert [row["tokens"] for row in rows.values()] == 2 * [6 * 17, 8 * 16]  # a continuation ends with a symbol
+    assert all(torch.equal(continued["all-ones"][n], tokens) for n, tokens in continued["stock"].items())
+    assert "has train pages of 512" in run(
+        *[sys.executable, ROOT / "scripts/bench_fairseq.py", text, "--device", "cpu", "--arch", "transformer_lm"],
+        *["--cases", "sentences"],
+        expect=2,
+    )
 
 
 def test_sdpa_everywhere_computes_what_stock_computes(monkeypatch):
