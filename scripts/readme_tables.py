@@ -36,6 +36,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ROOT / "scripts"
 EXAMPLE = ROOT / "examples" / "libreoffice_help"
 RESULTS = EXAMPLE / "results"
+DEBIAN_RESULTS = ROOT / "examples" / "debian_text" / "results"
 TABLE = re.compile(r"(<!-- results: (\S+) -->\n)((?:(?!<!-- ).*\n)*)(<!-- end -->)")
 SPAN = re.compile(r"(<!-- n: (.*?) -->)(.*?)(<!-- /n -->)", re.DOTALL)
 DIGEST = (  # of the results by system
@@ -124,21 +125,18 @@ def quality(pair: str) -> str:
 
 
 def quality_digest() -> str:
-    """The five rows of the main README: dense models and pruned ones of the same regularisation and updates."""
-    header = ["pair", "system", "pairs pruned", "BLEU", "chrF2", "length ratio"]
-    titles = {"dense": "dense", "80%": "pruned while training", "90%": "pruned while training"}
-    rows = [("en-de", titles[s["system"]], s["pruned"]["total"], s) for s in one_command_systems()[:3]]
-    titles = {"dense": "dense", "importance 80%, from scratch": "trained from scratch under the masks"}
-    rows += [
-        (row["pair"], titles[row["system"]], row["pruned"], row)
-        for row in load(RESULTS / "en-fr-es.json")["rows"]
-        if (row["dropout"], row["updates"]) == ("0.3 / 0.1 / 0.1", 12000) and row["system"] in titles
-    ]
+    """The rows of the main README: dense models and pruned ones of the same recipe and updates, on two corpora."""
+    header = ["English to German", "training pairs", "pairs pruned", "BLEU", "chrF2", "length ratio"]
+    pairs = load(RESULTS / "corpus.json")["pairs"]["en-de"]["train pairs"]
+    rows = [("LibreOffice's help", pairs, s["pruned"]["total"], s) for s in one_command_systems()[:3]]
+    tuned = [line for line in load(DEBIAN_RESULTS / "tuned.jsonl") if "--dropout 0.2" in line["flags"]]
+    tuned.sort(key=lambda line: line["total"]["effective"])
+    rows += [("Debian text", line["training_pairs"], line["total"]["effective"], line) for line in tuned]
     body = [
-        [pair, title, f"{pruned:.0%}", f"{s['bleu']:.2f}", f"{s['chrf']:.2f}", f"{s['length_ratio']:.3f}"]
-        for pair, title, pruned, s in rows
+        [title, f"{pairs:,}", f"{pruned:.0%}", f"{s['bleu']:.2f}", f"{s['chrf']:.2f}", f"{s['length_ratio']:.3f}"]
+        for title, pairs, pruned, s in rows
     ]
-    return markdown(Table(header, body, align="llrrrr"))
+    return markdown(Table(header, body, align="lrrrrr"))
 
 
 def one_command_systems() -> list[dict[str, Any]]:
@@ -313,14 +311,15 @@ def language_models() -> str:
     return markdown(Table(["system", "pairs pruned", "perplexity", "change"], rows))
 
 
-def sweep(name: str, keep: Callable[[dict[str, Any]], Any]) -> str:
+def sweep(path: Path, keep: Callable[[dict[str, Any]], Any] = bool) -> str:
     """Some systems of a sweep, dense ones first, without the columns of kinds and chrF2."""
-    lines = [line for line in load(RESULTS / f"{name}.jsonl") if keep(line)]
+    lines = [line for line in load(path) if keep(line)]
     order = {"dense": 0, "importance": 1}
     lines.sort(key=lambda line: (line["subset"], order.get(line["criterion"], 2)))
     module = script(ROOT / "examples" / "common" / "sweep_table.py")
     whole = module.table(lines)
-    dropped = {*(kind.value for kind in AttentionKind), "chrF2", "validation perplexity", "against dense (p)"}
+    dropped = {*(kind.value for kind in AttentionKind), "chrF2", "against dense (p)"}
+    dropped.add("updates" if "total_updates" in lines[0] else "validation perplexity")
     kept = [column for column, title in enumerate(whole.header) if title not in dropped]
     rows = [[row[column] for column in kept] for row in whole.rows]
     return f"{markdown(Table([whole.header[column] for column in kept], rows))}\n\n{module.note(lines)}"
@@ -328,6 +327,7 @@ def sweep(name: str, keep: Callable[[dict[str, Any]], Any]) -> str:
 
 def tables() -> dict[str, Callable[[], str]]:
     """Return what makes each table, by the name in its mark."""
+    converged, pages = (RESULTS / f"h100-{name}.jsonl" for name in ("converged", "pages"))
     made = {
         "en-fr": lambda: quality("en-fr"),
         "en-es": lambda: quality("en-es"),
@@ -335,12 +335,13 @@ def tables() -> dict[str, Callable[[], str]]:
         "one-command": one_command,
         "cross-masks": cross_masks,
         "dropout": dropout,
+        "debian-tuned": lambda: sweep(DEBIAN_RESULTS / "tuned.jsonl"),
         "debian-text": lambda: split_pairs("debian_text"),
         "language-model": language_models,
         "one-to-many": lambda: split_pairs("libreoffice_one_to_many"),
-        "h100-converged-digest": lambda: sweep("h100-converged", lambda line: re.search(DIGEST, line["system"])),
+        "h100-converged-digest": lambda: sweep(converged, lambda line: re.search(DIGEST, line["system"])),
         "h100-converged-kinds": kinds,
-        "h100-pages-digest": lambda: sweep("h100-pages", lambda line: line["subset"] in ("test", "test2")),
+        "h100-pages-digest": lambda: sweep(pages, lambda line: line["subset"] in ("test", "test2")),
         "h100-by-length": by_length,
         "corpus": corpus,
         "cpu": lambda: format_markdown(load(RESULTS / "cpu.json")),

@@ -30,8 +30,6 @@ from triton_ops.reference import visible_cells
 
 OFFSET_BUFFERS = ("offset_words", "offset_geometry", "offset_anchor")
 MASK_BUFFERS = ("keep_words", "extrapolation_words", "mask_range", *OFFSET_BUFFERS)
-# Whether the back end auto runs relative masks on the kernels, which it will once these were measured on a GPU.
-AUTO_RUNS_RELATIVE_ON_KERNELS = False
 LAST_USE_MEMO = 16  # answers of `last_use` that a module remembers: searches ask for a few lengths again and again
 
 
@@ -62,9 +60,8 @@ class PrunedMultiheadAttention(NotScriptable, MultiheadAttention):
         embed_dim, num_heads: as in fairseq.
         kind: the attention kind, which decides causality and where keys come from.
         backend: ``triton`` (block-sparse kernels), ``sdpa`` (torch's attention under a dense mask, any device) or
-            ``auto``, which takes the kernels for half and single precision on a GPU and else sdpa, which it also takes
-            for relative masks (:data:`AUTO_RUNS_RELATIVE_ON_KERNELS`). ``triton`` raises UserError where the kernels
-            cannot run.
+            ``auto``, which takes the kernels for half and single precision on a GPU and else sdpa. ``triton`` raises
+            UserError where the kernels cannot run.
         dynamic: pruning per sentence, on top of the mask; not with ``triton``.
         max_steps: decoding takes at most so many steps. The caches drop what no mask row below keeps; None: unknown, so
             they keep all. A search that knows better says so (see :func:`ap_fairseq.model.kv_cache.limit_steps`).
@@ -157,12 +154,6 @@ class PrunedMultiheadAttention(NotScriptable, MultiheadAttention):
     def is_relative(self) -> bool:
         """Whether the mask is relative to a scaled diagonal."""
         return self.offset_geometry.numel() > 0
-
-    @property
-    def resolved_backend(self) -> str:
-        """The back end, with what ``auto`` means for the mask."""
-        relative_on_sdpa = self.is_relative and self.backend == "auto" and not AUTO_RUNS_RELATIVE_ON_KERNELS
-        return "sdpa" if relative_on_sdpa else self.backend
 
     def _forget_derived(self) -> None:
         self._layout: Layout | None = None
@@ -318,7 +309,7 @@ class PrunedMultiheadAttention(NotScriptable, MultiheadAttention):
     def runs_kernels(self, dtype: torch.dtype, device: torch.device) -> bool:
         """Whether attention to tensors of that type on that device runs on the kernels."""
         by_sentence = self.dynamic is not None or self.selected is not None
-        return not by_sentence and use_kernels(self.resolved_backend, dtype, self.head_dim, device)
+        return not by_sentence and use_kernels(self.backend, dtype, self.head_dim, device)
 
     def waits_for_device(self, dtype: torch.dtype, device: torch.device) -> bool:
         """Whether a step of decoding by such a cache as counts its steps on the device waits for that count."""
@@ -339,8 +330,8 @@ class PrunedMultiheadAttention(NotScriptable, MultiheadAttention):
             softmax = None if self.dynamic is None else self.dynamic.probabilities
             output, _, weights = attend_dense(q, k, v, keep, softmax=softmax, details=want_weights, **options)
             return output, weights
-        backend = self.resolved_backend
-        attended = block_sparse_attention(q, k, v, layout, backend=backend, return_probs=want_weights, **options)
+        options |= dict(backend=self.backend, return_probs=want_weights)
+        attended = block_sparse_attention(q, k, v, layout, **options)
         return attended if want_weights else (attended, None)
 
     # -- decoding -----------------------------------------------------------------------------------------------------

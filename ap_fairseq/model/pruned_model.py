@@ -33,11 +33,6 @@ from ap_fairseq.sites import AttentionKind, architecture, attention_sites
 
 logger = logging.getLogger(__name__)
 
-RELATIVE_RUNS_ON_SDPA = (
-    "cross-attention has masks relative to a scaled diagonal: it runs on torch's attention (sdpa), unless "
-    "--attention-backend triton asks for the kernels, which have not been measured on a GPU yet"
-)
-
 
 class PrunedModel(NotScriptable):
     """The part of a fairseq model whose attention is pruned by global masks; fairseq's own model class comes after it.
@@ -103,7 +98,6 @@ class PrunedModel(NotScriptable):
             names = ("keep", "extrapolation", "range", "offsets", "geometry", "anchor")
             packed = [tensors.get(f"{kind.value}.{name}") for name in names]
             module.set_mask(*(x if x is None else x.clone() if x.dim() == 1 else x[layer].clone() for x in packed))
-        self._announce_backend()
         provenance = {**masks.metadata, "file_sha256": file_hash, "masks_sha256": self.masks_sha256()}
         self.mask_metadata = encode_provenance(provenance).to(self.mask_metadata.device)
         self._masks_are_explicit = True
@@ -223,12 +217,7 @@ class PrunedModel(NotScriptable):
             logger.warning("the checkpoint holds no attention masks and --attention-masks names none")
         else:
             logger.info(f"attention masks {provenance['masks_sha256'][:12]}: {describe_sparsity(provenance)}")
-            self._announce_backend()
         self._logged_sparsity = effective_sparsity(provenance)
-
-    def _announce_backend(self) -> None:
-        if any(module.resolved_backend != module.backend for _, module in attention_sites(self)):
-            logger.info(RELATIVE_RUNS_ON_SDPA)
 
     # -- logs ---------------------------------------------------------------------------------------------------------
 

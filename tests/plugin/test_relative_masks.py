@@ -1,7 +1,6 @@
 """Cross-attention relative to a scaled diagonal: counted, recorded, pruned and computed sentence by sentence."""
 
 import json
-import logging
 import re
 from fractions import Fraction
 
@@ -34,6 +33,7 @@ CROSS = AttentionKind.CROSS
 SOURCE_LENGTHS, TARGET_LENGTHS = [5, 3, 1, 9], [4, 6, 2, 8]
 SCALED = {CROSS: "scaled-diagonal"}
 SLOPE = relative.slope_of(9, 10)
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # of the kernels
 WIDE = dict(encoder_embed_dim=32, decoder_embed_dim=32, decoder_input_dim=32, decoder_output_dim=32)  # for the kernels
 
 
@@ -347,18 +347,18 @@ def test_decoding_step_by_step_equals_the_full_forward():
 @pytest.mark.parametrize("generator", [SequenceGenerator, PrunedSequenceGenerator])
 def test_beam_search_equals_a_search_by_full_forwards(generator, backend):
     """The masks of a step depend on its row and on the length of each sentence, in both loops."""
-    model = pruned_model(relative_masks(), VOCAB, max_target_positions=40, attention_backend=backend, **WIDE)
+    model = pruned_model(relative_masks(), VOCAB, max_target_positions=40, attention_backend=backend, **WIDE).to(DEVICE)
     model.decoder.output_projection.weight.data.mul_(3)
     lengths = [9, 2, 5, 1]
-    source = batch(lengths, VOCAB, left=True)
-    sample = {"net_input": {"src_tokens": source, "src_lengths": torch.tensor(lengths)}}
+    source = batch(lengths, VOCAB, left=True).to(DEVICE)
+    sample = {"net_input": {"src_tokens": source, "src_lengths": torch.tensor(lengths, device=DEVICE)}}
     options = dict(beam_size=3, max_len_b=14) if backend == "sdpa" else dict(beam_size=2, max_len_b=11)
     found = generator([model], VOCAB, **options).generate([model], sample)
     for _, module in attention_sites(model):
         module.backend = "sdpa"
     for sentence, hypotheses in zip(source, plain(found), strict=True):
         for tokens, score, *_ in hypotheses[:1]:
-            tokens = torch.as_tensor(tokens)
+            tokens = torch.as_tensor(tokens, device=DEVICE)
             inputs = torch.cat([tokens.new_tensor([EOS]), tokens[:-1]])[None]
             logits = translate(model, sentence[sentence.ne(PAD)][None], inputs)[0]
             chosen = logits.log_softmax(-1).gather(1, tokens[:, None]).sum() / len(tokens)
@@ -379,14 +379,13 @@ def test_gradients_reach_kept_keys_only():
         assert reached.tolist() == [*read.tolist(), *[False] * (9 - length)]
 
 
-def test_checkpoints_carry_offsets_and_those_of_version_0_2_load(caplog):
-    caplog.set_level(logging.INFO)
+def test_checkpoints_carry_offsets_and_those_of_version_0_2_load():
     model = pruned_model(relative_masks(), VOCAB)
     source, inputs, _ = sentences()
     expected = translate(model, source, inputs)
     fresh = pruned_model(None, VOCAB)
     fresh.load_state_dict(model.state_dict())
-    assert torch.equal(translate(fresh, source, inputs), expected) and "torch's attention (sdpa)" in caplog.text
+    assert torch.equal(translate(fresh, source, inputs), expected)
     old = pruned_model(random_masks(0.5), VOCAB)
     state = {k: v for k, v in old.state_dict().items() if not k.endswith(OFFSET_BUFFERS)}
     fresh.load_state_dict(state)  # over relative masks
@@ -394,27 +393,21 @@ def test_checkpoints_carry_offsets_and_those_of_version_0_2_load(caplog):
     assert fresh.masks_sha256() == old.masks_sha256()
 
 
-def test_kernels_run_where_they_are_asked_for(caplog):
-    """The default, auto, leaves relative masks to torch until kernels for them were measured."""
-    caplog.set_level(logging.INFO)
-    told = "torch's attention (sdpa), unless --attention-backend triton asks for the kernels"
-    for backend, on_kernels in (("auto", False), ("triton", True)):
-        caplog.clear()
+def test_relative_masks_run_where_others_do():
+    """The default, auto, takes the kernels on a GPU."""
+    for backend in ("auto", "triton", "sdpa"):
         model = pruned_model(relative_masks(), VOCAB, attention_backend=backend, **WIDE)
-        for (kind, _), module in attention_sites(model):
-            runs = module.runs_kernels(torch.float32, torch.device("cpu"))
-            assert runs == on_kernels
-            assert module.resolved_backend == ("sdpa" if kind is CROSS and not on_kernels else backend)
-        assert (told in caplog.text) != on_kernels
+        for _, module in attention_sites(model):
+            assert module.runs_kernels(torch.float16, torch.device("cuda")) == (backend != "sdpa")
 
 
 @pytest.mark.parametrize("lengths", [([5, 2, 1], [4, 6, 9]), ([131, 40], [30, 20])], ids=["sentences", "long"])
 def test_kernels_and_sdpa_agree_in_outputs_and_gradients(lengths):
     """Padded on the left as fairseq does; beyond the recorded lengths; targets that are longer than their sources."""
     masks, results = relative_masks(0.7), []
-    source, inputs, target = sentences(lengths, left=True)
+    source, inputs, target = (tokens.to(DEVICE) for tokens in sentences(lengths, left=True))
     for backend in ("sdpa", "triton"):
-        model = pruned_model(masks, VOCAB, attention_backend="sdpa", **WIDE).train()
+        model = pruned_model(masks, VOCAB, attention_backend="sdpa", **WIDE).to(DEVICE).train()
         for (kind, _), module in attention_sites(model):
             module.backend = backend if kind is CROSS else "sdpa"  # the interpreter is slow
         logits = model(source, source.ne(PAD).sum(1), inputs)[0][target.ne(PAD)]
@@ -509,7 +502,6 @@ def test_pruning_while_training_by_offsets(data_bin, tmp_path):
     log = train(data_bin, tmp_path, *flags, arch="pruned_transformer", updates=10)
     held = re.search(r"update 8: [\d.]+% of the pairs pruned \(([\d.]+)% of those of the validation sentences\)", log)
     assert float(held[1]) == pytest.approx(80, abs=1)
-    assert "torch's attention (sdpa)" in log
     state = load_checkpoint(tmp_path / "checkpoint_last.pt")["model"]
     assert state["decoder.layers.0.encoder_attn.offset_words"].numel() > 0
     assert "Generate test with beam" in generate(data_bin, tmp_path / "checkpoint_last.pt")
