@@ -172,12 +172,22 @@ def dropout() -> str:
     )
     dense, pruned, *_ = one_command_systems()
     rows.append(("en-de", "0.3 / 0.1 / 0.1", "while training", dense["updates"], dense["bleu"], pruned["bleu"]))
-    header = ["pair", "dropout", "80% pruned", "updates", "dense, BLEU", "80%, BLEU", "difference"]
+    rows = [("LibreOffice's help", *row) for row in rows]
+    tuned = load(DEBIAN_RESULTS / "tuned.jsonl")
+    for strength in ("0.2", "0.3"):
+        flags = f"--dropout {strength} --attention-dropout 0.1 --activation-dropout 0.1"
+        found = {
+            (line["criterion"], round(line["total"]["effective"], 1)): line for line in tuned if line["flags"] == flags
+        }
+        of_dense, of_pruned = found["dense", 0.0], found["importance", 0.8]
+        settings = ("Debian text", "en-de", f"{strength} / 0.1 / 0.1", "while training", of_dense["updates"])
+        rows.append((*settings, of_dense["bleu"], of_pruned["bleu"]))
+    header = ["corpus", "pair", "dropout", "80% pruned", "updates", "dense, BLEU", "80%, BLEU", "difference"]
     body = [
-        [pair, strength, how, f"{updates:,}", f"{dense:.2f}", f"{pruned:.2f}", f"{pruned - dense:+.2f}"]
-        for pair, strength, how, updates, dense, pruned in rows
+        [*names, f"{updates:,}", f"{dense:.2f}", f"{pruned:.2f}", f"{pruned - dense:+.2f}"]
+        for *names, updates, dense, pruned in rows
     ]
-    return markdown(Table(header, body, align="lllrrrr"))
+    return markdown(Table(header, body, align="llllrrrr"))
 
 
 def split_pairs(example: str) -> str:
