@@ -15,6 +15,7 @@ from ap_fairseq.artifacts import AttentionStats, PruningMasks
 from ap_fairseq.cli import apply, evaluate, record
 from ap_fairseq.cli import masks as cli_masks
 from ap_fairseq.model.checkpoints import load_checkpoint
+from ap_fairseq.provenance import decode_provenance
 from ap_fairseq.search.task import PrunedTranslationTask
 from ap_fairseq.sites import AttentionKind
 
@@ -310,13 +311,14 @@ def test_an_ensemble_of_pruned_and_dense_models_translates(data_bin, dense, tune
     assert len(hypotheses(generate(data_bin, ensemble, subset="valid"))) == 60
 
 
-def test_hydra_train_reads_the_model_from_yaml(data_bin, masks_file, tmp_path):
+def test_hydra_train_reads_model_and_pruning_from_yaml(data_bin, masks_file, tmp_path):
     sizes = {flag[2:].replace("-", "_"): TINY[k + 1] for k, flag in enumerate(TINY[:-1]) if flag.startswith("--")}
     sizes = {name: int(value) for name, value in sizes.items() if value.isdigit()}
     config = {
         "common": {"user_dir": str(ROOT / "ap_fairseq"), "cpu": True, "log_format": "json", "log_interval": 1},
         "checkpoint": {"save_dir": str(tmp_path / "out"), "no_epoch_checkpoints": True},
-        "task": {"_name": "translation", "data": str(data_bin), "source_lang": "en", "target_lang": "de"},
+        "task": {"_name": "pruned_translation", "data": str(data_bin), "source_lang": "en", "target_lang": "de"}
+        | {"attention_sparsity": 0.7, "prune_start": 3, "prune_end": 3, "prune_sample": 50},
         "model": {"_name": "pruned_transformer", "share_all_embeddings": True, **sizes}
         | {"attention_masks": str(masks_file)},
         "criterion": {"_name": "label_smoothed_cross_entropy", "label_smoothing": 0.1},
@@ -330,7 +332,8 @@ def test_hydra_train_reads_the_model_from_yaml(data_bin, masks_file, tmp_path):
     run_process("fairseq-hydra-train", "--config-dir", tmp_path, "--config-name", "pruned", cwd=tmp_path)
     state = load_checkpoint(tmp_path / "out" / "checkpoint_last.pt")
     assert state["cfg"]["model"]["encoder_layers"] == 2 and state["cfg"]["model"]["attention_masks"] is None
-    assert state["model"]["mask_metadata"].numel() > 0
+    provenance = decode_provenance(state["model"]["mask_metadata"])
+    assert provenance["sentences"] == 50 and provenance["total"]["effective"] == pytest.approx(0.7, abs=0.01)
 
 
 def with_bettertransformer_keys(path, output) -> None:
