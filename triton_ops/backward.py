@@ -30,13 +30,12 @@ from .primitives import (
     dot_add,
     dropout_bits,
     full_positions,
-    keep_bits,
     keep_bits_by_key,
-    keep_bits_of_keys,
     list_lengths,
     listed_positions,
     load_rows,
     load_tile,
+    masked_keys,
     positions,
     sequence_length,
 )
@@ -103,7 +102,7 @@ def _dq_kernel(
         n_inside, n_full, n_total = list_lengths(p_counts, k_length, G)
     else:
         p_anchor += i_mh
-        n_inside, n_total = 0, (k_length + G - 1) // G
+        n_inside, n_full, n_total = 0, 0, (k_length + G - 1) // G
     seed = 0
     if DROPOUT:
         seed = tl.load(p_seed)
@@ -150,17 +149,12 @@ def _dq_kernel(
                 PRECISION,
             )
     for first in tl.range(n_inside * G, n_total * G, BN, num_stages=1):
+        start, o_x, m_n, m_s = masked_keys(
+            p_words, p_anchor, p_entries, first, o_m, m_m, n_full, n_total, k_length, NI, KW, LQ, RS, SLOPE, BN, G
+        )
         some = True
         if p_anchor is not None:
-            start, o_x, m_n = positions(first, k_length, BN)
-            m_s = keep_bits_by_key(p_words, p_anchor, first, o_m, m_m, k_length, KW, LQ, RS, SLOPE, BN)
             some = any_kept(m_s)
-        else:
-            start, o_x, m_n = listed_positions(p_entries, first, n_full, n_total, k_length, NI, BN, G)
-            if G == 1:
-                m_s = keep_bits_of_keys(p_words, o_m, m_m, p_entries, first, n_full, n_total, k_length, NI, LQ, RS, BN)
-            else:
-                m_s = keep_bits(p_words, o_m, m_m, p_entries, first, n_full, n_total, k_length, NI, LQ, RS, BN, G)
         if some:
             b_k = load_rows(p_k, s_kt, start, o_x, m_n, INT32_OFFSETS, G, D, BD)
             b_v = load_rows(p_v, s_vt, start, o_x, m_n, INT32_OFFSETS, G, D, BD)

@@ -275,6 +275,27 @@ def keep_bits_by_key(p_words, p_anchor, i_n, o_m, m_m, length, KW, LQ, RS, SLOPE
 
 
 @triton.jit
+def masked_keys(
+    p_words, p_anchor, p_entries, first, o_m, m_m, n_full, n_total, length, NI, KW, LQ, RS, SLOPE,
+    BN: tl.constexpr, G: tl.constexpr,
+):  # fmt: skip
+    """(start, offset, which keys exist, [BN], which cells are kept, [BM, BN]) for the BN keys from the first-th on.
+
+    Of those listed for the queries o_m, or under a mask of offsets of all.
+    """
+    if p_anchor is not None:
+        start, o_x, m_n = positions(first, length, BN)
+        m_s = keep_bits_by_key(p_words, p_anchor, first, o_m, m_m, length, KW, LQ, RS, SLOPE, BN)
+    else:
+        start, o_x, m_n = listed_positions(p_entries, first, n_full, n_total, length, NI, BN, G)
+        if G == 1:
+            m_s = keep_bits_of_keys(p_words, o_m, m_m, p_entries, first, n_full, n_total, length, NI, LQ, RS, BN)
+        else:
+            m_s = keep_bits(p_words, o_m, m_m, p_entries, first, n_full, n_total, length, NI, LQ, RS, BN, G)
+    return start, o_x, m_n, m_s
+
+
+@triton.jit
 def dropout_bits(seed, i_bh, o_row, o_col, threshold):
     """Keep bits of dropout for broadcast positions o_row, o_col; `reference.dropout_keep` defines them.
 
