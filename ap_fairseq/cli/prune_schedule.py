@@ -7,7 +7,8 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from fairseq import options
+from fairseq import options, tasks
+from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 
 import ap_fairseq.plugin  # noqa: F401  (registers with fairseq)
 from ap_fairseq.artifacts import AttentionStats
@@ -110,9 +111,17 @@ def require_flags(data: str, checkpoint: str, mask_flags: Sequence[str], train_f
         raise UserError(f"fairseq-train flags after --: {message}")
 
     parser.error = refuse
-    options.parse_args_and_arch(parser, [data, *PLUGIN, *train_flags, "--attention-masks", "none"])
+    train = options.parse_args_and_arch(parser, [data, *PLUGIN, *train_flags, "--attention-masks", "none"])
     import_user_dir(user_dir)
     model, *_ = open_with_masks(checkpoint, "none", data)
+    cfg = convert_namespace_to_omegaconf(train)
+    trained = tasks.setup_task(cfg.task).build_model(cfg.model)
+    shapes, given = ({name: list(x.shape) for name, x in one.named_parameters()} for one in (model, trained))
+    if other := [name for name in {**shapes, **given} if shapes.get(name) != given.get(name)]:
+        refuse(
+            f"their model is not that of {checkpoint}: {other[0]} is {given.get(other[0])} there and "
+            f"{shapes.get(other[0])} in the checkpoint; give the sizes with which that was trained"
+        )
     sizes = architecture(model)
     held_out = AttentionKind.CROSS in sizes and any(Path(data).glob("valid.*"))
     require_fitting(parse_mask_flags(mask_flags), sizes, held_out)

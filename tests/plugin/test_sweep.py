@@ -405,10 +405,14 @@ def test_the_schedule_as_a_command_names_what_is_wrong(dense, data_bin, tmp_path
         ),
         ([*common, "--masks", "--total 0.5 --cross 0.3", "--", "--arch", "x"], "must give one kind of budget"),
         ([*common, "--masks", "--total 0.5 --criterion importance", "--", "--arch", "x"], "but --record '--max-tokens"),
-        ([*common, "--masks", "--cross 0.5 --min-heads 99", "--", "--arch", ARCH], "--min-heads cross=99, but it has"),
+        (
+            [*common, "--masks", "--cross 0.5 --min-heads 99", "--", "--arch", ARCH, *TINY],
+            "--min-heads cross=99, but it has",
+        ),
         ([*common, "--masks", "--total 0.5 --like no", "--", "--arch", ARCH], "must give one kind of budget"),
-        ([*common, "--masks", "--like gone", "--", "--arch", ARCH], "gone does not exist"),
+        ([*common, "--masks", "--like gone", "--", "--arch", ARCH, *TINY], "gone does not exist"),
         ([*common, "--", "--arch", ARCH, "--droput", 1], "fairseq-train flags after --: unrecognized arguments: --dro"),
+        ([*common, "--", "--arch", ARCH], f"not that of {dense}: encoder.embed_tokens.weight is ["),
         ([*common, "--", "--arch", "transformer"], "unrecognized arguments: --attention-masks none"),
     ):
         with pytest.raises(SystemExit) as stop:
