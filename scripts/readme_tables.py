@@ -223,6 +223,7 @@ def cross_masks() -> str:
         kept = "column 0" if not scaled else "own anchors" if cap and "note" not in run else "offset 0"
         heads = f"{cap[1]} of the {'8' if '-of kind' in flags else '4 of a layer'}" if cap else "any"
         units += ", mean attention" if "--criterion mean" in flags else ""
+        units += f", annealed over {run['annealed']['updates']}" if "annealed" in run else ""
         pruned = f"{run['pruned']['cross']:.1%}"
         bits = f"{run['valid_nll'] - dense['valid_nll']:.2f}"
         body.append(
