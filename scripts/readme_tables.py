@@ -283,23 +283,6 @@ def rivals_translation() -> str:
     return markdown(Table(header, rows))
 
 
-def rivals_kernels() -> str:
-    """Milliseconds of block-sparse attention, FlashAttention-4 and dense cuDNN."""
-    columns = {
-        "ours": "ours_ms",
-        "FlashAttention-4": "fa4_ms",
-        "cuDNN, dense": "cudnn_dense_ms",
-        "ours, with backward": "ours_backward_ms",
-        "FlashAttention-4, with backward": "fa4_backward_ms",
-        "cuDNN, with backward": "cudnn_dense_backward_ms",
-    }
-    rows = []
-    for row in load(SCRIPTS / "rivals.json")["kernels"]["rows"]:
-        times = (f"{row[key]:.3f}".rstrip("0") if key in row else "" for key in columns.values())
-        rows.append([row["shape"], f"{row['sparsity']:.1%}", row["block"], *times])
-    return markdown(Table(["B, H, T", "sparsity", "block", *columns], rows))
-
-
 def kinds() -> str:
     """BLEU with one kind pruned, by share and training."""
     bleu = {line["group"]: line["bleu"] for line in load(RESULTS / "h100-converged.jsonl") if line["seed"] == 1}
@@ -357,7 +340,6 @@ def tables() -> dict[str, Callable[[], str]]:
         "corpus": corpus,
         "cpu": lambda: format_markdown(load(RESULTS / "cpu.json")),
         "rivals.translation": rivals_translation,
-        "rivals.kernels": rivals_kernels,
     }
     for path in sorted(SCRIPTS.glob("*_*.*.json")):
         name = path.name.split(".")[0]
