@@ -19,7 +19,7 @@ DATA = {  # pattern -> what made it, or reads what was typed in
     "scripts/sample_error.*.json": "scripts/sample_error.py",
     "scripts/tune_attention.*.json": "scripts/tune_attention.py",
     "examples/libreoffice_help/results/*.json": "ap_fairseq/cli/evaluate.py",
-    "examples/libreoffice_help/results/*.jsonl": "examples/common/sweep.py",
+    "examples/*/results/*.jsonl": "examples/common/sweep.py",
     "examples/*/results/corpus.json": "scripts/readme_tables.py",
     "scripts/rivals.json": "scripts/readme_tables.py",
     "examples/language_model/results/*.json": "examples/language_model/run.py",
