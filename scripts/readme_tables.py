@@ -295,14 +295,19 @@ def kinds() -> str:
     return markdown(Table(["pruned", *(f"{share}%" for share in shares)], rows))
 
 
-def language_models() -> str:
-    """Test perplexities of the small language models."""
-    ways = {"": "dense", "scratch": "under the masks from the start", "gradual": "pruned while training"}
+def language_models(file: Path) -> str:
+    """Test perplexities of language models."""
+    ways = {"scratch": "under the masks from the start", "gradual": "pruned while training"}
+    blocks = {"1": "cells", "64": "64-blocks", "diagonal": "diagonals"}
     rows = []
-    for row in load(ROOT / "examples/language_model/results/cpu.json")["rows"]:
-        way = ways[row["system"].rpartition(".")[2] if "." in row["system"] else ""]
-        rows.append([way, f"{row['pruned']:.0%}", f"{row['perplexity']:.1f}", f"{row['change']:+.1%}"])
-    return markdown(Table(["system", "pairs pruned", "perplexity", "change"], rows))
+    for row in load(file)["rows"]:
+        way, masks = row["system"].replace(".dropout-", ", dropout "), ""
+        if not way.startswith("dense"):
+            criterion, percent, granularity, way = way.split(".")
+            way, masks = ways[way], blocks[granularity.removeprefix("g")]
+            masks += {"importance": "", "percentile": f", published percentile at nominal {percent}%"}[criterion]
+        rows.append([way, masks, f"{row['pruned']:.0%}", f"{row['perplexity']:.1f}", f"{row['change']:+.1%}"])
+    return markdown(Table(["system", "masks", "pairs pruned", "perplexity", "change"], rows, align="llrrr"))
 
 
 def sweep(path: Path, keep: Callable[[dict[str, Any]], Any] = bool) -> str:
@@ -331,7 +336,9 @@ def tables() -> dict[str, Callable[[], str]]:
         "dropout": dropout,
         "debian-tuned": lambda: sweep(DEBIAN_RESULTS / "tuned.jsonl"),
         "debian-text": lambda: split_pairs("debian_text"),
-        "language-model": language_models,
+        "package-sections": lambda: script(ROOT / "examples" / "package_sections" / "run.py").summary(
+            load(ROOT / "examples" / "package_sections" / "results" / "cpu.json")["rows"]
+        ),
         "one-to-many": lambda: split_pairs("libreoffice_one_to_many"),
         "h100-converged-digest": lambda: sweep(converged, lambda line: re.search(DIGEST, line["system"])),
         "h100-converged-kinds": kinds,
@@ -341,6 +348,8 @@ def tables() -> dict[str, Callable[[], str]]:
         "cpu": lambda: format_markdown(load(RESULTS / "cpu.json")),
         "rivals.translation": rivals_translation,
     }
+    for path in sorted((ROOT / "examples" / "language_model" / "results").glob("*.json")):
+        made[f"language-model.{path.stem}"] = lambda path=path: language_models(path)
     for path in sorted(SCRIPTS.glob("*_*.*.json")):
         name = path.name.split(".")[0]
         render = "format_markdown" if name == "sample_error" else "table"

@@ -126,7 +126,7 @@ def get_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--shares", nargs="+", type=float, default=[0.5, 0.8, 0.95], metavar="X", help="default: 0.5 0.8 0.95")
-    add("--updates", type=int, default=500, metavar="N", help="of each half of the training; default: 500")
+    add("--updates", type=int, default=300, metavar="N", help="of each half of the training; default: 300")
     add("--seeds", nargs="+", type=int, default=[1, 2, 3], metavar="N", help="default: 1 2 3")
     add("--jobs", type=int, default=1, metavar="N", help="seeds at the same time; default: 1")
     add("--gpu", action="store_true", help="train on a GPU")

@@ -23,9 +23,9 @@ from building import SPLITS, PrepareError, Step, check_options, one_line_errors,
 from descriptions import stanzas
 
 LISTS = ("Translation-en", "Packages")
-WORDS = 64  # of a description
+WORDS = 32  # of a description
 LEAST = 200  # training descriptions of a section
-SHARES = {"valid": 0.05, "test": 0.15}
+SHARES = {"valid": 0.03, "test": 0.1}
 
 
 def sections_of(lines: Iterable[str]) -> Iterator[tuple[str, str, str]]:
