@@ -376,11 +376,15 @@ class LanguageModelWorkload(Workload):
         return ["--task", task, *positions, "--share-decoder-input-output-embed", "--dropout", "0.1"]
 
     def dataset(self, task, split: str, page: int, limit: int) -> torch.Tensor:
-        """Blocks of consecutive text, (at most *limit*, *page* + 1) int64: a block's first token precedes its text."""
+        """Blocks of consecutive text, (at most *limit*, *page* + 1) int64: a block's first token precedes its text.
+
+        Without ends of lines, at which a search would end in the prompt.
+        """
         from fairseq.data.data_utils import load_indexed_dataset
 
         text = load_indexed_dataset(os.path.join(self.options.data, split), task.source_dictionary)
-        return torch.stack(list(itertools.islice(joined(text, page + 1), limit)))
+        lines = [text[i][:-1] for i in range(min(len(text), limit * (page + 1)))]  # an empty one has its end alone
+        return torch.stack(list(itertools.islice(joined(lines, page + 1), limit)))
 
     def batches(self, blocks: torch.Tensor, max_tokens: int) -> list[dict]:
         chunks = blocks.split(max(1, max_tokens // (blocks.shape[1] - 1)))

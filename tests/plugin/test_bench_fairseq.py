@@ -65,7 +65,7 @@ def test_a_checkpoint_brings_its_own_sizes(dense, data_bin, masks_file, tmp_path
 def test_language_models_continue_and_train_on_a_cpu(toy_text, tmp_path, monkeypatch):
     """Stock and the plugin under all-ones masks continue a prompt by the same tokens."""
     monkeypatch.setitem(bench.CASES, "continuations to 512", ("translate", 16, 64, 6))
-    monkeypatch.setitem(bench.SEARCHES, "continuations to 512", dict(prefix_size=4, max_len_a=0, max_len_b=16))
+    monkeypatch.setitem(bench.SEARCHES, "continuations to 512", dict(prefix_size=12, max_len_a=0, max_len_b=16))
     monkeypatch.setitem(bench.CASES, "train pages of 512", ("train", 16, 64, 8))
     text = tmp_path / "bin"
     run("fairseq-preprocess", "--only-source", "--trainpref", toy_text / "train.en", "--destdir", text)
