@@ -19,7 +19,8 @@ training sentences, joined up to the length of the case. Systems:
     stock-sdpa  the same with SDPA also in cross-attention; training only, since a step of decoding has one query
     sdpa        the plugin with SDPA under all-ones masks (--attention-backend sdpa); training only
     all-ones    the plugin's kernels under all-ones masks, with --task pruned_translation
-    50, 80, 90  the same under random masks of that sparsity (per cent): cells at sentence length, 64-blocks on pages
+    int8        all-ones with --cpu-int8; translation on a CPU only
+    50, 80, 90  as all-ones, but random masks of that sparsity (per cent): cells at sentence length, 64-blocks on pages
 
     ctranslate2 (--rivals) the same model in CTranslate2, in a process for each of its settings, of which the fastest
                 counts; the others are listed beside it. On a CPU also with int8 (system "ctranslate2 int8")
@@ -77,8 +78,9 @@ from provenance import git_commit
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-SYSTEMS = ("stock", "stock-sdpa", "sdpa", "all-ones", "50", "80", "90")
+SYSTEMS = ("stock", "stock-sdpa", "sdpa", "all-ones", "int8", "50", "80", "90")
 TRAIN_ONLY = ("stock-sdpa", "sdpa")
+CPU_ONLY = ("int8",)  # and translation only
 RIVALS = {"ctranslate2": ("ctranslate2", "ctranslate2 int8")}  # package: systems
 PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 TRAIN_TOKENS = 16384
@@ -140,7 +142,7 @@ class Workload:
         import ap_fairseq.plugin  # noqa: F401  (registers the plugin)
 
         self.options = options
-        self.stock = not (options.system in ("sdpa", "all-ones") or options.system.isdigit())
+        self.stock = not (options.system in ("sdpa", "all-ones", "int8") or options.system.isdigit())
         self.dtype = PRECISIONS[options.precision]
         self.device = torch.device(options.device)
 
@@ -165,6 +167,7 @@ class Workload:
         flags += [f"--{self.options.precision}"] if self.options.precision != "fp32" else []
         if not self.stock:
             flags += ["--attention-backend", "sdpa" if self.options.system == "sdpa" else "auto"]
+        flags += ["--cpu-int8"] if self.options.system == "int8" else []
         args = self.args = fairseq_options.parse_args_and_arch(fairseq_options.get_training_parser(), flags)
         if self.options.path:
             parameters, own = trained_model(self.options.path)
@@ -508,7 +511,9 @@ def work(options: argparse.Namespace) -> None:
         workload = CTranslate2Workload(options)
     for case in options.cases:
         kind, page, max_tokens, limit = CASES[case]
-        if options.system in TRAIN_ONLY and kind == "translate" or options.settings and kind == "train":
+        if kind == "translate" and options.system in TRAIN_ONLY:
+            continue
+        if kind == "train" and (options.system in CPU_ONLY or options.settings):
             continue
         if options.max_tokens and max_tokens:
             limit = limit * options.max_tokens // max_tokens if kind == "train" else limit
@@ -650,7 +655,7 @@ def main() -> None:
     parser.add_argument("--path", help="checkpoint of a dense transformer, which brings its own architecture")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--precision", choices=PRECISIONS, help="default: fp16, on a CPU fp32")
-    parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=SYSTEMS)
+    parser.add_argument("--systems", nargs="+", choices=SYSTEMS, help="default: all that the device has")
     parser.add_argument("--rivals", nargs="+", choices=RIVALS, default=[], help="also measure these, if installed")
     parser.add_argument(
         "--remove-bpe", default="sentencepiece", help="what BLEU joins to words (default: %(default)s), as in fairseq"
@@ -675,7 +680,7 @@ def main() -> None:
     parser.add_argument("--table", type=Path, metavar="JSON", help="print a Markdown table of a result file and stop")
     options = parser.parse_args()
     if options.table:
-        systems = [*options.systems, *itertools.chain(*RIVALS.values())]
+        systems = [*(options.systems or SYSTEMS), *itertools.chain(*RIVALS.values())]
         print(table(json.loads(options.table.read_text(encoding="utf-8")), systems))
         return
     if options.data is None:
@@ -685,6 +690,9 @@ def main() -> None:
     for rival in options.rivals:
         if importlib.util.find_spec(rival) is None:
             parser.error(f"--rivals {rival}: the package is not installed; pip install {rival}")
+    options.systems = options.systems or [x for x in SYSTEMS if options.device == "cpu" or x not in CPU_ONLY]
+    if options.device == "cuda" and (there := [x for x in options.systems if x in CPU_ONLY]):
+        parser.error(f"--systems {there[0]} is for --device cpu")
     if options.device == "cpu" and (options.precision == "fp16" or options.profile):
         parser.error("--device cpu takes neither --precision fp16 nor --profile")
     if options.arch and options.path:

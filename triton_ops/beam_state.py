@@ -123,41 +123,47 @@ def choose(state: BeamState, n: int, sums: Tensor, parent: Tensor, token: Tensor
         sums: float32 (n, k), of log-probabilities, best first; k >= beam.
         parent, token: int64 (n, k), the hypothesis that is continued, and by which token.
     """
-    beam, k = state.beam, sums.size(1)
-    sentence, done, ignored, n_final = (x[:n] for x in (state.sentence, state.done, state.ignored, state.n_final))
-
-    ends = token.eq(eos) & sums.ne(-math.inf)
-    ends[:, :beam] &= ~ignored
-    some_end = sums.is_cuda or bool(ends.any() or ignored.any())  # a GPU would have to be waited for
-    if some_end:
-        counted = ends[:, :beam] & ~done[:, None]  # only among the first `beam` candidates
-        place = n_final[:, None] + counted.cumsum(1) - 1
-        place = torch.where(counted & (place < beam), place, beam)
-        where = (sentence[:, None].expand_as(place), place)
-        state.final_step.index_put_(where, state.step.to(torch.int32).expand_as(place))
-        state.final_beam.index_put_(where, parent[:, :beam].to(torch.int32))
-        state.final_score.index_put_(where, sums[:, :beam].contiguous())
-        n_final.copy_((n_final + counted.sum(1)).clamp_max(beam))
-    ended = (n_final == beam) | (state.step >= state.max_len)
-    state.unfinished.sub_((ended & ~done).sum())
-    done |= ended
-
-    if some_end:
-        ends[:, :beam] |= ignored
-        order = ends * k + torch.arange(k, device=ends.device)
-        order, active = order.topk(beam, largest=False)
-        ignored.copy_(order >= k)
-        parent, token, sums = (x.gather(1, active) for x in (parent, token, sums))
+    beam, sentence = state.beam, state.sentence[:n]
+    ends = token.eq(eos)
+    # Most steps end nothing; a GPU would have to be waited for.
+    if sums.is_cuda or bool(ends.any()) or bool(state.ignored[:n].any()) or bool(state.step >= state.max_len):
+        parent, token, sums = _end(state, n, sums, parent, token, ends)
     else:
         parent, token, sums = (x[:, :beam] for x in (parent, token, sums))
-    at = (state.step.expand_as(sentence), sentence)
-    state.chosen_beam.index_put_(at, parent.to(torch.int32))
-    state.chosen_token.index_put_(at, token.to(torch.int32))
-    state.chosen_score.index_put_(at, sums)
+    at = state.step * state.chosen_beam.size(1) + sentence
+    for record, value in ((state.chosen_beam, parent), (state.chosen_token, token), (state.chosen_score, sums)):
+        record.flatten(0, 1).index_copy_(0, at, value.to(record.dtype))
     state.scores[:n] = sums
     state.tokens[: n * beam] = token.flatten()
     parent = parent + beam * torch.arange(n, device=parent.device)[:, None]
     state.block_table[: n * beam] = state.block_table.index_select(0, parent.flatten())
+
+
+def _end(
+    state: BeamState, n: int, sums: Tensor, parent: Tensor, token: Tensor, ends: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Record the continuations that *ends*, bool (n, k), are of; return *beam* others, as `choose` takes them."""
+    beam, k = state.beam, sums.size(1)
+    sentence, done, ignored, n_final = (x[:n] for x in (state.sentence, state.done, state.ignored, state.n_final))
+    ends = ends & sums.ne(-math.inf)
+    ends[:, :beam] &= ~ignored
+    counted = ends[:, :beam] & ~done[:, None]  # only among the first `beam` candidates
+    place = n_final[:, None] + counted.cumsum(1) - 1
+    place = torch.where(counted & (place < beam), place, beam)
+    where = (sentence[:, None].expand_as(place), place)
+    state.final_step.index_put_(where, state.step.to(torch.int32).expand_as(place))
+    state.final_beam.index_put_(where, parent[:, :beam].to(torch.int32))
+    state.final_score.index_put_(where, sums[:, :beam].contiguous())
+    n_final.copy_((n_final + counted.sum(1)).clamp_max(beam))
+    ended = (n_final == beam) | (state.step >= state.max_len)
+    state.unfinished.sub_((ended & ~done).sum())
+    done |= ended
+
+    ends[:, :beam] |= ignored
+    order = ends * k + torch.arange(k, device=ends.device)
+    order, active = order.topk(beam, largest=False)
+    ignored.copy_(order >= k)
+    return parent.gather(1, active), token.gather(1, active), sums.gather(1, active)
 
 
 def copy_first_hypothesis(state: BeamState, n: int, rows: Tensor) -> None:

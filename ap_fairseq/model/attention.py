@@ -15,7 +15,6 @@ from ap_fairseq.model.dynamic import DynamicPruning
 from ap_fairseq.model.kv_cache import (
     CrossAttentionCache,
     HostCache,
-    KVCache,
     PagedCache,
     SelfAttentionCache,
     step_limit,
@@ -158,6 +157,7 @@ class PrunedMultiheadAttention(NotScriptable, MultiheadAttention):
     def _forget_derived(self) -> None:
         self._layout: Layout | None = None
         self._last_use: tuple[Layout | None, dict[int, Tensor]] = None, {}
+        self._keeps_all: tuple[Layout | None, dict[tuple[int, int], bool]] = None, {}
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         if prefix + "keep_words" in state_dict:  # checkpoints of version 0.2 have no offsets
@@ -361,7 +361,7 @@ class PrunedMultiheadAttention(NotScriptable, MultiheadAttention):
             self.set_incremental_state(incremental_state, "attn_state", {"cache": cache})
         cache.advance(kv)
         if isinstance(cache, HostCache):  # of a search, which has no dropout and reads no weights
-            return self.attend_step(q, cache).unsqueeze(2), None
+            return cache.attend(q, self.scaling).unsqueeze(2), None
 
         dropout_p = self._dropout_p()
         kernels = self.runs_kernels(q.dtype, q.device)
@@ -394,25 +394,35 @@ class PrunedMultiheadAttention(NotScriptable, MultiheadAttention):
             output = cache.attend(q, self.layout(*cache.layout_size()), self.scaling)
         return output.unsqueeze(2), weights
 
-    def _step_mask(self, cache: KVCache) -> Tensor:
+    def _step_mask(self, cache: PagedCache) -> Tensor:
         """Return the mask row of the step, bool (H, columns), or (B, H, columns) of a mask relative to a diagonal."""
-        size = cache.n_columns()
-        if self.is_relative:
-            step = torch.as_tensor(cache.step(), device=self.keep_words.device)
-            return self.layout(1, size).keep_row(step, size, cache.lengths)
-        row = cache.mask_row()
-        return self.keep_mask(row + 1, size)[:, row]
+        return self.mask_row(cache.step(), cache.n_columns(), cache.lengths if self.is_relative else None)
 
-    def attend_step(self, q: Tensor, cache: HostCache) -> Tensor:
-        """Attend with the queries q (N, H, D) of the step of a search on the CPU; (N, H, D)."""
-        return cache.attend_within(q, None if cache.whole else self._step_mask(cache), self.scaling)
+    def mask_row(self, step: int | Tensor, size: int, lengths: Tensor | None = None) -> Tensor:
+        """Return the first *size* columns of the mask row *step*, bool (H, size).
+
+        Of a relative mask (B, H, size), for sources of *lengths*, int64 (B,).
+        """
+        if self.is_relative:
+            step = torch.as_tensor(step, device=self.keep_words.device)
+            return self.layout(1, size).keep_row(step, size, lengths)
+        row = int(step)
+        return self.keep_mask(row + 1, size)[:, row]
 
     def keeps_all(self, n_queries: int, n_keys: int) -> bool:
         """Whether the mask keeps every attendable cell of so many queries and keys; False of a relative one."""
         if self.is_relative:
             return False
-        keep = self.keep_mask(n_queries, n_keys)
-        return bool(((keep | torch.ones_like(keep).triu(1)) if self.kind.causal else keep).all())
+        layout = self.layout(n_queries, n_keys)
+        if self._keeps_all[0] is not layout:
+            self._keeps_all = (layout, {})
+        found = self._keeps_all[1]
+        if (n_queries, n_keys) not in found:
+            keep = layout.keep_mask(n_queries, n_keys)
+            found[n_queries, n_keys] = bool(
+                ((keep | torch.ones_like(keep).triu(1)) if self.kind.causal else keep).all()
+            )
+        return found[n_queries, n_keys]
 
     def _cross_cache(
         self, key: Tensor, key_padding: Tensor | None, n_hypotheses: int, max_steps: int | None

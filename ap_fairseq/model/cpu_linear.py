@@ -1,13 +1,58 @@
-"""Linear layers for inference on a CPU, by oneDNN over weights that were brought into its own layout once."""
+"""Linear layers for inference on a CPU, over weights that were brought into a layout of their own once.
+
+In float32 the products are oneDNN's. With int8 (`use_int8`) they are FBGEMM's, which torch calls: weights are 8-bit
+integers with a scale for every output; inputs become 8-bit integers by the smallest and the largest of all rows.
+"""
 
 from __future__ import annotations
+
+import warnings
+from abc import ABC, abstractmethod
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+from ap_fairseq.files import UserError
+
 USUAL_ROWS = 40  # for which weights are laid out: it serves 2 to 500 rows as well as a layout of their own does
+
+
+class Product(ABC):
+    """A linear layer, or several of one input, over their packed weights."""
+
+    @abstractmethod
+    def __call__(self, x: Tensor) -> Tensor:
+        """Compute the layer of x (..., C)."""
+
+
+class FloatProduct(Product):
+    """In single precision, by oneDNN."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None):
+        self.weight, self.bias = torch.ops.mkldnn._reorder_linear_weight(weight, USUAL_ROWS), bias
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise.default(x, self.weight, self.bias, "none", [], "")
+
+
+class Int8Product(Product):
+    """In 8-bit integers, by FBGEMM."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None):
+        # Without the instructions for 8-bit products, sums of two are kept in 16 bits, for which 7-bit inputs are safe.
+        self.seven_bits = not torch.cpu._is_vnni_supported()
+        if not weight.isfinite().all():  # which integers would hide
+            raise UserError("--cpu-int8: a weight is NaN or infinite; the parameters are damaged")
+        scale = weight.abs().amax(1).double().clamp_min(torch.finfo(torch.float32).tiny) / 127
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*quantized tensor creation functions")  # until torch offers another way
+            integers = torch.quantize_per_channel(weight, scale, torch.zeros_like(scale).long(), 0, torch.qint8)
+        self.weight = torch.ops.quantized.linear_prepack(integers, bias)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return torch.ops.quantized.linear_dynamic(x, self.weight, self.seven_bits)
 
 
 def project(linear: nn.Linear, x: Tensor) -> Tensor:
@@ -17,38 +62,36 @@ def project(linear: nn.Linear, x: Tensor) -> Tensor:
     no AVX-512 on CPUs of AMD (torch 2.13, EPYC: 110 us for 5 rows by 1024 x 512, by oneDNN 36). One row is faster so.
     """
     weight = linear.weight
-    if x.numel() < 2 * x.size(-1) or x.dtype != weight.dtype or torch.is_grad_enabled() or not can_pack(weight):
+    few = x.numel() < 2 * x.size(-1) and not is_int8(linear)
+    if few or x.dtype != weight.dtype or torch.is_grad_enabled() or not can_pack(weight):
         return F.linear(x, weight, linear.bias)
-    return multiply(x, packed(weight), linear.bias)
+    return packed(linear)(x)
 
 
 def can_pack(weight: Tensor) -> bool:
-    """Whether `packed` takes a weight."""
+    """Whether `packed` takes layers of such a weight."""
     return weight.is_cpu and weight.dtype == torch.float32 and torch.backends.mkldnn.is_available()
 
 
-def multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Compute a linear layer of x (..., C), whose *weight* is packed."""
-    return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
-
-
-def packed(*weights: Tensor) -> Tensor:
-    """Return weights, stacked, in oneDNN's layout, which is kept until one of them changes.
+def packed(*linears: nn.Linear) -> Product:
+    """Return the product of layers, stacked, which is kept until one of their parameters changes.
 
     Changes that torch does not count, those of a weight's ``data``, are seen if they reach more than a few elements.
     """
-    now = [(x.data_ptr(), None if x.is_inference() else x._version, _sampled(x)) for x in weights]
-    kept = _PACKED.setdefault(weights[0], {})
-    if len(weights) not in kept or kept[len(weights)][0] != now:
-        whole = weights[0].detach() if len(weights) == 1 else torch.cat(weights).detach()
-        kept[len(weights)] = now, torch.ops.mkldnn._reorder_linear_weight(whole, USUAL_ROWS)
-    return kept[len(weights)][1]
+    parameters = [x for linear in linears for x in (linear.weight, linear.bias) if x is not None]
+    now = [(x.data_ptr(), None if x.is_inference() else x._version, _sampled(x)) for x in parameters]
+    kept, kind = _PACKED.setdefault(linears[0].weight, {}), Int8Product if is_int8(linears[0]) else FloatProduct
+    if (kind, len(linears)) not in kept or kept[kind, len(linears)][0] != now:
+        weights, biases = ([getattr(linear, name) for linear in linears] for name in ("weight", "bias"))
+        bias = None if biases[0] is None else torch.cat(biases).detach()
+        kept[kind, len(linears)] = now, kind(torch.cat(weights).detach(), bias)
+    return kept[kind, len(linears)][1]
 
 
-def _sampled(weight: Tensor) -> bytes:
-    """Return about 32 elements of a weight (rows, columns), along its diagonal."""
-    step = max(1, (weight.numel() + weight.size(1)) // 32)
-    return weight.detach().reshape(-1)[::step].numpy().tobytes()
+def _sampled(parameter: Tensor) -> bytes:
+    """Return about 32 elements of a weight (rows, columns), along its diagonal, or of a bias."""
+    step = max(1, (parameter.numel() + parameter.size(-1)) // 32)
+    return parameter.detach().reshape(-1)[::step].numpy().tobytes()
 
 
 def forget_packed(module: nn.Module) -> None:
@@ -57,8 +100,19 @@ def forget_packed(module: nn.Module) -> None:
         _PACKED.pop(weight, None)
 
 
-# The first of some weights: by their number, what they were packed from, and that.
+# The first weight of some layers: by the kind and number of them, what they were packed from, and their product.
 _PACKED: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def use_int8(model: nn.Module) -> None:
+    """Let the linear layers of a model multiply in 8-bit integers, where `project` or `packed` compute them."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            module.int8 = True
+
+
+def is_int8(linear: nn.Linear) -> bool:
+    return getattr(linear, "int8", False)
 
 
 class PackedLinear(nn.Linear):

@@ -42,15 +42,23 @@ class KVCache(ABC):
     Attributes:
         projection: stacked weight (3C, C) and bias (3C,) of q, k and v, by which self-attention projects a step in one
             product; None: by three.
-        selected: bool (B, H, S), the source tokens that each head may attend to; None: all.
     """
 
     projection: tuple[Tensor, Tensor] | None = None
-    selected: Tensor | None = None
 
     @abstractmethod
     def advance(self, kv: Tensor | None) -> None:
         """Begin a step; self-attention caches its keys and values *kv* (N, 2, H, D)."""
+
+
+class PagedCache(KVCache):
+    """A cache that the decoding kernel reads, and torch's attention once it is gathered.
+
+    Attributes:
+        selected: bool (B, H, S), the source tokens that each head may attend to; None: all.
+    """
+
+    selected: Tensor | None = None
 
     @abstractmethod
     def step(self) -> int | Tensor:
@@ -63,10 +71,6 @@ class KVCache(ABC):
     @abstractmethod
     def n_columns(self) -> int:
         """Return the number of mask columns that the step sees."""
-
-
-class PagedCache(KVCache):
-    """A cache that the decoding kernel reads, and torch's attention once it is gathered."""
 
     @abstractmethod
     def layout_size(self) -> tuple[int, int]:
@@ -88,17 +92,11 @@ class PagedCache(KVCache):
 
 
 class HostCache(KVCache):
-    """A cache that torch's attention reads as it is, on a CPU.
-
-    Attributes:
-        whole: no step's mask row prunes anything.
-    """
-
-    whole: bool
+    """A cache that torch's attention reads as it is, on a CPU; it knows the masks."""
 
     @abstractmethod
-    def attend_within(self, q: Tensor, keep: Tensor | None, scale: float) -> Tensor:
-        """Attend with the queries q (N, H, D) of the step within its mask row *keep*, bool ((B,) H, columns)."""
+    def attend(self, q: Tensor, scale: float) -> Tensor:
+        """Attend with the queries q (N, H, D) of the step within the mask; (N, H, D)."""
 
 
 def limit_steps(incremental_state: dict, max_steps: int) -> None:

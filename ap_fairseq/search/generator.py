@@ -12,6 +12,7 @@ from fairseq.sequence_generator import EnsembleModelWithAlignment, SequenceGener
 from torch import Tensor
 
 from ap_fairseq.files import UserError
+from ap_fairseq.model.cpu_linear import can_pack, use_int8
 from ap_fairseq.model.kv_cache import limit_steps
 from ap_fairseq.model.language_model import PrunedLanguageModel
 from ap_fairseq.model.pruned_model import PrunedModel
@@ -47,11 +48,17 @@ class PrunedSequenceGenerator(SequenceGenerator):
     """fairseq's generator; searches over pruned models run on static buffers and CUDA graphs, or on the CPU.
 
     Constrained searches and other models use fairseq's own loop, which is logged once with the reason.
+
+    Args:
+        cpu_int8: linear layers of the models multiply in 8-bit integers from now on. A search elsewhere than on a CPU,
+            or by fairseq's own loop, then raises UserError.
     """
 
-    def __init__(self, models, tgt_dict, **kwargs):
+    def __init__(self, models, tgt_dict, cpu_int8=False, **kwargs):
         super().__init__(models, tgt_dict, **kwargs)
-        self.model = LimitedEnsemble(list(self.model.models))
+        self.model, self.cpu_int8 = LimitedEnsemble(list(self.model.models)), cpu_int8
+        if cpu_int8:
+            use_int8(self.model)
         self._decoder: StaticDecoder | None = None
         if self.repeat_ngram_blocker is not None:
             self.repeat_ngram_blocker = NGramBlock(self.repeat_ngram_blocker.no_repeat_ngram_size, self.pad)
@@ -94,9 +101,27 @@ class PrunedSequenceGenerator(SequenceGenerator):
     def fallback_reason(self, constraints: Tensor | None) -> str | None:
         """Return why fairseq's own loop translates a batch, or None; log it."""
         reason = self._not_covered(constraints)
+        if self.cpu_int8:
+            self._require_int8(reason)
         if reason is not None:
             log_fallback(reason)
         return reason
+
+    def _require_int8(self, fallback: str | None) -> None:
+        """Raise UserError unless a search runs on a CPU in float32."""
+        parameter = next(self.model.parameters())
+        if parameter.device.type != "cpu":
+            raise UserError(f"--cpu-int8 with a model on {parameter.device}: translate with --cpu, or leave it out")
+        if not can_pack(parameter):
+            raise UserError(
+                f"--cpu-int8 with parameters in {parameter.dtype}: leave --fp16 and --bf16 out, or this flag"
+            )
+        if fallback is None and self._decoder_class(parameter.device) is not HostDecoder:
+            fallback = "the kernels (--attention-backend triton)"
+        if fallback is not None:
+            raise UserError(
+                f"--cpu-int8 is for the search on a CPU, which does not cover {fallback}; leave one of them out"
+            )
 
     @torch.no_grad()
     def _generate(self, sample, prefix_tokens=None, constraints=None, bos_token=None):

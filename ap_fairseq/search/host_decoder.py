@@ -7,6 +7,7 @@ that no hypothesis refers to any more are dropped from time to time, and finishe
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 
@@ -15,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ap_fairseq.model.attention import PrunedMultiheadAttention
-from ap_fairseq.model.cpu_linear import PackedLinear, can_pack, multiply, packed
+from ap_fairseq.model.cpu_linear import PackedLinear, Product, can_pack, packed
 from ap_fairseq.model.kv_cache import HostCache
-from ap_fairseq.search.static_decoder import LayerStep, StaticDecoder, layer_step
+from ap_fairseq.search.static_decoder import LayerStep, Model, StaticDecoder, layer_step
 from triton_ops.beam_state import BeamState
 
 FIRST_SLOTS = 64  # of a sentence; slots are compacted, or their number doubled, when they are full
@@ -33,8 +34,9 @@ class SentenceSlots:
             there; *NO_HYPOTHESIS* in empty ones.
     """
 
-    def __init__(self, state: BeamState, n: int):
+    def __init__(self, state: BeamState, n: int, masks: MaskRows, dtype: torch.dtype):
         self.state, self.n, self.step, self.used = state, n, -1, 0
+        self.masks, self.dtype = masks, dtype
         self.position, self.number = torch.zeros(2, n, FIRST_SLOTS, dtype=torch.int64).unbind()
 
     @property
@@ -47,7 +49,7 @@ class SentenceSlots:
         new, self.used = slice(self.used, self.used + beam), self.used + beam
         self.position[: self.n, new] = self.step
         self.number[: self.n, new] = torch.arange(self.n * beam).view(self.n, beam)
-        self._bias: Tensor | None = None
+        self._bias: dict[bool, Tensor] = {}
 
     def begin_with(self, size: int) -> None:
         """Take slots for *size* positions that all hypotheses of a sentence share, in its slot number of each."""
@@ -61,12 +63,23 @@ class SentenceSlots:
         position, number = (x[: self.n, None, : self.used] for x in (self.position, self.number))
         return table.gather(2, position.expand(-1, self.state.beam, -1)) == number
 
-    def bias(self) -> Tensor:
-        """Return what the attention scores of the step have added, float32 (n, 1, beam, used): 0 or -inf."""
-        if self._bias is None:  # the same for all sites
-            self._bias = torch.zeros(self.n, 1, self.state.beam, self.used)
-            self._bias.masked_fill_(~self.consists_of()[:, None], -math.inf)
-        return self._bias
+    def bias(self, heads: slice | None) -> Tensor:
+        """Return what is added to the attention scores of the step, (n, heads or 1, beam, used), 0 or -inf.
+
+        Args:
+            heads: of a site among those whose masks prune anything; None: its mask prunes nothing.
+        """
+        if not self._bias:  # the same for all sites
+            bias = torch.zeros(self.n, 1, self.state.beam, self.used, dtype=self.dtype)
+            self._bias[False] = bias.masked_fill_(~self.consists_of()[:, None], -math.inf)
+        if heads is None:
+            return self._bias[False]
+        if True not in self._bias:
+            position = self.position[: self.n, None, : self.used]
+            pruned = self.masks.pruned(self.step, self.step + 1, self.n, None)
+            pruned = pruned.gather(2, position.expand(-1, pruned.size(1), -1))
+            self._bias[True] = self._bias[False].masked_fill(pruned.unsqueeze(2), -math.inf)
+        return self._bias[True][:, heads]
 
     def live(self) -> tuple[Tensor, int]:
         """Return the slots of each sentence, int64 (n, used), those first that hypotheses consist of; and how many."""
@@ -87,34 +100,47 @@ class SentenceSlots:
             x[to] = x[source]
 
 
-class HostSelfAttention(HostCache):
-    """Keys and values of one decoder self-attention site: (B, L, 2, H, D), by sentence and slot."""
+class MaskRows:
+    """The mask rows of a step, of all sites at once whose masks prune anything.
 
-    def __init__(self, slots: SentenceSlots, heads: int, dim: int, dtype: torch.dtype, whole: bool):
-        self.slots, self.whole = slots, whole
-        self.kv = torch.empty(slots.n, slots.capacity, 2, heads, dim, dtype=dtype)
+    Args:
+        modules: the attention of the sites.
+        n_rows, n_columns: positions that count.
+
+    Attributes:
+        heads: of those sites, where their heads are among all.
+    """
+
+    def __init__(self, modules: list[PrunedMultiheadAttention], n_rows: int, n_columns: int):
+        pruned = [module for module in modules if not module.keeps_all(n_rows, n_columns)]
+        ends = itertools.accumulate(module.num_heads for module in pruned)
+        self.heads = {module: slice(end - module.num_heads, end) for module, end in zip(pruned, ends, strict=True)}
+
+    def pruned(self, step: int, size: int, n: int, lengths: Tensor | None) -> Tensor:
+        """Return what the rows prune of the first *size* columns of n sentences, bool (n, H of all sites, size)."""
+        rows = [module.mask_row(step, size, lengths) for module in self.heads]
+        return ~torch.cat([row.expand(n, -1, -1) for row in rows], 1)
+
+
+class HostSelfAttention(HostCache):
+    """Keys and values of one decoder self-attention site: (B, H, 2, L, D), by sentence and slot."""
+
+    def __init__(self, slots: SentenceSlots, module: PrunedMultiheadAttention, dtype: torch.dtype):
+        self.slots, self.heads = slots, slots.masks.heads.get(module)
+        self.kv = torch.empty(slots.n, module.num_heads, 2, slots.capacity, module.head_dim, dtype=dtype)
 
     def advance(self, kv: Tensor) -> None:
         n, used, beam = self.slots.n, self.slots.used, self.slots.state.beam
-        self.kv[:n, used - beam : used] = kv.unflatten(0, (n, beam))
+        self.kv[:n, :, :, used - beam : used] = kv.view(n, beam, *kv.shape[1:]).permute(0, 3, 2, 1, 4)
 
-    def step(self) -> int:
-        return self.slots.step
-
-    def n_columns(self) -> int:
-        return self.slots.step + 1
-
-    def attend_within(self, q: Tensor, keep: Tensor | None, scale: float) -> Tensor:
-        slots, bias = self.slots, self.slots.bias()
-        if keep is not None:
-            kept = keep[:, slots.position[: slots.n, : slots.used]].transpose(0, 1)  # (n, H, used)
-            bias = bias.masked_fill(~kept[:, :, None], -math.inf)
-        return attend(q, self.kv[: slots.n, : slots.used], bias, scale)
+    def attend(self, q: Tensor, scale: float) -> Tensor:
+        return attend(q, self.kv[: self.slots.n, :, :, : self.slots.used], self.slots.bias(self.heads), scale)
 
     def keep(self, order: Tensor, capacity: int) -> None:
         """As `SentenceSlots.keep`."""
-        kept = self.kv.new_empty(order.size(0), capacity, *self.kv.shape[2:])
-        kept[:, : order.size(1)] = self.kv[torch.arange(order.size(0))[:, None], order]
+        n, size = order.shape
+        kept = self.kv.new_empty(n, *self.kv.shape[1:3], capacity, self.kv.size(4))
+        kept[:, :, :, :size] = self.kv[torch.arange(n)[:, None], :, :, order].permute(0, 2, 3, 1, 4)
         self.kv = kept
 
     def move(self, to: Tensor, source: Tensor) -> None:
@@ -122,49 +148,57 @@ class HostSelfAttention(HostCache):
         self.kv[to] = self.kv[source]
 
 
-class HostCrossAttention(HostCache):
-    """Keys and values of one cross-attention site, (B, S, 2, H, D).
+class SourceColumns:
+    """The columns of cross-attention, alike in all sites.
 
     Args:
-        padding: float (B, 1, 1, S), -inf where sentences have no column and else 0; None: all have all.
+        real: bool (B, S), whether a sentence has the column.
     """
 
-    def __init__(self, slots: SentenceSlots, kv: Tensor, padding: Tensor | None, lengths: Tensor, whole: bool):
-        self.slots, self.kv, self.padding, self.all_lengths, self.whole = slots, kv, padding, lengths, whole
+    def __init__(self, slots: SentenceSlots, real: Tensor, masks: MaskRows, dtype: torch.dtype):
+        self.slots, self.lengths, self.masks, self.step = slots, real.sum(1), masks, -1
+        self.padding = torch.zeros(real.size(0), 1, 1, real.size(1), dtype=dtype)  # -inf where there is no column
+        self.padding.masked_fill_(~real[:, None, None], -math.inf)
+        self.whole = bool(real.all())
 
-    @property
-    def lengths(self) -> Tensor:
-        """Tokens of each sentence in the batch, int64 (n,)."""
-        return self.all_lengths[: self.slots.n]
+    def bias(self, heads: slice | None) -> Tensor | None:
+        """Return what is added to the scores of the step, (n, heads or 1, 1, S), 0 or -inf; None: nothing."""
+        n = self.slots.n
+        if heads is None:
+            return None if self.whole else self.padding[:n]
+        if self.step != self.slots.step:
+            self.step, size = self.slots.step, self.padding.size(3)
+            pruned = self.masks.pruned(self.step, size, n, self.lengths[:n])
+            self._masked = self.padding[:n].masked_fill(pruned.unsqueeze(2), -math.inf)
+        return self._masked[:, heads]
+
+    def move(self, to: Tensor, source: Tensor) -> None:
+        """As `SentenceSlots.move`."""
+        for x in (self.padding, self.lengths):
+            x[to] = x[source]
+
+
+class HostCrossAttention(HostCache):
+    """Keys and values of one cross-attention site, (B, H, 2, S, D)."""
+
+    def __init__(self, columns: SourceColumns, module: PrunedMultiheadAttention, kv: Tensor):
+        self.columns, self.heads, self.kv = columns, columns.masks.heads.get(module), kv
 
     def advance(self, kv: None = None) -> None:
         """Nothing: the search counts the steps."""
 
-    def step(self) -> int:
-        return self.slots.step
-
-    def n_columns(self) -> int:
-        return self.kv.size(1)
-
-    def attend_within(self, q: Tensor, keep: Tensor | None, scale: float) -> Tensor:
-        bias = None if self.padding is None else self.padding[: self.slots.n]
-        if keep is not None:
-            bias = torch.zeros((), dtype=q.dtype) if bias is None else bias
-            bias = bias.masked_fill(~keep.unsqueeze(-2), -math.inf)
-        return attend(q, self.kv[: self.slots.n], bias, scale)
+    def attend(self, q: Tensor, scale: float) -> Tensor:
+        return attend(q, self.kv[: self.columns.slots.n], self.columns.bias(self.heads), scale)
 
     def move(self, to: Tensor, source: Tensor) -> None:
         """As `SentenceSlots.move`."""
-        for x in (self.kv, self.padding, self.all_lengths):
-            if x is not None:
-                x[to] = x[source]
+        self.kv[to] = self.kv[source]
 
 
 def attend(q: Tensor, kv: Tensor, bias: Tensor | None, scale: float) -> Tensor:
-    """Attend with q (N, H, D), of N / n hypotheses for each sentence, to kv (n, L, 2, H, D); (N, H, D)."""
-    k, v = kv.permute(2, 0, 3, 1, 4)
-    by_sentence = q.unflatten(0, (kv.size(0), -1)).transpose(1, 2)  # a sentence's hypotheses are queries
-    bias = None if bias is None else bias.to(q.dtype)
+    """Attend with q (N, H, D), of N / n hypotheses for each sentence, to kv (n, H, 2, L, D); (N, H, D)."""
+    k, v = kv.unbind(2)
+    by_sentence = q.view(kv.size(0), -1, *q.shape[1:]).transpose(1, 2)  # a sentence's hypotheses are queries
     return F.scaled_dot_product_attention(by_sentence, k, v, bias, scale=scale).transpose(1, 2).flatten(0, 1)
 
 
@@ -177,18 +211,17 @@ class HostLayer:
     """
 
     def __init__(self, layer: nn.Module, self_cache: HostSelfAttention, cross_cache: HostCrossAttention | None):
-        attention, cross = layer.self_attn, layer.encoder_attn
+        own, cross = layer.self_attn, layer.encoder_attn
         self.normalize_before, self.activation = layer.normalize_before, layer.activation_fn
         self.self_cache, self.cross_cache = self_cache, cross_cache
-        self.self_attn, self.cross_attn = attention, cross
-        parts = (attention.q_proj, attention.k_proj, attention.v_proj)
-        self.qkv = packed(*(part.weight for part in parts)), torch.cat([part.bias for part in parts])
-        self.out = prepared(attention.out_proj)
-        self.norm, self.final_norm = layer.self_attn_layer_norm, layer.final_layer_norm
+        self.heads, self.scale = (own.num_heads, own.head_dim), own.scaling
+        self.qkv, self.out = packed(own.q_proj, own.k_proj, own.v_proj), packed(own.out_proj)
+        self.norm, self.final_norm = Norm(layer.self_attn_layer_norm), Norm(layer.final_layer_norm)
         if cross is not None:
-            self.q, self.cross_out = prepared(cross.q_proj), prepared(cross.out_proj)
-            self.cross_norm = layer.encoder_attn_layer_norm
-        self.fc1, self.fc2 = prepared(layer.fc1), prepared(layer.fc2)
+            self.q, self.cross_out = packed(cross.q_proj), packed(cross.out_proj)
+            self.cross_heads, self.cross_scale = (cross.num_heads, cross.head_dim), cross.scaling
+            self.cross_norm = Norm(layer.encoder_attn_layer_norm)
+        self.fc1, self.fc2 = packed(layer.fc1), packed(layer.fc2)
 
     @staticmethod
     def covers(layer: nn.Module) -> bool:
@@ -202,42 +235,37 @@ class HostLayer:
         )
 
     def __call__(self, x: Tensor) -> Tensor:
-        x = self._residual(x, self.norm, self._attend_to_target)
+        x = self._residual(x, self.norm, self._attend_to_target, self.out)
         if self.cross_cache is not None:
-            x = self._residual(x, self.cross_norm, self._attend_to_source)
-        return self._residual(x, self.final_norm, self._feed_forward)
+            x = self._residual(x, self.cross_norm, self._attend_to_source, self.cross_out)
+        return self._residual(x, self.final_norm, self._widen, self.fc2)
 
-    def _residual(self, x: Tensor, norm: nn.LayerNorm, part: Callable[[Tensor], Tensor]) -> Tensor:
+    def _residual(self, x: Tensor, norm: Norm, part: Callable[[Tensor], Tensor], last: Product) -> Tensor:
         if self.normalize_before:
-            return part(normalized(x, norm)).add_(x)
-        return normalized(part(x).add_(x), norm)
+            return last(part(norm(x))).add_(x)
+        return norm(last(part(x)).add_(x))
 
     def _attend_to_target(self, x: Tensor) -> Tensor:
-        module, cache = self.self_attn, self.self_cache
-        qkv = multiply(x, *self.qkv).view(-1, 3, module.num_heads, module.head_dim)
-        cache.advance(qkv[:, 1:])
-        return self._attended(module, cache, qkv[:, 0], self.out)
+        qkv = self.qkv(x).view(-1, 3, *self.heads)
+        self.self_cache.advance(qkv[:, 1:])
+        return self.self_cache.attend(qkv[:, 0], self.scale).flatten(1)
 
     def _attend_to_source(self, x: Tensor) -> Tensor:
-        module = self.cross_attn
-        q = multiply(x, *self.q).view(-1, module.num_heads, module.head_dim)
-        return self._attended(module, self.cross_cache, q, self.cross_out)
+        q = self.q(x).view(-1, *self.cross_heads)
+        return self.cross_cache.attend(q, self.cross_scale).flatten(1)
 
-    @staticmethod
-    def _attended(module, cache, q: Tensor, out: tuple[Tensor, Tensor | None]) -> Tensor:
-        return multiply(module.attend_step(q, cache).flatten(1), *out)
-
-    def _feed_forward(self, x: Tensor) -> Tensor:
-        return multiply(self.activation(multiply(x, *self.fc1)), *self.fc2)
+    def _widen(self, x: Tensor) -> Tensor:
+        return self.activation(self.fc1(x))
 
 
-def prepared(linear: nn.Linear) -> tuple[Tensor, Tensor | None]:
-    """Return the packed weight and the bias of a layer."""
-    return packed(linear.weight), linear.bias
+class Norm:
+    """A layer normalisation with what it needs at hand."""
 
+    def __init__(self, norm: nn.LayerNorm):
+        self.arguments = norm.normalized_shape, norm.weight, norm.bias, norm.eps
 
-def normalized(x: Tensor, norm: nn.LayerNorm) -> Tensor:
-    return torch.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+    def __call__(self, x: Tensor) -> Tensor:
+        return torch.layer_norm(x, *self.arguments)
 
 
 class HostDecoder(StaticDecoder):
@@ -250,28 +278,32 @@ class HostDecoder(StaticDecoder):
         return n_sentences
 
     def _prepare_caches(self, encoder_outs: list[dict] | None, real: Tensor, max_len: int) -> None:
-        slots = self.slots = SentenceSlots(self.beams.state, real.size(0))
-        padding, lengths = None, real.sum(1)
-        if not real.all():
-            padding = torch.zeros(real.size(0), 1, 1, real.size(1), dtype=self.dtype)
-            padding.masked_fill_(~real[:, None, None], -math.inf)
-        self.self_caches: dict[PrunedMultiheadAttention, HostSelfAttention] = {}
-        self.cross_caches: list[HostCrossAttention] = []
+        positions, source_length = self.capacity.positions, self.capacity.source_length
+        slots = self.slots = SentenceSlots(
+            self.beams.state, real.size(0), MaskRows(self.self_sites, positions, positions), self.dtype
+        )
+        columns = SourceColumns(slots, real, MaskRows(self.cross_sites, positions, source_length), self.dtype)
+        self.self_caches = {module: HostSelfAttention(slots, module, self.dtype) for module in self.self_sites}
+        self.sources: list[SourceColumns | HostCrossAttention] = [columns]
         self.layers: list[list[LayerStep]] = []
         for model, encoder_out in zip(self.models, encoder_outs or [None] * len(self.models), strict=True):
             self.layers.append([])
+            source = None if encoder_out is None else encoder_out["encoder_out"][0].transpose(0, 1)
             for index in range(len(model.decoder.layers)):
                 layer, cross = model.decoder.layers[index], None
-                module = layer.self_attn
-                whole = module.keeps_all(max_len + 1, max_len + 1)
-                own = HostSelfAttention(slots, module.num_heads, module.head_dim, self.dtype, whole)
-                self.self_caches[module] = own
                 if layer.encoder_attn is not None:
-                    source = self._project_source(layer.encoder_attn, encoder_out["encoder_out"][0])
-                    whole = layer.encoder_attn.keeps_all(max_len + 1, real.size(1))
-                    cross = HostCrossAttention(slots, source, padding, lengths, whole)
-                    self.cross_caches.append(cross)
-                self.layers[-1].append(self._layer(layer, own, cross))
+                    kv = self._project_source(layer.encoder_attn, source)
+                    cross = HostCrossAttention(columns, layer.encoder_attn, kv)
+                    self.sources.append(cross)
+                self.layers[-1].append(self._layer(layer, self.self_caches[layer.self_attn], cross))
+        self.output_layers = [self._output_layer(model) for model in self.models]
+
+    @staticmethod
+    def _output_layer(model: Model) -> Callable[[Tensor], Tensor]:
+        decoder = model.decoder
+        if decoder.adaptive_softmax is not None or not can_pack(decoder.output_projection.weight):
+            return decoder.output_layer
+        return packed(decoder.output_projection)
 
     @staticmethod
     def _layer(layer: nn.Module, own: HostSelfAttention, cross: HostCrossAttention | None) -> LayerStep:
@@ -285,8 +317,9 @@ class HostDecoder(StaticDecoder):
 
     @staticmethod
     def _project_source(module: PrunedMultiheadAttention, source: Tensor) -> Tensor:
-        """(S, B, C) -> (B, S, 2, H, D)."""
-        return module.project_source(source.transpose(0, 1).flatten(0, 1)).unflatten(0, (source.size(1), -1))
+        """(B, S, C) -> (B, H, 2, S, D)."""
+        kv = module.project_source(source.flatten(0, 1)).unflatten(0, source.shape[:2])
+        return kv.permute(0, 3, 2, 1, 4).contiguous()
 
     def _prefill(self, encoder_outs: list[dict] | None, prefix: Tensor, first_token: int, max_len: int) -> None:
         if prefix.size(1) > self.slots.capacity:
@@ -295,7 +328,7 @@ class HostDecoder(StaticDecoder):
         super()._prefill(encoder_outs, prefix, first_token, max_len)
 
     def _store_prefix(self, module: PrunedMultiheadAttention, kv: Tensor, max_len: int) -> None:
-        self.self_caches[module].kv[:, : kv.size(0)] = kv.transpose(0, 1)
+        self.self_caches[module].kv[:, :, :, : kv.size(0)] = kv.permute(1, 3, 2, 0, 4)
 
     def _reserve_step(self, n: int, step: int, max_len: int) -> None:
         slots = self.slots
@@ -314,7 +347,7 @@ class HostDecoder(StaticDecoder):
         order = super()._shrink(n, smaller)
         to = (order != torch.arange(smaller)).nonzero()[:, 0]
         self.slots.move(to, order[to], smaller)
-        for cache in (*self.self_caches.values(), *self.cross_caches):
+        for cache in (*self.self_caches.values(), *self.sources):
             cache.move(to, order[to])
         return order
 

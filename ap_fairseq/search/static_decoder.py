@@ -76,6 +76,7 @@ class StaticDecoder:
         self.models, self.rules, self.capacity = list(models), rules, capacity
         self.penalties = rules.token_penalties(device)
         self.positions = [_position_table(model.decoder, capacity.positions, device) for model in self.models]
+        self.output_layers: list[Callable[[Tensor], Tensor]] = [model.decoder.output_layer for model in self.models]
         modules = decoder_modules(self.models)
         self.self_sites, self.cross_sites = (
             [module for module in modules if module.self_attention is own] for own in (True, False)
@@ -425,8 +426,8 @@ class StaticDecoder:
         Of an ensemble, logarithms of the average probabilities; of adaptive softmax, of its probabilities.
         """
         results = []
-        for model, x in zip(self.models, features, strict=True):
-            logits = model.decoder.output_layer(x)  # features still, under adaptive softmax, as in fairseq
+        for model, output_layer, x in zip(self.models, self.output_layers, features, strict=True):
+            logits = output_layer(x)  # features still, under adaptive softmax, as in fairseq
             if self.rules.temperature != 1:
                 logits = logits.div_(self.rules.temperature)
             if len(self.models) > 1 or model.decoder.adaptive_softmax is not None:

@@ -5,6 +5,7 @@ import copy
 from dataclasses import dataclass, field
 from typing import Any, Optional  # fairseq's parser reads Optional[X], not X | None
 
+from fairseq.dataclass import FairseqDataclass
 from fairseq.tasks import register_task
 from fairseq.tasks.language_modeling import LanguageModelingConfig, LanguageModelingTask
 from fairseq.tasks.translation import TranslationConfig, TranslationTask
@@ -16,18 +17,38 @@ from ap_fairseq.search.generator import PrunedSequenceGenerator
 from ap_fairseq.training.task import PruningWhileTraining, PruningWhileTrainingConfig
 
 
+@dataclass
+class SearchOnDeviceConfig(FairseqDataclass):
+    """How a task searches."""
+
+    cpu_int8: bool = field(
+        default=False,
+        metadata={"help": "on a CPU, translate with linear layers in 8-bit integers: faster, and a little less exact"},
+    )
+
+
 class SearchOnDevice:
     """The part of a task whose search is decided on the device; fairseq's own task class comes after it."""
 
     _built: tuple[tuple, Any] | None = None  # what the last generator was built for, and that generator
 
     def build_generator(self, models, args, seq_gen_cls=None, extra_gen_cls_kwargs=None, prefix_allowed_tokens_fn=None):
-        """As fairseq's. The same call gives the same generator, with its buffers: the hub asks in every translation."""
+        """As fairseq's. The same call gives the same generator, with its buffers: the hub asks in every translation.
+
+        Raises:
+            UserError: if ``--cpu-int8`` is given with what searches in another way.
+        """
+        cpu_int8 = getattr(self.cfg, "cpu_int8", False)  # fairseq's own configuration has none
+        if cpu_int8 and (seq_gen_cls is not None or getattr(args, "score_reference", False)):
+            other = f"the search of {seq_gen_cls.__name__}" if seq_gen_cls else "--score-reference"
+            raise UserError(f"--cpu-int8 with {other}, which has no 8-bit layers; leave one of them out")
         if seq_gen_cls is None and getattr(args, "print_alignment", False):
             seq_gen_cls = PrunedSequenceGeneratorWithAlignment
             extra_gen_cls_kwargs = {**(extra_gen_cls_kwargs or {}), "print_alignment": args.print_alignment}
         elif seq_gen_cls is None:
             seq_gen_cls = PrunedSequenceGenerator
+        if cpu_int8:
+            extra_gen_cls_kwargs = {**(extra_gen_cls_kwargs or {}), "cpu_int8": True}
         options = seq_gen_cls, extra_gen_cls_kwargs, prefix_allowed_tokens_fn
         wanted = [id(model) for model in models], copy.deepcopy(args), options
         if self._built is None or self._built[0] != wanted:
@@ -36,8 +57,8 @@ class SearchOnDevice:
 
 
 @dataclass
-class PrunedTranslationConfig(PruningWhileTrainingConfig, TranslationConfig):
-    """fairseq's configuration of ``translation``, when and how much to prune, and which heads to mask."""
+class PrunedTranslationConfig(SearchOnDeviceConfig, PruningWhileTrainingConfig, TranslationConfig):
+    """fairseq's configuration of ``translation``, how to search, when and how much to prune, which heads to mask."""
 
     head_masking: Optional[str] = field(
         default=None,
@@ -83,8 +104,8 @@ class PrunedTranslationTask(SearchOnDevice, PruningWhileTraining, TranslationTas
 
 
 @dataclass
-class PrunedLanguageModelingConfig(PruningWhileTrainingConfig, LanguageModelingConfig):
-    """fairseq's configuration of ``language_modeling``, and when and how much to prune."""
+class PrunedLanguageModelingConfig(SearchOnDeviceConfig, PruningWhileTrainingConfig, LanguageModelingConfig):
+    """fairseq's configuration of ``language_modeling``, how to search, and when and how much to prune."""
 
     prune_sample: int = field(default=500, metadata={"help": "training blocks that a pruning records"})
 

@@ -45,10 +45,11 @@ def test_a_checkpoint_brings_its_own_sizes(dense, data_bin, masks_file, tmp_path
     apply_masks(dense, "none", ones, str(data_bin))
     run(
         *[sys.executable, ROOT / "scripts/bench_fairseq.py", data_bin, "--device", "cpu", "--limit", 6, "--out", out],
-        *["--path", ones, "--rounds", 1, "--systems", "stock", "80", "all-ones", "--cases", "sentences"],
+        *["--path", ones, "--rounds", 1, "--systems", "stock", "80", "all-ones", "int8", "--cases", "sentences"],
     )
-    stock, pruned, ours = json.loads(out.read_text(encoding="utf-8"))["rows"]
-    assert stock["bleu"] == ours["bleu"] and stock["tokens"] == ours["tokens"] and pruned["bleu"] >= 0
+    stock, pruned, ours, int8 = json.loads(out.read_text(encoding="utf-8"))["rows"]
+    assert stock["bleu"] == ours["bleu"] and stock["tokens"] == ours["tokens"]
+    assert all(row["bleu"] >= 0 and row["tokens"] for row in (pruned, int8))
     state = load_checkpoint(dense)["cfg"]["model"]
     layers = f"{state.encoder_layers} + {state.decoder_layers} layers of width {state.decoder_embed_dim}"
     assert layers in bench.architecture_of(dense)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from plugin.builders import pruned_model, random_masks
 
 from ap_fairseq.model import cpu_linear
-from ap_fairseq.model.cpu_linear import PackedLinear, packed, project
+from ap_fairseq.model.cpu_linear import FloatProduct, Int8Product, PackedLinear, packed, project, use_int8
 
 
 def within_rounding(got, linear, x):
@@ -29,12 +29,46 @@ def within_rounding(got, linear, x):
 def test_inference_is_that_of_torch(shape, bias, monkeypatch):
     """Row by row in memory, as kernels read it; more than one row by the packed weight."""
     calls, real = [], packed
-    monkeypatch.setattr(cpu_linear, "packed", lambda weight: calls.append(1) or real(weight))
+    monkeypatch.setattr(cpu_linear, "packed", lambda *linears: calls.append(1) or real(*linears))
     linear, x = PackedLinear(48, 80, bias=bias), torch.randn(*shape, 48)
     got = linear(x)
     assert within_rounding(got, linear, x) and got.is_contiguous()
     assert bool(calls) == (x.numel() >= 2 * 48)
     assert within_rounding(linear(x.transpose(0, -1).contiguous().transpose(0, -1)), linear, x)
+
+
+@pytest.mark.parametrize("kind", [FloatProduct, Int8Product])
+@torch.no_grad()
+def test_products_of_several_layers(kind):
+    """Stacked; in 8 bits within half a step of weights and one of inputs."""
+    linears, x = [PackedLinear(48, n) for n in (80, 16)], torch.randn(3, 5, 48)
+    if kind is Int8Product:
+        use_int8(torch.nn.ModuleList(linears))
+    product = packed(*linears)
+    assert type(product) is kind
+    weight, bias = torch.cat([x.weight for x in linears]), torch.cat([x.bias for x in linears])
+    exact = F.linear(x, weight, bias)
+    band = 1e-5 * F.linear(x.abs(), weight.abs(), bias.abs())
+    if kind is Int8Product:
+        of_weights, of_inputs = weight.abs().amax(1) / 127, (x.max() - x.min()) / (127 if product.seven_bits else 255)
+        band += x.abs().sum(-1, keepdim=True) * of_weights / 2 + of_inputs * (weight.abs().sum(1) + 48 * of_weights / 2)
+    assert ((product(x) - exact).abs() <= band).all()
+
+
+@pytest.mark.parametrize("int8", [False, True])
+@torch.no_grad()
+def test_a_layer_is_packed_once(int8, monkeypatch):
+    made, kind = [], Int8Product if int8 else FloatProduct
+    init = kind.__init__
+    monkeypatch.setattr(kind, "__init__", lambda self, *args: made.append(1) or init(self, *args))
+    linear, x = PackedLinear(16, 8), torch.randn(4, 16)
+    if int8:
+        use_int8(linear)
+    first = linear(x)
+    assert torch.equal(linear(x), first) and len(made) == 1
+    linear.bias.add_(1)
+    torch.testing.assert_close(linear(x), first + 1)
+    assert len(made) == 2
 
 
 @torch.no_grad()

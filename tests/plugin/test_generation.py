@@ -32,6 +32,7 @@ from plugin.builders import (
 from plugin.hypotheses import assert_same
 
 from ap_fairseq.files import UserError
+from ap_fairseq.model import cpu_linear
 from ap_fairseq.model.cpu_linear import PackedLinear
 from ap_fairseq.search import alignment, generator, host_decoder, static_decoder
 from ap_fairseq.search.alignment import PrunedSequenceGeneratorWithAlignment
@@ -544,6 +545,40 @@ def test_a_cpu_computes_with_changed_weights(change):
     torch.testing.assert_close(computed().double(), expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.skipif(DEVICE == "cuda", reason="models are on the GPU")
+def test_int8_is_everywhere_and_near(monkeypatch):
+    """No layer multiplies in float32, and scores are near those that the model in float32 gives to the same tokens."""
+    exact, systems = models(), models()
+    made = PrunedSequenceGenerator(systems, VOCAB, beam_size=4, max_len_b=30, cpu_int8=True)
+    with monkeypatch.context() as patched:
+        for owner, name in ((cpu_linear.FloatProduct, "__init__"), (torch.nn.functional, "linear")):
+            patched.setattr(owner, name, None)
+        found = made.generate([], sample(LENGTHS))
+    off = []
+    for number, (best, *_) in enumerate(found):
+        source = sample(LENGTHS)["net_input"]["src_tokens"][number]
+        off.append((rescored(exact[0], source, best["tokens"]) - best["positional_scores"]).abs())
+    assert 0 < torch.cat(off).mean() < 0.1
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="models are on the GPU")
+@pytest.mark.parametrize(
+    ("message", "change"),
+    [
+        ("parameters in torch.bfloat16", lambda model: model.bfloat16()),
+        ("a model on meta", lambda model: model.to("meta")),
+        ("--head-masking", lambda model: setattr(model.decoder.layers[0].encoder_attn, "selected", torch.ones(1))),
+        ("--attention-backend triton", lambda model: setattr(model.decoder.layers[0].self_attn, "backend", "triton")),
+    ],
+)
+def test_int8_elsewhere_is_refused(message, change):
+    systems = models()
+    change(systems[0])
+    made = PrunedSequenceGenerator(systems, VOCAB, beam_size=2, max_len_b=3, cpu_int8=True)
+    with pytest.raises(UserError, match=f"--cpu-int8 .*{message}"):
+        made.generate([], sample(LENGTHS))
+
+
 def test_rules_changed_after_the_first_batch_hold_for_the_next():
     """The table of penalties was made once, so that another eos or minimum length changed half of the rules."""
     systems = models()
@@ -649,6 +684,9 @@ def test_scores_that_are_no_numbers_are_an_error():
     model.decoder.layers[0].fc1.weight.data[0, 0] = math.nan
     with pytest.raises(UserError, match=r"sentence 0 of the batch has no hypothesis: all scores are NaN or -inf"):
         PrunedSequenceGenerator(made, VOCAB, beam_size=3, max_len_b=5).generate([], sample(LENGTHS))
+    message = " with a model on cuda" if DEVICE == "cuda" else ": a weight is NaN"
+    with pytest.raises(UserError, match=f"--cpu-int8{message}"):
+        PrunedSequenceGenerator(made, VOCAB, beam_size=3, max_len_b=5, cpu_int8=True).generate([], sample(LENGTHS))
 
 
 @pytest.mark.parametrize("no_cross_attention", [False, True])

@@ -14,6 +14,7 @@ from plugin.commands import PLUGIN, ROOT, TINY, generate, run, run_process, trai
 from ap_fairseq.artifacts import AttentionStats, PruningMasks
 from ap_fairseq.cli import apply, evaluate, record
 from ap_fairseq.cli import masks as cli_masks
+from ap_fairseq.files import UserError
 from ap_fairseq.model.checkpoints import load_checkpoint
 from ap_fairseq.provenance import decode_provenance
 from ap_fairseq.search.task import PrunedTranslationTask
@@ -259,6 +260,12 @@ def test_the_hub_keeps_its_generator_and_aligns_as_stock_does(data_bin, dense, a
     generators = [ours.task.build_generator(ours.models, argparse.Namespace(beam=beam)) for beam in (3, 3, 4)]
     assert generators[0] is generators[1] and generators[2] is not generators[1]
     assert [ours.translate(x, beam=3) for x in lines] == [stock.translate(x, beam=3) for x in lines]
+
+    ours.task.cfg.cpu_int8 = True
+    exact, rounded = (hub.generate(hub.encode(lines[0]), beam=3)[0]["score"] for hub in (stock, ours))
+    assert 0 < abs(exact - rounded) < 0.1
+    with pytest.raises(UserError, match="--cpu-int8 with --score-reference"):
+        ours.task.build_generator(ours.models, argparse.Namespace(score_reference=True))
 
 
 def test_validate_runs_a_pruned_checkpoint(data_bin, tuned):
