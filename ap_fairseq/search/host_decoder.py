@@ -32,6 +32,7 @@ class SentenceSlots:
         n, step, used: sentences in the batch, the step, and slots in use, which are as many for every sentence.
         position, number: int64 (B, L), the target position in every slot, and its number in `BeamState.block_table`
             there; *NO_HYPOTHESIS* in empty ones.
+        masks, dtype: the mask rows of self-attention, and the type of its scores.
     """
 
     def __init__(self, state: BeamState, n: int, masks: MaskRows, dtype: torch.dtype):
@@ -49,7 +50,8 @@ class SentenceSlots:
         new, self.used = slice(self.used, self.used + beam), self.used + beam
         self.position[: self.n, new] = self.step
         self.number[: self.n, new] = torch.arange(self.n * beam).view(self.n, beam)
-        self._bias: dict[bool, Tensor] = {}
+        self._bias: Tensor | None = None
+        self._pruned_bias: Tensor | None = None
 
     def begin_with(self, size: int) -> None:
         """Take slots for *size* positions that all hypotheses of a sentence share, in its slot number of each."""
@@ -69,17 +71,16 @@ class SentenceSlots:
         Args:
             heads: of a site among those whose masks prune anything; None: its mask prunes nothing.
         """
-        if not self._bias:  # the same for all sites
-            bias = torch.zeros(self.n, 1, self.state.beam, self.used, dtype=self.dtype)
-            self._bias[False] = bias.masked_fill_(~self.consists_of()[:, None], -math.inf)
+        if self._bias is None:  # the same for all sites
+            self._bias = torch.zeros(self.n, 1, self.state.beam, self.used, dtype=self.dtype)
+            self._bias.masked_fill_(~self.consists_of()[:, None], -math.inf)
         if heads is None:
-            return self._bias[False]
-        if True not in self._bias:
-            position = self.position[: self.n, None, : self.used]
+            return self._bias
+        if self._pruned_bias is None:
             pruned = self.masks.pruned(self.step, self.step + 1, self.n, None)
-            pruned = pruned.gather(2, position.expand(-1, pruned.size(1), -1))
-            self._bias[True] = self._bias[False].masked_fill(pruned.unsqueeze(2), -math.inf)
-        return self._bias[True][:, heads]
+            position = self.position[: self.n, None, : self.used].expand(-1, pruned.size(1), -1)
+            self._pruned_bias = self._bias.masked_fill(pruned.gather(2, position).unsqueeze(2), -math.inf)
+        return self._pruned_bias[:, heads]
 
     def live(self) -> tuple[Tensor, int]:
         """Return the slots of each sentence, int64 (n, used), those first that hypotheses consist of; and how many."""
@@ -153,6 +154,8 @@ class SourceColumns:
 
     Args:
         real: bool (B, S), whether a sentence has the column.
+        masks: the mask rows of cross-attention.
+        dtype: of its scores.
     """
 
     def __init__(self, slots: SentenceSlots, real: Tensor, masks: MaskRows, dtype: torch.dtype):
