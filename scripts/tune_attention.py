@@ -3,10 +3,11 @@
 
     python scripts/tune_attention.py --out scripts/tune_attention.h100.json                    # every kernel
     python scripts/tune_attention.py --only "forward 16" "small forward 128" --out some.json
+    python scripts/tune_attention.py --dim 128 --only "dkdv 64" "dkdv 128" --out some.json      # another head size
     python scripts/tune_attention.py --table scripts/tune_attention.h100.json                  # Markdown, no GPU needed
 
-One kernel and tile size at a time, the others as chosen; bfloat16, D = 64, as CUDA-graph replays. Candidates are
-compiled side by side first (300 in a minute on 16 cores), then all timed, then the best ones again in turns with the
+One kernel and tile size at a time, the others as chosen; bfloat16, as CUDA-graph replays. Candidates are compiled
+side by side first (300 in a minute on 16 cores), then all timed, then the best ones again in turns with the
 chosen one. `ratio` is the time to that of the chosen one, over several cases their geometric mean. Nothing is changed:
 edit triton_ops/config.py where a ratio is below what two runs of one configuration differ by, some 2%.
 """
@@ -74,10 +75,12 @@ class Search:
         return None if any("error" in row for row in rows) else [row["median_ms"] for row in rows]
 
 
-def square(batch: int, heads: int, size: int, block: int | tuple[int, int], both: bool = False) -> Callable[[], object]:
+def square(
+    batch: int, heads: int, size: int, block: int | tuple[int, int], both: bool = False, dim: int = 64
+) -> Callable[[], object]:
     """Self-attention under random block masks of 90%, forward or forward + backward."""
     torch.manual_seed(0)
-    q, k, v, grad = (torch.randn(batch, heads, size, 64, device=DEVICE, dtype=BFLOAT16) for _ in range(4))
+    q, k, v, grad = (torch.randn(batch, heads, size, dim, device=DEVICE, dtype=BFLOAT16) for _ in range(4))
     layout = AttentionLayout.from_keep_mask(block_mask(heads, size, size, block, 0.9, seed=1, device=DEVICE)).prepare()
     attend = functools.partial(block_sparse_attention, layout=layout, backend="triton")
     return training_step(attend, q, k, v, grad) if both else functools.partial(attend, q, k, v)
@@ -99,13 +102,13 @@ def candidates(outer: Iterable[int], inner: Iterable[int], warps: Iterable[int],
     return tuple(c for c in found if c.warps * 32 * (c.registers or 1) <= REGISTERS)
 
 
-def searches() -> dict[str, Search]:
-    """One for each kernel and tile size."""
+def searches(dim: int = 64) -> dict[str, Search]:
+    """One for each kernel and tile size; those for sentences at head size 64 only."""
     result = {}
     for tile in (16, 32, 64, 128):
-        long = functools.partial(square, 4, 16, 4096, tile)
-        medium = functools.partial(square, 8, 8, 1024, tile)
-        warps = {16: (1,), 32: (1,), 64: (4,), 128: (4, 8)}[tile]
+        long = functools.partial(square, 4, 16, 4096, tile, dim=dim)
+        medium = functools.partial(square, 8, 8, 1024, tile, dim=dim)
+        warps = {16: (1,), 32: (1,) if dim <= 64 else (1, 2), 64: (4,) if dim <= 64 else (4, 8), 128: (4, 8)}[tile]
         inner = sorted({max(16, tile // 2), tile, min(2 * tile, 128)})
         rows = sorted({tile, min(tile, 64)})
         for name, cases, shape in (
@@ -117,7 +120,7 @@ def searches() -> dict[str, Search]:
             found = candidates(*shape, warps, (2, 3, 4))
             result[f"{name} {tile}"] = Search((module, f"{name}_config"), cases, found)
     for flat in (tile for tile in TILES if tile[0] > tile[1]):
-        long = functools.partial(square, 4, 16, 4096, flat)
+        long = functools.partial(square, 4, 16, 4096, flat, dim=dim)
         for name, case, shape, warps in (
             ("forward", long, (sorted({64, flat[0]}), (32, 64, 128)), (4, 8)),
             ("dq", functools.partial(long, both=True), ((64,), (32, 64)), (4, 8)),
@@ -126,7 +129,7 @@ def searches() -> dict[str, Search]:
             module = "forward" if name == "forward" else "backward"
             search = Search((module, f"{name}_config"), (case,), candidates(*shape, warps, (2, 3, 4)))
             result[f"{name} {flat[0]}x{flat[1]}"] = search
-    for batch, tile in ((256, 32), (128, 64), (64, 128)):
+    for batch, tile in ((256, 32), (128, 64), (64, 128)) if dim == 64 else ():
         case = (functools.partial(sentences, batch, tile),)
         rows = [tile >> k for k in range(3) if tile >> k >= 16]
         result[f"small forward {tile}"] = Search(
@@ -138,20 +141,20 @@ def searches() -> dict[str, Search]:
     return result
 
 
-def compile_one(job: tuple[str, Config]) -> None:
+def compile_one(job: tuple[str, Config, int]) -> None:
     """Run the cases of a search once, which leaves the compiled kernel in Triton's cache on disk."""
-    name, config = job
-    search = searches()[name]
+    name, config, dim = job
+    search = searches(dim)[name]
     search.times([case() for case in search.cases], config, repeats=2)
 
 
-def tune(names: Sequence[str], repeats: int) -> Iterator[dict]:
+def tune(names: Sequence[str], repeats: int, dim: int) -> Iterator[dict]:
     """Time all candidates of the named searches."""
-    jobs = [(name, config) for name in names for config in searches()[name].candidates]
+    jobs = [(name, config, dim) for name in names for config in searches(dim)[name].candidates]
     with multiprocessing.get_context("spawn").Pool(min(16, os.cpu_count() or 1)) as pool:
         pool.map(compile_one, jobs, chunksize=4)
     for name in names:
-        search = searches()[name]
+        search = searches(dim)[name]
         runs = [case() for case in search.cases]
         base = search.times(runs, None, repeats)
         first = {config: search.times(runs, config, repeats) for config in search.candidates}
@@ -194,6 +197,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="JSON file to write")
     parser.add_argument("--only", nargs="+", choices=list(searches()), metavar="SEARCH", help=", ".join(searches()))
+    parser.add_argument("--dim", type=int, default=64, help="head size (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=10, help="timed graph replays (default: %(default)s)")
     parser.add_argument("--table", type=Path, metavar="JSON", help="print a Markdown table of a result file and stop")
     options = parser.parse_args(arguments)
@@ -202,8 +206,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     if not torch.cuda.is_available():
         sys.exit("tune_attention.py: no CUDA device; only --table works without one")
+    found = searches(options.dim)
+    if unknown := set(options.only or ()) - set(found):
+        parser.error(f"--only {' '.join(sorted(unknown))}: at --dim {options.dim} there are {', '.join(found)}")
     report = provenance() | dict(rows=[])
-    for row in tune(options.only or list(searches()), options.repeats):
+    for row in tune(options.only or list(found), options.repeats, options.dim):
         report["rows"].append(row)
         print(f"{row['search']}: {row['candidates']} candidates", file=sys.stderr, flush=True)
         if options.out:  # after every search: a run that is cut short keeps what it found

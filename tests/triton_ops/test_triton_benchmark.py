@@ -212,10 +212,21 @@ def test_tuning_launches_the_candidate_and_puts_the_choice_back(monkeypatch):
 
 def test_tuning_covers_every_kernel_with_candidates_that_can_launch(monkeypatch):
     tuning = script("tune_attention", monkeypatch)
-    for name, search in tuning.searches().items():
+    assert "small forward 32" in tuning.searches() and "small forward 32" not in tuning.searches(128)
+    for name, search in (*tuning.searches().items(), *tuning.searches(128).items()):
         module, function = search.name
         assert callable(getattr(importlib.import_module(f"triton_ops.{module}"), function)), name
         assert all(c.warps * 32 * (c.registers or 0) <= tuning.REGISTERS for c in search.candidates)
+
+
+def test_tuning_takes_any_head_size(monkeypatch):
+    tuning = script("tune_attention", monkeypatch)
+    seen = []
+    monkeypatch.setattr(tuning, "block_sparse_attention", lambda q, k, v, **options: seen.append(q.shape))
+    tuning.square(1, 2, 64, 16, dim=32)()
+    assert seen == [(1, 2, 64, 32)]
+    case = tuning.searches(128)["forward 16"].cases[0]
+    assert case.keywords["dim"] == 128
 
 
 def test_committed_tuning_can_be_printed(monkeypatch):
@@ -226,7 +237,7 @@ def test_committed_tuning_can_be_printed(monkeypatch):
 
 def test_committed_results_can_be_printed(bench):
     for path in (ROOT / "scripts").glob("bench_attention.*.json"):
-        assert "| square " in bench.table(json.loads(path.read_text(encoding="utf-8")))
+        assert "ours, ms |" in bench.table(json.loads(path.read_text(encoding="utf-8"))), path
 
 
 def test_block_masks_have_the_sparsity_they_are_asked_for(bench):
