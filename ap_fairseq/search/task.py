@@ -36,9 +36,11 @@ class SearchOnDevice:
         """As fairseq's. The same call gives the same generator, with its buffers: the hub asks in every translation.
 
         Raises:
-            UserError: if ``--cpu-int8`` is given with what searches in another way.
+            UserError: if ``--cpu-int8`` is given with what searches in another way, or in training.
         """
         cpu_int8 = getattr(self.cfg, "cpu_int8", False)  # fairseq's own configuration has none
+        if cpu_int8 and getattr(self.cfg, "eval_bleu", False):
+            raise UserError("--cpu-int8 with --eval-bleu: the model that trains cannot have 8-bit layers; leave it out")
         if cpu_int8 and (seq_gen_cls is not None or getattr(args, "score_reference", False)):
             other = f"the search of {seq_gen_cls.__name__}" if seq_gen_cls else "--score-reference"
             raise UserError(f"--cpu-int8 with {other}, which has no 8-bit layers; leave one of them out")

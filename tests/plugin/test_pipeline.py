@@ -266,6 +266,9 @@ def test_the_hub_keeps_its_generator_and_aligns_as_stock_does(data_bin, dense, a
     assert 0 < abs(exact - rounded) < 0.1
     with pytest.raises(UserError, match="--cpu-int8 with --score-reference"):
         ours.task.build_generator(ours.models, argparse.Namespace(score_reference=True))
+    ours.task.cfg.eval_bleu = True
+    with pytest.raises(UserError, match="--cpu-int8 with --eval-bleu"):
+        ours.task.build_generator(ours.models, argparse.Namespace(beam=3))
 
 
 def test_validate_runs_a_pruned_checkpoint(data_bin, tuned):
