@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import types
+import unicodedata
 
 import pytest
 import sacrebleu
@@ -127,6 +128,42 @@ def test_references_that_the_log_does_not_have_are_refused(tmp_path):
     shifted = [*REFERENCES[:80], *REFERENCES[81:101]]
     with pytest.raises(ArtifactError, match=r"of 99 references are not those of the log, the first at .*log:161: '"):
         read_hypotheses([path], shifted)
+
+
+@pytest.mark.parametrize(
+    ("logged", "reference"),
+    [
+        ("창이 열립니다", unicodedata.normalize("NFD", "창이 열립니다")),
+        ("không thể mở tệp", unicodedata.normalize("NFD", "không thể mở tệp")),
+        ("ファイル", "ﾌｧｲﾙ"),
+        ("ABC123", "ＡＢＣ１２３"),
+        ("1⁄2 ...", "½ …"),
+        ("كتب الولد", "كَتَبَ الوَلَدُ"),
+        ("打开 文件 。", "打开文件。"),
+        ("l &apos; a", "l’a"),
+        ("Nei@@ n", "Nein"),
+        ("", ""),
+    ],
+)
+def test_a_reference_in_other_characters_is_the_same(tmp_path, logged, reference):
+    """Sentencepiece's NFKC, Moses' escapes and the like made other references of short ones."""
+    path = write(tmp_path / "log", f"T-0\t{logged}\nH-0\t-1\tx\nD-0\t-1\tx\n")
+    assert read_hypotheses([path], [reference]) == ["x"]
+    with pytest.raises(ArtifactError, match="1 of 1 references are not those of the log"):
+        read_hypotheses([path], ["quite another one"])
+
+
+def test_references_are_not_compared_where_only_hypotheses_are_decoded(tmp_path):
+    """fairseq decodes hypotheses under --bpe, not references: those of GPT-2's are numbers, which were refused."""
+    text = "T-0\t318 257\nH-0\t-1\t464 318\nH-0\t-2\ta word\nD-0\t-1\ta word\nD-0\t-2\tb\n"
+    assert read_hypotheses([write(tmp_path / "log", text)], ["a word"]) == ["a word"]
+
+
+def test_a_reference_without_a_hypothesis_is_a_gap(tmp_path):
+    """A log cut off after its last T- line failed with an IndexError for references that ended before."""
+    path = write(tmp_path / "log", "T-0\tt\nD-0\t-1\tx\nT-1\tt\n")
+    with pytest.raises(ArtifactError, match=r"lacks 1 of 2 sentences \(1\): fairseq-generate was cut off"):
+        read_hypotheses([path], ["t"])
 
 
 def test_hypotheses_of_nbest_are_one_translation(tmp_path):
