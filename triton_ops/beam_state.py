@@ -142,7 +142,7 @@ def choose(state: BeamState, n: int, sums: Tensor, parent: Tensor, token: Tensor
 def _end(
     state: BeamState, n: int, sums: Tensor, parent: Tensor, token: Tensor, ends: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Record the continuations that *ends*, bool (n, k), are of; return *beam* others, as `choose` takes them."""
+    """Record the hypotheses that end, *ends* bool (n, k); return the *beam* best continuations of others, (n, beam)."""
     beam, k = state.beam, sums.size(1)
     sentence, done, ignored, n_final = (x[:n] for x in (state.sentence, state.done, state.ignored, state.n_final))
     ends = ends & sums.ne(-math.inf)

@@ -64,10 +64,6 @@ class PagedCache(KVCache):
     def step(self) -> int | Tensor:
         """Return the mask row of the step: a number, or a one-element tensor if the device counts the steps."""
 
-    def mask_row(self) -> int:
-        """Return the mask row of the step as a number, which waits for the device if that counts the steps."""
-        return int(self.step())
-
     @abstractmethod
     def n_columns(self) -> int:
         """Return the number of mask columns that the step sees."""
@@ -136,7 +132,7 @@ class PagedSelfAttention(PagedCache):
     offsets: Tensor
 
     def n_columns(self) -> int:
-        return self.mask_row() + 1
+        return int(self.step()) + 1  # waits for the device if that counts the steps
 
     def layout_size(self) -> tuple[int, int]:  # until the table grows
         return self.block_table.size(1), self.block_table.size(1)
