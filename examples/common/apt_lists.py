@@ -58,7 +58,7 @@ class Lists:
         if done.returncode:
             raise PrepareError(
                 f"`apt-get update` failed with exit status {done.returncode}: {done.stderr.strip()}. Check the "
-                f"network, or give a folder of `prepare.sh --fetch DIR` as --deb-dir DIR"
+                f"network, or give a folder with the lists as --deb-dir DIR (`prepare.sh --help`)"
             )
 
     def _lines(self, pattern: str) -> Iterator[str]:

@@ -187,7 +187,7 @@ def steps_of(args: argparse.Namespace) -> list[Step]:
     found = {"packages": packages}
     if args.deb_dir is not None:
         found["files"] = building.file_hash(*debs.find_packages(packages, args.deb_dir).values())
-    code = building.file_hash(Path(__file__))
+    code = building.file_hash(Path(building.__file__), Path(__file__))
     return [
         Step("packages", ("packages",), found, lambda work: build_packages(work, packages, args.deb_dir)),
         Step(

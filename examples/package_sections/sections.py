@@ -13,14 +13,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "debian_text"))  # for descriptions
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "common"))  # see examples/common
 
 import building
 import debs
+import descriptions
 from apt_lists import Lists
 from building import SPLITS, PrepareError, Step, check_options, one_line_errors, prepare, prepare_parser, write_lines
-from descriptions import stanzas
 
 LISTS = ("Translation-en", "Packages")
 WORDS = 32  # of a description
@@ -84,7 +83,7 @@ def build_lists(work: Path, deb_dir: Path | None) -> dict[str, Any]:
 def build_text(work: Path, out: Path, seed: int) -> dict[str, Any]:
     """``text/``: {train,valid,test}.input0, descriptions, and .label, their sections."""
     lines = [(out / "lists" / name).read_text("utf-8").splitlines() for name in LISTS]
-    examples = examples_of(stanzas(lines[0]), sections_of(lines[1]), seed)
+    examples = examples_of(descriptions.stanzas(lines[0]), sections_of(lines[1]), seed)
     if not examples["train"]:
         raise PrepareError(f"no section has {LEAST} described packages in {out / 'lists'}: are the lists Debian's?")
     (work / "text").mkdir()
@@ -124,10 +123,12 @@ def build_data_bin(work: Path, out: Path) -> dict[str, Any]:
 
 
 def steps_of(args: argparse.Namespace) -> list[Step]:
-    out = args.out
-    code = building.file_hash(Path(__file__))
+    out, found = args.out, {}
+    if args.deb_dir is not None:
+        found["files"] = building.file_hash(*(file for file in map(args.deb_dir.joinpath, LISTS) if file.is_file()))
+    code = building.file_hash(*(Path(module.__file__) for module in (building, descriptions)), Path(__file__))
     return [
-        Step("lists", ("lists",), {"deb_dir": str(args.deb_dir)}, lambda work: build_lists(work, args.deb_dir)),
+        Step("lists", ("lists",), found, lambda work: build_lists(work, args.deb_dir)),
         Step("text", ("text",), {"seed": args.seed, "code": code}, lambda work: build_text(work, out, args.seed)),
         Step(
             "pieces",

@@ -85,6 +85,16 @@ def test_every_stage_runs(lists, tmp_path, monkeypatch):
     assert f"| 50% | {rows[1]['test']:.1f}% |" in " ".join((out / "results.md").read_text("utf-8").split())
 
 
+def test_changed_lists_are_read_again(lists):
+    """Only the name of their folder counted."""
+    sections = module("sections")
+    args = sections.parse_args(["--deb-dir", str(lists)])
+    before = sections.steps_of(args)[0].options
+    assert sections.steps_of(args)[0].options == before
+    (lists / "Packages").write_text(PACKAGES, "utf-8")
+    assert sections.steps_of(args)[0].options != before
+
+
 def test_a_folder_without_lists_is_refused(tmp_path):
     with pytest.raises(SystemExit, match="has no file Translation-en; it comes from main/i18n"):
         module("sections").main(["--out", str(tmp_path / "data"), "--deb-dir", str(tmp_path)])
