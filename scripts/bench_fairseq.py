@@ -20,7 +20,7 @@ training sentences, joined up to the length of the case. Systems:
     sdpa        the plugin with SDPA under all-ones masks (--attention-backend sdpa); training only
     all-ones    the plugin's kernels under all-ones masks, with --task pruned_translation
     int8        all-ones with --cpu-int8; translation on a CPU only
-    50, 80, 90  as all-ones, but random masks of that sparsity (per cent): cells at sentence length, 64-blocks on pages
+    50, 80, 90  all-ones, but under random masks of that sparsity (%): cells at sentence length, 64-blocks on pages
 
     ctranslate2 (--rivals) the same model in CTranslate2, in a process for each of its settings, of which the fastest
                 counts; the others are listed beside it. On a CPU also with int8 (system "ctranslate2 int8")
@@ -422,7 +422,7 @@ def stock_checkpoint(path: str, data: str) -> Iterator[str]:
     """Yield the path of a checkpoint of fairseq's own transformer: *path*, or what `convert_to_stock` makes of it.
 
     Raises:
-        UserError: if its masks prune anything, or it has other dictionaries than *data*.
+        UserError: if it is no translation model, its masks prune anything, or it has other dictionaries than *data*.
     """
     from fairseq.data import Dictionary
     from fairseq.data.data_utils import infer_language_pair
@@ -434,13 +434,15 @@ def stock_checkpoint(path: str, data: str) -> Iterator[str]:
     from ap_fairseq.model.stock import convert_to_stock
 
     state = load_checkpoint(path)
+    name, model = stored_model(state)
+    if "encoder.embed_tokens.weight" not in state["model"] or "decoder.embed_tokens.weight" not in state["model"]:
+        raise UserError(f"--path {path} is of the architecture {name!r}; give a translation model, or leave it out")
     source, _ = infer_language_pair(data)
     n, words = len(state["model"]["encoder.embed_tokens.weight"]), len(Dictionary.load(f"{data}/dict.{source}.txt"))
     if n != words:
         raise UserError(
             f"--path {path} has {n:,} source tokens, {data} {words:,}; name the data that it was trained on"
         )
-    _, model = stored_model(state)
     if not issubclass(model or object, PrunedModel):
         yield path
         return
@@ -690,9 +692,12 @@ def main() -> None:
     for rival in options.rivals:
         if importlib.util.find_spec(rival) is None:
             parser.error(f"--rivals {rival}: the package is not installed; pip install {rival}")
-    options.systems = options.systems or [x for x in SYSTEMS if options.device == "cpu" or x not in CPU_ONLY]
-    if options.device == "cuda" and (there := [x for x in options.systems if x in CPU_ONLY]):
-        parser.error(f"--systems {there[0]} is for --device cpu")
+    language_model = is_language_model(options.arch)
+    missing = {} if options.device == "cpu" else dict.fromkeys(CPU_ONLY, "is for --device cpu")
+    missing |= {"stock-sdpa": f"changes cross-attention, which {options.arch} has not"} if language_model else {}
+    options.systems = options.systems or [system for system in SYSTEMS if system not in missing]
+    if wrong := next((system for system in options.systems if system in missing), None):
+        parser.error(f"--systems {wrong} {missing[wrong]}; leave it out")
     if options.device == "cpu" and (options.precision == "fp16" or options.profile):
         parser.error("--device cpu takes neither --precision fp16 nor --profile")
     if options.arch and options.path:
@@ -701,10 +706,8 @@ def main() -> None:
     options.cases = options.cases or [case for case in possible if case not in NOT_BY_DEFAULT]
     if impossible := [case for case in options.cases if case not in possible]:
         parser.error(f"--cases {shlex.join(impossible)}: this architecture has {', '.join(possible)}")
-    if is_language_model(options.arch):  # no cross-attention, nor anything that CTranslate2 translates
-        options.systems = [system for system in options.systems if system != "stock-sdpa"]
-        if options.rivals:
-            parser.error(f"--rivals {' '.join(options.rivals)}: they translate, and {options.arch} is a language model")
+    if language_model and options.rivals:
+        parser.error(f"--rivals {' '.join(options.rivals)}: they translate, and {options.arch} is a language model")
     options.precision = options.precision or ("fp16" if options.device == "cuda" else "fp32")
     if options.system:
         work(options)
