@@ -23,6 +23,7 @@ DATA = {  # pattern -> what made it, or reads what was typed in
     "examples/*/results/corpus.json": "scripts/readme_tables.py",
     "scripts/rivals.json": "scripts/readme_tables.py",
     "examples/language_model/results/*.json": "examples/language_model/run.py",
+    "examples/package_sections/results/*.json": "examples/package_sections/run.py",
     "scripts/kernels.*.json": "scripts/readme_tables.py",
     "tests/plugin/scored_run.json": "ap_fairseq/cli/evaluate.py",
     "tests/plugin/quickstart_stats.safetensors": "ap_fairseq/recording/recorder.py",
