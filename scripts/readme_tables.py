@@ -221,6 +221,7 @@ def cross_masks() -> str:
         scaled, cap = "scaled-diagonal" in flags, re.search(r"--max-heads (?:cross=)?(\S+)", flags)
         units = "offset" if scaled else "cell"
         kept = "column 0" if not scaled else "own anchors" if cap and "note" not in run else "offset 0"
+        kept = run.get("kept", kept)
         heads = f"{cap[1]} of the {'8' if '-of kind' in flags else '4 of a layer'}" if cap else "any"
         units += ", mean attention" if "--criterion mean" in flags else ""
         units += f", annealed over {run['annealed']['updates']}" if "annealed" in run else ""
@@ -238,6 +239,19 @@ def cross_masks() -> str:
             ]
         )
     return markdown(Table(header, body, align="llllrrr"))
+
+
+def cross_heads() -> str:
+    """Perplexity of a model of eight heads by budget and by how many heads of a layer may keep an offset."""
+    found = {
+        (run["total"], run["max_heads"]): run["valid_ppl"]
+        for run in load(RESULTS / "cross-masks.json")["eight_heads"]["runs"]
+    }
+    caps = sorted({cap for _, cap in found})
+    header = ["budget of all kinds", *(str(cap) if cap else "any" for cap in caps)]
+    budgets = sorted({budget for budget, _ in found})
+    cells = [[f"{found[b, cap]:.2f}" if (b, cap) in found else "" for cap in caps] for b in budgets]
+    return markdown(Table(header, [[f"{b:.0%}", *row] for b, row in zip(budgets, cells, strict=True)]))
 
 
 def by_length() -> str:
@@ -333,6 +347,7 @@ def tables() -> dict[str, Callable[[], str]]:
         "digest": quality_digest,
         "one-command": one_command,
         "cross-masks": cross_masks,
+        "cross-heads": cross_heads,
         "dropout": dropout,
         "debian-tuned": lambda: sweep(DEBIAN_RESULTS / "tuned.jsonl"),
         "debian-text": lambda: split_pairs("debian_text"),
