@@ -19,6 +19,8 @@ from ap_fairseq.pruning.spec import EXTRAPOLATIONS, HEAD_GROUPS, SCOPES, Granula
 from ap_fairseq.relative import RelativeStats, slope_of
 from ap_fairseq.sites import AttentionKind, per_kind
 
+SPREAD = 4.5  # heads of a layer that may keep an offset, in units of the share of pairs that the budget leaves
+
 
 def _share(text: str) -> float:
     try:
@@ -121,7 +123,8 @@ def add_mask_options(parser: argparse.ArgumentParser) -> None:
         "--max-heads",
         metavar="N",
         help="maximum number of heads of a layer that keep a cell (or block, or diagonal), or below 1 a share of them, "
-        "so that the heads together see more positions; one for all kinds, or for some, e.g. cross=0.5 (default: none)",
+        "so that the heads together see more positions; one for all kinds, or for some, e.g. cross=0.5 (default: none; "
+        f"for offsets of scaled-diagonal {SPREAD} times the share of the pairs that stay, of the heads)",
     )
     parser.add_argument(
         "--max-heads-of",
@@ -214,7 +217,7 @@ def spec_from(args: argparse.Namespace, stats: AttentionStats) -> MaskSpec:
                 f"{flag} names {', '.join(unused)}, which has no budget and keeps every pair; leave it out there, or "
                 f"give a budget ({', '.join(f'--{AttentionKind(kind).flag}' for kind in unused)})"
             )
-    return MaskSpec(
+    spec = MaskSpec(
         budgets=budgets,
         criterion=args.criterion,
         scope=args.scope or ("global" if args.total is not None else "kind"),
@@ -230,6 +233,16 @@ def spec_from(args: argparse.Namespace, stats: AttentionStats) -> MaskSpec:
         calibrate=args.calibrate,
         seed=args.seed,
     )
+    return _spread(spec)
+
+
+def _spread(spec: MaskSpec) -> MaskSpec:
+    """Limit the heads that keep an offset of cross-attention, unless *spec* says how many, or what heads keep."""
+    kind = AttentionKind.CROSS
+    if not spec.in_offsets(kind) or kind in spec.max_heads or spec.min_heads.get(kind) or spec.min_kept:
+        return spec
+    most = SPREAD * (1 - spec.budgets[kind])
+    return dataclasses.replace(spec, max_heads={**spec.max_heads, kind: most}) if most < 1 else spec
 
 
 def require_fitting(args: argparse.Namespace, architecture: Mapping[str, Sequence[int]], held_out: bool) -> None:

@@ -1,5 +1,6 @@
 """Cross-attention relative to a scaled diagonal: counted, recorded, pruned and computed sentence by sentence."""
 
+import dataclasses
 import json
 import re
 from fractions import Fraction
@@ -18,6 +19,7 @@ from ap_fairseq.files import ArtifactError, UserError
 from ap_fairseq.model.attention import OFFSET_BUFFERS
 from ap_fairseq.model.checkpoints import load_checkpoint
 from ap_fairseq.pruning.build import build_masks
+from ap_fairseq.pruning.flags import parse_mask_flags, spec_from
 from ap_fairseq.pruning.spec import MaskSpec
 from ap_fairseq.pruning.summary import summarize
 from ap_fairseq.recording.recorder import AttentionRecorder
@@ -166,6 +168,30 @@ def test_a_global_budget_weighs_offsets_against_cells():
 def test_what_knows_no_offsets_is_refused(spec, message):
     with pytest.raises(UserError, match=message):
         relative_masks(**spec)
+
+
+@pytest.mark.parametrize(
+    ("flags", "heads"),
+    [
+        ("--total 0.95", 1),
+        ("--total 0.9", 1),  # 4.5 x 0.1 of 4 heads, rounded down
+        ("--cross 0.85", 2),
+        ("--cross 0.8 --max-heads decoder_self=2 --decoder-self 0.5", 3),
+        ("--cross 0.75", None),
+        ("--cross 0.9 --max-heads 2", 2),
+        ("--cross 0.9 --min-heads 2", None),
+        ("--cross 0.9 --min-kept 0.05", None),
+        ("--encoder-self 0.9", None),
+    ],
+)
+def test_the_tighter_the_budget_the_fewer_heads_keep_an_offset(flags, heads):
+    stats = random_stats(longest=(30, 30), sentences=300, heads=4)
+    spec = spec_from(parse_mask_flags([*flags.split(), "--granularity", "scaled-diagonal"]), stats)
+    assert (CROSS in spec.max_heads) == (heads is not None)
+    if heads:
+        same = dataclasses.replace(spec, max_heads={**spec.max_heads, CROSS: heads})
+        ours, expected = (build_masks(stats, x).masks.packed() for x in (spec, same))
+        assert all(np.array_equal(ours[name], expected[name]) for name in expected)
 
 
 def test_statistics_of_version_0_2_are_told_to_be_recorded_anew():
