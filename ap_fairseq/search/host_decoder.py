@@ -153,6 +153,7 @@ class SourceColumns:
     """The columns of cross-attention, alike in all sites.
 
     Args:
+        slots: count the sentences in the batch and the steps.
         real: bool (B, S), whether a sentence has the column.
         masks: the mask rows of cross-attention.
         dtype: of its scores.

@@ -134,7 +134,7 @@ def rivals(monkeypatch):
     stand_in(monkeypatch, "cudnn", BSA=types.SimpleNamespace(block_sparse_attention_forward=forward))
 
 
-def test_rivals_get_our_mask_and_what_they_get_wrong_is_not_timed(bench, rivals, monkeypatch):
+def test_rivals_get_our_mask_and_wrong_results_show_in_place_of_times(bench, rivals, monkeypatch):
     def measure(run, repeats):
         try:
             run()
