@@ -35,6 +35,7 @@ try:
     from ap_fairseq.files import UserError, write_json
     from ap_fairseq.model.checkpoints import load_checkpoint
     from ap_fairseq.provenance import decode_provenance, versions
+    from ap_fairseq.pruning.flags import parse_mask_flags, require_fitting
 except ModuleNotFoundError as missing:
     sys.exit(
         f"run.sh: error: {sys.executable} has no module {missing.name}: run scripts/setup.sh in the repository and "
@@ -122,7 +123,9 @@ class Experiment:
         if name not in sizes:
             raise UserError(f"--size {name} is unknown; there are {' '.join(sizes)}")
         self.args, self.name, self.size = args, name, Size(**sizes[name])
-        self.updates = args.updates or self.size.updates
+        self.updates = self.size.updates if args.updates is None else args.updates
+        if self.updates < 1:  # which fairseq takes for no limit
+            raise UserError(f"--updates {self.updates}: not a number of updates from 1")
         self.run_folder: Path = args.out or HERE / "runs" / f"{name}-seed{args.seed}"
         self.stages = Stages(self.run_folder)
         data = HERE / "data" / self.size.data
@@ -130,7 +133,12 @@ class Experiment:
         self.prepare = [*shlex.split(self.size.prepare), "--out", str(data)]
         self.device = ["--cpu", "--num-workers", 0] if self.size.cpu else ["--num-workers", 2]
         self.blocks = ["--sample-break-mode", "none", "--tokens-per-sample", self.size.block]
-        self.systems = [System.named(name) for name in args.systems]
+        self.systems = [System.named(name) for name in dict.fromkeys(args.systems)]
+        for system in self.systems:  # the dense model takes long
+            try:
+                require_fitting(parse_mask_flags(system.flags), {"decoder_self": [1, 1]}, held_out=False)
+            except UserError as error:
+                raise UserError(f"--systems {system.name}: {error}") from error
         # Dense models by the flags that they are tuned with; those of the best one are for the pruned systems, too.
         self.dense = {f"dense.dropout-{p}": ["--dropout", p] for p in args.dropout} or {"dense": []}
 

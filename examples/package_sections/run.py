@@ -23,7 +23,7 @@ try:
     from ap_fairseq.cli.common import exit_on_sigterm
     from ap_fairseq.evaluation.tables import Table, markdown
     from ap_fairseq.experiments.stages import PLUGIN, Stages, run_together
-    from ap_fairseq.files import UserError, write_json
+    from ap_fairseq.files import UserError, require_file, write_json
     from ap_fairseq.model.checkpoints import load_checkpoint
     from ap_fairseq.provenance import decode_provenance, versions
 except ModuleNotFoundError as missing:
@@ -51,11 +51,16 @@ class Experiment:
         self.run_folder: Path = args.out or HERE / "runs"
         self.stages = Stages(self.run_folder)
         self.data: Path = args.data or HERE / "data"
-        self.systems = ["dense", *(f"{share:.0%}".rstrip("%") for share in args.shares)]
+        self.labels = self.data / "data-bin" / "label" / "dict.txt"
+        if args.updates < 1:  # which fairseq takes for no limit
+            raise UserError(f"--updates {args.updates}: not a number of updates from 1")
+        if others := [share for share in args.shares if not 0 < share < 1]:
+            raise UserError(f"--shares {others[0]:g} is no share of the pairs between 0 and 1, such as 0.9")
+        self.shares = {f"{100 * share:g}": share for share in args.shares}  # of each pruned system
         self.device = ["--num-workers", 0, *([] if args.gpu else ["--cpu"])]
 
     def train(self, name: str, seed: int, *flags: Any) -> None:
-        labels = (self.data / "data-bin" / "label" / "dict.txt").read_text("utf-8").splitlines()
+        labels = self.labels.read_text("utf-8").splitlines()
         classes = sum(not label.startswith("madeupword") for label in labels)  # fairseq pads its dictionaries
         updates = self.args.updates
         # fmt: off
@@ -79,9 +84,9 @@ class Experiment:
             "--sample", 2000, "--batch-size", 64, *self.device, "-o", stats, "--overwrite",
         )
         # fmt: on
-        for system, share in zip(self.systems, [None, *self.args.shares], strict=True):
+        for system in ["dense", *self.shares]:
             masks: str | Path = "none"
-            if share is not None:
+            if share := self.shares.get(system):
                 masks = self.run_folder / f"{system}.{seed}.safetensors"
                 flags = ["--encoder-self", share, *shlex.split(MASKS), "-o", masks, "--overwrite"]
                 self.stages.run(f"{system}.{seed}.masks", "ap-masks", stats, *flags)
@@ -98,8 +103,10 @@ class Experiment:
     def run(self) -> None:
         if self.args.data is None:
             self.stages.run("prepare", sections.main, ["--out", str(self.data)])
-        run_together(self.args.jobs, [(self.train_seed, [seed]) for seed in self.args.seeds])
-        rows = [self.result(system, seed) for system in self.systems for seed in self.args.seeds]
+        require_file(self.labels, "a dictionary of labels, which prepare.sh makes in the folder of --data")
+        seeds = list(dict.fromkeys(self.args.seeds))
+        run_together(self.args.jobs, [(self.train_seed, [seed]) for seed in seeds])
+        rows = [self.result(system, seed) for system in ["dense", *self.shares] for seed in seeds]
         record = {"updates": 2 * self.args.updates, "versions": versions(), "rows": rows}
         write_json(self.run_folder / "results.json", record, overwrite=True)
         table = summary(rows)

@@ -109,3 +109,7 @@ def test_recipes_are_read_and_faults_named(capsys):
         program.main(["--size", "large"])
     with pytest.raises(SystemExit, match="--systems importance.100.g1.scratch: not CRITERION.PERCENT"):
         program.main(["--size", "small", "--systems", "importance.100.g1.scratch"])
+    with pytest.raises(SystemExit, match="--updates 0: not a number of updates from 1"):
+        program.main(["--size", "small", "--updates", "0"])
+    with pytest.raises(SystemExit, match=r"--systems percentile.50.g64.scratch: .*leave out --granularity"):
+        program.main(["--size", "small", "--systems", "percentile.50.g64.scratch"])

@@ -95,6 +95,19 @@ def test_changed_lists_are_read_again(lists):
     assert sections.steps_of(args)[0].options != before
 
 
+def test_faults_are_named_before_training(tmp_path):
+    """Shares in per cent ended the run after the dense training; 0.955 and 0.96 had one name."""
+    program, out = module("run"), ["--out", str(tmp_path / "run"), "--data", str(tmp_path)]
+    with pytest.raises(SystemExit, match="--shares 90 is no share of the pairs between 0 and 1"):
+        program.main([*out, "--shares", "0.5", "90"])
+    with pytest.raises(SystemExit, match="--updates 0: not a number of updates from 1"):
+        program.main([*out, "--updates", "0"])
+    with pytest.raises(SystemExit, match=r"label/dict.txt does not exist; expected a dictionary of labels"):
+        program.main(out)
+    args = program.get_parser().parse_args([*out, "--shares", "0.955", "0.96", "0.29"])
+    assert program.Experiment(args).shares == {"95.5": 0.955, "96": 0.96, "29": 0.29}
+
+
 def test_a_folder_without_lists_is_refused(tmp_path):
     with pytest.raises(SystemExit, match="has no file Translation-en; it comes from main/i18n"):
         module("sections").main(["--out", str(tmp_path / "data"), "--deb-dir", str(tmp_path)])
