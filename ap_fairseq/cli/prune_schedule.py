@@ -7,7 +7,7 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from fairseq import options, tasks
+from fairseq import options, tasks, utils
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 
 import ap_fairseq.plugin  # noqa: F401  (registers with fairseq)
@@ -17,6 +17,7 @@ from ap_fairseq.cli.masks import write_masks
 from ap_fairseq.experiments.stages import PLUGIN, Stages
 from ap_fairseq.files import UserError, require_file
 from ap_fairseq.model.checkpoints import add_user_dir, import_user_dir, open_with_masks
+from ap_fairseq.provenance import dictionary_files
 from ap_fairseq.pruning.flags import budget_flags, parse_mask_flags, require_fitting, spec_from, split_flags
 from ap_fairseq.sites import AttentionKind, architecture
 from ap_fairseq.training.schedule import SHAPES, share_of_round
@@ -113,6 +114,8 @@ def require_flags(data: str, checkpoint: str, mask_flags: Sequence[str], train_f
     parser.error = refuse
     train = options.parse_args_and_arch(parser, [data, *PLUGIN, *train_flags, "--attention-masks", "none"])
     import_user_dir(user_dir)
+    if not dictionary_files(utils.split_paths(data)[0]):
+        raise UserError(f"{data} holds no dictionaries (dict.*.txt); give the folder that fairseq-preprocess made")
     model, *_ = open_with_masks(checkpoint, "none", data)
     cfg = convert_namespace_to_omegaconf(train)
     trained = tasks.setup_task(cfg.task).build_model(cfg.model)
@@ -130,7 +133,11 @@ def require_flags(data: str, checkpoint: str, mask_flags: Sequence[str], train_f
 @command
 def main(argv: list[str]) -> None:
     split = argv.index("--") if "--" in argv else len(argv)
-    args, train_flags = get_parser().parse_args(argv[:split]), argv[split + 1 :]
+    own, train_flags = argv[:split], argv[split + 1 :]
+    for flag in {"--masks", "--record"} & set(own[:-1]):  # argparse takes a value of one flag for a flag of its own
+        at = own.index(flag)
+        own[at : at + 2] = [f"{flag}={own[at + 1]}"]
+    args = get_parser().parse_args(own)
     require_file(args.path, "a fairseq checkpoint")
     if not 1 <= args.rounds <= args.updates:
         raise UserError(f"--rounds {args.rounds} and --updates {args.updates}: each round needs an update")
@@ -147,9 +154,9 @@ def main(argv: list[str]) -> None:
         )
     if parsed.criterion == "importance" and "--importance" not in record_flags:
         raise UserError(f"--masks '{args.masks}' ranks by importance, but --record '{args.record}' lacks --importance")
-    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    add_user_dir(own)
-    require_flags(args.data, args.path, mask_flags, train_flags, own.parse_known_args(record_flags)[0].user_dir)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    add_user_dir(parser)
+    require_flags(args.data, args.path, mask_flags, train_flags, parser.parse_known_args(record_flags)[0].user_dir)
     checkpoint, masks = prune_gradually(
         *(args.data, args.path, args.output, mask_flags, train_flags, record_flags),
         *(args.rounds, args.updates, args.shape),

@@ -413,6 +413,8 @@ def test_the_schedule_as_a_command_names_what_is_wrong(dense, data_bin, tmp_path
         ([*common, "--masks", "--like gone", "--", "--arch", ARCH, *TINY], "gone does not exist"),
         ([*common, "--", "--arch", ARCH, "--droput", 1], "fairseq-train flags after --: unrecognized arguments: --dro"),
         ([*common, "--", "--arch", ARCH], f"not that of {dense}: encoder.embed_tokens.weight is ["),
+        ([*common[:-1], "--total=0.5", "--record", "--cpu", "--", "--arch", "x"], "invalid choice: 'x'"),
+        ([tmp_path, *common[1:], "--", "--arch", ARCH, *TINY], f"{tmp_path} holds no dictionaries (dict.*.txt)"),
         ([*common, "--", "--arch", "transformer"], "unrecognized arguments: --attention-masks none"),
     ):
         with pytest.raises(SystemExit) as stop:
