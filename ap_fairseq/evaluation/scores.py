@@ -56,7 +56,6 @@ def read_hypotheses(files: Sequence[str | os.PathLike], references: Sequence[str
     """
     lines: list[str] = []
     found: dict[int, str] = {}
-    encoded: dict[int, str] = {}  # sentence -> its hypothesis before --bpe and --tokenizer decoded it
     targets: dict[int, tuple[str, str]] = {}  # sentence -> where its reference was logged, and that
     first: dict[str, str] = {}  # sentence -> where it was translated
     seen: set[tuple[str, str]] = set()
@@ -79,8 +78,6 @@ def read_hypotheses(files: Sequence[str | os.PathLike], references: Sequence[str
         for line, letter, sentence, text in entries:
             if letter == "D":
                 found.setdefault(int(sentence), text.partition("\t")[2])  # with --nbest, the best comes first
-            elif letter == "H":
-                encoded.setdefault(int(sentence), text.partition("\t")[2])
             elif letter == "T":
                 targets[int(sentence)] = f"{file}:{line}", text
         finished &= any(map(_FINISHED.search, own))
@@ -90,8 +87,7 @@ def read_hypotheses(files: Sequence[str | os.PathLike], references: Sequence[str
     if len(found) < max(len(expected), 1):
         raise ArtifactError(f"{os.pathsep.join(map(str, files))} {_gap(found, expected, finished)}")
     if references is not None and len(references) == len(expected):
-        decoded = {number for number, text in encoded.items() if not _alike(text, found[number])}
-        _require_references({n: targets[n] for n in targets if n not in decoded}, references)
+        _require_references(targets, references)
     return [found[number] for number in expected]
 
 

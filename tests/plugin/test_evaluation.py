@@ -153,12 +153,6 @@ def test_a_reference_in_other_characters_is_the_same(tmp_path, logged, reference
         read_hypotheses([path], ["quite another one"])
 
 
-def test_references_are_not_compared_where_only_hypotheses_are_decoded(tmp_path):
-    """fairseq decodes hypotheses under --bpe, not references: those of GPT-2's are numbers, which were refused."""
-    text = "T-0\t318 257\nH-0\t-1\t464 318\nH-0\t-2\ta word\nD-0\t-1\ta word\nD-0\t-2\tb\n"
-    assert read_hypotheses([write(tmp_path / "log", text)], ["a word"]) == ["a word"]
-
-
 def test_a_reference_without_a_hypothesis_is_a_gap(tmp_path):
     """A log cut off after its last T- line failed with an IndexError for references that ended before."""
     path = write(tmp_path / "log", "T-0\tt\nD-0\t-1\tx\nT-1\tt\n")
