@@ -687,6 +687,8 @@ def main() -> None:
         return
     if options.data is None:
         parser.error("name a data-bin folder, or a result file with --table")
+    if options.out and not options.out.absolute().parent.is_dir():
+        parser.error(f"--out {options.out}: folder {options.out.parent} does not exist; create it first")
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("no CUDA device; use --device cpu, or --table with a result file")
     for rival in options.rivals:

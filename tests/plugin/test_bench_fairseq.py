@@ -167,9 +167,11 @@ def test_the_median_round_counts_and_errors_stay():
     assert bench.median_rows(rows) == [rows[3] | dict(rounds=[3.0, 1.0, 2.0]), rows[1]]
 
 
-def test_what_a_cpu_cannot_do_is_refused():
+def test_what_cannot_be_done_is_refused(tmp_path):
     command = [sys.executable, ROOT / "scripts/bench_fairseq.py", "data-bin", "--device", "cpu"]
     assert "--profile" in run(*command, "--profile", expect=2)
+    gone = tmp_path / "gone"  # found when the first row was measured
+    assert f"folder {gone} does not exist" in run(*command, "--out", gone / "x.json", expect=2)
 
 
 # -- rivals -----------------------------------------------------------------------------------------------------------
