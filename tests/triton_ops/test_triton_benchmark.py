@@ -97,7 +97,7 @@ def rivals(monkeypatch):
 
     def listed(counts, indices, rows, columns):
         assert counts.dtype == indices.dtype == torch.int32
-        kept = torch.zeros(*counts.shape, 256 // columns, dtype=torch.bool)
+        kept = torch.zeros(*counts.shape, 256 // columns, dtype=torch.bool, device=counts.device)
         for b, h, i in itertools.product(*map(range, counts.shape)):
             kept[b, h, i, indices[b, h, i, : counts[b, h, i]].long()] = True
         return kept.repeat_interleave(rows, 2).repeat_interleave(columns, 3)
