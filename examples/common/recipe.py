@@ -25,10 +25,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-COMMON = Path(__file__).resolve().parent
-sys.path.insert(0, str(COMMON))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-try:
+from environment import required_modules
+
+with required_modules():
     import torch
     from building import PrepareError
 
@@ -37,12 +38,8 @@ try:
     from ap_fairseq.evaluation.results import format_latex, format_markdown, read_results
     from ap_fairseq.experiments.stages import PLUGIN, Stages, call, run_together
     from ap_fairseq.files import UserError
-except ModuleNotFoundError as missing:
-    sys.exit(
-        f"run.sh: error: {sys.executable} has no module {missing.name}: run scripts/setup.sh in the repository and "
-        "activate its environment (source .venv/bin/activate)"
-    )
 
+COMMON = Path(__file__).resolve().parent
 STAGES = ("prepare", "train_dense", "record", "prune", "train_pruned", "evaluate", "report")
 
 SYSTEMS = {  # flags of ap-masks; SHARE is --share

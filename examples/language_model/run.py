@@ -22,9 +22,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "common"))  # see examples/common
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # beside this file
 
-try:
+from environment import required_modules
+
+with required_modules():
     import documentation
     import torch
 
@@ -36,11 +39,6 @@ try:
     from ap_fairseq.model.checkpoints import load_checkpoint
     from ap_fairseq.provenance import decode_provenance, versions
     from ap_fairseq.pruning.flags import parse_mask_flags, require_fitting
-except ModuleNotFoundError as missing:
-    sys.exit(
-        f"run.sh: error: {sys.executable} has no module {missing.name}: run scripts/setup.sh in the repository and "
-        "activate its environment (source .venv/bin/activate)"
-    )
 
 HERE = Path(__file__).resolve().parent
 CRITERIA = {  # flags of ap-masks

@@ -14,9 +14,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "common"))  # see examples/common
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # beside this file
 
-try:
+from environment import required_modules
+
+with required_modules():
     import sections
 
     import ap_fairseq.plugin  # noqa: F401  (loaded once for all stages)
@@ -26,11 +29,6 @@ try:
     from ap_fairseq.files import UserError, require_file, write_json
     from ap_fairseq.model.checkpoints import load_checkpoint
     from ap_fairseq.provenance import decode_provenance, versions
-except ModuleNotFoundError as missing:
-    sys.exit(
-        f"run.sh: error: {sys.executable} has no module {missing.name}: run scripts/setup.sh in the repository and "
-        "activate its environment (source .venv/bin/activate)"
-    )
 
 HERE = Path(__file__).resolve().parent
 MODEL = """--arch pruned_roberta --encoder-layers 2 --encoder-embed-dim 128 --encoder-ffn-embed-dim 512
