@@ -165,6 +165,23 @@ def preprocess(
         raise PrepareError(f"fairseq-preprocess failed with exit status {status}; the end of {log}:\n{tail}")
 
 
+def encode_text(
+    work: Path, text: Mapping[str, Sequence[str]], bpe_size: int, suffix: str = ""
+) -> tuple[int, dict[str, list[list[str]]]]:
+    """``spm.model``, ``dict.txt`` and ``bpe/SPLIT`` + suffix of text by split.
+
+    Returns the size of the dictionary, and the pieces of each line by split.
+    """
+    train_sentencepiece(work / "spm.model", filter(None, text["train"]), bpe_size, 0.9995)
+    processor = load_sentencepiece(work / "spm.model")
+    pieces = {split: encode(processor, lines) for split, lines in text.items()}
+    (work / "bpe").mkdir()
+    for split, lines in pieces.items():
+        write_lines(work / "bpe" / f"{split}{suffix}", map(" ".join, lines))
+    frequency = Counter(piece for line in pieces["train"] for piece in line)
+    return write_dictionary(work / "dict.txt", processor, frequency), pieces
+
+
 def preprocess_text(folder: Path, destination: Path, suffix: str = "", dictionary: Path | None = None) -> None:
     """``fairseq-preprocess --only-source`` of ``{train,valid,test}SUFFIX``; without a dictionary it makes one."""
     # fmt: off

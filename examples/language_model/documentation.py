@@ -163,15 +163,9 @@ def build_text(work: Path, out: Path, packages: Sequence[str], seed: int) -> dic
 def build_pieces(work: Path, out: Path, bpe_size: int) -> dict[str, Any]:
     """``spm.model``, ``dict.txt`` and ``bpe/``: the text in pieces."""
     text = {split: read_lines(out / "text" / f"{split}.txt") for split in SPLITS}
-    building.train_sentencepiece(work / "spm.model", filter(None, text["train"]), bpe_size, 0.9995)
-    processor = building.load_sentencepiece(work / "spm.model")
-    pieces = {split: building.encode(processor, text[split]) for split in SPLITS}
-    frequency = Counter(piece for line in pieces["train"] for piece in line)
-    (work / "bpe").mkdir()
-    for split in SPLITS:
-        write_lines(work / "bpe" / split, map(" ".join, pieces[split]))
+    dictionary, pieces = building.encode_text(work, text, bpe_size)
     return {
-        "dictionary": building.write_dictionary(work / "dict.txt", processor, frequency),
+        "dictionary": dictionary,
         "tokens": {split: sum(map(len, lines)) + len(lines) for split, lines in pieces.items()},  # ends of line count
     }
 

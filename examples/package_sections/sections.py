@@ -101,18 +101,10 @@ def build_text(work: Path, out: Path, seed: int) -> dict[str, Any]:
 def build_pieces(work: Path, out: Path, bpe_size: int) -> dict[str, Any]:
     """``spm.model``, ``dict.txt`` and ``bpe/``: the descriptions in pieces, and the labels."""
     text = {split: building.read_lines(out / "text" / f"{split}.input0") for split in SPLITS}
-    building.train_sentencepiece(work / "spm.model", text["train"], bpe_size, 0.9995)
-    processor = building.load_sentencepiece(work / "spm.model")
-    pieces = {split: building.encode(processor, text[split]) for split in SPLITS}
-    (work / "bpe").mkdir()
+    dictionary, pieces = building.encode_text(work, text, bpe_size, ".input0")
     for split in SPLITS:
-        write_lines(work / "bpe" / f"{split}.input0", map(" ".join, pieces[split]))
         shutil.copyfile(out / "text" / f"{split}.label", work / "bpe" / f"{split}.label")
-    frequency = Counter(piece for line in pieces["train"] for piece in line)
-    return {
-        "dictionary": building.write_dictionary(work / "dict.txt", processor, frequency),
-        "lengths": building.length_quantiles(list(map(len, pieces["train"]))),
-    }
+    return {"dictionary": dictionary, "lengths": building.length_quantiles(list(map(len, pieces["train"])))}
 
 
 def build_data_bin(work: Path, out: Path) -> dict[str, Any]:
