@@ -338,6 +338,19 @@ def sweep(path: Path, keep: Callable[[dict[str, Any]], Any] = bool) -> str:
     return f"{markdown(Table([whole.header[column] for column in kept], rows))}\n\n{module.note(lines)}"
 
 
+def sweep_parts(path: Path) -> str:
+    """BLEU of each part of a sweep's test set, and the mean of the parts."""
+    lines = sorted(load(path), key=lambda line: line["criterion"] != "dense")
+    module = script(ROOT / "examples" / "common" / "sweep_table.py")
+    parts = lines[0]["parts"]
+    rows = [[name, f"{parts[name]['sentences']:,}", *(line["parts"][name]["bleu"] for line in lines)] for name in parts]
+    means = [statistics.fmean(column) for column in list(zip(*rows, strict=True))[2:]]
+    rows.append(["mean", "", *means])
+    header = ["BLEU", "test pairs", *(module.title(line) for line in lines)]
+    body = [[name, pairs, *(f"{bleu:.2f}" for bleu in scores)] for name, pairs, *scores in rows]
+    return markdown(Table(header, body))
+
+
 def tables() -> dict[str, Callable[[], str]]:
     """Return what makes each table, by the name in its mark."""
     converged, pages = (RESULTS / f"h100-{name}.jsonl" for name in ("converged", "pages"))
@@ -365,6 +378,9 @@ def tables() -> dict[str, Callable[[], str]]:
     }
     for path in sorted((ROOT / "examples" / "language_model" / "results").glob("*.json")):
         made[f"language-model.{path.stem}"] = lambda path=path: language_models(path)
+    for path in sorted((ROOT / "examples" / "libreoffice_one_to_many" / "results").glob("*.jsonl")):
+        made[f"one-to-many.{path.stem}"] = lambda path=path: sweep(path)
+        made[f"one-to-many.{path.stem}-languages"] = lambda path=path: sweep_parts(path)
     for path in sorted(SCRIPTS.glob("*_*.*.json")):
         name = path.name.split(".")[0]
         render = "format_markdown" if name == "sample_error" else "table"

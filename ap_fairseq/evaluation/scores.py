@@ -271,10 +271,32 @@ def score_by_length(
         inside = [k for k, n in enumerate(lengths) if n >= least and (most is None or n < most)]
         if not inside:
             continue
-        scores = score([hypotheses[k] for k in inside], [references[k] for k in inside])
-        kept = {key: scores[key] for key in ("sentences", "bleu", "chrf", "length_ratio")}
-        buckets.append({"least": least, "most": None if most is None else most - 1, **kept})
+        found = _score_some(hypotheses, references, inside)
+        buckets.append({"least": least, "most": None if most is None else most - 1, **found})
     return buckets
+
+
+def score_parts(
+    hypotheses: Sequence[str], references: Sequence[str], parts: Sequence[str]
+) -> dict[str, dict[str, Any]]:
+    """Score each part of a test set by itself, e.g. each target language.
+
+    Args:
+        parts: the part that each text belongs to.
+
+    Returns:
+        part -> ``sentences``, ``bleu``, ``chrf`` and ``length_ratio``, the parts in alphabetical order.
+    """
+    require_parallel("parts", hypotheses, references)
+    if len(parts) != len(references):
+        raise ArtifactError(f"{len(parts)} names of parts for {len(references)} references; expected one a text")
+    members = {part: [k for k, name in enumerate(parts) if name == part] for part in sorted(set(parts))}
+    return {part: _score_some(hypotheses, references, inside) for part, inside in members.items()}
+
+
+def _score_some(hypotheses: Sequence[str], references: Sequence[str], inside: Sequence[int]) -> dict[str, Any]:
+    scores = score([hypotheses[k] for k in inside], [references[k] for k in inside])
+    return {key: scores[key] for key in ("sentences", "bleu", "chrf", "length_ratio")}
 
 
 def score_documents(

@@ -31,6 +31,7 @@ the lowest validation loss.
 
 `level` is the data-bin folder and `subset` its part to translate, by default sentences and test. At other levels a line
 is a page or a part of one; scores and tests are then of whole pages (d-BLEU), and s-BLEU is that of the segments.
+With `parts`, a character, the test set is also scored part by part: a part's pages have the same name up to there.
 
 Everything runs in folders of --out and is skipped when it is there; other settings under a finished name are an error,
 except that a folder with all translations is only scored.
@@ -63,7 +64,7 @@ from systems import System, expand
 from ap_fairseq.artifacts import AttentionStats
 from ap_fairseq.cli.common import exit_on_sigterm
 from ap_fairseq.cli.prune_schedule import prune_gradually
-from ap_fairseq.evaluation.scores import compare_systems, score, score_documents
+from ap_fairseq.evaluation.scores import compare_systems, score, score_documents, score_parts
 from ap_fairseq.experiments.stages import PLUGIN, Stages, run_together
 from ap_fairseq.experiments.translation import Search, Translation, translate
 from ap_fairseq.files import ArtifactError, UserError, atomic_output, file_sha256, read_lines, write_json
@@ -71,7 +72,7 @@ from ap_fairseq.model.dynamic import top_k_for
 
 STEPS = ("dense", "masks", "train", "translate", "score")
 KEYS = set("pair training dense dense_updates dense_seeds tune tune_updates record search systems".split())
-OPTIONAL = {"level", "subset", "prune"}
+OPTIONAL = {"level", "subset", "prune", "parts"}
 SEPARATOR = "<sep>"
 
 
@@ -89,6 +90,7 @@ class Sweep:
             )
         self.description, self.data, self.out, self.jobs, self.given_dense = description, data, out, jobs, dense
         self.level, self.subset = description.get("level", "sentences"), description.get("subset", "test")
+        self.parts_end: str = description.get("parts", "")
         self.source, self.target = description["pair"]
         self.bin = str(data / "data-bin" / self.level)
         systems = expand(description["systems"])
@@ -278,6 +280,8 @@ class Sweep:
         suffix = ".txt" if self.search.beam else ".json"
         inputs = {s.name: file_sha256(self.translation(s).with_suffix(suffix)) for s in (system, *baselines.values())}
         inputs["reference"] = file_sha256(self.reference)
+        if self.parts_end:
+            inputs["pages"] = file_sha256(self.reference.with_suffix(".pages"))
         if output.exists() and json.loads(output.read_text(encoding="utf-8"))["inputs"] == inputs:
             return
         made = json.loads(self.translation(system).with_suffix(".json").read_text(encoding="utf-8"))
@@ -313,11 +317,21 @@ class Sweep:
         """Scores of the translations, if the sweep translates."""
         if not self.search.beam:
             return {}
-        result = score(self.read_texts(self.translation(system)), self.read_texts(self.reference))
+        texts = [self.read_texts(path) for path in (self.translation(system), self.reference)]
+        result = score(*texts)
         if self.level != "sentences":
             lines = [read_lines(path) for path in (self.translation(system), self.reference)]
             documents = score_documents(*lines, documents=self.pages, separator=SEPARATOR)
             result |= {key: documents[key] for key in ("s_bleu", "segments", "lines_with_equal_segments")}
+        if self.parts_end:
+            pages = self.pages if self.level == "sentences" else [page for page, _ in itertools.groupby(self.pages)]
+            others = [page for page in pages if self.parts_end not in page]
+            if others:
+                raise ArtifactError(
+                    f"`parts` is {self.parts_end!r}, which is not in the page {others[0]!r} of the test set; leave "
+                    "`parts` out, or give the character that ends the name of a part"
+                )
+            result["parts"] = score_parts(*texts, [page.partition(self.parts_end)[0] for page in pages])
         return result
 
     def baselines(self, system: System) -> dict[str, System]:

@@ -61,6 +61,25 @@ def test_stale_tables_and_numbers_are_rewritten():
         readme_tables.number('scripts/rivals.json "translation/rows/case=none/stock" .1f')
 
 
+def test_parts_of_a_test_set_and_their_mean(tmp_path):
+    """Systems in columns, the dense one first; seeds and other scores are in the table of the sweep."""
+    common = {"schedule": "scratch", "granularity": 1, "options": "", "kinds": "global"}
+    systems = [("mean", "mean.global.80.g1.scratch", (30, 11)), ("dense", "dense.scratch", (31.004, 12.5))]
+    lines = [
+        {**common, "criterion": criterion, "group": group,
+         "parts": {"de": {"sentences": 1234, "bleu": de}, "fr": {"sentences": 5, "bleu": fr}}}
+        for criterion, group, (de, fr) in systems
+    ]  # fmt: skip
+    (tmp_path / "results.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    table = readme_tables.sweep_parts(tmp_path / "results.jsonl").splitlines()
+    assert [[cell.strip() for cell in line.split("|")[1:-1]] for line in (table[0], *table[2:])] == [
+        ["BLEU", "test pairs", "dense, from scratch", "mean 80%, from scratch"],
+        ["de", "1,234", "31.00", "30.00"],
+        ["fr", "5", "12.50", "11.00"],
+        ["mean", "", "21.75", "20.50"],
+    ]
+
+
 @each_readme
 def test_measured_numbers_in_prose_are_generated(path):
     """A number that was typed by hand stays when the results change."""

@@ -14,6 +14,7 @@ import sweep_table
 import yaml
 from fairseq import options
 from plugin.commands import PLUGIN, ROOT, TINY, generate, run
+from sacrebleu import BLEU
 from systems import System, expand
 
 from ap_fairseq.artifacts import AttentionStats, PruningMasks
@@ -205,6 +206,35 @@ def test_the_table_of_two_corpora_names_their_sizes(corpus, tmp_path, capsys):
     sweep.main(["--table", str(tmp_path / "a"), str(tmp_path / "b")])
     printed = capsys.readouterr().out
     assert f"| dense, {made.training_pairs:,} training pairs " in printed and "| dense, 1,000,000 training" in printed
+
+
+def test_each_part_of_the_test_set_is_scored_by_itself(tmp_path):
+    """Expected scores are sacreBLEU's of the lines, or pages, whose page has that name."""
+    lines = [
+        "of one page the text",
+        "and its second line",
+        "ein anderer Text auf Deutsch",
+        "noch eine Seite von Texten",
+    ]
+    references = [f"{line} {line}" for line in lines]
+    names = ["fr:a\t0\t1", "fr:a\t1\t1", "de:b\t0\t1", "de:c\t0\t1"]
+    for level, texts in (("sentences", references), ("pages", [" ".join(references[:2]), *references[2:]])):
+        (tmp_path / "data-bin" / level).mkdir(parents=True)
+        (tmp_path / level).mkdir()
+        (tmp_path / level / "test.de").write_text("\n".join(references) + "\n")
+        (tmp_path / level / "test.pages").write_text("\n".join(names) + "\n")
+        made = sweep.Sweep(description(level=level, parts=":"), tmp_path, tmp_path / level / "out", 1, {})
+        output = made.translation(made.systems[0])
+        output.parent.mkdir(parents=True)
+        output.write_text("\n".join([*references[:2], *lines[2:]]) + "\n")
+        parts = made.scores(made.systems[0])["parts"]
+        german = BLEU().corpus_score(lines[2:], [texts[-2:]])
+        assert list(parts) == ["de", "fr"] and parts["de"]["bleu"] == german.score < 50
+        assert parts["fr"]["bleu"] == pytest.approx(100) and parts["fr"]["sentences"] == len(texts) - 2
+        assert parts["de"]["length_ratio"] == 0.5
+        made.parts_end = "/"
+        with pytest.raises(ArtifactError, match="`parts` is '/', which is not in the page 'fr:a'"):
+            made.scores(made.systems[0])
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "examples").glob("*/sweeps/*.yaml")), ids=lambda file: file.stem)
