@@ -3,6 +3,7 @@
 A Python program that uses fairseq's functions imports this module; ``--user-dir`` imports it through the package.
 """
 
+import functools
 import os
 import sys
 
@@ -28,11 +29,14 @@ patch_ranks_without_gpu()
 patch_user_dir()
 patch_alignment_generators()
 
+from fairseq import checkpoint_utils  # noqa: E402
+
 import ap_fairseq.model.language_model  # noqa: E402  (registration needs a checked fairseq)
 import ap_fairseq.model.roberta  # noqa: E402
 import ap_fairseq.model.transformer  # noqa: E402
 import ap_fairseq.search.task  # noqa: E402, F401
 from ap_fairseq.files import UserError  # noqa: E402
+from ap_fairseq.model.checkpoints import load_checkpoint  # noqa: E402
 
 
 def report_user_errors() -> None:
@@ -48,4 +52,21 @@ def report_user_errors() -> None:
     sys.excepthook = report
 
 
+def report_unreadable_checkpoints() -> None:
+    """Let fairseq name the checkpoint that it cannot read: torch's error does not."""
+    stock = checkpoint_utils.load_checkpoint_to_cpu
+
+    @functools.wraps(stock)
+    def load_checkpoint_to_cpu(path, *args, **kwargs):
+        try:
+            return stock(path, *args, **kwargs)
+        except Exception:
+            if os.path.exists(path):
+                load_checkpoint(path)  # raises if the file is at fault
+            raise
+
+    checkpoint_utils.load_checkpoint_to_cpu = load_checkpoint_to_cpu
+
+
 report_user_errors()
+report_unreadable_checkpoints()

@@ -300,18 +300,24 @@ def load_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
         state = torch.load(path, map_location="cpu")
     except Exception as error:  # the unpickler raises whatever the bytes lead it to
         # torch's safe loader wraps its reason in instructions to turn it off.
-        reasons = [line.strip() for line in str(error).splitlines()] or [type(error).__name__]
-        reason = next((line for line in reasons if line.startswith("WeightsUnpickler error")), None)
+        lines = [line.strip() for line in str(error).splitlines()]
+        reason = next((line for line in lines if line.startswith("WeightsUnpickler error")), None)
         if reason is None:
-            reason = reasons[0] if "weights_only" not in reasons[0] else "its contents are not a checkpoint's"
-        raise ArtifactError(f"{path} cannot be read as a checkpoint: {reason}; copy it again") from error
+            reason = f"{type(error).__name__}: {lines[0]}" if lines and "weights_only" not in lines[0] else "no weights"
+        raise ArtifactError(
+            f"{path} cannot be read as a checkpoint ({reason}): it is cut off, damaged or of another kind; copy it "
+            "again, or name another file"
+        ) from error
     _require_entries(state, path)
     return state
 
 
 def _require_entries(state: Any, path) -> None:
     if not isinstance(state, dict) or "model" not in state or not (state.get("cfg") or state.get("args")):
-        raise ArtifactError(f"{path} is not a fairseq checkpoint: expected the entries 'model' and 'cfg' or 'args'")
+        raise ArtifactError(
+            f"{path} is not a fairseq checkpoint: expected the entries 'model' and 'cfg' or 'args'; name a file that "
+            "fairseq-train wrote"
+        )
     if not isinstance(state["model"], dict):
         raise ArtifactError(f"{path} is damaged: its entry 'model' is a {type(state['model']).__name__}")
     for name, value in state["model"].items():

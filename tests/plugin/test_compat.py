@@ -8,8 +8,10 @@ import types
 
 import pytest
 import torch
+from fairseq import checkpoint_utils
 
 from ap_fairseq import compat
+from ap_fairseq.files import ArtifactError
 
 
 @pytest.mark.parametrize("broken", ["missing", "old"])
@@ -43,3 +45,25 @@ def test_checkpoints_are_read_before_the_plugin_is_registered(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", program, tmp_path / "model.pt"], capture_output=True, text=True)
     assert done.stdout == "transformer\n", done.stderr
+
+
+def test_fairseq_names_the_checkpoint_that_it_cannot_read(tmp_path):
+    """fairseq-generate, and fairseq-train that resumed, ended in torch's traceback, in which no file is named."""
+    whole, cut, text, other = (tmp_path / f"{name}.pt" for name in ("whole", "cut", "text", "other"))
+    torch.save({"args": argparse.Namespace(arch="transformer"), "model": {}}, whole)
+    cut.write_bytes(whole.read_bytes()[:-20])
+    text.write_text("hello\n")
+    torch.save([1], other)
+    damaged = "it is cut off, damaged or of another kind; copy it again, or name another file"
+    for path, begin, end in (
+        (cut, "cannot be read as a checkpoint (RuntimeError: Pytorch", damaged),
+        (text, "cannot be read as a checkpoint (KeyError: 101): ", damaged),
+        (other, "is not a fairseq checkpoint: ", "name a file that fairseq-train wrote"),
+    ):
+        with pytest.raises(ArtifactError) as error:
+            checkpoint_utils.load_checkpoint_to_cpu(str(path))
+        assert str(error.value).startswith(f"{path} {begin}") and str(error.value).endswith(end)
+    with pytest.raises(KeyError, match="best_loss"):  # of fairseq, which wants more of it than we do
+        checkpoint_utils.load_checkpoint_to_cpu(str(whole))
+    with pytest.raises(FileNotFoundError):
+        checkpoint_utils.load_checkpoint_to_cpu(str(tmp_path / "missing.pt"))
