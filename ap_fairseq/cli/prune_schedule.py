@@ -18,7 +18,14 @@ from ap_fairseq.experiments.stages import PLUGIN, Stages
 from ap_fairseq.files import UserError, require_file
 from ap_fairseq.model.checkpoints import add_user_dir, import_user_dir, open_with_masks
 from ap_fairseq.provenance import dictionary_files
-from ap_fairseq.pruning.flags import budget_flags, parse_mask_flags, require_fitting, spec_from, split_flags
+from ap_fairseq.pruning.flags import (
+    allow_flag_values,
+    budget_flags,
+    parse_mask_flags,
+    require_fitting,
+    spec_from,
+    split_flags,
+)
 from ap_fairseq.sites import AttentionKind, architecture
 from ap_fairseq.training.schedule import SHAPES, share_of_round
 
@@ -58,6 +65,7 @@ def get_parser() -> argparse.ArgumentParser:
         help="flags of ap-record in one argument, e.g. '--fp16 --max-tokens 16384' (default: '%(default)s')",
     )
     parser.add_argument("-o", "--output", required=True, metavar="DIR", help="folder of the rounds")
+    allow_flag_values(parser, "--masks", "--record")
     return parser
 
 
@@ -134,9 +142,6 @@ def require_flags(data: str, checkpoint: str, mask_flags: Sequence[str], train_f
 def main(argv: list[str]) -> None:
     split = argv.index("--") if "--" in argv else len(argv)
     own, train_flags = argv[:split], argv[split + 1 :]
-    for flag in {"--masks", "--record"} & set(own[:-1]):  # argparse takes a value of one flag for a flag of its own
-        at = own.index(flag)
-        own[at : at + 2] = [f"{flag}={own[at + 1]}"]
     args = get_parser().parse_args(own)
     require_file(args.path, "a fairseq checkpoint")
     if not 1 <= args.rounds <= args.updates:

@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import math
 import shlex
+import sys
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -156,6 +157,25 @@ def add_mask_options(parser: argparse.ArgumentParser) -> None:
         "recorded ones",
     )
     parser.add_argument("--seed", type=int, default=1, help="for random masks and ties (default: %(default)s)")
+
+
+def allow_flag_values(parser: argparse.ArgumentParser, *names: str) -> None:
+    """Let options of *parser* take a value that is a single flag, such as ``--calibrate``.
+
+    argparse takes it for a flag of the parser's own, unless it is joined to the option with ``=``.
+    """
+    stock = parser.parse_known_args
+
+    def parse_known_args(args=None, namespace=None):
+        words: list[str] = []
+        for word in sys.argv[1:] if args is None else args:
+            if words and words[-1] in names:
+                words[-1] += f"={word}"
+            else:
+                words.append(word)
+        return stock(words, namespace)
+
+    parser.parse_known_args = parse_known_args  # type: ignore[method-assign]
 
 
 def split_flags(name: str, flags: str) -> list[str]:

@@ -9,7 +9,7 @@ from omegaconf import II
 
 from ap_fairseq.files import UserError
 from ap_fairseq.model.pruned_model import PrunedModel
-from ap_fairseq.pruning.flags import parse_mask_flags, split_flags
+from ap_fairseq.pruning.flags import allow_flag_values, parse_mask_flags, split_flags
 from ap_fairseq.sites import AttentionKind
 from ap_fairseq.training.pruner import TrainingPruner
 from ap_fairseq.training.schedule import SHAPES, PruningSchedule
@@ -73,6 +73,12 @@ def build_pruner(task, cfg: PruningWhileTrainingConfig) -> TrainingPruner | None
 
 class PruningWhileTraining:
     """The part of a task that prunes the model while it trains; fairseq's own task class comes after it."""
+
+    @classmethod
+    def add_args(cls, parser):
+        """As fairseq's; ``--prune-flags`` may be a single flag."""
+        super().add_args(parser)
+        allow_flag_values(parser, "--prune-flags")
 
     def __init__(self, cfg, *args, **kwargs):
         super().__init__(cfg, *args, **kwargs)

@@ -116,7 +116,7 @@ def test_budgets_by_kind_and_other_criteria(data_bin, tmp_path):
             "pruned_transformer",
             "--prune-start 50",
         ),
-        (["--attention-sparsity", 0.5, "--prune-flags", "--cross 0.5"], "pruned_transformer", "both name budgets"),
+        (["--attention-sparsity", 0.5, "--prune-flags", "--cross=0.5"], "pruned_transformer", "both name budgets"),
         (["--attention-sparsity", 0.5], "transformer", "pruned_transformer"),
         (
             ["--prune-flags", "--total 0.5 --max-heads 99"],
