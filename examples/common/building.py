@@ -331,6 +331,13 @@ def add_page_tokens(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--page-tokens", type=int, default=1000, metavar="N", help=help)
 
 
+def make_absolute(args: argparse.Namespace) -> None:
+    """Makes the paths of a command line absolute, because programs run in other folders."""
+    for name, value in vars(args).items():
+        if isinstance(value, Path):
+            setattr(args, name, value.absolute())
+
+
 def check_options(parser: argparse.ArgumentParser, args: argparse.Namespace, **least: int) -> None:
     """Refuses numbers that are too small, and makes all paths absolute, because programs run in other folders."""
     for name, number in {"bpe_size": 100, **least}.items():
@@ -339,9 +346,7 @@ def check_options(parser: argparse.ArgumentParser, args: argparse.Namespace, **l
     coverage = getattr(args, "character_coverage", 1.0)
     if not 0.9 <= coverage <= 1:
         parser.error(f"--character-coverage is {coverage}, expected between 0.9 and 1")
-    for name, value in vars(args).items():
-        if isinstance(value, Path):
-            setattr(args, name, value.absolute())
+    make_absolute(args)
 
 
 def prepare(args: argparse.Namespace, steps_of: Callable[[argparse.Namespace], Sequence[Step]]) -> dict[str, Any]:

@@ -1,8 +1,13 @@
-"""What programs of the examples say where the packages that they need are not installed."""
+"""How programs of the examples start, and what they say when they cannot go on."""
 
+import argparse
+import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
+
+from building import PrepareError, make_absolute
 
 
 @contextmanager
@@ -15,3 +20,21 @@ def required_modules() -> Iterator[None]:
             f"run.sh: error: {sys.executable} has no module {missing.name}: run scripts/setup.sh in the repository and "
             "activate its environment (source .venv/bin/activate)"
         )
+
+
+def run_example(run: Callable[[argparse.Namespace], Any], args: argparse.Namespace) -> None:
+    """Calls ``run(args)`` for a ``run.sh``; it ends with one line for what the user can put right."""
+    from ap_fairseq.cli.common import exit_on_sigterm
+    from ap_fairseq.files import UserError
+
+    make_absolute(args)
+    exit_on_sigterm()
+    logging.getLogger().setLevel(logging.WARNING)  # hydra, which fairseq loads, lets through what others debug
+    try:
+        run(args)
+    except (UserError, PrepareError) as error:
+        sys.exit(f"run.sh: error: {error}")
+    except OSError as error:
+        if error.filename is None:
+            raise
+        sys.exit(f"run.sh: error: {error}")

@@ -14,7 +14,6 @@ same command resumes. Stages, in order; each needs those before it, and without 
 
 import argparse
 import importlib.util
-import logging
 import math
 import os
 import shlex
@@ -27,14 +26,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from environment import required_modules
+from environment import required_modules, run_example
 
 with required_modules():
     import torch
-    from building import PrepareError
 
     import ap_fairseq.plugin  # noqa: F401  (loaded once for all stages)
-    from ap_fairseq.cli.common import exit_on_sigterm
     from ap_fairseq.evaluation.results import format_latex, format_markdown, read_results
     from ap_fairseq.experiments.stages import PLUGIN, Stages, call, run_together
     from ap_fairseq.files import UserError
@@ -408,21 +405,13 @@ def main(arguments: list[str] | None = None) -> None:
     if args.help:
         parser.print_help()
         prepare_options.append("--help")
-    for name in ("data", "out"):
-        if getattr(args, name) is not None:
-            setattr(args, name, getattr(args, name).absolute())
-    exit_on_sigterm()
-    logging.getLogger().setLevel(logging.WARNING)  # hydra, which fairseq loads, lets through what others debug
-    try:
+
+    def run(args: argparse.Namespace) -> None:
         recipe = Recipe(args.folder.resolve(), args, prepare_options)
         for stage in STAGES if args.stage == "all" else (args.stage,):
             getattr(recipe, stage)()
-    except (UserError, PrepareError) as error:
-        sys.exit(f"run.sh: error: {error}")
-    except OSError as error:
-        if error.filename is None:
-            raise
-        sys.exit(f"run.sh: error: {error}")
+
+    run_example(run, args)
 
 
 if __name__ == "__main__":

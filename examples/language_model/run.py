@@ -13,7 +13,6 @@ so the same command resumes. `results.json` and `results.md` hold test perplexit
 
 import argparse
 import json
-import logging
 import re
 import shlex
 import sys
@@ -25,14 +24,13 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "common"))  # see examples/common
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # beside this file
 
-from environment import required_modules
+from environment import required_modules, run_example
 
 with required_modules():
     import documentation
     import torch
 
     import ap_fairseq.plugin  # noqa: F401  (loaded once for all stages)
-    from ap_fairseq.cli.common import exit_on_sigterm
     from ap_fairseq.evaluation.tables import Table, markdown
     from ap_fairseq.experiments.stages import PLUGIN, Stages, run_together
     from ap_fairseq.files import UserError, write_json
@@ -269,16 +267,7 @@ def get_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    args = get_parser().parse_args(arguments)
-    for name in ("data_bin", "out"):
-        if getattr(args, name) is not None:
-            setattr(args, name, getattr(args, name).absolute())
-    exit_on_sigterm()
-    logging.getLogger().setLevel(logging.WARNING)  # hydra, which fairseq loads, lets through what others debug
-    try:
-        Experiment(args).run()
-    except UserError as error:
-        sys.exit(f"run.sh: error: {error}")
+    run_example(lambda args: Experiment(args).run(), get_parser().parse_args(arguments))
 
 
 if __name__ == "__main__":
