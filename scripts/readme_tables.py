@@ -37,6 +37,7 @@ SCRIPTS = ROOT / "scripts"
 EXAMPLE = ROOT / "examples" / "libreoffice_help"
 RESULTS = EXAMPLE / "results"
 DEBIAN_RESULTS = ROOT / "examples" / "debian_text" / "results"
+LM_RESULTS = ROOT / "examples" / "language_model" / "results"
 TABLE = re.compile(r"(<!-- results: (\S+) -->\n)((?:(?!<!-- ).*\n)*)(<!-- end -->)")
 SPAN = re.compile(r"(<!-- n: (.*?) -->)(.*?)(<!-- /n -->)", re.DOTALL)
 DIGEST = (  # of the results by system
@@ -382,7 +383,7 @@ def tables() -> dict[str, Callable[[], str]]:
         "cpu": lambda: format_markdown(load(RESULTS / "cpu.json")),
         "rivals.translation": rivals_translation,
     }
-    for path in sorted((ROOT / "examples" / "language_model" / "results").glob("*.json")):
+    for path in sorted({*LM_RESULTS.glob("*.json")} - {LM_RESULTS / "corpus.json"}):
         made[f"language-model.{path.stem}"] = lambda path=path: language_models(path)
     for path in sorted((ROOT / "examples" / "libreoffice_one_to_many" / "results").glob("*.jsonl")):
         made[f"one-to-many.{path.stem}"] = lambda path=path: sweep(path)
