@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import threading
 
 import torch
 from fairseq.modules import CharacterTokenEmbedder
@@ -25,6 +26,8 @@ from ap_fairseq.search.strategies import covers
 from ap_fairseq.sites import attention_sites
 
 logger = logging.getLogger(__name__)
+
+TURN = threading.RLock()  # of the searches of a process: threads may share a generator and its buffers
 
 SEARCH_OPTIONS = {  # that choose a search which is not covered
     "LexicallyConstrainedBeamSearch": "--constraints",
@@ -69,10 +72,10 @@ class PrunedSequenceGenerator(SequenceGenerator):
         if not covers(self.search):
             name = type(self.search).__name__
             return f"the search {name} ({SEARCH_OPTIONS.get(name, 'search_strategy')})"
-        if not any(
-            all(isinstance(model, kind) for model in models) for kind in (PrunedTransformerModel, PrunedLanguageModel)
-        ):
-            return "an ensemble with models other than pruned_transformer, or other than pruned_transformer_lm"
+        if others := [
+            type(x).__name__ for x in models if not isinstance(x, PrunedTransformerModel | PrunedLanguageModel)
+        ]:
+            return f"a model {others[0]} (of a transformer, ap-apply --attention-masks none makes one that is)"
         if not all(model.decoder.layers for model in models):
             return "a decoder without layers (--decoder-layers 0)"
         if any(isinstance(model.decoder.embed_tokens, CharacterTokenEmbedder) for model in models):
@@ -127,11 +130,12 @@ class PrunedSequenceGenerator(SequenceGenerator):
     def _generate(self, sample, prefix_tokens=None, constraints=None, bos_token=None):
         if self.fallback_reason(constraints) is None:
             return self.search_on_device(sample, prefix_tokens, bos_token)[0]
-        self._log_cache_savings()
-        self.model.max_steps = self._limits(sample)[0] + 1
         if isinstance(self.search, DiverseBeamSearch):
             sample = {**sample, "id": None}  # by which fairseq would look up sentences of the batch
-        return super()._generate(sample, prefix_tokens, constraints, bos_token)
+        with TURN:
+            self._log_cache_savings()
+            self.model.max_steps = self._limits(sample)[0] + 1
+            return super()._generate(sample, prefix_tokens, constraints, bos_token)
 
     def _log_cache_savings(self) -> None:
         for model in self.model.models:  # --eval-bleu does not prepare them for inference
@@ -154,21 +158,27 @@ class PrunedSequenceGenerator(SequenceGenerator):
         self._log_cache_savings()
         source, (max_len, lengths) = sample["net_input"]["src_tokens"], self._limits(sample)
         if self.min_len > max_len:
-            raise UserError(f"--min-len {self.min_len} is above the maximum length {max_len} of this batch")
-        encoder_outs = self.model.forward_encoder(sample["net_input"])
-        needed = Capacity(
-            sentences=bucket(source.size(0)),
-            source_length=0 if encoder_outs is None else max(256, bucket(source.size(1))),
-            positions=max(min(max(256, bucket(max_len + 1)), self.max_len), max_len + 1),
-        )
-        rules = SearchRules.from_generator(self)
-        if self._decoder is None or not self._decoder.serves(rules, needed):
-            capacity = needed if self._decoder is None else needed.joined(self._decoder.capacity)
-            self._decoder = None  # its memory is free before the next one is made
-            with torch.inference_mode(False):  # a later batch may come outside of it
-                self._decoder = self._decoder_class(source.device)(self.model.models, rules, capacity, source.device)
-        first_token = self.eos if bos_token is None else bos_token
-        return self._decoder.search(encoder_outs, max_len, first_token, lengths, prefix_tokens), encoder_outs
+            raise UserError(
+                f"--min-len {self.min_len} is above the maximum length {max_len} of this batch; lower "
+                "it, or raise --max-len-b"
+            )
+        with TURN:
+            encoder_outs = self.model.forward_encoder(sample["net_input"])
+            needed = Capacity(
+                sentences=bucket(source.size(0)),
+                source_length=0 if encoder_outs is None else max(256, bucket(source.size(1))),
+                positions=max(min(max(256, bucket(max_len + 1)), self.max_len), max_len + 1),
+            )
+            rules = SearchRules.from_generator(self)
+            if self._decoder is None or not self._decoder.serves(rules, needed):
+                capacity = needed if self._decoder is None else needed.joined(self._decoder.capacity)
+                self._decoder = None  # its memory is free before the next one is made
+                with torch.inference_mode(False):  # a later batch may come outside of it
+                    self._decoder = self._decoder_class(source.device)(
+                        self.model.models, rules, capacity, source.device
+                    )
+            first_token = self.eos if bos_token is None else bos_token
+            return self._decoder.search(encoder_outs, max_len, first_token, lengths, prefix_tokens), encoder_outs
 
 
 @functools.cache

@@ -53,9 +53,10 @@ class SearchOnDevice:
             extra_gen_cls_kwargs = {**(extra_gen_cls_kwargs or {}), "cpu_int8": True}
         options = seq_gen_cls, extra_gen_cls_kwargs, prefix_allowed_tokens_fn
         wanted = [id(model) for model in models], copy.deepcopy(args), options
-        if self._built is None or self._built[0] != wanted:
-            self._built = wanted, super().build_generator(models, args, *options)
-        return self._built[1]
+        built = self._built
+        if built is None or built[0] != wanted:
+            built = self._built = wanted, super().build_generator(models, args, *options)
+        return built[1]  # not the attribute, which another thread may have replaced
 
 
 @dataclass

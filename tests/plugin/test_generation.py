@@ -2,10 +2,12 @@
 
 import argparse
 import collections
+import concurrent.futures
 import copy
 import gc
 import logging
 import math
+import sys
 import weakref
 
 import numpy as np
@@ -559,6 +561,23 @@ def test_rules_changed_after_the_first_batch_hold_for_the_next():
     assert_same(generator.generate([], sample(LENGTHS)), expected)
 
 
+def test_threads_that_share_a_generator_take_turns():
+    """The hub gives all threads one generator: they wrote into each other's buffers, and got wrong translations."""
+    systems, switch = models(), sys.getswitchinterval()
+    ours = PrunedSequenceGenerator(systems, VOCAB, beam_size=3, max_len_b=12)
+    expected = [
+        SequenceGenerator(systems, VOCAB, beam_size=3, max_len_b=12).generate([], sample(LENGTHS, k)) for k in range(8)
+    ]
+    sys.setswitchinterval(1e-5)
+    try:
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            found = list(pool.map(lambda seed: ours.generate([], sample(LENGTHS, seed)), range(8)))
+    finally:
+        sys.setswitchinterval(switch)
+    for mine, theirs in zip(found, expected, strict=True):
+        assert_same(mine, theirs)
+
+
 def test_buffers_on_the_device_go_with_the_generator():
     generator = PrunedSequenceGenerator(models(), VOCAB, beam_size=3, max_len_b=5)
     generator.generate([], sample([3, 4]))
@@ -623,7 +642,7 @@ def test_half_precision_translates_as_fairseq_does():
     ("reason", "systems", "options", "inputs"),
     [
         ("the search Other", models, dict(search_strategy=type("Other", (BeamSearch,), {})(VOCAB)), {}),
-        ("models other than", lambda: [dense_model(VOCAB).to(DEVICE)], {}, {}),
+        ("a model TransformerModelBase (of a transformer, ap-apply", lambda: [dense_model(VOCAB).to(DEVICE)], {}, {}),
         (
             "LengthConstrainedBeamSearch",
             models,
