@@ -96,8 +96,8 @@ def require_dense(model: PrunedModel, options: dict[str, Any], checkpoint) -> No
     pruned = describe_sparsity(model.masks_provenance() or {})
     raise ArtifactError(
         f"{checkpoint} has masks ({pruned}); fairseq's own model would compute the pruned pairs, too, and do worse "
-        "than it does under its masks. Use it with --user-dir, train a dense model from it (fairseq-train "
-        "--attention-masks none --finetune-from-model), or drop the masks with --attention-masks none --to-stock"
+        "than it does under its masks. Use it with --user-dir, or drop the masks with --attention-masks none "
+        "--to-stock, and fine-tune what that writes"
     )
 
 
