@@ -33,7 +33,8 @@ def title(result: dict[str, Any]) -> str:
         text += (f" {100 * result['start']:g}% → " if result.get("start") else " ") + f"{share}%"
         text += {"global": "", "per-kind": " per kind"}.get(kinds, f" of {kinds}")
     if masked and result["granularity"] != 1:
-        text += f", blocks of {result['granularity']}"
+        blocks = re.fullmatch(r"\d+(x\d+)?", str(result["granularity"]))
+        text += f", blocks of {result['granularity']}" if blocks else f", {result['granularity']}"
     text += f", {result['options'].replace('--', '')}" if result["options"] else ""
     rounds = result.get("rounds", 1)
     text += {

@@ -563,6 +563,11 @@ def test_the_loss_is_that_of_fairseq_and_can_be_all(corpus, dense, tmp_path):
         (dict(criterion="top-k", sparsity=0.8), "top-k 80%"),
         (dict(criterion="threshold", threshold=0.01, log_bits=3), "threshold 0.01, 3 log bits"),
         (dict(criterion="mean", kinds="own", options="--encoder-self 0.7"), "mean, encoder-self 0.7, no fine-tuning"),
+        (dict(criterion="mean", sparsity=0.5, granularity="64x16"), "mean 50%, blocks of 64x16, no fine-tuning"),
+        (
+            dict(criterion="mean", sparsity=0.5, granularity="cross=scaled-diagonal"),
+            "mean 50%, cross=scaled-diagonal, no fine-tuning",
+        ),
     ],
 )
 def test_tables_name_systems_in_words(settings, title):
