@@ -24,14 +24,28 @@ logger = logging.getLogger(__name__)
 
 def exit_on_sigterm() -> None:
     """On SIGTERM, which schedulers send, end the program's child processes and leave no unfinished file."""
+    if threading.current_thread() is not threading.main_thread():  # no other thread may set it
+        return
+    if signal.getsignal(signal.SIGTERM) is _end:
+        return
+    signal.signal(signal.SIGTERM, _end)
+    signal.signal(signal.SIGALRM, _end)
+    report = sys.unraisablehook
 
-    def end(number: int, _) -> None:
-        for child in multiprocessing.active_children():
-            child.terminate()
-        sys.exit(128 + number)
+    def again(dropped) -> None:
+        # In a finalizer or a callback of a weak reference Python only reports what is raised: try outside of it.
+        if dropped.exc_type is SystemExit:
+            signal.setitimer(signal.ITIMER_REAL, 0.01)
+        else:
+            report(dropped)
 
-    if threading.current_thread() is threading.main_thread():  # no other thread may set it
-        signal.signal(signal.SIGTERM, end)
+    sys.unraisablehook = again
+
+
+def _end(*_) -> NoReturn:
+    for child in multiprocessing.active_children():
+        child.terminate()
+    sys.exit(128 + signal.SIGTERM)
 
 
 def _fail(program: str, error: Exception) -> NoReturn:

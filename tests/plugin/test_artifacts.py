@@ -173,6 +173,28 @@ main()
     assert not os.listdir(tmp_path)
 
 
+def test_a_signal_in_a_callback_ends_a_command(tmp_path):
+    """Python drops what a callback of a weak reference raises: most trainings of a sweep went on after SIGTERM."""
+    code = """
+import signal, sys, time, weakref
+from ap_fairseq.files import atomic_output
+from ap_fairseq.cli.common import command
+
+@command
+def main(argv):
+    with atomic_output(argv[0]) as temporary:
+        temporary.write_text("half")
+        collected = set()
+        reference = weakref.ref(collected, lambda _: signal.raise_signal(signal.SIGTERM))
+        del collected
+        time.sleep(30)
+
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "out")], capture_output=True, timeout=100)
+    assert done.returncode == 143 and b"Exception ignored" not in done.stderr and not os.listdir(tmp_path)
+
+
 def test_a_full_disk_is_named(tmp_path, monkeypatch):
     def full(*_):
         raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 28608 vs 28502")
