@@ -115,6 +115,8 @@ def anchored(anchor: np.ndarray, rows: np.ndarray) -> np.ndarray:
 def choose_anchors(score: np.ndarray, most: int) -> np.ndarray:
     """Give each head the offset of its highest score that fewer than *most* heads with higher ones have already.
 
+    Where there are too few offsets for that, as many more heads share one as it takes.
+
     Args:
         score: float64 (heads, 2 S - 1).
 
@@ -122,6 +124,7 @@ def choose_anchors(score: np.ndarray, most: int) -> np.ndarray:
         int64 (heads,), offsets.
     """
     heads, n_offsets = score.shape
+    most = max(most, -(-heads // n_offsets))
     anchor = np.full(heads, n_offsets)
     taken = np.zeros(n_offsets, dtype=np.int64)
     for place in np.argsort(-score, axis=None, kind="stable"):

@@ -139,6 +139,7 @@ def test_anchors_are_the_best_offsets_that_are_left():
     assert relative.choose_anchors(score[:3], 1).tolist() == [0, -1, 1]
     assert relative.choose_anchors(score, 2).tolist() == [0, 0, 1, 1]
     assert relative.choose_anchors(score, 4).tolist() == [0, 0, 0, 1]
+    assert relative.choose_anchors(score, 1).tolist() == [0, 0, 1, 1]  # one more head than there are offsets
 
 
 def test_a_global_budget_weighs_offsets_against_cells():

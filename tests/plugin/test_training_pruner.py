@@ -155,6 +155,12 @@ def test_mask_flags_that_only_data_can_refuse_are_left_to_them():
     flags = "--total 0.8 --max-heads 1 --min-kept 0.4 --granularity 3x5 --smooth 9 --criterion importance"
     schedule = PruningSchedule(10, 10, 1)
     TrainingPruner(object(), schedule, parse_mask_flags(flags.split()), 50, {}).require_fitting(pruned_model())
+    # One head an offset, and four heads for the three offsets of the trial.
+    flags, heads = (
+        "--total 0.9 --granularity cross=scaled-diagonal",
+        dict(encoder_attention_heads=4, decoder_attention_heads=4),
+    )
+    TrainingPruner(object(), schedule, parse_mask_flags(flags.split()), 50, {}).require_fitting(pruned_model(**heads))
     with pytest.raises(UserError, match="--prune-sample 0: a pruning records at least 1 sentence"):
         TrainingPruner(object(), schedule, parse_mask_flags([]), 0, {})
 
