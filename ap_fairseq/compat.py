@@ -100,10 +100,11 @@ def patch_gloo_shutdown() -> None:
                 torch.distributed.destroy_process_group()
 
 
-def patch_ranks_without_gpu() -> None:
-    """Let fairseq infer its ranks from ``torchrun`` or SLURM on machines without a GPU, too.
+def patch_ranks() -> None:
+    """Let fairseq take its ranks from ``torchrun`` on hosts with one GPU, and from it or SLURM without any.
 
-    It divides the rank by the number of GPUs to find its own, and selects it.
+    It looks for them only if ``--distributed-world-size`` is above 1, by default the number of GPUs of the host: else
+    every rank would train alone and write the same files. Without a GPU it divides the rank by zero GPUs.
     """
     from fairseq.distributed import utils as distributed
 
@@ -111,12 +112,14 @@ def patch_ranks_without_gpu() -> None:
 
     @functools.wraps(stock)
     def infer_init_method(cfg, force_distributed=False):
+        launched = {"MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK"} <= os.environ.keys()
+        if launched and cfg.distributed_init_method is None:
+            cfg.distributed_world_size = int(os.environ["WORLD_SIZE"])
         several = cfg.distributed_init_method is None and cfg.distributed_world_size > 1
         if torch.cuda.is_available() or not several:
             stock(cfg, force_distributed)
-        elif {"MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK"} <= os.environ.keys():
+        elif launched:
             cfg.distributed_init_method = "env://"
-            cfg.distributed_world_size = int(os.environ["WORLD_SIZE"])
             cfg.distributed_rank = int(os.environ["RANK"])
             cfg.distributed_no_spawn = True
         elif distributed._infer_slurm_init(cfg, None):

@@ -14,7 +14,7 @@ from ap_fairseq.compat import (
     patch_ema_integers,
     patch_gloo_shutdown,
     patch_numpy_long,
-    patch_ranks_without_gpu,
+    patch_ranks,
     patch_user_dir,
     require_fairseq,
 )
@@ -25,7 +25,7 @@ hide_notices_of_hydra()
 patch_ema_integers()
 patch_gloo_shutdown()
 patch_numpy_long()
-patch_ranks_without_gpu()
+patch_ranks()
 patch_user_dir()
 patch_alignment_generators()
 

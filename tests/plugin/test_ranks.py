@@ -1,6 +1,7 @@
 """Several ranks: two gloo processes on the CPU record, train and resume as one process does.
 
-fairseq infers the ranks from the variables of torchrun or SLURM; without a GPU it divided the rank by zero GPUs.
+fairseq infers the ranks from the variables of torchrun or SLURM; without a GPU it divided the rank by zero GPUs, and
+under torchrun without --distributed-world-size every rank trained alone.
 """
 
 import dataclasses
@@ -57,7 +58,7 @@ def run_torchrun(*command, **kwargs) -> str:
     """Run a command as two ranks under torchrun; return the log of both."""
     executable = Path(sys.executable).parent / command[0]
     launcher = ["torchrun", "--standalone", "--nproc-per-node", RANKS, "--no-python", executable]
-    return run_process(*launcher, *command[1:], *GLOO, **kwargs)
+    return run_process(*launcher, *command[1:], "--distributed-backend", "gloo", **kwargs)
 
 
 def run_slurm(folder: Path, *command) -> str:
