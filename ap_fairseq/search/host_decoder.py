@@ -232,8 +232,10 @@ class HostLayer:
         """Whether a layer does nothing else than this class, and its weights can be packed."""
         dropouts = (layer.dropout_module, layer.activation_dropout_module)
         linear = [layer.fc1, layer.fc2, layer.self_attn.q_proj, layer.self_attn.out_proj]
+        scales = (layer.c_attn, layer.attn_ln, layer.ffn_layernorm, layer.w_resid)  # --scale-heads and its like
         return (
             not any(dropout.apply_during_inference for dropout in dropouts)
+            and all(scale is None for scale in scales)
             and all(type(part) in (nn.Linear, PackedLinear) for part in linear)
             and can_pack(layer.fc1.weight)
         )

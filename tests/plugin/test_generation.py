@@ -359,6 +359,9 @@ def language_model(sparsity: float, vocab=VOCAB, **options):
     stock, ours = language_models(vocab, **{"decoder_embed_dim": 32, "tokens_per_sample": 64, **options})
     if ours.decoder.adaptive_softmax is None:
         ours.decoder.output_projection.weight.data.mul_(3)
+    for name, parameter in ours.named_parameters():
+        if name.endswith(("c_attn", "w_resid")):  # of ones at first
+            parameter.data.mul_(torch.linspace(0.5, 2, len(parameter)))
     if sparsity:
         ours.set_masks(causal_masks(sparsity, longest=64))
     stock.load_state_dict({name: ours.state_dict()[name] for name in stock.state_dict()})
@@ -390,6 +393,10 @@ CONTINUED = {
     "as the prompt is long": (dict(beam_size=3, match_source_len=True), PROMPTS, {}),
     "adaptive": (dict(beam_size=3, max_len_b=24, temperature=0.8), PROMPTS, ADAPTIVE),
     "gpt": (dict(beam_size=3, max_len_b=999), PROMPTS, dict(decoder_learned_pos=True, decoder_normalize_before=True)),
+    **{
+        name: (dict(beam_size=3, max_len_b=24), PROMPTS, {name: True, "decoder_normalize_before": True})
+        for name in ("scale_heads", "scale_attn", "scale_fc", "scale_resids")  # the search on a CPU left them out
+    },
 }
 
 
