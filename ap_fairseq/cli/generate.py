@@ -129,6 +129,11 @@ def _require_files(args: argparse.Namespace) -> None:
     folders = utils.split_paths(args.data)
     if not dictionary_files(folders[0]):
         raise UserError(f"{folders[0]} has no dictionary dict*.txt; name a folder made by fairseq-preprocess")
+    if args.task == "pruned_translation" and not list(Path(folders[0]).glob("dict.*.txt")):
+        raise UserError(
+            f"{folders[0]} has one dictionary dict.txt, as text of a language model has; add --task "
+            "pruned_language_modeling"
+        )
     if args.input is None and not any(list(Path(folder).glob(f"{args.gen_subset}.*")) for folder in folders):
         subsets = sorted({file.name.split(".")[0] for folder in folders for file in Path(folder).glob("*.idx")})
         raise UserError(f"--gen-subset {args.gen_subset}: {args.data} has {', '.join(subsets) or 'no subset'}")

@@ -273,6 +273,8 @@ def test_masks_applied_without_training(text_bin, dense_lm, lm_masks, tmp_path):
     options = ["--task", "pruned_language_modeling", "--tokens-per-sample", BLOCK, "--beam", 2, "--max-len-b", 14]
     run("ap-generate", text_bin, "--path", ones, "--cpu", *options, *files)
     assert (tmp_path / "continued").read_text().splitlines() == expected
+    log = run("ap-generate", text_bin, "--path", ones, "--cpu", *files, expect=2)
+    assert "has one dictionary dict.txt" in log and "add --task pruned_language_modeling" in log
 
 
 def test_a_model_trained_under_masks_keeps_them(text_bin, lm_masks, tmp_path):
