@@ -102,6 +102,22 @@ class PruningWhileTraining:
                 model.prefer_checkpoint_masks()  # of a training that resumes
         return model
 
+    def get_batch_iterator(
+        self, dataset, *args, epoch=1, disable_iterator_cache=False, update_epoch_batch_itr=False, **kw
+    ):
+        """As fairseq's, but a training that prunes and resumes has the batches that it would have had.
+
+        fairseq makes them once in a process, with random numbers of the epoch that it starts in.
+        """
+        options = dict(disable_iterator_cache=disable_iterator_cache, update_epoch_batch_itr=update_epoch_batch_itr)
+        once = self.can_reuse_epoch_itr(dataset) and not any(options.values())
+        if self.pruner is None or not once or dataset in self.dataset_to_epoch_iter:
+            return super().get_batch_iterator(dataset, *args, epoch=epoch, **options, **kw)
+        iterator = super().get_batch_iterator(dataset, *args, epoch=1, **options, **kw)
+        dataset.set_epoch(epoch)
+        iterator.epoch = epoch
+        return iterator
+
     def train_step(self, sample, model, criterion, optimizer, update_num, ignore_grad=False):
         """As fairseq's, after the pruning that is due at this update."""
         if self.pruner is not None:

@@ -21,10 +21,6 @@ SCHEDULE = ["--attention-sparsity", 0.6, "--prune-start", 18, "--prune-end", 34,
 ONE_COMMAND = ["--task", "pruned_translation", "--attention-masks", "none", *SCHEDULE]
 
 
-def masks(checkpoint) -> dict[str, torch.Tensor]:
-    return {name: value for name, value in load_checkpoint(checkpoint)["model"].items() if "_words" in name}
-
-
 def sparsity(checkpoint) -> float:
     return decode_provenance(load_checkpoint(checkpoint)["model"]["mask_metadata"])["total"]["effective"]
 
@@ -77,17 +73,21 @@ def test_one_command_prunes_in_steps_and_leaves_an_ordinary_checkpoint(trained, 
     assert "Generate test with beam" in generate(data_bin, folder / "checkpoint_last.pt")
 
 
-def test_a_resumed_training_derives_the_masks_it_would_have_derived(trained, data_bin, tmp_path):
-    """Resumed with the same command, the masks of the checkpoint hold, not those of --attention-masks."""
+def test_a_resumed_training_ends_as_it_would_have_ended(trained, data_bin, tmp_path):
+    """Resumed with the same command, the masks of the checkpoint hold, not those of --attention-masks.
+
+    In a later epoch than the first, fairseq goes on with other batches, so the next pruning met another model.
+    """
     folder, _ = trained
     (before,) = folder.glob("checkpoint_*_26.pt")
     (tmp_path / "checkpoint_last.pt").write_bytes(before.read_bytes())
     log = train(data_bin, tmp_path, *ONE_COMMAND, arch="pruned_transformer", updates=27)
     assert prunings(log) == [(26, pytest.approx(57.8, abs=0.5))]
     assert "--max-update 27 ends the training before the last pruning" in log
-    resumed = masks(tmp_path / "checkpoint_last.pt")
-    train(data_bin, tmp_path / "straight", *ONE_COMMAND, arch="pruned_transformer", updates=27)
-    straight = masks(tmp_path / "straight" / "checkpoint_last.pt")
+    log = train(data_bin, tmp_path, *ONE_COMMAND, arch="pruned_transformer", updates=40)
+    assert prunings(log) == [(34, 60.0)]
+    resumed, straight = (load_checkpoint(path / "checkpoint_last.pt")["model"] for path in (tmp_path, folder))
+    assert resumed.keys() == straight.keys()
     assert all(torch.equal(resumed[name], straight[name]) for name in straight)
 
 
