@@ -70,11 +70,12 @@ def hide_notices_of_hydra() -> None:
 def patch_ema_integers() -> None:
     """Let ``--store-ema`` copy integer buffers, such as masks: their average has no meaning and no type.
 
-    fairseq's EMA takes the keys to copy as an argument, which its trainer does not pass.
+    fairseq's EMA takes the keys to copy as an argument, which its trainer does not pass, and refuses those whose shape
+    has changed, as that of masks does when a training prunes.
     """
     from fairseq.models.ema.ema import EMA
 
-    stock = EMA.__init__
+    stock, stock_step = EMA.__init__, EMA._step_internal
 
     @functools.wraps(stock)
     def init(self, model, config, device=None, skip_keys=None):
@@ -82,7 +83,17 @@ def patch_ema_integers() -> None:
         integers = {key for key, value in tensors.items() if not value.is_floating_point()}
         stock(self, model, config, device, integers | set(skip_keys or ()))
 
-    EMA.__init__ = init
+    @functools.wraps(stock_step)
+    def step(self, new_model, updates=None):
+        copied = {key: value for key, value in new_model.state_dict().items() if key in self.skip_keys}
+        own = self.model.state_dict()
+        if any(value.shape != own[key].shape for key, value in copied.items()):
+            self.restore(copied)
+            if self.config.ema_fp32:
+                self.fp32_params |= copied
+        stock_step(self, new_model, updates)
+
+    EMA.__init__, EMA._step_internal = init, step
 
 
 def patch_gloo_shutdown() -> None:

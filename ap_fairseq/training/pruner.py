@@ -42,15 +42,22 @@ class TrainingPruner:
         flags: parsed flags of ap-masks, with the final budgets.
         sample: sentences to record, drawn evenly over all lengths.
         batch: ``max_tokens`` and ``max_sentences`` of a recorded batch.
+        subset: that is trained on.
 
     Raises:
         UserError: for a sample of no sentences.
     """
 
     def __init__(
-        self, task, schedule: PruningSchedule, flags: argparse.Namespace, sample: int, batch: dict[str, int | None]
+        self,
+        task,
+        schedule: PruningSchedule,
+        flags: argparse.Namespace,
+        sample: int,
+        batch: dict[str, int | None],
+        subset: str = "train",
     ):
-        self.task, self.schedule, self.flags = task, schedule, flags
+        self.task, self.schedule, self.flags, self.subset = task, schedule, flags, subset
         if sample < 1:
             raise UserError(f"--prune-sample {sample}: a pruning records at least 1 sentence")
         self.sample, self.batch = sample, batch
@@ -102,7 +109,7 @@ class TrainingPruner:
 
     def record(self, model: PrunedModel, criterion: nn.Module) -> AttentionStats:
         """Record the attention of *model* on the sample of the training data; each rank records its part."""
-        dataset = copy.copy(self.task.dataset("train"))
+        dataset = copy.copy(self.task.dataset(self.subset))
         if isinstance(dataset, LanguagePairDataset):
             dataset.left_pad_source = dataset.left_pad_target = False  # statistics are indexed by token position
         device = next(model.parameters()).device
@@ -120,7 +127,7 @@ class TrainingPruner:
         return recorder.finish(
             group,
             validation_lengths(self.task),
-            **provenance(self.task, folders, "train", criterion if self.importance else None),
+            **provenance(self.task, folders, self.subset, criterion if self.importance else None),
             max_positions=MAX_POSITIONS,
             sample={"sentences": self.sample, "seed": 1},
         )

@@ -44,6 +44,7 @@ class PruningWhileTrainingConfig(FairseqDataclass):
     max_tokens: Optional[int] = II("dataset.max_tokens")
     batch_size: Optional[int] = II("dataset.batch_size")
     max_update: int = II("optimization.max_update")
+    train_subset: str = II("dataset.train_subset")
 
 
 def build_pruner(task, cfg: PruningWhileTrainingConfig) -> TrainingPruner | None:
@@ -66,9 +67,8 @@ def build_pruner(task, cfg: PruningWhileTrainingConfig) -> TrainingPruner | None
             raise UserError(f"--attention-sparsity {cfg.attention_sparsity} is not a share of pairs between 0 and 1")
         flags.total = cfg.attention_sparsity
     schedule = PruningSchedule(cfg.prune_start, cfg.prune_end, cfg.prune_every, cfg.prune_shape)
-    return TrainingPruner(
-        task, schedule, flags, cfg.prune_sample, dict(max_tokens=cfg.max_tokens, max_sentences=cfg.batch_size)
-    )
+    batch = dict(max_tokens=cfg.max_tokens, max_sentences=cfg.batch_size)
+    return TrainingPruner(task, schedule, flags, cfg.prune_sample, batch, cfg.train_subset)
 
 
 class PruningWhileTraining:

@@ -98,13 +98,22 @@ def test_the_best_checkpoint_is_one_under_the_last_masks(data_bin, tmp_path):
     assert sparsity(tmp_path / "checkpoint_best.pt") > 0.9
 
 
-def test_budgets_by_kind_and_other_criteria(data_bin, tmp_path):
+def test_budgets_by_kind_other_criteria_and_subsets_and_averages(data_bin, tmp_path):
+    """With --train-subset or --store-ema a training ended at its first pruning."""
     flags = ["--task", "pruned_translation", "--attention-masks", "none", "--prune-start", 4, "--prune-end", 4]
-    flags += ["--prune-flags", "--criterion mean --cross 0.5", "--prune-sample", 50]
+    flags += ["--prune-flags", "--criterion mean --cross 0.5", "--prune-sample", 50, "--train-subset", "valid"]
+    flags += ["--store-ema", "--ema-decay", 0.5, "--ema-fp32"]
     log = train(data_bin, tmp_path, *flags, arch="pruned_transformer", updates=6)
     assert "50 sentences recorded" in log
-    shares = decode_provenance(load_checkpoint(tmp_path / "checkpoint_last.pt")["model"]["mask_metadata"])["sparsity"]
+    state = load_checkpoint(tmp_path / "checkpoint_last.pt")
+    provenance, average = decode_provenance(state["model"]["mask_metadata"]), state["extra_state"]["ema"]
+    assert provenance["data"] == [{"name": "data-bin", "subset": "valid"}]
+    shares = provenance["sparsity"]
     assert shares["encoder_self"]["effective"] == 0 and shares["cross"]["effective"] == pytest.approx(0.5, abs=0.02)
+    assert average.keys() == state["model"].keys()
+    integers = [name for name, value in average.items() if not value.is_floating_point()]
+    assert len(integers) > 6 and all(torch.equal(average[name], state["model"][name]) for name in integers)
+    assert not torch.equal(average["decoder.layers.1.fc1.weight"], state["model"]["decoder.layers.1.fc1.weight"])
 
 
 @pytest.mark.parametrize(
