@@ -217,10 +217,10 @@ def load_model(job: Recording) -> tuple[BaseFairseqModel, Any, FairseqTask]:
             )
     load_parameters(model, parameters, job.checkpoint, cfg.model)
     blocks = job.task_settings.get("tokens_per_sample")
-    if blocks is not None and blocks > model.max_positions():
+    if blocks is not None and not 1 <= blocks <= model.max_positions():
         raise UserError(
-            f"--tokens-per-sample {blocks}: the model of {job.checkpoint} takes {model.max_positions()} positions; "
-            "pass at most that"
+            f"--tokens-per-sample {blocks}: the model of {job.checkpoint} takes 1 to {model.max_positions()} "
+            "positions; pass a number of these"
         )
     if "ema" in (state.get("extra_state") or {}):
         logger.warning(

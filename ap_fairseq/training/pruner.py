@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 from fairseq import checkpoint_utils, utils
-from fairseq.data import LanguagePairDataset, data_utils
+from fairseq.data import LanguagePairDataset, MonolingualDataset, data_utils
 from torch import nn
 
 from ap_fairseq.artifacts import AttentionStats
@@ -112,6 +112,8 @@ class TrainingPruner:
         dataset = copy.copy(self.task.dataset(self.subset))
         if isinstance(dataset, LanguagePairDataset):
             dataset.left_pad_source = dataset.left_pad_target = False  # statistics are indexed by token position
+        elif isinstance(dataset, MonolingualDataset):
+            dataset.fixed_pad_length = dataset.pad_to_bsz = None  # rows of padding alone are no blocks of text
         device = next(model.parameters()).device
         pad = self.task.source_dictionary.pad()
         limits = tuple(min(n, MAX_POSITIONS) for n in longest_sides(dataset))
