@@ -2,9 +2,10 @@
 
 For half precision, head sizes up to 64 and square tiles the choices are the fastest of sweeps on an H200 and an H100
 (torch 2.11, triton 3.6, D = 64; `scripts/tune_attention.py` repeats them), those of decode on an H100 with float16.
-Those of 64 x 16 are the best of a few on an H200 (`scripts/kernels.h200.json`). Those for larger heads, float32 and the
-other flat tiles were chosen by registers and shared memory alone. A choice depends on tile sizes, head size, type and
-size classes only, never on a sequence length inside a size class, so a new length does not compile anything.
+Those of 64 x 16, and of tiles of 64 and 128 for larger heads, are the best of a few on an H200
+(`scripts/kernels.h200.json`). Other tiles for larger heads, float32 and the other flat tiles were chosen by registers
+and shared memory alone. A choice depends on tile sizes, head size, type and size classes only, never on a sequence
+length inside a size class, so a new length does not compile anything.
 """
 
 from __future__ import annotations
@@ -94,8 +95,8 @@ def forward_config(table: TileTable, dim: int, dtype: torch.dtype) -> Config:
         return {
             (16, 16): Config(16, 32, 1, 2),
             (32, 32): Config(32, 32, 2, 2),
-            (64, 64): Config(64, 64, 4, 2),
-            (128, 128): Config(128, 64, 8, 2),
+            (64, 64): Config(64, 64, 4, 3),
+            (128, 128): Config(64, 64, 4, 3),
             (64, 16): Config(64, 64, 4, 2),
             (128, 16): Config(128, 64, 8, 2),
             (64, 1): Config(64, 64, 4, 2),
@@ -145,8 +146,8 @@ def dkdv_config(table: TileTable, dim: int, dtype: torch.dtype) -> Config:
         return {
             (16, 16): Config(32, 16, 1, 2),
             (32, 32): Config(32, 32, 2, 2),
-            (64, 64): Config(64, 64, 8, 2),
-            (128, 128): Config(64, 64, 8, 2),
+            (64, 64): Config(64, 64, 4, 2),
+            (128, 128): Config(64, 64, 4, 2),
         }[tile]
     return {
         (16, 16): Config(32, 16, 1, 2, 168),
