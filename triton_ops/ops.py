@@ -143,9 +143,14 @@ def attend(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]
     """(out, lse), differentiable: the operator inside a trace, the autograd function elsewhere."""
     if torch.compiler.is_compiling():
         return attention_op(q, k, v, *call.operands())
-    if torch._C._are_functorch_transforms_active():  # support costs every call the time to inspect a signature
-        raise RuntimeError("the kernels do not take part in torch.func transforms (grad, vmap); use backend 'sdpa'")
+    _refuse_transforms()
     return Attention.apply(q, k, v, call)
+
+
+def _refuse_transforms() -> None:
+    """Raise RuntimeError under torch.func: support costs every call the time to inspect a signature."""
+    if torch._C._are_functorch_transforms_active():
+        raise RuntimeError("the kernels do not take part in torch.func transforms (grad, vmap); use backend 'sdpa'")
 
 
 def _decode(
@@ -188,7 +193,10 @@ def _(q, *_):
 
 def decode_step(*inputs) -> Tensor:
     """`_decode`: the operator inside a trace, a plain call elsewhere."""
-    return (decode_op if torch.compiler.is_compiling() else _decode)(*inputs)
+    if torch.compiler.is_compiling():
+        return decode_op(*inputs)
+    _refuse_transforms()
+    return _decode(*inputs)
 
 
 def append_step(kv: Tensor, pool: Tensor, offsets: Tensor, step: Tensor) -> None:

@@ -90,8 +90,8 @@ def without_padding(x: Tensor, lengths: Tensor | None) -> Tensor:
 
 def laid_out_as(x: Tensor, like: Tensor) -> Tensor:
     """x in the order of memory that torch.empty_like gives to a tensor of its shape; differentiable."""
-    result = torch.empty_like(like, dtype=x.dtype)
-    return x if x.stride() == result.stride() else result.copy_(x)
+    strides = torch.empty_like(like).stride()
+    return x if x.stride() == strides else x.new_empty_strided(x.shape, strides).copy_(x)  # batched under vmap as x is
 
 
 def attention_reference(

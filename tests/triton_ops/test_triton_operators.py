@@ -124,6 +124,22 @@ def test_torch_func_works_with_sdpa_and_is_refused_by_the_kernels():
         each = torch.func.vmap(lambda q: loss(q, "sdpa"))(torch.stack([q, 2 * q]))
     torch.testing.assert_close(each, torch.stack([loss(q, "triton"), loss(2 * q, "triton")]), **close)
 
+    def keyed(k):  # the output is laid out as q, whatever is batched
+        return block_sparse_attention(q.transpose(1, 2).contiguous().transpose(1, 2), k, v, layout, backend="sdpa")
+
+    with sdpa_kernel(SDPBackend.MATH):
+        each = torch.func.vmap(keyed)(torch.stack([k, 2 * k]))
+        torch.testing.assert_close(each, torch.stack([keyed(k), keyed(2 * k)]), **close)
+
+    def step(q, backend):
+        return decode_attention(q, k, v, layout, torch.tensor([5], device=q.device), backend=backend)
+
+    queries = torch.stack([q[:, None, :, 0], q[:, None, :, 1]])
+    with pytest.raises(RuntimeError, match="torch.func transforms .* use backend 'sdpa'"):
+        torch.func.vmap(lambda q: step(q, "triton"))(queries)
+    each = torch.func.vmap(lambda q: step(q, "sdpa"))(queries)
+    torch.testing.assert_close(each, torch.stack([step(q, "triton") for q in queries]), **close)
+
 
 @BOTH_SIZES
 def test_no_second_derivative(size):
