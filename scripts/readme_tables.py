@@ -127,17 +127,25 @@ def quality(pair: str) -> str:
 
 def quality_digest() -> str:
     """The rows of the main README: dense models and pruned ones of the same recipe and updates, on two corpora."""
-    header = ["English to German", "training pairs", "pairs pruned", "BLEU", "chrF2", "length ratio"]
+    header = ["training text", "pairs", "pruned", "seeds", "BLEU", "chrF2", "length ratio"]
+    scores = (("bleu", ".2f"), ("chrf", ".2f"), ("length_ratio", ".3f"))
     pairs = load(RESULTS / "corpus.json")["pairs"]["en-de"]["train pairs"]
-    rows = [("LibreOffice's help", pairs, s["pruned"]["total"], s) for s in one_command_systems()[:3]]
-    tuned = [line for line in load(DEBIAN_RESULTS / "tuned.jsonl") if "--dropout 0.2" in line["flags"]]
-    tuned.sort(key=lambda line: line["total"]["effective"])
-    rows += [("Debian text", line["training_pairs"], line["total"]["effective"], line) for line in tuned]
+    rows = [("LibreOffice's help", pairs, f"{s['pruned']['total']:.0%}", [s]) for s in one_command_systems()[:3]]
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for line in load(DEBIAN_RESULTS / "masks.jsonl"):
+        groups.setdefault(line["group"], []).append(line)
+    names = {"global": ""} | {kind.value: f" of {kind.flag}" for kind in AttentionKind}
+    for group, lines in groups.items():
+        found = re.match(r"dense\.|importance\.(global|\w+(?=\.90))\.(\d+)\.g1\.", group)  # each kind alone at 90%
+        if found:
+            pruned = f"{found[2] or 0}%{names[found[1] or 'global']}"
+            rows.append(("Debian text", lines[0]["training_pairs"], pruned, lines))
     body = [
-        [title, f"{pairs:,}", f"{pruned:.0%}", f"{s['bleu']:.2f}", f"{s['chrf']:.2f}", f"{s['length_ratio']:.3f}"]
-        for title, pairs, pruned, s in rows
+        [text, f"{pairs:,}", pruned, str(len(lines))]
+        + [f"{statistics.fmean(line[key] for line in lines):{form}}" for key, form in scores]
+        for text, pairs, pruned, lines in rows
     ]
-    return markdown(Table(header, body, align="lrrrrr"))
+    return markdown(Table(header, body, align="lrlrrrr"))
 
 
 def one_command_systems() -> list[dict[str, Any]]:
@@ -334,6 +342,8 @@ def language_models(file: Path) -> str:
 def sweep(path: Path, keep: Callable[[dict[str, Any]], Any] = bool) -> str:
     """Some systems of a sweep, dense ones first, without the columns of kinds and chrF2."""
     lines = [line for line in load(path) if keep(line)]
+    if len({line.get("flags") for line in lines}) == 1:  # said beside the table
+        lines = [line | {"flags": ""} for line in lines]
     order = {"dense": 0, "importance": 1}
     lines.sort(key=lambda line: (line["subset"], order.get(line["criterion"], 2)))
     module = script(ROOT / "examples" / "common" / "sweep_table.py")
@@ -370,6 +380,7 @@ def tables() -> dict[str, Callable[[], str]]:
         "cross-heads": cross_heads,
         "dropout": dropout,
         "debian-tuned": lambda: sweep(DEBIAN_RESULTS / "tuned.jsonl"),
+        "debian-masks": lambda: sweep(DEBIAN_RESULTS / "masks.jsonl"),
         "debian-text": lambda: split_pairs("debian_text"),
         "package-sections": lambda: script(ROOT / "examples" / "package_sections" / "run.py").summary(
             load(ROOT / "examples" / "package_sections" / "results" / "cpu.json")["rows"]
