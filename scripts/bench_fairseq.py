@@ -267,7 +267,8 @@ class Workload:
         """Return what translates batches into {sentence: tokens with EOS, int (T,)}; options are those of fairseq."""
         from fairseq import utils
 
-        model = model.to(self.device, self.dtype).eval()
+        model.to(self.device, self.dtype)
+        model.eval()  # returns nothing once a model was prepared for inference
         model.prepare_for_inference_(cfg)
         if not self.options.path:
             options = dict(max_len_a=1, max_len_b=0) | options

@@ -77,7 +77,8 @@ def test_language_models_continue_and_train_on_a_cpu(toy_text, tmp_path, monkeyp
     rows, continued = {}, {}
     for system in ("stock", "all-ones"):
         options = dict(system=system, data=str(text), arch="transformer_lm", precision="fp32", device="cpu", repeats=1)
-        workload = bench.LanguageModelWorkload(argparse.Namespace(**options, path=None, profile=False))
+        workload = bench.LanguageModelWorkload(argparse.Namespace(**options, path=None, profile=True))
+        monkeypatch.setattr(workload, "profiled", lambda unit, *_: unit)  # which needs a GPU
         timed = workload.timed
 
         def kept(work, batches, system=system, timed=timed):
@@ -89,6 +90,7 @@ def test_language_models_continue_and_train_on_a_cpu(toy_text, tmp_path, monkeyp
         for case in ("continuations to 512", "train pages of 512"):
             kind, page, max_tokens, limit = bench.CASES[case]
             rows[system, case] = getattr(workload, kind)(page, max_tokens, limit, **bench.SEARCHES.get(case, {}))
+    assert [row["profile"] for row in rows.values()] == 2 * ["step", "update"]
     assert [row["tokens"] for row in rows.values()] == 2 * [6 * 17, 8 * 16]  # a continuation ends with a symbol
     assert all(torch.equal(continued["all-ones"][n], tokens) for n, tokens in continued["stock"].items())
     for flags, message in (
