@@ -259,7 +259,7 @@ class Workload:
             result["bleu"] = self.bleu(dataset, hypotheses)
         if self.options.profile:
             few = dict(max_len_a=0, max_len_b=PROFILED_STEPS)
-            short = self.search(cfg, task, model, **options, **few)
+            short = self.search(cfg, task, model, **(options | few))
             result["profile"] = self.profiled("step", PROFILED_STEPS + 1, short, batches[:1])
         return result
 
