@@ -307,9 +307,16 @@ class PrunedMultiheadAttention(NotScriptable, MultiheadAttention):
         return dropout.p if self.training or dropout.apply_during_inference else 0.0
 
     def runs_kernels(self, dtype: torch.dtype, device: torch.device) -> bool:
-        """Whether attention to tensors of that type on that device runs on the kernels."""
+        """Whether attention to tensors of that type on that device runs on the kernels.
+
+        Raises:
+            UserError: if the back end ``triton`` cannot run there.
+        """
         by_sentence = self.dynamic is not None or self.selected is not None
-        return not by_sentence and use_kernels(self.backend, dtype, self.head_dim, device)
+        try:
+            return not by_sentence and use_kernels(self.backend, dtype, self.head_dim, device)
+        except ValueError as error:
+            raise UserError(f"--attention-backend {self.backend}: {error}") from error
 
     def waits_for_device(self, dtype: torch.dtype, device: torch.device) -> bool:
         """Whether a step of decoding by such a cache as counts its steps on the device waits for that count."""
@@ -330,8 +337,8 @@ class PrunedMultiheadAttention(NotScriptable, MultiheadAttention):
             softmax = None if self.dynamic is None else self.dynamic.probabilities
             output, _, weights = attend_dense(q, k, v, keep, softmax=softmax, details=want_weights, **options)
             return output, weights
-        options |= dict(backend=self.backend, return_probs=want_weights)
-        attended = block_sparse_attention(q, k, v, layout, **options)
+        backend = "triton" if self.runs_kernels(q.dtype, q.device) else "sdpa"
+        attended = block_sparse_attention(q, k, v, layout, backend=backend, return_probs=want_weights, **options)
         return attended if want_weights else (attended, None)
 
     # -- decoding -----------------------------------------------------------------------------------------------------

@@ -346,7 +346,7 @@ def test_kernels_asked_for_by_name_are_used_or_refused():
     with pytest.raises(UserError, match=r"heads of 16 / 2 = 8 elements.*16, 32, 64, 96, 128"):
         pruned_model(None, VOCAB, attention_backend="triton")
     model = pruned_model(random_masks(0.6), VOCAB, attention_backend="triton", **WIDE).double().to(DEVICE)
-    with pytest.raises(ValueError, match=r"'triton' cannot run on dtype torch.float64"):
+    with pytest.raises(UserError, match=r"--attention-backend triton: .* cannot run on dtype torch.float64"):
         translate(model, batch([5], VOCAB, left=True).to(DEVICE), targets([4]).to(DEVICE))
     model = pruned_model(random_masks(0.6), VOCAB, attention_backend="triton", attention_dropout=0.1, **WIDE).to(DEVICE)
     for _, module in attention_sites(model):
