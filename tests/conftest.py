@@ -1,5 +1,6 @@
 """Test set-up shared by every suite."""
 
+import functools
 import os
 
 import hypothesis
@@ -17,3 +18,19 @@ hypothesis.settings.load_profile("fixed")
 @pytest.fixture(autouse=True)
 def _same_random_numbers():
     torch.manual_seed(0)
+
+
+def _call(function, **arguments):
+    return function(**arguments)
+
+
+# Python keeps the frames of calls in chunks of 16 KiB. A call at the end of one maps another and unmaps it on return,
+# in a loop every time: a third of the time of tests in Triton's interpreter. This frame is so large that it gets a chunk
+# of 512 KiB, and the frames of a test have room behind it.
+_call.__code__ = _call.__code__.replace(co_stacksize=33_000)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call(pyfuncitem):
+    pyfuncitem.obj = functools.partial(_call, pyfuncitem.obj)
+    return (yield)
