@@ -25,7 +25,7 @@ def _call(function, **arguments):
 
 
 # Python keeps the frames of calls in chunks of 16 KiB. A call at the end of one maps another and unmaps it on return,
-# in a loop every time: a third of the time of tests in Triton's interpreter. This frame is so large that it gets a chunk
+# in a loop every time: a third of the time of tests in Triton's interpreter. This frame is so large that it gets one
 # of 512 KiB, and the frames of a test have room behind it.
 _call.__code__ = _call.__code__.replace(co_stacksize=33_000)
 
