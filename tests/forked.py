@@ -19,7 +19,7 @@ from ap_fairseq.experiments.stages import call_logged
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
 PRELOADED = ["torch._dynamo", "ap_fairseq.plugin", "ap_fairseq.experiments.translation", "matplotlib.pyplot"]
-PRELOADED += [f"ap_fairseq.cli.{name}" for name in ("apply", "average", "evaluate", "masks", "record")]
+PRELOADED += [f"ap_fairseq.cli.{name}" for name in ("apply", "average", "evaluate", "generate", "masks", "record")]
 PRELOADED += [
     f"fairseq_cli.{name}" for name in ("eval_lm", "generate", "interactive", "preprocess", "train", "validate")
 ]
