@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -53,9 +54,11 @@ def run(*command, expect: int = 0, input: str = "") -> str:
 
 def run_process(*command, expect: int = 0, environment=(), **kwargs) -> str:
     """Run a program of this environment as a user does, in a process of its own; otherwise as :func:`run`."""
-    executable = Path(sys.executable).parent / command[0]
+    path = os.pathsep.join(
+        [str(Path(sys.executable).parent), os.environ["PATH"]]
+    )  # elsewhere after pip install --target
     completed = subprocess.run(
-        [str(executable), *map(str, command[1:])],
+        [shutil.which(command[0], path=path), *map(str, command[1:])],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
