@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Recording and training on one rank and on several: same statistics, and how much faster.
 
-    python scripts/bench_ranks.py DATA-BIN --path dense.pt --masks masks.safetensors --ranks 1 2 -o ranks.json
+    python scripts/bench_ranks.py DATA-BIN --path dense.pt --masks masks.safetensors --ranks 1 2 --out ranks.json
     python scripts/bench_ranks.py --table scripts/bench_ranks.h100.json       # Markdown, no GPU needed
 
 Each rank is a process with a GPU of its own (NCCL), or shares the CPU (--cpu, gloo). Recording takes the whole subset;
@@ -122,8 +122,7 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("--train-tokens", type=int, default=16384, help="of a batch of one rank (default: %(default)s)")
     parser.add_argument("--record-tokens", type=int, default=16384, help="likewise (default: %(default)s)")
     parser.add_argument("--cpu", action="store_true")
-    parser.add_argument("-o", "--output", metavar="JSON")
-    parser.add_argument("--overwrite", action="store_true")
+    parser.add_argument("--out", type=Path, help="JSON file to write")
     parser.add_argument("--table", type=Path, metavar="JSON", help="print a Markdown table of a result file and stop")
     return parser
 
@@ -134,9 +133,9 @@ def main() -> None:
     if args.table:
         print(table(json.loads(args.table.read_text(encoding="utf-8"))))
         return
-    if not (args.data and args.path and args.masks and args.output):
-        parser.error("name DATA-BIN, --path, --masks and --output, or a result file with --table")
-    refuse_existing(args.output, args.overwrite)
+    if not (args.data and args.path and args.masks and args.out):
+        parser.error("name DATA-BIN, --path, --masks and --out, or a result file with --table")
+    refuse_existing(args.out, overwrite=True)
     if not args.cpu and torch.cuda.device_count() < max(args.ranks):
         sys.exit(f"bench_ranks.py: {max(args.ranks)} ranks need as many GPUs, {torch.cuda.device_count()} are here")
     rows = []
@@ -154,9 +153,9 @@ def main() -> None:
         "rows": rows,
         "device": device,
         "versions": versions(),
-        "arguments": {k: v for k, v in vars(args).items() if k != "table"},
+        "arguments": {k: str(v) if k == "out" else v for k, v in vars(args).items() if k != "table"},
     }
-    write_json(args.output, document, args.overwrite)
+    write_json(args.out, document, overwrite=True)
     print(table(document))
 
 

@@ -401,10 +401,7 @@ def tables() -> dict[str, Callable[[], str]]:
         made[f"one-to-many.{path.stem}-languages"] = lambda path=path: sweep_parts(path)
     for path in sorted(SCRIPTS.glob("*_*.*.json")):
         name = path.name.split(".")[0]
-        render = "format_markdown" if name == "sample_error" else "table"
-        made[path.stem] = lambda path=path, name=name, render=render: getattr(script(SCRIPTS / f"{name}.py"), render)(
-            load(path)
-        )
+        made[path.stem] = lambda path=path, name=name: script(SCRIPTS / f"{name}.py").table(load(path))
     return made
 
 

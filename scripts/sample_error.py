@@ -46,7 +46,7 @@ def compare(full: AttentionStats, sample: AttentionStats, spec: MaskSpec) -> dic
     return result
 
 
-def format_markdown(document: dict) -> str:
+def table(document: dict) -> str:
     """Render the written JSON as a Markdown table, one row for each number of sentences."""
     kinds = [kind.value for kind in AttentionKind if kind.value in document["samples"][0]["kinds"]]
     cell = "{overlap:.1%} / {effective:.1%} / {kept_mass:.1%}"
@@ -65,24 +65,23 @@ def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("full", nargs="?", help="statistics of the whole data set")
     parser.add_argument("samples", nargs="*", help="statistics of samples (ap-record --sample)")
-    parser.add_argument("--markdown", metavar="JSON", help="print a written JSON file as a table, nothing else")
     parser.add_argument("--share", type=float, default=0.5, help="of the pairs to prune (default: %(default)s)")
     parser.add_argument("--granularity", default=1, help="as ap-masks takes it")
-    parser.add_argument("-o", "--output", metavar="JSON")
-    parser.add_argument("--overwrite", action="store_true")
+    parser.add_argument("--out", type=Path, help="JSON file to write")
+    parser.add_argument("--table", type=Path, metavar="JSON", help="print a Markdown table of a result file and stop")
     return parser
 
 
 @command
 def main(argv: list[str]) -> None:
     args = get_parser().parse_args(argv)
-    if args.markdown:
-        print(format_markdown(json.loads(Path(args.markdown).read_text(encoding="utf-8"))))
+    if args.table:
+        print(table(json.loads(args.table.read_text(encoding="utf-8"))))
         return
     if not args.samples:
         raise UserError("name the statistics of the whole data set and of at least one sample")
-    if args.output:
-        refuse_existing(args.output, args.overwrite, [args.full, *args.samples])
+    if args.out:
+        refuse_existing(args.out, overwrite=True, inputs=[args.full, *args.samples])
     full = AttentionStats.load(args.full)
     spec = MaskSpec(budgets={kind: args.share for kind in full.kinds}, granularity=args.granularity)
     samples, rows = [], []
@@ -96,9 +95,9 @@ def main(argv: list[str]) -> None:
         for kind, row in kinds.items():
             masses = f"{row['kept_mass']:.2%} ({row['kept_mass_of_whole']:.2%})"
             rows.append([f"{size:,}", kind, f"{row['overlap']:.2%}", f"{row['effective']:.2%}", masses])
-    if args.output:
+    if args.out:
         document = {"share": args.share, "granularity": args.granularity, "samples": samples, "versions": versions()}
-        write_json(args.output, {**document, "whole": full.metadata}, args.overwrite)
+        write_json(args.out, {**document, "whole": full.metadata}, overwrite=True)
     print(plain(Table(["sentences", "kind", "overlap", "effective", "kept mass"], rows, align="rlrrr")))
 
 
