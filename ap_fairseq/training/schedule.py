@@ -51,15 +51,19 @@ class PruningSchedule:
         """The updates after which new masks are derived."""
         return [*range(self.start, self.end, self.every), self.end]
 
-    def cut_by(self, max_update: int) -> str | None:
-        """Return what a training of *max_update* updates (0: without end) leaves out of the schedule; None: nothing."""
-        if not 0 < max_update <= self.end:
+    def cut_by(self, updates: int, flag: str) -> str | None:
+        """Return what a training of *updates* (0: without end) leaves out of the schedule; None: nothing.
+
+        Args:
+            flag: that gives it so many.
+        """
+        if not 0 < updates <= self.end:
             return None
-        done = [update for update in self.updates if update < max_update]
+        done = [update for update in self.updates if update < updates]
         reached = f"{self.share(done[-1]):.1%}" if done else "nothing"
         return (
-            f"--max-update {max_update} ends the training before the last pruning, after --prune-end {self.end} updates"
-            f": {reached} of the budget is pruned then"
+            f"{flag} ends the training before the last pruning, after --prune-end {self.end} updates: {reached} of the "
+            "budget is pruned then"
         )
 
     def share(self, update: int) -> float:

@@ -1,8 +1,9 @@
 """What tasks that prune while they train share."""
 
 import logging
+import math
 from dataclasses import dataclass, field
-from typing import Optional  # fairseq's parser reads Optional[X], not X | None
+from typing import List, Optional  # noqa: UP035  # fairseq's parser reads Optional[X], not X | None
 
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 from omegaconf import II
@@ -44,6 +45,8 @@ class PruningWhileTrainingConfig(FairseqDataclass):
     max_tokens: Optional[int] = II("dataset.max_tokens")
     batch_size: Optional[int] = II("dataset.batch_size")
     max_update: int = II("optimization.max_update")
+    max_epoch: int = II("optimization.max_epoch")
+    update_freq: List[int] = II("optimization.update_freq")  # noqa: UP006
     train_subset: str = II("dataset.train_subset")
 
 
@@ -84,7 +87,8 @@ class PruningWhileTraining:
         super().__init__(cfg, *args, **kwargs)
         # A program may build the task with fairseq's own configuration, which lacks these fields.
         self.pruner = build_pruner(self, cfg) if hasattr(cfg, "prune_flags") else None
-        self.max_update = getattr(cfg, "max_update", None) or 0  # 0: no limit
+        self.max_update, self.max_epoch = (getattr(cfg, f"max_{of}", None) or 0 for of in ("update", "epoch"))
+        self.update_freq = getattr(cfg, "update_freq", None) or [1]
 
     def build_model(self, cfg, from_checkpoint=False):
         """As fairseq's, after a check that the model can be pruned, if that was asked for."""
@@ -97,8 +101,7 @@ class PruningWhileTraining:
                 )
             if not from_checkpoint:  # else masks that are named replace those of the checkpoint
                 self.pruner.require_fitting(model)
-                if message := self.pruner.schedule.cut_by(self.max_update):
-                    logger.warning(message)
+                self._warn_of_end(self.max_update, f"--max-update {self.max_update}")
                 model.prefer_checkpoint_masks()  # of a training that resumes
         return model
 
@@ -116,7 +119,16 @@ class PruningWhileTraining:
         iterator = super().get_batch_iterator(dataset, *args, epoch=1, **options, **kw)
         dataset.set_epoch(epoch)
         iterator.epoch = epoch
+        if dataset is self.datasets.get(self.pruner.subset):
+            last = len(self.update_freq) - 1
+            by_epoch = [self.update_freq[min(k, last)] for k in range(self.max_epoch)]  # batches of an update
+            updates = sum(math.ceil(len(iterator) / size) for size in by_epoch)
+            self._warn_of_end(updates, f"--max-epoch {self.max_epoch} ({updates} updates)")
         return iterator
+
+    def _warn_of_end(self, updates: int, flag: str) -> None:
+        if message := self.pruner.schedule.cut_by(updates, flag):
+            logger.warning(message)
 
     def train_step(self, sample, model, criterion, optimizer, update_num, ignore_grad=False):
         """As fairseq's, after the pruning that is due at this update."""

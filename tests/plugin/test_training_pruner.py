@@ -45,9 +45,11 @@ def test_budgets_grow_to_the_last_update_of_the_schedule():
     assert [linear.share(update) for update in linear.updates] == pytest.approx([1 / 3, 2 / 3, 1])
     assert PruningSchedule(start=5, end=5, every=3).updates == [5]
     assert share_of_round(1, 3) == pytest.approx(19 / 27)
-    assert [schedule.cut_by(updates) for updates in (0, 4501)] == [None, None]
-    assert "before the last pruning, after --prune-end 4500 updates: 98.4% of the budget" in schedule.cut_by(4500)
-    assert "nothing of the budget is pruned" in schedule.cut_by(2000)
+    assert [schedule.cut_by(updates, "--x") for updates in (0, 4501)] == [None, None]
+    assert schedule.cut_by(4500, "--x 3").startswith(
+        "--x 3 ends the training before the last pruning, after --prune-end 4500 updates: 98.4% of the budget"
+    )
+    assert "nothing of the budget is pruned" in schedule.cut_by(2000, "--x")
 
 
 @pytest.mark.parametrize(
@@ -81,9 +83,10 @@ def test_a_resumed_training_ends_as_it_would_have_ended(trained, data_bin, tmp_p
     folder, _ = trained
     (before,) = folder.glob("checkpoint_*_26.pt")
     (tmp_path / "checkpoint_last.pt").write_bytes(before.read_bytes())
-    log = train(data_bin, tmp_path, *ONE_COMMAND, arch="pruned_transformer", updates=27)
+    log = train(data_bin, tmp_path, *ONE_COMMAND, "--max-epoch", 4, arch="pruned_transformer", updates=27)
     assert prunings(log) == [(26, pytest.approx(57.8, abs=0.5))]
-    assert "--max-update 27 ends the training before the last pruning" in log
+    for flag in ("--max-update 27", "--max-epoch 4 (32 updates)"):  # of 8 batches each
+        assert f"{flag} ends the training before the last pruning" in log
     log = train(data_bin, tmp_path, *ONE_COMMAND, arch="pruned_transformer", updates=40)
     assert prunings(log) == [(34, 60.0)]
     resumed, straight = (load_checkpoint(path / "checkpoint_last.pt")["model"] for path in (tmp_path, folder))
