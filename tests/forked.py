@@ -64,6 +64,7 @@ def call(
 
 
 def _run(function: Callable, words: list[str], output: str, environment: dict[str, str], text: str) -> None:
+    multiprocessing.set_start_method("fork", force=True)  # of data loaders, as in a program: a server takes seconds
     sys.stdin = io.StringIO(text)
     os.environ.update(environment)
     torch.set_num_threads(1)
