@@ -63,6 +63,8 @@ class PrunedSequenceGenerator(SequenceGenerator):
         if cpu_int8:
             use_int8(self.model)
         self._decoder: StaticDecoder | None = None
+        if next(self.model.parameters()).is_cuda:  # imports of a second, for which the first batch need not wait
+            from triton_ops import beam_search, ops  # noqa: F401
         if self.repeat_ngram_blocker is not None:
             self.repeat_ngram_blocker = NGramBlock(self.repeat_ngram_blocker.no_repeat_ngram_size, self.pad)
 
