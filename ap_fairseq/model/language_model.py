@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from unittest import mock
 
 from fairseq.data import Dictionary
@@ -10,6 +11,7 @@ from fairseq.dataclass.utils import gen_parser_from_dataclass
 from fairseq.models import ARCH_CONFIG_REGISTRY, ARCH_MODEL_REGISTRY, register_model, register_model_architecture
 from fairseq.models import transformer_lm as stock
 from fairseq.models.transformer import TransformerConfig
+from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from ap_fairseq.files import UserError
@@ -17,6 +19,10 @@ from ap_fairseq.model.config import PrunedLanguageModelConfig
 from ap_fairseq.model.layers import PrunedTransformerDecoder
 from ap_fairseq.model.pruned_model import PrunedModel
 from ap_fairseq.model.training_graphs import CapturedUpdates
+
+logger = logging.getLogger(__name__)
+
+SCALES = ("scale_fc", "scale_attn", "scale_heads", "scale_resids")
 
 
 @register_model("pruned_transformer_lm", dataclass=PrunedLanguageModelConfig)
@@ -48,6 +54,10 @@ class PrunedLanguageModel(CapturedUpdates, PrunedModel, stock.TransformerLanguag
         if cfg.base_layers:
             raise UserError(f"--base-layers {cfg.base_layers}: pruned_transformer_lm has no BASE layers; leave it out")
         args, masks = cls.take_options(cfg)
+        if OmegaConf.is_config(cfg):  # in which fairseq's decoder does not find them
+            for name in [name for name in SCALES if getattr(args, name)]:
+                logger.warning(f"--{name.replace('_', '-')} has no effect, as in fairseq's own transformer_lm")
+                setattr(args, name, False)
         # Embeddings are built and tied as fairseq does it, for its adaptive softmax too; only the decoder is ours.
         with mock.patch.object(stock, "TransformerDecoder", _build_decoder):
             model = super().build_model(args, task)

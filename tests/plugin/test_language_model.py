@@ -9,6 +9,7 @@ import pytest
 import torch
 from fairseq.criterions.adaptive_loss import AdaptiveLoss
 from fairseq.models.transformer_lm import TransformerLanguageModel
+from omegaconf import OmegaConf
 from plugin.builders import LM_SIZES, adaptive, batch, causal_masks, dictionary, language_models, random_masks
 from plugin.commands import PLUGIN, assert_reads_as_stock, run
 
@@ -16,7 +17,7 @@ from ap_fairseq.artifacts import AttentionStats
 from ap_fairseq.files import ArtifactError, UserError
 from ap_fairseq.model.checkpoints import load_checkpoint
 from ap_fairseq.model.config import PrunedLanguageModelConfig
-from ap_fairseq.model.language_model import PrunedLanguageModel
+from ap_fairseq.model.language_model import SCALES, PrunedLanguageModel
 from ap_fairseq.model.stock import convert_to_stock
 from ap_fairseq.model.training_graphs import TrainingGraphs
 from ap_fairseq.provenance import decode_provenance
@@ -70,6 +71,18 @@ def test_all_ones_masks_give_the_losses_and_gradients_of_fairseq(options):
     expected = dict(stock.named_parameters())
     for name, parameter in ours.named_parameters():
         torch.testing.assert_close(parameter.grad, expected[name].grad, rtol=1e-9, atol=1e-12, msg=name)
+
+
+def test_options_that_fairseq_loses_are_lost_here_too(caplog):
+    """Its decoder looks for them in a Namespace, and fairseq-train has none: checkpoints of one did not load as the
+    other."""
+    options = {**LM_SIZES, **dict.fromkeys(SCALES, True)}
+    cfg = OmegaConf.structured(PrunedLanguageModelConfig(**options, attention_masks="none"))
+    stock, ours = (
+        model.build_model(copy.deepcopy(cfg), task()) for model in (TransformerLanguageModel, PrunedLanguageModel)
+    )
+    assert {name for name, _ in stock.named_parameters()} == {name for name, _ in ours.named_parameters()}
+    assert "--scale-fc has no effect" in caplog.text
 
 
 def test_a_token_depends_on_the_tokens_that_its_row_keeps():
@@ -261,7 +274,8 @@ def test_masks_applied_without_training(text_bin, dense_lm, lm_masks, tmp_path):
         stock = evaluate(text_bin, dense_lm[0], *window)
         assert evaluate(text_bin, ones, *window) == stock
         assert evaluate(text_bin, half, *window) != stock
-    assert continuations(text_bin, ones, "--beam", 3) == continuations(text_bin, dense_lm[0], "--beam", 3)
+    sampled = ["--beam", 1, "--sampling", "--sampling-topk", 5, "--seed", 3]  # the same in fairseq's own search
+    assert continuations(text_bin, ones, *sampled) == continuations(text_bin, dense_lm[0], *sampled)
     kernels = ["--task", "pruned_language_modeling", "--model-overrides", "{'attention_backend': 'triton'}"]
     expected, expected_scores, _ = prompted(text_bin, dense_lm[0], "--task", "language_modeling")
     texts, scores, log = prompted(text_bin, ones, *kernels)  # interpreted
