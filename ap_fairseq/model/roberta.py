@@ -11,6 +11,7 @@ from fairseq.models.roberta import model as stock
 from fairseq.models.transformer import TransformerConfig
 from fairseq.modules.transformer_sentence_encoder import init_bert_params
 
+from ap_fairseq.files import UserError
 from ap_fairseq.model.config import PruningOptions
 from ap_fairseq.model.layers import PrunedTransformerEncoder
 from ap_fairseq.model.pruned_model import PrunedModel
@@ -32,9 +33,14 @@ class PrunedRobertaModel(PrunedModel, stock.RobertaModel):
 
         Raises:
             ArtifactError: if the masks cannot be read or were made for another architecture or dictionary.
-            UserError: for ``--ddp-backend fully_sharded``.
+            UserError: for ``--mha-heads-to-keep`` and ``--ddp-backend fully_sharded``.
         """
         args, masks = cls.take_options(cfg)
+        if getattr(args, "mha_heads_to_keep", -1) != -1:
+            raise UserError(
+                f"--mha-heads-to-keep {args.mha_heads_to_keep}: masks belong to heads that fairseq would remove as it "
+                "loads a checkpoint; leave it out"
+            )
         with mock.patch.object(stock, "RobertaEncoder", PrunedRobertaEncoder):
             model = super().build_model(args, task)
         if isinstance(cfg, argparse.Namespace):  # what checkpoints store, however long the blocks are that follow

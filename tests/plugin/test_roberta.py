@@ -12,6 +12,7 @@ from plugin.builders import batch, dictionary, random_masks
 from plugin.commands import PLUGIN, assert_reads_as_stock, run
 
 from ap_fairseq.artifacts import AttentionStats, PruningMasks
+from ap_fairseq.files import UserError
 from ap_fairseq.model.checkpoints import load_checkpoint
 from ap_fairseq.model.roberta import PrunedRobertaModel
 from ap_fairseq.model.stock import convert_to_stock
@@ -55,6 +56,11 @@ def test_all_ones_masks_give_the_outputs_and_gradients_of_fairseq(options):
         output.square().sum().backward()
     for name, parameter in stock.named_parameters():
         torch.testing.assert_close(ours.get_parameter(name).grad, parameter.grad, rtol=1e-8, atol=1e-9, msg=name)
+
+
+def test_heads_with_masks_are_not_removed():
+    with pytest.raises(UserError, match="--mha-heads-to-keep 1: masks belong to heads"):
+        build(PrunedRobertaModel, mha_heads_to_keep=1)
 
 
 def test_masks_prune_and_padding_changes_nothing():
