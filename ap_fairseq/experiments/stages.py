@@ -45,9 +45,18 @@ class StageError(UserError):
 
 
 class Stages:
-    """The stages of a run folder: ``logs/NAME.log`` and, once done, ``stages/NAME.json`` (command, seconds)."""
+    """The stages of a run folder: ``logs/NAME.log`` and, once done, ``stages/NAME.json`` (command, seconds).
+
+    Raises:
+        UserError: under torchrun, whose ranks would wait for each other: one for a stage, the other within it.
+    """
 
     def __init__(self, folder: str | os.PathLike):
+        if "RANK" in os.environ and (ranks := int(os.environ.get("WORLD_SIZE", 1))) > 1:
+            raise UserError(
+                f"this program runs once, not as {ranks} ranks of torchrun: start it alone; its stages use all GPUs of "
+                "the machine"
+            )
         self.folder = Path(folder)
 
     def run(self, name: str, program: str | Callable, *args: Any) -> None:

@@ -44,6 +44,14 @@ def test_what_the_user_can_mend_is_one_line_of_the_log(tmp_path):
     assert len(stages.log("x").read_text().splitlines()) == 1
 
 
+def test_ranks_of_torchrun_are_refused(tmp_path, monkeypatch):
+    """ap-prune-schedule waited for ever: a rank for the stage, the other, which recorded, for the first."""
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="runs once, not as 2 ranks of torchrun"):
+        Stages(tmp_path)
+
+
 def test_a_log_holds_one_run(tmp_path):
     """A repeated stage was appended to the log of the failed one, and a translation read twice."""
     stages, file = Stages(tmp_path), tmp_path / "text"
