@@ -102,7 +102,7 @@ class SentenceSlots:
 
 
 class MaskRows:
-    """The mask rows of a step, of all sites at once whose masks prune anything.
+    """The mask rows of a step, of all sites at once whose masks prune anything; remembered unless sentences differ.
 
     Args:
         modules: the attention of the sites.
@@ -116,11 +116,16 @@ class MaskRows:
         pruned = [module for module in modules if not module.keeps_all(n_rows, n_columns)]
         ends = itertools.accumulate(module.num_heads for module in pruned)
         self.heads = {module: slice(end - module.num_heads, end) for module, end in zip(pruned, ends, strict=True)}
+        self.n_columns, self._common = n_columns, {}  # by step
 
     def pruned(self, step: int, size: int, n: int, lengths: Tensor | None) -> Tensor:
         """Return what the rows prune of the first *size* columns of n sentences, bool (n, H of all sites, size)."""
-        rows = [module.mask_row(step, size, lengths) for module in self.heads]
-        return ~torch.cat([row.expand(n, -1, -1) for row in rows], 1)
+        if any(module.is_relative for module in self.heads):
+            rows = [module.mask_row(step, size, lengths) for module in self.heads]
+            return ~torch.cat([row.expand(n, -1, -1) for row in rows], 1)
+        if step not in self._common:
+            self._common[step] = ~torch.cat([module.mask_row(step, self.n_columns) for module in self.heads])
+        return self._common[step][:, :size].expand(n, -1, -1)
 
 
 class HostSelfAttention(HostCache):
@@ -279,16 +284,25 @@ class HostDecoder(StaticDecoder):
 
     def _allocate(self, dtype: torch.dtype, device: torch.device) -> None:
         self.kv_pools, self.projections, self.dtype = {}, {}, dtype
+        self.mask_rows: list[MaskRows] = []
 
     def _places(self, n_sentences: int) -> int:
         return n_sentences
 
-    def _prepare_caches(self, encoder_outs: list[dict] | None, real: Tensor, max_len: int) -> None:
+    def _mask_rows(self) -> list[MaskRows]:
+        """Return those of self-attention and of cross-attention, the same ones while the masks are the same."""
         positions, source_length = self.capacity.positions, self.capacity.source_length
-        slots = self.slots = SentenceSlots(
-            self.beams.state, real.size(0), MaskRows(self.self_sites, positions, positions), self.dtype
-        )
-        columns = SourceColumns(slots, real, MaskRows(self.cross_sites, positions, source_length), self.dtype)
+        asked = [(self.self_sites, positions), (self.cross_sites, source_length)]
+        layouts = [module.layout(positions, n_columns) for sites, n_columns in asked for module in sites]
+        if self.layouts != layouts:
+            self.layouts = layouts
+            self.mask_rows = [MaskRows(sites, positions, n_columns) for sites, n_columns in asked]
+        return self.mask_rows
+
+    def _prepare_caches(self, encoder_outs: list[dict] | None, real: Tensor, max_len: int) -> None:
+        self_rows, cross_rows = self._mask_rows()
+        slots = self.slots = SentenceSlots(self.beams.state, real.size(0), self_rows, self.dtype)
+        columns = SourceColumns(slots, real, cross_rows, self.dtype)
         self.self_caches = {module: HostSelfAttention(slots, module, self.dtype) for module in self.self_sites}
         self.sources: list[SourceColumns | HostCrossAttention] = [columns]
         self.layers: list[list[LayerStep]] = []
