@@ -34,7 +34,7 @@ from fairseq import checkpoint_utils  # noqa: E402
 import ap_fairseq.model.language_model  # noqa: E402  (registration needs a checked fairseq)
 import ap_fairseq.model.roberta  # noqa: E402
 import ap_fairseq.model.transformer  # noqa: E402
-import ap_fairseq.search.task  # noqa: E402, F401
+import ap_fairseq.tasks  # noqa: E402, F401
 from ap_fairseq.files import UserError  # noqa: E402
 from ap_fairseq.model.checkpoints import load_checkpoint  # noqa: E402
 

@@ -21,8 +21,8 @@ FLOORS = (
     {"artifacts"},  # statistics and masks: what the stages hand to each other
     {"pruning", "model", "evaluation"},
     {"recording"},
-    {"training"},
-    {"search"},
+    {"training", "search"},
+    {"tasks"},
     {"plugin"},  # registers tasks and models with fairseq
     {"experiments", "report"},
     {"generation"},

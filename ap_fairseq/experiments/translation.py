@@ -25,8 +25,8 @@ from ap_fairseq.model.checkpoints import load_checkpoint, open_with_masks
 from ap_fairseq.model.dynamic import DynamicPruning
 from ap_fairseq.provenance import versions
 from ap_fairseq.search.generator import PrunedSequenceGenerator
-from ap_fairseq.search.task import PrunedTranslationTask
 from ap_fairseq.sites import attention_sites
+from ap_fairseq.tasks import PrunedTranslationTask
 
 
 @dataclass(frozen=True)

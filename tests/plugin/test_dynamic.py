@@ -18,8 +18,8 @@ from ap_fairseq.lengths import support_of
 from ap_fairseq.model.dynamic import DynamicPruning, top_k_for
 from ap_fairseq.model.head_masking import HeadMasking
 from ap_fairseq.search.generator import PrunedSequenceGenerator
-from ap_fairseq.search.task import PrunedTranslationTask
 from ap_fairseq.sites import AttentionKind, attention_sites, per_kind
+from ap_fairseq.tasks import PrunedTranslationTask
 
 VOCAB = dictionary()
 

@@ -17,8 +17,8 @@ from ap_fairseq.cli import masks as cli_masks
 from ap_fairseq.files import UserError
 from ap_fairseq.model.checkpoints import load_checkpoint
 from ap_fairseq.provenance import decode_provenance
-from ap_fairseq.search.task import PrunedTranslationTask
 from ap_fairseq.sites import AttentionKind
+from ap_fairseq.tasks import PrunedTranslationTask
 
 
 def hypotheses(log: str) -> dict[int, tuple[float, str]]:

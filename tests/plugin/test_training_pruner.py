@@ -13,7 +13,7 @@ from ap_fairseq.files import UserError
 from ap_fairseq.model.checkpoints import load_checkpoint
 from ap_fairseq.provenance import decode_provenance
 from ap_fairseq.pruning.flags import parse_mask_flags
-from ap_fairseq.search.task import PrunedTranslationTask
+from ap_fairseq.tasks import PrunedTranslationTask
 from ap_fairseq.training.pruner import TrainingPruner
 from ap_fairseq.training.schedule import PruningSchedule, share_of_round
 
