@@ -223,11 +223,9 @@ class Experiment:
         results = [json.loads(self.result(name).read_text("utf-8")) for name in names if self.result(name).exists()]
         for result in results:
             result["change"] = result["perplexity"] / results[0]["perplexity"] - 1
-        # fmt: off
-        record = {
-            "size": self.name, "updates": self.updates, "seed": self.args.seed, "versions": versions(), "rows": results
-        }
-        # fmt: on
+        device = "CPU" if self.size.cpu or not torch.cuda.is_available() else torch.cuda.get_device_name()
+        record = {"size": self.name, "updates": self.updates, "seed": self.args.seed, "device": device}
+        record |= {"versions": versions(), "rows": results}
         write_json(self.run_folder / "results.json", record, overwrite=True)
         rows = [[r["system"], f"{r['pruned']:.1%}", f"{r['perplexity']:.2f}", f"{r['change']:+.1%}"] for r in results]
         table = markdown(Table(["system", "pairs pruned", "perplexity", "change"], rows))

@@ -79,7 +79,9 @@ def test_every_stage_runs(tmp_path, monkeypatch):
     flags = ["--size", "small", "--updates", "16", "--data-bin", str(tmp_path / "bin"), "--out", str(out)]
     flags += ["--dropout", "0.9", "0", "--systems", *systems]
     program.main(flags)
-    rows = {row["system"]: row for row in json.loads((out / "results.json").read_text("utf-8"))["rows"]}
+    report = json.loads((out / "results.json").read_text("utf-8"))
+    rows = {row["system"]: row for row in report["rows"]}
+    assert report["device"] == "CPU"
     assert list(rows) == ["dense.dropout-0", "dense.dropout-0.9", *systems]  # the better one is the baseline
     assert (
         rows["dense.dropout-0"]["pruned"]
