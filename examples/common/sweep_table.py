@@ -15,7 +15,7 @@ SCORES = (  # columns of the table: key of a result, name, format
     ("chrf", "chrF2", ".2f"),
     ("length_ratio", "length ratio", ".3f"),
     ("bleu_unpenalized", "BLEU without brevity penalty", ".2f"),
-    ("lenpen", "length penalty", "g"),
+    ("lenpen", "length penalty", ".3g"),
     ("valid_ppl", "validation perplexity", ".2f"),
 )
 
