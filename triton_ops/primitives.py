@@ -230,7 +230,10 @@ def keep_bits(
     for j in tl.static_range(STEP // W):
         i_cell = first + j * W
         i_key = listed_start(p_entries, i_cell, n_full, n_total, N_INNER, G)
-        b_w = tl.load(p_words + (i_key // 32).to(tl.int64) * LQ + (o_m >> RS), mask=m_m, other=0)  # [BM]
+        i_word = i_key // 32
+        if G > 32:  # the last block may reach past the last word
+            i_word = tl.minimum(i_key, length - 1) // 32
+        b_w = tl.load(p_words + i_word.to(tl.int64) * LQ + (o_m >> RS), mask=m_m, other=0)  # [BM]
         b_w = _existing(b_w, i_key, tl.where(i_cell < n_total * G, length, 0), W)
         b_bits = tl.where((o_n // W == j)[None, :], b_w[:, None], b_bits)
     return _test_bits(b_bits, o_n, W)

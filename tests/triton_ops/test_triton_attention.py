@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from triton_ops import AttentionLayout, block_sparse_attention
 from triton_ops.call import Call
+from triton_ops.config import INTERPRETED
 from triton_ops.descriptors import tile_block
 from triton_ops.ops import attend
 from triton_ops.reference import dropout_keep
@@ -122,6 +123,16 @@ def simple_case(q_size=150, k_size=140, dim=16, dtype=F32, **options):
     if keep is None:
         keep = torch.rand(options["heads"], q_size, k_size, generator=torch.Generator().manual_seed(9)) < 0.5
     return make_case(q_size=q_size, k_size=k_size, dim=dim, dtype=dtype, keep=keep, **options)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="only the interpreter checks addresses: run it without a GPU")
+@pytest.mark.parametrize("tile", [64, 128])
+def test_nothing_beyond_the_last_word_is_read(tile):
+    """The kernels read words of keys that a tile has and the mask has not: memory of others, or of nobody."""
+    case = simple_case(20, 130, batch=1, tile=tile)
+    words = case.layout.words
+    case.layout.words = words.repeat(2, 1, 1)[:1]  # what follows belongs to no tensor of a launch
+    assert_within_budget(case)
 
 
 BOTH_SIZES = pytest.mark.parametrize("size", [40, 140], ids=["sentence", "lists"])
