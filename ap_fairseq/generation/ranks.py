@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import logging
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -20,6 +21,9 @@ import torch
 from ap_fairseq.experiments.progress import Progress
 from ap_fairseq.experiments.stages import POLL_SECONDS, PROCESSES, call_logged, end_of
 from ap_fairseq.files import UserError
+from ap_fairseq.search.generator import FALLBACK
+
+logger = logging.getLogger(__name__)
 
 GRACE_SECONDS = 10  # that a process has to end when it is asked to
 
@@ -27,7 +31,8 @@ GRACE_SECONDS = 10  # that a process has to end when it is asked to
 def run_ranks(name: str, logs: list[Path], cpu: bool, function: Callable, *args: Any) -> None:
     """Run ``function(rank, *args)`` in one process for each of *logs*, on a GPU of its own if the machine has any.
 
-    Everything that a process prints goes to its log. Their progress is shown added up.
+    Everything that a process prints goes to its log. Their progress is shown added up, and a search that falls back to
+    fairseq's own is said once.
 
     Args:
         name: of the work, for its progress.
@@ -62,6 +67,9 @@ def run_ranks(name: str, logs: list[Path], cpu: bool, function: Callable, *args:
             if rank.pid is not None:
                 rank.join(GRACE_SECONDS)
                 rank.kill()
+    lines = [line for log in logs for line in log.read_text(encoding="utf-8", errors="replace").splitlines()]
+    for reason in sorted({line.partition(FALLBACK)[2] for line in lines} - {""}):
+        logger.info(f"{FALLBACK}{reason}")
 
 
 def _run(rank: int, ranks: int, cpu: bool, function: Callable, args: tuple) -> None:

@@ -183,7 +183,10 @@ class PrunedSequenceGenerator(SequenceGenerator):
             return self._decoder.search(encoder_outs, max_len, first_token, lengths, prefix_tokens), encoder_outs
 
 
+FALLBACK = "fairseq's own generator is used: "
+
+
 @functools.cache
 def log_fallback(reason: str) -> None:
     """Log, once in a process, that fairseq's own generator searches."""
-    logger.info(f"fairseq's own generator is used: {reason} is not covered by the search on the device")
+    logger.info(f"{FALLBACK}{reason} is not covered by the search on the device")

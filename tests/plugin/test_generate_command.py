@@ -71,7 +71,8 @@ def test_two_processes_print_what_fairseq_generate_prints(data_bin, dense, tmp_p
     flags = ["--path", dense, "--gen-subset", "valid", "--beam", 3, "--nbest", 2, "--batch-size", 16]
     flags += ["--scoring", scoring]
     stock = run("fairseq-generate", data_bin, *PLUGIN, *flags, "--cpu", "--required-batch-size-multiple", 1)
-    ap_generate(data_bin, *flags, "--results-path", tmp_path)
+    said = ap_generate(data_bin, *flags, "--results-path", tmp_path)
+    assert said.count("fairseq's own generator is used: a model Transformer") == 1  # by two processes
     *ours, score, signature = (tmp_path / "generate-valid.txt").read_text("utf-8").splitlines()[-602:]
     if scoring == "bleu":
         ours, score = [*ours, score], signature
