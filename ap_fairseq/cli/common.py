@@ -34,7 +34,7 @@ def exit_on_sigterm() -> None:
 
     def again(dropped) -> None:
         # In a finalizer or a callback of a weak reference Python only reports what is raised: try outside of it.
-        if dropped.exc_type is SystemExit:
+        if dropped.exc_type is _Terminated:
             signal.setitimer(signal.ITIMER_REAL, 0.01)
         else:
             report(dropped)
@@ -42,10 +42,14 @@ def exit_on_sigterm() -> None:
     sys.unraisablehook = again
 
 
+class _Terminated(SystemExit):
+    """The end of a program on SIGTERM."""
+
+
 def _end(*_) -> NoReturn:
     for child in multiprocessing.active_children():
         child.terminate()
-    sys.exit(128 + signal.SIGTERM)
+    raise _Terminated(128 + signal.SIGTERM)
 
 
 def _fail(program: str, error: Exception) -> NoReturn:
