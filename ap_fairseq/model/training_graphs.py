@@ -23,6 +23,7 @@ from torch.func import functional_call
 from ap_fairseq.cuda_graphs import GraphPool
 from ap_fairseq.model.attention import MASK_BUFFERS
 from ap_fairseq.sites import attention_sites
+from triton_ops import Layout
 
 logger = logging.getLogger(__name__)
 
@@ -102,6 +103,10 @@ class TrainingGraphs:
         tables = [x for part in parts if part.embed_positions is not None for x in part.embed_positions.buffers()]
         return [tensor.data_ptr() for tensor in (*self.parameters, *tables)]
 
+    def derived(self) -> list[Layout | None]:
+        """Return what attention reads of the masks now, which modules replace when longer sentences come."""
+        return [module.derived() for _, module in attention_sites(self.model)]
+
     def _valid(self) -> bool:
         same_masks = all(a is b for a, b in zip(self.masks, self._masks(), strict=True))
         return same_masks and self.addresses == self._addresses()
@@ -125,7 +130,7 @@ class TrainingGraphs:
                 return None
             self.graphs[shape] = _Graph(self, shape)
         graph = self.graphs[shape]
-        if self.capture and graph.ran and graph.passes is None and not self._captured(graph):
+        if self.capture and graph.passes is None and graph.derived == self.derived() and not self._captured(graph):
             return None
         forward = _Forward()
         self._pending = weakref.ref(forward)
@@ -210,7 +215,9 @@ class _Graph:
             part.view(n, target_length, size) for part in owner.buffers(n * target_length * size)
         )
         self.gradients = owner.by_parameter(owner.gradients)
-        self.ran = False  # directly: kernels are compiled and what they read of the masks is made
+        # What it ran on directly, and then is captured with: kernels are compiled, and what they read of the masks is
+        # made. A capture would only note how to make it, for whoever finds it later.
+        self.derived: list[Layout | None] | None = None
         self.passes: tuple[torch.cuda.CUDAGraph, torch.cuda.CUDAGraph] | None = None
 
     def capture(self) -> None:
@@ -222,8 +229,6 @@ class _Graph:
         except BaseException:
             owner.forget()  # a pool whose only capture failed cannot be used again
             raise
-        # What attention reads of the masks, which modules replace when longer sentences come.
-        self.derived = [module.derived() for _, module in attention_sites(owner.model)]
         self.passes = forward, backward
 
     def forward(self) -> Tensor:
@@ -263,6 +268,7 @@ class _Replay(torch.autograd.Function):
         else:
             with torch.enable_grad():
                 ctx.output = graph.forward()
+            ctx.derived = graph.owner.derived()
         return graph.features[: target.size(0), : target.size(1)]
 
     @staticmethod
@@ -279,7 +285,7 @@ class _Replay(torch.autograd.Function):
             graph.passes[1].replay()
         else:
             graph.backward(ctx.output)
-            graph.ran = True
+            graph.derived = ctx.derived
         ctx.pending.done = True
         gradients = graph.owner.by_parameter(graph.owner.gradients.clone())  # the next replay overwrites them
         return None, None, None, None, *(g if used else None for g, used in zip(gradients, graph.used, strict=True))

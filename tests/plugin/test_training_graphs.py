@@ -107,6 +107,26 @@ def test_other_masks_make_other_graphs():
         assert_same_gradients(model, plain)
 
 
+def test_a_shape_is_captured_only_with_the_layouts_that_it_ran_on(monkeypatch):
+    """Longer sentences of the validation replace layouts: their tables for the backward pass were made in a capture, so
+    that they had no content until its first replay, and never any if memory ran out before."""
+    model, _ = models()
+    captured, tokens = [], sample()
+    monkeypatch.setattr(model._graphs, "capture", True)
+    monkeypatch.setattr(model._graphs, "_captured", lambda graph: captured.append(graph) or True)
+    update(model, *tokens)
+    before = model._graphs.derived()
+    with torch.no_grad():
+        source, target = sample((90,), (90,))
+        model.eval()(source, None, target)
+    model.train()
+    assert not any(a is b for a, b in zip(before, model._graphs.derived(), strict=True))
+    update(model, *tokens)
+    assert not captured
+    update(model, *tokens)
+    assert captured == list(model._graphs.graphs.values())
+
+
 def test_a_forward_pass_before_the_backward_pass_of_another_runs_directly():
     model, plain = models()
     tokens = sample()
