@@ -136,7 +136,7 @@ def quality_digest() -> str:
         groups.setdefault(line["group"], []).append(line)
     names = {"global": ""} | {kind.value: f" of {kind.flag}" for kind in AttentionKind}
     for group, lines in groups.items():
-        found = re.match(r"dense\.|importance\.(global|\w+(?=\.90))\.(\d+)\.g1\.", group)  # each kind alone at 90%
+        found = re.match(r"dense\.|importance\.(global(?=\.[89]0)|\w+(?=\.90))\.(\d+)\.g1\.", group)
         if found:
             pruned = f"{found[2] or 0}%{names[found[1] or 'global']}"
             rows.append(("Debian text", lines[0]["training_pairs"], pruned, lines))
