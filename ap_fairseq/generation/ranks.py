@@ -67,8 +67,11 @@ def run_ranks(name: str, logs: list[Path], cpu: bool, function: Callable, *args:
             if rank.pid is not None:
                 rank.join(GRACE_SECONDS)
                 rank.kill()
-    lines = [line for log in logs for line in log.read_text(encoding="utf-8", errors="replace").splitlines()]
-    for reason in sorted({line.partition(FALLBACK)[2] for line in lines} - {""}):
+    reasons = set()
+    for log in logs:  # which may hold all translations
+        with log.open(encoding="utf-8", errors="replace") as lines:
+            reasons |= {line.partition(FALLBACK)[2].rstrip("\n") for line in lines}
+    for reason in sorted(reasons - {""}):
         logger.info(f"{FALLBACK}{reason}")
 
 
