@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from fairseq import checkpoint_utils, utils
 from fairseq.data import LanguagePairDataset, MonolingualDataset, data_utils
+from fairseq_cli.train import should_stop_early
 from torch import nn
 
 from ap_fairseq.artifacts import AttentionStats
@@ -73,6 +74,8 @@ class TrainingPruner:
 
     def before_batch(self, model: nn.Module, criterion: nn.Module, update: int) -> None:
         """Prune *model* if that is due after *update* updates. Every rank calls it."""
+        if update <= self.schedule.end:  # --patience would compare with losses of a model that was pruned less
+            should_stop_early.__dict__.pop("best", None)
         if update == self.done or update not in self.schedule.updates:
             return
         try:

@@ -46,8 +46,10 @@ class PruningWhileTrainingConfig(FairseqDataclass):
     batch_size: Optional[int] = II("dataset.batch_size")
     max_update: int = II("optimization.max_update")
     max_epoch: int = II("optimization.max_epoch")
+    stop_time_hours: float = II("optimization.stop_time_hours")
     update_freq: List[int] = II("optimization.update_freq")  # noqa: UP006
     train_subset: str = II("dataset.train_subset")
+    update_ordered_indices_seed: bool = II("dataset.update_ordered_indices_seed")
 
 
 def build_pruner(task, cfg: PruningWhileTrainingConfig) -> TrainingPruner | None:
@@ -88,7 +90,9 @@ class PruningWhileTraining:
         # A program may build the task with fairseq's own configuration, which lacks these fields.
         self.pruner = build_pruner(self, cfg) if hasattr(cfg, "prune_flags") else None
         self.max_update, self.max_epoch = (getattr(cfg, f"max_{of}", None) or 0 for of in ("update", "epoch"))
+        self.stop_time_hours = getattr(cfg, "stop_time_hours", 0)
         self.update_freq = getattr(cfg, "update_freq", None) or [1]
+        self.seed_counts_epochs = getattr(cfg, "update_ordered_indices_seed", False)
 
     def build_model(self, cfg, from_checkpoint=False):
         """As fairseq's, after a check that the model can be pruned, if that was asked for."""
@@ -102,11 +106,16 @@ class PruningWhileTraining:
             if not from_checkpoint:  # else masks that are named replace those of the checkpoint
                 self.pruner.require_fitting(model)
                 self._warn_of_end(self.max_update, f"--max-update {self.max_update}")
+                if self.stop_time_hours > 0:
+                    logger.warning(
+                        f"--stop-time-hours {self.stop_time_hours:g} may end the training before the last pruning, "
+                        f"after --prune-end {self.pruner.schedule.end} updates; then resume it with more hours"
+                    )
                 model.prefer_checkpoint_masks()  # of a training that resumes
         return model
 
     def get_batch_iterator(
-        self, dataset, *args, epoch=1, disable_iterator_cache=False, update_epoch_batch_itr=False, **kw
+        self, dataset, *args, seed=1, epoch=1, disable_iterator_cache=False, update_epoch_batch_itr=False, **kw
     ):
         """As fairseq's, but a training that prunes and resumes has the batches that it would have had.
 
@@ -115,8 +124,10 @@ class PruningWhileTraining:
         options = dict(disable_iterator_cache=disable_iterator_cache, update_epoch_batch_itr=update_epoch_batch_itr)
         once = self.can_reuse_epoch_itr(dataset) and not any(options.values())
         if self.pruner is None or not once or dataset in self.dataset_to_epoch_iter:
-            return super().get_batch_iterator(dataset, *args, epoch=epoch, **options, **kw)
-        iterator = super().get_batch_iterator(dataset, *args, epoch=1, **options, **kw)
+            return super().get_batch_iterator(dataset, *args, seed=seed, epoch=epoch, **options, **kw)
+        if self.seed_counts_epochs:
+            seed -= epoch - 1
+        iterator = super().get_batch_iterator(dataset, *args, seed=seed, epoch=1, **options, **kw)
         dataset.set_epoch(epoch)
         iterator.epoch = epoch
         if dataset is self.datasets.get(self.pruner.subset):

@@ -94,6 +94,28 @@ def test_a_resumed_training_ends_as_it_would_have_ended(trained, data_bin, tmp_p
     assert all(torch.equal(resumed[name], straight[name]) for name in straight)
 
 
+def test_a_seed_that_counts_epochs_counts_them_from_the_first_one_in_a_resumed_training(data_bin, tmp_path):
+    """With --update-ordered-indices-seed a training that resumed had other batches, and so other parameters."""
+    flags = [*ONE_COMMAND, "--update-ordered-indices-seed", "--max-tokens", 4000]  # 4 batches an epoch
+    train(data_bin, tmp_path, *flags, "--save-interval-updates", 7, arch="pruned_transformer", updates=14)
+    last = tmp_path / "checkpoint_last.pt"
+    straight = load_checkpoint(last)["model"]
+    (before,) = tmp_path.glob("checkpoint_*_7.pt")
+    before.rename(last)
+    train(data_bin, tmp_path, *flags, arch="pruned_transformer", updates=14)
+    resumed = load_checkpoint(last)["model"]
+    assert all(torch.equal(resumed[name], straight[name]) for name in straight)
+
+
+def test_patience_counts_from_the_last_pruning_on(data_bin, tmp_path):
+    """It compared with the loss of a model that was pruned less, and ended trainings before their last pruning."""
+    flags = [*ONE_COMMAND, "--lr", 1e-9, "--validate-interval-updates", 2, "--patience", 2, "--stop-time-hours", 0.5]
+    log = train(data_bin, tmp_path, *flags, arch="pruned_transformer", updates=50)
+    assert len(prunings(log)) == 3
+    assert load_checkpoint(tmp_path / "checkpoint_last.pt")["optimizer_history"][-1]["num_updates"] == 40
+    assert "--stop-time-hours 0.5 may end the training before the last pruning, after --prune-end 34 updates" in log
+
+
 def test_the_best_checkpoint_is_one_under_the_last_masks(data_bin, tmp_path):
     """A model is best while nothing is pruned: fairseq kept that one as checkpoint_best.pt."""
     flags = [*ONE_COMMAND, "--attention-sparsity", 0.95, "--lr", 1e-4, "--validate-interval-updates", 8]
