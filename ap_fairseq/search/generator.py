@@ -63,8 +63,9 @@ class PrunedSequenceGenerator(SequenceGenerator):
         if cpu_int8:
             use_int8(self.model)
         self._decoder: StaticDecoder | None = None
-        if next(self.model.parameters()).is_cuda:  # imports of a second, for which the first batch need not wait
-            from triton_ops import beam_search, ops  # noqa: F401
+        on_gpu = next(self.model.parameters()).is_cuda
+        if on_gpu and self._not_covered(None) is None and self._runs_kernels():
+            from triton_ops import beam_search, ops  # noqa: F401  (a second, for which the first batch need not wait)
         if self.repeat_ngram_blocker is not None:
             self.repeat_ngram_blocker = NGramBlock(self.repeat_ngram_blocker.no_repeat_ngram_size, self.pad)
 
@@ -99,9 +100,12 @@ class PrunedSequenceGenerator(SequenceGenerator):
         }
         return next((name for name, given in options.items() if given), None)
 
+    def _runs_kernels(self) -> bool:
+        parameter = next(self.model.parameters())
+        return decoder_modules(self.model.models)[0].runs_kernels(parameter.dtype, parameter.device)
+
     def _decoder_class(self, device: torch.device) -> type[StaticDecoder]:
-        module, dtype = decoder_modules(self.model.models)[0], next(self.model.models[0].parameters()).dtype
-        return HostDecoder if device.type == "cpu" and not module.runs_kernels(dtype, device) else StaticDecoder
+        return HostDecoder if device.type == "cpu" and not self._runs_kernels() else StaticDecoder
 
     def fallback_reason(self, constraints: Tensor | None) -> str | None:
         """Return why fairseq's own loop translates a batch, or None; log it."""

@@ -32,6 +32,7 @@ from plugin.builders import (
 )
 from plugin.hypotheses import assert_same
 
+import triton_ops
 from ap_fairseq.files import UserError
 from ap_fairseq.model import cpu_linear
 from ap_fairseq.search import alignment, generator, host_decoder, static_decoder
@@ -567,6 +568,25 @@ def test_rules_changed_after_the_first_batch_hold_for_the_next():
     options = dict(beam_size=3, max_len_b=12, min_len=6, unk_penalty=2.0, len_penalty=0.2, temperature=1.2)
     expected = SequenceGenerator(systems, VOCAB, **options).generate([], sample(LENGTHS))
     assert_same(generator.generate([], sample(LENGTHS)), expected)
+
+
+@pytest.mark.parametrize(
+    ("systems", "beam", "imported"),
+    [
+        (lambda: models(attention_backend="triton"), 3, True),
+        (lambda: models(attention_backend="sdpa"), 3, False),
+        (lambda: models(attention_backend="triton"), 20, False),
+        (lambda: [dense_model(VOCAB)], 3, False),
+    ],
+    ids=["kernels", "sdpa", "large beam", "stock model"],
+)
+def test_kernels_are_imported_ahead_where_the_search_runs_them(systems, beam, imported, monkeypatch):
+    """Searches that run none of them waited for their import, too."""
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    monkeypatch.delitem(sys.modules, "triton_ops.beam_search", raising=False)
+    monkeypatch.delattr(triton_ops, "beam_search", raising=False)
+    PrunedSequenceGenerator(systems(), VOCAB, beam_size=beam)
+    assert ("triton_ops.beam_search" in sys.modules) is imported
 
 
 def test_threads_that_share_a_generator_take_turns():
