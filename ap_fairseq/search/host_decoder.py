@@ -23,6 +23,7 @@ from triton_ops.beam_state import BeamState
 
 FIRST_SLOTS = 64  # of a sentence; slots are compacted, or their number doubled, when they are full
 NO_HYPOTHESIS = -1
+MASK_ROWS_MEMO = 1 << 26  # bytes of mask rows that are remembered: all of searches up to 1,000 positions or so
 
 
 class SentenceSlots:
@@ -124,7 +125,10 @@ class MaskRows:
             rows = [module.mask_row(step, size, lengths) for module in self.heads]
             return ~torch.cat([row.expand(n, -1, -1) for row in rows], 1)
         if step not in self._common:
-            self._common[step] = ~torch.cat([module.mask_row(step, self.n_columns) for module in self.heads])
+            common = ~torch.cat([module.mask_row(step, self.n_columns) for module in self.heads])
+            if (len(self._common) + 1) * common.numel() > MASK_ROWS_MEMO:
+                self._common.clear()
+            self._common[step] = common
         return self._common[step][:, :size].expand(n, -1, -1)
 
 
