@@ -29,12 +29,12 @@ def exit_on_sigterm() -> None:
     if signal.getsignal(signal.SIGTERM) is _end:
         return
     signal.signal(signal.SIGTERM, _end)
-    signal.signal(signal.SIGALRM, _end)
     report = sys.unraisablehook
 
     def again(dropped) -> None:
         # In a finalizer or a callback of a weak reference Python only reports what is raised: try outside of it.
         if dropped.exc_type is _Terminated:
+            signal.signal(signal.SIGALRM, _end)
             signal.setitimer(signal.ITIMER_REAL, 0.01)
         else:
             report(dropped)

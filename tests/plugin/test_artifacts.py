@@ -190,6 +190,7 @@ def main(argv):
         temporary.write_text("half")
         Other()
         time.sleep(0.1)
+        assert signal.getsignal(signal.SIGALRM) is signal.SIG_DFL  # an alarm from elsewhere is no SIGTERM
         print("goes on", flush=True)
         collected = set()
         reference = weakref.ref(collected, lambda _: signal.raise_signal(signal.SIGTERM))
