@@ -7,6 +7,8 @@ can be. They run without the kernels, on top of the masks, and are options of th
 
 from __future__ import annotations
 
+import argparse
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -74,6 +76,18 @@ class DynamicPruning:
             weights = torch.where(weights > 0, round_on_log_scale(weights, self.threshold, self.log_bits), 0.0)
         self.pairs, self.kept = self.pairs + visible.sum(), self.kept + attended.sum()
         return weights
+
+
+def require_kinds(options: argparse.Namespace, kinds: Collection[str]) -> None:
+    """Raise UserError for options that name other kinds of attention than *kinds*, those that the model has."""
+    for name in ("attention_top_k", "attention_threshold"):
+        flag, text = f"--{name.replace('_', '-')}", getattr(options, name)
+        named = per_kind(flag, text) if "=" in str(text) else {}
+        if others := [kind for kind in named if kind not in kinds]:
+            raise UserError(
+                f"{flag} {text}: the model has no {' and no '.join(others)} attention; leave that out (it has "
+                f"{', '.join(kinds)})"
+            )
 
 
 def round_on_log_scale(weights: Tensor, least: float, bits: int) -> Tensor:

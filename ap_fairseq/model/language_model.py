@@ -61,7 +61,7 @@ class PrunedLanguageModel(CapturedUpdates, PrunedModel, stock.TransformerLanguag
         # Embeddings are built and tied as fairseq does it, for its adaptive softmax too; only the decoder is ours.
         with mock.patch.object(stock, "TransformerDecoder", _build_decoder):
             model = super().build_model(args, task)
-        model.start_with(masks, task)
+        model.start_with(args, masks, task)
         return model
 
     def forward(self, src_tokens: Tensor, features_only: bool = False, **kwargs):

@@ -20,6 +20,7 @@ from ap_fairseq.files import ArtifactError, UserError, file_sha256
 from ap_fairseq.model.attention import MASK_BUFFERS, NotScriptable
 from ap_fairseq.model.config import OWN_DEFAULTS, is_interpolation
 from ap_fairseq.model.cpu_linear import forget_packed
+from ap_fairseq.model.dynamic import require_kinds
 from ap_fairseq.model.kv_cache import peak_share
 from ap_fairseq.provenance import (
     DAMAGED_MASKS,
@@ -73,12 +74,14 @@ class PrunedModel(NotScriptable):
         given = {name: value for name, value in flat.items() if not is_interpolation(value)}
         return argparse.Namespace(**{**OWN_DEFAULTS, **given}), path
 
-    def start_with(self, path: str | None, task) -> None:
+    def start_with(self, options: argparse.Namespace, path: str | None, task) -> None:
         """Set the masks that training starts with: those of a file, or all-ones masks for ``none``.
 
         Raises:
             ArtifactError: if the masks cannot be read or were made for another architecture or dictionary.
+            UserError: if *options* name kinds of attention that the model has not.
         """
+        require_kinds(options, architecture(self))
         if path == "none":
             self.set_masks(PruningMasks.all_ones(architecture(self), dictionary_hashes(task)))
             self.prefer_checkpoint_masks()

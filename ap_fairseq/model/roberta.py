@@ -45,7 +45,7 @@ class PrunedRobertaModel(PrunedModel, stock.RobertaModel):
             model = super().build_model(args, task)
         if isinstance(cfg, argparse.Namespace):  # what checkpoints store, however long the blocks are that follow
             cfg.max_positions = args.max_positions
-        model.start_with(masks, task)
+        model.start_with(args, masks, task)
         return model
 
 

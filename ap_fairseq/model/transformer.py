@@ -53,7 +53,7 @@ class PrunedTransformerModel(CapturedUpdates, PrunedModel, TransformerModelBase)
         if getattr(task.cfg, "load_alignments", False):
             model.decoder.guided_alignment = True
             logger.info("guided alignment: links to cells that every head prunes add a constant to the loss")
-        model.start_with(masks, task)
+        model.start_with(args, masks, task)
         return model
 
     @classmethod

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from fairseq.sequence_generator import SequenceGenerator
-from plugin.builders import batch, dense_model, dictionary, pruned_model, random_masks
+from plugin.builders import batch, dense_model, dictionary, language_models, pruned_model, random_masks
 from plugin.hypotheses import assert_same
 
 from ap_fairseq.files import UserError
@@ -135,6 +135,21 @@ def test_a_model_translates_with_top_k_as_teacher_forcing_says():
 def test_bad_options_name_the_fault(options, message):
     with pytest.raises(UserError, match=message):
         pruned_model(random_masks(0.0), VOCAB, **options)
+
+
+@pytest.mark.parametrize("name", ["attention_top_k", "attention_threshold"])
+def test_kinds_that_a_model_has_not_are_refused(name):
+    """For a language model they had no effect, silently."""
+    flag = f"--{name.replace('_', '-')}"
+    message = (
+        f"{flag} decoder_self=0.0,cross=0.0: the model has no cross attention; leave that out .it has decoder_self"
+    )
+    with pytest.raises(UserError, match=message):
+        language_models(VOCAB, **{name: "decoder_self=0.0,cross=0.0"})
+    with pytest.raises(UserError, match="no encoder_self and no cross attention"):
+        language_models(VOCAB, **{name: "encoder_self=0.5,cross=0.5"})
+    language_models(VOCAB, **{name: "0.0"})
+    pruned_model(random_masks(0.0), VOCAB, **{name: "decoder_self=0.0,cross=0.0"})
 
 
 def test_numbers_per_kind():
