@@ -32,7 +32,7 @@ class PruningMasks:
     Attributes:
         keep: per kind bool (layers, heads, Tq, Tk), True = kept. Cells that cannot exist (j > i in ``decoder_self``)
             are False. The diagonal of self-attention and column 0 of cross-attention are True: they exist in every
-            sentence, so no row is empty.
+            sentence, so no row is empty; unless the specification in the metadata has ``empty_rows``.
         extrapolation: per kind bool (layers, heads, Tq + Tk - 1), True = kept: what happens at offset j - i =
             d - (Tq - 1) outside the recorded range. Offsets outside this table are kept.
         metadata: provenance of the statistics, the specification of the masks and the resulting sparsity.
@@ -78,7 +78,7 @@ class PruningMasks:
                     f"expected {expected}"
                 )
             guaranteed = keep[..., :, 0] if kind is AttentionKind.CROSS else np.diagonal(keep, axis1=-2, axis2=-1)
-            if not guaranteed.all():
+            if not (guaranteed.all() or self.may_have_empty_rows):
                 where = "column 0" if kind is AttentionKind.CROSS else "the diagonal"
                 raise ArtifactError(f"{kind.value}: {where} must be kept in every row, or a row could be empty")
             if kind.causal and np.triu(keep, 1).any():
@@ -114,6 +114,11 @@ class PruningMasks:
         nothing = {"effective": 0.0, "kept_mass": 1.0}
         metadata = {"dictionaries": dict(dictionaries), "sparsity": dict.fromkeys(shape, nothing), "total": nothing}
         return cls(keep, {kind: cells[..., 0] for kind, cells in keep.items()}, metadata)
+
+    @property
+    def may_have_empty_rows(self) -> bool:
+        """Whether the cells that exist in every sentence are pruned like any other."""
+        return bool(self.metadata.get("spec", {}).get("empty_rows"))
 
     @property
     def kinds(self) -> list[AttentionKind]:

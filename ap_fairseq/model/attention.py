@@ -158,6 +158,7 @@ class PrunedMultiheadAttention(NotScriptable, MultiheadAttention):
         self._layout: Layout | None = None
         self._last_use: tuple[Layout | None, dict[int, Tensor]] = None, {}
         self._keeps_all: tuple[Layout | None, dict[tuple[int, int], bool]] = None, {}
+        self._may_have_empty_rows: bool | None = None
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         if prefix + "keep_words" in state_dict:  # checkpoints of version 0.2 have no offsets
@@ -235,12 +236,23 @@ class PrunedMultiheadAttention(NotScriptable, MultiheadAttention):
         n_keys = max(recorded_keys, 1 << (n_keys - 1).bit_length())
         outside = extrapolated(pattern.cpu().numpy(), recorded_queries, (n_queries, n_keys))
         cells = torch.from_numpy(outside).to(keep.device)
-        every_row = cells[..., 0] if self.kind is AttentionKind.CROSS else cells.diagonal(dim1=1, dim2=2)
-        every_row.fill_(True)
+        beyond = self._guaranteed(cells)
+        beyond |= self._guaranteed(keep).all(1, keepdim=True)  # not of heads whose rows may be empty
         if self.kind.causal:
             cells.tril_()
         cells[:, :recorded_queries, :recorded_keys] = keep
         return cells
+
+    def _guaranteed(self, cells: Tensor) -> Tensor:
+        """View the cells of a mask (heads, Tq, Tk) that exist in every sentence: the diagonal, or column 0 of cross."""
+        return cells[..., 0] if self.kind is AttentionKind.CROSS else cells.diagonal(dim1=1, dim2=2)
+
+    def may_have_empty_rows(self) -> bool:
+        """Whether a row of the mask may keep nothing of a sentence; attention gives 0 there."""
+        if self._may_have_empty_rows is None:
+            keep = unpack_cells(self.keep_words, int(self.mask_range[1]))
+            self._may_have_empty_rows = not self._guaranteed(keep).all()
+        return self._may_have_empty_rows
 
     # -- attention ----------------------------------------------------------------------------------------------------
 
@@ -385,8 +397,9 @@ class PrunedMultiheadAttention(NotScriptable, MultiheadAttention):
             by_sentence = q.unflatten(0, (k.size(0), -1)).transpose(1, 2)  # (B, H, beam, D): a step's beams are queries
             selected = cache.selected
             keep = (keep if selected is None else keep & selected).unsqueeze(-2)
-            if q.is_cpu and not (want_weights or self.dynamic is not None or self.is_relative or selected is not None):
-                # Without what `attend_dense` does for empty rows, of which a global mask has none.
+            by_step = self.dynamic is not None or self.is_relative or selected is not None
+            if q.is_cpu and not (want_weights or by_step or self.may_have_empty_rows()):
+                # Without what `attend_dense` does for empty rows.
                 cells = None if lengths is None and keep.all() else visible_cells(keep, None, lengths)
                 output = F.scaled_dot_product_attention(
                     by_sentence, k, v, attn_mask=cells, dropout_p=dropout_p, scale=self.scaling

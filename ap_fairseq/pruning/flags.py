@@ -143,6 +143,12 @@ def add_mask_options(parser: argparse.ArgumentParser) -> None:
         "--keep-first", type=_positions, default=0, metavar="N", help="always keep the first N columns (default: none)"
     )
     parser.add_argument(
+        "--empty-rows",
+        action="store_true",
+        help="prune the diagonal of self-attention and column 0 of cross-attention like other cells; a row that keeps "
+        "nothing gives 0 (default: each row keeps one of them)",
+    )
+    parser.add_argument(
         "--smooth",
         type=_positions,
         default=0,
@@ -249,6 +255,7 @@ def spec_from(args: argparse.Namespace, stats: AttentionStats) -> MaskSpec:
         max_heads_of=args.max_heads_of,
         keep_diagonal=args.keep_diagonal,
         keep_first=args.keep_first,
+        empty_rows=args.empty_rows,
         smooth=args.smooth,
         calibrate=args.calibrate,
         seed=args.seed,

@@ -68,6 +68,9 @@ class MaskSpec:
         keep_diagonal: also keep every cell at most this many key positions from the diagonal (in cross-attention from
             the mean source/target length slope); None for no such set.
         keep_first: also keep this many first columns.
+        empty_rows: the cell that would keep a row from being empty (the diagonal of self-attention, column 0 of
+            cross-attention) is pruned like any other. A row of which nothing is kept gives 0. Heads of a mask relative
+            to the scaled diagonal keep their anchors.
         smooth: score each cell by the mean over the cells up to this many positions away along its diagonal
             (:func:`ap_fairseq.pruning.criteria.smoothed`); without it, late positions, which few sentences reach, are
             ranked by chance.
@@ -93,6 +96,7 @@ class MaskSpec:
     max_heads_of: str = "layer"
     keep_diagonal: int | None = None
     keep_first: int = 0
+    empty_rows: bool = False
     smooth: int = 0
     calibrate: bool = False
     seed: int = 1

@@ -28,7 +28,7 @@ class LayerSummary:
     nominal: float
     kept_mass: float  # sum s keep / sum s
     mass: float  # attention mass of the recorded data: sum s
-    guaranteed_rows: int  # observed rows (over heads) whose only kept cell is the guaranteed one
+    guaranteed_rows: int  # observed rows (over heads) that keep the guaranteed cell alone, or nothing
     rows: int  # observed rows (over heads)
 
 
@@ -71,7 +71,8 @@ def _layers(keep: np.ndarray, stats: AttentionStats, kind: AttentionKind) -> lis
             cells=keep.shape[1] * longest**2,
             kept=np.sum(mass[layer], where=keep[layer]),
             mass=mass[layer].sum(),
-            guaranteed=np.sum((keep[layer] & observed).sum(-1) == 1) - keep.shape[1] * _single(observed),
+            guaranteed=np.sum((keep[layer] & observed).sum(-1)[:, observed.any(-1)] <= 1)
+            - keep.shape[1] * _single(observed),
             rows=keep.shape[1] * int(observed.any(-1).sum()),
         )
         for layer in range(keep.shape[0])
@@ -141,11 +142,16 @@ def total_of(kinds: Sequence[LayerSummary]) -> dict[str, float]:
 
 
 def vanished_heads(masks: PruningMasks, stats: AttentionStats) -> dict[str, list[list[int]]]:
-    """Return ``{kind: [[layer, head], ...]}`` of the heads that keep no observed cell but the guaranteed ones."""
+    """Return ``{kind: [[layer, head], ...]}`` of the heads that keep no observed cell but the guaranteed ones.
+
+    Of masks that may have empty rows, which guarantee none, the heads that keep nothing.
+    """
     vanished = {}
     for kind in stats.kinds:
         support, keep = stats.support[kind], masks.keep[kind]
-        others = (support > 0) & ~criteria.guaranteed(support.shape, kind)
+        others = support > 0
+        if not masks.may_have_empty_rows:
+            others &= ~criteria.guaranteed(support.shape, kind)
         if kind is AttentionKind.CROSS and masks.relative is not None:
             offsets = offset_support(stats.rows_by_centre()) > 0
             place = np.arange(len(offsets)) - len(offsets) // 2
@@ -176,6 +182,8 @@ def missed_budgets(
     granularities = {spec.granularity_of(kind) for kind in spec.budgets}
     if granularities == {1}:
         reason = "every row keeps one guaranteed cell, and rows of short sentences have few others"
+        if spec.empty_rows:
+            reason = "a cell of the positions that every sentence has is pruned in all of them"
         if spec.min_kept or spec.min_heads or spec.keep_first or spec.keep_diagonal is not None:
             reason += "; cells kept by --min-kept, --min-heads, --keep-first and --keep-diagonal are not pruned either"
     else:

@@ -206,12 +206,12 @@ def _beyond_cap(score: np.ndarray, kind: AttentionKind, spec: MaskSpec) -> np.nd
 
 
 def always_kept(stats: AttentionStats, kind: AttentionKind, spec: MaskSpec) -> np.ndarray:
-    """The guaranteed cell of each row and the sets that *spec* names, bool (Tq, Tk)."""
+    """The guaranteed cell of each row, unless rows may be empty, and the sets that *spec* names, bool (Tq, Tk)."""
     if spec.in_offsets(kind):
         n_offsets = stats.support[kind].shape[1]
         distance = np.abs(np.arange(n_offsets) - n_offsets // 2)[None]
         return distance <= (-1 if spec.keep_diagonal is None else spec.keep_diagonal)
-    cells = criteria.guaranteed(stats.support[kind].shape, kind)
+    cells = criteria.guaranteed(stats.support[kind].shape, kind) & (not spec.empty_rows)
     cells[:, : spec.keep_first] = True
     if spec.keep_diagonal is not None:
         cells |= criteria.near_diagonal(stats, kind, spec.keep_diagonal)

@@ -100,7 +100,8 @@ class Report:
         for name, masks in self.masks.items():
             for kind, gone in vanished_heads(masks, self.stats).items():
                 heads = ", ".join(f"{layer}.{head}" for layer, head in gone)
-                left = f"{name} leaves nothing but guaranteed cells of {len(gone)} heads of {kind}"
+                but = "" if masks.may_have_empty_rows else " but guaranteed cells"
+                left = f"{name} leaves nothing{but} of {len(gone)} heads of {kind}"
                 sentences.append(f"{left} (layer.head): {heads}.")
         return sentences
 

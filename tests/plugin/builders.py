@@ -118,9 +118,12 @@ def random_stats(
     )
 
 
-def random_masks(sparsity: float, seed: int = 0, kinds=tuple(AttentionKind), **shape) -> PruningMasks:
+def random_masks(
+    sparsity: float, seed: int = 0, kinds=tuple(AttentionKind), empty_rows: bool = False, **shape
+) -> PruningMasks:
     """Random masks of the given effective sparsity in *kinds*; the other kinds are kept whole."""
-    spec = MaskSpec({kind: sparsity for kind in kinds}, criterion="random", seed=seed, extrapolate="keep")
+    budgets = {kind: sparsity for kind in kinds}
+    spec = MaskSpec(budgets, criterion="random", seed=seed, extrapolate="keep", empty_rows=empty_rows)
     return build_masks(random_stats(**shape), spec).masks
 
 

@@ -22,6 +22,9 @@ KINDS = tuple(AttentionKind)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
+EMPTY_ROWS = random_masks(0.9, longest=(12, 12), empty_rows=True)
+
+
 def guarantee_only() -> PruningMasks:
     """Masks that forbid everything but the guaranteed cell of each row."""
     masks = random_masks(0.0, longest=(12, 12))
@@ -60,15 +63,17 @@ def naive(module, query, key, padding=None):
                 columns = [
                     j for j in range(key.size(0)) if keep[h, i, j] and not (padding is not None and padding[b, j])
                 ]
-                scores = torch.stack([q[i, b, part] @ k[j, b, part] for j in columns]) / module.head_dim**0.5
-                output[i, b, part] = scores.softmax(0) @ v[columns, b, part]
+                if columns:
+                    scores = torch.stack([q[i, b, part] @ k[j, b, part] for j in columns]) / module.head_dim**0.5
+                    output[i, b, part] = scores.softmax(0) @ v[columns, b, part]
     return module.out_proj.double()(output)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("need_weights", [False, True])
-def test_full_forward_equals_a_loop_over_kept_cells(kind, need_weights):
-    module = dict(attention_sites(pruned_model(random_masks(0.6), VOCAB)))[kind, 1]
+@pytest.mark.parametrize("masks", [random_masks(0.6), EMPTY_ROWS], ids=["guaranteed", "empty rows"])
+def test_full_forward_equals_a_loop_over_kept_cells(masks, kind, need_weights):
+    module = dict(attention_sites(pruned_model(masks, VOCAB)))[kind, 1]
     query = torch.randn(7, 2, 16, generator=torch.Generator().manual_seed(0))
     key = torch.randn(9, 2, 16, generator=torch.Generator().manual_seed(1)) if kind is AttentionKind.CROSS else query
     causal = torch.full((7, 7), float("-inf")).triu(1) if kind.causal else None
@@ -111,10 +116,11 @@ def test_a_sentence_translates_alone_as_in_a_batch():
         torch.testing.assert_close(together[k : k + 1, :t], alone, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("empty_rows", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_incremental_decoding_equals_teacher_forcing(kind):
+def test_incremental_decoding_equals_teacher_forcing(kind, empty_rows):
     """The authors' code read mask row source length + 1 in every step, so BLEU was that of another mask."""
-    model = pruned_model(random_masks(0.7, kinds=(kind,), longest=(12, 12)), VOCAB)
+    model = pruned_model(random_masks(0.7, kinds=(kind,), longest=(12, 12), empty_rows=empty_rows), VOCAB)
     source, target = batch([5, 2, 7], VOCAB, left=True), targets([8, 8, 8])
     full = translate(model, source, target)
     encoder_out, state = model.encoder(source), {}
@@ -181,6 +187,17 @@ def test_padded_queries_are_written_as_zero():
         for need_weights in (False, True):
             output, _ = module(x, x, x, key_padding_mask=padding, need_weights=need_weights)
             torch.testing.assert_close(output[3:], module.out_proj.bias.expand(2, 1, 16))
+
+
+@pytest.mark.parametrize("kind", KINDS[:2])
+def test_heads_whose_rows_may_be_empty_stay_so_beyond_the_range(kind):
+    masks = random_masks(0.95, longest=(12, 12), empty_rows=True)
+    masks.extrapolation[kind][:] = False
+    masks.keep[kind][:, 0, range(12), range(12)] = True  # the first head of each layer
+    for site, module in attention_sites(pruned_model(masks, VOCAB)):
+        if site.kind is kind:
+            kept = module.keep_mask(16, 16).diagonal(dim1=1, dim2=2)[:, 12:]
+            assert kept[0].all() and not kept[1].any()
 
 
 @pytest.mark.parametrize("n", [12, 13, 40])
@@ -308,9 +325,10 @@ WIDE = dict(encoder_embed_dim=32, decoder_embed_dim=32, decoder_input_dim=32, de
 
 
 @pytest.mark.parametrize("lengths", [([5, 2], [4, 6]), ([131, 40], [30, 130])], ids=["short", "long"])
-def test_kernels_and_sdpa_agree_in_outputs_and_gradients(lengths):
+@pytest.mark.parametrize(("sparsity", "empty_rows"), [(0.6, False), (0.95, True)], ids=["guaranteed", "empty rows"])
+def test_kernels_and_sdpa_agree_in_outputs_and_gradients(lengths, sparsity, empty_rows):
     """Sentences and the tile lists; padded on the left as fairseq does; beyond the range of the masks."""
-    masks = random_masks(0.6, longest=(20, 22))
+    masks = random_masks(sparsity, longest=(20, 22), empty_rows=empty_rows)
     source, target = batch(lengths[0], VOCAB, left=True).to(DEVICE), targets(lengths[1]).to(DEVICE)
     results = []
     for backend in ("sdpa", "triton"):

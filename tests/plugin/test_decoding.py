@@ -79,11 +79,16 @@ def caches(monkeypatch):
 
 
 OPTIONS = dict(beam_size=3, max_len_b=40, min_len=38)
+MASKS = [
+    lambda: masks(4),
+    lambda: random_masks(0.7, longest=(STEPS, SOURCE)),
+    lambda: random_masks(0.9, longest=(STEPS, SOURCE), empty_rows=True),
+]
 
 
 @pytest.mark.parametrize("backend", ["sdpa", "triton"])
 @pytest.mark.parametrize("generator", [SequenceGenerator, PrunedSequenceGenerator])
-@pytest.mark.parametrize("make", [lambda: masks(4), lambda: random_masks(0.7, longest=(STEPS, SOURCE))])
+@pytest.mark.parametrize("make", MASKS)
 def test_pruned_caches_give_the_results_of_caches_that_keep_all(generator, backend, make, caches):
     system = model(make(), attention_backend=backend)
     lengths = [5, 12, 1, 9, 3] if backend == "sdpa" or DEVICE == "cuda" else [5, 2]  # the interpreter is slow

@@ -56,10 +56,11 @@ def paged(monkeypatch):
     monkeypatch.setattr(PrunedSequenceGenerator, "_decoder_class", lambda self, device: static_decoder.StaticDecoder)
 
 
-def models(n: int = 1, sparsity: float = 0.6, **options):
+def models(n: int = 1, sparsity: float = 0.6, empty_rows: bool = False, **options):
     made = []
     for seed in range(n):
-        model = pruned_model(random_masks(sparsity, seed=seed, longest=(30, 12)), VOCAB, **SIZES, **options)
+        masks = random_masks(sparsity, seed=seed, longest=(30, 12), empty_rows=empty_rows)
+        model = pruned_model(masks, VOCAB, **SIZES, **options)
         for parameter in model.parameters():  # untrained models end nowhere or at once; livelier ones end everywhere
             parameter.data.mul_(1 + seed / 10)
         if model.decoder.adaptive_softmax is None:
@@ -95,6 +96,18 @@ def test_hypotheses_and_scores_are_those_of_fairseq(options, backend):
     for seed in (0, 1):  # the second batch finds the buffers of the first
         expected = SequenceGenerator(systems, VOCAB, **options).generate([], sample(lengths, seed))
         assert_same(generator.generate([], sample(lengths, seed)), expected)
+
+
+@pytest.mark.parametrize("decoder", ["CPU", "pools", "kernels"])
+def test_rows_that_keep_nothing_are_read_as_by_fairseqs_search(decoder, request):
+    if decoder == "pools":
+        request.getfixturevalue("paged")
+    systems = models(sparsity=0.9, empty_rows=True, attention_backend="triton" if decoder == "kernels" else "sdpa")
+    assert systems[0].decoder.layers[0].encoder_attn.may_have_empty_rows()
+    options, lengths = dict(beam_size=3, max_len_b=12), LENGTHS[:4] if decoder == "kernels" else LENGTHS
+    expected = SequenceGenerator(systems, VOCAB, **options).generate([], sample(lengths))
+    assert_same(PrunedSequenceGenerator(systems, VOCAB, **options).generate([], sample(lengths)), expected)
+    assert all(torch.isfinite(h["positional_scores"]).all() for sentence in expected for h in sentence)
 
 
 class WorkingBlock(NGramRepeatBlock):

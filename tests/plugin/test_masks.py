@@ -568,6 +568,34 @@ def test_no_more_heads_than_the_cap_keep_a_unit(criterion, granularity, of, grou
     assert most > cap
 
 
+@pytest.mark.parametrize("granularity", [1, "4x2", "diagonal"])
+def test_rows_may_be_empty_if_asked(granularity, tmp_path):
+    """Every cell is a candidate, and the budget holds where guaranteed cells alone are more than what it leaves."""
+    stats = random_stats(longest=(12, 12), sentences=200, layers=2, heads=4)
+    built = build(stats, 0.95, granularity=granularity, empty_rows=True, scope="global")
+    assert total_mass(built.masks, stats)[0] == pytest.approx(0.95, abs=0.02)
+    assert total_mass(build(stats, 0.95, granularity=granularity, scope="global").masks, stats)[0] < 0.93
+    for kind in ALL:
+        seen = (stats.support[kind] > 0).any(-1)
+        assert not built.masks.keep[kind][..., seen, :].any(-1).all()
+    built.masks.save(tmp_path / "masks.safetensors")
+    loaded = PruningMasks.load(tmp_path / "masks.safetensors")
+    assert loaded.may_have_empty_rows and loaded.metadata["spec"]["empty_rows"] is True
+    with pytest.raises(ArtifactError, match="must be kept in every row"):
+        PruningMasks(loaded.keep, loaded.extrapolation)
+    assert "empty_rows" not in build(stats, 0.5).masks.metadata["spec"]
+
+
+def test_heads_that_keep_nothing_are_named():
+    stats = random_stats(longest=(12, 12), sentences=100, layers=1, heads=2)
+    kind = AttentionKind.CROSS
+    stats.mass[kind][0, 0] *= 1e-3
+    built = build(stats, 0.6, kinds=[kind], empty_rows=True)
+    assert built.masks.metadata["vanished_heads"] == {"cross": [[0, 0]]}
+    assert "cross: 1 heads (layer.head) keep nothing: 0.0" in built.warnings
+    assert summarize(built.masks, stats)[-1].guaranteed_rows >= 12
+
+
 def test_a_cap_keeps_the_best_heads_of_each_cell_and_is_a_share_or_a_number():
     stats = random_stats(longest=(12, 12), sentences=100, layers=1, heads=4)
     kind = AttentionKind.ENCODER_SELF
