@@ -146,8 +146,9 @@ class TrainingGraphs:
             torch.cuda.empty_cache()
             self.given_up = True
             lengths = [part.size(1) for part in (graph.source, graph.target) if part is not None]
+            samples = "blocks" if graph.source is None else "sentences"
             logger.warning(
-                f"training updates run directly from now on: {len(graph.target)} sentences of "
+                f"training updates run directly from now on: {len(graph.target)} {samples} of "
                 f"{' and '.join(map(str, lengths))} tokens could not be captured as a CUDA graph; lower --max-tokens "
                 f"({error})"
             )

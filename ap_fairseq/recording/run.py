@@ -36,6 +36,7 @@ from ap_fairseq.recording.tasks import (
     longest_sides,
     provenance,
     recorded_task,
+    samples_of,
     validation_lengths,
 )
 
@@ -143,7 +144,7 @@ def record(cfg, job: Recording) -> AttentionStats:
         )
     if distributed_utils.get_global_rank() == 0:
         stats.save(job.output, overwrite=job.overwrite)
-        _report(stats, job, len(dataset), totals["ntokens"], time.monotonic() - started)
+        _report(stats, job, samples_of(task), len(dataset), totals["ntokens"], time.monotonic() - started)
     return stats
 
 
@@ -272,14 +273,14 @@ def load_subset(task: FairseqTask, job: Recording) -> FairseqDataset:
 
 def _batches(cfg, job: Recording, task: FairseqTask, model, dataset: FairseqDataset, group):
     """Return this rank's batches: of what the model can take, or of the sample drawn from that."""
-    seed = cfg.common.seed
+    seed, samples = cfg.common.seed, samples_of(task)
     with data_utils.numpy_seed(seed + 1):  # as fairseq in epoch 1
         indices = dataset.ordered_indices()
     limits = utils.resolve_max_positions(task.max_positions(), model.max_positions())
     indices = np.asarray(task.filter_indices_by_size(indices, dataset, limits, ignore_invalid_inputs=True))
     if not len(indices):
         raise UserError(
-            f"all {len(dataset):,} sentences of subset {job.subset!r} are longer than the model takes (positions: "
+            f"all {len(dataset):,} {samples} of subset {job.subset!r} are longer than the model takes (positions: "
             f"{limits}); record a subset with shorter ones"
         )
     if not isinstance(dataset, LanguagePairDataset):  # its own order is by length
@@ -289,7 +290,7 @@ def _batches(cfg, job: Recording, task: FairseqTask, model, dataset: FairseqData
     longest, most = int(lengths_of(dataset, indices).max()), cfg.dataset.max_tokens
     if most is not None and longest > most:
         raise UserError(
-            f"--max-tokens {most}: a sentence of subset {job.subset!r} has {longest} tokens; pass at least that"
+            f"--max-tokens {most}: a {samples[:-1]} of subset {job.subset!r} has {longest} tokens; pass at least that"
         )
     batches = dataset.batch_by_size(
         indices,
@@ -309,7 +310,9 @@ def _batches(cfg, job: Recording, task: FairseqTask, model, dataset: FairseqData
     ).next_epoch_itr(shuffle=False)
 
 
-def _report(stats: AttentionStats, job: Recording, available: int, n_tokens: float, seconds: float) -> None:
+def _report(
+    stats: AttentionStats, job: Recording, samples: str, available: int, n_tokens: float, seconds: float
+) -> None:
     for kind in stats.kinds:
         layers, heads, n_queries, n_keys = stats.mass[kind].shape
         logger.info(
@@ -317,14 +320,14 @@ def _report(stats: AttentionStats, job: Recording, available: int, n_tokens: flo
             f"{stats.metadata['pairs_recorded'][kind.value]:,} pairs recorded, "
             f"{stats.metadata['pairs_beyond_range'][kind.value]:,} beyond the range"
         )
-    sentences = stats.metadata["sentences"]
-    logger.info(f"{sentences:,} of {available:,} sentences -> {job.output}")
+    recorded = stats.metadata["sentences"]
+    logger.info(f"{recorded:,} of {available:,} {samples} -> {job.output}")
     logger.info(
-        f"recorded in {seconds:.1f} s: {sentences / seconds:,.0f} sentences and {n_tokens / seconds:,.0f} target "
+        f"recorded in {seconds:.1f} s: {recorded / seconds:,.0f} {samples} and {n_tokens / seconds:,.0f} target "
         "tokens a second"
     )
-    if sentences < min(job.sample or available, available):
+    if recorded < min(job.sample or available, available):
         logger.warning(
-            f"{available - sentences:,} sentences were not recorded: longer than the model's positions, or dropped "
+            f"{available - recorded:,} {samples} were not recorded: longer than the model's positions, or dropped "
             "from the last batch by --required-batch-size-multiple"
         )

@@ -17,8 +17,8 @@ from fairseq.models.roberta import RobertaModel
 from fairseq.models.transformer import TransformerModelBase
 from fairseq.models.transformer_lm import TransformerLanguageModel
 from fairseq.tasks import FairseqTask
-from fairseq.tasks.language_modeling import LanguageModelingConfig
-from fairseq.tasks.masked_lm import MaskedLMConfig
+from fairseq.tasks.language_modeling import LanguageModelingConfig, LanguageModelingTask
+from fairseq.tasks.masked_lm import MaskedLMConfig, MaskedLMTask
 from fairseq.tasks.sentence_prediction import SentencePredictionConfig
 from fairseq.tasks.translation import TranslationConfig, TranslationTask
 
@@ -126,6 +126,11 @@ def provenance(
         "loss": None if criterion is None else type(criterion).__name__,
         "versions": versions(),
     }
+
+
+def samples_of(task: FairseqTask) -> str:
+    """Return what the samples of a task are, for its logs: ``sentences``, or ``blocks`` of running text."""
+    return "blocks" if isinstance(task, LanguageModelingTask | MaskedLMTask) else "sentences"
 
 
 def longest_sides(dataset: FairseqDataset) -> tuple[int, int]:

@@ -22,7 +22,7 @@ from ap_fairseq.model.pruned_model import PrunedModel
 from ap_fairseq.pruning.build import build_masks
 from ap_fairseq.pruning.flags import require_fitting, spec_from
 from ap_fairseq.recording.recorder import AttentionRecorder, data_parallel_group, sample_by_length
-from ap_fairseq.recording.tasks import diagonal_slope, longest_sides, provenance, validation_lengths
+from ap_fairseq.recording.tasks import diagonal_slope, longest_sides, provenance, samples_of, validation_lengths
 from ap_fairseq.sites import architecture
 from ap_fairseq.training.schedule import PruningSchedule
 
@@ -103,7 +103,7 @@ class TrainingPruner:
         also = f" ({validation['total']:.1%} of those of the validation sentences)" if validation else ""
         logger.info(
             f"update {update}: {built.masks.metadata['total']['effective']:.1%} of the pairs pruned{also}, "
-            f"{share:.1%} of the budget; {stats.metadata['sentences']:,} sentences recorded in "
+            f"{share:.1%} of the budget; {stats.metadata['sentences']:,} {samples_of(self.task)} recorded in "
             f"{recorded - started:.1f} s, masks in {time.monotonic() - recorded:.1f} s; pruning took "
             f"{self.seconds / total:.1%} of the time so far"
         )

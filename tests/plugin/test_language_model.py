@@ -241,7 +241,8 @@ def test_statistics_of_full_blocks_have_equal_support(lm_stats, text_bin, dense_
 
     half = tmp_path / "half.safetensors"
     blocks_of = ["--task", "language_modeling", "--sample-break-mode", "none", "--tokens-per-sample", BLOCK // 2]
-    run("ap-record", text_bin, "--path", dense_lm[0], *blocks_of, "--cpu", "--num-workers", 0, "-o", half)
+    log = run("ap-record", text_bin, "--path", dense_lm[0], *blocks_of, "--cpu", "--num-workers", 0, "-o", half)
+    assert re.search(r" of [\d,]+ blocks -> .*\n.* recorded in .* [\d,]+ blocks and ", log)
     assert AttentionStats.load(half).support[KIND].shape == (BLOCK // 2, BLOCK // 2)
 
 
@@ -258,6 +259,7 @@ def test_what_a_language_model_cannot_record_is_refused(text_bin, dense_lm, tmp_
         message = f"--tokens-per-sample {blocks}: the model of {dense_lm[0]} takes 1 to 24 positions"
         assert message in refused("--tokens-per-sample", blocks)
     assert "no subset 'dev'" in refused("--subset", "dev")
+    assert f"--max-tokens 6: a block of subset 'train' has {BLOCK} tokens" in refused("--max-tokens", 6)
 
 
 def test_masks_applied_without_training(text_bin, dense_lm, lm_masks, tmp_path):
@@ -313,7 +315,7 @@ def test_a_language_model_is_pruned_while_it_trains(text_bin, lm_masks, tmp_path
     log = train(*[text_bin, tmp_path, *masks, *schedule], arch="pruned_transformer_lm", task="pruned_language_modeling")
     shares = [float(share) for share in re.findall(r"update \d+: ([\d.]+)% of the pairs pruned", log)]
     assert shares == pytest.approx([56.3, 77.0, 80.0], abs=1)  # 80% of 1 - (1 - n/3)^3
-    assert "50 sentences recorded" in log
+    assert "50 blocks recorded" in log
     applied = run(
         "ap-apply", tmp_path / "checkpoint_last.pt", "--attention-masks", lm_masks, "-o", tmp_path / "half.pt"
     )

@@ -210,6 +210,13 @@ def test_without_memory_for_a_graph_updates_go_on_directly(monkeypatch, caplog):
     (message,) = caplog.messages
     assert "3 sentences of 12 and 8 tokens could not be captured" in message and "lower --max-tokens" in message
 
+    caplog.clear()
+    language_model = builders.language_models(VOCAB)[1].to(DEVICE).train()
+    graphs = TrainingGraphs(language_model, capture=True)
+    for _ in range(4):
+        graphs(None, tokens[1])
+    assert "3 blocks of 8 tokens could not be captured" in caplog.messages[0]
+
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="CUDA graphs need a GPU: run this file on a machine with one")
 def test_replayed_dropout_is_drawn_anew_and_seeded_by_fairseq():
