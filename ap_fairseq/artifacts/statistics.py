@@ -153,12 +153,15 @@ class AttentionStats:
         )
 
     def require_pairs(self) -> None:
-        """Raise :class:`ArtifactError` unless pairs of every kind were recorded."""
+        """Raise :class:`ArtifactError` unless pairs of every kind were recorded.
+
+        They may have no attention mass: a model that is pruned already may keep nothing of a kind.
+        """
         remedy = "record it again with ap-record, on a subset that has sentences"
         if not self.kinds:
             raise ArtifactError(f"the statistics hold no attention kind; {remedy}")
         for kind in self.kinds:
-            if not self.mass[kind].any():  # includes arrays of size 0
+            if not self.support[kind].any():  # includes arrays of size 0
                 raise ArtifactError(
                     f"the statistics of {kind.value} are empty: mass of shape {self.mass[kind].shape}, "
                     f"{int(self.support[kind].sum())} recorded pairs; {remedy}"

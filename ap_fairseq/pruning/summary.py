@@ -49,7 +49,7 @@ def summarize(masks: PruningMasks, stats: AttentionStats) -> list[LayerSummary]:
                     pairs=int(part["pairs"]),
                     effective=float(part["pruned"] / part["pairs"]),
                     nominal=float(part["not_kept"] / part["cells"]),
-                    kept_mass=float(part["kept"] / part["mass"]),
+                    kept_mass=float(part["kept"] / part["mass"]) if part["mass"] else 1.0,  # nothing can be lost
                     mass=float(part["mass"]),
                     guaranteed_rows=int(part["guaranteed"]),
                     rows=int(part["rows"]),

@@ -596,6 +596,16 @@ def test_heads_that_keep_nothing_are_named():
     assert summarize(built.masks, stats)[-1].guaranteed_rows >= 12
 
 
+def test_a_kind_of_which_a_pruned_model_keeps_nothing_is_pruned_on():
+    stats = random_stats(longest=(12, 12), sentences=100, layers=1, heads=2)
+    kind = AttentionKind.ENCODER_SELF
+    stats.mass[kind][:] = 0
+    built = build(stats, 0.6, empty_rows=True, scope="global")
+    assert not built.masks.keep[kind][..., stats.support[kind] > 0].any()
+    assert built.masks.metadata["sparsity"]["encoder_self"]["kept_mass"] == 1.0
+    assert built.masks.metadata["total"]["kept_mass"] < 1
+
+
 def test_a_cap_keeps_the_best_heads_of_each_cell_and_is_a_share_or_a_number():
     stats = random_stats(longest=(12, 12), sentences=100, layers=1, heads=4)
     kind = AttentionKind.ENCODER_SELF
