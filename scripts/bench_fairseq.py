@@ -731,8 +731,10 @@ def main() -> None:
 
 def run(options: argparse.Namespace, arch: str, parameters: str = "random") -> None:
     """Measure all systems, write the report and print it; the status is 1 if a process failed."""
+    from ap_fairseq.provenance import device_name
+
     report = dict(
-        device=torch.cuda.get_device_name() if options.device == "cuda" else cpu_name(),
+        device=device_name(cpu=options.device == "cpu"),
         torch=torch.__version__,
         triton=metadata.version("triton"),
         python=platform.python_version(),
@@ -754,12 +756,6 @@ def run(options: argparse.Namespace, arch: str, parameters: str = "random") -> N
     print(table(report))
     if any("error" in row for row in report["rows"]):
         sys.exit(1)
-
-
-def cpu_name() -> str:
-    """Return e.g. ``CPU (x86_64), 1 thread``."""
-    n = torch.get_num_threads()
-    return f"CPU ({platform.machine()}), {n} thread{'s' if n > 1 else ''}"
 
 
 if __name__ == "__main__":

@@ -9,14 +9,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-
 from ap_fairseq.cli.common import command
 from ap_fairseq.evaluation import scores as evaluation
 from ap_fairseq.evaluation.results import format_latex, format_markdown, format_plain, read_results
 from ap_fairseq.experiments.stages import read_mark
 from ap_fairseq.files import ArtifactError, UserError, file_sha256, read_lines, refuse_existing, write_json
-from ap_fairseq.provenance import decode_provenance, mask_spec, versions
+from ap_fairseq.provenance import decode_provenance, device_name, mask_spec, versions
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -189,8 +187,7 @@ def _splits(text: str, separator: str) -> list[tuple[str, str]]:
 
 def environment() -> dict:
     """Return the device and the versions that produced the scores."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({torch.get_num_threads()} threads)"
-    return {"device": device, "versions": versions()}
+    return {"device": device_name(), "versions": versions()}
 
 
 def read_seconds(folder: str) -> dict[str, float]:

@@ -35,7 +35,7 @@ with required_modules():
     from ap_fairseq.experiments.stages import PLUGIN, Stages, run_together
     from ap_fairseq.files import UserError, write_json
     from ap_fairseq.model.checkpoints import load_checkpoint
-    from ap_fairseq.provenance import decode_provenance, versions
+    from ap_fairseq.provenance import decode_provenance, device_name, versions
     from ap_fairseq.pruning.flags import parse_mask_flags, require_fitting
 
 HERE = Path(__file__).resolve().parent
@@ -223,9 +223,8 @@ class Experiment:
         results = [json.loads(self.result(name).read_text("utf-8")) for name in names if self.result(name).exists()]
         for result in results:
             result["change"] = result["perplexity"] / results[0]["perplexity"] - 1
-        device = "CPU" if self.size.cpu or not torch.cuda.is_available() else torch.cuda.get_device_name()
-        record = {"size": self.name, "updates": self.updates, "seed": self.args.seed, "device": device}
-        record |= {"versions": versions(), "rows": results}
+        record = {"size": self.name, "updates": self.updates, "seed": self.args.seed}
+        record |= {"device": device_name(self.size.cpu), "versions": versions(), "rows": results}
         write_json(self.run_folder / "results.json", record, overwrite=True)
         rows = [[r["system"], f"{r['pruned']:.1%}", f"{r['perplexity']:.2f}", f"{r['change']:+.1%}"] for r in results]
         table = markdown(Table(["system", "pairs pruned", "perplexity", "change"], rows))

@@ -26,7 +26,7 @@ with required_modules():
     from ap_fairseq.experiments.stages import PLUGIN, Stages, run_together
     from ap_fairseq.files import UserError, require_file, write_json
     from ap_fairseq.model.checkpoints import load_checkpoint
-    from ap_fairseq.provenance import decode_provenance, versions
+    from ap_fairseq.provenance import decode_provenance, device_name, versions
 
 HERE = Path(__file__).resolve().parent
 MODEL = """--arch pruned_roberta --encoder-layers 2 --encoder-embed-dim 128 --encoder-ffn-embed-dim 512
@@ -103,7 +103,8 @@ class Experiment:
         seeds = list(dict.fromkeys(self.args.seeds))
         run_together(self.args.jobs, [(self.train_seed, [seed]) for seed in seeds])
         rows = [self.result(system, seed) for system in ["dense", *self.shares] for seed in seeds]
-        record = {"updates": 2 * self.args.updates, "versions": versions(), "rows": rows}
+        made = {"device": device_name(cpu=not self.args.gpu), "versions": versions()}
+        record = {"updates": 2 * self.args.updates, **made, "rows": rows}
         write_json(self.run_folder / "results.json", record, overwrite=True)
         table = summary(rows)
         (self.run_folder / "results.md").write_text(f"{table}\n", "utf-8")

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import random
+import re
 import sys
 from pathlib import Path
 
@@ -78,7 +79,9 @@ def test_every_stage_runs(lists, tmp_path, monkeypatch):
     data, out = tmp_path / "data", tmp_path / "run"
     sections.main(["--out", str(data), "--deb-dir", str(lists), "--bpe-size", "100"])
     program.main(["--data", str(data), "--out", str(out), "--updates", "30", "--seeds", "4", "--shares", "0.5"])
-    rows = json.loads((out / "results.json").read_text("utf-8"))["rows"]
+    results = json.loads((out / "results.json").read_text("utf-8"))
+    assert re.fullmatch(r"CPU \(.+\), \d+ threads?", results["device"])
+    rows = results["rows"]
     assert [(row["system"], row["seed"], row["pruned"] > 0.4) for row in rows] == [("dense", 4, False), ("50", 4, True)]
     assert rows[1]["pruned"] == pytest.approx(0.5, abs=0.02)
     assert all(row["test"] > 80 for row in rows)  # half of them by chance
