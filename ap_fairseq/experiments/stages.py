@@ -8,6 +8,7 @@ AP_START_METHOD=spawn: each stage then imports everything again.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import fcntl
 import importlib.metadata
@@ -127,9 +128,16 @@ class Stages:
         return seconds
 
 
+def lines_of(*logs: Path) -> Iterator[str]:
+    """Yield the lines of logs, which may hold all translations of a test set, and bytes that are no text."""
+    for log in logs:
+        with log.open(encoding="utf-8", errors="replace") as lines:
+            yield from (line.rstrip("\n") for line in lines)
+
+
 def end_of(log: Path) -> str:
     """Return the last lines of a log, for a message."""
-    return "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-12:])
+    return "\n".join(collections.deque(lines_of(log), maxlen=12))
 
 
 def read_mark(mark: Path) -> tuple[list[Any], float]:

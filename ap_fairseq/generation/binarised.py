@@ -18,6 +18,7 @@ from fairseq.tasks import FairseqTask
 from fairseq_cli import generate
 from sacrebleu.metrics import BLEU
 
+from ap_fairseq.experiments.stages import lines_of
 from ap_fairseq.files import write_json
 from ap_fairseq.generation.ranks import run_ranks
 
@@ -67,7 +68,7 @@ def translate_subset(cfg, ranks: int, folder: Path) -> Joined:
             "--max-source-positions or --max-target-positions (--skip-invalid-size-inputs-valid-test), or in a last "
             "batch that is no multiple of --required-batch-size-multiple"
         )
-    speeds = [speed for log in logs for speed in _SPEED.findall(log.read_text(encoding="utf-8", errors="replace"))]
+    speeds = [speed for line in lines_of(*logs) for speed in _SPEED.findall(line)]
     if speeds:
         tokens, slowest = sum(int(n.replace(",", "")) for n, _ in speeds), max(float(seconds) for _, seconds in speeds)
         logger.info(

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from ap_fairseq.experiments.progress import Progress
-from ap_fairseq.experiments.stages import POLL_SECONDS, PROCESSES, call_logged, end_of
+from ap_fairseq.experiments.stages import POLL_SECONDS, PROCESSES, call_logged, end_of, lines_of
 from ap_fairseq.files import UserError
 from ap_fairseq.search.generator import FALLBACK
 
@@ -67,11 +67,7 @@ def run_ranks(name: str, logs: list[Path], cpu: bool, function: Callable, *args:
             if rank.pid is not None:
                 rank.join(GRACE_SECONDS)
                 rank.kill()
-    reasons = set()
-    for log in logs:  # which may hold all translations
-        with log.open(encoding="utf-8", errors="replace") as lines:
-            reasons |= {line.partition(FALLBACK)[2].rstrip("\n") for line in lines}
-    for reason in sorted(reasons - {""}):
+    for reason in sorted({line.partition(FALLBACK)[2] for line in lines_of(*logs)} - {""}):
         logger.info(f"{FALLBACK}{reason}")
 
 

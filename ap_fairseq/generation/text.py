@@ -19,6 +19,7 @@ import torch
 from fairseq import checkpoint_utils, tasks, utils
 from fairseq.hub_utils import GeneratorHubInterface
 
+from ap_fairseq.experiments.stages import lines_of
 from ap_fairseq.files import ArtifactError, UserError, atomic_output, file_sha256, require_file, write_json
 from ap_fairseq.generation.ranks import run_ranks
 from ap_fairseq.provenance import dictionary_hashes, versions
@@ -30,7 +31,7 @@ SETTINGS = "translation.json"
 
 # Options that do not change a translation, and the paths of what counts by its contents.
 _IMMATERIAL = {"num_processes", "input", "output", "overwrite", "path", "data", "num_workers", "user_dir"}
-_CUT = re.compile(r"^line \d+ was cut", re.MULTILINE)
+_CUT = re.compile(r"line \d+ was cut")
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ def translate_text(args, cfg, text: Text, ranks: int, folder: Path) -> list[Path
     if todo:
         logs = [folder / f"rank{rank}.log" for rank in range(min(ranks, len(todo)))]
         run_ranks("translate", logs, cfg.common.cpu, translate_parts, cfg, text, folder, todo, len(logs))
-        cut = sum(len(_CUT.findall(log.read_text(encoding="utf-8"))) for log in logs)
+        cut = sum(bool(_CUT.match(line)) for line in lines_of(*logs))
         if cut:
             logger.warning(f"{cut} lines were cut to the length that the model reads (--truncate-source)")
     return parts

@@ -16,6 +16,7 @@ from plugin.commands import PLUGIN, run
 
 from ap_fairseq.cli import generate
 from ap_fairseq.generation import ranks
+from ap_fairseq.generation import text as generation_text
 from ap_fairseq.generation.text import Text, Translator
 
 AP_GENERATE = [sys.executable, "-m", "ap_fairseq.cli.generate"]
@@ -145,6 +146,22 @@ def test_lines_that_are_too_long(data_bin, dense, tmp_path):
     log = ap_generate(*flags, "--truncate-source")
     assert "1 of 2 parts were translated before" in log and "1 lines were cut" in log
     assert len((tmp_path / "out").read_text("utf-8").splitlines()) == 4
+
+
+def _print_bytes(rank, cfg, text, folder, todo, ranks):
+    os.write(1, b"\xff\nline 1 was cut from 9 to 8 tokens\n")
+    (folder / "part000000.txt").touch()
+
+
+def test_bytes_in_a_log_that_are_no_text_end_no_translation(tmp_path, monkeypatch, caplog):
+    """A library may print any: the text was translated, and then a UnicodeDecodeError ended the program."""
+    monkeypatch.setattr(generation_text, "settings", lambda *_: {})
+    monkeypatch.setattr(generation_text, "translate_parts", _print_bytes)
+    (tmp_path / "in").write_text("one\n")
+    text = Text.scan(tmp_path / "in", "in", 2)
+    cfg = argparse.Namespace(common=argparse.Namespace(cpu=True))
+    assert generation_text.translate_text(None, cfg, text, 1, tmp_path) == [tmp_path / "part000000.txt"]
+    assert "1 lines were cut" in caplog.text
 
 
 @pytest.fixture
