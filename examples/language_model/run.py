@@ -122,13 +122,16 @@ class Experiment:
         self.updates = self.size.updates if args.updates is None else args.updates
         if self.updates < 1:  # which fairseq takes for no limit
             raise UserError(f"--updates {self.updates}: not a number of updates from 1")
-        self.run_folder: Path = args.out or HERE / "runs" / f"{name}-seed{args.seed}"
+        self.block = self.size.block if args.block is None else args.block
+        if self.block < 1:
+            raise UserError(f"--block {self.block}: not a number of tokens from 1")
+        self.run_folder: Path = args.out or HERE / "runs" / f"{name}-block{self.block}-seed{args.seed}"
         self.stages = Stages(self.run_folder)
         data = HERE / "data" / self.size.data
         self.data_bin: Path = args.data_bin or data / "data-bin"
         self.prepare = [*shlex.split(self.size.prepare), "--out", str(data)]
         self.device = ["--cpu", "--num-workers", 0] if self.size.cpu else ["--num-workers", 2]
-        self.blocks = ["--sample-break-mode", "none", "--tokens-per-sample", self.size.block]
+        self.blocks = ["--sample-break-mode", "none", "--tokens-per-sample", self.block]
         self.systems = [System.named(name) for name in dict.fromkeys(args.systems)]
         for system in self.systems:  # the dense model takes long
             try:
@@ -208,7 +211,8 @@ class Experiment:
             # fmt: off
             self.stages.run(
                 "record", "ap-record", self.data_bin, "--path", self.checkpoint(baseline), "--importance",
-                *self.blocks, *self.device, "-o", stats, "--overwrite", *shlex.split(self.size.record),
+                *self.blocks, "--max-positions", self.block, *self.device, "-o", stats, "--overwrite",
+                *shlex.split(self.size.record),
             )
             # fmt: on
         for name, system in scratch.items():
@@ -223,7 +227,7 @@ class Experiment:
         results = [json.loads(self.result(name).read_text("utf-8")) for name in names if self.result(name).exists()]
         for result in results:
             result["change"] = result["perplexity"] / results[0]["perplexity"] - 1
-        record = {"size": self.name, "updates": self.updates, "seed": self.args.seed}
+        record = {"size": self.name, "block": self.block, "updates": self.updates, "seed": self.args.seed}
         record |= {"device": device_name(self.size.cpu), "versions": versions(), "rows": results}
         write_json(self.run_folder / "results.json", record, overwrite=True)
         rows = [[r["system"], f"{r['pruned']:.1%}", f"{r['perplexity']:.2f}", f"{r['change']:+.1%}"] for r in results]
@@ -256,6 +260,7 @@ def get_parser() -> argparse.ArgumentParser:
         ),
     )
     add("--updates", type=int, metavar="N", help="of every training, instead of the recipe's")
+    add("--block", type=int, metavar="N", help="tokens of a training sample, instead of the recipe's")
     add("--seed", type=int, default=1, metavar="N", help="of training; default: 1")
     add("--jobs", type=int, default=1, metavar="N", help="trainings at the same time; default: 1")
     add("--data-bin", type=Path, metavar="DIR", help="your own text, binarised with fairseq-preprocess --only-source")

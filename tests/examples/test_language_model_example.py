@@ -234,6 +234,7 @@ def test_every_stage_runs(tmp_path, monkeypatch):
     report = json.loads((out / "results.json").read_text("utf-8"))
     rows = {row["system"]: row for row in report["rows"]}
     assert re.fullmatch(r"CPU \(.+\), \d+ threads?", report["device"])
+    assert report["block"] == 24
     assert list(rows) == ["dense.dropout-0", "dense.dropout-0.9", *systems]  # the better one is the baseline
     assert (
         rows["dense.dropout-0"]["pruned"]
@@ -244,6 +245,7 @@ def test_every_stage_runs(tmp_path, monkeypatch):
     for name in systems:
         args = load_checkpoint(out / name / "checkpoint_best.pt")["cfg"]
         assert args["model"]["dropout"] == 0 and args["optimization"]["max_update"] == 16
+        assert args["task"]["tokens_per_sample"] == 24
         assert rows[name]["pruned"] == pytest.approx(0.5, abs=0.02)
         assert rows[name]["perplexity"] == pytest.approx(2 ** rows[name]["loss"], rel=1e-2)
     checkpoint = out / "dense.dropout-0" / "checkpoint_last.pt"
@@ -265,5 +267,7 @@ def test_recipes_are_read_and_faults_named(capsys):
         program.main(["--size", "small", "--systems", "importance.100.g1.scratch"])
     with pytest.raises(SystemExit, match="--updates 0: not a number of updates from 1"):
         program.main(["--size", "small", "--updates", "0"])
+    with pytest.raises(SystemExit, match="--block 0: not a number of tokens from 1"):
+        program.main(["--size", "small", "--block", "0"])
     with pytest.raises(SystemExit, match=r"--systems percentile.50.g64.scratch: .*leave out --granularity"):
         program.main(["--size", "small", "--systems", "percentile.50.g64.scratch"])
