@@ -136,7 +136,7 @@ def quality_digest() -> str:
         groups.setdefault(line["group"], []).append(line)
     names = {"global": ""} | {kind.value: f" of {kind.flag}" for kind in AttentionKind}
     for group, lines in groups.items():
-        found = re.match(r"dense\.|importance\.(global(?=\.[89]0)|\w+(?=\.90))\.(\d+)\.g1\.", group)
+        found = re.match(r"dense\.|importance\.(global(?=\.[89]0)|\w+(?=\.90))\.(\d+)\.g1\.smooth-32\.while", group)
         if found:
             pruned = f"{found[2] or 0}%{names[found[1] or 'global']}"
             rows.append(("Debian text", lines[0]["training_pairs"], pruned, lines))
@@ -389,6 +389,7 @@ def tables() -> dict[str, Callable[[], str]]:
         "h100-converged-digest": lambda: sweep(converged, lambda line: re.search(DIGEST, line["system"])),
         "h100-converged-kinds": kinds,
         "h100-pages-digest": lambda: sweep(pages, lambda line: line["subset"] in ("test", "test2")),
+        "pages-tuned": lambda: sweep(RESULTS / "pages-tuned.jsonl"),
         "h100-by-length": by_length,
         "corpus": corpus,
         "cpu": lambda: format_markdown(load(RESULTS / "cpu.json")),
