@@ -340,7 +340,7 @@ def language_models(file: Path) -> str:
 
 
 def sweep(path: Path, keep: Callable[[dict[str, Any]], Any] = bool) -> str:
-    """Some systems of a sweep, dense ones first, without the columns of kinds and chrF2."""
+    """Some systems of a sweep, dense ones first, without the columns of kinds; chrF2 where total updates are stated."""
     lines = [line for line in load(path) if keep(line)]
     if len({line.get("flags") for line in lines}) == 1:  # said beside the table
         lines = [line | {"flags": ""} for line in lines]
@@ -348,8 +348,8 @@ def sweep(path: Path, keep: Callable[[dict[str, Any]], Any] = bool) -> str:
     lines.sort(key=lambda line: (line["subset"], order.get(line["criterion"], 2)))
     module = script(ROOT / "examples" / "common" / "sweep_table.py")
     whole = module.table(lines)
-    dropped = {*(kind.value for kind in AttentionKind), "chrF2", "against dense (p)"}
-    dropped.add("updates" if "total_updates" in lines[0] else "validation perplexity")
+    dropped = {*(kind.value for kind in AttentionKind), "against dense (p)"}
+    dropped |= {"updates"} if "total_updates" in lines[0] else {"chrF2", "validation perplexity"}
     kept = [column for column, title in enumerate(whole.header) if title not in dropped]
     rows = [[row[column] for column in kept] for row in whole.rows]
     return f"{markdown(Table([whole.header[column] for column in kept], rows))}\n\n{module.note(lines)}"

@@ -80,6 +80,12 @@ def test_parts_of_a_test_set_and_their_mean(tmp_path):
     ]
 
 
+def test_tables_of_sweeps_state_both_metrics():
+    """The digests of older sweeps, which are beside other tables, name BLEU alone."""
+    table = readme_tables.sweep(readme_tables.DEBIAN_RESULTS / "tuned.jsonl").splitlines()[0]
+    assert {"total updates", "BLEU", "chrF2", "validation perplexity"} <= {cell.strip() for cell in table.split("|")}
+
+
 @each_readme
 def test_measured_numbers_in_prose_are_generated(path):
     """A number that was typed by hand stays when the results change."""
