@@ -22,6 +22,7 @@ DATA = {  # pattern -> what made it, or reads what was typed in
     "examples/*/results/*.jsonl": "examples/common/sweep.py",
     "examples/*/results/corpus.json": "scripts/readme_tables.py",
     "examples/*/results/losses.json": "scripts/readme_tables.py",
+    "examples/*/results/resampled-pages.json": "examples/common/resample_pages.py",
     "scripts/rivals.json": "scripts/readme_tables.py",
     "examples/language_model/results/*.json": "examples/language_model/run.py",
     "examples/package_sections/results/*.json": "examples/package_sections/run.py",
