@@ -131,11 +131,12 @@ class PruningMasks:
 
     def grown(self, kind: AttentionKind, shape: tuple[int, int]) -> np.ndarray:
         """Return the keep mask up to *shape*, which may lie beyond the recorded range: bool (layers, heads, *shape)."""
-        keep = self.keep[kind]
-        n_queries, n_keys = (min(a, b) for a, b in zip(keep.shape[2:], shape, strict=True))
-        cells = extrapolated(self.extrapolation[kind], keep.shape[2], shape)
-        cells[:, :, :n_queries, :n_keys] = keep[:, :, :n_queries, :n_keys]
-        return cells
+        return grown(self.keep[kind], self.extrapolation[kind], kind, shape)
+
+    def guarantees(self, kind: AttentionKind) -> bool:
+        """Whether every row of *kind* keeps a cell that exists in every sentence."""
+        relative = kind is AttentionKind.CROSS and self.relative is not None  # each head keeps its anchor
+        return relative or not self.may_have_empty_rows
 
     def packed(self) -> dict[str, np.ndarray]:
         """Return the tensors as stored: int64 words of 32 cells and int64 (2,) ranges (Tq, Tk).
@@ -215,6 +216,33 @@ def _read_relative(tensors: Mapping[str, np.ndarray]) -> RelativeMask:
     if words.shape[2] != words_for(n_offsets):
         raise ArtifactError(f"cross: relative masks of shape {words.shape} for geometry {geometry.tolist()}")
     return RelativeMask(slope, unpack_cells(words, n_offsets), tensor_of(tensors, "cross.anchor", np.int64, 2))
+
+
+def grown(keep: np.ndarray, pattern: np.ndarray, kind: AttentionKind, shape: tuple[int, int]) -> np.ndarray:
+    """Continue keep masks beyond the recorded range by their patterns over offsets.
+
+    A head that keeps the cells which exist in every sentence (the diagonal, or column 0 of cross-attention) in all its
+    rows keeps them in later rows, too.
+
+    Args:
+        keep: bool (..., Tq, Tk), True = kept.
+        pattern: bool (..., Tq + Tk - 1), likewise.
+
+    Returns:
+        bool (..., *shape).
+    """
+    recorded_queries, recorded_keys = keep.shape[-2:]
+    cells = extrapolated(pattern, recorded_queries, shape)
+    if kind is AttentionKind.CROSS:
+        cells[..., 0] |= keep[..., 0].all(-1, keepdims=True)
+    else:
+        row = np.arange(min(shape))
+        cells[..., row, row] |= np.diagonal(keep, axis1=-2, axis2=-1).all(-1, keepdims=True)
+    if kind.causal:
+        cells &= np.tri(*shape, dtype=np.bool_)
+    n_queries, n_keys = min(shape[0], recorded_queries), min(shape[1], recorded_keys)
+    cells[..., :n_queries, :n_keys] = keep[..., :n_queries, :n_keys]
+    return cells
 
 
 def extrapolated(pattern: np.ndarray, n_queries: int, shape: tuple[int, int]) -> np.ndarray:

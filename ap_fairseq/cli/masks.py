@@ -25,7 +25,9 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("stats", nargs="+", help="files written by ap-record; several are merged")
     add_mask_options(parser)
     parser.add_argument(
-        "--per-layer", action="store_true", help="print a row for each layer, with the rows that keep one cell only"
+        "--per-layer",
+        action="store_true",
+        help="print a row for each layer, with the rows that keep one cell only, or none",
     )
     add_output(parser, "the masks")
     return parser
@@ -51,7 +53,7 @@ def format_summary(built: BuiltMasks, per_layer: bool = False) -> str:
     shares = [f"{total['effective']:.1%}", *([""] if nominal else []), f"{total['kept_mass']:.1%}"]
     shares += [""] if per_layer else _held(validation, "total")
     rows.append(["all kinds", *(["all"] if per_layer else []), *shares])
-    return plain(Table([*header, *(["guaranteed rows"] if per_layer else [])], rows))
+    return plain(Table([*header, *(["rows of one cell or none"] if per_layer else [])], rows))
 
 
 def _held(validation: Mapping[str, float], name: str) -> list[str]:

@@ -8,7 +8,7 @@ from fairseq.modules import MultiheadAttention
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ap_fairseq.artifacts import extrapolated
+from ap_fairseq.artifacts import grown
 from ap_fairseq.files import ArtifactError, UserError
 from ap_fairseq.model.cpu_linear import PackedLinear
 from ap_fairseq.model.dynamic import DynamicPruning
@@ -234,24 +234,15 @@ class PrunedMultiheadAttention(NotScriptable, MultiheadAttention):
         # Doubling, so that ever longer sentences unpack a mask only a few times.
         n_queries = max(recorded_queries, 1 << (n_queries - 1).bit_length())
         n_keys = max(recorded_keys, 1 << (n_keys - 1).bit_length())
-        outside = extrapolated(pattern.cpu().numpy(), recorded_queries, (n_queries, n_keys))
-        cells = torch.from_numpy(outside).to(keep.device)
-        beyond = self._guaranteed(cells)
-        beyond |= self._guaranteed(keep).all(1, keepdim=True)  # not of heads whose rows may be empty
-        if self.kind.causal:
-            cells.tril_()
-        cells[:, :recorded_queries, :recorded_keys] = keep
-        return cells
-
-    def _guaranteed(self, cells: Tensor) -> Tensor:
-        """View the cells of a mask (heads, Tq, Tk) that exist in every sentence: the diagonal, or column 0 of cross."""
-        return cells[..., 0] if self.kind is AttentionKind.CROSS else cells.diagonal(dim1=1, dim2=2)
+        cells = grown(keep.cpu().numpy(), pattern.cpu().numpy(), self.kind, (n_queries, n_keys))
+        return torch.from_numpy(cells).to(keep.device)
 
     def may_have_empty_rows(self) -> bool:
         """Whether a row of the mask may keep nothing of a sentence; attention gives 0 there."""
         if self._may_have_empty_rows is None:
             keep = unpack_cells(self.keep_words, int(self.mask_range[1]))
-            self._may_have_empty_rows = not self._guaranteed(keep).all()
+            every_sentence = keep[..., 0] if self.kind is AttentionKind.CROSS else keep.diagonal(dim1=1, dim2=2)
+            self._may_have_empty_rows = not every_sentence.all()
         return self._may_have_empty_rows
 
     # -- attention ----------------------------------------------------------------------------------------------------

@@ -167,7 +167,7 @@ def _build(stats: AttentionStats, spec: MaskSpec, wanted: MaskSpec, growing: boo
     warnings = missed_budgets(summary, wanted, held)
     for name, heads in vanished.items():
         listed = ", ".join(f"{layer}.{head}" for layer, head in heads)
-        left = "" if spec.empty_rows else " but the guaranteed cells"
+        left = " but the guaranteed cells" if masks.guarantees(AttentionKind(name)) else ""
         warnings.append(f"{name}: {len(heads)} heads (layer.head) keep nothing{left}: {listed}")
     return BuiltMasks(masks, summary, warnings)
 

@@ -162,8 +162,8 @@ class MaskSpec:
             ]
             if changed:
                 raise UserError(
-                    f"--criterion percentile decides single cells, per layer over its heads, and keeps nothing else; "
-                    f"leave out {', '.join(changed)}"
+                    f"--criterion percentile decides single cells, per layer over its heads, and has no other "
+                    f"options; leave out {', '.join(changed)}"
                 )
 
     def in_offsets(self, kind: AttentionKind) -> bool:

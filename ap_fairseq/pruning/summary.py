@@ -28,7 +28,7 @@ class LayerSummary:
     nominal: float
     kept_mass: float  # sum s keep / sum s
     mass: float  # attention mass of the recorded data: sum s
-    guaranteed_rows: int  # observed rows (over heads) that keep the guaranteed cell alone, or nothing
+    guaranteed_rows: int  # observed rows (over heads) that keep one cell, the guaranteed one, or nothing
     rows: int  # observed rows (over heads)
 
 
@@ -49,7 +49,7 @@ def summarize(masks: PruningMasks, stats: AttentionStats) -> list[LayerSummary]:
                     pairs=int(part["pairs"]),
                     effective=float(part["pruned"] / part["pairs"]),
                     nominal=float(part["not_kept"] / part["cells"]),
-                    kept_mass=float(part["kept"] / part["mass"]) if part["mass"] else 1.0,  # nothing can be lost
+                    kept_mass=_kept(part["kept"], part["mass"]),
                     mass=float(part["mass"]),
                     guaranteed_rows=int(part["guaranteed"]),
                     rows=int(part["rows"]),
@@ -137,8 +137,13 @@ def total_of(kinds: Sequence[LayerSummary]) -> dict[str, float]:
     pairs, mass = sum(row.pairs for row in kinds), sum(row.mass for row in kinds)
     return {
         "effective": sum(row.effective * row.pairs for row in kinds) / pairs,
-        "kept_mass": sum(row.kept_mass * row.mass for row in kinds) / mass,
+        "kept_mass": _kept(sum(row.kept_mass * row.mass for row in kinds), mass),
     }
+
+
+def _kept(kept: float, mass: float) -> float:
+    """Return the share of *mass* that is kept; 1 where there is none to lose, as of a model that is pruned already."""
+    return float(kept / mass) if mass else 1.0
 
 
 def vanished_heads(masks: PruningMasks, stats: AttentionStats) -> dict[str, list[list[int]]]:

@@ -49,6 +49,8 @@ class Report:
         self.stats, self.masks, self.systems, self.benchmark = stats, dict(masks), systems, benchmark
         self.files = dict(files or {})
         self.concentration = {kind: analysis.concentration(stats, kind) for kind in stats.kinds}
+        # A model that is pruned already may have lost all attention of a kind, about which there is nothing to say.
+        self.attended = {kind: c for kind, c in self.concentration.items() if stats.mass[kind].any()}
         self.kept = {kind: analysis.kept_mass(stats, kind) for kind in stats.kinds}
         self.nominal = {kind: analysis.effective_at_nominal(stats, kind, NOMINAL) for kind in stats.kinds}
         self.summaries: dict[str, list[LayerSummary]] = {name: summarize(one, stats) for name, one in masks.items()}
@@ -85,13 +87,15 @@ class Report:
     def overview(self) -> dict[AttentionKind, str]:
         """One sentence about each kind, under the first masks if there are any."""
         name = next(iter(self.masks), None)
-        return statements.overview(self.concentration, self.kept, name, self.summaries.get(name, []))
+        found = statements.overview(self.attended, self.kept, name, self.summaries.get(name, []))
+        return {kind: found.get(kind, statements.NO_ATTENTION) for kind in self.stats.kinds}
 
     @cached_property
     def differences(self) -> dict[str, str]:
         """How the kinds differ, in words; see :mod:`ap_fairseq.report.statements`."""
-        half = {kind: float(np.interp(0.5, NOMINAL, values)) for kind, values in self.nominal.items()}
-        return statements.differences(self.concentration, self.kept, half, self.systems)
+        half = {kind: float(np.interp(0.5, NOMINAL, self.nominal[kind])) for kind in self.attended}
+        kept = {kind: self.kept[kind] for kind in self.attended}
+        return statements.differences(self.attended, kept, half, self.systems)
 
     @cached_property
     def vanished(self) -> list[str]:
@@ -100,7 +104,7 @@ class Report:
         for name, masks in self.masks.items():
             for kind, gone in vanished_heads(masks, self.stats).items():
                 heads = ", ".join(f"{layer}.{head}" for layer, head in gone)
-                but = "" if masks.may_have_empty_rows else " but guaranteed cells"
+                but = " but guaranteed cells" if masks.guarantees(AttentionKind(kind)) else ""
                 left = f"{name} leaves nothing{but} of {len(gone)} heads of {kind}"
                 sentences.append(f"{left} (layer.head): {heads}.")
         return sentences
@@ -139,7 +143,7 @@ class Report:
 
     @property
     def tables(self) -> list[tables.Table]:
-        found = [tables.kinds_table(self.concentration, self.kept)]
+        found = [tables.kinds_table(self.attended, self.kept)]
         found += [self.masks_table] if self.masks else []
         return found + ([tables.systems_table(self.systems)] if self.systems else [])
 

@@ -31,7 +31,7 @@ def render(report: Report, figures: list[Figure]) -> str:
         style=jinja2.utils.markupsafe.Markup(style),
         script=jinja2.utils.markupsafe.Markup(script),
         differences=report.differences,
-        kinds=tables.kinds_table(report.concentration, report.kept),
+        kinds=tables.kinds_table(report.attended, report.kept),
         explorer_note=_note(data),
         overview=[figure for figure in figures if figure.name.startswith("overview_")],
         # The explorer shows what the heat maps show.

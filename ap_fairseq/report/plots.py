@@ -235,7 +235,8 @@ def kept_mass(kept: dict[AttentionKind, analysis.KeptMass], summaries: dict[str,
     text = "; ".join(texts) + "."
     caption = (
         f"The most attention mass that can be kept when cells are pruned by mean attention: {text} Dotted: the same "
-        "for attention spread uniformly over each sentence. Curves end where only guaranteed cells are left."
+        "for attention spread uniformly over each sentence. Curves end where only guaranteed cells are left, which "
+        "--empty-rows prunes, too."
     )
     return Figure("kept_mass", "Kept mass over effective sparsity", caption, f"Falling curves. {text}", canvas)
 
@@ -391,7 +392,8 @@ def offsets(stats: AttentionStats, masks: PruningMasks, name: str) -> Figure:
     mean = (relative.mass / np.maximum(support, 1))[shown].reshape(layers * heads, -1)
     keep = masks.relative.grown(len(support))[shown].reshape(layers * heads, -1)
     canvas, axes = subplots(1, width=6.4, height=1.2 + 0.16 * layers * heads)
-    norm = LogNorm(max(mean.max() * 1e-3, mean[mean > 0].min()), mean.max())
+    low, high = log_scale([analysis.Maps(mean, support[shown], 1)])
+    norm = LogNorm(max(high * 1e-3, low), high)
     grey = matplotlib.colors.LinearSegmentedColormap.from_list("pruned", ["#ededed", "#8c8c8c"])
     extent = (-reach - 0.5, reach + 0.5, layers * heads - 0.5, -0.5)
     options = dict(norm=norm, extent=extent, interpolation="nearest", aspect="auto")

@@ -12,6 +12,7 @@ from ap_fairseq.report.results import System
 from ap_fairseq.sites import AttentionKind
 
 ALIKE = 0.02  # shares that differ by less are called alike
+NO_ATTENTION = "The recorded model has no attention of this kind left."
 
 
 def overview(
@@ -37,7 +38,7 @@ def overview(
         elif half is not None:
             cost = f"Half of the pairs hold {half:.1%} of the attention mass"
         else:
-            cost = f"At most {limit:.1%} of the pairs can be pruned"
+            cost = f"At most {limit:.1%} of the pairs can be pruned without --empty-rows"
         counts = _pattern_counts(c)
         named = c.patterns.size - counts.pop(BROAD, 0)
         listed = ", ".join(f"{count} {name}" for name, count in counts.items())
@@ -57,16 +58,18 @@ def differences(
     Args:
         nominal_half: effective sparsity of each kind at a nominal 50%.
     """
-    paragraphs = {
-        "What can be pruned": _prunability(kept),
-        "Entropy": _entropy(measured),
-        "Positions": _positions(measured),
-        "Patterns": _patterns(measured),
-        "Heads": _heads(kept),
-        "Layers": _layers(kept),
-        "Nominal sparsity": _nominal(nominal_half),
-        "Translation quality": _scores(systems),
-    }
+    paragraphs = {}
+    if measured:
+        paragraphs |= {
+            "What can be pruned": _prunability(kept),
+            "Entropy": _entropy(measured),
+            "Positions": _positions(measured),
+            "Patterns": _patterns(measured),
+            "Heads": _heads(kept),
+            "Layers": _layers(kept),
+            "Nominal sparsity": _nominal(nominal_half),
+        }
+    paragraphs["Translation quality"] = _scores(systems)
     return {aspect: text for aspect, text in paragraphs.items() if text}
 
 
@@ -80,7 +83,7 @@ def _prunability(kept: Mapping[AttentionKind, KeptMass]) -> str:
     limits = {kind.value: curve.kind.sparsity[-1] for kind, curve in kept.items()}
     limited = [f"{limit:.0%} of {name}" for name, limit in limits.items() if limit < 0.9]
     if limited:
-        parts.append(f"As guaranteed cells are never pruned, at most {_join(limited)} can be pruned.")
+        parts.append(f"As guaranteed cells are kept, at most {_join(limited)} can be pruned without --empty-rows.")
     gains = {}
     for kind, curve in kept.items():
         half, even = curve.kind.at(0.5), curve.even.at(0.5)

@@ -52,7 +52,7 @@ def masks_table(summaries: Mapping[str, list[LayerSummary]], nominal: Collection
     Args:
         nominal: names of the masks whose budgets are nominal; only theirs is shown.
     """
-    header = ["masks", "kind", "effective", *["nominal"] * bool(nominal), "kept mass", "guaranteed rows"]
+    header = ["masks", "kind", "effective", *["nominal"] * bool(nominal), "kept mass", "rows of one cell or none"]
     rows = []
     for name, summary in summaries.items():
         for row in (row for row in summary if row.layer is None):

@@ -316,20 +316,30 @@ def test_the_table_has_a_row_for_each_kind_and_nominal_sparsity_only_where_it_is
     header, _, encoder, _, cross, _ = cli_masks.format_summary(built).splitlines()
     assert "nominal" in header and len(encoder.split()) == 5 and len(cross.split()) == 4  # no budget
     lines = cli_masks.format_summary(build(stats, 0.5), per_layer=True).splitlines()
-    assert len(lines) == 2 + 3 * (1 + 3) + 1 and lines[0].endswith("guaranteed rows") and lines[4].split()[1] == "1"
+    assert len(lines) == 2 + 3 * (1 + 3) + 1 and lines[4].split()[1] == "1"
+    assert lines[0].endswith("rows of one cell or none")
 
 
+@pytest.mark.parametrize("empty_rows", [False, True])
 @pytest.mark.parametrize("shape", [(3, 4), (9, 11), (12, 20), (30, 5)])
-def test_masks_grow_by_their_pattern(shape):
-    """Cells beyond the recorded range follow their diagonal's pattern; offsets it does not have are kept."""
-    masks = build(random_stats(longest=(9, 11)), 0.7).masks
+def test_masks_grow_by_their_pattern(shape, empty_rows):
+    """Cells beyond the recorded range follow their diagonal's pattern; offsets it does not have are kept.
+
+    And what keeps rows from being empty: validation sentences beyond the range were said to lose it.
+    """
+    masks = build(random_stats(longest=(9, 11)), 0.9, empty_rows=empty_rows).masks
     for kind in ALL:
         grown, keep, pattern = masks.grown(kind, shape), masks.keep[kind], masks.extrapolation[kind]
         assert grown.shape == (2, 2, *shape)
         for i, j in np.ndindex(shape):
             offset = j - i + keep.shape[2] - 1
-            if i < keep.shape[2] and j < keep.shape[3]:
+            guaranteed = j == 0 if kind is AttentionKind.CROSS else i == j
+            if kind.causal and j > i:
+                assert not grown[..., i, j].any()
+            elif i < keep.shape[2] and j < keep.shape[3]:
                 np.testing.assert_array_equal(grown[..., i, j], keep[..., i, j])
+            elif guaranteed and not empty_rows:
+                assert grown[..., i, j].all()
             elif 0 <= offset < pattern.shape[-1]:
                 np.testing.assert_array_equal(grown[..., i, j], pattern[..., offset])
             else:
@@ -594,6 +604,8 @@ def test_heads_that_keep_nothing_are_named():
     assert built.masks.metadata["vanished_heads"] == {"cross": [[0, 0]]}
     assert "cross: 1 heads (layer.head) keep nothing: 0.0" in built.warnings
     assert summarize(built.masks, stats)[-1].guaranteed_rows >= 12
+    anchored = build(stats, 0.9, kinds=[kind], granularity="scaled-diagonal", empty_rows=True)
+    assert anchored.warnings[-1] == "cross: 2 heads (layer.head) keep nothing but the guaranteed cells: 0.0, 0.1"
 
 
 def test_a_kind_of_which_a_pruned_model_keeps_nothing_is_pruned_on():
@@ -604,6 +616,8 @@ def test_a_kind_of_which_a_pruned_model_keeps_nothing_is_pruned_on():
     assert not built.masks.keep[kind][..., stats.support[kind] > 0].any()
     assert built.masks.metadata["sparsity"]["encoder_self"]["kept_mass"] == 1.0
     assert built.masks.metadata["total"]["kept_mass"] < 1
+    alone = AttentionStats({kind: stats.mass[kind]}, {kind: stats.support[kind]})
+    assert build(alone, 0.6, kinds=[kind], empty_rows=True).masks.metadata["total"]["kept_mass"] == 1.0
 
 
 def test_a_cap_keeps_the_best_heads_of_each_cell_and_is_a_share_or_a_number():

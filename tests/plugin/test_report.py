@@ -23,7 +23,7 @@ from ap_fairseq.files import UserError
 from ap_fairseq.pruning.build import build_masks
 from ap_fairseq.pruning.spec import MaskSpec
 from ap_fairseq.pruning.summary import summarize
-from ap_fairseq.report import analysis, content, export, page, plots
+from ap_fairseq.report import analysis, build, content, export, page, plots
 from ap_fairseq.sites import AttentionKind
 
 ENCODER, DECODER, CROSS = AttentionKind
@@ -274,6 +274,36 @@ def test_vanished_heads_are_named():
     masks.keep[CROSS][0, 1, :, 1:] = False
     report = content.Report(stats, {"m": masks}, [])
     assert report.vanished == ["m leaves nothing but guaranteed cells of 1 heads of cross (layer.head): 0.1."]
+
+
+def test_vanished_heads_of_masks_whose_rows_may_be_empty():
+    """Those of a mask relative to the scaled diagonal keep their anchors all the same."""
+    stats = random_stats(layers=1)
+    for granularity, left in ((1, "nothing"), ("scaled-diagonal", "nothing but guaranteed cells")):
+        masks = build_masks(stats, MaskSpec({CROSS: 0.99}, granularity=granularity, empty_rows=True)).masks
+        (sentence,) = content.Report(stats, {"m": masks}, []).vanished
+        assert sentence.startswith(f"m leaves {left} of ")
+
+
+@pytest.mark.parametrize("lost", [[ENCODER], [CROSS], [ENCODER, DECODER, CROSS]])
+@pytest.mark.filterwarnings("error")
+def test_kinds_that_a_pruned_model_has_lost(lost, tmp_path):
+    """They were called the most concentrated of all, and kept to 100%; figures by offset failed."""
+    stats = random_stats(layers=1)
+    for kind in lost:
+        stats.mass[kind][:] = 0
+    if CROSS in lost:
+        stats.relative.mass[:] = 0
+    spec = MaskSpec(dict.fromkeys([ENCODER, DECODER, CROSS], 0.8), granularity="scaled-diagonal", empty_rows=True)
+    report = content.Report(stats, {"m": build_masks(stats, spec).masks}, [])
+    build.write_report(report, tmp_path / "report")
+    said = json.loads((tmp_path / "report/summary.json").read_text(), parse_constant=no_constant)["differences"]
+    table = (tmp_path / "report/table.md").read_text(encoding="utf-8").partition("Attention of the dense model")[0]
+    for kind in stats.kinds:
+        gone = kind in lost
+        assert gone == (report.overview[kind] == "The recorded model has no attention of this kind left.")
+        assert gone == (kind.value not in table)
+        assert gone == (kind.value not in str(said))
 
 
 # -- colours ----------------------------------------------------------------------------------------------------------
