@@ -70,11 +70,11 @@ def mask_spec(provenance: dict[str, Any]) -> dict[str, Any]:
 def describe_sparsity(provenance: dict[str, Any]) -> str:
     """Return e.g. ``effective sparsity encoder_self 50.0%, cross 49.9% (mean, granularity 1)``."""
     spec = mask_spec(provenance)
-    shares = ", ".join(f"{kind} {share:.1%}" for kind, share in effective_sparsity(provenance).items())
+    shares = ", ".join(f"{kind} {share:.1%}" for kind, share in effective_sparsity(provenance).items()) or "not told"
     granularity = spec.get("granularity")
     if isinstance(granularity, dict):
         granularity = ", ".join(f"{kind} {size}" for kind, size in sorted(granularity.items()))
-    details = f" ({spec['criterion']}, granularity {granularity})" if spec else ""
+    details = f" ({spec['criterion']}, granularity {granularity})" if "criterion" in spec else ""
     return f"effective sparsity {shares}{details}"
 
 

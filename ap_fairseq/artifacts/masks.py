@@ -54,8 +54,11 @@ class PruningMasks:
     def require_valid(self) -> None:
         """Raise :class:`ArtifactError` for masks of the wrong shape, rows that may be empty, or future cells.
 
-        Also for metadata whose effective sparsity is not a share.
+        Also for metadata of another form, or whose effective sparsity is not a share.
         """
+        for name in ("spec", "sparsity"):
+            if not isinstance(self.metadata.get(name, {}), dict):
+                raise ArtifactError(f"its metadata has {name} {self.metadata[name]!r}, expected an object")
         shares = self.metadata.get("sparsity", {})
         for name in shares:
             effective = shares[name].get("effective") if isinstance(shares[name], dict) else None
@@ -118,7 +121,7 @@ class PruningMasks:
     @property
     def may_have_empty_rows(self) -> bool:
         """Whether the cells that exist in every sentence are pruned like any other."""
-        return bool(self.metadata.get("spec", {}).get("empty_rows"))
+        return self.metadata.get("spec", {}).get("empty_rows") is True
 
     @property
     def kinds(self) -> list[AttentionKind]:

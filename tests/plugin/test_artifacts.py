@@ -18,6 +18,7 @@ from ap_fairseq.artifacts import AttentionStats, PruningMasks, pack_cells, unpac
 from ap_fairseq.files import ArtifactError, atomic_output, refuse_existing
 from ap_fairseq.model.attention import PrunedMultiheadAttention
 from ap_fairseq.model.checkpoints import save_checkpoint
+from ap_fairseq.provenance import describe_sparsity
 from ap_fairseq.sites import AttentionKind
 from triton_ops import layout
 
@@ -73,6 +74,24 @@ def test_the_sparsity_in_the_metadata_is_a_share(tmp_path, sparsity, fault):
     safetensors.numpy.save_file(masks.packed(), tmp_path / "m.safetensors", {"ap_fairseq": json.dumps(header)})
     with pytest.raises(ArtifactError, match=fault):
         PruningMasks.load(tmp_path / "m.safetensors")
+
+
+@pytest.mark.parametrize("name", ["spec", "sparsity"])
+@pytest.mark.parametrize("value", [None, ["empty_rows"], "empty_rows"])
+def test_metadata_of_another_form_is_refused(name, value):
+    """It ended in an AttributeError or a TypeError."""
+    masks = random_masks(0.5)
+    with pytest.raises(ArtifactError, match=f"its metadata has {name} .*, expected an object"):
+        PruningMasks(masks.keep, masks.extrapolation, {name: value})
+
+
+def test_rows_may_be_empty_of_masks_of_another_program():
+    """Such say so in their metadata, and no more; a description of them ended in a KeyError."""
+    drawn = random_masks(0.95, empty_rows=True)
+    masks = PruningMasks(drawn.keep, drawn.extrapolation, {"spec": {"empty_rows": True}})
+    assert describe_sparsity(masks.metadata) == "effective sparsity not told"
+    with pytest.raises(ArtifactError, match="must be kept in every row"):
+        PruningMasks(drawn.keep, drawn.extrapolation, {"spec": {"empty_rows": "no"}})
 
 
 def test_an_existing_file_is_replaced_only_on_demand(tmp_path):
