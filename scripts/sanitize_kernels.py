@@ -16,7 +16,14 @@ import torch
 from ap_fairseq.search.beams import BeamSearchState
 from triton_ops import AttentionLayout, append_to_pool, decode_attention
 from triton_ops.layout import TILES
-from triton_ops.testing import assert_within_budget, block_mask, make_case, random_offsets
+from triton_ops.rows import MAX_ROWS, Norm, Slots, embed_rows, linear_rows
+from triton_ops.testing import (
+    assert_linear_rows_within_budget,
+    assert_within_budget,
+    block_mask,
+    make_case,
+    random_offsets,
+)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # a CPU with TRITON_INTERPRET=1 checks the script itself
 
@@ -53,6 +60,24 @@ def decoding() -> None:
         torch.testing.assert_close(ours, reference, rtol=2e-2, atol=2e-2)
 
 
+def few_rows() -> None:
+    half = dict(device=DEVICE, dtype=torch.float16)
+    bias, step = random(3 * 128).to(**half), torch.tensor([3], device=DEVICE)
+    norm = Norm(random(128).to(**half), random(128, seed=2).to(**half), 1e-5)
+    for n in (1, 9, MAX_ROWS):
+        x = embed_rows(torch.arange(n, device=DEVICE), random(n, 128).to(**half), 2.0, random(4, 128).to(**half), step)
+        weight = random(3 * 128, 128, seed=n).to(**half) / 128
+        slots = Slots(torch.empty(2 * n, 2, 64, **half), torch.tensor([[0] * 4, [n] * 4], device=DEVICE), step)
+        q, normed = linear_rows(x, weight, bias, norm=norm, keep_normed=True, slots=slots)
+        k, v = slots.pool.view(2, n, 2, 64).permute(2, 1, 0, 3).flatten(2)
+        got = torch.cat([q, k, v], 1), normed
+        assert_linear_rows_within_budget(got, x, weight, bias=bias, norm=norm)
+        for k_size, m, activation in ((100, 128, "relu"), (1100, 128, "gelu"), (128, 101, None)):
+            x, weight = random(n, k_size).to(**half), random(m, k_size, seed=2).to(**half) / k_size
+            options = dict(bias=None, activation=activation, residual=random(n, m, seed=3).to(**half))
+            assert_linear_rows_within_budget(linear_rows(x, weight, **options), x, weight, **options)
+
+
 def beam_search() -> None:
     states = []
     for kernels in (True, False):
@@ -74,5 +99,6 @@ def beam_search() -> None:
 if __name__ == "__main__":
     attention()
     decoding()
+    few_rows()
     beam_search()
     print("all kernels agree with their reference")

@@ -322,6 +322,7 @@ def decode_attention(
     cache_starts: Tensor | None = None,
     cache_offsets: Tensor | None = None,
     scale: float | None = None,
+    settled: bool = False,
     backend: str = "auto",
 ) -> Tensor:
     """One decoding step: row `step` of the mask for one query per (sentence, beam, head).
@@ -344,6 +345,8 @@ def decode_attention(
         `cache_offsets` (B, H).
     cache_offsets: (H, S) int32 or int64: position s of head h is in slot cache_offsets[h, s] + what `block_table` or
         `cache_starts` says. So a pool needs no slots for positions that a head never keeps.
+    settled: whether step, lengths and tables were written before the kernel that was launched last had begun, so that
+        they may be read while that one ends.
 
     Returns (B, beam, H, D); rows without a visible key are 0. No gradient. Under autocast q and the caches take the
     autocast type: caches that are kept in another are converted in every step. Raises ValueError or TypeError as
@@ -413,7 +416,9 @@ def decode_attention(
 
     lists = layout.row_lists()
     tables = (k_lengths, block_table, cache_starts, cache_offsets)
-    return decode_step(_rows(q), _rows(k), _rows(v), *lists, step, k_size, *tables, scale, layout.slope, layout.anchor)
+    return decode_step(
+        _rows(q), _rows(k), _rows(v), *lists, step, k_size, *tables, scale, layout.slope, layout.anchor, settled
+    )
 
 
 def append_to_pool(kv: Tensor, pool: Tensor, offsets: Tensor, step: Tensor) -> None:
@@ -467,8 +472,7 @@ def advance_beams(state: BeamState, n: int, logits: Tensor, penalty: Tensor | No
 
         logits = logits.contiguous()
         maxima, lse = beam_search.largest_of_groups(logits, penalty, size)
-        groups = beam_state.best_groups(maxima.view(n, state.beam, -1), scores, k)
-        beam_search.choose(state, n, logits, penalty, lse, groups, size, eos)
+        beam_search.choose(state, n, logits, penalty, lse, maxima, size, eos)
     else:
         log_probs = logits if penalty is None else logits.log_softmax(-1, dtype=torch.float32).add_(penalty)
         log_probs = log_probs.view(n, state.beam, -1)

@@ -11,17 +11,26 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .beam_state import BeamState
-from .config import power_of_two
+from .beam_state import BeamState, best_groups
+from .config import overlap, power_of_two
+from .primitives import let_next_start, wait_for_previous
 
-LOWEST = tl.constexpr(-3.0e38)  # stands for -inf, so that what is taken already, or does not exist, is below it
+LOWEST = tl.constexpr(-3.0e38)  # stands for -inf
+TAKEN = tl.constexpr(-(2**31))  # below the order of LOWEST: what is taken already, or does not exist
+NO_PLACE = tl.constexpr(2**31 - 1)
 TOKEN_TILE = 4096  # tokens at a time
+MAX_MAXIMA = 8192  # of the groups of a sentence, of which one program finds the best
 TABLE_TILE = 1024  # cells of the block table that are moved at a time
 
 
 @triton.jit  # V is a constant of a model; where it is a multiple of 16 the loads are wide
-def _group_kernel(p_logits, p_penalty, p_maxima, p_lse, V, SIZE: tl.constexpr, BS: tl.constexpr, BG: tl.constexpr):
+def _group_kernel(
+    p_logits, p_penalty, p_maxima, p_lse, V,
+    SIZE: tl.constexpr, BS: tl.constexpr, BG: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
     """One hypothesis: log-sum-exp of its logits, and the largest of every group of SIZE <= BS penalized ones."""
+    let_next_start(OVERLAP)
+    wait_for_previous(OVERLAP)
     i_row = tl.program_id(0).to(tl.int64)
     n_groups = V // SIZE
     p_logits += i_row * V
@@ -43,7 +52,42 @@ def _group_kernel(p_logits, p_penalty, p_maxima, p_lse, V, SIZE: tl.constexpr, B
         b_m = b_new
     # NaN and inf among the logits make it NaN, as a log-softmax does.
     m_max = tl.max(b_m, 0)
-    tl.store(p_lse + i_row, m_max + tl.log(tl.sum(b_l * tl.exp(b_m - m_max), 0)))
+    lse = m_max + tl.log(tl.sum(b_l * tl.exp(b_m - m_max), 0))
+    tl.store(p_lse + i_row, lse)
+    if p_penalty is not None:
+        tl.debug_barrier()  # all maxima are stored
+        for start in range(0, n_groups, BG):
+            o_g = start + tl.arange(0, BG)
+            b_x = tl.load(p_maxima + i_row * n_groups + o_g, mask=o_g < n_groups)
+            tl.store(p_maxima + i_row * n_groups + o_g, b_x - lse, mask=o_g < n_groups)
+
+
+@triton.jit
+def _order(b_x):
+    """Integers in the order of b_x, of which a warp finds the largest at once; NaN is LOWEST, as all below it."""
+    b_i = tl.where(b_x >= LOWEST, b_x, LOWEST).to(tl.int32, bitcast=True)
+    return tl.where(b_i < 0, b_i ^ 0x7FFFFFFF, b_i)
+
+
+@triton.jit
+def _first_best(b_order, o_x):
+    """The first place of the largest."""
+    return tl.min(tl.where(b_order == tl.max(b_order, 0), o_x, NO_PLACE), 0)
+
+
+@triton.jit
+def _best_groups(p_maxima, p_scores, p_groups, i_b, n_groups, BEAM: tl.constexpr, K: tl.constexpr, BX: tl.constexpr):
+    """Store the K groups of a sentence with the best sums, counted through (BEAM, n_groups), which is at most BX."""
+    o_x = tl.arange(0, BX)
+    m_x = o_x < BEAM * n_groups
+    b_x = tl.load(p_maxima + i_b * BEAM * n_groups + o_x, mask=m_x, other=0.0)
+    b_x += tl.load(p_scores + i_b * BEAM + o_x // n_groups, mask=m_x, other=0.0)
+    b_order = tl.where(m_x, _order(b_x), TAKEN)
+    for j in range(K):
+        i_best = _first_best(b_order, o_x)
+        tl.store(p_groups + i_b * K + j, i_best.to(tl.int64))
+        b_order = tl.where(o_x == i_best, TAKEN, b_order)
+    tl.debug_barrier()  # they are read by all
 
 
 @triton.jit
@@ -66,14 +110,13 @@ def _best_sums(
     m_x = (o_x // BS < K) & (o_x % BS < SIZE)
     i_x = tl.load(p_groups + i_b * K + o_x // BS, mask=m_x, other=0) * SIZE + o_x % BS  # into BEAM * V
     b_x = _sum(p_logits, p_penalty, p_lse, p_scores, i_b, i_x, m_x, V, BEAM)
-    b_x = tl.where(b_x >= LOWEST, b_x, LOWEST)  # NaN is not
-    b_x = tl.where(m_x, b_x, float("-inf"))
+    b_order = tl.where(m_x, _order(b_x), TAKEN)
     o_k = tl.arange(0, BK)
     b_place = tl.zeros([BK], dtype=tl.int32)
     for j in range(K):
-        i_best = tl.argmax(b_x, 0)
+        i_best = _first_best(b_order, o_x)
         b_place = tl.where(o_k == j, i_best, b_place)
-        b_x = tl.where(o_x == i_best, float("-inf"), b_x)
+        b_order = tl.where(o_x == i_best, TAKEN, b_order)
     m_k = o_k < K
     i_k = tl.load(p_groups + i_b * K + b_place // BS, mask=m_k, other=0) * SIZE + b_place % BS
     b_sum = _sum(p_logits, p_penalty, p_lse, p_scores, i_b, i_k, m_k, V, BEAM)
@@ -82,15 +125,18 @@ def _best_sums(
 
 @triton.jit(do_not_specialize=["V", "EOS", "s_table", "s_record", "s_final"])
 def _choose_kernel(
-    p_logits, p_penalty, p_lse, p_groups, p_sums, p_parent, p_token, p_step, p_max_len, p_sentence, p_unfinished,
-    p_scores, p_tokens, p_ignored, p_done, p_n_final, p_table,
+    p_logits, p_penalty, p_lse, p_maxima, p_groups, p_sums, p_parent, p_token, p_step, p_max_len, p_sentence,
+    p_unfinished, p_scores, p_tokens, p_ignored, p_done, p_n_final, p_table,
     p_chosen_beam, p_chosen_token, p_chosen_score, p_final_step, p_final_beam, p_final_score,
     V, EOS, s_table, s_record, s_final,
     BEAM: tl.constexpr, K: tl.constexpr, SIZE: tl.constexpr,
-    BK: tl.constexpr, BS: tl.constexpr, BB: tl.constexpr, BC: tl.constexpr,
+    BK: tl.constexpr, BS: tl.constexpr, BB: tl.constexpr, BC: tl.constexpr, BX: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """BK >= K >= BEAM candidates, those of p_sums or the best of p_groups; BS >= SIZE tokens of a group, BB >= BEAM; BC
-    columns of the block table at a time."""
+    columns of the block table at a time. The groups are found here, too, if there is p_maxima, of BX or less."""
+    let_next_start(OVERLAP)
+    wait_for_previous(OVERLAP)
     i_b = tl.program_id(0).to(tl.int64)
     step = tl.load(p_step)
     last_step = step >= tl.load(p_max_len)
@@ -98,6 +144,8 @@ def _choose_kernel(
     o_k = tl.arange(0, BK)
     m_k = o_k < K
     if p_sums is None:
+        if p_maxima is not None:
+            _best_groups(p_maxima, p_scores, p_groups, i_b, V // SIZE, BEAM, K, BX)
         b_sum, b_parent, b_token = _best_sums(
             p_logits, p_penalty, p_lse, p_scores, p_groups, i_b, V, BEAM, K, SIZE, BK, BS
         )
@@ -176,23 +224,29 @@ def largest_of_groups(logits: Tensor, penalty: Tensor | None, size: int) -> tupl
         BS=width,
         BG=max(TOKEN_TILE // width, 1),
         num_warps=8,
+        **overlap(logits.device),
     )
-    return maxima if penalty is None else maxima.sub_(lse[:, None]), lse
+    return maxima, lse
 
 
 def choose(
-    state: BeamState, n: int, logits: Tensor, penalty: Tensor | None, lse: Tensor, groups: Tensor, size: int, eos: int
+    state: BeamState, n: int, logits: Tensor, penalty: Tensor | None, lse: Tensor, maxima: Tensor, size: int, eos: int
 ) -> None:
     """Launch `_choose_kernel`, which changes *state* as `beam_state.choose` does for the best continuations.
 
     Args:
         state: its first *n* sentences go on.
         logits, penalty: of the next token, as in `largest_of_groups`; NaN counts as a log-probability of -inf.
-        lse: float32 (N,), from there.
-        groups: int64 (n, 2 * beam), the groups of *size* tokens with the best sums, counted through (beam, V / size).
+        lse, maxima: float32 (N,) and (N, V / size), from there.
+        size: of a group of tokens.
     """
-    best = dict(p_logits=logits, p_penalty=penalty, p_lse=lse, p_groups=groups, V=logits.size(1), SIZE=size)
-    _launch_choose(state, n, 2 * state.beam, eos, **best, BS=power_of_two(size))
+    k, n_maxima = 2 * state.beam, state.beam * maxima.size(1)
+    if n_maxima <= MAX_MAXIMA:
+        groups, found = dict(p_maxima=maxima, BX=power_of_two(n_maxima)), state.step.new_empty(n, k)
+    else:
+        groups, found = {}, best_groups(maxima.view(n, state.beam, -1), state.scores[:n], k)
+    best = dict(p_logits=logits, p_penalty=penalty, p_lse=lse, p_groups=found, V=logits.size(1), SIZE=size)
+    _launch_choose(state, n, k, eos, **best, **groups, BS=power_of_two(size))
 
 
 def continue_by(state: BeamState, n: int, sums: Tensor, parent: Tensor, token: Tensor, eos: int) -> None:
@@ -203,9 +257,11 @@ def continue_by(state: BeamState, n: int, sums: Tensor, parent: Tensor, token: T
 def _launch_choose(state: BeamState, n: int, k: int, eos: int, **candidates) -> None:
     beam = state.beam
     width = power_of_two(beam)
-    nothing = dict.fromkeys(("p_logits", "p_penalty", "p_lse", "p_groups", "p_sums", "p_parent", "p_token"))
+    sizes = dict(V=0, SIZE=1, BS=1, BX=1) | candidates
+    ranked = max(sizes["BX"], power_of_two(k) * sizes["BS"], TABLE_TILE)
+    nothing = dict.fromkeys(("p_logits", "p_penalty", "p_lse", "p_maxima", "p_groups", "p_sums", "p_parent", "p_token"))
     _choose_kernel[(n,)](
-        **{**nothing, **dict(V=0, SIZE=1, BS=1), **candidates},
+        **{**nothing, **sizes},
         p_step=state.step,
         p_max_len=state.max_len,
         p_unfinished=state.unfinished,
@@ -231,5 +287,6 @@ def _launch_choose(state: BeamState, n: int, k: int, eos: int, **candidates) -> 
         BK=max(power_of_two(k), 2),
         BB=width,
         BC=max(TABLE_TILE // width, 16),
-        num_warps=4,
+        num_warps=min(ranked // 1024, 4),  # a warp alone waits for no others
+        **overlap(state.step.device),
     )

@@ -10,6 +10,8 @@ length inside a size class, so a new length does not compile anything.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -22,6 +24,8 @@ INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1 when triton w
 SMALL_TILES = (32, 64, 128)  # sizes of the kernels in `small.py`: both sequences at most that long
 MAX_GRID_YZ = 65535  # most programs along the second and third axis of a launch grid
 MAX_INT32_OFFSET = 2**31  # elements that 32-bit offsets reach
+LEAST_COLUMNS = 8 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 5) else 16  # of a product
+MAX_SENTENCE = 256  # positions of a cache that holds sentences
 SMALL_BYTES = 128 * 64 * 2  # most that one of their operands may take, so that a head's backward fits on chip
 
 
@@ -65,6 +69,21 @@ def int32_offsets(a: torch.Tensor, b: torch.Tensor) -> bool:
     It spares the loops over rows most of their registers for addresses. Otherwise offsets have 64 bits.
     """
     return a.stride(2) == b.stride(2) and (a.size(2) - 1) * a.stride(2) + a.size(3) <= MAX_INT32_OFFSET
+
+
+@functools.cache
+def overlap(device: torch.device) -> dict[str, bool]:
+    """Options of a launch that may start while the kernel before it ends (programmatic dependent launch).
+
+    Of a chain of short kernels each then has read its weights when its inputs are ready. Each waits for the one before
+    it, which waited itself, so that all are done that were launched earlier. From Hopper on.
+    """
+    if not INTERPRETED:
+        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+            target = triton.runtime.driver.active.get_current_target()
+        if target.backend == "cuda" and target.arch >= 90:
+            return dict(OVERLAP=True, launch_pdl=True)
+    return dict(OVERLAP=False)
 
 
 def power_of_two(n: int) -> int:
@@ -179,6 +198,25 @@ def small_backward_config(tile: int, dtype: torch.dtype) -> Config:
 
 def decode_config(shared: bool, k_size: int) -> Config:
     """Of `_decode_kernel`; shared: whether all beams of a sentence share its cache."""
-    if k_size <= 256:  # sentences: programs are many, and end after a step or two
+    if k_size <= MAX_SENTENCE:  # programs are many, and end after a step or two
         return Config(1, 32, 2, 2) if shared else Config(1, 32, 1, 2)
     return Config(1, 64, 4, 3) if shared else Config(1, 64, 2, 1)
+
+
+class RowsConfig(NamedTuple):
+    """Of `_linear_rows_kernel`: columns of a program, most elements of rows at a time, warps, pipeline stages."""
+
+    block_n: int
+    block_k: int
+    warps: int
+    stages: int
+
+
+def rows_config(m: int, k: int, normalised: bool) -> RowsConfig:
+    """Of `_linear_rows_kernel`, for rows of k elements and results of m columns.
+
+    Up to 1024 elements the fastest of a sweep on an H200, but for rows of more than 512 that are normalised, whose
+    warps were chosen by registers. Tiles take less than 100 KB of shared memory.
+    """
+    block_n = 64 if m >= 4096 and k <= 512 else 16
+    return RowsConfig(block_n, 1024 if k <= 1024 else 512, 8 if normalised and k > 512 else 4, 3)

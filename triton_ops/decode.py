@@ -13,9 +13,38 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .config import ceil_div, decode_config, power_of_two, precision
+from .config import MAX_SENTENCE, ceil_div, decode_config, overlap, power_of_two, precision
 from .layout import COLUMN_GROUP, RowLists
-from .primitives import LOG2E, NO_KEY, anchored, diagonal, dot, dot_add, sequence_length
+from .primitives import (
+    LOG2E,
+    NO_KEY,
+    anchored,
+    diagonal,
+    dot,
+    dot_add,
+    let_next_start,
+    sequence_length,
+    wait_for_previous,
+)
+
+
+@triton.jit
+def _slots(p_columns, p_table, p_offsets, p_anchor, start, last, k_length, shift, i_anchor, BN: tl.constexpr):
+    """The slots of BN kept positions from `start` on, and which of them exist, [BN]."""
+    o_f = start + tl.arange(0, BN)
+    m_f = o_f < last
+    o_n = tl.load(p_columns + o_f, mask=m_f, other=0).to(tl.int32)
+    m_n = m_f & (o_n < k_length)
+    if p_anchor is not None:
+        o_n = tl.where(m_f, o_n - shift, i_anchor)
+        m_n = ((m_f & (o_n != i_anchor)) | (o_f == last)) & (o_n >= 0) & (o_n < k_length)
+    o_row = o_n.to(tl.int64)
+    if p_table is not None:
+        o_row = tl.load(p_table + o_n, mask=m_n, other=0).to(tl.int64)
+    if p_offsets is not None:
+        o_offset = tl.load(p_offsets + o_n, mask=m_n, other=0).to(tl.int64)
+        o_row = o_offset if p_table is None else o_row + o_offset
+    return o_row, m_n
 
 
 # Strides of tables are sizes of caches, which change from sentence to sentence.
@@ -27,7 +56,7 @@ def _decode_kernel(
     s_qb, s_qw, s_qh, s_kb, s_kw, s_kh, s_kt, s_vb, s_vw, s_vh, s_vt, s_ob, s_ow, s_oh, s_rb, s_rw, s_sb, s_sh, s_fh,
     BEAM, H, MH, TK, LQ, N_GROUPS, SLOPE,
     D: tl.constexpr, BD: tl.constexpr, BW: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, OVERLAP: tl.constexpr, SETTLED: tl.constexpr,
 ):  # fmt: skip
     """BW = 1: one hypothesis per program, its own cache. BW > 1: all BEAM <= BW hypotheses, a shared cache.
 
@@ -35,7 +64,12 @@ def _decode_kernel(
     has slots of its own (p_offsets).
 
     A mask of offsets has one row, whose columns `shift` makes those of a step; the anchor comes last.
+
+    SETTLED: all but q, k and v is there before the kernel before this one ends, and is read a step of the loop ahead.
     """
+    let_next_start(OVERLAP)
+    if not SETTLED:
+        wait_for_previous(OVERLAP)
     pid = tl.program_id(0)
     i_h = pid % H
     if BW == 1:
@@ -48,6 +82,7 @@ def _decode_kernel(
     # A step outside the mask would read past the lists; the caller checks it where it can.
     step = tl.maximum(tl.load(p_step), 0)
     p_pointers += (i_mh * LQ + tl.minimum(step, LQ - 1).to(tl.int32)).to(tl.int64) * (N_GROUPS + 1)
+    i_anchor, shift = 0, 0
     if p_anchor is None:
         first = tl.load(p_pointers)
         last = tl.load(p_pointers + (k_length + GROUP - 1) // GROUP)
@@ -70,6 +105,13 @@ def _decode_kernel(
         first_row = tl.load(p_starts + i_b64 * s_sb + i_h64 * s_sh).to(tl.int64)
         p_k += first_row * s_kt
         p_v += first_row * s_vt
+    if p_table is not None:
+        p_table += i_b64 * s_rb + i_w64 * s_rw
+    if p_offsets is not None:
+        p_offsets += i_h64 * s_fh
+    if SETTLED:
+        o_row, m_n = _slots(p_columns, p_table, p_offsets, p_anchor, first, last, k_length, shift, i_anchor, BN)
+        wait_for_previous(OVERLAP)
     if BW == 1:
         b_q = tl.load(p_q + i_w64 * s_qw + o_d, mask=m_d, other=0.0).to(tl.float32)  # [BD]
         b_o = tl.zeros([BD], dtype=tl.float32)
@@ -84,20 +126,9 @@ def _decode_kernel(
         b_l = tl.zeros([BW], dtype=tl.float32)
 
     for start in range(first, end, BN):
-        o_f = start + tl.arange(0, BN)
-        m_f = o_f < last
-        o_n = tl.load(p_columns + o_f, mask=m_f, other=0).to(tl.int32)
-        m_n = m_f & (o_n < k_length)
-        if p_anchor is not None:
-            o_n = tl.where(m_f, o_n - shift, i_anchor)
-            m_n = ((m_f & (o_n != i_anchor)) | (o_f == last)) & (o_n >= 0) & (o_n < k_length)
+        if not SETTLED:
+            o_row, m_n = _slots(p_columns, p_table, p_offsets, p_anchor, start, last, k_length, shift, i_anchor, BN)
         m_nd = m_n[:, None] & m_d[None, :]
-        o_row = o_n.to(tl.int64)
-        if p_table is not None:
-            o_row = tl.load(p_table + i_b64 * s_rb + i_w64 * s_rw + o_n, mask=m_n, other=0).to(tl.int64)
-        if p_offsets is not None:
-            o_offset = tl.load(p_offsets + i_h64 * s_fh + o_n, mask=m_n, other=0).to(tl.int64)
-            o_row = o_offset if p_table is None else o_row + o_offset
         o_k, o_v = o_row * s_kt + i_w64 * s_kw, o_row * s_vt + i_w64 * s_vw
         b_k = tl.load(p_k + o_k[:, None] + o_d[None, :], mask=m_nd, other=0.0)  # [BN, BD]
         b_v = tl.load(p_v + o_v[:, None] + o_d[None, :], mask=m_nd, other=0.0)  # [BN, BD]
@@ -118,6 +149,10 @@ def _decode_kernel(
             b_l = b_l * b_a + tl.sum(b_p, 1)
             b_o = dot_add(b_p.to(b_v.dtype), b_v, b_o * b_a[:, None], PRECISION)
         b_m = b_new
+        if SETTLED:
+            o_row, m_n = _slots(
+                p_columns, p_table, p_offsets, p_anchor, start + BN, last, k_length, shift, i_anchor, BN
+            )
 
     # No visible key: b_o is 0 and the output too.
     if BW == 1:
@@ -150,6 +185,7 @@ def decode(
     scale: float,
     slope: int,
     anchor: Tensor | None,
+    settled: bool = False,
 ) -> Tensor:
     """Launch the decode kernel. q (B, beam, H, D); caches as in `api.decode_attention`."""
     batch, beam, heads, dim = q.shape
@@ -171,7 +207,8 @@ def decode(
         s_rb=s_rb, s_rw=s_rw, s_sb=s_sb, s_sh=s_sh, s_fh=0 if cache_offsets is None else cache_offsets.stride(0),
         BEAM=beam, H=heads, MH=lists.pointers.size(0), TK=k_size, LQ=n_rows, N_GROUPS=n_pointers - 1, SLOPE=slope,
         D=dim, BD=power_of_two(dim), BW=rows, BN=config.block_k, GROUP=COLUMN_GROUP,
-        PRECISION=precision(q.dtype), **config.launch(),
+        PRECISION=precision(q.dtype), SETTLED=settled and k_size <= MAX_SENTENCE,
+        **config.launch(), **overlap(q.device),
     )  # fmt: skip
     return out
 
@@ -199,4 +236,41 @@ def append(kv: Tensor, pool: Tensor, offsets: Tensor, step: Tensor) -> None:
         p_kv=kv, p_pool=pool, p_offsets=offsets, p_step=step, s_kvn=kv.stride(0), s_kvx=kv.stride(1),
         s_kvh=kv.stride(2), s_pr=pool.stride(0), s_px=pool.stride(1), s_fh=offsets.stride(0), N=n,
         D=dim, BD=power_of_two(dim), BW=block, num_warps=2,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["s_table", "s_fh", "N", "N_HEADS"])
+def _number_kernel(
+    p_table, p_offsets, p_used, p_head, p_n_heads, p_step, s_table, s_fh, N, N_HEADS, BX: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """BX hypotheses and BX heads."""
+    let_next_start(OVERLAP)
+    wait_for_previous(OVERLAP)
+    o_x = tl.program_id(0) * BX + tl.arange(0, BX)
+    step = tl.load(p_step)
+    tl.store(p_table + o_x.to(tl.int64) * s_table + step, o_x, mask=o_x < N)
+    m_h = o_x < N_HEADS
+    b_used = tl.load(p_used + o_x, mask=m_h)
+    b_first = b_used + tl.load(p_head + o_x, mask=m_h) * N
+    tl.store(p_offsets + o_x.to(tl.int64) * s_fh + step, b_first.to(tl.int32), mask=m_h)
+    tl.store(p_used + o_x, b_used + tl.load(p_n_heads + o_x, mask=m_h) * N, mask=m_h)
+
+
+def number(
+    n: int, block_table: Tensor, offsets: Tensor, used: Tensor, head: Tensor, n_heads: Tensor, step: Tensor
+) -> None:
+    """Number the slots that a step of *n* hypotheses writes, those of one head after those of another of its site.
+
+    Args:
+        block_table, offsets: int32 (N, T) and (H, T), as in `api.decode_attention`; column *step* is written.
+        used: int64 (H,), slots in use in the pool of each head's site, which those of the step are added to.
+        head, n_heads: int64 (H,), the number of each head in its site, and the heads there.
+        step: int64 (1,).
+    """
+    block = 128
+    _number_kernel[(ceil_div(max(n, used.numel()), block),)](
+        p_table=block_table, p_offsets=offsets, p_used=used, p_head=head, p_n_heads=n_heads, p_step=step,
+        s_table=block_table.stride(0), s_fh=offsets.stride(0), N=n, N_HEADS=used.numel(), BX=block, num_warps=4,
+        **overlap(used.device),
     )  # fmt: skip

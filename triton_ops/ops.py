@@ -168,12 +168,13 @@ def _decode(
     scale: float,
     slope: int,
     anchor: Tensor | None,
+    settled: bool = False,
 ) -> Tensor:
     if q.numel() == 0:
         return torch.empty_like(q)
     tables = k_lengths, block_table, cache_starts, cache_offsets
     with _device_of(q):
-        return decode(q, k, v, RowLists(columns, pointers), step, k_size, *tables, scale, slope, anchor)
+        return decode(q, k, v, RowLists(columns, pointers), step, k_size, *tables, scale, slope, anchor, settled)
 
 
 decode_op = torch.library.custom_op(
@@ -182,7 +183,7 @@ decode_op = torch.library.custom_op(
     mutates_args=(),
     schema="(Tensor q, Tensor k, Tensor v, Tensor columns, Tensor pointers, Tensor step, SymInt k_size, "
     "Tensor? k_lengths, Tensor? block_table, Tensor? cache_starts, Tensor? cache_offsets, float scale, "
-    "int slope, Tensor? anchor) -> Tensor",
+    "int slope, Tensor? anchor, bool settled=False) -> Tensor",
 )
 
 

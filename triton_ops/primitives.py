@@ -40,6 +40,20 @@ RUN_TIME = ["H", "MH", "TQ", "TK", "LQ", "RS", "KW", "SLOPE", "NO", "NI", "first
 
 
 @triton.jit
+def let_next_start(OVERLAP: tl.constexpr):
+    """From here on the next kernel may start, up to where it waits: see `config.overlap`."""
+    if OVERLAP:
+        tl.inline_asm_elementwise("griddepcontrol.launch_dependents; // $0", "=r", [], tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
+def wait_for_previous(OVERLAP: tl.constexpr):
+    """Wait until the kernels before are done; what they write must not be read before."""
+    if OVERLAP:
+        tl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
 def dot(b_a, b_b, PRECISION: tl.constexpr):
     """b_a · b_b, accumulated in float32."""
     if PRECISION == "upcast":  # the interpreter has no bfloat16 product

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 # Philox-4x32 (Salmon et al., SC 2011, table 2) with 7 rounds, the fewest that pass BigCrush.
@@ -184,3 +185,20 @@ def decode_reference(
     keep = keep_row.unsqueeze(-2).expand(*keep_row.shape[:-1], q.size(2), -1)
     out = attention_reference(q, k, v, keep, scale=scale, k_lengths=k_lengths)[0]
     return out.view(batch, beam, heads, dim) if per_beam else out.transpose(1, 2)
+
+
+def linear_rows_reference(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    norm: tuple[Tensor, Tensor, float] | None = None,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return activation(norm(x) · weightᵀ + bias) + residual, and norm(x): see `rows.linear_rows`."""
+    if norm is not None:
+        x = F.layer_norm(x, x.shape[1:], *norm)
+    y = F.linear(x, weight, bias)
+    if activation is not None:
+        y = getattr(F, activation)(y)
+    return y if residual is None else y + residual, x

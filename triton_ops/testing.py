@@ -10,7 +10,13 @@ from torch import Tensor
 from .api import block_sparse_attention
 from .layout import AttentionLayout, Layout
 from .offsets import SLOPE_BITS, OffsetLayout
-from .reference import attention_reference, decode_reference, dropout_keep, visible_cells
+from .reference import (
+    attention_reference,
+    decode_reference,
+    dropout_keep,
+    linear_rows_reference,
+    visible_cells,
+)
 
 # Roundings, in units of machine epsilon, that the kernels may add to the error of the reference. Half precision: P
 # (or dS) and the output, half an epsilon each. float32: products of three tf32 terms keep 22 bits of each factor
@@ -258,3 +264,24 @@ def assert_decode_within_budget(got: Tensor, q: Tensor, k: Tensor, v: Tensor, ke
     band = ROUNDING_BAND[q.dtype] * torch.finfo(q.dtype).eps * float(exact.norm())
     if not error <= reference_error + band:
         raise AssertionError(f"decode is not within the float64 budget: {error} > {reference_error} + {band}")
+
+
+def assert_linear_rows_within_budget(got: tuple[Tensor, Tensor], x: Tensor, weight: Tensor, **options) -> None:
+    """Raise AssertionError unless both results are as near to float64 as the reference in the same type, plus the band.
+
+    Args:
+        got: what the kernel gave for the other arguments, which are those of `reference.linear_rows_reference`.
+    """
+
+    def wide(value):
+        if isinstance(value, tuple):
+            return tuple(map(wide, value))
+        return value.double() if isinstance(value, Tensor) else value
+
+    exact = linear_rows_reference(x.double(), weight.double(), **{name: wide(value) for name, value in options.items()})
+    low = linear_rows_reference(x, weight, **options)
+    for name, mine, theirs, truth in zip(("products", "normalised rows"), got, low, exact, strict=True):
+        error, reference_error = (float((value.double() - truth).norm()) for value in (mine, theirs))
+        band = ROUNDING_BAND[x.dtype] * torch.finfo(x.dtype).eps * float(truth.norm())
+        if not error <= reference_error + band:
+            raise AssertionError(f"{name} are not within the float64 budget: {error} > {reference_error} + {band}")

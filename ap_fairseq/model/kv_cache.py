@@ -56,9 +56,11 @@ class PagedCache(KVCache):
 
     Attributes:
         selected: bool (B, H, S), the source tokens that each head may attend to; None: all.
+        settled: whether a step's tables are there before its last kernel but one (see `decode_attention`).
     """
 
     selected: Tensor | None = None
+    settled: bool = False
 
     @abstractmethod
     def step(self) -> int | Tensor:
@@ -140,7 +142,7 @@ class PagedSelfAttention(PagedCache):
     def attend(self, q: Tensor, layout: Layout, scale: float) -> Tensor:
         k, v = self.pool.unbind(1)
         tables = dict(block_table=self.block_table[None], cache_offsets=self.offsets)
-        return decode_attention(q[None], k, v, layout, self.step(), scale=scale, **tables)[0]
+        return decode_attention(q[None], k, v, layout, self.step(), scale=scale, settled=self.settled, **tables)[0]
 
     def dense(self, keep: Tensor) -> tuple[Tensor, Tensor, None]:
         slots = self.block_table[:, None, : keep.size(1)] + self.offsets[:, : keep.size(1)]
@@ -356,7 +358,9 @@ class PagedCrossAttention(PagedCache):
         by_sentence = q.unflatten(0, (self.lengths.numel(), -1))
         k, v = self.pool.unbind(1)
         tables = dict(k_lengths=self.lengths, cache_starts=self.starts, cache_offsets=self.offsets)
-        return decode_attention(by_sentence, k, v, layout, self.step(), scale=scale, **tables).flatten(0, 1)
+        return decode_attention(
+            by_sentence, k, v, layout, self.step(), scale=scale, settled=self.settled, **tables
+        ).flatten(0, 1)
 
     def dense(self, keep: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         padding = torch.arange(self.n_columns(), device=self.pool.device) >= self.lengths[:, None]

@@ -87,6 +87,11 @@ class BeamSearchState:
     def number_slots(self, n: int) -> None:
         """Number the slots that a step of the first *n* sentences writes."""
         n_hypotheses = n * self.state.beam
+        if self.kernels:
+            from triton_ops.decode import number  # imports triton
+
+            tables = (self.state.block_table, self.offsets, self.used, self.head, self.n_heads, self.state.step)
+            return number(n_hypotheses, *tables)
         self.state.block_table[:n_hypotheses].index_copy_(1, self.state.step, self.number[:n_hypotheses, None])
         begins = torch.add(self.used, self.head, alpha=n_hypotheses)
         self.offsets.index_copy_(1, self.state.step, begins.to(torch.int32)[:, None])

@@ -390,4 +390,5 @@ class HostDecoder(StaticDecoder):
         return order
 
     def _run(self, n: int, within_prefix: bool) -> None:
-        self._step(n, within_prefix, self.layers)
+        steps = [self._module_step(index, layers) for index, layers in enumerate(self.layers)]
+        self._step(n, within_prefix, steps)

@@ -86,8 +86,10 @@ class SearchRules:
         penalties[AT_MAX_LEN, torch.arange(self.vocab_size) != self.eos] = -math.inf
         return penalties.to(device)
 
-    def fill_phases(self, phases: Tensor, max_len: int, prefix_len: int) -> None:
-        """Write the phase of every step of a search to *phases*, int64 (T,), with T > *max_len* >= *prefix_len*."""
-        phases.fill_(NORMAL)[: max(0, self.min_len)] = BEFORE_MIN_LEN
-        phases[:prefix_len] = WITHIN_PREFIX
-        phases[max_len:] = AT_MAX_LEN
+    def phase(self, step: int, max_len: int, prefix_len: int) -> int:
+        """Return the phase of a step of a search of *max_len* tokens at most, of which a prefix gives *prefix_len*."""
+        if step >= max_len:
+            return AT_MAX_LEN
+        if step < prefix_len:
+            return WITHIN_PREFIX
+        return BEFORE_MIN_LEN if step < self.min_len else NORMAL

@@ -13,6 +13,8 @@ from triton_ops import append_to_pool
 class StaticSelfAttentionCache(PagedSelfAttention):
     """The first *n* hypotheses of a search on the device, of the heads of one site; the device counts the steps."""
 
+    settled = True
+
     def __init__(self, pool: Tensor, beams: BeamSearchState, n: int, heads: slice, projection: tuple[Tensor, Tensor]):
         super().__init__(pool, beams.state.block_table[:n], beams.offsets[heads])
         self.projection, self.device_step, self.kernels = projection, beams.state.step, beams.kernels
@@ -31,6 +33,8 @@ class StaticSelfAttentionCache(PagedSelfAttention):
 
 class StaticCrossAttentionCache(PagedCrossAttention):
     """The first *n* sentences of a search on the device, of the heads of one site; the device counts the steps."""
+
+    settled = True
 
     def __init__(self, pool: Tensor, beams: BeamSearchState, n: int, heads: slice):
         super().__init__(pool, beams.starts[:n, heads], beams.source_offsets[heads], beams.lengths[:n])

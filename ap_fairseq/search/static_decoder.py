@@ -46,6 +46,7 @@ MAX_LOGITS = 1 << 26  # that such a pass computes at a time
 
 Model = PrunedTransformerModel | PrunedLanguageModel
 LayerStep = Callable[[Tensor], Tensor]  # one new token of the hypotheses, (N, C) -> (N, C)
+ModelStep = Callable[[Tensor], Tensor]  # the last tokens of the hypotheses, int64 (N,) -> logits (N, V) of the next
 
 
 def bucket(n: int) -> int:
@@ -75,6 +76,7 @@ class StaticDecoder:
     def __init__(self, models: Iterable[Model], rules: SearchRules, capacity: Capacity, device: torch.device):
         self.models, self.rules, self.capacity = list(models), rules, capacity
         self.penalties = rules.token_penalties(device)
+        self.penalty = torch.empty_like(self.penalties[0])  # of the step
         self.positions = [_position_table(model.decoder, capacity.positions, device) for model in self.models]
         self.output_layers: list[Callable[[Tensor], Tensor]] = [model.decoder.output_layer for model in self.models]
         modules = decoder_modules(self.models)
@@ -106,7 +108,6 @@ class StaticDecoder:
         self.beams = BeamSearchState(sizes, rules.beam, self_heads, cross_heads, device, kernels)
         self.restrictions = Restrictions(self.beams.state, rules)
         self.memory = None if rules.strategy is None else rules.strategy.memory(capacity.sentences, device)
-        self.phases = torch.empty(capacity.positions, dtype=torch.int64, device=device)
 
     def _allocate(self, dtype: torch.dtype, device: torch.device) -> None:
         """Make the pools of the KV caches, and room for the stacked projections of self-attention."""
@@ -164,7 +165,6 @@ class StaticDecoder:
         prefix = prefix[:, :max_len] if prefix is not None else source_lengths.new_empty(n_sentences, 0)
         prefix_len = prefix.size(1)
         n = self._begin(encoder_outs, n_sentences, max_len, first_token)
-        self.rules.fill_phases(self.phases, max_len, prefix_len)
         self.restrictions.begin(prefix, source_lengths)
         if done := prefill_length(prefix, self.rules):
             self._prefill(encoder_outs, prefix[:, :done], first_token, max_len)
@@ -173,8 +173,11 @@ class StaticDecoder:
         return self.beams.hypotheses(n_sentences, self.rules.eos, self.rules.len_penalty, longest)
 
     def _search(self, n: int, first_step: int, max_len: int, prefix_len: int) -> None:
-        counts = deque()
+        counts, phase = deque(), None
         for step in range(first_step, max_len + 1):
+            before, phase = phase, self.rules.phase(step, max_len, prefix_len)
+            if phase != before:
+                self.penalty.copy_(self.penalties[phase])
             self._reserve_step(n, step, max_len)
             self._run(n, step < prefix_len)
             counts.append(self._count_unfinished())
@@ -341,7 +344,8 @@ class StaticDecoder:
         log_probs = []
         for start in range(0, prefix.size(1), n_positions):
             part = slice(start, start + n_positions)
-            logits = self._logits([x[:, part].flatten(0, 1) for x in features])
+            rows = [layer(x[:, part].flatten(0, 1)) for layer, x in zip(self.output_layers, features, strict=True)]
+            logits = self._combined(rows)
             scores = penalized_log_probs(logits, self.penalties[WITHIN_PREFIX])
             log_probs.append(scores.gather(1, prefix[:, part].flatten()[:, None]).view(prefix.size(0), -1))
         self.beams.skip(prefix, torch.cat(log_probs, 1).cumsum(1))
@@ -380,36 +384,50 @@ class StaticDecoder:
         if key in self.graphs:
             self.graphs[key].replay()
             return
-        layers = [self._layers(model, n) for model in self.models]
-        self._step(n, within_prefix, layers)
+        steps = [self._model_step(index, n) for index in range(len(self.models))]
+        self._step(n, within_prefix, steps)
         if self.capture:
-            self.graphs[key], _ = self.graph_pool.capture(lambda: self._step(n, within_prefix, layers))
+            self.graphs[key], _ = self.graph_pool.capture(lambda: self._step(n, within_prefix, steps))
 
-    def _layers(self, model: Model, n: int) -> list[LayerStep]:
-        """Return the step of every decoder layer for the first *n* sentences."""
-        state: dict = {}
-        for (kind, _), module in attention_sites(model):
-            if kind is AttentionKind.ENCODER_SELF:
-                continue
+    def _model_step(self, index: int, n: int) -> ModelStep:
+        """Bind a model's decoder to its caches of the first *n* sentences."""
+        model, n_hypotheses = self.models[index], n * self.rules.beam
+        caches: dict[PrunedMultiheadAttention, StaticSelfAttentionCache | StaticCrossAttentionCache] = {}
+        for module in decoder_modules([model]):
             pool, heads = self.kv_pools[module], self.heads[module]
-            if kind is AttentionKind.CROSS:
-                cache = StaticCrossAttentionCache(pool, self.beams, n, heads)
+            if module.self_attention:
+                projection = self.projections[module]
+                caches[module] = StaticSelfAttentionCache(pool, self.beams, n_hypotheses, heads, projection)
             else:
-                n_hypotheses, projection = n * self.rules.beam, self.projections[module]
-                cache = StaticSelfAttentionCache(pool, self.beams, n_hypotheses, heads, projection)
-            module.set_incremental_state(state, "attn_state", {"cache": cache})
-        return [layer_step(model.decoder.layers[i], state) for i in range(len(model.decoder.layers))]
+                caches[module] = StaticCrossAttentionCache(pool, self.beams, n, heads)
+        layers = [model.decoder.layers[i] for i in range(len(model.decoder.layers))]
+        if self.beams.kernels:
+            from ap_fairseq.search import fused_decoder  # imports triton
 
-    def _step(self, n: int, within_prefix: bool, layers: list[list[LayerStep]]) -> None:
+            if fused_decoder.serves(model.decoder, n_hypotheses):
+                return fused_decoder.FusedDecoder(model.decoder, caches, self.positions[index], self.beams.state.step)
+        state: dict = {}
+        for module, cache in caches.items():
+            module.set_incremental_state(state, "attn_state", {"cache": cache})
+        return self._module_step(index, [layer_step(layer, state) for layer in layers])
+
+    def _module_step(self, index: int, layers: list[LayerStep]) -> ModelStep:
+        """Return the step of a model by fairseq's modules but for its *layers*."""
+        decoder, positions = self.models[index].decoder, self.positions[index]
+
+        def run(tokens: Tensor) -> Tensor:
+            position = None if positions is None else positions[self.beams.state.step]
+            return self.output_layers[index](decoder_step(decoder, tokens, position, layers))
+
+        return run
+
+    def _step(self, n: int, within_prefix: bool, steps: list[ModelStep]) -> None:
         """Decode one token of every hypothesis and choose how to go on. No shape and no branch depends on a value."""
         beams, rules = self.beams, self.rules
         beams.number_slots(n)
-        features = [
-            decoder_step(model.decoder, beams.state.tokens[: n * rules.beam], positions[beams.state.step], steps)
-            for model, positions, steps in zip(self.models, self.positions, layers, strict=True)
-        ]
-        logits = self._logits(features)
-        penalty = self.penalties[self.phases[beams.state.step]][0]
+        tokens = beams.state.tokens[: n * rules.beam]
+        logits = self._combined([step(tokens) for step in steps])
+        penalty = self.penalty
         if rules.restricted or within_prefix:
             logits, penalty = penalized_log_probs(logits, penalty), None
             self.restrictions.apply(n, logits, within_prefix)
@@ -420,14 +438,14 @@ class StaticDecoder:
             beams.continue_by(n, rules.strategy.candidates(step), rules.eos)
         self.restrictions.follow(n)
 
-    def _logits(self, features: list[Tensor]) -> Tensor:
-        """Logits (N, V) of the next token from the features (N, C) of every model.
+    def _combined(self, outputs: list[Tensor]) -> Tensor:
+        """Logits (N, V) of the next token from the outputs (N, V) of every model.
 
-        Of an ensemble, logarithms of the average probabilities; of adaptive softmax, of its probabilities.
+        Of an ensemble, logarithms of the average probabilities. Under adaptive softmax the outputs are features still,
+        as in fairseq, and the logits are the logarithms of its probabilities.
         """
         results = []
-        for model, output_layer, x in zip(self.models, self.output_layers, features, strict=True):
-            logits = output_layer(x)  # features still, under adaptive softmax, as in fairseq
+        for model, logits in zip(self.models, outputs, strict=True):
             if self.rules.temperature != 1:
                 logits = logits.div_(self.rules.temperature)
             if len(self.models) > 1 or model.decoder.adaptive_softmax is not None:
@@ -455,9 +473,9 @@ def prefill_length(prefix: Tensor, rules: SearchRules) -> int:
 
 
 def _position_table(decoder, n: int, device: torch.device) -> Tensor | None:
-    """Positional embeddings of target positions 0 ... n - 1, (n, C)."""
+    """Positional embeddings of target positions 0 ... n - 1, (n, C), if the decoder has any."""
     if decoder.embed_positions is None:
-        return torch.zeros(n, 1, device=device)  # adds nothing
+        return None
     tokens = torch.full((1, n), decoder.padding_idx + 1, device=device)
     return decoder.embed_positions(tokens)[0]
 
@@ -473,12 +491,12 @@ def layer_step(layer: nn.Module, incremental_state: dict) -> LayerStep:
     return run
 
 
-def decoder_step(decoder, tokens: Tensor, position: Tensor, layers: list[LayerStep]) -> Tensor:
+def decoder_step(decoder, tokens: Tensor, position: Tensor | None, layers: list[LayerStep]) -> Tensor:
     """Compute one new token as fairseq's decoder does, without looking at how many came before.
 
     Args:
         tokens: int64 (N,), the last token of every hypothesis.
-        position: (1, C), its positional embedding.
+        position: (1, C), its positional embedding, if the decoder has any.
         layers: the steps of its layers.
 
     Returns:

@@ -14,7 +14,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from triton_ops import AttentionLayout, backward, beam_search, decode, forward, launch, ops, small
+from triton_ops import AttentionLayout, backward, beam_search, decode, forward, launch, ops, rows, small
 from triton_ops.api import advance_beams, continue_beams
 from triton_ops.beam_state import BeamState
 from triton_ops.call import Call
@@ -28,8 +28,11 @@ KERNELS = [
     small._small_backward_kernel,
     decode._decode_kernel,
     decode._append_kernel,
+    decode._number_kernel,
     beam_search._group_kernel,
     beam_search._choose_kernel,
+    rows._linear_rows_kernel,
+    rows._embed_rows_kernel,
 ]
 compiled = {}
 
@@ -144,7 +147,8 @@ def decode_steps(dtype, dim, size, batch, beam=3):
         (random_offsets(2, size), pool[:, 0], None, starts, offsets),
     ]:
         mask = layout.slope, layout.anchor
-        ops.decode_op(q, k, k, *layout.row_lists(), torch.tensor([3]), size, lengths, *tables, 0.1, *mask)
+        for settled in (False, True):
+            ops.decode_op(q, k, k, *layout.row_lists(), torch.tensor([3]), size, lengths, *tables, 0.1, *mask, settled)
 
 
 def search_step(size, batch, beam=3):
@@ -154,7 +158,28 @@ def search_step(size, batch, beam=3):
     sums, tokens = torch.zeros(batch, beam), torch.zeros(batch, beam, dtype=torch.int64)
     continue_beams(state, batch, sums, tokens, tokens, eos=2, kernels=True)
     kv, pool = torch.empty(batch * beam, 2, 2, 32), torch.empty(size, 2, 32)
-    ops.append_step(kv, pool, torch.zeros(2, size, dtype=torch.int32), state.step)
+    offsets = torch.zeros(2, size, dtype=torch.int32)
+    ops.append_step(kv, pool, offsets, state.step)
+    used = torch.zeros(2, dtype=torch.int64)
+    decode.number(batch * beam, state.block_table, offsets, used, used, used, state.step)
+
+
+def few_rows(n, size):
+    """The products of a decoder layer with all that may happen around them."""
+    half = dict(dtype=torch.float16)
+    table, tokens = torch.empty(1000, 512, **half), torch.zeros(n, dtype=torch.int64)
+    x = rows.embed_rows(tokens, table, 2.0, table, torch.zeros(1, dtype=torch.int64))
+    vector = torch.empty(2048, **half)
+    norm = rows.Norm(vector[:512], vector[:512], 1e-5)
+    offsets, step = torch.zeros(8, size, dtype=torch.int32), torch.zeros(1, dtype=torch.int64)
+    slots = rows.Slots(torch.empty(8 * n, 2, 64, **half), offsets, step)
+    q, x = rows.linear_rows(x, torch.empty(1536, 512, **half), vector[:1536], norm=norm, keep_normed=True, slots=slots)
+    x, _ = rows.linear_rows(q, torch.empty(512, 512, **half), vector[:512], residual=x)
+    for activation in ("relu", "gelu"):
+        hidden, _ = rows.linear_rows(x, torch.empty(2048, 512, **half), vector, norm=norm, activation=activation)
+        rows.linear_rows(hidden, torch.empty(512, 2048, **half), vector[:512], residual=x)
+    rows.linear_rows(x, table, None, norm=norm)
+    rows.linear_rows(torch.empty(n, 16, **half), torch.empty(8, 16, **half), None)
 
 
 def main():
@@ -174,8 +199,9 @@ def main():
         attend(torch.bfloat16, 64, None, 0.0, size, batch)
         decode_steps(torch.bfloat16, 32, size, batch)
         search_step(size, batch)
+        few_rows(min(size, rows.MAX_ROWS), size)
 
-    for size in (20, 50, 100, 300):
+    for size in (5, 10, 20, 50, 100, 300):
         lengths_seen(size, 3)
     warm = len(compiled)
     draw = random.Random(0)

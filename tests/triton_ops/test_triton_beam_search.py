@@ -170,7 +170,7 @@ def test_penalized_log_probabilities_are_summed_as_they_are(kernels):
     assert state.tokens.tolist() == [7] * 8
 
 
-@pytest.mark.parametrize(("beam", "vocab_size"), [(12, 1000), (40, 1000), (5, 32768)])
+@pytest.mark.parametrize(("beam", "vocab_size"), [(12, 1000), (40, 1000), (5, 32768), (20, 32768)])
 def test_the_kernels_take_wide_beams_long_texts_and_large_vocabularies(beam, vocab_size):
     ours, expected = (random_state(2, beam, 300, 500, seed=1) for _ in range(2))
     logits = torch.randn(3 * beam, vocab_size, generator=torch.Generator().manual_seed(2)).mul(3).to(DEVICE)

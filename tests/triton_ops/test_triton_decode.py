@@ -48,7 +48,8 @@ def check(dtype, dim, shared, problem):
         shared_beam = torch.randint(0, beam, (batch, beam, size), generator=generator).to(DEVICE)
         options["block_table"] = place.gather(1, shared_beam).to(torch.int32)
         k, v = (x.transpose(2, 3).flatten(0, 2)[order] for x in (k, v))
-    got = decode_attention(q, k, v, layout, step, backend="triton", **options)
+    settled = number % 3 == 0
+    got = decode_attention(q, k, v, layout, step, backend="triton", settled=settled, **options)
     assert not got.isnan().any()
     assert_decode_within_budget(got, q, k, v, keep[:, step, :size].to(DEVICE), scale=dim**-0.5, **options)
 
