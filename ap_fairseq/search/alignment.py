@@ -12,7 +12,7 @@ from fairseq.sequence_generator import SequenceGeneratorWithAlignment
 from torch import Tensor
 
 from ap_fairseq.files import UserError
-from ap_fairseq.search.generator import PrunedSequenceGenerator
+from ap_fairseq.search.generator import TURN, PrunedSequenceGenerator
 
 MAX_NUMBERS = 1 << 26  # of attention weights and activations of a layer that are computed at a time
 
@@ -42,9 +42,12 @@ class PrunedSequenceGeneratorWithAlignment(SequenceGeneratorWithAlignment, Prune
         prefix = kwargs.get("prefix_tokens")
         if self.fallback_reason(kwargs.get("constraints")) is not None:
             return super().generate(models, sample, **kwargs)
-        found, encoder_outs = self.search_on_device(sample, prefix, kwargs.get("bos_token"))
-        source, first_token = sample["net_input"]["src_tokens"], kwargs.get("bos_token")
-        first_token = self.eos if first_token is None else first_token
+        with TURN:  # the next search may overwrite what the encoders said
+            return self._search_and_align(sample, prefix, kwargs.get("bos_token"))
+
+    def _search_and_align(self, sample: dict, prefix: Tensor | None, bos_token: int | None) -> list[list[dict]]:
+        found, encoder_outs = self.search_on_device(sample, prefix, bos_token)
+        source, first_token = sample["net_input"]["src_tokens"], self.eos if bos_token is None else bos_token
         hypotheses = [(number, h) for number, sentence in enumerate(found) for h in sentence]
         longest = max(h["tokens"].numel() for _, h in hypotheses)
         sides = [model.cfg.decoder for model in self.model.models]

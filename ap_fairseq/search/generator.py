@@ -169,10 +169,9 @@ class PrunedSequenceGenerator(SequenceGenerator):
                 "it, or raise --max-len-b"
             )
         with TURN:
-            encoder_outs = self.model.forward_encoder(sample["net_input"])
             needed = Capacity(
                 sentences=bucket(source.size(0)),
-                source_length=0 if encoder_outs is None else max(256, bucket(source.size(1))),
+                source_length=max(256, bucket(source.size(1))) if self.model.has_encoder() else 0,
                 positions=max(min(max(256, bucket(max_len + 1)), self.max_len), max_len + 1),
             )
             rules = SearchRules.from_generator(self)
@@ -184,7 +183,7 @@ class PrunedSequenceGenerator(SequenceGenerator):
                         self.model.models, rules, capacity, source.device
                     )
             first_token = self.eos if bos_token is None else bos_token
-            return self._decoder.search(encoder_outs, max_len, first_token, lengths, prefix_tokens), encoder_outs
+            return self._decoder.search(sample["net_input"], max_len, first_token, lengths, prefix_tokens)
 
 
 FALLBACK = "fairseq's own generator is used: "

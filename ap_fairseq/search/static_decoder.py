@@ -34,6 +34,7 @@ from ap_fairseq.model.transformer import PrunedTransformerModel
 from ap_fairseq.search.beams import BeamSearchState
 from ap_fairseq.search.restrictions import Restrictions
 from ap_fairseq.search.rules import WITHIN_PREFIX, SearchRules
+from ap_fairseq.search.source_pass import MAX_TOKENS, SourcePass
 from ap_fairseq.search.static_cache import StaticCrossAttentionCache, StaticSelfAttentionCache
 from ap_fairseq.search.strategies import Sampling, Step, penalized_log_probs
 from ap_fairseq.sites import AttentionKind, attention_sites
@@ -83,6 +84,8 @@ class StaticDecoder:
         self.self_sites, self.cross_sites = (
             [module for module in modules if module.self_attention is own] for own in (True, False)
         )
+        sites = (site for model in self.models for site in attention_sites(model))
+        self.encoder_sites = [module for (kind, _), module in sites if kind is AttentionKind.ENCODER_SELF]
         self_heads, cross_heads = ([m.num_heads for m in sites] for sites in (self.self_sites, self.cross_sites))
         self.heads = {
             module: slice(end - n, end)
@@ -93,7 +96,9 @@ class StaticDecoder:
         self._allocate(dtype, device)
         self.used: dict[PrunedMultiheadAttention, int] = {}  # slots of each pool in use, as the host counts them
         self.graphs: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}  # of n sentences, within prefixes or not
-        self.graph_pool = GraphPool()
+        self.graph_pool, self.source_pool = GraphPool(), GraphPool()  # results of the latter outlive steps
+        self.source_passes: dict[tuple[int, int], SourcePass] = {}  # by sentences and columns
+        self.source_shapes: set[tuple[int, int]] = set()  # that came before
         self.source_columns: dict[tuple[int, int], tuple[list, dict]] = {}  # see `_source_columns`
         self.layouts: list[Layout] = []
         # Graphs hold addresses: of the parameters, and of the layouts, which must not be dropped before them.
@@ -104,6 +109,9 @@ class StaticDecoder:
         kernels = modules[0].runs_kernels(dtype, device)
         waits = any(module.waits_for_device(dtype, device) for module in modules)
         self.capture = kernels and device.type == "cuda" and not waits
+        self.repeats_sources = bool(self.capture and self.cross_sites) and all(
+            module.runs_kernels(dtype, device) for module in self.encoder_sites
+        )
         sizes = (capacity.sentences, capacity.positions, capacity.source_length)
         self.beams = BeamSearchState(sizes, rules.beam, self_heads, cross_heads, device, kernels)
         self.restrictions = Restrictions(self.beams.state, rules)
@@ -137,26 +145,39 @@ class StaticDecoder:
         """Whether a batch fits, the rules are the same, and the models are still where the graphs found them."""
         return self.rules == rules and self.capacity.covers(needed) and self.addresses == self._addresses()
 
-    def _forget_graphs(self) -> None:
+    def encoder_layouts(self) -> list[Layout | None]:
+        """Return the masks as the encoders read them now."""
+        return [module.derived() for module in self.encoder_sites]
+
+    def _forget_steps(self) -> None:
         self.graphs.clear()
         self.graph_pool = GraphPool()
+
+    def _forget_graphs(self) -> None:
+        self._forget_steps()
+        self.source_passes.clear()
+        self.source_pool = GraphPool()
 
     # -- a batch ------------------------------------------------------------------------------------------------------
 
     def search(
         self,
-        encoder_outs: list[dict] | None,
+        net_input: dict[str, Tensor],
         max_len: int,
         first_token: int,
         source_lengths: Tensor,
         prefix: Tensor | None = None,
-    ) -> list[list[dict[str, Tensor]]]:
-        """Translate one batch; the result is that of ``SequenceGenerator.generate``, on the CPU.
+    ) -> tuple[list[list[dict[str, Tensor]]], list[dict] | None]:
+        """Translate one batch.
 
         Args:
-            encoder_outs: of each model; None for language models.
+            net_input: what fairseq gives the encoders of a batch.
             source_lengths: int64 (B,), by which the lengths of translations are judged, if they are.
             prefix: int64 (B, P), tokens that the translations begin with, padded on the right.
+
+        Returns:
+            What ``SequenceGenerator.generate`` does, on the CPU, and what the encoders said, which the next batch may
+            overwrite; None for language models.
         """
         if self.capture and self.layouts != (layouts := self._layouts()):
             self._forget_graphs()
@@ -164,13 +185,20 @@ class StaticDecoder:
         n_sentences = source_lengths.numel()
         prefix = prefix[:, :max_len] if prefix is not None else source_lengths.new_empty(n_sentences, 0)
         prefix_len = prefix.size(1)
-        n = self._begin(encoder_outs, n_sentences, max_len, first_token)
+        encoder_outs = self._begin(net_input, max_len, first_token)
+        n = self._places(n_sentences)
         self.restrictions.begin(prefix, source_lengths)
         if done := prefill_length(prefix, self.rules):
             self._prefill(encoder_outs, prefix[:, :done], first_token, max_len)
         self._search(n, done, max_len, prefix_len)
         longest = source_lengths if self.rules.match_source_len else None
-        return self.beams.hypotheses(n_sentences, self.rules.eos, self.rules.len_penalty, longest)
+        return self.beams.hypotheses(n_sentences, self.rules.eos, self.rules.len_penalty, longest), encoder_outs
+
+    def encode(self, net_input: dict[str, Tensor]) -> list[dict] | None:
+        """Return what the encoder of every model says, if the models have one."""
+        if not hasattr(self.models[0], "encoder"):
+            return None
+        return [model.encoder.forward_torchscript(net_input) for model in self.models]
 
     def _search(self, n: int, first_step: int, max_len: int, prefix_len: int) -> None:
         counts, phase = deque(), None
@@ -208,24 +236,51 @@ class StaticDecoder:
         self.restrictions.select(order)
         return order
 
-    def _begin(self, encoder_outs: list[dict] | None, n_sentences: int, max_len: int, first_token: int) -> int:
-        beams, n = self.beams, self._places(n_sentences)
-        padding = encoder_outs[0]["encoder_padding_mask"] if encoder_outs else ()
-        size = encoder_outs[0]["encoder_out"][0].size(0) if encoder_outs else 1
-        real = ~padding[0] if padding else torch.ones(n_sentences, size, dtype=torch.bool, device=beams.starts.device)
-        n_first = 1
+    def _begin(self, net_input: dict[str, Tensor], max_len: int, first_token: int) -> list[dict] | None:
+        """Encode a batch, and prepare the state of its search and the caches."""
+        tokens, n_first = net_input["src_tokens"], 1
         if self.rules.strategy is not None:
             n_first = self.rules.strategy.n_first(self.rules.beam)
             self.memory.zero_()
-        beams.begin(real.sum(1), max_len, first_token, n_first)
+        source_pass = self._source_pass(net_input)
+        if source_pass is not None:
+            self.beams.begin(tokens.ne(self.rules.pad).sum(1), max_len, first_token, n_first)
+            self._prepare_self_caches()
+            return source_pass(self, tokens)
+        encoder_outs = self.encode(net_input)
+        if encoder_outs is None:
+            real = torch.ones(tokens.size(0), 1, dtype=torch.bool, device=tokens.device)
+        else:
+            real = ~encoder_outs[0]["encoder_padding_mask"][0]
+        self.beams.begin(real.sum(1), max_len, first_token, n_first)
         self._prepare_caches(encoder_outs, real, max_len)
-        return n
+        return encoder_outs
+
+    def _source_pass(self, net_input: dict[str, Tensor]) -> SourcePass | None:
+        """Return the graph that encodes a batch, from the second batch of its size on: few and short sources."""
+        if not self.repeats_sources or not net_input.keys() <= {"src_tokens", "src_lengths", "prev_output_tokens"}:
+            return None
+        n, size = net_input["src_tokens"].shape
+        columns = min(bucket(size), *(model.encoder.max_positions() for model in self.models))
+        if columns < size or n * columns > MAX_TOKENS:
+            return None
+        shape = n, columns
+        if shape not in self.source_shapes:
+            self.source_shapes.add(shape)
+            return None
+        found = self.source_passes.get(shape)
+        if found is None or not found.is_valid(self):
+            found = self.source_passes[shape] = SourcePass(self, n, columns)
+        return found
 
     def _prepare_caches(self, encoder_outs: list[dict] | None, real: Tensor, max_len: int) -> None:
         """Empty the caches of self-attention and fill those of cross-attention."""
-        self.used = dict.fromkeys(self.self_sites, 0)
+        self._prepare_self_caches()
         if self.cross_sites:
-            self._store_sources(encoder_outs, real, max_len)
+            self.fill_sources(encoder_outs, self.source_slots(real, max_len))
+
+    def _prepare_self_caches(self) -> None:
+        self.used = dict.fromkeys(self.self_sites, 0)
         self._copy_projections()
 
     def _copy_projections(self) -> None:
@@ -238,26 +293,30 @@ class StaticDecoder:
             current += [part.weight for part in parts] + [part.bias for part in parts]
         torch._foreach_copy_(kept, current)  # as torch's optimizers do: one launch for all
 
-    def _store_sources(self, encoder_outs: list[dict], real: Tensor, max_len: int) -> None:
-        """Fill the pools of cross-attention; bool *real* (B, S) says which source tokens there are."""
+    def source_slots(self, real: Tensor, max_len: int) -> dict[PrunedMultiheadAttention, SourceSlots]:
+        """Lay out the slots of cross-attention; bool *real* (B, S) says which source tokens there are. Synchronises."""
         stored = self._source_columns(real.size(1), max_len, real.device)
-        keys = {module: key for module, (key, _) in stored.items()}
         layouts: dict[bytes, SourceSlots] = {}  # sites often store the same columns
         for key, columns in stored.values():
             if key not in layouts:
                 layouts[key] = SourceSlots.from_mask(columns, real)
-        by_site = [layouts[keys[module]] for module in self.cross_sites]
-        self.beams.starts[: real.size(0)] = torch.cat([slots.starts for slots in by_site], 1)
-        self.beams.source_offsets[:, : real.size(1)] = torch.cat([slots.offsets for slots in by_site])
+        return {module: layouts[key] for module, (key, _) in stored.items()}
+
+    def fill_sources(self, encoder_outs: list[dict], slots: dict[PrunedMultiheadAttention, SourceSlots]) -> None:
+        """Fill the pools of cross-attention."""
+        by_site = [slots[module] for module in self.cross_sites]
+        starts, offsets = torch.cat([x.starts for x in by_site], 1), torch.cat([x.offsets for x in by_site])
+        self.beams.starts[: starts.size(0)] = starts
+        self.beams.source_offsets[:, : offsets.size(1)] = offsets
         for model, encoder_out in zip(self.models, encoder_outs, strict=True):
             source = encoder_out["encoder_out"][0].transpose(0, 1)
-            chosen: dict[bytes, Tensor] = {}
+            chosen: dict[int, Tensor] = {}
             for (kind, _), module in attention_sites(model):
                 if kind is AttentionKind.CROSS:
-                    key = keys[module]
-                    if key not in chosen:
-                        chosen[key] = source[layouts[key].projected]
-                    self._store_source(module, layouts[key], chosen[key])
+                    own = slots[module]
+                    if id(own) not in chosen:
+                        chosen[id(own)] = source[own.projected]
+                    self._store_source(module, own, chosen[id(own)])
 
     def _source_columns(
         self, size: int, max_len: int, device: torch.device
@@ -286,11 +345,11 @@ class StaticDecoder:
 
     def _store_source(self, module: PrunedMultiheadAttention, slots: SourceSlots, source: Tensor) -> None:
         n_slots = slots.column.numel()
-        self._reserve(module, n_slots)
+        self.reserve(module, n_slots)
         self.kv_pools[module][:n_slots] = slots.gather(module.project_source(source))
 
     @torch.inference_mode(False)
-    def _reserve(self, module: PrunedMultiheadAttention, n_slots: int) -> None:
+    def reserve(self, module: PrunedMultiheadAttention, n_slots: int) -> None:
         """Give a module a pool of *n_slots* or more; the contents of a smaller one are lost."""
         if self.kv_pools[module].size(0) < n_slots:
             self._forget_graphs()
@@ -311,7 +370,7 @@ class StaticDecoder:
             n_new = n * self.rules.beam * module.num_heads
             pool, used = compact(self.kv_pools[module], offsets, live, readable, n_new, max_len + 1 - length)
             if pool is not self.kv_pools[module]:
-                self._forget_graphs()
+                self._forget_steps()
             self.kv_pools[module], self.used[module] = pool, used
             self.beams.used[self.heads[module]] = used
 
@@ -370,7 +429,7 @@ class StaticDecoder:
         readable = self._last_use(module, max_len, self.capacity.positions)[:, :size] >= size  # (H, P)
         kv = kv.permute(3, 0, 1, 2, 4)[readable]
         used = self.used[module] = kv.size(0) * n
-        self._reserve(module, used + bucket(n) * self.rules.beam * module.num_heads)  # and for the next step
+        self.reserve(module, used + bucket(n) * self.rules.beam * module.num_heads)  # and for the next step
         self.kv_pools[module][:used] = kv.flatten(0, 1)
         number = (readable.flatten().cumsum(0) - 1).view_as(readable)
         self.beams.offsets[self.heads[module], :size] = (n * number * readable).to(torch.int32)
