@@ -40,7 +40,7 @@ from ap_fairseq.search.strategies import Sampling, Step, penalized_log_probs
 from ap_fairseq.sites import AttentionKind, attention_sites
 from triton_ops import Layout
 
-HOST_LAG_STEPS = 3  # steps that the host may run ahead of the device
+HOST_LAG_STEPS = 1  # that the host runs ahead of the device; as many follow in vain when all sentences are finished
 SOURCE_SIZES_MEMO = 256  # lengths for which a decoder remembers what the masks store of a source
 SHORTEST_PREFILL = 8  # tokens of a prefix that are worth a pass of their own, which no graph replays
 MAX_LOGITS = 1 << 26  # that such a pass computes at a time
