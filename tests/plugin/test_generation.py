@@ -517,6 +517,7 @@ def test_full_pools_drop_dead_rows_and_grow(monkeypatch, paged):
     assert len(dropped) >= 2
 
 
+@pytest.mark.skipif(DEVICE == "cuda", reason="models are on the GPU")
 @pytest.mark.parametrize("case", ["norm after", "norm before", "double precision"])
 def test_slots_of_a_cpu_are_dropped_and_sentences_leave(case, monkeypatch):
     """Weights in double precision are not packed: fairseq's modules compute them."""
@@ -538,6 +539,7 @@ def test_slots_of_a_cpu_are_dropped_and_sentences_leave(case, monkeypatch):
     assert sizes[-1] < len(LENGTHS)
 
 
+@pytest.mark.skipif(DEVICE == "cuda", reason="models are on the GPU")
 def test_a_search_on_a_cpu_remembers_mask_rows_up_to_a_limit(monkeypatch):
     """It remembered every row: of 48 heads at 4,096 columns 0.2 MB a step, for as long as the generator lived."""
     monkeypatch.setattr(host_decoder, "MASK_ROWS_MEMO", 20_000)  # 20 rows or less
