@@ -24,6 +24,7 @@ from ap_fairseq.pruning.spec import MaskSpec
 from ap_fairseq.pruning.summary import (
     LayerSummary,
     missed_budgets,
+    pairs_beyond,
     pairs_on,
     sparsity_on,
     summarize,
@@ -163,7 +164,8 @@ def _build(stats: AttentionStats, spec: MaskSpec, wanted: MaskSpec, growing: boo
     held = None
     if spec.calibrate and validation is not None:
         pairs = pairs_on(masks.architecture, recorded.validation_lengths)
-        held = {kind: (validation[kind], n) for kind, n in pairs.items()}
+        beyond = pairs_beyond(recorded)
+        held = {kind: (validation[kind], n, beyond[kind]) for kind, n in pairs.items()}
     warnings = missed_budgets(summary, wanted, held)
     for name, heads in vanished.items():
         listed = ", ".join(f"{layer}.{head}" for layer, head in heads)

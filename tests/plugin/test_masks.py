@@ -720,6 +720,17 @@ def on_validation(masks, stats, kind) -> float:
     return pruned / total
 
 
+@pytest.mark.parametrize(("scope", "shares"), [("kind", ["53%", "42%", "48%"]), ("global", ["50%"])])
+def test_a_budget_that_validation_sentences_beyond_the_range_cannot_meet_is_explained(scope, shares):
+    """Guaranteed cells or the size of units were blamed."""
+    stats = random_stats(longest=(9, 11), sentences=200)
+    stats.validation_lengths = np.array([[12, 16, 5]])
+    held, free = (build(stats, 0.9, scope=scope, calibrate=calibrate).warnings for calibrate in (True, False))
+    missed = [text.partition("instead of 90.0%: ")[2] for text in held if "instead of" in text]
+    assert [text.partition(" of the pairs of validation sentences lie beyond")[0] for text in missed] == shares
+    assert not any("beyond" in text for text in free)
+
+
 @pytest.mark.parametrize("granularity", [1, {AttentionKind.CROSS: "scaled-diagonal"}])
 @pytest.mark.parametrize("scope", ["kind", "global"])
 def test_budgets_hold_on_the_validation_sentences_where_that_is_asked(scope, granularity):
