@@ -25,7 +25,7 @@ class Report:
     """The content of a report.
 
     Args:
-        stats: what a dense model did.
+        stats: what a model did.
         masks: by name; made from *stats*.
         systems: scores, or none.
         benchmark: kernel measurements, or None.

@@ -28,7 +28,7 @@ def kinds_table(measured: Mapping[AttentionKind, Concentration], kept: Mapping[A
         )
     header = ["kind", "entropy (bits)", "relative to uniform", "within ±1", "first column", "last source token"]
     header += ["kept mass at 50%", "at 80%", "at 90%"]
-    return Table(header, rows, "Attention of the dense model; averages over heads, shares of attention mass.")
+    return Table(header, rows, "Attention of the recorded model; averages over heads, shares of attention mass.")
 
 
 def heads_table(measured: Mapping[AttentionKind, Concentration]) -> Table:
