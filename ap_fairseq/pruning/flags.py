@@ -269,7 +269,7 @@ def _spread(spec: MaskSpec) -> MaskSpec:
     if not spec.in_offsets(kind) or kind in spec.max_heads or spec.min_heads.get(kind) or spec.min_kept:
         return spec
     most = SPREAD * (1 - spec.budgets[kind])
-    return dataclasses.replace(spec, max_heads={**spec.max_heads, kind: most}) if most < 1 else spec
+    return dataclasses.replace(spec, max_heads={**spec.max_heads, kind: most}) if 0 < most < 1 else spec
 
 
 def require_fitting(args: argparse.Namespace, architecture: Mapping[str, Sequence[int]], held_out: bool) -> None:

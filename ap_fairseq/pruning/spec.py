@@ -41,8 +41,8 @@ class MaskSpec:
     """How masks are derived from statistics.
 
     Attributes:
-        budgets: per kind the share of attendable pairs to prune, in [0, 1); for ``percentile`` the nominal
-            sparsity. Kinds without an entry are not pruned.
+        budgets: per kind the share of attendable pairs to prune, in [0, 1), or 1 with *empty_rows*; for ``percentile``
+            the nominal sparsity. Kinds without an entry are not pruned.
         criterion: what ranks the units. ``mean`` (attention), ``normalised``, ``diagonal-mean``, ``importance``
             (effect on the loss) and the controls ``window``, ``gaussian`` and ``fixed`` are the scores of
             :mod:`ap_fairseq.pruning.criteria`; ``random`` is a seeded draw. ``percentile`` is the authors' own rule:
@@ -113,8 +113,8 @@ class MaskSpec:
         for kind in AttentionKind:
             block_shape(self.granularity_of(kind))
         for kind, budget in self.budgets.items():
-            if not 0 <= budget < 1:
-                raise UserError(f"--{kind.flag} {budget} is not a share of pairs in [0, 1)")
+            if not (0 <= budget < 1 or (budget == 1 and self.empty_rows)):
+                raise UserError(f"--{kind.flag} {budget} is not a share of pairs in [0, 1), or 1 with --empty-rows")
         if not 0 <= self.min_kept <= 1:
             raise UserError(f"--min-kept {self.min_kept} is not a share of pairs in [0, 1]")
         for kind, count in self.min_heads.items():

@@ -841,6 +841,24 @@ def test_controls_take_the_budgets_of_other_masks(tmp_path, capsys):
     assert total_mass(control, stats)[1] < total_mass(ours, stats)[1]
 
 
+@pytest.mark.parametrize("granularity", [1, "scaled-diagonal"])
+def test_controls_of_masks_that_leave_nothing_of_a_kind(granularity, tmp_path, capsys):
+    """Their budget of 100% was refused."""
+    stats = random_stats()
+    stats.mass[AttentionKind.CROSS] *= 1e-9
+    stats.save(tmp_path / "stats.st")
+    ap_masks(tmp_path / "stats.st", "--total", 0.8, "--empty-rows", "-o", tmp_path / "ours.st")
+    control = ["--like", tmp_path / "ours.st", "--criterion", "random", "--granularity", f"cross={granularity}"]
+    ap_masks(tmp_path / "stats.st", *control, "--empty-rows", "-o", tmp_path / "control.st")
+    ours, drawn = (PruningMasks.load(tmp_path / name).metadata["sparsity"] for name in ("ours.st", "control.st"))
+    assert ours["cross"]["effective"] == 1 and (drawn["cross"]["effective"] == 1) == (granularity == 1)
+    for kind in SELF:
+        assert drawn[kind.value]["effective"] == pytest.approx(ours[kind.value]["effective"], abs=0.01)
+    with pytest.raises(SystemExit):
+        ap_masks(tmp_path / "stats.st", *control, "-o", tmp_path / "full.st")
+    assert "--cross 1.0 is not a share of pairs in [0, 1), or 1 with --empty-rows" in capsys.readouterr().err
+
+
 def test_masks_say_how_far_their_statistics_were_smoothed(tmp_path):
     random_stats(longest=(20, 20)).save(tmp_path / "stats.st")
     for distance in (0, 8):
