@@ -133,11 +133,17 @@ class Concentration:
             statistics that do not hold it.
         uniform: the same measures for uniform attention.
         patterns: (layers, heads) names from ``PATTERNS`` or ``broad``.
+        attending: bool (layers, heads), False for heads of which a pruned model keeps nothing; all they have is 0.
     """
 
     heads: dict[str, np.ndarray]
     uniform: dict[str, float]
     patterns: np.ndarray
+    attending: np.ndarray
+
+    def average(self, name: str) -> float:
+        """Return the mean of a measure over the heads that attend to anything; 0 where none does."""
+        return float(self.heads[name].mean(where=self.attending)) if self.attending.any() else 0.0
 
 
 def concentration(stats: AttentionStats, kind: AttentionKind) -> Concentration:
@@ -169,7 +175,7 @@ def concentration(stats: AttentionStats, kind: AttentionKind) -> Concentration:
     relative = _ratio(entropy, np.full_like(entropy, uniform_entropy), 1.0)
     heads = {"entropy": entropy, "relative_entropy": relative, **heads}
     uniform = {"entropy": uniform_entropy, "relative_entropy": 1.0, **uniform}
-    return Concentration(heads, uniform, _patterns(heads, uniform))
+    return Concentration(heads, uniform, _patterns(heads, uniform), total > 0)
 
 
 def row_entropy(mass: np.ndarray) -> float:

@@ -50,7 +50,7 @@ class Report:
         self.files = dict(files or {})
         self.concentration = {kind: analysis.concentration(stats, kind) for kind in stats.kinds}
         # A model that is pruned already may have lost all attention of a kind, about which there is nothing to say.
-        self.attended = {kind: c for kind, c in self.concentration.items() if stats.mass[kind].any()}
+        self.attended = {kind: c for kind, c in self.concentration.items() if c.attending.any()}
         self.kept = {kind: analysis.kept_mass(stats, kind) for kind in stats.kinds}
         self.nominal = {kind: analysis.effective_at_nominal(stats, kind, NOMINAL) for kind in stats.kinds}
         self.summaries: dict[str, list[LayerSummary]] = {name: summarize(one, stats) for name, one in masks.items()}
@@ -204,7 +204,7 @@ class Report:
             "pairs": int(self.stats.support[kind].sum()) * layers * heads,
             "concentration": {
                 name: {
-                    "mean": float(values.mean()),
+                    "mean": measured.average(name),
                     "uniform": float(measured.uniform[name]),
                     "heads": values.round(6).tolist(),
                 }

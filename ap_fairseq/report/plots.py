@@ -294,7 +294,7 @@ def concentration(measured: dict[AttentionKind, analysis.Concentration]) -> Figu
             if kind is next(iter(measured)):
                 axis.set_title(f"{MEASURES[name]}\n(uniform {c.uniform[name]:.2f})", fontsize=8)
         line[0].set_ylabel(f"{kind.value}\nlayer")
-        averages = [f"{MEASURES[name]} {c.heads[name].mean():.2f}" for name in present if name in c.heads]
+        averages = [f"{MEASURES[name]} {c.average(name):.2f}" for name in present if name in c.heads]
         texts.append(f"{kind.value}: {', '.join(averages)}")
     text = "; ".join(texts) + "."
     return Figure(

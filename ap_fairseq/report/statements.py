@@ -96,11 +96,10 @@ def _prunability(kept: Mapping[AttentionKind, KeptMass]) -> str:
 
 
 def _entropy(measured: Mapping[AttentionKind, Concentration]) -> str:
-    relative = {kind.value: float(c.heads["relative_entropy"].mean()) for kind, c in measured.items()}
+    relative = {kind.value: c.average("relative_entropy") for kind, c in measured.items()}
     order = sorted(relative, key=relative.get)
     bits = ", ".join(
-        f"{name} {measured[AttentionKind(name)].heads['entropy'].mean():.2f} bits ({relative[name]:.0%})"
-        for name in order
+        f"{name} {measured[AttentionKind(name)].average('entropy'):.2f} bits ({relative[name]:.0%})" for name in order
     )
     text = f"Entropy of the mean attention, in brackets relative to uniform attention: {bits}."
     if len(order) > 1:
@@ -120,7 +119,7 @@ def _positions(measured: Mapping[AttentionKind, Concentration]) -> str:
     parts = []
     for place, words in names.items():
         shares = [
-            f"{kind.value} {c.heads[place].mean():.0%} ({_against(c.heads[place].mean(), c.uniform[place])})"
+            f"{kind.value} {c.average(place):.0%} ({_against(c.average(place), c.uniform[place])})"
             for kind, c in measured.items()
             if place in c.heads
         ]

@@ -18,12 +18,10 @@ def kinds_table(measured: Mapping[AttentionKind, Concentration], kept: Mapping[A
     """What distinguishes the kinds: averages over heads."""
     rows = []
     for kind, c in measured.items():
-        shares = [
-            f"{c.heads[name].mean():.1%}" if name in c.heads else "–" for name in ("near_diagonal", "first", "end")
-        ]
+        shares = [f"{c.average(name):.1%}" if name in c.heads else "–" for name in ("near_diagonal", "first", "end")]
         at = [kept[kind].kind.at(sparsity) for sparsity in (0.5, 0.8, 0.9)]
         rows.append(
-            [kind.value, f"{c.heads['entropy'].mean():.2f}", f"{c.heads['relative_entropy'].mean():.2f}", *shares]
+            [kind.value, f"{c.average('entropy'):.2f}", f"{c.average('relative_entropy'):.2f}", *shares]
             + ["–" if share is None else f"{share:.1%}" for share in at]
         )
     header = ["kind", "entropy (bits)", "relative to uniform", "within ±1", "first column", "last source token"]

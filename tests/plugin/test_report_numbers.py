@@ -108,6 +108,16 @@ def test_heads_are_named_after_their_pattern():
     assert "next" not in causal.heads and "end" not in causal.heads
 
 
+def test_heads_that_attend_to_nothing_are_no_part_of_averages():
+    """Of a model that is pruned already; they counted as the most concentrated heads."""
+    stats = shaped_stats(ENCODER, [lambda row, n: row, lambda row, n: row, lambda row, n: 0])
+    stats.mass[ENCODER][0, 1:] = stats.end_mass[ENCODER][0, 1:] = 0
+    measured = analysis.concentration(stats, ENCODER)
+    for name, values in measured.heads.items():
+        assert measured.average(name) == values[0, 0]
+    assert measured.average("diagonal") > 0.9
+
+
 def test_entropy_in_bits():
     assert analysis.row_entropy(np.eye(4)) == 0
     assert analysis.row_entropy(np.ones((3, 8))) == pytest.approx(3)
