@@ -224,8 +224,8 @@ def _read_relative(tensors: Mapping[str, np.ndarray]) -> RelativeMask:
 def grown(keep: np.ndarray, pattern: np.ndarray, kind: AttentionKind, shape: tuple[int, int]) -> np.ndarray:
     """Continue keep masks beyond the recorded range by their patterns over offsets.
 
-    A head that keeps the cells which exist in every sentence (the diagonal, or column 0 of cross-attention) in all its
-    rows keeps them in later rows, too.
+    A head of self-attention that keeps the diagonal in all its rows keeps it in later rows, too. Column 0 of later rows
+    lies outside the pattern, so all heads keep it.
 
     Args:
         keep: bool (..., Tq, Tk), True = kept.
@@ -236,9 +236,7 @@ def grown(keep: np.ndarray, pattern: np.ndarray, kind: AttentionKind, shape: tup
     """
     recorded_queries, recorded_keys = keep.shape[-2:]
     cells = extrapolated(pattern, recorded_queries, shape)
-    if kind is AttentionKind.CROSS:
-        cells[..., 0] |= keep[..., 0].all(-1, keepdims=True)
-    else:
+    if kind is not AttentionKind.CROSS:
         row = np.arange(min(shape))
         cells[..., row, row] |= np.diagonal(keep, axis1=-2, axis2=-1).all(-1, keepdims=True)
     if kind.causal:

@@ -158,7 +158,6 @@ class PrunedMultiheadAttention(NotScriptable, MultiheadAttention):
         self._layout: Layout | None = None
         self._last_use: tuple[Layout | None, dict[int, Tensor]] = None, {}
         self._keeps_all: tuple[Layout | None, dict[tuple[int, int], bool]] = None, {}
-        self._may_have_empty_rows: bool | None = None
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         if prefix + "keep_words" in state_dict:  # checkpoints of version 0.2 have no offsets
@@ -236,14 +235,6 @@ class PrunedMultiheadAttention(NotScriptable, MultiheadAttention):
         n_keys = max(recorded_keys, 1 << (n_keys - 1).bit_length())
         cells = grown(keep.cpu().numpy(), pattern.cpu().numpy(), self.kind, (n_queries, n_keys))
         return torch.from_numpy(cells).to(keep.device)
-
-    def may_have_empty_rows(self) -> bool:
-        """Whether a row of the mask may keep nothing of a sentence; attention gives 0 there."""
-        if self._may_have_empty_rows is None:
-            keep = unpack_cells(self.keep_words, int(self.mask_range[1]))
-            every_sentence = keep[..., 0] if self.kind is AttentionKind.CROSS else keep.diagonal(dim1=1, dim2=2)
-            self._may_have_empty_rows = not every_sentence.all()
-        return self._may_have_empty_rows
 
     # -- attention ----------------------------------------------------------------------------------------------------
 
@@ -388,9 +379,8 @@ class PrunedMultiheadAttention(NotScriptable, MultiheadAttention):
             by_sentence = q.unflatten(0, (k.size(0), -1)).transpose(1, 2)  # (B, H, beam, D): a step's beams are queries
             selected = cache.selected
             keep = (keep if selected is None else keep & selected).unsqueeze(-2)
-            by_step = self.dynamic is not None or self.is_relative or selected is not None
-            if q.is_cpu and not (want_weights or by_step or self.may_have_empty_rows()):
-                # Without what `attend_dense` does for empty rows.
+            if q.is_cpu and not (want_weights or self.dynamic is not None or self.is_relative or selected is not None):
+                # Without what `attend_dense` does for empty rows: on a CPU torch gives 0 for them.
                 cells = None if lengths is None and keep.all() else visible_cells(keep, None, lengths)
                 output = F.scaled_dot_product_attention(
                     by_sentence, k, v, attn_mask=cells, dropout_p=dropout_p, scale=self.scaling

@@ -111,14 +111,12 @@ class MaskRows:
 
     Attributes:
         heads: of those sites, where their heads are among all.
-        may_be_empty: whether a row may keep nothing of a sentence.
     """
 
     def __init__(self, modules: list[PrunedMultiheadAttention], n_rows: int, n_columns: int):
         pruned = [module for module in modules if not module.keeps_all(n_rows, n_columns)]
         ends = itertools.accumulate(module.num_heads for module in pruned)
         self.heads = {module: slice(end - module.num_heads, end) for module, end in zip(pruned, ends, strict=True)}
-        self.may_be_empty = any(module.may_have_empty_rows() for module in pruned)
         self.n_columns, self._common = n_columns, {}  # by step
 
     def pruned(self, step: int, size: int, n: int, lengths: Tensor | None) -> Tensor:
@@ -146,8 +144,7 @@ class HostSelfAttention(HostCache):
         self.kv[:n, :, :, used - beam : used] = kv.view(n, beam, *kv.shape[1:]).permute(0, 3, 2, 1, 4)
 
     def attend(self, q: Tensor, scale: float) -> Tensor:
-        kv, bias = self.kv[: self.slots.n, :, :, : self.slots.used], self.slots.bias(self.heads)
-        return attend(q, kv, bias, scale, self.slots.masks.may_be_empty)
+        return attend(q, self.kv[: self.slots.n, :, :, : self.slots.used], self.slots.bias(self.heads), scale)
 
     def keep(self, order: Tensor, capacity: int) -> None:
         """As `SentenceSlots.keep`."""
@@ -204,29 +201,21 @@ class HostCrossAttention(HostCache):
         """Nothing: the search counts the steps."""
 
     def attend(self, q: Tensor, scale: float) -> Tensor:
-        kv, bias = self.kv[: self.columns.slots.n], self.columns.bias(self.heads)
-        return attend(q, kv, bias, scale, self.columns.masks.may_be_empty)
+        return attend(q, self.kv[: self.columns.slots.n], self.columns.bias(self.heads), scale)
 
     def move(self, to: Tensor, source: Tensor) -> None:
         """As `SentenceSlots.move`."""
         self.kv[to] = self.kv[source]
 
 
-def attend(q: Tensor, kv: Tensor, bias: Tensor | None, scale: float, may_be_empty: bool) -> Tensor:
+def attend(q: Tensor, kv: Tensor, bias: Tensor | None, scale: float) -> Tensor:
     """Attend with q (N, H, D), of N / n hypotheses for each sentence, to kv (n, H, 2, L, D); (N, H, D).
 
-    Rows that *bias* hides entirely give 0.
+    Rows that *bias* hides entirely give 0: torch's attention on a CPU sees to that.
     """
     k, v = kv.unbind(2)
     by_sentence = q.view(kv.size(0), -1, *q.shape[1:]).transpose(1, 2)  # a sentence's hypotheses are queries
-    empty = None
-    if may_be_empty and bias is not None:
-        empty = bias.amax(-1, keepdim=True) == -math.inf
-        bias = bias.masked_fill(empty, 0)  # else the row is NaN
-    out = F.scaled_dot_product_attention(by_sentence, k, v, bias, scale=scale)
-    if empty is not None:
-        out = out.masked_fill(empty, 0)
-    return out.transpose(1, 2).flatten(0, 1)
+    return F.scaled_dot_product_attention(by_sentence, k, v, bias, scale=scale).transpose(1, 2).flatten(0, 1)
 
 
 class HostLayer:
