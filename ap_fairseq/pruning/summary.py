@@ -199,7 +199,7 @@ def missed_budgets(
     if granularities == {1}:
         reason = "every row keeps one guaranteed cell, and rows of short sentences have few others"
         if spec.empty_rows:
-            reason = "a cell of the positions that every sentence has is pruned in all of them"
+            reason = "a cell is pruned in every sentence that has it, and the first cells are in all"
         if spec.min_kept or spec.min_heads or spec.keep_first or spec.keep_diagonal is not None:
             reason += "; cells kept by --min-kept, --min-heads, --keep-first and --keep-diagonal are not pruned either"
     else:

@@ -217,19 +217,8 @@ def test_every_stage_runs(tmp_path, monkeypatch):
     monkeypatch.setattr(program, "Size", lambda **_: size)
     out = tmp_path / "run"
     systems = ["importance.50.g1.scratch", "mean.50.gdiagonal.gradual"]
-    flags = [
-        "--size",
-        "small",
-        "--updates",
-        "16",
-        "--block",
-        "24",
-        "--data-bin",
-        str(tmp_path / "bin"),
-        "--out",
-        str(out),
-    ]
-    flags += ["--dropout", "0.9", "0", "--systems", *systems]
+    flags = ["--size", "small", "--updates", "16", "--block", "24", "--data-bin", str(tmp_path / "bin")]
+    flags += ["--out", str(out), "--dropout", "0.9", "0", "--systems", *systems]
     program.main(flags)
     report = json.loads((out / "results.json").read_text("utf-8"))
     rows = {row["system"]: row for row in report["rows"]}

@@ -21,7 +21,7 @@ from ap_fairseq.pruning import criteria, select
 from ap_fairseq.pruning.build import build_masks
 from ap_fairseq.pruning.criteria import CRITERIA
 from ap_fairseq.pruning.spec import MaskSpec
-from ap_fairseq.pruning.summary import summarize, total_of
+from ap_fairseq.pruning.summary import summarize, total_of, vanished_heads
 from ap_fairseq.sites import AttentionKind
 
 ALL = tuple(AttentionKind)
@@ -603,9 +603,28 @@ def test_heads_that_keep_nothing_are_named():
     built = build(stats, 0.6, kinds=[kind], empty_rows=True)
     assert built.masks.metadata["vanished_heads"] == {"cross": [[0, 0]]}
     assert "cross: 1 heads (layer.head) keep nothing: 0.0" in built.warnings
-    assert summarize(built.masks, stats)[-1].guaranteed_rows >= 12
+    built.masks.keep[kind][0, 1] = False
+    built.masks.keep[kind][0, 1, :, 0] = True
+    assert vanished_heads(built.masks, stats) == {"cross": [[0, 0]]}  # column 0 is like others
     anchored = build(stats, 0.9, kinds=[kind], granularity="scaled-diagonal", empty_rows=True)
     assert anchored.warnings[-1] == "cross: 2 heads (layer.head) keep nothing but the guaranteed cells: 0.0, 0.1"
+
+
+def test_rows_of_one_cell_or_none_are_rows_that_sentences_have():
+    stats = random_stats(longest=(12, 12), sentences=100, layers=1, heads=2)
+    kind = AttentionKind.CROSS
+    stats.support[kind][10:], stats.mass[kind][..., 10:, :] = 0, 0
+    masks = build(stats, 0.5, kinds=[kind], empty_rows=True).masks
+    masks.keep[kind][:] = False
+    total = next(row for row in summarize(masks, stats) if row.kind == kind.value and row.layer is None)
+    assert total.guaranteed_rows == total.rows == 2 * 10
+
+
+def test_a_missed_budget_is_explained_without_guaranteed_cells_where_rows_may_be_empty():
+    stats = random_stats(longest=(2, 2), sentences=50, layers=1, heads=1)
+    for empty_rows, reason in ((False, "every row keeps one guaranteed cell"), (True, "a cell is pruned in every")):
+        warnings = build(stats, 0.9, kinds=[AttentionKind.ENCODER_SELF], empty_rows=empty_rows).warnings
+        assert re.match(rf"encoder_self: effective sparsity [\d.]+% instead of 90.0%: {reason}", warnings[0])
 
 
 def test_a_kind_of_which_a_pruned_model_keeps_nothing_is_pruned_on():
