@@ -335,7 +335,7 @@ def language_models(file: Path) -> str:
             criterion, percent, granularity, way = way.split(".")
             way, masks = ways[way], blocks[granularity.removeprefix("g")]
             masks += {"importance": "", "percentile": f", published percentile at nominal {percent}%"}[criterion]
-        rows.append([way, masks, f"{row['pruned']:.0%}", f"{row['perplexity']:.1f}", f"{row['change']:+.1%}"])
+        rows.append([way, masks, f"{row['pruned']:.0%}", f"{row['perplexity']:.1f}", f"{row['change']:+z.1%}"])
     return markdown(Table(["system", "masks", "pairs pruned", "perplexity", "change"], rows, align="llrrr"))
 
 

@@ -46,7 +46,7 @@ class BuiltMasks:
         masks: the masks, with their provenance.
         summary: one row for each kind and each of its layers, the kind's own first.
         warnings: one sentence for each budget missed by more than one percentage point (a threshold cannot split a
-            unit, and guaranteed cells are never pruned), and for each kind with heads that keep nothing else.
+            unit, and guaranteed cells are not pruned), and for each kind with heads that keep nothing else.
     """
 
     masks: PruningMasks

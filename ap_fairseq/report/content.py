@@ -99,7 +99,7 @@ class Report:
 
     @cached_property
     def vanished(self) -> list[str]:
-        """One sentence for each mask and kind with heads that keep nothing but guaranteed cells."""
+        """One sentence for each mask and kind with heads that keep nothing, or nothing but guaranteed cells."""
         sentences = []
         for name, masks in self.masks.items():
             for kind, gone in vanished_heads(masks, self.stats).items():

@@ -230,7 +230,7 @@ class Experiment:
         record = {"size": self.name, "block": self.block, "updates": self.updates, "seed": self.args.seed}
         record |= {"device": device_name(self.size.cpu), "versions": versions(), "rows": results}
         write_json(self.run_folder / "results.json", record, overwrite=True)
-        rows = [[r["system"], f"{r['pruned']:.1%}", f"{r['perplexity']:.2f}", f"{r['change']:+.1%}"] for r in results]
+        rows = [[r["system"], f"{r['pruned']:.1%}", f"{r['perplexity']:.2f}", f"{r['change']:+z.1%}"] for r in results]
         table = markdown(Table(["system", "pairs pruned", "perplexity", "change"], rows))
         (self.run_folder / "results.md").write_text(f"{table}\n", "utf-8")
         return table
