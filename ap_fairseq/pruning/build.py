@@ -134,15 +134,15 @@ def _build(stats: AttentionStats, spec: MaskSpec, wanted: MaskSpec, growing: boo
     if spec.in_offsets(AttentionKind.CROSS):
         slope, anchor = recorded.by_offset().slope, units[AttentionKind.CROSS].anchor
         relative, keep, extrapolation = _relative(keep, extrapolation, slope, anchor)
-    may_be_empty = {"empty_rows": True} if spec.empty_rows else {}
-    masks = PruningMasks(keep, extrapolation, {"spec": may_be_empty}, relative)
+    masks = PruningMasks(keep, extrapolation, {"spec": {"empty_rows": spec.empty_rows}}, relative)
     summary = summarize(masks, recorded)
     kinds = [row for row in summary if row.layer is None]
     vanished = vanished_heads(masks, recorded)
     options = dataclasses.asdict(wanted)
     if not spec.max_heads:
         del options["max_heads_of"]
-    del options["empty_rows"]
+    if not spec.empty_rows:
+        del options["empty_rows"]
     validation = sparsity_on(masks, recorded.validation_lengths) if len(recorded.validation_lengths) else None
     masks.metadata = {
         **{key: value for key, value in stats.metadata.items() if key not in ("format", "architecture")},
@@ -152,7 +152,6 @@ def _build(stats: AttentionStats, spec: MaskSpec, wanted: MaskSpec, growing: boo
             "granularity": _named(spec.granularity) if isinstance(spec.granularity, Mapping) else spec.granularity,
             "min_heads": {kind.value: int(count) for kind, count in spec.min_heads.items()},
             "max_heads": _named(spec.max_heads),
-            **may_be_empty,
         },
         "sparsity": {
             row.kind: {"effective": row.effective, "nominal": row.nominal, "kept_mass": row.kept_mass} for row in kinds
