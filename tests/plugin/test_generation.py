@@ -31,6 +31,7 @@ from plugin.builders import (
     random_masks,
 )
 from plugin.hypotheses import assert_same
+from plugin.searches import DEVICE, SIZES, VOCAB, models, sample
 
 import triton_ops
 from ap_fairseq.files import UserError
@@ -39,10 +40,6 @@ from ap_fairseq.search import alignment, generator, host_decoder, static_decoder
 from ap_fairseq.search.alignment import PrunedSequenceGeneratorWithAlignment
 from ap_fairseq.search.generator import PrunedSequenceGenerator
 from ap_fairseq.sites import AttentionKind
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-VOCAB = dictionary(30)
-SIZES = dict(encoder_embed_dim=32, decoder_embed_dim=32, decoder_input_dim=32, decoder_output_dim=32)
 
 
 @pytest.fixture(autouse=True)
@@ -54,24 +51,6 @@ def _log_again():
 def paged(monkeypatch):
     """The search over pools, of which a CPU without kernels has none."""
     monkeypatch.setattr(PrunedSequenceGenerator, "_decoder_class", lambda self, device: static_decoder.StaticDecoder)
-
-
-def models(n: int = 1, sparsity: float = 0.6, empty_rows: bool = False, **options):
-    made = []
-    for seed in range(n):
-        masks = random_masks(sparsity, seed=seed, longest=(30, 12), empty_rows=empty_rows)
-        model = pruned_model(masks, VOCAB, **SIZES, **options)
-        for parameter in model.parameters():  # untrained models end nowhere or at once; livelier ones end everywhere
-            parameter.data.mul_(1 + seed / 10)
-        if model.decoder.adaptive_softmax is None:
-            model.decoder.output_projection.weight.data.mul_(3)
-        made.append(model.to(DEVICE))
-    return made
-
-
-def sample(lengths, seed: int = 0):
-    source = batch(lengths, VOCAB, left=True, seed=seed).to(DEVICE)
-    return {"net_input": {"src_tokens": source, "src_lengths": torch.tensor(lengths, device=DEVICE)}}
 
 
 LENGTHS = [5, 2, 7, 11, 3, 9, 4, 6, 8, 10, 12, 5, 7]

@@ -6,7 +6,7 @@ import weakref
 import pytest
 import torch
 from plugin.hypotheses import assert_same
-from plugin.test_generation import DEVICE, VOCAB, models, sample
+from plugin.searches import DEVICE, VOCAB, models, sample
 
 from ap_fairseq.search.alignment import PrunedSequenceGeneratorWithAlignment
 from ap_fairseq.search.generator import PrunedSequenceGenerator

@@ -1,0 +1,30 @@
+"""Models, and batches to translate with them, for tests of searches."""
+
+import torch
+from plugin.builders import batch, dictionary, pruned_model, random_masks
+
+from ap_fairseq.model.transformer import PrunedTransformerModel
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+VOCAB = dictionary(30)
+SIZES = dict(encoder_embed_dim=32, decoder_embed_dim=32, decoder_input_dim=32, decoder_output_dim=32)
+
+
+def models(n: int = 1, sparsity: float = 0.6, empty_rows: bool = False, **options) -> list[PrunedTransformerModel]:
+    """Small models under random masks, each with other masks."""
+    made = []
+    for seed in range(n):
+        masks = random_masks(sparsity, seed=seed, longest=(30, 12), empty_rows=empty_rows)
+        model = pruned_model(masks, VOCAB, **SIZES, **options)
+        for parameter in model.parameters():  # untrained models end nowhere or at once; livelier ones end everywhere
+            parameter.data.mul_(1 + seed / 10)
+        if model.decoder.adaptive_softmax is None:
+            model.decoder.output_projection.weight.data.mul_(3)
+        made.append(model.to(DEVICE))
+    return made
+
+
+def sample(lengths, seed: int = 0) -> dict[str, dict[str, torch.Tensor]]:
+    """Sentences of those lengths, padded on the left as fairseq does."""
+    source = batch(lengths, VOCAB, left=True, seed=seed).to(DEVICE)
+    return {"net_input": {"src_tokens": source, "src_lengths": torch.tensor(lengths, device=DEVICE)}}
