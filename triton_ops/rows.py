@@ -148,20 +148,29 @@ def linear_rows(
         (N, M), or the queries (N, C) with *slots*; and the normalised rows (N, K), or x where they are not asked for.
 
     Raises:
-        ValueError: sizes or an activation that the kernel does not take.
-        TypeError: another type than float16 or bfloat16.
+        ValueError: sizes or an activation that the kernel does not take; with *slots* heads that `RowsConfig.block_n`
+            does not divide.
+        TypeError: another type than float16 or bfloat16, more than one type, or tensors that are not contiguous.
     """
     (n, k), m = x.shape, weight.size(0)
     if n > MAX_ROWS or (norm is not None and k > MAX_NORMALISED):
-        raise ValueError(f"at most {MAX_ROWS} rows, of {MAX_NORMALISED} elements if they are normalised, got {n, k}")
+        raise ValueError(
+            f"at most {MAX_ROWS} rows, of {MAX_NORMALISED} elements if they are normalised, got {n} of {k}: use torch"
+        )
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {ACTIVATIONS}, got {activation!r}")
     if x.dtype not in TYPES:
         raise TypeError(f"rows must be float16 or bfloat16, got {x.dtype}")
+    tensors = [weight, *(tensor for tensor in (bias, residual, *(norm or ())[:2]) if tensor is not None)]
+    if any(tensor.dtype != x.dtype or not tensor.is_contiguous() for tensor in (x, *tensors)):
+        found = ", ".join(f"{tensor.dtype} of strides {tensor.stride()}" for tensor in (x, *tensors))
+        raise TypeError(f"expected contiguous tensors of one type, got {found}")
     config = rows_config(m, k, norm is not None) if config is None else config
+    head_size = m // 3 // (1 if slots is None else slots.offsets.size(0))
+    if slots is not None and head_size % config.block_n:
+        raise ValueError(f"heads of {head_size} columns are no multiple of block_n = {config.block_n}: lower it")
     block_k = power_of_two(k) if norm is not None else min(config.block_k, power_of_two(k))
     block_k = max(block_k, 16 * config.warps)  # the least of a product
-    heads = 1 if slots is None else slots.offsets.size(0)
     y = x.new_empty(n, m if slots is None else m // 3)
     normed = torch.empty_like(x) if keep_normed else None
     _linear_rows_kernel[(ceil_div(m, config.block_n),)](
@@ -170,7 +179,7 @@ def linear_rows(
         p_pool=None if slots is None else slots.pool, p_offsets=None if slots is None else slots.offsets,
         p_step=None if slots is None else slots.step, epsilon=0.0 if norm is None else norm.epsilon,
         s_fh=0 if slots is None else slots.offsets.stride(0), N=n, M=m,
-        K=k, D=m // 3 // heads, ACTIVATION=activation,
+        K=k, D=head_size, ACTIVATION=activation,
         BM=max(LEAST_COLUMNS, power_of_two(n)), BN=config.block_n, BK=block_k,
         PARTS=config.warps, PRECISION=precision(x.dtype), num_warps=config.warps, num_stages=config.stages,
         **overlap(x.device),

@@ -56,7 +56,7 @@ class PagedCache(KVCache):
 
     Attributes:
         selected: bool (B, H, S), the source tokens that each head may attend to; None: all.
-        settled: whether a step's tables are there before its last kernel but one (see `decode_attention`).
+        settled: whether tables are written at least two kernels before attention reads them (see `decode_attention`).
     """
 
     selected: Tensor | None = None

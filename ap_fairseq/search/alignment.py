@@ -42,7 +42,7 @@ class PrunedSequenceGeneratorWithAlignment(SequenceGeneratorWithAlignment, Prune
         prefix = kwargs.get("prefix_tokens")
         if self.fallback_reason(kwargs.get("constraints")) is not None:
             return super().generate(models, sample, **kwargs)
-        with TURN:  # the next search may overwrite what the encoders said
+        with TURN:  # the next search may overwrite the output of the encoders
             return self._search_and_align(sample, prefix, kwargs.get("bos_token"))
 
     def _search_and_align(self, sample: dict, prefix: Tensor | None, bos_token: int | None) -> list[list[dict]]:

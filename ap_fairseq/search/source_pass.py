@@ -25,7 +25,8 @@ class SourcePass:
 
     Args:
         decoder: whose caches are filled. It owns the pass, so that the pass keeps no reference to it.
-        n: sentences; size: columns that they are padded to.
+        n: sentences.
+        size: columns that they are padded to.
     """
 
     def __init__(self, decoder: StaticDecoder, n: int, size: int):

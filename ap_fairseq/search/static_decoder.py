@@ -176,8 +176,8 @@ class StaticDecoder:
             prefix: int64 (B, P), tokens that the translations begin with, padded on the right.
 
         Returns:
-            What ``SequenceGenerator.generate`` does, on the CPU, and what the encoders said, which the next batch may
-            overwrite; None for language models.
+            What ``SequenceGenerator.generate`` does, on the CPU, and the output of the encoders, which the next batch
+            may overwrite; None for language models.
         """
         if self.capture and self.layouts != (layouts := self._layouts()):
             self._forget_graphs()

@@ -109,10 +109,20 @@ def test_embeddings_are_those_of_torch(positions):
         (dict(x=torch.empty(2, 2000, dtype=torch.float16), norm=Norm(torch.empty(0), torch.empty(0), 0.1)), "of 1024"),
         (dict(activation="tanh"), "activation must be one of .*, got 'tanh'"),
         (dict(x=torch.empty(2, 8)), "must be float16 or bfloat16, got torch.float32"),
+        (dict(weight=torch.empty(4, 8)), "of one type, got torch.float16 .*, torch.float32"),
+        (dict(x=torch.empty(8, 2, dtype=torch.float16).T), r"expected contiguous .* of strides \(1, 2\)"),
+        (
+            dict(
+                weight=torch.empty(24, 8, dtype=torch.float16),
+                slots=Slots(torch.empty(4, 2, 8), torch.empty(1, 4), torch.zeros(1)),
+            ),
+            "heads of 8 columns are no multiple of block_n = 16",
+        ),
     ],
 )
 def test_what_the_kernel_does_not_take_is_refused(change, error):
-    arguments = dict(x=torch.empty(2, 8, dtype=torch.float16), weight=torch.empty(4, 8), bias=None) | change
+    half = dict(dtype=torch.float16)
+    arguments = dict(x=torch.empty(2, 8, **half), weight=torch.empty(4, 8, **half), bias=None) | change
     with pytest.raises((ValueError, TypeError), match=error):
         linear_rows(**arguments)
 
