@@ -6,15 +6,35 @@ first step of its search.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from ap_fairseq.search.static_decoder import StaticDecoder
+from ap_fairseq.cuda_graphs import GraphPool
+from ap_fairseq.model.attention import PrunedMultiheadAttention
+from ap_fairseq.model.kv_cache import SourceSlots
+from ap_fairseq.search.rules import SearchRules
+from triton_ops import Layout
 
 MAX_TOKENS = 512  # of all sources: more keep a GPU busy
+
+EncoderOuts = list[dict[str, list[Tensor]]]  # of each model
+Slots = dict[PrunedMultiheadAttention, SourceSlots]
+
+
+class SourceDecoder(Protocol):
+    """What a pass asks of the decoder whose caches it fills; see `static_decoder.StaticDecoder`."""
+
+    rules: SearchRules
+    capture: bool
+    source_pool: GraphPool
+
+    def encode(self, net_input: dict[str, Tensor]) -> EncoderOuts: ...
+    def encoder_layouts(self) -> list[Layout | None]: ...
+    def source_slots(self, real: Tensor, max_len: int) -> Slots: ...
+    def reserve(self, module: PrunedMultiheadAttention, n_slots: int) -> None: ...
+    def fill_sources(self, encoder_outs: EncoderOuts, slots: Slots) -> None: ...
 
 
 class SourcePass:
@@ -27,21 +47,21 @@ class SourcePass:
         decoder: whose caches are filled. It owns the pass, so that the pass keeps no reference to it.
         n: sentences.
         size: columns that they are padded to.
+        max_len: the longest search that may follow.
     """
 
-    def __init__(self, decoder: StaticDecoder, n: int, size: int):
-        device = decoder.penalties.device
+    def __init__(self, decoder: SourceDecoder, n: int, size: int, max_len: int, device: torch.device):
         with torch.inference_mode(False):  # a later batch may come outside of it
             self.tokens = torch.full((n, size), decoder.rules.pad, dtype=torch.int64, device=device)
         every = torch.ones(n, size, dtype=torch.bool, device=device)
-        self.slots = decoder.source_slots(every, decoder.capacity.positions - 1)
+        self.slots = decoder.source_slots(every, max_len)
         for module, own in self.slots.items():
             decoder.reserve(module, own.column.numel())
         self.graph: torch.cuda.CUDAGraph | None = None
-        self.encoder_outs: list[dict[str, list[Tensor]]] = []
+        self.encoder_outs: EncoderOuts = []
         self.layouts = decoder.encoder_layouts()
 
-    def __call__(self, decoder: StaticDecoder, tokens: Tensor) -> list[dict[str, list[Tensor]]]:
+    def __call__(self, decoder: SourceDecoder, tokens: Tensor) -> EncoderOuts:
         """Encode *tokens*, int64 (n, S), and fill the caches; the results are overwritten by the next call."""
         size = tokens.size(1)
         self.tokens.fill_(decoder.rules.pad)[:, :size] = tokens
@@ -55,15 +75,15 @@ class SourcePass:
             self.graph, _ = decoder.source_pool.capture(lambda: self._run(decoder))
         return found
 
-    def _run(self, decoder: StaticDecoder) -> None:
+    def _run(self, decoder: SourceDecoder) -> None:
         self.encoder_outs = decoder.encode({"src_tokens": self.tokens})
         decoder.fill_sources(self.encoder_outs, self.slots)
 
-    def is_valid(self, decoder: StaticDecoder) -> bool:
+    def is_valid(self, decoder: SourceDecoder) -> bool:
         """Whether the encoders' masks are those that the graph reads."""
         return self.layouts == decoder.encoder_layouts()
 
-    def _cut(self, size: int) -> list[dict[str, list[Tensor]]]:
+    def _cut(self, size: int) -> EncoderOuts:
         """Return the encoders' results for *size* columns."""
         time_first, by_sentence = ("encoder_out",), ("encoder_padding_mask", "encoder_embedding")
         return [

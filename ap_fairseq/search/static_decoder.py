@@ -270,7 +270,8 @@ class StaticDecoder:
             return None
         found = self.source_passes.get(shape)
         if found is None or not found.is_valid(self):
-            found = self.source_passes[shape] = SourcePass(self, n, columns)
+            device = net_input["src_tokens"].device
+            found = self.source_passes[shape] = SourcePass(self, n, columns, self.capacity.positions - 1, device)
         return found
 
     def _prepare_caches(self, encoder_outs: list[dict] | None, real: Tensor, max_len: int) -> None:

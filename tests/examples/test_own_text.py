@@ -16,6 +16,7 @@ DATA = {  # pattern -> what made it, or reads what was typed in
     "scripts/bench_attention.*.json": "scripts/bench_attention.py",
     "scripts/bench_fairseq.*.json": "scripts/bench_fairseq.py",
     "scripts/bench_ranks.*.json": "scripts/bench_ranks.py",
+    "scripts/bench_steps.*.json": "scripts/bench_steps.py",
     "scripts/sample_error.*.json": "scripts/sample_error.py",
     "scripts/tune_attention.*.json": "scripts/tune_attention.py",
     "examples/libreoffice_help/results/*.json": "ap_fairseq/cli/evaluate.py",
