@@ -389,6 +389,7 @@ def tables() -> dict[str, Callable[[], str]]:
         "h100-converged-digest": lambda: sweep(converged, lambda line: re.search(DIGEST, line["system"])),
         "h100-converged-kinds": kinds,
         "h100-pages-digest": lambda: sweep(pages, lambda line: line["subset"] in ("test", "test2")),
+        "empty-rows": lambda: sweep(RESULTS / "empty-rows.jsonl"),
         "pages-tuned": lambda: sweep(RESULTS / "pages-tuned.jsonl"),
         "h100-by-length": by_length,
         "corpus": corpus,
