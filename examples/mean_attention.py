@@ -13,9 +13,10 @@ In a notebook with BertViz installed, the second file is shown by::
     model_view(**load_bertviz("mean.json"))
 """
 
+import argparse
 import json
+import os
 import signal
-import sys
 
 import numpy as np
 
@@ -58,7 +59,10 @@ def main(path: str) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit(f"usage: {sys.argv[0]} FILE")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file", help="what ap-report export wrote, .npz or .json")
+    file = parser.parse_args().file
+    if not os.path.isfile(file):
+        parser.error(f"{file} does not exist; make it with ap-report export")
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # "| head" ends it silently
-    main(sys.argv[1])
+    main(file)

@@ -359,6 +359,9 @@ def test_exported_json_has_the_shape_of_bertviz_and_the_example_reads_both(stats
         command = [sys.executable, str(ROOT / "examples/mean_attention.py"), str(tmp_path / file)]
         printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         assert "2 layers, 4 heads" in printed and re.search(r"0\.1: most from query \d+ to key \d+, 0\.\d{3}", printed)
+    for word, status, said in (("--help", 0, "ap-report export"), ("none.npz", 2, "none.npz does not exist; make")):
+        ended = subprocess.run([*command[:2], word], capture_output=True, text=True)
+        assert ended.returncode == status and said in ended.stdout + ended.stderr
 
 
 def test_bad_exports_are_refused(tmp_path):
