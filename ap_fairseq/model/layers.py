@@ -81,6 +81,19 @@ class PrunedTransformerDecoderLayer(transformer_layer.TransformerDecoderLayerBas
         return _attention(embed_dim, cfg, AttentionKind.CROSS, kdim=cfg.encoder.embed_dim, vdim=cfg.encoder.embed_dim)
 
 
+def is_plain(layer: nn.Module) -> bool:
+    """Whether a step of a decoder layer is its products, normalisations, attention and activation, and nothing else."""
+    attentions = [part for part in (layer.self_attn, layer.encoder_attn) if part is not None]
+    linear = [layer.fc1, layer.fc2, *(getattr(x, name) for x in attentions for name in ("q_proj", "out_proj"))]
+    dropouts = (layer.dropout_module, layer.activation_dropout_module)
+    scales = (layer.c_attn, layer.attn_ln, layer.ffn_layernorm, layer.w_resid)  # --scale-heads and its like
+    return (
+        all(type(part) in (nn.Linear, PackedLinear) for part in linear)
+        and not any(dropout.apply_during_inference for dropout in dropouts)
+        and all(scale is None for scale in scales)
+    )
+
+
 def _wrap_layer(layer: nn.Module, cfg: TransformerConfig, stock_class: type) -> nn.Module:
     """Apply activation checkpointing as fairseq does, and keep the dropout names of the stock layer."""
     for module in (layer.dropout_module, layer.activation_dropout_module):

@@ -165,7 +165,7 @@ def vanished_heads(masks: PruningMasks, stats: AttentionStats) -> dict[str, list
     for kind in stats.kinds:
         support, keep = stats.support[kind], masks.keep[kind]
         others = support > 0
-        if not masks.may_have_empty_rows:
+        if masks.guarantees(kind):
             others &= ~criteria.guaranteed(support.shape, kind)
         if kind is AttentionKind.CROSS and masks.relative is not None:
             offsets = offset_support(stats.rows_by_centre()) > 0

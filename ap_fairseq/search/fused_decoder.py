@@ -12,8 +12,8 @@ from fairseq import utils
 from torch import Tensor, nn
 
 from ap_fairseq.model.attention import PrunedMultiheadAttention
-from ap_fairseq.model.cpu_linear import PackedLinear
 from ap_fairseq.model.kv_cache import PagedCache
+from ap_fairseq.model.layers import is_plain
 from ap_fairseq.search.static_cache import StaticCrossAttentionCache, StaticSelfAttentionCache
 from triton_ops.rows import ACTIVATIONS, MAX_NORMALISED, MAX_ROWS, TYPES, Norm, Slots, embed_rows, linear_rows
 
@@ -24,6 +24,7 @@ def serves(decoder: nn.Module, n_hypotheses: int) -> bool:
     """Whether `FusedDecoder` does the steps of a decoder: few hypotheses, half precision, layers without additions."""
     parameters = list(decoder.parameters())
     types = {parameter.dtype for parameter in parameters}
+    layers = [decoder.layers[i] for i in range(len(decoder.layers))]  # iterating draws random numbers for LayerDrop
     return (
         n_hypotheses <= MAX_ROWS
         and all(parameter.is_contiguous() for parameter in parameters)
@@ -42,20 +43,7 @@ def serves(decoder: nn.Module, n_hypotheses: int) -> bool:
                 decoder.layernorm_embedding,
             )
         )
-        and all(_covers_layer(decoder.layers[i]) for i in range(len(decoder.layers)))
-    )
-
-
-def _covers_layer(layer: nn.Module) -> bool:
-    attentions = [part for part in (layer.self_attn, layer.encoder_attn) if part is not None]
-    linear = [layer.fc1, layer.fc2, *(getattr(x, name) for x in attentions for name in ("q_proj", "out_proj"))]
-    dropouts = (layer.dropout_module, layer.activation_dropout_module)
-    scales = (layer.c_attn, layer.attn_ln, layer.ffn_layernorm, layer.w_resid)  # --scale-heads and its like
-    return (
-        all(type(part) in (nn.Linear, PackedLinear) for part in linear)
-        and layer.activation_fn in FUNCTIONS
-        and not any(dropout.apply_during_inference for dropout in dropouts)
-        and all(scale is None for scale in scales)
+        and all(is_plain(layer) and layer.activation_fn in FUNCTIONS for layer in layers)
     )
 
 

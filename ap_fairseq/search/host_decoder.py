@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ap_fairseq.model.attention import PrunedMultiheadAttention
-from ap_fairseq.model.cpu_linear import PackedLinear, Product, can_pack, packed
+from ap_fairseq.model.cpu_linear import Product, can_pack, packed
 from ap_fairseq.model.kv_cache import HostCache
+from ap_fairseq.model.layers import is_plain
 from ap_fairseq.search.static_decoder import LayerStep, Model, StaticDecoder, layer_step
 from triton_ops.beam_state import BeamState
 
@@ -242,15 +243,7 @@ class HostLayer:
     @staticmethod
     def covers(layer: nn.Module) -> bool:
         """Whether a layer does nothing else than this class, and its weights can be packed."""
-        dropouts = (layer.dropout_module, layer.activation_dropout_module)
-        linear = [layer.fc1, layer.fc2, layer.self_attn.q_proj, layer.self_attn.out_proj]
-        scales = (layer.c_attn, layer.attn_ln, layer.ffn_layernorm, layer.w_resid)  # --scale-heads and its like
-        return (
-            not any(dropout.apply_during_inference for dropout in dropouts)
-            and all(scale is None for scale in scales)
-            and all(type(part) in (nn.Linear, PackedLinear) for part in linear)
-            and can_pack(layer.fc1.weight)
-        )
+        return is_plain(layer) and can_pack(layer.fc1.weight)
 
     def __call__(self, x: Tensor) -> Tensor:
         x = self._residual(x, self.norm, self._attend_to_target, self.out)

@@ -14,26 +14,12 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from triton_ops import AttentionLayout, backward, beam_search, decode, forward, launch, ops, rows, small
+from triton_ops import AttentionLayout, decode, launch, ops, rows
 from triton_ops.api import advance_beams, continue_beams
 from triton_ops.beam_state import BeamState
 from triton_ops.call import Call
 from triton_ops.testing import random_offsets
 
-KERNELS = [
-    forward._forward_kernel,
-    backward._dq_kernel,
-    backward._dkdv_kernel,
-    small._small_forward_kernel,
-    small._small_backward_kernel,
-    decode._decode_kernel,
-    decode._append_kernel,
-    decode._number_kernel,
-    beam_search._group_kernel,
-    beam_search._choose_kernel,
-    rows._linear_rows_kernel,
-    rows._embed_rows_kernel,
-]
 compiled = {}
 
 
