@@ -554,7 +554,8 @@ def measure(options: argparse.Namespace) -> Iterator[dict]:
     if "ctranslate2" in options.rivals:
         from rival_ctranslate2 import variants
 
-        runs += variants(options.device, options.precision, bool(options.path))
+        alone = all(CASES[case][2] == 0 for case in options.cases)
+        runs += variants(options.device, options.precision, bool(options.path), alone)
     for _, (system, settings) in itertools.product(range(options.rounds), runs):
         command = [sys.executable, __file__, options.data, "--worker", system, *flags, "--cases", *options.cases]
         command += ["--settings", json.dumps(settings)] if settings else []

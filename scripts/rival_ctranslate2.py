@@ -16,22 +16,23 @@ FAIRSEQ_MAX_LENGTH = 200  # --max-len-b
 COMPUTE_TYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 
 
-def variants(device: str, precision: str, trained: bool) -> list[tuple[str, dict]]:
+def variants(device: str, precision: str, trained: bool, alone: bool) -> list[tuple[str, dict]]:
     """Return the systems with their settings: workers, and on a GPU the allocator, on a CPU threads and precision.
 
     ``batch_tokens`` is the size of the batches that CTranslate2 makes itself; None: those that fairseq gets. It needs a
-    trained model: others are held to a length that each of fairseq's batches has for itself.
+    trained model: others are held to a length that each of fairseq's batches has for itself. Sentences *alone*, each of
+    which waits for the one before, have no use for workers or batches.
     """
     if device == "cuda":
         compute_types = {"ctranslate2": COMPUTE_TYPES[precision]}
-        places = [dict(workers=w, allocator=a) for w, a in itertools.product((1, 4), ALLOCATORS)]
+        places = [dict(workers=w, allocator=a) for w, a in itertools.product((1,) if alone else (1, 4), ALLOCATORS)]
     else:
         compute_types, n = (
             {"ctranslate2": COMPUTE_TYPES[precision], "ctranslate2 int8": "int8"},
             torch.get_num_threads(),
         )
-        places = [dict(workers=w, threads=n // w) for w in sorted({1, min(4, n)})]
-    sizes = [{}, *([{"batch_tokens": 4096}] if trained else [])]
+        places = [dict(workers=w, threads=n // w) for w in sorted({1} if alone else {1, min(4, n)})]
+    sizes = [{}, *([{"batch_tokens": 4096}] if trained and not alone else [])]
     return [
         (system, {**place, **size, "compute_type": compute_type})
         for (system, compute_type), place, size in itertools.product(compute_types.items(), places, sizes)

@@ -210,13 +210,15 @@ def test_the_fastest_setting_of_a_rival_counts():
 def test_settings_of_a_rival(monkeypatch):
     """With random parameters only batches that have one length each; on a CPU all threads in each setting."""
     monkeypatch.setattr(rival.torch, "get_num_threads", lambda: 8)
-    gpu = rival.variants("cuda", "fp16", trained=False)
+    gpu = rival.variants("cuda", "fp16", trained=False, alone=False)
     assert len(gpu) == 4 and all(settings["compute_type"] == "float16" for _, settings in gpu)
     assert {(settings["workers"], settings["allocator"]) for _, settings in gpu} == {
         (workers, allocator) for workers in (1, 4) for allocator in ("cuda_malloc_async", "cub_caching")
     }
-    assert len(rival.variants("cuda", "fp16", trained=True)) == 8
-    cpu = rival.variants("cpu", "fp32", trained=False)
+    assert len(rival.variants("cuda", "fp16", trained=True, alone=False)) == 8
+    one_by_one = rival.variants("cuda", "fp16", trained=True, alone=True)
+    assert [(settings["workers"], "batch_tokens" in settings) for _, settings in one_by_one] == [(1, False)] * 2
+    cpu = rival.variants("cpu", "fp32", trained=False, alone=False)
     assert [system for system, _ in cpu] == ["ctranslate2"] * 2 + ["ctranslate2 int8"] * 2
     assert all(settings["workers"] * settings["threads"] == 8 for _, settings in cpu)
 
