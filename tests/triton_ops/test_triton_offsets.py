@@ -190,7 +190,7 @@ def check_step(dtype, dim, drawn):
         tables["cache_starts"] = (torch.arange(batch * heads) * size).view(batch, heads).to(DEVICE)
         tables["cache_offsets"] = torch.arange(size, dtype=torch.int32).expand(heads, size).to(DEVICE)
     for at in (step, torch.tensor([step], device=DEVICE)):
-        got = decode_attention(q, k, v, layout, at, backend="triton", settled=at % 2 == 0, **tables)
+        got = decode_attention(q, k, v, layout, at, backend="triton", settled=step % 2 == 0, **tables)
         assert not got.isnan().any()
         assert_decode_within_budget(got, q, k, v, keep, scale=dim**-0.5, **tables)
     dense = decode_attention(q, k, v, layout, step, backend="sdpa", **tables)
