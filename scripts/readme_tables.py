@@ -368,6 +368,28 @@ def sweep_parts(path: Path) -> str:
     return markdown(Table(header, body))
 
 
+def regularisation() -> str:
+    """Dense and 80% over strengths of regularisation and two sizes of corpus."""
+    small, large = RESULTS / "regularisation.jsonl", DEBIAN_RESULTS / "tuned.jsonl"
+    names, scores = {small: "LibreOffice's help", large: "Debian text"}, dict[tuple, dict[str, float]]()
+    for path, name in names.items():
+        for line in load(path):
+            if line["total"]["effective"] < 0.85:
+                key = name, line["training_pairs"], line["flags"]
+                scores.setdefault(key, {})["dense" if line["criterion"] == "dense" else "80%"] = line["bleu"]
+    dense, pruned = load(RESULTS / "one-command.json")["systems"][:2]
+    _, pairs, _ = next(iter(scores))
+    strongest = "--dropout 0.3 --attention-dropout 0.1 --activation-dropout 0.1"
+    scores[names[small], pairs, strongest] = {"dense": dense["bleu"], "80%": pruned["bleu"]}
+    body = [
+        [name, f"{pairs:,}", flags.replace("--", ""), *(f"{bleu[k]:.2f}" for k in ("dense", "80%"))]
+        + [f"{bleu['80%'] - bleu['dense']:+.2f}"]
+        for (name, pairs, flags), bleu in sorted(scores.items(), key=lambda item: (item[0][1], item[0][2]))
+    ]
+    header = ["training text", "pairs", "regularisation", "dense, BLEU", "80%, BLEU", "difference"]
+    return markdown(Table(header, body, align="lrlrrr"))
+
+
 def tables() -> dict[str, Callable[[], str]]:
     """Return what makes each table, by the name in its mark."""
     converged, pages = (RESULTS / f"h100-{name}.jsonl" for name in ("converged", "pages"))
@@ -379,6 +401,7 @@ def tables() -> dict[str, Callable[[], str]]:
         "cross-masks": cross_masks,
         "cross-heads": cross_heads,
         "dropout": dropout,
+        "regularisation": regularisation,
         "debian-tuned": lambda: sweep(DEBIAN_RESULTS / "tuned.jsonl"),
         "debian-masks": lambda: sweep(DEBIAN_RESULTS / "masks.jsonl"),
         "debian-text": lambda: split_pairs("debian_text"),
