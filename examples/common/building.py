@@ -198,7 +198,7 @@ def preprocess_text(folder: Path, destination: Path, suffix: str = "", dictionar
 
 
 def split_of(name: str, seed: int, shares: Mapping[str, float]) -> str:
-    """A split, by a hash of the name: those of *shares* have these shares, the rest is train."""
+    """A split, from a hash of the name alone: those of *shares* have these shares, the rest is train."""
     draw = int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:8], "big") / 2**64
     for split, share in shares.items():
         if draw < share:

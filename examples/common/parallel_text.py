@@ -3,12 +3,11 @@
 What the corpora made from Debian's packages share. ``pair`` is (source, target) as the packages spell languages.
 """
 
-import hashlib
 import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -23,6 +22,7 @@ from building import (
     load_sentencepiece,
     preprocess,
     read_lines,
+    split_of,
     train_sentencepiece,
     write_dictionary,
     write_lines,
@@ -147,22 +147,6 @@ class Filter:
 # ---------------------------------------------------------------- splits
 
 
-class Shares(NamedTuple):
-    """Of the pages; the rest is for training."""
-
-    test: float
-    valid: float
-
-
-def split_of(page: str, seed: int, shares: Shares) -> str:
-    """train, valid or test, from a hash of the page name only: the same in every language pair and on every machine."""
-    digest = hashlib.sha256(f"{seed} {page}".encode()).digest()
-    position = int.from_bytes(digest[:8], "big") / 2**64
-    if position < shares.test:
-        return "test"
-    return "valid" if position < shares.test + shares.valid else "train"
-
-
 class Seen:
     """Texts that a held-out split must not hold, whichever side they are on: the data serve both directions."""
 
@@ -223,12 +207,13 @@ def split_pages(
     pages: Sequence[Page],
     train_only: Sequence[Page],
     seed: int,
-    shares: Shares,
+    shares: Mapping[str, float],
     unit: Callable[[str], str] = str,
 ) -> tuple[dict[str, list[Page]], dict[str, int]]:
     """Pages by split; valid and test without the segments that are in training, valid also without those in test.
 
     train_only: text for training that belongs to no page, as interface strings; it is not in the result.
+    shares: of the pages, for test and valid; the rest is for training.
     unit: of the name of a page, what decides its split.
     """
     parts: dict[str, list[Page]] = {split: [] for split in SPLITS}
@@ -270,7 +255,7 @@ def write_text(
     pages: Sequence[Page],
     train_only: Sequence[Page],
     seed: int,
-    shares: Shares,
+    shares: Mapping[str, float],
     max_words: int | None = None,
 ) -> dict[str, Any]:
     """``sentences/`` and, for the page level, ``segments.jsonl``: every page with its split and its segments.

@@ -37,7 +37,6 @@ from building import (
 )
 from parallel_text import (
     Filter,
-    Shares,
     by_sentence,
     encoding_steps,
     english_texts,
@@ -47,7 +46,7 @@ from parallel_text import (
 )
 from segments import Page, Pair
 
-SHARES = Shares(test=0.022, valid=0.01)  # of the pages
+SHARES = {"test": 0.022, "valid": 0.01}  # of the pages
 COMMANDS = ("apt-get", "apt-cache", "dpkg")
 WHAT = "apt's lists of package descriptions and Debian packages with man pages"
 FETCH = "examples/debian_text/prepare.sh --fetch DIR"

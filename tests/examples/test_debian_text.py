@@ -326,7 +326,7 @@ def run(tmp_path, fetched, monkeypatch):
 
 
 def test_the_corpus_holds_all_sources_and_no_test_pair_of_training(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(debian_text, "SHARES", parallel_text.Shares(test=0.15, valid=0.1))
+    monkeypatch.setattr(debian_text, "SHARES", {"test": 0.15, "valid": 0.1})
     counts = run()
     keys, sources = {}, {}
     for split in building.SPLITS:
@@ -349,7 +349,7 @@ def test_the_corpus_holds_all_sources_and_no_test_pair_of_training(run, tmp_path
 
 
 def test_same_input_same_output(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(debian_text, "SHARES", parallel_text.Shares(test=0.15, valid=0.1))
+    monkeypatch.setattr(debian_text, "SHARES", {"test": 0.15, "valid": 0.1})
     run()
     first = contents(tmp_path / "out")
     (tmp_path / "out").rename(tmp_path / "before")
@@ -358,7 +358,7 @@ def test_same_input_same_output(run, tmp_path, monkeypatch):
 
 
 def test_long_sentences_are_left_out_of_the_sentences_only(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(debian_text, "SHARES", parallel_text.Shares(test=0.15, valid=0.1))
+    monkeypatch.setattr(debian_text, "SHARES", {"test": 0.15, "valid": 0.1})
     counts = run("--max-words", "12")
     assert counts["dropped_lines_over_max_words"]["train"] > 0
     lines = building.read_lines(tmp_path / "out/sentences/train.en")

@@ -3,6 +3,7 @@
 import gettext
 from collections import Counter
 
+import building
 import corpus
 import parallel_text
 import pytest
@@ -11,7 +12,6 @@ from corpus import Block, Page, Pair
 from hypothesis import example, given
 from hypothesis import strategies as st
 from packages import write_mo
-from parallel_text import Shares
 
 # ---------------------------------------------------------------- help pages
 
@@ -229,9 +229,9 @@ def test_split_is_fixed_by_page_name_and_seed():
     """The split of a page never changes between versions, machines and language pairs; the seed changes it; shares are
     those asked for."""
     names = [f"swriter/guide/{number}" for number in range(4000)]
-    splits = [parallel_text.split_of(name, 1, Shares(0.1, 0.2)) for name in names]
+    splits = [building.split_of(name, 1, {"test": 0.1, "valid": 0.2}) for name in names]
     assert "".join(split[1] for split in splits[:24]) == "rererrrarrrrrrrrarrrrare"
-    assert splits != [parallel_text.split_of(name, 2, Shares(0.1, 0.2)) for name in names]
+    assert splits != [building.split_of(name, 2, {"test": 0.1, "valid": 0.2}) for name in names]
     share = Counter(splits)
     assert share["test"] / len(names) == pytest.approx(0.1, abs=0.02)
     assert share["valid"] / len(names) == pytest.approx(0.2, abs=0.02)

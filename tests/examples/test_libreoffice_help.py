@@ -48,7 +48,7 @@ def help_page(number: int, german: bool) -> str:
 
 
 def is_held_out(number: int) -> bool:
-    return parallel_text.split_of(f"swriter/{number:03}", 1, prepare.SHARES) != "train"
+    return building.split_of(f"swriter/{number:03}", 1, prepare.SHARES) != "train"
 
 
 def write_deb(folder: Path, name: str, files: dict[str, str]) -> None:

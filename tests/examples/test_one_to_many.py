@@ -20,7 +20,7 @@ def run(tmp_path, deb_dir, monkeypatch):
     write_command(tmp_path / "bin", "dpkg", DPKG)
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
     monkeypatch.setattr(parallel_text, "preprocess", lambda pair, folders, dictionary, out, *rest: out.mkdir())
-    monkeypatch.setattr(one_to_many, "SHARES", parallel_text.Shares(test=0.15, valid=0.1))
+    monkeypatch.setattr(one_to_many, "SHARES", {"test": 0.15, "valid": 0.1})
 
     def run(*options):
         words = ["--languages", "fr", "de", "--out", str(tmp_path / "out"), "--deb-dir", str(deb_dir)]
