@@ -474,8 +474,7 @@ def advance_beams(state: BeamState, n: int, logits: Tensor, penalty: Tensor | No
         maxima, lse = beam_search.largest_of_groups(logits, penalty, size)
         beam_search.choose(state, n, logits, penalty, lse, maxima, size, eos)
     else:
-        log_probs = logits if penalty is None else logits.log_softmax(-1, dtype=torch.float32).add_(penalty)
-        log_probs = log_probs.view(n, state.beam, -1)
+        log_probs = beam_state.penalized_log_probs(logits, penalty).view(n, state.beam, -1)
         groups = beam_state.best_groups(log_probs.unflatten(2, (-1, size)).amax(-1), scores, k)
         beam_state.choose(state, n, *beam_state.best_continuations(log_probs, scores, groups, size), eos)
     state.step.add_(1)
@@ -513,7 +512,6 @@ def best_tokens(logits: Tensor, penalty: Tensor | None, k: int, kernels: bool) -
         logits = logits.contiguous()
         maxima, lse = beam_search.largest_of_groups(logits, penalty, size)
     else:
-        logits = logits if penalty is None else logits.log_softmax(-1, dtype=torch.float32)
-        lse = logits.new_zeros(logits.size(0))
-        maxima = (logits if penalty is None else logits + penalty).unflatten(1, (-1, size)).amax(-1)
+        logits, penalty = beam_state.penalized_log_probs(logits, penalty), None
+        lse, maxima = logits.new_zeros(logits.size(0)), logits.unflatten(1, (-1, size)).amax(-1)
     return beam_state.best_of_groups(logits, penalty, lse, maxima, size, k)

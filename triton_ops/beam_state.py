@@ -178,6 +178,11 @@ def copy_first_hypothesis(state: BeamState, n: int, rows: Tensor) -> None:
         record.index_put_(at, torch.where(rows, last[:, :1], last))
 
 
+def penalized_log_probs(logits: Tensor, penalty: Tensor | None) -> Tensor:
+    """Return float32 log-probabilities (N, V) with the *penalty* float32 (V,) of a step; None: *logits* are that."""
+    return logits if penalty is None else logits.log_softmax(-1, dtype=torch.float32).add_(penalty)
+
+
 def best_groups(maxima: Tensor, scores: Tensor, k: int) -> Tensor:
     """Find the groups of tokens that hold the k best sums of a hypothesis and one more token, of each sentence.
 

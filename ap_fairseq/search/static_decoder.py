@@ -36,9 +36,10 @@ from ap_fairseq.search.restrictions import Restrictions
 from ap_fairseq.search.rules import WITHIN_PREFIX, SearchRules
 from ap_fairseq.search.source_pass import MAX_TOKENS, SourcePass
 from ap_fairseq.search.static_cache import StaticCrossAttentionCache, StaticSelfAttentionCache
-from ap_fairseq.search.strategies import Sampling, Step, penalized_log_probs
+from ap_fairseq.search.strategies import Sampling, Step
 from ap_fairseq.sites import AttentionKind, attention_sites
 from triton_ops import Layout
+from triton_ops.beam_state import penalized_log_probs
 
 HOST_LAG_STEPS = 1  # that the host runs ahead of the device; as many follow in vain when all sentences are finished
 SOURCE_SIZES_MEMO = 256  # lengths for which a decoder remembers what the masks store of a source

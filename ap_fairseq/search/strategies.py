@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ap_fairseq.files import UserError
 from triton_ops.api import best_tokens
-from triton_ops.beam_state import BeamState, best_continuations, best_groups, group_size
+from triton_ops.beam_state import BeamState, best_continuations, best_groups, group_size, penalized_log_probs
 
 
 @dataclass(frozen=True)
@@ -52,11 +52,6 @@ class Step:
         found = best_tokens(self.logits, self.penalty, k, self.kernels)
         values, tokens = (x.view(self.n, self.state.beam, k) for x in found)
         return values, tokens
-
-
-def penalized_log_probs(logits: Tensor, penalty: Tensor | None) -> Tensor:
-    """Return float32 log-probabilities (N, V) with the penalties of a step; see `Step`."""
-    return logits if penalty is None else logits.log_softmax(-1, dtype=torch.float32).add_(penalty)
 
 
 class Strategy(ABC):
