@@ -10,8 +10,7 @@ from omegaconf import II
 
 from ap_fairseq.files import UserError
 from ap_fairseq.model.pruned_model import PrunedModel
-from ap_fairseq.pruning.flags import allow_flag_values, parse_mask_flags, split_flags
-from ap_fairseq.sites import AttentionKind
+from ap_fairseq.pruning.flags import allow_flag_values, budget_flags, parse_mask_flags, split_flags
 from ap_fairseq.training.pruner import TrainingPruner
 from ap_fairseq.training.schedule import SHAPES, PruningSchedule
 
@@ -59,7 +58,7 @@ def build_pruner(task, cfg: PruningWhileTrainingConfig) -> TrainingPruner | None
         UserError: for flags that contradict each other.
     """
     flags = parse_mask_flags(split_flags("--prune-flags", cfg.prune_flags))
-    given = [name for name in ("total", "like", *AttentionKind) if getattr(flags, name) is not None]
+    given = budget_flags(flags)
     if cfg.attention_sparsity is None and not given:
         return None
     if cfg.attention_sparsity is not None:
