@@ -40,19 +40,23 @@ def _attention(embed_dim: int, cfg: TransformerConfig, kind: AttentionKind, **kw
     )
 
 
-class PrunedTransformerEncoderLayer(transformer_layer.TransformerEncoderLayerBase):
-    """fairseq's encoder layer with pruned self-attention."""
+class PackedFeedForward:
+    """The part of a layer that makes its linear layers; fairseq's own layer class comes after it."""
 
     def build_fc1(self, input_dim, output_dim, q_noise, qn_block_size):
         return quant_noise(PackedLinear(input_dim, output_dim), q_noise, qn_block_size)
 
     build_fc2 = build_fc1
 
+
+class PrunedTransformerEncoderLayer(PackedFeedForward, transformer_layer.TransformerEncoderLayerBase):
+    """fairseq's encoder layer with pruned self-attention."""
+
     def build_self_attention(self, embed_dim, cfg):
         return _attention(embed_dim, cfg, AttentionKind.ENCODER_SELF)
 
 
-class PrunedTransformerDecoderLayer(transformer_layer.TransformerDecoderLayerBase):
+class PrunedTransformerDecoderLayer(PackedFeedForward, transformer_layer.TransformerDecoderLayerBase):
     """fairseq's decoder layer with pruned self- and cross-attention.
 
     Weights are computed where the decoder asks for them; ``need_attn`` would ask in every layer outside training.
@@ -64,11 +68,6 @@ class PrunedTransformerDecoderLayer(transformer_layer.TransformerDecoderLayerBas
 
     def make_generation_fast_(self, **kwargs):
         """fairseq's hook before generation, which would set ``need_attn``."""
-
-    def build_fc1(self, input_dim, output_dim, q_noise, qn_block_size):
-        return quant_noise(PackedLinear(input_dim, output_dim), q_noise, qn_block_size)
-
-    build_fc2 = build_fc1
 
     def build_self_attention(self, embed_dim, cfg, add_bias_kv=False, add_zero_attn=False):
         if cfg.cross_self_attention:  # attends to source and target at once: neither kind, so it stays dense
