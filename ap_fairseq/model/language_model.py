@@ -66,13 +66,9 @@ class PrunedLanguageModel(CapturedUpdates, PrunedModel, stock.TransformerLanguag
 
     def forward(self, src_tokens: Tensor, features_only: bool = False, **kwargs):
         """As fairseq's model; updates are replayed as CUDA graphs where that is possible, without states of layers."""
-        graphs = self.training_graphs(src_tokens.device)
-        if graphs is not None and not kwargs.keys() - {"src_lengths", "return_all_hiddens"}:
-            features = graphs(None, src_tokens)
-            if features is not None:
-                output = features if features_only else self.decoder.output_layer(features)
-                return output, {"attn": [None], "inner_states": []}
-        return super().forward(src_tokens, features_only=features_only, **kwargs)
+        asks_more = kwargs.keys() - {"src_lengths", "return_all_hiddens"}
+        replayed = None if asks_more else self.replayed(None, src_tokens, features_only)
+        return replayed or super().forward(src_tokens, features_only=features_only, **kwargs)
 
 
 def _build_decoder(

@@ -179,10 +179,6 @@ class PrunedTransformerDecoder(NotScriptable, TransformerDecoderBase):
     def output_layer(self, features):
         return super().output_layer(features) if self.adaptive_softmax else project(self.output_projection, features)
 
-    def returns_weights(self, incremental_state=None) -> bool:
-        """Whether a pass without *alignment_layer* returns attention weights, which take a slower path."""
-        return self.alignment_needed or (self.guided_alignment and incremental_state is None)
-
     def extract_features(
         self,
         prev_output_tokens,
@@ -201,7 +197,7 @@ class PrunedTransformerDecoder(NotScriptable, TransformerDecoderBase):
         criterion's logarithm, and no gradient.
         """
         if alignment_layer is None:
-            if not self.returns_weights(incremental_state):
+            if not (self.alignment_needed or (self.guided_alignment and incremental_state is None)):
                 alignment_layer = self.num_layers  # none of them
             elif alignment_heads is None:
                 alignment_layer, alignment_heads = self.cfg.alignment_layer, self.cfg.alignment_heads

@@ -193,6 +193,17 @@ class CapturedUpdates:
                 self._use_graphs = False
         return self._graphs
 
+    def replayed(
+        self, src_tokens: Tensor | None, tokens: Tensor, features_only: bool
+    ) -> tuple[Tensor, dict[str, list]] | None:
+        """Return the output of an update that is replayed, without states of layers; None: compute it directly."""
+        graphs = self.training_graphs(tokens.device)
+        features = None if graphs is None else graphs(src_tokens, tokens)
+        if features is None:
+            return None
+        output = features if features_only else self.decoder.output_layer(features)
+        return output, {"attn": [None], "inner_states": []}
+
 
 class _Forward:
     """A forward pass whose backward pass may still come: it is neither done nor dropped."""

@@ -76,19 +76,11 @@ class PrunedTransformerModel(CapturedUpdates, PrunedModel, TransformerModelBase)
     ):
         """As fairseq's model; updates are replayed as CUDA graphs where that is possible, without states of layers.
 
-        Attention weights are returned where somebody reads them (:meth:`PrunedTransformerDecoder.extract_features`),
-        by default those of ``--alignment-layer`` and ``--alignment-heads``.
+        Attention weights are returned where somebody reads them (:meth:`PrunedTransformerDecoder.extract_features`).
         """
-        weights = self.decoder.returns_weights()
-        if weights and alignment_layer is None and alignment_heads is None:
-            alignment_layer, alignment_heads = self.cfg.alignment_layer, self.cfg.alignment_heads
-        graphs = self.training_graphs(src_tokens.device)
-        if graphs is not None and not weights and alignment_layer is None and alignment_heads is None:
-            features = graphs(src_tokens, prev_output_tokens)
-            if features is not None:
-                output = features if features_only else self.decoder.output_layer(features)
-                return output, {"attn": [None], "inner_states": []}
-        return super().forward(
+        asks_weights = self.decoder.alignment_needed or (alignment_layer, alignment_heads) != (None, None)
+        replayed = None if asks_weights else self.replayed(src_tokens, prev_output_tokens, features_only)
+        return replayed or super().forward(
             src_tokens,
             src_lengths,
             prev_output_tokens,
