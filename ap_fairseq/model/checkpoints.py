@@ -27,9 +27,9 @@ from torch import nn
 from ap_fairseq.artifacts import CONTENTS, PruningMasks
 from ap_fairseq.compat import allow_fairseq_checkpoints, drop_bettertransformer_copies
 from ap_fairseq.files import ArtifactError, UserError, atomic_output, not_written, refuse_existing, require_file
-from ap_fairseq.model.attention import MASK_BUFFERS
 from ap_fairseq.model.config import PrunedLanguageModelConfig, PrunedTransformerConfig
 from ap_fairseq.model.language_model import PrunedLanguageModel
+from ap_fairseq.model.pruned_model import MASK_ENTRIES
 from ap_fairseq.model.roberta import PrunedRobertaModel
 from ap_fairseq.model.transformer import PrunedTransformerModel
 from ap_fairseq.provenance import dictionary_files
@@ -87,6 +87,17 @@ def recordable_architectures() -> dict[str, type]:
     }
 
 
+def without_masks(parameters: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the parameters of a model without masks and their provenance."""
+    return {name: value for name, value in parameters.items() if not name.endswith(MASK_ENTRIES)}
+
+
+def without_training(state: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """Return a checkpoint of the entries *own*, whose training is not to go on, with the last optimizer of *state*."""
+    nothing = {"args": None, "criterion": None, "task_state": {}, "extra_state": {}, "last_optimizer_state": None}
+    return utils.move_to_cpu({**nothing, "optimizer_history": state.get("optimizer_history", [])[-1:], **own})
+
+
 def save_checkpoint(state: dict[str, Any], path, overwrite: bool) -> None:
     """Write *state* to a temporary name and rename it.
 
@@ -119,17 +130,8 @@ def apply_masks(checkpoint, masks_file, output, data: str | None = None, overwri
     """
     refuse_existing(output, overwrite, (checkpoint, masks_file))
     model, _, state = open_with_masks(checkpoint, masks_file, data)
-    result = {
-        "args": None,
-        "cfg": state["cfg"],
-        "model": model.state_dict(),
-        "criterion": None,
-        "optimizer_history": state.get("optimizer_history", [])[-1:],
-        "task_state": state.get("task_state", {}),
-        "extra_state": {},
-        "last_optimizer_state": None,
-    }
-    save_checkpoint(utils.move_to_cpu(result), output, overwrite)
+    own = {"cfg": state["cfg"], "model": model.state_dict(), "task_state": state.get("task_state", {})}
+    save_checkpoint(without_training(state, own), output, overwrite)
     return model.masks_provenance()
 
 
@@ -153,8 +155,7 @@ def open_with_masks(checkpoint, masks_file, data: str | None = None):
     task = tasks.setup_task(cfg.task, from_checkpoint=True)
     cfg.model.attention_masks = None if masks_file is None else str(masks_file)
     if str(masks_file) == "none":  # those of a pruned checkpoint are not kept
-        own = (*MASK_BUFFERS, "mask_metadata")
-        state["model"] = {name: value for name, value in state["model"].items() if not name.endswith(own)}
+        state["model"] = without_masks(state["model"])
     model = task.build_model(cfg.model, from_checkpoint=True)
     load_parameters(model, state["model"], checkpoint, cfg.model)
     return model, task, state

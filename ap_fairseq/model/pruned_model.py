@@ -34,6 +34,8 @@ from ap_fairseq.sites import AttentionKind, architecture, attention_sites
 
 logger = logging.getLogger(__name__)
 
+MASK_ENTRIES = (*MASK_BUFFERS, "mask_metadata")  # how the names end of what fairseq's own models do not have
+
 
 class PrunedModel(NotScriptable):
     """The part of a fairseq model whose attention is pruned by global masks; fairseq's own model class comes after it.
@@ -201,7 +203,7 @@ class PrunedModel(NotScriptable):
 
     def _holds_same_masks(self, state_dict) -> bool:
         """Whether loading changes no mask: ``--store-ema`` loads after every update."""
-        own = {k: v for k, v in self.named_buffers() if k.endswith((*MASK_BUFFERS, "mask_metadata"))}
+        own = {k: v for k, v in self.named_buffers() if k.endswith(MASK_ENTRIES)}
         return self.mask_metadata.numel() > 0 and all(
             key in state_dict and torch.equal(state_dict[key].to(value.device), value) for key, value in own.items()
         )

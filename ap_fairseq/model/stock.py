@@ -8,7 +8,6 @@ import copy
 import logging
 from typing import Any
 
-from fairseq import utils
 from fairseq.models import build_model
 from fairseq.models.transformer_lm import TransformerLanguageModelConfig
 from fairseq.tasks.language_modeling import LanguageModelingConfig
@@ -16,13 +15,14 @@ from fairseq.tasks.translation import TranslationConfig
 from omegaconf import OmegaConf
 
 from ap_fairseq.files import ArtifactError, refuse_existing
-from ap_fairseq.model.attention import MASK_BUFFERS
 from ap_fairseq.model.checkpoints import (
     load_checkpoint,
     load_parameters,
     open_with_masks,
     save_checkpoint,
     stored_model,
+    without_masks,
+    without_training,
 )
 from ap_fairseq.model.config import OWN_DEFAULTS
 from ap_fairseq.model.pruned_model import PrunedModel
@@ -65,23 +65,13 @@ def convert_to_stock(checkpoint, output, drop_masks: bool = False, data: str | N
     model, task, state = open_with_masks(checkpoint, "none" if drop_masks else None, data)
     require_dense(model, state["cfg"]["model"], checkpoint)
     cfg = {**state["cfg"], "model": stock_options(state["cfg"]), "task": _stock_task(state["cfg"]["task"])}
-    own = (*MASK_BUFFERS, "mask_metadata")
-    parameters = {name: value for name, value in model.state_dict().items() if not name.endswith(own)}
+    parameters = without_masks(model.state_dict())
     given = OmegaConf.create(copy.deepcopy(cfg), flags={"allow_objects": True}).model
     if isinstance(model, PrunedRobertaModel):
         given.load_checkpoint_heads = True  # those of a classifier
     load_parameters(build_model(given, task), dict(parameters), checkpoint, given)
-    result = {
-        "args": None,
-        "cfg": cfg,
-        "model": collections.OrderedDict(parameters),
-        "criterion": None,
-        "optimizer_history": state.get("optimizer_history", [])[-1:],
-        "task_state": {},
-        "extra_state": {},
-        "last_optimizer_state": None,
-    }
-    save_checkpoint(utils.move_to_cpu(result), output, overwrite)
+    own = {"cfg": cfg, "model": collections.OrderedDict(parameters)}
+    save_checkpoint(without_training(state, own), output, overwrite)
 
 
 def require_dense(model: PrunedModel, options: dict[str, Any], checkpoint) -> None:
