@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from ap_fairseq.lengths import rows_by_source
+
 SLOPE_BITS = 16  # as triton_ops.offsets, which needs torch
 
 
@@ -150,13 +152,10 @@ def rows_by_centre(lengths: np.ndarray, slope: int) -> np.ndarray:
     Returns:
         int64 (S + 1, S): [s, c] is the number of rows of sentences with s source tokens whose centre is c.
     """
-    target, source, count = lengths.T
-    joint = np.zeros((target.max(initial=0) + 1, source.max(initial=0) + 1), dtype=np.int64)
-    np.add.at(joint, (target, source), count)
-    longer = joint[::-1].cumsum(0)[::-1][1:]  # [i, s]: sentences with s source tokens and more than i target tokens
-    row, size = np.indices(longer.shape)
-    rows = np.zeros((joint.shape[1], max(joint.shape[1] - 1, 1)), dtype=np.int64)
-    np.add.at(rows, (size, np.maximum(centre(slope, row, size), 0)), longer)
+    by_source = rows_by_source(lengths)
+    row, size = np.indices(by_source.shape)
+    rows = np.zeros((by_source.shape[1], max(by_source.shape[1] - 1, 1)), dtype=np.int64)
+    np.add.at(rows, (size, np.maximum(centre(slope, row, size), 0)), by_source)
     return rows
 
 

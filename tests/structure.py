@@ -16,8 +16,9 @@ import networkx
 FLOORS = (
     {"triton_ops"},
     {"version", "files", "compat", "cuda_graphs"},
-    {"sites", "provenance", "relative"},
+    {"sites", "provenance"},
     {"lengths"},
+    {"relative"},
     {"artifacts"},  # statistics and masks: what the stages hand to each other
     {"pruning", "model", "evaluation"},
     {"recording"},

@@ -284,12 +284,12 @@ def require_fitting(args: argparse.Namespace, architecture: Mapping[str, Sequenc
     Raises:
         UserError: for such flags.
     """
-    support = {AttentionKind(kind): support_of(AttentionKind(kind), {(2, 2): 1}) for kind in architecture}
+    lengths = np.array([[2, 2, 1]])
+    support = {AttentionKind(kind): support_of(AttentionKind(kind), lengths) for kind in architecture}
     mass = {kind: np.ones((*architecture[kind], 2, 2)) * cells for kind, cells in support.items()}
     relative = None
     if AttentionKind.CROSS in mass:
         relative = RelativeStats(slope_of(1, 1), *2 * [np.ones((*mass[AttentionKind.CROSS].shape[:2], 3))])
-    lengths = np.array([[2, 2, 1]])
     stats = AttentionStats(mass, support, importance=mass, lengths=lengths, relative=relative)
     stats.validation_lengths = lengths[: int(held_out)]
     build_masks(stats, dataclasses.replace(spec_from(args, stats), min_kept=0.0), share=0.5)

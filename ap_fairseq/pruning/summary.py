@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ap_fairseq.artifacts import AttentionStats, PruningMasks
-from ap_fairseq.lengths import by_pair, support_of
+from ap_fairseq.lengths import support_of
 from ap_fairseq.pruning import criteria
 from ap_fairseq.pruning.spec import MaskSpec, block_shape
 from ap_fairseq.relative import RelativeMask, kept_in_row, offset_support, rows_by_centre
@@ -116,7 +116,7 @@ def sparsity_on(masks: PruningMasks, lengths: np.ndarray) -> dict[str, float]:
             pairs = int(offset_support(rows).sum()) * int(np.prod(masks.relative.anchor.shape))
             pruned = pairs - int(masks.relative.kept_pairs(rows).sum())
         else:
-            support = support_of(kind, by_pair(lengths))
+            support = support_of(kind, lengths)
             keep = masks.grown(kind, support.shape)
             heads = int(np.prod(keep.shape[:2]))
             pairs = int(support.sum()) * heads
@@ -128,7 +128,7 @@ def sparsity_on(masks: PruningMasks, lengths: np.ndarray) -> dict[str, float]:
 
 def pairs_on(architecture: Mapping[str, Sequence[int]], lengths: np.ndarray) -> dict[str, int]:
     """Count the pairs of each kind in sentences of *lengths*, int64 (n, 3), over layers and heads."""
-    counts = {kind: int(support_of(AttentionKind(kind), by_pair(lengths)).sum()) for kind in architecture}
+    counts = {kind: int(support_of(AttentionKind(kind), lengths).sum()) for kind in architecture}
     return {kind: count * int(np.prod(architecture[kind])) for kind, count in counts.items()}
 
 
@@ -136,7 +136,7 @@ def pairs_beyond(stats: AttentionStats) -> dict[str, float]:
     """Return the share of the pairs of validation sentences, for each kind, that lie beyond the recorded positions."""
     shares = {}
     for kind in stats.kinds:
-        support = support_of(kind, by_pair(stats.validation_lengths))
+        support = support_of(kind, stats.validation_lengths)
         n_queries, n_keys = stats.support[kind].shape
         shares[kind.value] = 1 - float(support[:n_queries, :n_keys].sum() / support.sum())
     return shares

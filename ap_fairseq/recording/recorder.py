@@ -260,7 +260,7 @@ class AttentionRecorder:
             ArtifactError: if a probability or an importance is not finite.
         """
         lengths = self._sum_over(group)
-        if not lengths:
+        if not len(lengths):
             raise UserError("no sentence was recorded; the subset is empty or every sentence was skipped")
         full = {kind: support_of(kind, lengths) for kind in self._mass}
         cut = {kind: tuple(map(min, n.shape, self._limits(kind))) for kind, n in full.items()}
@@ -271,7 +271,7 @@ class AttentionRecorder:
 
         metadata = {
             **metadata,
-            "sentences": sum(lengths.values()),
+            "sentences": int(lengths[:, 2].sum()),
             "pairs_beyond_range": {kind.value: int(n.sum() - support[kind].sum()) for kind, n in full.items()},
             "pairs_recorded": {kind.value: int(n.sum()) for kind, n in support.items()},
         }
@@ -282,27 +282,28 @@ class AttentionRecorder:
             metadata,
             end_mass,
             recorded(self._importance),
-            np.array([(*pair, count) for pair, count in sorted(lengths.items())], dtype=np.int64),
+            lengths,
             self._relative_stats(lengths),
             np.zeros((0, 3), dtype=np.int64) if validation_lengths is None else validation_lengths,
         )
 
-    def _relative_stats(self, lengths: collections.Counter[tuple[int, int]]) -> RelativeStats | None:
+    def _relative_stats(self, lengths: np.ndarray) -> RelativeStats | None:
         """Return cross-attention by offset, cut to the longest source that was summed."""
-        sources = [s for t, s in lengths if s <= self.limit_source and t <= self.limit_target]
-        if not self._relative or not sources:
+        sources = lengths[(lengths[:, :2] <= (self.limit_target, self.limit_source)).all(1), 1]
+        if not self._relative or not len(sources):
             return None
-        margin = self.limit_source - max(sources)
+        margin = self.limit_source - int(sources.max())
         cut = {name: x[..., margin : x.size(2) - margin].cpu().numpy() for name, x in self._relative.items()}
         return RelativeStats(self.slope, **cut)
 
-    def _sum_over(self, group: dist.ProcessGroup | None) -> collections.Counter[tuple[int, int]]:
-        """Add up the accumulators of all ranks in place, and return the lengths of all sentences."""
+    def _sum_over(self, group: dist.ProcessGroup | None) -> np.ndarray:
+        """Add up the accumulators of all ranks in place, and return the lengths of all sentences, int64 (n, 3)."""
         if group is not None:
             totals = self._mass, self._end_mass, self._importance, self._relative
             for total in (tensor for part in totals for tensor in part.values()):
                 dist.all_reduce(total, group=group)
-        return sum(gathered(self.lengths, group), collections.Counter())
+        lengths = sum(gathered(self.lengths, group), collections.Counter())
+        return np.array([(*pair, count) for pair, count in sorted(lengths.items())], dtype=np.int64)
 
 
 def data_parallel_group() -> dist.ProcessGroup | None:

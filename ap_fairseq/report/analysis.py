@@ -12,6 +12,7 @@ import numpy as np
 
 from ap_fairseq.artifacts import AttentionStats, PruningMasks
 from ap_fairseq.files import ArtifactError
+from ap_fairseq.lengths import rows_by_source
 from ap_fairseq.pruning.criteria import guaranteed, percentile_thresholds, slope
 from ap_fairseq.relative import offset_support
 from ap_fairseq.sites import AttentionKind, describe_architecture
@@ -352,15 +353,12 @@ def kept_cells(masks: PruningMasks, stats: AttentionStats, kind: AttentionKind) 
     if not is_relative(masks, kind):
         return masks.keep[kind]
     rows, columns = stats.support[kind].shape
-    target, source, count = stats.lengths[(stats.lengths[:, :2] <= (rows, columns)).all(1)].T
-    joint = np.zeros((rows + 1, columns + 1))
-    np.add.at(joint, (target, source), count)
-    longer = joint[::-1].cumsum(0)[::-1][1:]  # [i, s]: sentences with s source tokens and more than i target tokens
+    by_source = rows_by_source(stats.lengths[(stats.lengths[:, :2] <= (rows, columns)).all(1)])
     kept = np.zeros((*masks.keep[kind].shape[:2], rows, columns))
     pairs = np.zeros((rows, columns))
-    for size in np.unique(source):
-        n_rows = np.count_nonzero(longer[:, size])
-        weight = longer[:n_rows, size, None]
+    for size in np.flatnonzero(by_source.any(0)):
+        n_rows = np.count_nonzero(by_source[:, size])
+        weight = by_source[:n_rows, size, None]
         kept[..., :n_rows, :size] += masks.relative.cells(n_rows, size) * weight
         pairs[:n_rows, :size] += weight
     return kept / np.maximum(pairs, 1)

@@ -9,7 +9,7 @@ from fairseq.models.transformer import TransformerConfig, TransformerModelBase
 from fairseq.models.transformer_lm import TransformerLanguageModel
 
 from ap_fairseq.artifacts import AttentionStats, PruningMasks
-from ap_fairseq.lengths import support_of
+from ap_fairseq.lengths import counted, support_of
 from ap_fairseq.model.config import PrunedLanguageModelConfig, PrunedTransformerConfig
 from ap_fairseq.model.language_model import PrunedLanguageModel
 from ap_fairseq.model.transformer import PrunedTransformerModel
@@ -101,14 +101,11 @@ def random_stats(
 ) -> AttentionStats:
     """Statistics with random attention and importance on random (target, source) lengths up to *longest*."""
     draw = np.random.default_rng(seed)
-    lengths: dict[tuple[int, int], int] = {longest: 1}
-    for _ in range(sentences):
-        pair = (int(draw.integers(1, longest[0] + 1)), int(draw.integers(1, longest[1] + 1)))
-        lengths[pair] = lengths.get(pair, 0) + 1
-    support = {kind: support_of(kind, lengths) for kind in AttentionKind}
+    drawn = [[draw.integers(1, side + 1) for side in longest] for _ in range(sentences)]
+    counts = counted(np.array([[*pair, 1] for pair in (longest, *drawn)]))
+    support = {kind: support_of(kind, counts) for kind in AttentionKind}
     mass = {kind: draw.random((layers, heads, *n.shape)) * n for kind, n in support.items()}
     importance = {kind: draw.random((layers, heads, *n.shape)) * n for kind, n in support.items()}
-    counts = np.array([(*pair, count) for pair, count in sorted(lengths.items())])
     slope = slope_of(int(counts[:, 1] @ counts[:, 2]), int(counts[:, 0] @ counts[:, 2]))
     pairs = offset_support(rows_by_centre(counts, slope))
     relative = RelativeStats(slope, *(draw.random((layers, heads, len(pairs))) * pairs for _ in range(2)))

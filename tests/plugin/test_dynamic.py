@@ -82,10 +82,10 @@ def test_padded_queries_are_not_counted():
 
 def test_top_k_of_a_budget_counts_the_pairs_of_each_query():
     """Against counting min(k, keys) over the queries of every sentence."""
-    lengths = {(5, 7): 3, (9, 2): 1, (4, 4): 2}
+    lengths = np.array([[5, 7, 3], [9, 2, 1], [4, 4, 2]])
     for kind in AttentionKind:
         keys = []
-        for (target, source), count in lengths.items():
+        for target, source, count in lengths.tolist():
             row = {"encoder_self": [source] * source, "decoder_self": range(1, target + 1), "cross": [source] * target}
             keys += list(row[kind.value]) * count
         for budget in (0.0, 0.3, 0.6, 0.9):

@@ -56,8 +56,7 @@ def test_budgets_are_met_within_one_point_or_the_tool_says_why(share, scope, cri
 
 def test_a_budget_that_cannot_be_met_is_explained():
     """A cross-attention of one-word sentences has nothing but guaranteed cells; whole blocks cannot be halved."""
-    lengths = {(1, 1): 5}
-    support = {kind: support_of(kind, lengths) for kind in ALL}
+    support = {kind: support_of(kind, np.array([[1, 1, 5]])) for kind in ALL}
     stats = AttentionStats({k: np.ones((1, 1, *n.shape)) * n for k, n in support.items()}, support)
     missed = build(stats, 0.5).warnings
     assert len(missed) == 3 and "0.0% instead of 50.0%" in missed[0] and "guaranteed" in missed[0]
@@ -115,9 +114,8 @@ def test_smoothing_over_all_positions_ranks_whole_diagonals(kind):
 
 def test_a_late_position_is_ranked_by_its_neighbours():
     """One long sentence looked at key 1 from row 5 by chance; all others, from earlier rows, at the previous token."""
-    lengths = {(1, 6): 1, (1, 5): 99}
     kind = AttentionKind.ENCODER_SELF
-    support = {kind: support_of(kind, lengths)}
+    support = {kind: support_of(kind, np.array([[1, 6, 1], [1, 5, 99]]))}
     mean = np.eye(6, k=-1) * 0.9 + 0.02
     mean[4, 0], mean[5] = 0, [0.02, 0.9, 0.02, 0.02, 0.01, 0.04]
     stats = AttentionStats({kind: (mean * support[kind])[None, None]}, support)
@@ -283,8 +281,7 @@ def test_scopes_share_thresholds():
 
 def test_unobserved_cells_follow_the_diagonal_or_are_kept():
     """Sentence pairs (10, 2) and (2, 10) leave the far corner of cross-attention unseen."""
-    lengths = {(10, 2): 3, (2, 10): 3}
-    support = {AttentionKind.CROSS: support_of(AttentionKind.CROSS, lengths)}
+    support = {AttentionKind.CROSS: support_of(AttentionKind.CROSS, np.array([[10, 2, 3], [2, 10, 3]]))}
     mean = np.full((10, 10), 0.1)
     mean[np.abs(np.subtract.outer(range(10), range(10))) <= 1] = 0.9
     stats = AttentionStats({AttentionKind.CROSS: (mean * support[AttentionKind.CROSS])[None, None]}, support)

@@ -187,7 +187,7 @@ def test_an_empty_recording_is_an_error():
 @settings(max_examples=50)
 @given(st.lists(st.tuples(st.integers(1, 6), st.integers(1, 7)), min_size=1, max_size=8))
 def test_support_counts_the_sentences_of_each_cell(pairs):
-    lengths = {pair: pairs.count(pair) for pair in pairs}
+    lengths = np.array([[*pair, pairs.count(pair)] for pair in set(pairs)])
     longest_target, longest_source = (max(pair[side] for pair in pairs) for side in (0, 1))
     exists = {
         AttentionKind.ENCODER_SELF: (longest_source, longest_source, lambda i, j, t, s: i < s and j < s),

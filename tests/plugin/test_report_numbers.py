@@ -26,7 +26,7 @@ ENCODER, DECODER, CROSS = AttentionKind
 def test_uniform_attention_is_recovered_from_the_support(lengths):
     """Against a sum over sentences."""
     for kind in AttentionKind:
-        support = support_of(kind, lengths)
+        support = support_of(kind, np.array([[*pair, count] for pair, count in lengths.items()]))
         expected, on_end = np.zeros(support.shape), 0.0
         for (target, source), count in lengths.items():
             queries, keys = {ENCODER: (source, source), DECODER: (target, target), CROSS: (target, source)}[kind]
@@ -77,7 +77,7 @@ def test_nominal_sparsity_agrees_with_the_percentile_criterion(nominal):
 
 def shaped_stats(kind, shape, length=9):
     """Statistics of ten sentences of one length, one layer, in which each head puts 90% on one cell of a row."""
-    support = {kind: support_of(kind, {(length, length): 10})}
+    support = {kind: support_of(kind, np.array([[length, length, 10]]))}
     row, column = np.ogrid[:length, :length]
     mass = []
     for wanted in shape:
