@@ -23,6 +23,7 @@ COLUMN_GROUP = 64  # keys per step of the row pointers
 
 MOST_LISTED = 2**31 - 1 - 2 * COLUMN_GROUP  # int32 pointers; a decode step may count a group past the last cell
 MOST_BLOCKS = (1 << 15) - 1  # numbers of full and of partial blocks share an int32
+MOST_LAST_USES = 16  # kept: searches ask for a few numbers of rows again and again
 MOST_ANSWERS = 512  # kept for calls of other sizes, some 3 KB each
 
 # Time per cell of a full tile relative to 128 x 128 tiles: small tiles load keys and values for fewer rows. Forward
@@ -279,6 +280,7 @@ class AttentionLayout(Layout):
         self._tables: dict[str, TileTable] = {}
         self._causal: AttentionLayout | None = None
         self._keep: Tensor | None = None
+        self._last_use: dict[int, Tensor] = {}
 
     @classmethod
     @torch.inference_mode(False)  # may be saved for backward
@@ -396,14 +398,19 @@ class AttentionLayout(Layout):
         words = self.words.index_select(2, step.reshape(1) // self.row_group)
         return unpack_cells(words.squeeze(2), k_size)
 
+    @torch.inference_mode(False)  # kept
     def last_use(self, n_rows: int) -> Tensor:
         """The last of the first `n_rows` >= 1 rows that keeps each column, int64 (M, k_size); -1 where none does."""
-        words = self.words[..., : -(-n_rows // self.row_group)]
-        group = torch.arange(1, words.size(2) + 1, dtype=torch.int32, device=self.device)
-        # Bit by bit: all cells at once would be 32 times the size of the words.
-        last = torch.stack([((words >> bit & 1) * group).amax(2) for bit in range(WORD)], 2)
-        last = last.flatten(1)[:, : self.k_size].long()
-        return (last * self.row_group).clamp_max(min(n_rows, self.q_size)) - 1
+        if n_rows not in self._last_use:
+            if len(self._last_use) == MOST_LAST_USES:
+                self._last_use.clear()
+            words = self.words[..., : -(-n_rows // self.row_group)]
+            group = torch.arange(1, words.size(2) + 1, dtype=torch.int32, device=self.device)
+            # Bit by bit: all cells at once would be 32 times the size of the words.
+            last = torch.stack([((words >> bit & 1) * group).amax(2) for bit in range(WORD)], 2)
+            last = last.flatten(1)[:, : self.k_size].long()
+            self._last_use[n_rows] = (last * self.row_group).clamp_max(min(n_rows, self.q_size)) - 1
+        return self._last_use[n_rows]
 
     def memory(self) -> dict[str, int]:
         """Bytes on the device: packed cells, tile lists, decode lists and the dense mask, those that exist so far."""

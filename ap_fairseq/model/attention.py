@@ -29,7 +29,6 @@ from triton_ops.reference import visible_cells
 
 OFFSET_BUFFERS = ("offset_words", "offset_geometry", "offset_anchor")
 MASK_BUFFERS = ("keep_words", "extrapolation_words", "mask_range", *OFFSET_BUFFERS)
-LAST_USE_MEMO = 16  # answers of `last_use` that a module remembers: searches ask for a few lengths again and again
 
 
 class NotScriptable:
@@ -156,8 +155,6 @@ class PrunedMultiheadAttention(NotScriptable, MultiheadAttention):
 
     def _forget_derived(self) -> None:
         self._layout: Layout | None = None
-        self._last_use: tuple[Layout | None, dict[int, Tensor]] = None, {}
-        self._keeps_all: tuple[Layout | None, dict[tuple[int, int], bool]] = None, {}
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         if prefix + "keep_words" in state_dict:  # checkpoints of version 0.2 have no offsets
@@ -201,7 +198,6 @@ class PrunedMultiheadAttention(NotScriptable, MultiheadAttention):
         """Return the layout that passes read now, if any; a graph that holds its address must keep it alive."""
         return self._layout
 
-    @torch.inference_mode(False)
     def last_use(self, n_rows: int, n_keys: int) -> Tensor:
         """Return the last of the first *n_rows* mask rows that keeps each column, int64 (heads, n_keys); or -1.
 
@@ -209,15 +205,7 @@ class PrunedMultiheadAttention(NotScriptable, MultiheadAttention):
         """
         if self.is_relative:
             return self.offset_words.new_full((self.num_heads, n_keys), n_rows - 1)
-        layout = self.layout(n_rows, n_keys)
-        if self._last_use[0] is not layout:
-            self._last_use = (layout, {})
-        found = self._last_use[1]
-        if n_rows not in found:
-            if len(found) == LAST_USE_MEMO:
-                found.clear()
-            found[n_rows] = layout.last_use(n_rows)
-        return found[n_rows][:, :n_keys]
+        return self.layout(n_rows, n_keys).last_use(n_rows)[:, :n_keys]
 
     def _unpack(self, n_queries: int, n_keys: int) -> Tensor:
         recorded_queries, recorded_keys = self.mask_range.tolist()
@@ -414,16 +402,8 @@ class PrunedMultiheadAttention(NotScriptable, MultiheadAttention):
         """Whether the mask keeps every attendable cell of so many queries and keys; False of a relative one."""
         if self.is_relative:
             return False
-        layout = self.layout(n_queries, n_keys)
-        if self._keeps_all[0] is not layout:
-            self._keeps_all = (layout, {})
-        found = self._keeps_all[1]
-        if (n_queries, n_keys) not in found:
-            keep = layout.keep_mask(n_queries, n_keys)
-            found[n_queries, n_keys] = bool(
-                ((keep | torch.ones_like(keep).triu(1)) if self.kind.causal else keep).all()
-            )
-        return found[n_queries, n_keys]
+        keep = self.keep_mask(n_queries, n_keys)
+        return bool((keep | torch.ones_like(keep).triu(1) if self.kind.causal else keep).all())
 
     def _cross_cache(
         self, key: Tensor, key_padding: Tensor | None, n_hypotheses: int, max_steps: int | None
