@@ -338,8 +338,12 @@ def make_absolute(args: argparse.Namespace) -> None:
             setattr(args, name, value.absolute())
 
 
-def check_options(parser: argparse.ArgumentParser, args: argparse.Namespace, **least: int) -> None:
-    """Refuses numbers that are too small, and makes all paths absolute, because programs run in other folders."""
+def check_options(parser: argparse.ArgumentParser, args: argparse.Namespace, out: Path, **least: int) -> None:
+    """Refuses numbers that are too small, and makes all paths absolute, because programs run in other folders.
+
+    out: the default output folder.
+    """
+    args.out = args.out or out
     for name, number in {"bpe_size": 100, **least}.items():
         if getattr(args, name) is not None and getattr(args, name) < number:
             parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected at least {number}")
@@ -361,9 +365,9 @@ def prepare(args: argparse.Namespace, steps_of: Callable[[argparse.Namespace], S
 
 
 @contextmanager
-def one_line_errors(program: str = "prepare.sh") -> Iterator[None]:
-    """Ends the program with one line for what the user can put right."""
+def one_line_errors() -> Iterator[None]:
+    """Ends a ``prepare.sh`` with one line for what the user can put right; a decorator of its ``main``."""
     try:
         yield
     except PrepareError as error:
-        sys.exit(f"{program}: error: {error}")
+        sys.exit(f"prepare.sh: error: {error}")

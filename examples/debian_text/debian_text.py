@@ -262,9 +262,8 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     if args.source != "en" or args.target == "en":
         parser.error(f"the pair is {args.source} {args.target}; this corpus translates from en into another language")
     args.language = help_packages.package_language(args.target)
-    if args.out is None:
-        args.out = Path(__file__).resolve().parent / "data" / f"en-{fairseq_language(args.language)}"
-    check_options(parser, args, page_tokens=1, max_words=1)
+    out = Path(__file__).parent / "data" / "-".join(languages(args))
+    check_options(parser, args, out, page_tokens=1, max_words=1)
     if args.deb_dir is not None and not args.deb_dir.is_dir():
         parser.error(f"--deb-dir {args.deb_dir} is not a folder")
     return args
@@ -275,15 +274,15 @@ def languages(args: argparse.Namespace) -> tuple[str, str]:
     return "en", fairseq_language(args.language)
 
 
+@one_line_errors()
 def main(arguments: Sequence[str] | None = None) -> None:
     args = parse_args(arguments)
-    with one_line_errors():
-        if args.fetch is not None:
-            args.fetch.mkdir(parents=True, exist_ok=True)
-            fetch(args.fetch, args.language, round(args.max_package_mb * 1e6))
-            print(f"fetched: {args.fetch}")
-            return
-        counts = prepare(args, steps_of)
+    if args.fetch is not None:
+        args.fetch.mkdir(parents=True, exist_ok=True)
+        fetch(args.fetch, args.language, round(args.max_package_mb * 1e6))
+        print(f"fetched: {args.fetch}")
+        return
+    counts = prepare(args, steps_of)
     print(summary(counts))
     print(f"counts: {args.out / 'counts.json'}; data: {args.out / 'data-bin'}/{{{','.join(parallel_text.LEVELS)}}}")
 

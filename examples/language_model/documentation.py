@@ -324,16 +324,14 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         help=f"leave out the descriptions of all packages, for which --deb-dir holds {DESCRIPTIONS}",
     )
     args = parser.parse_args(arguments)
-    if args.out is None:
-        args.out = Path(__file__).resolve().parent / "data" / "full"
-    check_options(parser, args)
+    check_options(parser, args, Path(__file__).parent / "data" / "full")
     return args
 
 
+@one_line_errors()
 def main(arguments: Sequence[str] | None = None) -> None:
     args = parse_args(arguments)
-    with one_line_errors():
-        counts = prepare(args, steps_of)
+    counts = prepare(args, steps_of)
     for split in SPLITS:
         print(
             f"{split:>6}: {sum(counts['documents'][split].values()):,} documents, {counts['split_words'][split]:,} "

@@ -134,10 +134,8 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     if args.character_coverage is None:
         large = LARGE_SCRIPTS & {args.source, args.target}
         args.character_coverage = COVERAGE_OF_LARGE_SCRIPTS if large else 1.0
-    if args.out is None:
-        name = f"{fairseq_language(args.source)}-{fairseq_language(args.target)}"
-        args.out = Path(__file__).resolve().parent / "data" / name
-    check_options(parser, args, page_tokens=1, max_words=1)
+    out = Path(__file__).parent / "data" / "-".join(languages(args))
+    check_options(parser, args, out, page_tokens=1, max_words=1)
     return args
 
 
@@ -146,10 +144,10 @@ def languages(args: argparse.Namespace) -> tuple[str, str]:
     return fairseq_language(args.source), fairseq_language(args.target)
 
 
+@one_line_errors()
 def main(arguments: Sequence[str] | None = None) -> None:
     args = parse_args(arguments)
-    with one_line_errors():
-        counts = prepare(args, steps_of)
+    counts = prepare(args, steps_of)
     print(summary(counts, (args.source, args.target)))
     print(f"counts: {args.out / 'counts.json'}; data: {args.out / 'data-bin'}/{{{','.join(LEVELS)}}}")
 

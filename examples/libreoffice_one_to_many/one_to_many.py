@@ -135,9 +135,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     twice = sorted({language for language in args.languages if args.languages.count(language) > 1})
     if twice or "en" in args.languages:
         parser.error(f"--languages names {' '.join(twice) or 'en'}; give each target language once, without en")
-    if args.out is None:
-        args.out = Path(__file__).resolve().parent / "data" / "-".join(PAIR)
-    check_options(parser, args)
+    check_options(parser, args, Path(__file__).parent / "data" / "-".join(PAIR))
     return args
 
 
@@ -146,10 +144,10 @@ def languages(args: argparse.Namespace) -> tuple[str, str]:
     return PAIR
 
 
+@one_line_errors()
 def main(arguments: Sequence[str] | None = None) -> None:
     args = parse_args(arguments)
-    with one_line_errors():
-        counts = prepare(args, steps_of)
+    counts = prepare(args, steps_of)
     print(summary(counts))
     print(f"counts: {args.out / 'counts.json'}; data: {args.out / 'data-bin' / 'sentences'}")
 

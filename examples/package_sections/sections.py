@@ -138,16 +138,14 @@ def steps_of(args: argparse.Namespace) -> list[Step]:
 def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = prepare_parser(__doc__.split("\n")[0], "data", bpe_size=4000)
     args = parser.parse_args(arguments)
-    if args.out is None:
-        args.out = Path(__file__).resolve().parent / "data"
-    check_options(parser, args)
+    check_options(parser, args, Path(__file__).parent / "data")
     return args
 
 
+@one_line_errors()
 def main(arguments: Sequence[str] | None = None) -> None:
     args = parse_args(arguments)
-    with one_line_errors():
-        counts = prepare(args, steps_of)
+    counts = prepare(args, steps_of)
     print(f"{counts['sections']} sections, {counts['examples']}; data: {args.out / 'data-bin'}")
 
 
