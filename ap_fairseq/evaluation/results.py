@@ -77,19 +77,19 @@ def read_results(path) -> dict[str, Any]:
     for number, result in enumerate(document["systems"], 1):
         require(isinstance(result, dict) and isinstance(result.get("system"), str), f": system {number} has no name")
         where = f": system {number} ({result['system']})"
-        require(_is_number(result.get("sentences")), f"{where} has no number of 'sentences'")
+        require(is_number(result.get("sentences")), f"{where} has no number of 'sentences'")
         for key in SCORES.keys() & result.keys():
-            require(_is_number(result[key]), f"{where}: {key} is {result[key]!r}, not a number")
+            require(is_number(result[key]), f"{where}: {key} is {result[key]!r}, not a number")
         shares = result.get("sparsity", {})
         require(isinstance(shares, dict), f"{where}: 'sparsity' is not an object")
         for kind, share in shares.items():
-            complete = isinstance(share, dict) and all(_is_number(share.get(k)) for k in ("effective", "kept_mass"))
+            complete = isinstance(share, dict) and all(is_number(share.get(k)) for k in ("effective", "kept_mass"))
             require(complete, f"{where}: the sparsity of {kind} lacks 'effective' or 'kept_mass'")
         buckets = result.get("by_length", [])
         require(isinstance(buckets, list), f"{where}: 'by_length' is not a list")
         for bucket in buckets:
             complete = isinstance(bucket, dict) and {"least", "most", "sentences", "bleu"} <= bucket.keys()
-            require(complete and _is_number(bucket["bleu"]), f"{where}: 'by_length' is damaged")
+            require(complete and is_number(bucket["bleu"]), f"{where}: 'by_length' is damaged")
         if buckets:
             spans = [(bucket["least"], bucket["most"], bucket["sentences"]) for bucket in buckets]
             lengths = lengths or spans
@@ -106,12 +106,13 @@ def read_results(path) -> dict[str, Any]:
         require(complete, ": 'significance' does not cover every system")
         for name, compared in parts[1].items():
             values = list(compared.values()) if isinstance(compared, dict) else [None]
-            complete = all(isinstance(value, dict) and _is_number(value.get("p", 0)) for value in values)
+            complete = all(isinstance(value, dict) and is_number(value.get("p", 0)) for value in values)
             require(complete, f": the 'significance' of {name} is damaged")
     return document
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """Whether a value of a JSON document is a finite number."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 

@@ -28,6 +28,8 @@ from ap_fairseq.search.generator import PrunedSequenceGenerator
 from ap_fairseq.sites import attention_sites
 from ap_fairseq.tasks import PrunedTranslationTask
 
+VALIDATION = "valid"  # the subset
+
 
 @dataclass(frozen=True)
 class Translation:
@@ -74,19 +76,17 @@ class Search:
     remove_bpe: str = "sentencepiece"
 
 
-def translate(
-    systems: Iterable[Translation], data: str, search: Search, subset: str = "test", validation: str = "valid"
-) -> None:
+def translate(systems: Iterable[Translation], data: str, search: Search, subset: str = "test") -> None:
     """Translate *subset* of the data-bin folder *data* with each system in turn; existing outputs are not repeated.
 
     The model is built once. Texts are those of ``fairseq-generate`` with the same beam and batches. ``valid_nll`` is
-    the negative log-likelihood (base 2, per target token) of the subset *validation*, as fairseq-validate gives it;
-    ``lenpen`` the length penalty of the search, and ``valid_bleu`` the BLEU on *validation* with each of several.
+    the negative log-likelihood (base 2, per target token) of the subset ``valid``, as fairseq-validate gives it;
+    ``lenpen`` the length penalty of the search, and ``valid_bleu`` the BLEU on ``valid`` with each of several.
 
     Raises:
         ArtifactError: for files that are missing or do not belong together.
     """
-    request = {"search": dataclasses.asdict(search), "subset": subset, "validation": validation}
+    request = {"search": dataclasses.asdict(search), "subset": subset, "validation": VALIDATION}
     systems = [system for system in systems if not _is_done(system, request)]
     if not systems:
         return
@@ -98,7 +98,7 @@ def translate(
     device = torch.device("cpu" if search.cpu or not torch.cuda.is_available() else "cuda")
     model = model.to(device, torch.float16 if search.fp16 else torch.float32).eval()
     model.make_generation_fast_(beamable_mm_beam_size=None, need_attn=False)
-    batches, validation_batches = (_batches(model, task, name, search.max_tokens) for name in (subset, validation))
+    batches, validation_batches = (_batches(model, task, name, search.max_tokens) for name in (subset, VALIDATION))
     for number, system in enumerate(systems):
         print(f"progress: {number} / {len(systems)} systems, {Path(system.output).stem}", flush=True)
         started = time.monotonic()
@@ -112,7 +112,7 @@ def translate(
         if search.beam:
             lenpen = search.lenpens[0]
             if len(search.lenpens) > 1:
-                tuned["valid_bleu"] = _bleu_by_lenpen(model, task, validation, validation_batches, search, device)
+                tuned["valid_bleu"] = _bleu_by_lenpen(model, task, validation_batches, search, device)
                 lenpen = max(search.lenpens, key=lambda lenpen: tuned["valid_bleu"][str(lenpen)])
             tuned["lenpen"] = lenpen
             texts = _translated(model, task, batches, search, lenpen, device)
@@ -190,9 +190,9 @@ def _is_done(system: Translation, request: dict[str, Any]) -> bool:
     return True
 
 
-def _bleu_by_lenpen(model, task, subset: str, batches, search: Search, device) -> dict[str, float]:
-    """Return the BLEU on *subset* with each length penalty."""
-    dictionary, dataset = task.target_dictionary, task.dataset(subset)
+def _bleu_by_lenpen(model, task, batches, search: Search, device) -> dict[str, float]:
+    """Return the BLEU on the validation data, *batches*, with each length penalty."""
+    dictionary, dataset = task.target_dictionary, task.dataset(VALIDATION)
     references = [dictionary.string(dataset.tgt[k], search.remove_bpe, escape_unk=True) for k in range(len(dataset))]
     found = {}
     for lenpen in search.lenpens:

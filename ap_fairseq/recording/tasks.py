@@ -148,19 +148,19 @@ def diagonal_slope(dataset: FairseqDataset) -> int | None:
     return slope_of(int(dataset.src_sizes.sum()), int(dataset.tgt_sizes.sum()))
 
 
-def validation_lengths(task: FairseqTask, subset: str = "valid") -> np.ndarray | None:
+def validation_lengths(task: FairseqTask) -> np.ndarray | None:
     """Return the lengths of the validation sentences of a translation task, int64 (n, 3); None where there are none.
 
-    The subset is loaded unless it is there already; its sentences are not read.
+    They are those of the subset ``valid``, which is loaded unless it is there already; its sentences are not read.
     """
     if not isinstance(task, TranslationTask):
         return None
-    if subset not in task.datasets:
+    if "valid" not in task.datasets:
         try:
-            task.load_dataset(subset)
+            task.load_dataset("valid")
         except FileNotFoundError:
             return None
-    dataset = task.dataset(subset)
+    dataset = task.dataset("valid")
     if dataset.tgt_sizes is None or not len(dataset):
         return None
     return counted(np.column_stack([dataset.tgt_sizes, dataset.src_sizes, np.ones(len(dataset), dtype=np.int64)]))

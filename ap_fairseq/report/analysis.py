@@ -73,12 +73,12 @@ def sentences(stats: AttentionStats) -> int:
     return int(stats.support[stats.kinds[0]][0, 0])
 
 
-def busy_positions(support: np.ndarray, share: float = 0.95) -> tuple[int, int]:
-    """Return the smallest (Tq, Tk) such that *share* of the recorded pairs lies in these rows and these columns."""
+def busy_positions(support: np.ndarray) -> tuple[int, int]:
+    """Return the smallest (Tq, Tk) such that 95% of the recorded pairs lie in these rows and these columns."""
     limits = []
     for axis in (1, 0):
         total = support.sum(axis, dtype=np.float64).cumsum()
-        limits.append(int(np.searchsorted(total, share * total[-1])) + 1)
+        limits.append(int(np.searchsorted(total, 0.95 * total[-1])) + 1)
     return limits[0], limits[1]
 
 

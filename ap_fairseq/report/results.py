@@ -13,7 +13,7 @@ import numpy as np
 from scipy import stats as distributions
 
 from ap_fairseq.evaluation import scores
-from ap_fairseq.evaluation.results import parse_json, read_text
+from ap_fairseq.evaluation.results import is_number, parse_json, read_text
 from ap_fairseq.files import ArtifactError
 from ap_fairseq.sites import AttentionKind
 
@@ -137,13 +137,13 @@ def _system(record: Any, where: str, pairs: Mapping[str, int]) -> System:
     scores, half_widths, signatures = {}, {}, {}
     for metric, key in METRICS.items():
         nested = _object(_object(record, "scores", where), metric, where)
-        scores[metric] = _number(record.get(key, nested.get("score")), f"{where}: {key}", 0, 100)
+        scores[metric] = _number(record.get(key, nested.get("score")), f"{where}: {key}", 100)
         signature = record.get(f"{key}_signature", nested.get("signature"))
         if signature is not None:
             signatures[metric] = str(signature)
         half_width = record.get(f"{key}_ci", nested.get("ci"))
         if half_width is not None:
-            half_widths[metric] = _number(half_width, f"{where}: {key}_ci", 0, 100)
+            half_widths[metric] = _number(half_width, f"{where}: {key}_ci", 100)
     sparsity, given_total = _sparsity(record, where)
     pruned = _pruned_kinds(record, sparsity)
     weights = {kind: pairs[kind] for kind in pruned if kind in pairs}
@@ -159,11 +159,9 @@ def _system(record: Any, where: str, pairs: Mapping[str, int]) -> System:
     return System(name, series, variant, pruned, sparsity, total, scores, half_widths, signatures, seed, settings)
 
 
-def _number(value: Any, where: str, low: float, high: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ArtifactError(f"{where} is {value!r}, expected a number from {low:g} to {high:g}")
-    if not low <= value <= high:
-        raise ArtifactError(f"{where} is {value}, expected a number from {low:g} to {high:g}")
+def _number(value: Any, where: str, most: float) -> float:
+    if not is_number(value) or not 0 <= value <= most:
+        raise ArtifactError(f"{where} is {value!r}, expected a number from 0 to {most:g}")
     return float(value)
 
 
@@ -174,13 +172,13 @@ def _sparsity(record: dict, where: str) -> tuple[dict[str, float], float]:
         parts = {**_object(record, "sparsity", where), "total": record.get("total") or 0.0}
         given = {name: part.get("effective") if isinstance(part, dict) else part for name, part in parts.items()}
     if not isinstance(given, dict):
-        return {}, _number(given, f"{where}: effective_sparsity", 0, 1)
+        return {}, _number(given, f"{where}: effective_sparsity", 1)
     sparsity = {
-        kind.value: _number(given[kind.value], f"{where}: effective sparsity of {kind.value}", 0, 1)
+        kind.value: _number(given[kind.value], f"{where}: effective sparsity of {kind.value}", 1)
         for kind in AttentionKind
         if given.get(kind.value) is not None
     }
-    return sparsity, _number(given.get("total", 0.0), f"{where}: total effective sparsity", 0, 1)
+    return sparsity, _number(given.get("total", 0.0), f"{where}: total effective sparsity", 1)
 
 
 def _spec(record: dict) -> dict[str, Any]:
@@ -296,9 +294,9 @@ def read_benchmark(path) -> dict[str, Any]:
             raise ArtifactError(f"{path}, row {number} lacks {needed}; give a file of scripts/bench_attention.py")
         for key in ("median_ms", "peak_bytes", "sparsity"):
             if row.get(key) is not None:
-                _number(row[key], f"{path}, row {number}: {key}", 0, math.inf)
+                _number(row[key], f"{path}, row {number}: {key}", math.inf)
         for part, size in _object(row, "layout_bytes", f"{path}, row {number}").items():
-            _number(size, f"{path}, row {number}: layout_bytes of {part}", 0, math.inf)
+            _number(size, f"{path}, row {number}: layout_bytes of {part}", math.inf)
     return document
 
 
