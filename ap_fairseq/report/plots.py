@@ -51,7 +51,20 @@ PATTERN_COLOURS = {
     analysis.BROAD: "#d9d9d9",
 }
 
+PRUNED_MAP = matplotlib.colors.LinearSegmentedColormap.from_list("pruned", ["#ededed", "#8c8c8c"])
+
 # -- attention and support ------------------------------------------------------------------------------------------
+
+
+def _heat_map(axis, values: np.ndarray, colours, norm, rows: int, columns: int, first: int = 0):
+    """Draw *values* over so many rows, the first one above, and the columns *first* to *columns* - 1."""
+    extent = (first - 0.5, columns - 0.5, rows - 0.5, -0.5)
+    return axis.imshow(values, cmap=colours, norm=norm, extent=extent, interpolation="nearest", aspect="auto")
+
+
+def _name_pruned(canvas, name: str) -> None:
+    """Add a legend that says whose pruned cells are grey."""
+    canvas.legend(handles=[Patch(color="#b8b8b8", label=f"pruned by {name}")], loc="outside upper right")
 
 
 def log_scale(maps: Sequence[analysis.Maps]) -> tuple[float, float]:
@@ -88,25 +101,16 @@ def attention(
     layers, heads = maps.mean.shape[:2]
     canvas, axes = subplots(heads, layers, width=1.5, height=1.6, sharex=True, sharey=True)
     norm = LogNorm(*scale)
-    grey = matplotlib.colors.LinearSegmentedColormap.from_list("pruned", ["#ededed", "#8c8c8c"])
     cells = None if masks is None else analysis.kept_cells(masks, stats, kind)
     for layer, head in np.ndindex(layers, heads):
         axis, mean = axes[layer, head], np.maximum(maps.mean[layer, head], scale[0])
         seen = maps.support > 0
-        extent = (-0.5, columns - 0.5, rows - 0.5, -0.5)
         kept = seen
         if cells is not None:
             kept = seen & (analysis.kept_share(cells[layer, head], support, factor) >= 0.5)
             pruned = np.ma.array(mean, mask=~(seen & ~kept))[shown]
-            axis.imshow(pruned, cmap=grey, norm=norm, extent=extent, interpolation="nearest", aspect="auto")
-        image = axis.imshow(
-            np.ma.array(mean, mask=~kept)[shown],
-            cmap=KEPT_MAP,
-            norm=norm,
-            extent=extent,
-            interpolation="nearest",
-            aspect="auto",
-        )
+            _heat_map(axis, pruned, PRUNED_MAP, norm, rows, columns)
+        image = _heat_map(axis, np.ma.array(mean, mask=~kept)[shown], KEPT_MAP, norm, rows, columns)
         axis.set_title(f"layer {layer}, head {head}", fontsize=8)
         axis.tick_params(labelsize=7)
         axis.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(3, integer=True))
@@ -116,7 +120,7 @@ def attention(
     canvas.colorbar(image, ax=axes, label="mean attention", shrink=min(1.0, 2.2 / layers), pad=0.02)
     pruned_text = ""
     if masks is not None:
-        canvas.legend(handles=[Patch(color="#b8b8b8", label=f"pruned by {name}")], loc="outside upper right")
+        _name_pruned(canvas, name)
         share = analysis.head_sparsity(masks, stats, kind)
         pruned_text = (
             f" Grey: pairs pruned by {name}, {share.mean():.1%} in all, {share.min():.1%} to {share.max():.1%} of a "
@@ -167,10 +171,7 @@ def overview(
         panels.append((title, kept, shades, Normalize(0, 1), matplotlib.ticker.PercentFormatter(1.0, decimals=0)))
     canvas, axes = subplots(1, len(panels), width=4.0, height=2.9)
     for axis, (title, values, colours, norm, percent) in zip(axes[:, 0], panels, strict=True):
-        extent = (-0.5, columns - 0.5, rows - 0.5, -0.5)
-        image = axis.imshow(
-            values[shown], cmap=colours, norm=norm, extent=extent, interpolation="nearest", aspect="auto"
-        )
+        image = _heat_map(axis, values[shown], colours, norm, rows, columns)
         axis.set(xlabel="key position (tokens)", ylabel="query position (tokens)")
         axis.set_title(title, fontsize=9)
         for each in (axis.xaxis, axis.yaxis):
@@ -193,8 +194,7 @@ def support(stats: AttentionStats) -> Figure:
         values = analysis.maps(stats, kind, factor).support
         rows, columns = stats.support[kind].shape
         seen = np.ma.array(np.maximum(values, norm.vmin), mask=values == 0)
-        extent = (-0.5, columns - 0.5, rows - 0.5, -0.5)
-        image = axis.imshow(seen, cmap="cividis_r", norm=norm, extent=extent, interpolation="nearest", aspect="auto")
+        image = _heat_map(axis, seen, "cividis_r", norm, rows, columns)
         axis.set(title=kind.value, xlabel="key position (tokens)", ylabel="query position (tokens)")
         busy = analysis.busy_positions(stats.support[kind])
         texts.append(f"{kind.value}: 95% of pairs lie below {busy[0]} x {busy[1]} of {rows} x {columns} positions")
@@ -394,17 +394,15 @@ def offsets(stats: AttentionStats, masks: PruningMasks, name: str) -> Figure:
     canvas, axes = subplots(1, width=6.4, height=1.2 + 0.16 * layers * heads)
     low, high = log_scale([analysis.Maps(mean, support[shown], 1)])
     norm = LogNorm(max(high * 1e-3, low), high)
-    grey = matplotlib.colors.LinearSegmentedColormap.from_list("pruned", ["#ededed", "#8c8c8c"])
-    extent = (-reach - 0.5, reach + 0.5, layers * heads - 0.5, -0.5)
-    options = dict(norm=norm, extent=extent, interpolation="nearest", aspect="auto")
+    size = layers * heads, reach + 1, -reach
     mean = np.maximum(mean, norm.vmin)
     axis = axes[0, 0]
-    axis.imshow(np.ma.array(mean, mask=keep), cmap=grey, **options)
-    image = axis.imshow(np.ma.array(mean, mask=~keep), cmap=KEPT_MAP, **options)
+    _heat_map(axis, np.ma.array(mean, mask=keep), PRUNED_MAP, norm, *size)
+    image = _heat_map(axis, np.ma.array(mean, mask=~keep), KEPT_MAP, norm, *size)
     axis.set(xlabel="source tokens from the scaled diagonal", ylabel="layer.head")
     axis.set_yticks(range(layers * heads), [f"{layer}.{head}" for layer, head in np.ndindex(layers, heads)], fontsize=7)
     canvas.colorbar(image, ax=axis, label="mean attention", pad=0.02)
-    canvas.legend(handles=[Patch(color="#b8b8b8", label=f"pruned by {name}")], loc="outside upper right")
+    _name_pruned(canvas, name)
     slope = relative.slope / (1 << SLOPE_BITS)
     seen = analysis.seen_by(masks, stats, AttentionKind.CROSS)
     text = (
