@@ -185,11 +185,6 @@ def _splits(text: str, separator: str) -> list[tuple[str, str]]:
     return [(text[:k], text[k + 1 :]) for k in places]
 
 
-def environment() -> dict:
-    """Return the device and the versions that produced the scores."""
-    return {"device": device_name(), "versions": versions()}
-
-
 def read_seconds(folder: str) -> dict[str, float]:
     """Return the seconds of the finished stages of a run, in the order in which they ended.
 
@@ -236,7 +231,8 @@ def main(argv: list[str]) -> None:
         read += [file for system in args.systems for file in (*system.files, system.checkpoint)]
         refuse_existing(args.output, args.overwrite, filter(None, read))
     seconds = read_seconds(args.stages) if args.stages else {}  # what is wrong with it is said before the scoring
-    document = {"command": shlex.join(["ap-evaluate", *argv]), **evaluate(args), **environment()}
+    document = {"command": shlex.join(["ap-evaluate", *argv]), **evaluate(args)}
+    document |= {"device": device_name(), "versions": versions()}
     if seconds:
         document["seconds"] = seconds
     if args.output:  # before printing, which ends the program if nobody reads it
