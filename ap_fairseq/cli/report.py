@@ -91,7 +91,7 @@ def _export(argv: list[str]) -> None:
 
 def _figures(argv: list[str]) -> None:
     args = get_figures_parser().parse_args(argv)
-    report = build.load(AttentionStats.load_merged(args.stats), args.stats, args.masks, args.results, args.benchmark)
+    report = build.load(args.stats, args.masks, args.results, args.benchmark)
     figures = report.figures()
     names = [f"{figure.name}.{ending}" for figure in figures for ending in ("png", "svg")]
     folder = build.check_folder(args.output, names, args.overwrite)
@@ -102,7 +102,7 @@ def _figures(argv: list[str]) -> None:
 def _report(argv: list[str]) -> None:
     args = get_parser().parse_args(argv)
     folder = build.check_folder(args.output, _REPORT_FILES, args.overwrite)
-    report = build.load(AttentionStats.load_merged(args.stats), args.stats, args.masks, args.results, args.benchmark)
+    report = build.load(args.stats, args.masks, args.results, args.benchmark)
     build.write_report(report, folder)
     print(*report.digest, f"report: {folder / 'report.html'}", sep="\n")
 

@@ -15,14 +15,13 @@ from ap_fairseq.report.content import Report
 from ap_fairseq.report.figure import Figure
 
 
-def load(
-    stats: AttentionStats, files: list[str], mask_files: list[str], result_files: list[str], benchmark: str | None
-) -> Report:
-    """Return the :class:`Report` of *stats* (read from *files*) and the named files.
+def load(stats_files: list[str], mask_files: list[str], result_files: list[str], benchmark: str | None) -> Report:
+    """Return the :class:`Report` of the named files; those of statistics are merged.
 
     Raises:
         ArtifactError: if a file is missing, damaged or belongs to others, or two masks or systems have one name.
     """
+    stats = AttentionStats.load_merged(stats_files)
     masks: dict[str, PruningMasks] = {}
     for path in mask_files:
         name = mask_name(path)
@@ -42,7 +41,7 @@ def load(
                     "add a seed"
                 )
             systems[key] = (path, system)
-    read = [*files, *mask_files, *result_files, *([benchmark] if benchmark else [])]
+    read = [*stats_files, *mask_files, *result_files, *([benchmark] if benchmark else [])]
     hashes = {str(path): file_sha256(path) for path in read}
     scored = [system for _, system in systems.values()]
     return Report(stats, masks, scored, results.read_benchmark(benchmark) if benchmark else None, hashes)
