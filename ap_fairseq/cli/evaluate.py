@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from ap_fairseq.cli.common import command
 from ap_fairseq.evaluation import scores as evaluation
+from ap_fairseq.evaluation.hypotheses import read_hypotheses
 from ap_fairseq.evaluation.results import format_latex, format_markdown, format_plain, read_results
 from ap_fairseq.experiments.stages import read_mark
 from ap_fairseq.files import ArtifactError, UserError, file_sha256, read_lines, refuse_existing, write_json
@@ -102,7 +103,7 @@ def evaluate(args: argparse.Namespace) -> dict:
     if args.documents:
         documents = [line.partition("\t")[0] for line in read_lines(args.documents)]
     systems = args.systems
-    hypotheses = {system.name: evaluation.read_hypotheses(system.files, references) for system in systems}
+    hypotheses = {system.name: read_hypotheses(system.files, references) for system in systems}
     results = []
     for name, _, checkpoint in systems:
         evaluation.require_parallel(name, hypotheses[name], references)

@@ -14,7 +14,8 @@ from plugin.commands import ROOT, sentence_pairs
 
 from ap_fairseq.cli import evaluate
 from ap_fairseq.evaluation import results, scores
-from ap_fairseq.evaluation.scores import compare_systems, read_hypotheses, score, score_by_length, score_documents
+from ap_fairseq.evaluation.hypotheses import read_hypotheses
+from ap_fairseq.evaluation.scores import compare_systems, score, score_by_length, score_documents
 from ap_fairseq.files import ArtifactError, UserError, read_lines
 
 REFERENCES = [target for _, target in sentence_pairs(120, seed=5)]

@@ -21,7 +21,7 @@ from plugin.commands import TINY, generate, run, run_process
 
 from ap_fairseq.artifacts import AttentionStats, PruningMasks
 from ap_fairseq.cli import record
-from ap_fairseq.evaluation.scores import read_hypotheses
+from ap_fairseq.evaluation.hypotheses import read_hypotheses
 from ap_fairseq.files import ArtifactError
 from ap_fairseq.model.attention import MASK_BUFFERS
 from ap_fairseq.model.checkpoints import load_checkpoint
