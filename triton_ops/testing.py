@@ -252,6 +252,14 @@ def assert_within_budget(case: Case) -> None:
         raise AssertionError(f"outside the float64 error budget: {wrong}")
 
 
+def _assert_near(name: str, got: Tensor, low: Tensor, exact: Tensor) -> None:
+    """Raise AssertionError unless *got* is as near to float64 as *low*, the reference in a type, plus the band."""
+    error, reference_error = (float((x.double() - exact).norm()) for x in (got, low))
+    band = ROUNDING_BAND[low.dtype] * torch.finfo(low.dtype).eps * float(exact.norm())
+    if not error <= reference_error + band:
+        raise AssertionError(f"{name} not within the float64 budget: {error} > {reference_error} + {band}")
+
+
 def assert_decode_within_budget(got: Tensor, q: Tensor, k: Tensor, v: Tensor, keep_row: Tensor, **options) -> None:
     """Raise AssertionError unless *got* is as near to float64 as the reference in the same type, plus the band.
 
@@ -260,10 +268,7 @@ def assert_decode_within_budget(got: Tensor, q: Tensor, k: Tensor, v: Tensor, ke
     """
     exact = decode_reference(q.double(), k.double(), v.double(), keep_row, **options)
     low = decode_reference(q, k, v, keep_row, **options)
-    error, reference_error = (float((x.double() - exact).norm()) for x in (got, low))
-    band = ROUNDING_BAND[q.dtype] * torch.finfo(q.dtype).eps * float(exact.norm())
-    if not error <= reference_error + band:
-        raise AssertionError(f"decode is not within the float64 budget: {error} > {reference_error} + {band}")
+    _assert_near("decode is", got, low, exact)
 
 
 def assert_linear_rows_within_budget(got: tuple[Tensor, Tensor], x: Tensor, weight: Tensor, **options) -> None:
@@ -280,8 +285,5 @@ def assert_linear_rows_within_budget(got: tuple[Tensor, Tensor], x: Tensor, weig
 
     exact = linear_rows_reference(x.double(), weight.double(), **{name: wide(value) for name, value in options.items()})
     low = linear_rows_reference(x, weight, **options)
-    for name, mine, theirs, truth in zip(("products", "normalised rows"), got, low, exact, strict=True):
-        error, reference_error = (float((value.double() - truth).norm()) for value in (mine, theirs))
-        band = ROUNDING_BAND[x.dtype] * torch.finfo(x.dtype).eps * float(truth.norm())
-        if not error <= reference_error + band:
-            raise AssertionError(f"{name} are not within the float64 budget: {error} > {reference_error} + {band}")
+    for name, *results in zip(("products are", "normalised rows are"), got, low, exact, strict=True):
+        _assert_near(name, *results)
