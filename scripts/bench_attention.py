@@ -64,6 +64,7 @@ DENSE = {
 }
 FORWARD_ONLY = ("cudnn sparse",)
 BACKWARD_ONLY = ("fa4 dense deterministic",)  # its forward pass is that of "fa4 dense"
+BOTH = ["forward", "forward+backward"]
 WRONG = 0.05  # relative difference from our results that bfloat16 does not explain
 BFLOAT16 = torch.bfloat16
 
@@ -133,6 +134,11 @@ def training_step(forward: Method, q: Tensor, k: Tensor, v: Tensor, grad: Tensor
         return torch.autograd.grad(forward(*leaves), leaves, grad)
 
     return run
+
+
+def directed(direction: str, method: Method, *tensors: Tensor) -> Callable[[], tuple[Tensor, ...]]:
+    """What to time of a method for q, k, v and a gradient: its output, or the gradients of q, k and v."""
+    return training_step(method, *tensors) if direction != "forward" else lambda: (method(*tensors[:3]),)
 
 
 def difference(got: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> float:
@@ -220,9 +226,7 @@ def square_case(
                 continue
             if name in FORWARD_ONLY and direction != "forward" or name in BACKWARD_ONLY and direction == "forward":
                 continue
-            run: Callable[[], tuple[Tensor, ...]] = training_step(method, q, k, v, grad)
-            if direction == "forward":
-                run = lambda method=method: (method(q, k, v),)  # noqa: E731
+            run = directed(direction, method, q, k, v, grad)
             timing = measure(run, repeats)
             if "median_ms" in timing and name in methods:
                 results = results or run()
@@ -279,9 +283,9 @@ def sentence_case(batch: int, heads: int, size: int, repeats: int) -> list[dict]
         "reference": lambda q, k, v: attention_reference(q, k, v, keep, scale=64**-0.5, **options)[0],
     }
     rows = []
-    for direction in ("forward", "forward+backward"):
+    for direction in BOTH:
         for name, method in methods.items():
-            run = functools.partial(method, q, k, v) if direction == "forward" else training_step(method, q, k, v, grad)
+            run = directed(direction, method, q, k, v, grad)
             rows.append(
                 dict(
                     case="sentence",
@@ -371,7 +375,7 @@ def relative_case(batch: int, heads: int, size: int, repeats: int) -> list[dict]
     rows = []
     for direction in BOTH:
         for name, method in methods.items():
-            run = functools.partial(method, q, k, v) if direction == "forward" else training_step(method, q, k, v, grad)
+            run = directed(direction, method, q, k, v, grad)
             rows.append(dict(**shape, direction=direction, method=name, **measure(run, repeats)))
     return rows
 
@@ -481,7 +485,7 @@ def host_case(batch: int, heads: int, size: int, repeats: int) -> list[dict]:
     rows = []
     for direction in BOTH:
         for name, method in methods.items():
-            run = functools.partial(method, q, k, v) if direction == "forward" else training_step(method, q, k, v, grad)
+            run = directed(direction, method, q, k, v, grad)
             times = []
             for _ in range(repeats + 3):
                 torch.cuda.synchronize()
@@ -493,9 +497,6 @@ def host_case(batch: int, heads: int, size: int, repeats: int) -> list[dict]:
             median_us = statistics.median(times[3:]) * 1e6
             rows.append(dict(case="host", size=size, direction=direction, method=name, median_us=median_us))
     return rows
-
-
-BOTH = ["forward", "forward+backward"]
 
 
 def sections(repeats: int, without: tuple[str, ...] = ()) -> dict[str, list[Callable[[], list[dict]]]]:
