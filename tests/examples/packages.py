@@ -11,8 +11,8 @@ from sentences import Pages
 HEADER = "Content-Type: text/plain; charset=UTF-8\nPlural-Forms: nplurals=2; plural=(n != 1);\n"
 
 
-def write_mo(file: Path, messages: dict[str, str]) -> None:
-    """A gettext catalogue; ids sorted, plural forms separated by a zero byte, as the format demands."""
+def catalogue(messages: dict[str, str]) -> bytes:
+    """A gettext catalogue, a file .mo; ids sorted, plural forms separated by a zero byte, as the format demands."""
     entries = sorted((key.encode(), text.encode()) for key, text in {"": HEADER, **messages}.items())
     start = 28 + 16 * len(entries)
     tables, data = [b"", b""], b""
@@ -21,8 +21,12 @@ def write_mo(file: Path, messages: dict[str, str]) -> None:
             tables[column] += struct.pack("<II", len(entry[column]), start + len(data))
             data += entry[column] + b"\0"
     head = struct.pack("<7I", 0x950412DE, 0, len(entries), 28, 28 + 8 * len(entries), 0, 0)
+    return head + tables[0] + tables[1] + data
+
+
+def write_mo(file: Path, messages: dict[str, str]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_bytes(head + tables[0] + tables[1] + data)
+    file.write_bytes(catalogue(messages))
 
 
 def write_command(folder: Path, name: str, script: str) -> None:
@@ -67,8 +71,6 @@ def write_help_packages(folder: Path, pages: Pages, languages: Sequence[str]) ->
         }
         write_deb(folder, f"libreoffice-help-{name}", texts)
         if language != "en":
-            catalogue = folder / "sw.mo"
-            write_mo(catalogue, {"M\x04_Save as": f"_Save in {language}"})
             path = f"usr/lib/libreoffice/program/resource/{language}/LC_MESSAGES/sw.mo"
-            write_deb(folder, f"libreoffice-l10n-{language}", {path: catalogue.read_bytes()})
-            catalogue.unlink()
+            strings = catalogue({"M\x04_Save as": f"_Save in {language}"})
+            write_deb(folder, f"libreoffice-l10n-{language}", {path: strings})

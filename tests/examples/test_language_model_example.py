@@ -1,17 +1,16 @@
 """examples/language_model: text of HTML pages, man pages and descriptions, its split, and a run of every stage."""
 
 import gzip
-import importlib.util
 import json
 import random
 import re
 import shlex
-import sys
 from pathlib import Path
 
 import building
 import pytest
 from packages import DPKG, write_command, write_deb
+from readme_tables import script
 
 from ap_fairseq.model.checkpoints import load_checkpoint
 
@@ -24,15 +23,7 @@ PAGE = """<html><head><title>No text</title></head><body><nav><p>Home page</p></
 
 
 def module(name: str):
-    sys.path.insert(0, str(EXAMPLE))
-    try:
-        spec = importlib.util.spec_from_file_location(f"language_model_{name}", EXAMPLE / f"{name}.py")
-        loaded = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = loaded
-        spec.loader.exec_module(loaded)
-        return loaded
-    finally:
-        sys.path.remove(str(EXAMPLE))
+    return script(EXAMPLE / f"{name}.py")
 
 
 def test_lines_of_a_page_are_its_innermost_blocks():
@@ -181,8 +172,8 @@ def test_packages_and_descriptions_come_from_apt(tmp_path, monkeypatch):
     for folder in ("debs", "work"):
         (tmp_path / folder).mkdir()
     write_deb(tmp_path / "debs", "some-doc", {"page.html": PAGE.encode()})
-    for name, script in (("apt-get", APT_GET), ("apt-cache", "exit 0"), ("helper", 'cat "$2"'), ("dpkg", DPKG)):
-        write_command(tmp_path / "bin", name, script)
+    for name, text in (("apt-get", APT_GET), ("apt-cache", "exit 0"), ("helper", 'cat "$2"'), ("dpkg", DPKG)):
+        write_command(tmp_path / "bin", name, text)
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
     monkeypatch.setenv("DEBS", str(tmp_path / "debs"))
     documentation = module("documentation")

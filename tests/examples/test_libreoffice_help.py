@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tarfile
 from collections import Counter
 from pathlib import Path
 
@@ -17,7 +16,7 @@ import parallel_text
 import prepare
 import pytest
 import segments
-from packages import contents, write_command, write_mo
+from packages import DPKG, catalogue, contents, write_command, write_deb
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "libreoffice_help"
 
@@ -51,31 +50,16 @@ def is_held_out(number: int) -> bool:
     return building.split_of(f"swriter/{number:03}", 1, prepare.SHARES) != "train"
 
 
-def write_deb(folder: Path, name: str, files: dict[str, str]) -> None:
-    """A stand-in for a package, which the stand-in for dpkg below can unpack: a tar archive under a .deb name."""
-    tree = folder / f"tree-{name}"
-    for path, text in files.items():
-        file = tree / path
-        if path.endswith(".mo"):
-            write_mo(file, json.loads(text))
-        else:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(text, encoding="utf-8")
-    with tarfile.open(folder / f"{name}_4%3a7.4.7-1_all.deb", "w") as archive:
-        archive.add(tree, arcname=".")
-    shutil.rmtree(tree)
-
-
 @pytest.fixture(scope="module")
 def deb_dir(tmp_path_factory):
     """The three packages that en-de needs: 150 help pages, two interface strings."""
     folder = tmp_path_factory.mktemp("debs")
     for package, language, german in (("en-us", "en-US", False), ("de", "de", True)):
         root = f"usr/share/libreoffice/help/{language}/text/swriter"
-        pages = {f"{root}/{number:03}.html": help_page(number, german) for number in range(150)}
+        pages = {f"{root}/{number:03}.html": help_page(number, german).encode() for number in range(150)}
         write_deb(folder, f"libreoffice-help-{package}", pages)
     messages = {"M\x04_Save as": "Speichern _unter", "N\x04%1 rows": "Zeilen"}
-    write_deb(folder, "libreoffice-l10n-de", {"usr/lib/libreoffice/program/resource/de/sw.mo": json.dumps(messages)})
+    write_deb(folder, "libreoffice-l10n-de", {"usr/lib/libreoffice/program/resource/de/sw.mo": catalogue(messages)})
     return folder
 
 
@@ -83,7 +67,7 @@ def deb_dir(tmp_path_factory):
 def commands(tmp_path, monkeypatch):
     """A folder in front of PATH with a stand-in for dpkg."""
     folder = tmp_path / "bin"
-    write_command(folder, "dpkg", 'mkdir -p "$3" && tar -xf "$2" -C "$3"')
+    write_command(folder, "dpkg", DPKG)
     monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
     return folder
 
@@ -133,7 +117,7 @@ def test_sentence_level(run, tmp_path):
     assert counts["aligned_segments"] == 150 * 7 + 2 * sum(map(is_held_out, range(150)))
     assert counts["unique_pairs"] == 150 * 5 + 15 + 1 + 2  # own, of groups, of all pages, of held-out pages
     assert counts["interface"]["placeholders"] == 1
-    assert counts["packages"]["libreoffice-help-de"] == "4:7.4.7-1"
+    assert counts["packages"]["libreoffice-help-de"] == "1:2-3"
     assert counts["options"]["bpe_size"] == 150
 
 
@@ -371,7 +355,7 @@ def test_two_versions_of_a_package(run, deb_dir, tmp_path):
     folder = tmp_path / "debs"
     shutil.copytree(deb_dir, folder)
     shutil.copy(next(folder.glob("libreoffice-help-de_*")), folder / "libreoffice-help-de_4%3a7.5.0-1_all.deb")
-    with pytest.raises(building.PrepareError, match="2 versions of libreoffice-help-de: .*7.4.7.*, .*7.5.0.*Keep one"):
+    with pytest.raises(building.PrepareError, match="2 versions of libreoffice-help-de: .*1%3a2-3.*7.5.0.*Keep one"):
         run(deb_dir=folder)
 
 

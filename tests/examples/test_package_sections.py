@@ -1,13 +1,12 @@
 """examples/package_sections: the set from apt's lists, and a run of every stage."""
 
-import importlib.util
 import json
 import random
 import re
-import sys
 from pathlib import Path
 
 import pytest
+from readme_tables import script
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "package_sections"
 
@@ -26,14 +25,7 @@ Priority: optional
 
 
 def module(name: str):
-    sys.path.insert(0, str(EXAMPLE))
-    try:
-        spec = importlib.util.spec_from_file_location(f"package_sections_{name}", EXAMPLE / f"{name}.py")
-        loaded = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(loaded)
-        return loaded
-    finally:
-        sys.path.remove(str(EXAMPLE))
+    return script(EXAMPLE / f"{name}.py")
 
 
 @pytest.fixture
