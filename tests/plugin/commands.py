@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -87,6 +88,22 @@ def train(data, save_dir, *flags, arch="transformer", updates=200, expect=0) -> 
         *flags,
         expect=expect,
     )
+
+
+def train_on_text(data, save_dir, *flags, updates, expect=0) -> str:
+    """Train a tiny model of one text on the CPU; return what is printed."""
+    return run(
+        *["fairseq-train", data, *PLUGIN, "--save-dir", save_dir, "--max-update", updates],
+        *"--optimizer adam --lr 3e-3 --lr-scheduler inverse_sqrt --warmup-updates 10 --max-tokens 960 --cpu".split(),
+        *"--seed 7 --no-epoch-checkpoints --log-format json --log-interval 1 --num-workers 0".split(),
+        *flags,
+        expect=expect,
+    )
+
+
+def losses(log: str) -> list[str]:
+    """The losses of a training that is logged as JSON, of updates and of validations."""
+    return re.findall(r'"(?:loss|valid_loss)": "([\d.]+)"', log)
 
 
 def generate(data, path, *flags, subset="test", expect=0) -> str:

@@ -34,6 +34,15 @@ def data_bin(toy_text, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def text_bin(toy_text, tmp_path_factory) -> Path:
+    """The English side of the toy text, binarised for language models."""
+    folder = tmp_path_factory.mktemp("text-bin") / "data-bin"
+    prefixes = [word for split in ("train", "valid", "test") for word in (f"--{split}pref", toy_text / f"{split}.en")]
+    run("fairseq-preprocess", "--only-source", "--destdir", folder, *prefixes)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def dense(data_bin, tmp_path_factory) -> Path:
     """A dense checkpoint, trained with fairseq's default left padding of the source."""
     folder = tmp_path_factory.mktemp("dense")

@@ -11,7 +11,7 @@ from fairseq.criterions.adaptive_loss import AdaptiveLoss
 from fairseq.models.transformer_lm import TransformerLanguageModel
 from omegaconf import OmegaConf
 from plugin.builders import LM_SIZES, adaptive, batch, causal_masks, dictionary, language_models, random_masks
-from plugin.commands import PLUGIN, assert_reads_as_stock, run
+from plugin.commands import PLUGIN, assert_reads_as_stock, losses, run, train_on_text
 
 from ap_fairseq.artifacts import AttentionStats
 from ap_fairseq.files import ArtifactError, UserError
@@ -141,17 +141,8 @@ TINY = [
 
 
 def train(data, save_dir, *flags, arch="transformer_lm", task="language_modeling", updates=40, expect=0) -> str:
-    return run(
-        *["fairseq-train", data, *PLUGIN, "--task", task, "--arch", arch, *TINY, *TEXT, "--save-dir", save_dir],
-        *"--optimizer adam --lr 3e-3 --lr-scheduler inverse_sqrt --warmup-updates 10 --max-tokens 960 --cpu".split(),
-        *"--seed 7 --no-epoch-checkpoints --log-format json --log-interval 1 --num-workers 0".split(),
-        *["--max-update", updates, *flags],
-        expect=expect,
-    )
-
-
-def losses(log: str) -> list[str]:
-    return re.findall(r'"(?:loss|valid_loss)": "([\d.]+)"', log)
+    own = ["--task", task, "--arch", arch, *TINY, *TEXT, *flags]
+    return train_on_text(data, save_dir, *own, updates=updates, expect=expect)
 
 
 def evaluate(data, path, *flags) -> tuple[str, str]:
@@ -189,14 +180,6 @@ def prompted(data, path, *flags) -> tuple[list[str], list[float], str]:
     scores = re.findall(r"^[HP]-\d\t([-. \d]+)", log, re.MULTILINE)
     assert len(texts) == 3
     return texts, [float(score) for line in scores for score in line.split()], log
-
-
-@pytest.fixture(scope="module")
-def text_bin(toy_text, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("text-bin") / "data-bin"
-    prefixes = [word for split in ("train", "valid", "test") for word in (f"--{split}pref", toy_text / f"{split}.en")]
-    run("fairseq-preprocess", "--only-source", "--destdir", folder, *prefixes)
-    return folder
 
 
 @pytest.fixture(scope="module")

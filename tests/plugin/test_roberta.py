@@ -9,7 +9,7 @@ import pytest
 import torch
 from fairseq.models.roberta import RobertaModel
 from plugin.builders import batch, dictionary, random_masks
-from plugin.commands import PLUGIN, assert_reads_as_stock, run
+from plugin.commands import PLUGIN, assert_reads_as_stock, losses, run, train_on_text
 
 from ap_fairseq.artifacts import AttentionStats, PruningMasks
 from ap_fairseq.files import UserError
@@ -93,26 +93,15 @@ TINY = "--encoder-layers 2 --encoder-embed-dim 32 --encoder-ffn-embed-dim 64 --e
 
 def train(data, save_dir, *flags, task="masked_lm", arch="roberta", updates=30) -> str:
     text = ["--tokens-per-sample", 32, "--sample-break-mode", "complete"] if task == "masked_lm" else []
-    return run(
-        *["fairseq-train", data, *PLUGIN, "--task", task, "--criterion", task, "--arch", arch, *TINY, *text],
-        *"--optimizer adam --lr 3e-3 --lr-scheduler inverse_sqrt --warmup-updates 10 --max-tokens 960 --cpu".split(),
-        *"--seed 7 --no-epoch-checkpoints --log-format json --log-interval 1 --num-workers 0".split(),
-        *["--max-update", updates, "--save-dir", save_dir, *flags],
-    )
-
-
-def losses(log: str) -> list[str]:
-    return re.findall(r'"(?:loss|valid_loss)": "([\d.]+)"', log)
+    own = ["--task", task, "--criterion", task, "--arch", arch, *TINY, *text, *flags]
+    return train_on_text(data, save_dir, *own, updates=updates)
 
 
 @pytest.fixture(scope="module")
-def text_bin(toy_text, tmp_path_factory):
+def class_bin(toy_text, text_bin, tmp_path_factory):
     """The toy text for masked_lm, and below it a classification set: do the words come in their order or reversed?"""
-    folder = tmp_path_factory.mktemp("roberta") / "data-bin"
-    prefixes = [word for split in ("train", "valid", "test") for word in (f"--{split}pref", toy_text / f"{split}.en")]
-    run("fairseq-preprocess", "--only-source", "--destdir", folder, *prefixes)
-    raw = folder.parent / "classes"
-    raw.mkdir()
+    raw = tmp_path_factory.mktemp("classes")
+    folder = shutil.copytree(text_bin, raw / "data-bin")
     draw = random.Random(3)
     for split in ("train", "valid"):
         lines = (toy_text / f"{split}.en").read_text("utf-8").splitlines()[:300]
@@ -122,28 +111,27 @@ def text_bin(toy_text, tmp_path_factory):
         (raw / f"{split}.label").write_text("".join(f"{label}\n" for label in labels), "utf-8")
     for part, own in (("input0", ["--srcdict", folder / "dict.txt"]), ("label", [])):
         pairs = [word for split in ("train", "valid") for word in (f"--{split}pref", raw / f"{split}.{part}")]
-        run("fairseq-preprocess", "--only-source", *own, *pairs, "--destdir", raw / "bin" / part)
-    shutil.copytree(raw / "bin", folder, dirs_exist_ok=True)
+        run("fairseq-preprocess", "--only-source", *own, *pairs, "--destdir", folder / part)
     return folder
 
 
 @pytest.fixture(scope="module")
-def dense_roberta(text_bin, tmp_path_factory):
+def dense_roberta(class_bin, tmp_path_factory):
     folder = tmp_path_factory.mktemp("dense-roberta")
-    return folder / "checkpoint_last.pt", train(text_bin, folder)
+    return folder / "checkpoint_last.pt", train(class_bin, folder)
 
 
 @pytest.fixture(scope="module")
-def roberta_masks(text_bin, dense_roberta, tmp_path_factory):
+def roberta_masks(class_bin, dense_roberta, tmp_path_factory):
     folder = tmp_path_factory.mktemp("roberta-masks")
     stats, masks = folder / "stats.safetensors", folder / "masks.safetensors"
-    run("ap-record", text_bin, "--path", dense_roberta[0], "--importance", "--cpu", "--num-workers", 0, "-o", stats)
+    run("ap-record", class_bin, "--path", dense_roberta[0], "--importance", "--cpu", "--num-workers", 0, "-o", stats)
     run("ap-masks", stats, "--encoder-self", 0.5, "-o", masks)
     return stats, masks
 
 
-def test_training_under_all_ones_masks_is_stock_training(text_bin, dense_roberta, tmp_path):
-    log = train(text_bin, tmp_path, "--attention-masks", "none", arch="pruned_roberta")
+def test_training_under_all_ones_masks_is_stock_training(class_bin, dense_roberta, tmp_path):
+    log = train(class_bin, tmp_path, "--attention-masks", "none", arch="pruned_roberta")
     assert len(losses(log)) > 30
     assert losses(log) == losses(dense_roberta[1])
 
@@ -156,14 +144,14 @@ def test_statistics_of_an_encoder(roberta_masks):
     assert stats.importance[KIND].any()
 
 
-def test_a_pruned_encoder_is_fine_tuned_and_classifies(text_bin, dense_roberta, roberta_masks, tmp_path):
+def test_a_pruned_encoder_is_fine_tuned_and_classifies(class_bin, dense_roberta, roberta_masks, tmp_path):
     """Masks recorded under masked_lm hold for sentence_prediction: the dictionary and the positions are the same."""
     pretrained = tmp_path / "pretrained"
     start = ["--finetune-from-model", dense_roberta[0], "--attention-masks", roberta_masks[1]]
-    train(text_bin, pretrained, *start, arch="pruned_roberta", updates=10)
+    train(class_bin, pretrained, *start, arch="pruned_roberta", updates=10)
     classes = ["--num-classes", 2, "--init-token", 0, "--separator-token", 2, "--classification-head-name", "order"]
     log = train(
-        *[text_bin, tmp_path / "tuned", *classes, "--max-positions", 32, "--best-checkpoint-metric", "accuracy"],
+        *[class_bin, tmp_path / "tuned", *classes, "--max-positions", 32, "--best-checkpoint-metric", "accuracy"],
         *["--restore-file", pretrained / "checkpoint_last.pt", "--reset-optimizer", "--reset-dataloader"],
         *["--reset-meters", "--reset-lr-scheduler"],
         **dict(task="sentence_prediction", arch="pruned_roberta", updates=60),
@@ -176,7 +164,7 @@ def test_a_pruned_encoder_is_fine_tuned_and_classifies(text_bin, dense_roberta, 
     assert provenance["sparsity"]["encoder_self"]["effective"] == pytest.approx(0.5, abs=0.01)
 
     stats = tmp_path / "stats.safetensors"
-    run("ap-record", text_bin, "--path", tuned, "--importance", "--sample", 50, "--cpu", "-o", stats)
+    run("ap-record", class_bin, "--path", tuned, "--importance", "--sample", 50, "--cpu", "-o", stats)
     recorded = AttentionStats.load(stats)
     assert recorded.metadata["sentences"] == 50 and recorded.importance[KIND].any()
 
@@ -185,4 +173,4 @@ def test_a_pruned_encoder_is_fine_tuned_and_classifies(text_bin, dense_roberta, 
     convert_to_stock(applied, tmp_path / "stock.pt", drop_masks=True)
     assert_reads_as_stock(tmp_path / "stock.pt", dense_roberta[0])
     valid = ["--valid-subset", "test", "--cpu", "--max-tokens", 960, "--num-workers", 0]
-    run("fairseq-validate", text_bin, *PLUGIN, "--path", applied, "--task", "masked_lm", *valid)
+    run("fairseq-validate", class_bin, *PLUGIN, "--path", applied, "--task", "masked_lm", *valid)
