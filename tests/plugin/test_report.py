@@ -1,7 +1,9 @@
 """The report says what the recordings, masks and scores say, and its page can be read by everyone."""
 
 import base64
+import contextlib
 import gzip
+import io
 import json
 import os
 import re
@@ -23,7 +25,7 @@ from ap_fairseq.files import UserError
 from ap_fairseq.pruning.build import build_masks
 from ap_fairseq.pruning.spec import MaskSpec
 from ap_fairseq.pruning.summary import summarize
-from ap_fairseq.report import analysis, build, content, export, page, plots
+from ap_fairseq.report import analysis, content, export, page, plots, tables
 from ap_fairseq.sites import AttentionKind
 
 ENCODER, DECODER, CROSS = AttentionKind
@@ -61,13 +63,18 @@ def scores_file(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def folder(stats_file, masks_file, scores_file, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("report") / "report"
-    bench = ROOT / "scripts/bench_attention.h100.json"
-    ap_report(
-        "--stats", stats_file, "--masks", masks_file, "--results", scores_file, "--benchmark", bench, "-o", folder
-    )
-    return folder
+def printed(stats_file, masks_file, scores_file, tmp_path_factory):
+    """The folder of a report, and what writing it prints."""
+    folder, printed = tmp_path_factory.mktemp("report") / "report", io.StringIO()
+    inputs = ["--stats", stats_file, "--masks", masks_file, "--results", scores_file]
+    with contextlib.redirect_stdout(printed):
+        ap_report(*inputs, "--benchmark", ROOT / "scripts/bench_attention.h100.json", "-o", folder)
+    return folder, printed.getvalue()
+
+
+@pytest.fixture(scope="module")
+def folder(printed):
+    return printed[0]
 
 
 class Page(HTMLParser):
@@ -178,10 +185,9 @@ def test_the_page_opens_with_a_picture_and_a_sentence_for_each_kind(folder, stat
     assert "<details open" not in text and text.count("<details>") >= 8  # long paragraphs are folded
 
 
-def test_the_terminal_shows_about_ten_lines(tmp_path, masks_file, stats_file, scores_file, capsys):
+def test_the_terminal_shows_about_ten_lines(printed):
     """It printed the eight paragraphs of the page."""
-    ap_report("--stats", stats_file, "--masks", masks_file, "--results", scores_file, "-o", tmp_path / "r")
-    lines = capsys.readouterr().out.splitlines()
+    lines = printed[1].splitlines()
     assert len(lines) <= 10 and max(map(len, lines)) <= 130
     assert lines[0].startswith("Recorded on 33,025 sentence pairs") and lines[-1].endswith("report.html")
     assert [line.split(":")[0] for line in lines[1:5]] == [*AttentionKind, "masks"]
@@ -239,13 +245,11 @@ UNUSUAL["a head without mass"].mass[ENCODER][0, 1] = 0
 
 @pytest.mark.parametrize("name", UNUSUAL)
 @pytest.mark.filterwarnings("error")
-def test_unusual_recordings_give_a_whole_report(name, tmp_path):
+def test_unusual_recordings_give_a_whole_report(name):
     stats = UNUSUAL[name]
-    stats.save(tmp_path / "s.safetensors")
-    build_masks(stats, MaskSpec({CROSS: 0.5})).masks.save(tmp_path / "m.safetensors")
-    ap_report("--stats", tmp_path / "s.safetensors", "--masks", tmp_path / "m.safetensors", "-o", tmp_path / "report")
-    json.loads((tmp_path / "report/summary.json").read_text(), parse_constant=no_constant)
-    text = (tmp_path / "report/report.html").read_text(encoding="utf-8")
+    report = content.Report(stats, {"m": build_masks(stats, MaskSpec({CROSS: 0.5})).masks}, [])
+    json.dumps(report.summary(), allow_nan=False)
+    text = page.render(report, report.figures())
     assert not re.search(
         r"\bnan\b|\bNone\b|\binf\b", re.sub(r"<(script|style|pre)\b.*?</\1>", "", text, flags=re.DOTALL)
     )
@@ -287,7 +291,7 @@ def test_vanished_heads_of_masks_whose_rows_may_be_empty():
 
 @pytest.mark.parametrize("lost", [[CROSS], [ENCODER, DECODER, CROSS]])
 @pytest.mark.filterwarnings("error")
-def test_kinds_that_a_pruned_model_has_lost(lost, tmp_path):
+def test_kinds_that_a_pruned_model_has_lost(lost):
     """They were called the most concentrated of all, and kept to 100%; figures by offset failed."""
     stats = random_stats(layers=1)
     for kind in lost:
@@ -295,14 +299,14 @@ def test_kinds_that_a_pruned_model_has_lost(lost, tmp_path):
     stats.relative.mass[:] = 0
     spec = MaskSpec(dict.fromkeys([ENCODER, DECODER, CROSS], 0.8), granularity="scaled-diagonal", empty_rows=True)
     report = content.Report(stats, {"m": build_masks(stats, spec).masks}, [])
-    build.write_report(report, tmp_path / "report")
-    said = json.loads((tmp_path / "report/summary.json").read_text(), parse_constant=no_constant)["differences"]
-    table = (tmp_path / "report/table.md").read_text(encoding="utf-8").partition("Attention of the recorded model")[0]
+    page.render(report, report.figures())
+    json.dumps(report.summary(), allow_nan=False)
+    table = tables.markdown(report.tables).partition("Attention of the recorded model")[0]
     for kind in stats.kinds:
         gone = kind in lost
         assert gone == (report.overview[kind] == "The recorded model has no attention of this kind left.")
         assert gone == (kind.value not in table)
-        assert gone == (kind.value not in str(said))
+        assert gone == (kind.value not in str(report.differences))
 
 
 # -- colours ----------------------------------------------------------------------------------------------------------
