@@ -324,15 +324,18 @@ def test_masks_mixed_by_averaging_are_refused():
 WIDE = dict(encoder_embed_dim=32, decoder_embed_dim=32, decoder_input_dim=32, decoder_output_dim=32)
 
 
-@pytest.mark.parametrize("lengths", [([5, 2], [4, 6]), ([131, 40], [30, 130])], ids=["short", "long"])
+@pytest.mark.parametrize(
+    ("layers", "lengths"), [(2, ([5, 2], [4, 6])), (1, ([131, 40], [30, 130]))], ids=["short", "long"]
+)
 @pytest.mark.parametrize(("sparsity", "empty_rows"), [(0.6, False), (0.95, True)], ids=["guaranteed", "empty rows"])
-def test_kernels_and_sdpa_agree_in_outputs_and_gradients(lengths, sparsity, empty_rows):
+def test_kernels_and_sdpa_agree_in_outputs_and_gradients(layers, lengths, sparsity, empty_rows):
     """Sentences and the tile lists; padded on the left as fairseq does; beyond the range of the masks."""
-    masks = random_masks(sparsity, longest=(20, 22), empty_rows=empty_rows)
+    masks = random_masks(sparsity, longest=(20, 22), empty_rows=empty_rows, layers=layers)
+    sizes = {**WIDE, "encoder_layers": layers, "decoder_layers": layers}
     source, target = batch(lengths[0], VOCAB, left=True).to(DEVICE), targets(lengths[1]).to(DEVICE)
     results = []
     for backend in ("sdpa", "triton"):
-        model = pruned_model(masks, VOCAB, attention_backend=backend, **WIDE).to(DEVICE).train()
+        model = pruned_model(masks, VOCAB, attention_backend=backend, **sizes).to(DEVICE).train()
         logits = model(source, source.ne(PAD).sum(1), target)[0]
         logits[target.ne(PAD)].log_softmax(-1)[:, 5].mean().backward()
         results.append((logits[target.ne(PAD)], {name: p.grad for name, p in model.named_parameters()}))
