@@ -217,15 +217,17 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path):
     """A limit on the size of files stands for a full disk: one error with both sizes, and no half file."""
     script = (
         "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
-        "from plugin.builders import random_stats\n"
+        "import numpy as np\n"
+        "from ap_fairseq.artifacts import AttentionStats\n"
         "from ap_fairseq.files import ArtifactError\n"
+        "from ap_fairseq.sites import AttentionKind\n"
+        "kind, n = AttentionKind.CROSS, np.ones((60, 60), dtype=np.int64)\n"
         "try:\n"
-        f"    random_stats(longest=(60, 60)).save({str(tmp_path / 'stats')!r})\n"
+        f"    AttentionStats({{kind: np.zeros((2, 2, 60, 60))}}, {{kind: n}}).save({str(tmp_path / 'stats')!r})\n"
         "except ArtifactError as error:\n"
         "    print(error)\n"
     )
-    folders = [str(ROOT), str(ROOT / "tests"), *sys.path]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, folders))}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), *sys.path]))}
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
     assert re.search(r"stats could not be written: .*; it needs [\d,]+ bytes; [\d,]+ bytes are free", done.stdout)
     assert not list(tmp_path.iterdir())
