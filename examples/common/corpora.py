@@ -8,9 +8,11 @@ import itertools
 import re
 import shutil
 import tarfile
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 from building import PrepareError
 from segments import SEPARATOR, clean
@@ -146,21 +148,22 @@ class TestSet(NamedTuple):
 def read_test_set(name: str, archives: Sequence[Path], pair: str, members: Sequence[str]) -> TestSet:
     """Reads the source and reference of a test set from its archives, with sacreBLEU's own reader.
 
-    sacreBLEU's cache folder (SACREBLEU) must be a fresh one: it would take what it finds there for the test set.
-
     members: paths of source and reference inside the archives.
     """
+    from sacrebleu.dataset import base
     from sacrebleu.dataset.iwslt_xml import IWSLTXMLDataset
 
     for archive in archives:  # sacreBLEU ends the process over a broken archive; this names the remedy
         with_members = [member for member in members if member in _member_names(archive)]
         if not with_members:
             raise PrepareError(f"{archive} has none of {', '.join(members)}: another archive of the same name?")
-    data_set = IWSLTXMLDataset(
-        name=name, data=[archive.resolve().as_uri() for archive in archives], langpairs={pair: list(members)}
-    )
-    fields = dict(zip(data_set.fieldnames(pair), data_set.get_files(pair), strict=True))
-    columns = [list(_read(Path(fields[field]))) for field in ("src", "ref", "docid")]
+    # A fresh cache: sacreBLEU takes what it finds there for the test set, and keeps there what it reads.
+    with tempfile.TemporaryDirectory() as cache, mock.patch.object(base, "SACREBLEU_DIR", cache):
+        data_set = IWSLTXMLDataset(
+            name=name, data=[archive.resolve().as_uri() for archive in archives], langpairs={pair: list(members)}
+        )
+        fields = dict(zip(data_set.fieldnames(pair), data_set.get_files(pair), strict=True))
+        columns = [list(_read(Path(fields[field]))) for field in ("src", "ref", "docid")]
     if len(columns[0]) != len(columns[1]) or not columns[0]:
         raise PrepareError(f"{name} has {len(columns[0])} sources and {len(columns[1])} references")
     return TestSet(*columns)

@@ -8,7 +8,6 @@ import argparse
 import itertools
 import os
 import sys
-import tempfile
 import tomllib
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -335,18 +334,15 @@ def languages(args: argparse.Namespace) -> tuple[str, str]:
 def main(arguments: Sequence[str] | None = None) -> None:
     args = parse_args(arguments)
     try:
-        with tempfile.TemporaryDirectory() as cache:
-            # Read when sacreBLEU is imported; a fresh cache, so that test sets come from the verified archives.
-            os.environ["SACREBLEU"] = cache
-            recipe = Recipe(args.data_set.resolve() / "recipe.toml", args.variant)
-            for name in ("bpe_size", "valid_every", "document_tokens"):
-                if getattr(args, name) and not getattr(recipe, name):
-                    raise PrepareError(f"{recipe.name} has no {name} in its recipe.toml: leave the option out")
-                setattr(recipe, name, getattr(args, name) or getattr(recipe, name))
-            args.out = args.out.absolute()
-            args.archives = (args.archives or Path(__file__).parents[1] / "archives").absolute()
-            archives = {name: downloads.fetch(part, args.archives) for name, part in recipe.archives.items()}
-            counts = build(args.out, steps_of(recipe, args, archives), {**vars(args), "archives": archives})
+        recipe = Recipe(args.data_set.resolve() / "recipe.toml", args.variant)
+        for name in ("bpe_size", "valid_every", "document_tokens"):
+            if getattr(args, name) and not getattr(recipe, name):
+                raise PrepareError(f"{recipe.name} has no {name} in its recipe.toml: leave the option out")
+            setattr(recipe, name, getattr(args, name) or getattr(recipe, name))
+        args.out = args.out.absolute()
+        args.archives = (args.archives or Path(__file__).parents[1] / "archives").absolute()
+        archives = {name: downloads.fetch(part, args.archives) for name, part in recipe.archives.items()}
+        counts = build(args.out, steps_of(recipe, args, archives), {**vars(args), "archives": archives})
     except (PrepareError, OSError) as error:
         sys.exit(f"run.sh prepare: error: {error}")
     print(f"pairs: {counts['sentences']}")

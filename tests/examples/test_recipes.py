@@ -12,17 +12,22 @@ import threading
 import tomllib
 from pathlib import Path
 
+import building
 import corpora
 import downloads
 import forked
 import mirror
 import pytest
 import recipe as recipe_program
+import sacrebleu.dataset.base
 from building import PrepareError
 from downloads import Archive, fetch
 from fairseq import options
 from fairseq.models import ARCH_MODEL_REGISTRY
 from sentences import write_pages
+
+from ap_fairseq.experiments.stages import Stages
+from ap_fairseq.files import ArtifactError
 
 HERE = Path(__file__).resolve().parent
 EXAMPLES = HERE.parents[1] / "examples"
@@ -138,18 +143,42 @@ def test_impossible_folders_are_named(recipe, tmp_path):
         assert message in printed and "run.sh: error: " in printed and "Traceback" not in printed
 
 
-def test_a_stage_with_other_settings_is_refused_with_both(recipe, tmp_path):
-    recipe("wmt14_en_fr", "prepare", "--bpe-size", 600, "--valid-every", 20)
-    message = recipe("wmt14_en_fr", "prepare", "--bpe-size", 600, "--valid-every", 30, expect=1)
-    assert "was done with other settings" in message and '"20"' in message and '"30"' in message
+@pytest.fixture
+def prepare_en_fr(data_mirror, tmp_path, use_mirror, monkeypatch):
+    """prepare_en_fr(lines) runs that stage of wmt14_en_fr in this process, without fairseq-preprocess, into "data"."""
+    use_mirror(data_mirror)
+    monkeypatch.setattr(building, "preprocess", lambda pair, folders, dictionary, out, *rest: out.mkdir())
+    monkeypatch.setattr(Stages, "run_always", lambda stages, name, program, *args: program(*args) or 0.0)
+
+    def run(valid_every: int):
+        words = [EXAMPLES / "wmt14_en_fr", "prepare", "--size", "tiny", "--gpus", 0, "--valid-every", valid_every]
+        words += ["--bpe-size", 600, "--archives", tmp_path / "archives", "--data", tmp_path / "data"]
+        parser = recipe_program.get_parser()
+        args, options = parser.parse_known_args([*map(str, words), "--out", str(tmp_path / "run")])
+        recipe_program.Recipe(args.folder, args, options).prepare()
+
+    return run
 
 
-def test_data_that_were_removed_are_made_again(recipe, tmp_path):
+def test_a_stage_with_other_settings_is_refused_with_both(prepare_en_fr):
+    prepare_en_fr(20)
+    with pytest.raises(ArtifactError, match='(?s)was done with other settings.*"20".*"30"'):
+        prepare_en_fr(30)
+
+
+def test_data_that_were_removed_are_made_again(prepare_en_fr, tmp_path):
     """A mark said that they were made, and the next stage failed."""
-    recipe("wmt14_en_fr", "prepare", "--bpe-size", 600, "--valid-every", 20)
-    shutil.rmtree(tmp_path / "the data, ü")
-    recipe("wmt14_en_fr", "prepare", "--bpe-size", 600, "--valid-every", 20)
-    assert (tmp_path / "the data, ü/counts.json").exists()
+    prepare_en_fr(20)
+    shutil.rmtree(tmp_path / "data")
+    prepare_en_fr(20)
+    assert (tmp_path / "data/counts.json").exists()
+
+
+def test_sacrebleu_keeps_no_test_set_of_a_mirror(prepare_en_fr, tmp_path, monkeypatch):
+    """It was imported before its folder was named, so it kept them in the user's own, for all programs."""
+    monkeypatch.setattr(sacrebleu.dataset.base, "SACREBLEU_DIR", str(tmp_path / "kept"))
+    prepare_en_fr(20)
+    assert (tmp_path / "data/text/test.fr").read_text("utf-8") and not (tmp_path / "kept").exists()
 
 
 @pytest.mark.parametrize("data_set", [*DATA_SETS, "libreoffice_help", "debian_text", "libreoffice_one_to_many"])
