@@ -360,20 +360,3 @@ def sum_by_offset(cells: Tensor, centre: Tensor, rows: Tensor) -> Tensor:
 
 def _ask_for_head_weights(module, args, kwargs):
     return args, {**kwargs, "need_weights": True, "need_head_weights": True}
-
-
-def sample_by_length(indices: np.ndarray, count: int, seed: int) -> np.ndarray:
-    """Draw *count* sentences whose lengths are distributed as in the whole data set.
-
-    The indices are split into *count* runs of (nearly) equal size, and one sentence is drawn from each.
-
-    Args:
-        indices: int64 (n,) of sentences in the order of their length.
-
-    Returns:
-        int64 (min(count, n),) in the same order.
-    """
-    if count >= len(indices):
-        return indices
-    edges = np.linspace(0, len(indices), count + 1).astype(np.int64)
-    return indices[np.random.default_rng(seed).integers(edges[:-1], edges[1:])]

@@ -29,16 +29,15 @@ from ap_fairseq.artifacts import AttentionStats
 from ap_fairseq.compat import drop_bettertransformer_copies
 from ap_fairseq.files import ArtifactError, UserError, file_sha256, refuse_existing
 from ap_fairseq.model.checkpoints import RECORDABLE, load_parameters, stored_model
-from ap_fairseq.recording.recorder import AttentionRecorder, data_parallel_group, gathered, sample_by_length
-from ap_fairseq.recording.tasks import (
+from ap_fairseq.recording.lengths import (
     diagonal_slope,
     lengths_of,
     longest_sides,
-    provenance,
-    recorded_task,
-    samples_of,
+    sample_by_length,
     validation_lengths,
 )
+from ap_fairseq.recording.recorder import AttentionRecorder, data_parallel_group, gathered
+from ap_fairseq.recording.tasks import provenance, recorded_task, samples_of
 
 logger = logging.getLogger(__name__)
 

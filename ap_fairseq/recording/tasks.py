@@ -1,4 +1,4 @@
-"""The fairseq tasks under which models are recorded: their settings, and how they load a subset."""
+"""The fairseq tasks under which models are recorded, and their settings."""
 
 from __future__ import annotations
 
@@ -8,9 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 from fairseq.criterions import FairseqCriterion
-from fairseq.data import FairseqDataset, LanguagePairDataset
 from fairseq.dataclass import FairseqDataclass
 from fairseq.models import BaseFairseqModel
 from fairseq.models.roberta import RobertaModel
@@ -22,9 +20,7 @@ from fairseq.tasks.masked_lm import MaskedLMConfig, MaskedLMTask
 from fairseq.tasks.sentence_prediction import SentencePredictionConfig
 from fairseq.tasks.translation import TranslationConfig, TranslationTask
 
-from ap_fairseq.lengths import counted
 from ap_fairseq.provenance import dictionary_hashes, versions
-from ap_fairseq.relative import slope_of
 
 
 @dataclass(frozen=True)
@@ -131,44 +127,3 @@ def provenance(
 def samples_of(task: FairseqTask) -> str:
     """Return what the samples of a task are, for its logs: ``sentences``, or ``blocks`` of running text."""
     return "blocks" if isinstance(task, LanguageModelingTask | MaskedLMTask) else "sentences"
-
-
-def longest_sides(dataset: FairseqDataset) -> tuple[int, int]:
-    """Return the most tokens that a (source, target) of a data set has; they are the same where there is one text."""
-    if isinstance(dataset, LanguagePairDataset):
-        return int(dataset.src_sizes.max()), int(dataset.tgt_sizes.max())
-    longest = int(np.max(dataset.sizes)) + 1  # --add-bos-token is not counted
-    return longest, longest
-
-
-def diagonal_slope(dataset: FairseqDataset) -> int | None:
-    """Return the slope of the diagonal of cross-attention in a data set of sentence pairs, None for others."""
-    if not isinstance(dataset, LanguagePairDataset):
-        return None
-    return slope_of(int(dataset.src_sizes.sum()), int(dataset.tgt_sizes.sum()))
-
-
-def validation_lengths(task: FairseqTask) -> np.ndarray | None:
-    """Return the lengths of the validation sentences of a translation task, int64 (n, 3); None where there are none.
-
-    They are those of the subset ``valid``, which is loaded unless it is there already; its sentences are not read.
-    """
-    if not isinstance(task, TranslationTask):
-        return None
-    if "valid" not in task.datasets:
-        try:
-            task.load_dataset("valid")
-        except FileNotFoundError:
-            return None
-    dataset = task.dataset("valid")
-    if dataset.tgt_sizes is None or not len(dataset):
-        return None
-    return counted(np.column_stack([dataset.tgt_sizes, dataset.src_sizes, np.ones(len(dataset), dtype=np.int64)]))
-
-
-def lengths_of(dataset: FairseqDataset, indices: np.ndarray) -> np.ndarray:
-    """Return the tokens of samples as batches count them, int64 (n,)."""
-    try:
-        return dataset.num_tokens_vec(indices)
-    except NotImplementedError:  # not all data sets have it
-        return np.array([dataset.num_tokens(index) for index in indices])

@@ -21,8 +21,9 @@ from ap_fairseq.files import UserError
 from ap_fairseq.model.pruned_model import PrunedModel
 from ap_fairseq.pruning.build import build_masks
 from ap_fairseq.pruning.flags import require_fitting, spec_from
-from ap_fairseq.recording.recorder import AttentionRecorder, data_parallel_group, sample_by_length
-from ap_fairseq.recording.tasks import diagonal_slope, longest_sides, provenance, samples_of, validation_lengths
+from ap_fairseq.recording.lengths import diagonal_slope, longest_sides, sample_by_length, validation_lengths
+from ap_fairseq.recording.recorder import AttentionRecorder, data_parallel_group
+from ap_fairseq.recording.tasks import provenance, samples_of
 from ap_fairseq.sites import architecture
 from ap_fairseq.training.schedule import PruningSchedule
 

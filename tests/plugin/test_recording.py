@@ -20,7 +20,8 @@ from ap_fairseq.cli import record as record_command
 from ap_fairseq.files import ArtifactError, UserError
 from ap_fairseq.lengths import support_of
 from ap_fairseq.model.checkpoints import load_checkpoint
-from ap_fairseq.recording.recorder import AttentionRecorder, sample_by_length
+from ap_fairseq.recording.lengths import sample_by_length
+from ap_fairseq.recording.recorder import AttentionRecorder
 from ap_fairseq.sites import AttentionKind, attention_sites
 
 VOCAB = dictionary()
