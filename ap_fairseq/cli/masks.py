@@ -64,7 +64,7 @@ def write_masks(
     stats: AttentionStats,
     spec: MaskSpec,
     output,
-    overwrite: bool = False,
+    overwrite: bool,
     per_layer: bool = False,
     share: float = 1.0,
 ) -> None:

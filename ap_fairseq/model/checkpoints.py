@@ -50,9 +50,6 @@ CONVERTIBLE: dict[type, tuple[type, ...]] = {
     PrunedRobertaModel: (RobertaModel,),
 }
 
-# Options of theirs that say where parameters come from, which a trained checkpoint holds.
-INITIALISATION = ("pretrained_xlm_checkpoint", "init_encoder_only", "init_decoder_only")
-
 
 def add_user_dir(parser: argparse.ArgumentParser) -> None:
     """Add fairseq's ``--user-dir``."""

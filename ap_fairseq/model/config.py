@@ -136,7 +136,3 @@ OWN_DEFAULTS = {
     for field in dataclasses.fields(PrunedTransformerConfig)
     if field.name not in InheritedConfig.__dataclass_fields__
 }
-
-
-def is_interpolation(value: Any) -> bool:
-    return isinstance(value, str) and value.startswith("${")

@@ -18,7 +18,7 @@ from ap_fairseq.artifacts import PruningMasks
 from ap_fairseq.compat import drop_bettertransformer_copies
 from ap_fairseq.files import ArtifactError, UserError, file_sha256
 from ap_fairseq.model.attention import MASK_BUFFERS, NotScriptable
-from ap_fairseq.model.config import OWN_DEFAULTS, is_interpolation
+from ap_fairseq.model.config import OWN_DEFAULTS
 from ap_fairseq.model.cpu_linear import forget_packed
 from ap_fairseq.model.dynamic import require_kinds
 from ap_fairseq.model.kv_cache import peak_share
@@ -73,7 +73,8 @@ class PrunedModel(NotScriptable):
         path = getattr(cfg, "attention_masks", None)
         _erase_mask_path(cfg)
         flat = OmegaConf.to_container(cfg, resolve=True, enum_to_str=True) if OmegaConf.is_config(cfg) else vars(cfg)
-        given = {name: value for name, value in flat.items() if not is_interpolation(value)}
+        interpolated = {name for name, value in flat.items() if isinstance(value, str) and value.startswith("${")}
+        given = {name: value for name, value in flat.items() if name not in interpolated}
         return argparse.Namespace(**{**OWN_DEFAULTS, **given}), path
 
     def start_with(self, options: argparse.Namespace, path: str | None, task) -> None:

@@ -4,7 +4,7 @@ fairseq's generator is bound by Python and kernel launches: it reads back which 
 every cache, and shrinks all tensors when a sentence is finished. Here one step (decoder, choice of candidates, finished
 hypotheses) works on buffers that stay where they are, so that on a GPU it is captured once as a CUDA graph per batch
 size and replayed. Hypotheses are recorded as back-pointers and read out once, at the end. The host looks at the number
-of unfinished sentences a few steps late, and halves the batch when enough of them are finished.
+of unfinished sentences a step late, and halves the batch when enough of them are finished.
 
 The rules of the search are those of ``fairseq.sequence_generator``: same hypotheses, same scores.
 """

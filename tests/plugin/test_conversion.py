@@ -17,7 +17,7 @@ from plugin.commands import generate, run, run_process
 
 from ap_fairseq.artifacts import PruningMasks
 from ap_fairseq.files import ArtifactError, UserError
-from ap_fairseq.model.checkpoints import INITIALISATION, apply_masks, load_checkpoint, pruned_options
+from ap_fairseq.model.checkpoints import apply_masks, load_checkpoint, pruned_options
 from ap_fairseq.model.config import PrunedTransformerConfig
 from ap_fairseq.model.stock import convert_to_stock, require_dense, stock_options
 from ap_fairseq.model.transformer import PrunedTransformerModel
@@ -31,6 +31,7 @@ TRANSFORMERS = [
     if name.startswith("transformer") and issubclass(model, TransformerModelBase)
 ]
 REFUSED = {"full_context_alignment"}
+INITIALISATION = {"pretrained_xlm_checkpoint", "init_encoder_only", "init_decoder_only"}  # a checkpoint has its outcome
 
 
 def options_of(model) -> list[argparse.Action]:
