@@ -4,7 +4,7 @@
     python scripts/readme_tables.py             # lists what is stale; exit status 1 if anything is
     python scripts/readme_tables.py --write     # rewrites it in place
 
-A table stands between ``<!-- results: NAME -->`` and ``<!-- end -->``; TABLES says what makes it. A number in running
+A table stands between ``<!-- results: NAME -->`` and ``<!-- end -->``; `tables` says what makes it. A number in running
 text stands in a span, ``<!-- n: FILE KEY [OP KEY] FORMAT -->31.6<!-- /n -->``:
 
     FILE    a .json or .jsonl file, relative to the repository's root

@@ -13,6 +13,8 @@ import forked
 import torch
 from fairseq import checkpoint_utils
 
+from ap_fairseq.model.checkpoints import load_checkpoint
+
 ROOT = Path(__file__).resolve().parents[2]
 PLUGIN = ["--user-dir", str(ROOT / "ap_fairseq")]
 
@@ -99,6 +101,14 @@ def train_on_text(data, save_dir, *flags, updates, expect=0) -> str:
         *flags,
         expect=expect,
     )
+
+
+def changed_checkpoint(path, output: Path, change) -> Path:
+    """Save what *change* makes of the state of a checkpoint."""
+    state = load_checkpoint(path)
+    change(state)
+    torch.save(state, output)
+    return output
 
 
 def losses(log: str) -> list[str]:

@@ -13,7 +13,7 @@ from fairseq.models import ARCH_CONFIG_REGISTRY, ARCH_MODEL_REGISTRY, build_mode
 from fairseq.models.transformer import TransformerModelBase
 from fairseq.models.transformer_align import TransformerAlignModel
 from plugin.builders import SIZES, batch, dictionary, pruned_model, random_masks, task
-from plugin.commands import generate, run, run_process
+from plugin.commands import changed_checkpoint, generate, run, run_process
 
 from ap_fairseq.artifacts import PruningMasks
 from ap_fairseq.files import ArtifactError, UserError
@@ -210,13 +210,6 @@ def test_a_model_without_masks_says_so_before_its_first_batch():
     assert pruned_model(random_masks(0.5)).max_positions() == (1024, 1024)
 
 
-def damaged(path, output, change):
-    state = load_checkpoint(path)
-    change(state)
-    torch.save(state, output)
-    return output
-
-
 def test_damaged_checkpoints_are_named_with_what_is_wrong(dense, data_bin, masks_file, tmp_path):
     """Torch's advice to unpickle what its safe loader refuses was passed on; damage inside was a traceback."""
     weight = "decoder.layers.1.fc1.weight"
@@ -232,7 +225,8 @@ def test_damaged_checkpoints_are_named_with_what_is_wrong(dense, data_bin, masks
         f"size mismatch for {weight}": lambda state: state["model"].update({weight: torch.zeros(3)}),
     }
     files = [
-        (damaged(dense, tmp_path / f"{k}.pt", change), message) for k, (message, change) in enumerate(changes.items())
+        (changed_checkpoint(dense, tmp_path / f"{k}.pt", change), message)
+        for k, (message, change) in enumerate(changes.items())
     ]
     for path, message in [*files, (pointer, "Git LFS pointer"), (text, "cannot be read as a checkpoint")]:
         with pytest.raises(ArtifactError, match=rf"{path.name}.*{message}") as error:

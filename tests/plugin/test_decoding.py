@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 from fairseq.sequence_generator import SequenceGenerator
-from plugin.builders import batch, dictionary, pruned_model, random_masks
+from plugin.builders import pruned_model, random_masks
 from plugin.hypotheses import assert_same, plain
+from plugin.searches import DEVICE, SIZES, VOCAB, sample
 
 from ap_fairseq.artifacts import PruningMasks
 from ap_fairseq.files import UserError
@@ -17,12 +18,7 @@ from ap_fairseq.search import static_decoder
 from ap_fairseq.search.generator import PrunedSequenceGenerator
 from ap_fairseq.sites import AttentionKind, attention_sites
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-VOCAB = dictionary(30)
 STEPS, SOURCE = 48, 12
-SIZES = dict(
-    encoder_embed_dim=32, decoder_embed_dim=32, decoder_input_dim=32, decoder_output_dim=32, max_target_positions=STEPS
-)
 
 
 def masks(window: int | None) -> PruningMasks:
@@ -47,14 +43,9 @@ def masks(window: int | None) -> PruningMasks:
 
 
 def model(pruning_masks: PruningMasks, **options):
-    made = pruned_model(pruning_masks, VOCAB, **SIZES, **options)
+    made = pruned_model(pruning_masks, VOCAB, max_target_positions=STEPS, **SIZES, **options)
     made.decoder.output_projection.weight.data.mul_(3)
     return made.to(DEVICE)
-
-
-def sample(lengths):
-    source = batch(lengths, VOCAB, left=True).to(DEVICE)
-    return {"net_input": {"src_tokens": source, "src_lengths": torch.tensor(lengths, device=DEVICE)}}
 
 
 @pytest.fixture

@@ -4,16 +4,14 @@ import copy
 
 import pytest
 import torch
-from plugin.builders import adaptive, causal_masks, dictionary, language_models, pruned_model, random_masks
+from plugin.builders import adaptive, causal_masks, language_models, pruned_model, random_masks
+from plugin.searches import DEVICE, SIZES, VOCAB
 
 from ap_fairseq.search import fused_decoder
 from ap_fairseq.search.generator import PrunedSequenceGenerator
 from ap_fairseq.search.static_decoder import StaticDecoder
 from triton_ops.rows import MAX_ROWS
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-VOCAB = dictionary(30)
-SIZES = dict(encoder_embed_dim=32, decoder_embed_dim=32, decoder_input_dim=32, decoder_output_dim=32)
 LM_SIZES = dict(decoder_embed_dim=32, decoder_input_dim=32, decoder_output_dim=32, max_target_positions=64)
 
 

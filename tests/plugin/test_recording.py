@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from plugin.builders import batch, dense_model, dictionary
-from plugin.commands import ROOT, run, run_process
+from plugin.commands import ROOT, changed_checkpoint, run, run_process
 
 from ap_fairseq.artifacts import AttentionStats
 from ap_fairseq.cli import record as record_command
@@ -247,13 +247,6 @@ def test_an_interrupted_recording_leaves_nothing_and_runs_again(data_bin, dense,
     assert recording.returncode != 0 and not list(tmp_path.iterdir())
     run(*command, "--max-tokens", 2000)
     assert AttentionStats.load(tmp_path / "stats").metadata["sentences"] == 1000
-
-
-def changed_checkpoint(path, output, change) -> Path:
-    state = load_checkpoint(path)
-    change(state)
-    torch.save(state, output)
-    return output
 
 
 @pytest.fixture
