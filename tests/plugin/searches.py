@@ -16,12 +16,18 @@ def models(n: int = 1, sparsity: float = 0.6, empty_rows: bool = False, **option
     for seed in range(n):
         masks = random_masks(sparsity, seed=seed, longest=(30, 12), empty_rows=empty_rows)
         model = pruned_model(masks, VOCAB, **SIZES, **options)
-        for parameter in model.parameters():  # untrained models end nowhere or at once; livelier ones end everywhere
+        for parameter in model.parameters():
             parameter.data.mul_(1 + seed / 10)
-        if model.decoder.adaptive_softmax is None:
-            model.decoder.output_projection.weight.data.mul_(3)
-        made.append(model.to(DEVICE))
+        made.append(lively(model).to(DEVICE))
     return made
+
+
+def lively(model):
+    """Let hypotheses end everywhere: those of untrained models end nowhere or at once."""
+    if model.decoder.adaptive_softmax is None:
+        model.decoder.output_projection.weight.data.mul_(3)
+        model.decoder.output_projection.weight.data[VOCAB.eos()].mul_(4)
+    return model
 
 
 def sample(lengths, seed: int = 0) -> dict[str, dict[str, torch.Tensor]]:

@@ -31,7 +31,7 @@ from plugin.builders import (
     random_masks,
 )
 from plugin.hypotheses import assert_same
-from plugin.searches import DEVICE, SIZES, VOCAB, models, sample
+from plugin.searches import DEVICE, SIZES, VOCAB, lively, models, sample
 
 import triton_ops
 from ap_fairseq.files import UserError
@@ -62,19 +62,20 @@ LENGTHS = [5, 2, 7, 11, 3, 9, 4, 6, 8, 10, 12, 5, 7]
     [
         dict(beam_size=3),
         dict(beam_size=1, max_len_b=9),
-        dict(beam_size=4, len_penalty=0.3, unk_penalty=1.5, temperature=1.3, min_len=4, max_len_a=1.2, max_len_b=3),
-        dict(beam_size=5, normalize_scores=False, max_len_b=25, tokens_to_suppress=("w3", "w4")),
+        dict(beam_size=4, len_penalty=0.3, unk_penalty=1.5, temperature=1.3, min_len=4, max_len_a=0.8, max_len_b=3),
+        dict(beam_size=5, normalize_scores=False, max_len_b=14, tokens_to_suppress=("w3", "w4")),
     ],
     ids=["beam 3", "greedy", "penalties", "unnormalized"],
 )
 def test_hypotheses_and_scores_are_those_of_fairseq(options, backend):
-    options = {"max_len_b": 20, **options}
+    options = {"max_len_b": 12, **options}
     systems = models(attention_backend=backend)
     lengths = LENGTHS if backend == "sdpa" or DEVICE == "cuda" else LENGTHS[:4]  # the interpreter is slow
     generator = PrunedSequenceGenerator(systems, VOCAB, **options)
     for seed in (0, 1):  # the second batch finds the buffers of the first
         expected = SequenceGenerator(systems, VOCAB, **options).generate([], sample(lengths, seed))
         assert_same(generator.generate([], sample(lengths, seed)), expected)
+        assert len({len(h["tokens"]) for hypotheses in expected for h in hypotheses}) > 1, "all are cut at the end"
 
 
 @pytest.mark.parametrize("decoder", ["CPU", "pools", "kernels"])
@@ -348,11 +349,9 @@ PROMPTS = [12, 9, 17, 14, 10]
 
 
 def language_model(sparsity: float, vocab=VOCAB, **options):
-    """fairseq's model where nothing is pruned, and ours; both livelier than untrained ones, as in `models`."""
+    """fairseq's model where nothing is pruned, and ours; both lively."""
     stock, ours = language_models(vocab, **{"decoder_embed_dim": 32, "tokens_per_sample": 64, **options})
-    if ours.decoder.adaptive_softmax is None:
-        ours.decoder.output_projection.weight.data.mul_(3)
-    for name, parameter in ours.named_parameters():
+    for name, parameter in lively(ours).named_parameters():
         if name.endswith(("c_attn", "w_resid")):  # of ones at first
             parameter.data.mul_(torch.linspace(0.5, 2, len(parameter)))
     if sparsity:
