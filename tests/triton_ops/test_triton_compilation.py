@@ -7,20 +7,27 @@ import sys
 from pathlib import Path
 
 import pytest
+import triton
 
 ROOT = Path(__file__).resolve().parents[2]
+GLUON = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 6)
 SHARED_MEMORY = 227 * 1024  # bytes a block may use on an H100 or H200
+
+
+def output(script, cache):
+    """What a script of this folder prints when Triton compiles, to an empty cache, and ptxas reports."""
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    environment = dict(os.environ, TRITON_INTERPRET="0", TRITON_DUMP_PTXAS_LOG="1", PYTHONPATH=path)
+    environment["TRITON_CACHE_DIR"] = str(cache)
+    command = [sys.executable, Path(__file__).with_name(script)]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-3000:]
+    return run.stdout
 
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    environment = dict(os.environ, TRITON_INTERPRET="0", PYTHONPATH=path)
-    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
-    script = Path(__file__).with_name("compile_offline.py")
-    run = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr[-3000:]
-    return json.loads(run.stdout.splitlines()[-1])
+    return json.loads(output("compile_offline.py", tmp_path_factory.mktemp("triton")).splitlines()[-1])
 
 
 def test_fifty_random_lengths_compile_nothing_after_one_of_each_size_class(report):
@@ -62,3 +69,15 @@ def test_triton_binds_the_arguments_of_launches_alike_once(report, size, kernels
     repetition = report["repetitions"][size]
     assert repetition["bound"] == [kernels, 0, kernels, kernels]
     assert repetition["same"]
+
+
+@pytest.mark.skipif(not GLUON, reason="triton 3.6 is the first whose Gluon has what they need")
+def test_products_of_the_gluon_kernels_run_asynchronously(tmp_path):
+    """ptxas runs them one by one when registers do not suffice, or when it cannot see that a result is waited for."""
+    *log, report = output("compile_gluon.py", tmp_path).splitlines()
+    kernels = json.loads(report)
+    names = {"dkdv_kernel", "dq_kernel"}
+    assert {kernel["name"] for kernel in kernels} == names
+    assert all(kernel["wgmma"] and kernel["shared"] <= SHARED_MEMORY // 2 for kernel in kernels)
+    assert all(any(f"Compiling entry function '{name}'" in line for line in log) for name in names)  # it does report
+    assert not [line for line in log if "serialized" in line]
