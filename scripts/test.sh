@@ -3,9 +3,8 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 cd "$root"
-# Two processes with a thread each, a test file in one of them: the pipeline tests beside the kernel tests.
-export OMP_NUM_THREADS=1
 ruff check .
 ruff format --check .
 mypy
+# Two processes, a test file in one of them: the pipeline tests beside the kernel tests.
 python -m pytest -n 2 --dist loadfile "$@"

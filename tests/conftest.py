@@ -3,6 +3,10 @@
 import functools
 import os
 
+# Before torch is imported. Stages of experiments fork, here from a process that computes: OpenMP's threads would not
+# survive it, and the child's first parallel operator would wait for them forever.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import hypothesis
 import pytest
 import torch

@@ -1,9 +1,10 @@
 """Resumable stages of an experiment, each a console command or a function, with live progress.
 
 A stage runs in a forked child, so that the seconds of importing torch and fairseq are spent once, and a stage can leave
-its GPU memory, its random state and fairseq's globals behind. The parent must not have used the GPU; importing fairseq
-counts GPUs, which torch does through NVML. Where there is no NVML, and CUDA refuses forked processes, set
-AP_START_METHOD=spawn: each stage then imports everything again.
+its GPU memory, its random state and fairseq's globals behind. The parent must not have used the GPU, nor run operators
+on several threads, which would not be there in the child. Importing fairseq counts GPUs, which torch does through
+NVML. Where there is no NVML, and CUDA refuses forked processes, set AP_START_METHOD=spawn: each stage then imports
+everything again.
 """
 
 from __future__ import annotations
