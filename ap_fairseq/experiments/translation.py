@@ -193,7 +193,9 @@ def _is_done(system: Translation, request: dict[str, Any]) -> bool:
 def _bleu_by_lenpen(model, task, batches, search: Search, device) -> dict[str, float]:
     """Return the BLEU on the validation data, *batches*, with each length penalty."""
     dictionary, dataset = task.target_dictionary, task.dataset(VALIDATION)
-    references = [dictionary.string(dataset.tgt[k], search.remove_bpe, escape_unk=True) for k in range(len(dataset))]
+    references = [
+        dictionary.string(dataset.tgt[k].tolist(), search.remove_bpe, escape_unk=True) for k in range(len(dataset))
+    ]
     found = {}
     for lenpen in search.lenpens:
         texts = _translated(model, task, batches, search, lenpen, device)
@@ -218,7 +220,7 @@ def _hypotheses(model, task, batches, generator, device, remove_bpe):
         ):
             # Not fairseq's post_process_prediction, which adds the words of the text to the dictionary.
             text = task.target_dictionary.string(
-                hypotheses[0]["tokens"].int().cpu(),
+                hypotheses[0]["tokens"].tolist(),  # fairseq goes through a tensor element by element
                 remove_bpe,
                 extra_symbols_to_ignore=get_symbols_to_strip_from_output(generator),
             )

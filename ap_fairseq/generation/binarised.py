@@ -6,8 +6,10 @@ import copy
 import json
 import logging
 import re
+from argparse import Namespace
 from collections.abc import Iterable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -96,11 +98,19 @@ def translate_share(rank: int, cfg, folder: Path) -> None:
 
     FairseqTask.get_batch_iterator = get_batch_iterator  # this process does nothing else
     try:
-        scorer = generate.main(cfg)
+        scorer = generate.main(_plain(cfg))
     except _NoBatch:
         scorer = None
     statistics = [getattr(scorer.stat, name) for name, _ in BleuStat._fields_] if hasattr(scorer, "stat") else None
     write_json(folder / f"rank{rank}.json", {**subset, "statistics": statistics}, overwrite=True)
+
+
+def _plain(cfg) -> SimpleNamespace:
+    """Return *cfg* with plain values where ``fairseq-generate`` looks at each sentence, which takes OmegaConf long."""
+    groups = {name: cfg[name] for name in cfg}
+    return SimpleNamespace(
+        **groups | {name: Namespace(**cfg[name]) for name in ("common_eval", "dataset", "generation")}
+    )
 
 
 def join(files: Iterable[Path]) -> dict[int, list[str]]:

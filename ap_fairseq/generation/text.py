@@ -151,7 +151,9 @@ class Translator:
         device = "cuda" if torch.cuda.is_available() and not cfg.common.cpu else "cpu"
         for model in models:
             model.to(device, torch.float16 if cfg.common.fp16 else None)
-        self.cfg = cfg
+        # Looked up once, which takes OmegaConf as long as the rest of a line.
+        self.max_tokens, self.post_process = cfg.dataset.max_tokens, cfg.common_eval.post_process
+        self.cfg, self.beam = cfg, cfg.generation.beam
         self.hub = GeneratorHubInterface(cfg, task, models).to(device)
         longest = self.hub.max_positions
         self.longest = longest if isinstance(longest, int) else longest[0]  # a language model has one side
@@ -171,11 +173,11 @@ class Translator:
         sources = [self._encode(lines[number], name, first + number) for number in filled]
         texts = [""] * len(lines)
         if filled:
-            hypotheses = self.hub.generate(sources, beam=self.cfg.generation.beam)
+            hypotheses = self.hub.generate(sources, beam=self.beam)
             for number, (best, *_) in zip(filled, hypotheses, strict=True):
                 # Not fairseq's post_process_prediction, which adds the words of the text to the dictionary. A list, as
                 # fairseq goes through a tensor element by element: eight times as slow.
-                text = self.hub.tgt_dict.string(best["tokens"].tolist(), self.cfg.common_eval.post_process)
+                text = self.hub.tgt_dict.string(best["tokens"].tolist(), self.post_process)
                 text = self.hub.detokenize(self.hub.remove_bpe(text))
                 texts[number] = text.replace("\n", " ")  # which a BPE of bytes may spell
         return texts
@@ -192,10 +194,10 @@ class Translator:
                 )
             print(f"line {number} was cut from {len(tokens)} to {self.longest} tokens", flush=True)
             tokens = torch.cat([tokens[: self.longest - 1], tokens[-1:]])
-        if len(tokens) > (self.cfg.dataset.max_tokens or math.inf):
+        if len(tokens) > (self.max_tokens or math.inf):
             raise UserError(
                 f"{name} line {number} has {len(tokens)} tokens, a batch at most --max-tokens "
-                f"{self.cfg.dataset.max_tokens}; raise it"
+                f"{self.max_tokens}; raise it"
             )
         return tokens
 

@@ -1,9 +1,12 @@
 """What tasks that search on the device share."""
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+from fairseq.data import Dictionary
 from fairseq.dataclass import FairseqDataclass
 
 from ap_fairseq.files import UserError
@@ -21,10 +24,23 @@ class SearchOnDeviceConfig(FairseqDataclass):
     )
 
 
+class ListDictionary(Dictionary):
+    """A dictionary that prints lists: fairseq's goes through a tensor element by element, many times as slow."""
+
+    def string(self, tensor, *args, **options) -> str:
+        if torch.is_tensor(tensor) and tensor.dim() == 1:
+            tensor = tensor.tolist()
+        return super().string(tensor, *args, **options)
+
+
 class SearchOnDevice:
     """The part of a task whose search is decided on the device; fairseq's own task class comes after it."""
 
     _built: tuple[tuple, Any] | None = None  # what the last generator was built for, and that generator
+
+    @classmethod
+    def load_dictionary(cls, filename: str) -> Dictionary:
+        return ListDictionary.load(filename)
 
     def build_generator(self, models, args, seq_gen_cls=None, extra_gen_cls_kwargs=None, prefix_allowed_tokens_fn=None):
         """As fairseq's. The same call gives the same generator, with its buffers: the hub asks in every translation.
@@ -51,3 +67,14 @@ class SearchOnDevice:
         if built is None or built[0] != wanted:
             built = self._built = wanted, super().build_generator(models, args, *options)
         return built[1]  # not the attribute, which another thread may have replaced
+
+    def inference_step(self, generator, models: Sequence, sample: dict, prefix_tokens=None, constraints=None):
+        """As fairseq's, but source and target of *sample* are on the host afterwards, where hypotheses are.
+
+        fairseq's commands print them token by token, each of which would wait for the device: longer than the search.
+        """
+        found = super().inference_step(generator, models, sample, prefix_tokens, constraints)
+        for part, name in ((sample["net_input"], "src_tokens"), (sample, "target")):
+            if torch.is_tensor(part.get(name)):
+                part[name] = part[name].cpu()
+        return found

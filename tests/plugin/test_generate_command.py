@@ -291,12 +291,7 @@ def test_parts_of_a_text_are_its_lines(tmp_path):
 def test_a_line_that_a_bpe_of_bytes_spells_stays_in_one_line():
     """A line feed in one translation shifted all lines after it."""
     translator = Translator.__new__(Translator)
-    translator.cfg = argparse.Namespace(
-        generation=argparse.Namespace(beam=1),
-        common_eval=argparse.Namespace(post_process=None),
-        dataset=argparse.Namespace(max_tokens=None),
-    )
-    translator.longest = 10
+    translator.beam, translator.longest, translator.max_tokens, translator.post_process = 1, 10, None, None
     translator.hub = Mock()
     translator.hub.encode.return_value = torch.tensor([4, 2])
     translator.hub.generate.return_value = [[{"tokens": torch.tensor([4, 2])}]]

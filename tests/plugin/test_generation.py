@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
+from fairseq.data import Dictionary
 from fairseq.models.transformer_align import TransformerAlignModel
 from fairseq.ngram_repeat_block import NGramRepeatBlock
 from fairseq.search import BeamSearch, DiverseBeamSearch, DiverseSiblingsSearch, LengthConstrainedBeamSearch, Sampling
@@ -39,6 +40,7 @@ from ap_fairseq.model import cpu_linear
 from ap_fairseq.search import alignment, generator, host_decoder, static_decoder
 from ap_fairseq.search.alignment import PrunedSequenceGeneratorWithAlignment
 from ap_fairseq.search.generator import PrunedSequenceGenerator
+from ap_fairseq.search.task import ListDictionary, SearchOnDevice
 from ap_fairseq.sites import AttentionKind
 
 
@@ -609,6 +611,43 @@ def test_threads_that_share_a_generator_take_turns():
         sys.setswitchinterval(switch)
     for mine, theirs in zip(found, expected, strict=True):
         assert_same(mine, theirs)
+
+
+class Elsewhere(torch.Tensor):
+    """A tensor of a device that says when it is read there."""
+
+    def cpu(self):
+        return self.as_subclass(torch.Tensor)
+
+
+@pytest.mark.parametrize("target", [torch.tensor([[4, 2]]), None], ids=["with references", "without"])
+def test_what_fairseq_prints_is_on_the_host_after_the_search(target):
+    """It prints source and target token by token, and each would wait for the device."""
+
+    class Stock:
+        def inference_step(self, generator, models, sample, prefix_tokens, constraints):
+            assert isinstance(sample["net_input"]["src_tokens"], Elsewhere)
+            return [[sample, prefix_tokens]]
+
+    class Task(SearchOnDevice, Stock):
+        pass
+
+    source = torch.tensor([[5, 6, 2]])
+    inputs = {"net_input": {"src_tokens": source.as_subclass(Elsewhere)}}
+    inputs["target"] = None if target is None else target.as_subclass(Elsewhere)
+    assert Task().inference_step(None, [], inputs, prefix_tokens=3) == [[inputs, 3]]
+    assert type(inputs["net_input"]["src_tokens"]) is torch.Tensor and inputs["net_input"]["src_tokens"].equal(source)
+    assert inputs["target"] is None if target is None else type(inputs["target"]) is torch.Tensor
+
+
+@pytest.mark.parametrize("rows", [[4, 6, 3, 2], [[4, 3, 5, 2], [5, 6, 2, 1]], [2], []])
+def test_tokens_are_joined_as_in_fairseq(rows):
+    ours, theirs = ListDictionary(), Dictionary()
+    for word in ("▁a", "b", "▁c"):
+        assert ours.add_symbol(word) == theirs.add_symbol(word)
+    for options in ({}, dict(escape_unk=True, bpe_symbol="sentencepiece"), dict(extra_symbols_to_ignore={5})):
+        tokens = torch.tensor(rows, dtype=torch.long)
+        assert ours.string(tokens, **options) == theirs.string(tokens, **options)
 
 
 def test_buffers_on_the_device_go_with_the_generator():
