@@ -179,18 +179,22 @@ def dropout() -> str:
     rows.append(
         ("en-de", "0.2 / 0 / 0", "from scratch", 6000, *(lookup(lines, f"group={name}/bleu") for name in groups))
     )
+    corpora = {"LibreOffice's help": RESULTS / "regularisation.jsonl", "Debian text": DEBIAN_RESULTS / "tuned.jsonl"}
     dense, pruned, *_ = one_command_systems()
-    rows.append(("en-de", "0.3 / 0.1 / 0.1", "while training", dense["updates"], dense["bleu"], pruned["bleu"]))
     rows = [("LibreOffice's help", *row) for row in rows]
-    tuned = load(DEBIAN_RESULTS / "tuned.jsonl")
-    for strength in ("0.2", "0.3"):
-        flags = f"--dropout {strength} --attention-dropout 0.1 --activation-dropout 0.1"
-        found = {
-            (line["criterion"], round(line["total"]["effective"], 1)): line for line in tuned if line["flags"] == flags
-        }
-        of_dense, of_pruned = found["dense", 0.0], found["importance", 0.8]
-        settings = ("Debian text", "en-de", f"{strength} / 0.1 / 0.1", "while training", of_dense["updates"])
-        rows.append((*settings, of_dense["bleu"], of_pruned["bleu"]))
+    for corpus, path in corpora.items():
+        found: dict[str, dict[str, float]] = {}
+        for line in load(path):
+            if line["total"]["effective"] < 0.85:
+                strengths = dict(re.findall(r"--(\S+) (\S+)", line["flags"]))
+                names = ("dropout", "attention-dropout", "activation-dropout")
+                strength = " / ".join(strengths.get(name, "0") for name in names)
+                found.setdefault(strength, {})[line["criterion"]] = line["bleu"]
+        if path.parent == RESULTS:
+            found["0.3 / 0.1 / 0.1"] = {"dense": dense["bleu"], "importance": pruned["bleu"]}
+        for strength, bleu in sorted(found.items()):
+            settings = (corpus, "en-de", strength, "while training", dense["updates"])
+            rows.append((*settings, bleu["dense"], bleu["importance"]))
     header = ["corpus", "pair", "dropout", "80% pruned", "updates", "dense, BLEU", "80%, BLEU", "difference"]
     body = [
         [*names, f"{updates:,}", f"{dense:.2f}", f"{pruned:.2f}", f"{pruned - dense:+.2f}"]
@@ -368,28 +372,6 @@ def sweep_parts(path: Path) -> str:
     return markdown(Table(header, body))
 
 
-def regularisation() -> str:
-    """Dense and 80% over strengths of regularisation and two sizes of corpus."""
-    small, large = RESULTS / "regularisation.jsonl", DEBIAN_RESULTS / "tuned.jsonl"
-    names, scores = {small: "LibreOffice's help", large: "Debian text"}, dict[tuple, dict[str, float]]()
-    for path, name in names.items():
-        for line in load(path):
-            if line["total"]["effective"] < 0.85:
-                key = name, line["training_pairs"], line["flags"]
-                scores.setdefault(key, {})["dense" if line["criterion"] == "dense" else "80%"] = line["bleu"]
-    dense, pruned = load(RESULTS / "one-command.json")["systems"][:2]
-    _, pairs, _ = next(iter(scores))
-    strongest = "--dropout 0.3 --attention-dropout 0.1 --activation-dropout 0.1"
-    scores[names[small], pairs, strongest] = {"dense": dense["bleu"], "80%": pruned["bleu"]}
-    body = [
-        [name, f"{pairs:,}", flags.replace("--", ""), *(f"{bleu[k]:.2f}" for k in ("dense", "80%"))]
-        + [f"{bleu['80%'] - bleu['dense']:+.2f}"]
-        for (name, pairs, flags), bleu in sorted(scores.items(), key=lambda item: (item[0][1], item[0][2]))
-    ]
-    header = ["training text", "pairs", "regularisation", "dense, BLEU", "80%, BLEU", "difference"]
-    return markdown(Table(header, body, align="lrlrrr"))
-
-
 def tables() -> dict[str, Callable[[], str]]:
     """Return what makes each table, by the name in its mark."""
     converged, pages = (RESULTS / f"h100-{name}.jsonl" for name in ("converged", "pages"))
@@ -401,7 +383,6 @@ def tables() -> dict[str, Callable[[], str]]:
         "cross-masks": cross_masks,
         "cross-heads": cross_heads,
         "dropout": dropout,
-        "regularisation": regularisation,
         "debian-tuned": lambda: sweep(DEBIAN_RESULTS / "tuned.jsonl"),
         "debian-masks": lambda: sweep(DEBIAN_RESULTS / "masks.jsonl"),
         "debian-text": lambda: split_pairs("debian_text"),
