@@ -1,4 +1,4 @@
-"""Processes that share a translation: one for each GPU, or several on a CPU; they are started and ended together."""
+"""Processes that share a translation: one or more for each GPU, or on a CPU; they are started and ended together."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ GRACE_SECONDS = 10  # that a process has to end when it is asked to
 
 
 def run_ranks(name: str, logs: list[Path], cpu: bool, function: Callable, *args: Any) -> None:
-    """Run ``function(rank, *args)`` in one process for each of *logs*, on a GPU of its own if the machine has any.
+    """Run ``function(rank, *args)`` in one process for each of *logs*, on the GPUs in turn if the machine has any.
 
     Everything that a process prints goes to its log. Their progress is shown added up, and a search that falls back to
     fairseq's own is said once.
@@ -76,7 +76,7 @@ def _run(rank: int, ranks: int, cpu: bool, function: Callable, args: tuple) -> N
     threading.Thread(target=_end_with_parent, daemon=True).start()
     gc.freeze()  # what was imported stays; looking through it at every full collection takes a tenth of a search
     if torch.cuda.is_available() and not cpu:
-        torch.cuda.set_device(rank)
+        torch.cuda.set_device(rank % torch.cuda.device_count())
     else:
         torch.set_num_threads(max(1, torch.get_num_threads() // ranks))
     try:

@@ -261,12 +261,17 @@ def test_a_log_on_a_full_disk_is_said_to_be_on_one(tmp_path, monkeypatch):
     assert "; 4,096 bytes are free on the disk of its log" in ranks._failure(0, 1, tmp_path / "rank0.log")
 
 
-def test_more_processes_than_gpus_are_refused(monkeypatch):
-    monkeypatch.setattr(generate.torch.cuda, "device_count", lambda: 2)
+def test_processes_are_as_many_as_gpus_or_share_them(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert generate.count_ranks(None, cpu=False) == 2 and generate.count_ranks(None, cpu=True) == 1
-    assert generate.count_ranks(3, cpu=True) == 3
-    with pytest.raises(generate.UserError, match="--num-processes 3: each takes a GPU, 2 are visible"):
-        generate.count_ranks(3, cpu=False)
+    assert generate.count_ranks(3, cpu=False) == generate.count_ranks(3, cpu=True) == 3
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", (devices := []).append)
+    monkeypatch.setattr(ranks.threading, "Thread", Mock())
+    monkeypatch.setattr(ranks.gc, "freeze", Mock())
+    for rank in range(3):
+        ranks._run(rank, 3, False, Mock(), ())
+    assert devices == [0, 1, 0]
 
 
 def test_parts_of_a_text_are_its_lines(tmp_path):
