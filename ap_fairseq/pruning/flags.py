@@ -272,7 +272,7 @@ def _spread(spec: MaskSpec) -> MaskSpec:
     return dataclasses.replace(spec, max_heads={**spec.max_heads, kind: most}) if 0 < most < 1 else spec
 
 
-def require_fitting(args: argparse.Namespace, architecture: Mapping[str, Sequence[int]], held_out: bool) -> None:
+def require_fitting(args: argparse.Namespace, architecture: Mapping[str, Sequence[int]], held_out: bool) -> MaskSpec:
     """Derive masks from statistics without meaning: flags that do not fit a model fail before any work.
 
     What only real statistics show is not found: budgets that a minimum or maximum of heads does not leave.
@@ -280,6 +280,9 @@ def require_fitting(args: argparse.Namespace, architecture: Mapping[str, Sequenc
     Args:
         architecture: ``{kind: [layers, heads]}``.
         held_out: the real statistics will have the lengths of validation sentences.
+
+    Returns:
+        What the flags ask for.
 
     Raises:
         UserError: for such flags.
@@ -292,4 +295,6 @@ def require_fitting(args: argparse.Namespace, architecture: Mapping[str, Sequenc
         relative = RelativeStats(slope_of(1, 1), *2 * [np.ones((*mass[AttentionKind.CROSS].shape[:2], 3))])
     stats = AttentionStats(mass, support, importance=mass, lengths=lengths, relative=relative)
     stats.validation_lengths = lengths[: int(held_out)]
-    build_masks(stats, dataclasses.replace(spec_from(args, stats), min_kept=0.0), share=0.5)
+    spec = spec_from(args, stats)
+    build_masks(stats, dataclasses.replace(spec, min_kept=0.0), share=0.5)
+    return spec

@@ -7,7 +7,7 @@ import contextlib
 import copy
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from torch import nn
 from ap_fairseq.artifacts import AttentionStats
 from ap_fairseq.files import UserError
 from ap_fairseq.model.pruned_model import PrunedModel
+from ap_fairseq.provenance import mask_spec
 from ap_fairseq.pruning.build import build_masks
 from ap_fairseq.pruning.flags import require_fitting, spec_from
 from ap_fairseq.recording.lengths import diagonal_slope, longest_sides, sample_by_length, validation_lengths
@@ -64,6 +65,8 @@ class TrainingPruner:
             raise UserError(f"--prune-sample {sample}: a pruning records at least 1 sentence")
         self.sample, self.batch = sample, batch
         self.importance = self.flags.criterion == "importance"
+        self.budgets: dict[str, float] = {}  # share of each kind that is pruned in the end
+        self.begun = False  # whether this process has trained
         self.done: int | None = None  # the update at which masks were derived last: updates have several batches
         self.seconds = 0.0
         self.started = time.monotonic()
@@ -71,10 +74,18 @@ class TrainingPruner:
     def require_fitting(self, model: PrunedModel) -> None:
         """Raise :class:`UserError` for flags that do not fit the model, before it trains."""
         held_out = self.flags.calibrate and validation_lengths(self.task) is not None
-        require_fitting(self.flags, architecture(model), held_out)
+        spec = require_fitting(self.flags, architecture(model), held_out)
+        self.budgets = {kind.value: share for kind, share in spec.budgets.items()}
 
     def before_batch(self, model: nn.Module, criterion: nn.Module, update: int) -> None:
-        """Prune *model* if that is due after *update* updates. Every rank calls it."""
+        """Prune *model* if that is due after *update* updates. Every rank calls it.
+
+        Raises:
+            UserError: if memory runs out, or for a training that resumes after the last pruning without its masks.
+        """
+        if not self.begun and update > self.schedule.end:
+            self._require_pruned(unwrapped(model), update)
+        self.begun = True
         if update <= self.schedule.end:  # --patience would compare with losses of a model that was pruned less
             should_stop_early.__dict__.pop("best", None)
         if update == self.done or update not in self.schedule.updates:
@@ -88,9 +99,24 @@ class TrainingPruner:
             ) from error
         self.done = update
 
+    def _require_pruned(self, model: PrunedModel, update: int) -> None:
+        """Raise :class:`UserError` unless the masks of *model* are of the whole budget: no pruning is to come."""
+        own = mask_spec(model.masks_provenance() or {}).get("budgets", {})
+        if differing := [kind for kind in sorted({*own, *self.budgets}) if not _close(own, self.budgets, kind)]:
+            held, wanted = (
+                ", ".join(f"{kind} {budgets.get(kind, 0):.1%}" for kind in differing) for budgets in (own, self.budgets)
+            )
+            raise UserError(
+                f"the training goes on after update {update}, the last pruning was due after --prune-end "
+                f"{self.schedule.end}, and the checkpoint's masks have another budget ({held}) than the flags ask for "
+                f"({wanted}); raise --prune-end (and --max-update) above {update}, or start anew from the model with "
+                "--finetune-from-model"
+            )
+
     def prune(self, model: PrunedModel, criterion: nn.Module, update: int) -> None:
         """Derive masks for the share that is due after *update* and give them to *model*."""
         started = time.monotonic()
+        before = (model.masks_provenance() or {}).get("total", {}).get("effective", 0.0)
         stats = self.record(model, criterion)
         recorded = time.monotonic()
         share = self.schedule.share(update)
@@ -108,6 +134,12 @@ class TrainingPruner:
             f"{recorded - started:.1f} s, masks in {time.monotonic() - recorded:.1f} s; pruning took "
             f"{self.seconds / total:.1%} of the time so far"
         )
+        after = built.masks.metadata["total"]["effective"]
+        if after < before - 0.01:  # less may be chance: the sentences that sparsity counts on may be others
+            logger.warning(
+                f"update {update}: masks of {after:.1%} replace masks of {before:.1%}, which gives back pairs: "
+                "start from a model that is pruned less, or prune it further from outside with ap-prune-schedule"
+            )
         for message in built.warnings:
             logger.warning(message)
 
@@ -146,6 +178,10 @@ class TrainingPruner:
         indices, _ = dataset.filter_indices_by_size(indices, limits)
         indices = sample_by_length(np.asarray(indices), self.sample, seed=1)
         return list(dataset.batch_by_size(indices, **self.batch, required_batch_size_multiple=1))
+
+
+def _close(own: Mapping[str, float], wanted: Mapping[str, float], kind: str) -> bool:
+    return abs(own.get(kind, 0.0) - wanted.get(kind, 0.0)) < 1e-6
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

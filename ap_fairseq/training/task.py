@@ -46,9 +46,18 @@ class PruningWhileTrainingConfig(FairseqDataclass):
     max_update: int = II("optimization.max_update")
     max_epoch: int = II("optimization.max_epoch")
     stop_time_hours: float = II("optimization.stop_time_hours")
+    stop_min_lr: float = II("optimization.stop_min_lr")
     update_freq: List[int] = II("optimization.update_freq")  # noqa: UP006
     train_subset: str = II("dataset.train_subset")
     update_ordered_indices_seed: bool = II("dataset.update_ordered_indices_seed")
+
+
+def given_without_budget(cfg) -> list[str]:
+    """Return the flags of *cfg*, a task's configuration, that say how to prune and differ from their defaults."""
+    fields = PruningWhileTrainingConfig.__dataclass_fields__
+    names = ("prune_flags", "prune_start", "prune_end", "prune_every", "prune_shape")
+    values = {name: getattr(cfg, name, fields[name].default) for name in names}
+    return [f"--{name.replace('_', '-')} {x}" for name, x in values.items() if x != fields[name].default]
 
 
 def build_pruner(task, cfg: PruningWhileTrainingConfig) -> TrainingPruner | None:
@@ -88,13 +97,24 @@ class PruningWhileTraining:
         super().__init__(cfg, *args, **kwargs)
         # A program may build the task with fairseq's own configuration, which lacks these fields.
         self.pruner = build_pruner(self, cfg) if hasattr(cfg, "prune_flags") else None
+        self.idle_flags = given_without_budget(cfg) if self.pruner is None else []
         self.max_update, self.max_epoch = (getattr(cfg, f"max_{of}", None) or 0 for of in ("update", "epoch"))
         self.stop_time_hours = getattr(cfg, "stop_time_hours", 0)
+        self.stop_min_lr = getattr(cfg, "stop_min_lr", -1.0)
         self.update_freq = getattr(cfg, "update_freq", None) or [1]
         self.seed_counts_epochs = getattr(cfg, "update_ordered_indices_seed", False)
 
     def build_model(self, cfg, from_checkpoint=False):
-        """As fairseq's, after a check that the model can be pruned, if that was asked for."""
+        """As fairseq's, after a check that the model can be pruned, if that was asked for.
+
+        Raises:
+            UserError: if it cannot, or for flags that say how to prune in a training that prunes nothing.
+        """
+        if self.idle_flags and not from_checkpoint:
+            raise UserError(
+                f"{self.idle_flags[0]}: no flag says how much to prune, so nothing would be pruned; add "
+                "--attention-sparsity SHARE, or budgets per kind in --prune-flags, or leave the flag out"
+            )
         model = super().build_model(cfg, from_checkpoint)
         if self.pruner is not None:
             if not isinstance(model, PrunedModel):
@@ -105,11 +125,15 @@ class PruningWhileTraining:
             if not from_checkpoint:  # else masks that are named replace those of the checkpoint
                 self.pruner.require_fitting(model)
                 self._warn_of_end(self.max_update, f"--max-update {self.max_update}")
-                if self.stop_time_hours > 0:
-                    logger.warning(
-                        f"--stop-time-hours {self.stop_time_hours:g} may end the training before the last pruning, "
-                        f"after --prune-end {self.pruner.schedule.end} updates; then resume it with more hours"
-                    )
+                for flag, value, unset, remedy in (
+                    ("--stop-time-hours", self.stop_time_hours, 0, "more hours"),
+                    ("--stop-min-lr", self.stop_min_lr, -1, "a lower one"),
+                ):
+                    if value > unset:
+                        logger.warning(
+                            f"{flag} {value:g} may end the training before the last pruning, after --prune-end "
+                            f"{self.pruner.schedule.end} updates; then resume it with {remedy}"
+                        )
                 model.prefer_checkpoint_masks()  # of a training that resumes
         return model
 

@@ -94,6 +94,30 @@ def test_a_resumed_training_ends_as_it_would_have_ended(trained, data_bin, tmp_p
     assert all(torch.equal(resumed[name], straight[name]) for name in straight)
 
 
+def test_a_training_that_goes_on_after_the_last_pruning_has_its_masks(trained, data_bin, tmp_path):
+    """Resumed later than --prune-end, a dense or half-pruned model trained on as it was, without a word."""
+    folder, _ = trained
+    (half,) = folder.glob("checkpoint_*_26.pt")
+    flags = [*ONE_COMMAND, "--prune-end", 24, "--restore-file", half]
+    log = train(data_bin, tmp_path / "half", *flags, arch="pruned_transformer", updates=40, expect=1)
+    error = "goes on after update 26, the last pruning was due after --prune-end 24"
+    assert re.search(rf"fairseq-train: error: .*{error}.*\(cross 42.2%.*ask for \(cross 60.0%", log), log[-2000:]
+    flags = [*ONE_COMMAND, "--restore-file", folder / "checkpoint_last.pt"]
+    log = train(data_bin, tmp_path / "whole", *flags, arch="pruned_transformer", updates=42)
+    assert prunings(log) == [] and sparsity(tmp_path / "whole" / "checkpoint_last.pt") == pytest.approx(0.6, abs=0.01)
+
+
+def test_masks_that_prune_less_than_those_before_are_announced(trained, data_bin, tmp_path):
+    """A model that was pruned already got back most of its attention at the first pruning, without a word."""
+    folder, _ = trained
+    flags = ["--task", "pruned_translation", "--attention-masks", "none", "--attention-sparsity", 0.7]
+    flags += ["--prune-start", 1, "--prune-end", 3, "--prune-every", 1, "--prune-shape", "linear"]
+    flags += ["--finetune-from-model", folder / "checkpoint_last.pt"]
+    log = train(data_bin, tmp_path, *flags, arch="pruned_transformer", updates=4)
+    assert len(prunings(log)) == 3
+    assert re.findall(r"update (\d+): masks of ([\d.]+)% replace masks of ([\d.]+)%", log) == [("1", "23.3", "60.0")]
+
+
 def test_a_seed_that_counts_epochs_counts_them_from_the_first_one_in_a_resumed_training(data_bin, tmp_path):
     """With --update-ordered-indices-seed a training that resumed had other batches, and so other parameters."""
     flags = [*ONE_COMMAND, "--update-ordered-indices-seed", "--max-tokens", 4000]  # 4 batches an epoch
@@ -109,11 +133,13 @@ def test_a_seed_that_counts_epochs_counts_them_from_the_first_one_in_a_resumed_t
 
 def test_patience_counts_from_the_last_pruning_on(data_bin, tmp_path):
     """It compared with the loss of a model that was pruned less, and ended trainings before their last pruning."""
-    flags = [*ONE_COMMAND, "--lr", 1e-9, "--validate-interval-updates", 2, "--patience", 2, "--stop-time-hours", 0.5]
+    flags = [*ONE_COMMAND, "--lr", 1e-9, "--validate-interval-updates", 2, "--patience", 2]
+    flags += ["--stop-time-hours", 0.5, "--stop-min-lr", -0.5]  # fairseq starts with a rate of 0
     log = train(data_bin, tmp_path, *flags, arch="pruned_transformer", updates=50)
     assert len(prunings(log)) == 3
     assert load_checkpoint(tmp_path / "checkpoint_last.pt")["optimizer_history"][-1]["num_updates"] == 40
-    assert "--stop-time-hours 0.5 may end the training before the last pruning, after --prune-end 34 updates" in log
+    for flag in ("--stop-time-hours 0.5", "--stop-min-lr -0.5"):
+        assert f"{flag} may end the training before the last pruning, after --prune-end 34 updates" in log
 
 
 def test_the_best_checkpoint_is_one_under_the_last_masks(data_bin, tmp_path):
@@ -152,6 +178,8 @@ def test_budgets_by_kind_other_criteria_and_subsets_and_averages(data_bin, tmp_p
         ),
         (["--attention-sparsity", 0.5, "--prune-flags", "--cross=0.5"], "pruned_transformer", "both name budgets"),
         (["--attention-sparsity", 0.5], "transformer", "pruned_transformer"),
+        (["--prune-flags", "--empty-rows"], "pruned_transformer", "--prune-flags --empty-rows: no flag says how much"),
+        (["--prune-start", 1, "--prune-end", 1], "pruned_transformer", "--prune-start 1: no flag says how much"),
         (
             ["--prune-flags", "--total 0.5 --max-heads 99"],
             "pruned_transformer",
