@@ -1,8 +1,9 @@
 """Tasks that prune while they train and search on the device: ``pruned_translation``, ``pruned_language_modeling``."""
 
 import contextlib
+import logging
 from dataclasses import dataclass, field
-from typing import Optional  # fairseq's parser reads Optional[X], not X | None
+from typing import Any, Optional  # fairseq's parser reads Optional[X], not X | None
 
 from fairseq.tasks import register_task
 from fairseq.tasks.language_modeling import LanguageModelingConfig, LanguageModelingTask
@@ -10,8 +11,14 @@ from fairseq.tasks.translation import TranslationConfig, TranslationTask
 
 from ap_fairseq.files import UserError
 from ap_fairseq.model.head_masking import HeadMasking
+from ap_fairseq.model.pruned_model import PrunedModel
+from ap_fairseq.provenance import decode_provenance
 from ap_fairseq.search.task import SearchOnDevice, SearchOnDeviceConfig
 from ap_fairseq.training.task import PruningWhileTraining, PruningWhileTrainingConfig
+
+logger = logging.getLogger(__name__)
+
+OTHER_DIRECTION = "the masks were recorded in another direction: "  # and which
 
 
 @dataclass
@@ -35,6 +42,8 @@ class PrunedTranslationConfig(SearchOnDeviceConfig, PruningWhileTrainingConfig, 
 class PrunedTranslationTask(SearchOnDevice, PruningWhileTraining, TranslationTask):
     """``translation`` that prunes pruned transformers while they train, and whose search is decided on the device."""
 
+    _known: Any = None  # the last generator
+
     def __init__(self, cfg, *args, **kwargs):
         super().__init__(cfg, *args, **kwargs)
         options = (getattr(cfg, name, None) for name in ("head_masking", "masked_heads"))  # fairseq's own has neither
@@ -44,6 +53,19 @@ class PrunedTranslationTask(SearchOnDevice, PruningWhileTraining, TranslationTas
         super().load_dataset(split, *args, **kwargs)
         if self.head_masking is not None:
             self.head_masking.require_sentences(split, len(self.datasets[split]))
+
+    def build_generator(self, models, *args, **kwargs):
+        """As fairseq's; says when the masks were recorded in another direction, which one dictionary does not show."""
+        generator = super().build_generator(models, *args, **kwargs)
+        if generator is self._known:
+            return generator
+        self._known, ours = generator, [self.cfg.source_lang, self.cfg.target_lang]
+        for model in models:
+            provenance = decode_provenance(model.mask_metadata) if isinstance(model, PrunedModel) else None
+            recorded = (provenance or {}).get("languages", ours)
+            if recorded != ours and set(ours) <= set(recorded):
+                logger.warning(f"{OTHER_DIRECTION}{' to '.join(recorded)}, this translates {' to '.join(ours)}")
+        return generator
 
     def inference_step(self, generator, models, sample, prefix_tokens=None, constraints=None):
         """As fairseq's; heads are masked meanwhile, if that was asked for.

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import shutil
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -22,9 +23,12 @@ from ap_fairseq.files import ArtifactError, UserError, atomic_output, refuse_exi
 from ap_fairseq.generation.binarised import translate_subset
 from ap_fairseq.generation.ranks import locked
 from ap_fairseq.generation.text import PART_LINES, SETTINGS, Text, spool_stdin, translate_text, write_parts
+from ap_fairseq.model.checkpoints import import_user_dir
 from ap_fairseq.provenance import dictionary_files
 
 logger = logging.getLogger(__name__)
+
+UNPRINTED = "output.txt"  # what standard output did not take
 
 _SHARE = "--num-processes N says how many processes share the work, one for each GPU by default"
 _PROGRESS = "the progress of all processes is shown together"
@@ -78,6 +82,7 @@ def get_parser() -> argparse.ArgumentParser:
 @command
 def main(argv: list[str]) -> None:
     given = {word.split("=")[0] if word.startswith("--") else word[:2] for word in argv}
+    import_user_dir(_value_of("--user-dir", argv))
     # Before the caller's flags, which win. With its default of 8, fairseq main drops an incomplete last batch.
     args = options.parse_args_and_arch(get_parser(), ["--required-batch-size-multiple", "1", *argv])
     is_text = args.input is not None
@@ -99,6 +104,12 @@ def main(argv: list[str]) -> None:
         _translate_text(args, cfg, ranks)
     else:
         _translate_subset(args, cfg, ranks)
+
+
+def _value_of(flag: str, argv: list[str]) -> str | None:
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument(flag, dest="value")
+    return parser.parse_known_args(argv)[0].value
 
 
 def count_ranks(wanted: int | None, cpu: bool) -> int:
@@ -131,6 +142,11 @@ def _require_files(args: argparse.Namespace) -> None:
             f"{folders[0]} has one dictionary dict.txt, as text of a language model has; add --task "
             "pruned_language_modeling"
         )
+    for flag in ("--source-lang", "--target-lang") if args.task in ("pruned_translation", "translation") else ():
+        language = getattr(args, flag[2:].replace("-", "_"))
+        if language is not None and not (Path(folders[0]) / f"dict.{language}.txt").exists():
+            found = sorted(file.name.split(".")[1] for file in Path(folders[0]).glob("dict.*.txt"))
+            raise UserError(f"{flag} {language}: {folders[0]} has dictionaries of {', '.join(found)}; name one of them")
     if args.input is None and not any(list(Path(folder).glob(f"{args.gen_subset}.*")) for folder in folders):
         subsets = sorted({file.name.split(".")[0] for folder in folders for file in Path(folder).glob("*.idx")})
         raise UserError(f"--gen-subset {args.gen_subset}: {args.data} has {', '.join(subsets) or 'no subset'}")
@@ -139,14 +155,15 @@ def _require_files(args: argparse.Namespace) -> None:
 def _translate_subset(args: argparse.Namespace, cfg, ranks: int) -> None:
     name = f"generate-{args.gen_subset}.txt"
     results = Path(args.results_path) if args.results_path else None
-    if results is not None:
+    if results is None:
+        _require_stdout("--results-path DIR")
+    else:
         results.mkdir(parents=True, exist_ok=True)
         refuse_existing(results / name, overwrite=True)
     with _work_folder(results / f"{name}.parts" if results else None) as folder:
         joined = translate_subset(cfg, ranks, folder)
-    if results is None:
-        sys.stdout.writelines(f"{line}\n" for line in joined.lines(args.quiet))
-        return
+        if results is None:
+            return _print(lambda: (f"{line}\n".encode() for line in joined.lines(args.quiet)), folder)
     with atomic_output(results / name, overwrite=True) as temporary, open(temporary, "w", encoding="utf-8") as stream:
         stream.writelines(f"{line}\n" for line in joined.lines(args.quiet))
 
@@ -157,14 +174,46 @@ def _translate_text(args: argparse.Namespace, cfg, ranks: int) -> None:
     if args.sampling and args.beam > 1:
         raise UserError(f"--sampling --beam {args.beam}: with --input each line has one sample; give --beam 1")
     output = Path(args.output) if args.output not in (None, "-") else None
-    if output is not None:
+    if output is None:
+        _require_stdout("--output FILE")
+    else:
         refuse_existing(output, args.overwrite, [args.input])
+    if args.input == "-" and sys.stdin is None:
+        raise UserError("--input -: standard input is closed; name a text with --input FILE")
     with _work_folder(output.with_name(f"{output.name}.parts") if output else None, keep=(SETTINGS, "part")) as folder:
         path = spool_stdin(folder) if args.input == "-" else Path(args.input)
         text = Text.scan(path, "standard input" if args.input == "-" else args.input, args.buffer_size or PART_LINES)
         parts = translate_text(args, cfg, text, ranks, folder)
-        write_parts(parts, output, args.overwrite)
+        if output is None:
+            _print(lambda: (part.read_bytes() for part in parts), folder)
+        else:
+            write_parts(parts, output, args.overwrite)
     logger.info(f"{text.lines:,} lines translated -> {output or 'standard output'}")
+
+
+def _require_stdout(instead: str) -> None:
+    if sys.stdout is None:
+        raise UserError(f"standard output is closed; open it, or name the result with {instead}")
+
+
+def _print(pieces: Callable[[], Iterable[bytes]], folder: Path) -> None:
+    """Write what *pieces* returns to standard output.
+
+    Raises:
+        UserError: if it does not take them, as on a full disk; then they are in :data:`UNPRINTED` in *folder*.
+    """
+    try:
+        sys.stdout.buffer.writelines(pieces())
+        sys.stdout.buffer.flush()
+    except BrokenPipeError:  # nobody reads any more
+        raise
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it once more at its end
+        with atomic_output(folder / UNPRINTED) as temporary, open(temporary, "wb") as stream:
+            stream.writelines(pieces())
+        raise UserError(
+            f"standard output could not be written ({error}); all that belongs there is in {folder / UNPRINTED}"
+        ) from error
 
 
 @contextmanager
@@ -172,12 +221,12 @@ def _work_folder(path: Path | None, keep: tuple[str, ...] = ()) -> Iterator[Path
     """Yield a folder for logs and parts, which goes when all is done; a run that fails leaves its logs.
 
     Args:
-        path: of the folder; None for a temporary one, which stays only for the log that an error names.
+        path: of the folder; None for a temporary one, which stays only for the file that an error names.
         keep: what names of further files begin with that a run which fails leaves there.
     """
     temporary = path is None
     if path is None:
-        path, keep = Path(tempfile.mkdtemp(prefix="ap-generate-")), ()
+        path, keep = Path(tempfile.mkdtemp(prefix="ap-generate-")), (UNPRINTED,)
     elif path.exists() and not path.is_dir():
         raise ArtifactError(f"{path} is a file, a folder of this name holds what is unfinished; move it away")
     path.mkdir(exist_ok=True)
@@ -190,7 +239,7 @@ def _work_folder(path: Path | None, keep: tuple[str, ...] = ()) -> Iterator[Path
                     shutil.rmtree(entry)
                 elif not entry.name.startswith(keep) and entry.suffix != ".log":
                     entry.unlink()
-            if temporary and str(path) not in str(error):
+            if not any(path.iterdir()) or (temporary and str(path) not in str(error)):
                 shutil.rmtree(path)
             raise
         shutil.rmtree(path)

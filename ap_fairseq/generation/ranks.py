@@ -23,6 +23,7 @@ from ap_fairseq.experiments.progress import Progress
 from ap_fairseq.experiments.stages import POLL_SECONDS, PROCESSES, call_logged, end_of, lines_of
 from ap_fairseq.files import UserError
 from ap_fairseq.search.generator import FALLBACK
+from ap_fairseq.tasks import OTHER_DIRECTION
 
 logger = logging.getLogger(__name__)
 
@@ -32,8 +33,8 @@ GRACE_SECONDS = 10  # that a process has to end when it is asked to
 def run_ranks(name: str, logs: list[Path], cpu: bool, function: Callable, *args: Any) -> None:
     """Run ``function(rank, *args)`` in one process for each of *logs*, on the GPUs in turn if the machine has any.
 
-    Everything that a process prints goes to its log. Their progress is shown added up, and a search that falls back to
-    fairseq's own is said once.
+    Everything that a process prints goes to its log. Their progress is shown added up. That a search falls back
+    to fairseq's own, or masks belong to another direction, is said once.
 
     Args:
         name: of the work, for its progress.
@@ -68,8 +69,9 @@ def run_ranks(name: str, logs: list[Path], cpu: bool, function: Callable, *args:
             if rank.pid is not None:
                 rank.join(GRACE_SECONDS)
                 rank.kill()
-    for reason in sorted({line.partition(FALLBACK)[2] for line in lines_of(*logs)} - {""}):
-        logger.info(f"{FALLBACK}{reason}")
+    for notice, level in ((FALLBACK, logging.INFO), (OTHER_DIRECTION, logging.WARNING)):
+        for reason in sorted({line.partition(notice)[2] for line in lines_of(*logs)} - {""}):
+            logger.log(level, f"{notice}{reason}")
 
 
 def _run(rank: int, ranks: int, cpu: bool, function: Callable, args: tuple) -> None:

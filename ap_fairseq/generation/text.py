@@ -225,9 +225,14 @@ def settings(args, cfg, text: Text) -> dict[str, Any]:
 def _require_same(now: dict[str, Any], folder: Path) -> None:
     """Store the settings of a new translation in *folder*; compare them with those of one that goes on."""
     path = folder / SETTINGS
-    if not path.exists():
-        write_json(path, now)
+    if not any(folder.glob("part*.txt")):  # there is nothing to keep
+        write_json(path, now, overwrite=True)
         return
+    if not path.exists():
+        raise ArtifactError(
+            f"{folder} holds parts of a translation and no {SETTINGS}, which says how they were made; remove {folder} "
+            "to begin anew"
+        )
     try:
         then = dict(json.loads(path.read_text(encoding="utf-8")))
     except (TypeError, ValueError) as error:
@@ -259,12 +264,8 @@ def spool_stdin(folder: Path) -> Path:
     return path
 
 
-def write_parts(parts: list[Path], output: Path | None, overwrite: bool) -> None:
-    """Join the parts in *output*, or on standard output."""
-    if output is None:
-        for part in parts:
-            sys.stdout.buffer.write(part.read_bytes())
-        return
+def write_parts(parts: list[Path], output: Path, overwrite: bool) -> None:
+    """Join the parts in *output*."""
     with atomic_output(output, overwrite) as temporary, open(temporary, "wb") as whole:
         for part in parts:
             with open(part, "rb") as stream:

@@ -12,7 +12,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from plugin.commands import PLUGIN, run
+from plugin.commands import PLUGIN, ROOT, run
 
 from ap_fairseq.cli import generate
 from ap_fairseq.generation import ranks
@@ -148,6 +148,64 @@ def test_lines_that_are_too_long(data_bin, dense, tmp_path):
     assert len((tmp_path / "out").read_text("utf-8").splitlines()) == 4
 
 
+def test_a_text_that_was_mended_is_translated(data_bin, dense, tmp_path):
+    """The first line was too long: after it had been split, as the message says, the empty parts were in the way."""
+    flags = [data_bin, "--path", dense, "--input", tmp_path / "in", "--output", tmp_path / "out"]
+    flags += ["--max-source-positions", 12]
+    (tmp_path / "in").write_text("the page " * 20 + "\n", "utf-8")
+    assert "line 1 has 41 tokens" in ap_generate(*flags, expect=2)
+    (tmp_path / "in").write_text("the page \n" * 20, "utf-8")
+    ap_generate(*flags)
+    assert len((tmp_path / "out").read_text("utf-8").splitlines()) == 20
+
+
+@pytest.mark.parametrize("kind", ["text", "subset"])
+def test_nothing_is_lost_where_standard_output_takes_nothing(data_bin, dense, toy_text, tmp_path, kind):
+    """All was translated, then lost, with a traceback."""
+    flags = [data_bin, "--path", dense, *(["--input", toy_text / "valid.en"] if kind == "text" else ["--quiet"])]
+    command = [*AP_GENERATE, *TWO, *map(str, flags)]
+    environment = {**ENVIRONMENT, "TMPDIR": str(tmp_path)}
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, env=environment, timeout=300)
+    error = done.stderr.splitlines()[-1]
+    assert done.returncode == 2 and "standard output could not be written ([Errno 28] No space left" in error
+    kept = Path(re.search(r"all that belongs there is in (\S+)$", error)[1])
+    assert kept.read_text("utf-8") == ap_generate_process(*flags).stdout and kept.is_relative_to(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("flags", "descriptor", "message"),
+    [
+        (["--input", "-", "--output", "out"], 0, "--input -: standard input is closed; name a text with --input FILE"),
+        (["--input", "-"], 1, "standard output is closed; open it, or name the result with --output FILE"),
+        ([], 1, "standard output is closed; open it, or name the result with --results-path DIR"),
+    ],
+)
+def test_streams_that_are_closed_are_named(data_bin, dense, tmp_path, flags, descriptor, message):
+    """They ended in tracebacks, after all had been translated."""
+    command = [*AP_GENERATE, *TWO, str(data_bin), "--path", str(dense), *flags]
+    environment = {**ENVIRONMENT, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        ["sh", "-c", f'exec "$@" {descriptor}>&-', "sh", *command],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 2 and done.stderr.endswith(f"error: {message}\n"), done.stderr[-2000:]
+    assert not any(tmp_path.iterdir())
+
+
+def test_masks_of_the_other_direction_are_announced(data_bin, dense, masks_file, tmp_path):
+    """With one dictionary for both languages any direction is translated, without a word."""
+    (tmp_path / "in").write_text("the page opens\n", "utf-8")
+    run("ap-apply", dense, "--attention-masks", masks_file, "-o", tmp_path / "pruned.pt")
+    flags = [data_bin, "--path", tmp_path / "pruned.pt", "--input", tmp_path / "in"]
+    notice = "the masks were recorded in another direction: en to de, this translates de to en"
+    assert ap_generate(*flags, "--source-lang", "de", "--target-lang", "en").count(notice) == 1
+    assert "another direction" not in ap_generate(*flags)
+
+
 def _print_bytes(rank, cfg, text, folder, todo, ranks):
     os.write(1, b"\xff\nline 1 was cut from 9 to 8 tokens\n")
     (folder / "part000000.txt").touch()
@@ -215,6 +273,8 @@ def test_a_signal_ends_all_processes(running, tmp_path, number):
         (["--path", "missing.pt"], "missing.pt does not exist; expected a fairseq checkpoint"),
         (["-ox"], "-o has no meaning for ap-generate; the lines of a test set go to standard output"),
         (["--gen-subset", "tset"], "--gen-subset tset: "),
+        (["--target-lang", "fr"], "--target-lang fr: "),
+        (["--user-dir", "missing"], "--user-dir missing: there is no such folder"),
         (["--beam", "0"], "--beam 0: a search keeps and returns at least 1 hypothesis"),
         (["--nbest", "0"], "--nbest 0: a search keeps and returns at least 1 hypothesis"),
         (["--input", "x", "--buffer-size", "-2"], "--buffer-size -2 is not a number of lines"),
@@ -243,10 +303,13 @@ def test_files_that_cannot_be_used_are_named(data_bin, dense, tmp_path, capsys, 
     assert f"{cut} is empty or cut off, expected a fairseq checkpoint; copy it" in error("--path", cut, "--input", text)
     assert "line 1 is not UTF-8" in error("--input", bad) and not any((tmp_path / "temporary").iterdir())
     parts = tmp_path / "out.parts"
+    assert "line 1 is not UTF-8" in error("--input", bad, "--output", output) and not parts.exists()
     parts.write_text("")
     assert f"{parts} is a file, a folder of this name holds" in error("--input", text, "--output", output)
     parts.unlink()
     parts.mkdir()
+    (parts / "part000000.txt").touch()
+    assert f"{parts} holds parts of a translation and no translation.json" in error("--input", text, "--output", output)
     (parts / "translation.json").write_text("{")
     assert "translation.json is damaged (Expecting" in error("--input", text, "--output", output)
     flags = ["--input", text, "--max-tokens", 3]
