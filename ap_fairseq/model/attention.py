@@ -157,7 +157,14 @@ class PrunedMultiheadAttention(NotScriptable, MultiheadAttention):
         self._layout: Layout | None = None
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
-        if prefix + "keep_words" in state_dict:  # checkpoints of version 0.2 have no offsets
+        words = state_dict.get(prefix + "keep_words")
+        if words is not None and not self.mask_is_explicit and words.shape[:1] != (self.num_heads,):
+            raise ArtifactError(
+                f"{prefix}keep_words has shape {tuple(words.shape)}, the mask of that many heads, but the model has "
+                f"{self.num_heads} heads there; give it the attention heads that the checkpoint was trained with "
+                "(--model-overrides changes them, too)"
+            )
+        if words is not None:  # checkpoints of version 0.2 have no offsets
             for name, value in no_offsets(self.num_heads).items():
                 state_dict.setdefault(prefix + name, value)
         for name in MASK_BUFFERS:

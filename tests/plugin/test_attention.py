@@ -299,6 +299,17 @@ def test_masks_for_another_model_or_dictionary_stop_the_build(tmp_path):
         pruned_model(None, VOCAB, attention_masks=str(path))
 
 
+def test_masks_of_another_number_of_heads_are_refused_with_the_checkpoint():
+    """--model-overrides may change the heads: a ValueError of the first batch named a layout."""
+    state = pruned_model(random_masks(0.5), VOCAB).state_dict()
+    other = pruned_model(None, VOCAB, encoder_attention_heads=4)
+    message = (
+        r"encoder.layers.0.self_attn.keep_words has shape \(2, 11, 1\), .* has 4 heads"
+    )
+    with pytest.raises(ArtifactError, match=message):
+        other.load_state_dict(state)
+
+
 def test_an_explicit_file_outlives_a_loaded_checkpoint_and_a_dense_one_gets_it():
     explicit, other = pruned_model(random_masks(0.3, seed=1), VOCAB), pruned_model(random_masks(0.6, seed=2), VOCAB)
     expected = explicit.masks_sha256()
