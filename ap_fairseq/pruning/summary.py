@@ -71,8 +71,8 @@ def _layers(keep: np.ndarray, stats: AttentionStats, kind: AttentionKind) -> lis
             cells=keep.shape[1] * longest**2,
             kept=np.sum(mass[layer], where=keep[layer]),
             mass=mass[layer].sum(),
-            guaranteed=np.sum((keep[layer] & observed).sum(-1)[:, observed.any(-1)] <= 1)
-            - keep.shape[1] * _single(observed),
+            # A row of one cell keeps one without any pruning: it counts if it keeps none.
+            guaranteed=np.sum((keep[layer] & observed).sum(-1) < np.minimum(observed.sum(-1), 2)),
             rows=keep.shape[1] * int(observed.any(-1).sum()),
         )
         for layer in range(keep.shape[0])
@@ -96,11 +96,6 @@ def _relative_layers(masks: RelativeMask, stats: AttentionStats) -> list[dict[st
         counts |= {"not_kept": counts["pruned"], "cells": counts["pairs"]}
         counts |= {"guaranteed": lone[layer].sum(), "rows": rows.sum() * keep.shape[1]}
     return layers
-
-
-def _single(observed: np.ndarray) -> int:
-    """Count the rows in which only one cell was ever attendable: they keep one cell without any pruning."""
-    return int(np.sum(observed.sum(-1) == 1))
 
 
 def sparsity_on(masks: PruningMasks, lengths: np.ndarray) -> dict[str, float]:

@@ -617,6 +617,16 @@ def test_rows_of_one_cell_or_none_are_rows_that_sentences_have():
     assert total.guaranteed_rows == total.rows == 2 * 10
 
 
+def test_a_first_row_that_lost_its_only_cell_is_a_row_of_none():
+    """Row 0 of decoder self-attention has one cell, and was counted neither with it nor without."""
+    stats, kind = random_stats(longest=(6, 6), layers=1, heads=2), AttentionKind.DECODER_SELF
+    masks = build(stats, 0.5, kinds=[kind], empty_rows=True).masks
+    for value, lost in ((True, 0), (False, 2 * 6)):
+        masks.keep[kind][:] = np.tril(np.full((6, 6), value))
+        total = next(row for row in summarize(masks, stats) if row.kind == kind.value and row.layer is None)
+        assert (total.guaranteed_rows, total.rows) == (lost, 2 * 6)
+
+
 def test_a_missed_budget_is_explained_without_guaranteed_cells_where_rows_may_be_empty():
     stats = random_stats(longest=(2, 2), sentences=50, layers=1, heads=1)
     for empty_rows, reason in ((False, "every row keeps one guaranteed cell"), (True, "a cell is pruned in every")):
