@@ -221,7 +221,7 @@ def block_sparse_attention(
     Returns out (B, H, Tq, D), laid out in memory as q, or a tuple (out, lse if asked for, probabilities if asked for).
     Rows without a visible key are 0, with lse -inf and gradient 0. Definition and references: `reference.py`.
 
-    Gradients by autograd; of torch.func's transforms (grad, vmap) sdpa alone takes part.
+    Gradients by autograd; the kernels have no second derivative, and no part in torch.func's transforms (grad, vmap).
 
     Positions inside the lengths should be finite, pruned ones too. A pruned pair counts with probability 0, and
     0 · NaN is NaN: in any back end a key or value that is not finite may reach every row of its head of its sentence,

@@ -11,7 +11,6 @@ from contextlib import nullcontext
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .backward import backward
 from .call import Call
@@ -64,9 +63,31 @@ class Attention(torch.autograd.Function):
         return output
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_out, grad_lse):
-        return *_gradients(ctx, grad_out, grad_lse), None
+        if not torch.is_grad_enabled():
+            return *_gradients(ctx, grad_out, grad_lse), None
+        with torch.no_grad():  # create_graph=True
+            grads = _gradients(ctx, grad_out, grad_lse)
+        return *_Once.apply(*grads, grad_out, grad_lse, *ctx.saved_tensors[:3]), None
+
+
+class _Once(torch.autograd.Function):
+    """Gradients (dq, dk, dv) of what else it takes; what differentiates them once more is told that it cannot.
+
+    torch's `once_differentiable` tells only where the gradient of the output has a gradient itself. Elsewhere, as in
+    that of a sum, the second derivative would be 0, unsaid.
+    """
+
+    @staticmethod
+    def forward(ctx, dq, dk, dv, *_):
+        return tuple(None if grad is None else grad.view_as(grad) for grad in (dq, dk, dv))
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError(
+            "the kernels have no second derivative; use backend 'sdpa', within "
+            "torch.nn.attention.sdpa_kernel(SDPBackend.MATH)"
+        )
 
 
 def _save(ctx, inputs, output) -> None:

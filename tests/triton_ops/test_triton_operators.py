@@ -143,10 +143,14 @@ def test_torch_func_works_with_sdpa_and_is_refused_by_the_kernels():
 
 @BOTH_SIZES
 def test_no_second_derivative(size):
+    """It was 0, unsaid, where the gradient of the output is constant, as that of a sum."""
     layout, (q, k, v) = problem(size)
-    (grad,) = torch.autograd.grad(block_sparse_attention(q, k, v, layout, backend="triton").sum(), q, create_graph=True)
-    with pytest.raises(RuntimeError):
-        grad.sum().backward()
+    weights = torch.ones_like(q, requires_grad=True)
+    for factor in (1, weights):
+        loss = (block_sparse_attention(q, k, v, layout, backend="triton") * factor).sum()
+        (grad,) = torch.autograd.grad(loss, q, create_graph=True)
+        with pytest.raises(RuntimeError, match="the kernels have no second derivative; use backend 'sdpa'"):
+            (loss + grad.pow(2).sum()).backward()
 
 
 @ON_GPU
