@@ -303,9 +303,7 @@ def test_masks_of_another_number_of_heads_are_refused_with_the_checkpoint():
     """--model-overrides may change the heads: a ValueError of the first batch named a layout."""
     state = pruned_model(random_masks(0.5), VOCAB).state_dict()
     other = pruned_model(None, VOCAB, encoder_attention_heads=4)
-    message = (
-        r"encoder.layers.0.self_attn.keep_words has shape \(2, 11, 1\), .* has 4 heads"
-    )
+    message = r"encoder.layers.0.self_attn.keep_words has shape \(2, 11, 1\), .* has 4 heads"
     with pytest.raises(ArtifactError, match=message):
         other.load_state_dict(state)
 
