@@ -14,6 +14,7 @@ CODE = ("*.py", "*.sh", "*.md", "*.toml", "*.yaml", "*.yml", "*.css", "*.js", "*
 CODE += ("LICENSE", "MANIFEST.in", "*.cfg", "*.cff", ".gitignore", ".gitattributes", ".ci/run", "py.typed")
 DATA = {  # pattern -> what made it, or reads what was typed in
     "scripts/bench_attention.*.json": "scripts/bench_attention.py",
+    "scripts/bench_commands.*.json": "scripts/bench_commands.py",
     "scripts/bench_fairseq.*.json": "scripts/bench_fairseq.py",
     "scripts/bench_ranks.*.json": "scripts/bench_ranks.py",
     "scripts/bench_steps.*.json": "scripts/bench_steps.py",

@@ -1,0 +1,153 @@
+#!/usr/bin/env python
+"""Translate a test set by whole commands: stock fairseq-generate, fairseq-generate with our task, and ap-generate.
+
+    python scripts/bench_commands.py DATA_BIN --path dense.pt --places 1:1 1:2 2:2 --out commands.json
+    python scripts/bench_commands.py DATA_BIN --path dense.pt --cpu --out cpu.json
+    python scripts/bench_commands.py --table scripts/bench_commands.h200.json       # Markdown, no GPU needed
+
+Where bench_fairseq.py times searches, a run here is all that a user waits for, once: imports, the model, the first
+batch of a process, the search, and printing. Commands have the same options, so they print the same lines but for
+rounding; the score that each prints stands beside it. *dense.pt* is a dense model of fairseq's own class, or of this
+plugin under masks that prune nothing, which stock fairseq gets by `ap-apply --to-stock`; it gets our `--user-dir`, too,
+without which fairseq reads no checkpoint under this torch. A place of ap-generate is GPUS:PROCESSES. Seconds are those
+of the clock, on a CPU those that all processes computed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import resource
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from bench_fairseq import stock_checkpoint
+from provenance import git_commit
+
+from ap_fairseq.evaluation.tables import Table, markdown
+from ap_fairseq.experiments.stages import PLUGIN
+from ap_fairseq.files import UserError, refuse_existing, write_json
+from ap_fairseq.provenance import device_name, versions
+
+SCORE = re.compile(r"^Generate .*?: (.*)$", re.MULTILINE)
+
+
+def place(text: str) -> tuple[int, int]:
+    if match := re.fullmatch(r"(\d+):([1-9]\d*)", text):
+        return int(match[1]), int(match[2])
+    raise argparse.ArgumentTypeError(f"{text!r} is not GPUS:PROCESSES, such as 2:4")
+
+
+def measure(command: list[str], gpus: int) -> dict:
+    """Run a command that prints as fairseq-generate does; return its seconds, its sentences and its score.
+
+    Raises:
+        UserError: if it fails.
+    """
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ",".join(map(str, range(gpus)))}
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as lines, tempfile.TemporaryFile("w+") as log:
+        before, begin = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
+        status = subprocess.run(command, stdout=lines, stderr=log, env=environment, check=False).returncode
+        seconds, after = time.monotonic() - begin, resource.getrusage(resource.RUSAGE_CHILDREN)
+        for stream in (lines, log):
+            stream.seek(0)
+        if status:
+            raise UserError(f"{shlex.join(command)} failed with status {status}:\n{log.read()[-3000:]}")
+        printed = lines.read()
+    computed = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    sentences = len(re.findall(r"^H-\d+\t", printed, re.MULTILINE))
+    return dict(seconds=seconds, cpu_seconds=computed, sentences=sentences, score=SCORE.findall(printed)[-1])
+
+
+def runs(args: argparse.Namespace, stock: str) -> list[tuple[str, int, int, list[str]]]:
+    """Return name, GPUS, PROCESSES and command of each run; *stock* is the checkpoint for stock fairseq."""
+    options = ["--gen-subset", args.subset, "--beam", "5", "--max-tokens", str(args.max_tokens)]
+    options += ["--remove-bpe", args.remove_bpe, "--required-batch-size-multiple", "1", "--scoring", "sacrebleu"]
+    options += ["--cpu", "--num-workers", "0"] if args.cpu else ["--fp16"]
+    ours = [args.data, *PLUGIN, "--task", "pruned_translation", "--path", args.path, *options]
+    generate, gpus = shutil.which("fairseq-generate"), int(not args.cpu)
+    found = [
+        ("fairseq-generate", gpus, 1, [generate, args.data, *PLUGIN, "--path", stock, *options]),
+        ("fairseq-generate --task pruned_translation", gpus, 1, [generate, *ours]),
+    ]
+    for gpus, processes in args.places:
+        command = [shutil.which("ap-generate"), *ours, "--num-processes", str(processes)]
+        found.append(("ap-generate", gpus, processes, command))
+    return found
+
+
+def table(report: dict) -> str:
+    """One Markdown row for each run, with how many times as fast as the first it is."""
+    kind = "cpu_seconds" if report["cpu"] else "seconds"
+    body, first = [], report["rows"][0][kind]
+    for row in report["rows"]:
+        seconds, score = row[kind], row["score"].split(" (")[0]
+        rates = [f"{row['sentences'] / seconds:,.0f}", f"{first / seconds:.2f}"]
+        body.append([row["command"], str(row["gpus"]), str(row["processes"]), f"{seconds:.1f}", *rates, score])
+    header = ["command", "GPUs", "processes", "seconds", "sentences/s", "ratio", "score"]
+    used = report["versions"]
+    made = f"{report['device']}, torch {used['torch']}, commit {report['commit']}: `{report['made_by']}`"
+    notes = [report["note"]] if "note" in report else []
+    return "\n".join([made, *notes, "", markdown(Table(header, body, align="lrrrrrl"))])
+
+
+def get_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", nargs="?", help="data-bin of the checkpoint")
+    parser.add_argument("--path", help="dense checkpoint")
+    parser.add_argument("--subset", default="test")
+    parser.add_argument(
+        "--places", nargs="+", type=place, metavar="GPUS:PROCESSES", help="default: 1:1; 0:1 with --cpu"
+    )
+    parser.add_argument("--max-tokens", type=int, default=12000)
+    parser.add_argument("--remove-bpe", default="sentencepiece")
+    parser.add_argument("--cpu", action="store_true")
+    parser.add_argument("--commit", default=git_commit(), help="to name in the results; default: that of git")
+    parser.add_argument("--out", type=Path, help="JSON file to write")
+    parser.add_argument("--table", type=Path, metavar="JSON", help="print a Markdown table of a result file and stop")
+    return parser
+
+
+def main() -> None:
+    parser = get_parser()
+    args = parser.parse_args()
+    if args.table:
+        print(table(json.loads(args.table.read_text(encoding="utf-8"))))
+        return
+    if not (args.data and args.path and args.out):
+        parser.error("name DATA_BIN, --path and --out, or a result file with --table")
+    args.places = args.places or [(int(not args.cpu), 1)]
+    most = 0 if args.cpu else torch.cuda.device_count()
+    if wrong := [gpus for gpus, _ in args.places if gpus > most or (not gpus and not args.cpu)]:
+        parser.error(f"--places: {wrong[0]} GPUs, {most} are here{'' if args.cpu else '; for none, add --cpu'}")
+    report = dict(
+        device=device_name(args.cpu),
+        versions=versions(),
+        commit=args.commit,
+        cpu=args.cpu,
+        made_by=shlex.join(["python", "scripts/bench_commands.py", *sys.argv[1:]]),
+        rows=[],
+    )
+    try:
+        refuse_existing(args.out, overwrite=True)
+        with stock_checkpoint(args.path, args.data) as stock:
+            for name, gpus, processes, command in runs(args, stock):
+                row = dict(command=name, gpus=gpus, processes=processes) | measure(command, gpus)
+                report["rows"].append(row)
+                print(json.dumps(row), file=sys.stderr, flush=True)
+                write_json(args.out, report, overwrite=True)  # a run that is cut short keeps what it measured
+    except UserError as error:
+        parser.error(str(error))
+    print(table(report))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,42 @@
+"""bench_commands.py runs whole commands, which print one score."""
+
+import json
+import sys
+
+import pytest
+from plugin.commands import ROOT, run_process
+
+SCRIPT = [sys.executable, ROOT / "scripts/bench_commands.py"]
+
+
+def test_commands_are_timed_and_print_one_score(data_bin, dense, tmp_path):
+    out = tmp_path / "rows.json"
+    flags = ["--path", dense, "--cpu", "--places", "0:2", "--remove-bpe", "subword_nmt", "--max-tokens", 300]
+    printed = run_process(*SCRIPT, data_bin, *flags, "--out", out)
+    report = json.loads(out.read_text(encoding="utf-8"))
+    names = ["fairseq-generate", "fairseq-generate --task pruned_translation", "ap-generate"]
+    assert [(row["command"], row["processes"]) for row in report["rows"]] == [
+        *((name, 1) for name in names[:2]),
+        (names[2], 2),
+    ]
+    assert len({row["score"] for row in report["rows"]}) == len({row["sentences"] for row in report["rows"]}) == 1
+    assert all(0 < row["cpu_seconds"] and row["sentences"] > 5 for row in report["rows"])
+    assert "| ap-generate" in printed and run_process(*SCRIPT, "--table", out) in printed
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--places", "2"], "'2' is not GPUS:PROCESSES, such as 2:4"),
+        (["--places", "0:0"], "'0:0' is not GPUS:PROCESSES"),
+        (["--cpu", "--places", "0:1", "3:1"], "--places: 3 GPUs, 0 are here"),
+    ],
+)
+def test_places_that_are_not_there_are_refused(flags, message, tmp_path):
+    command = [*SCRIPT, "data", "--path", "dense.pt", "--out", tmp_path / "rows.json"]
+    assert message in run_process(*command, *flags, expect=2)
+
+
+def test_a_command_that_fails_ends_the_run_and_is_shown(data_bin, dense, tmp_path):
+    command = [*SCRIPT, data_bin, "--path", dense, "--cpu", "--subset", "none", "--out", tmp_path / "rows.json"]
+    assert "failed with status" in run_process(*command, expect=2)
