@@ -1,7 +1,8 @@
 """Linear layers for inference on a CPU, over weights that were brought into a layout of their own once.
 
-In float32 the products are oneDNN's. With int8 (`use_int8`) they are FBGEMM's, which torch calls: weights are 8-bit
-integers with a scale for every output; inputs become 8-bit integers by the smallest and the largest of all rows.
+In float32 the products are oneDNN's, and those of small weights MKL's. With int8 (`use_int8`) they are FBGEMM's, which
+torch calls: weights are 8-bit integers with a scale for every output; inputs become 8-bit integers by the smallest and
+the largest of all rows.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from ap_fairseq.files import UserError
 
 USUAL_ROWS = 40  # for which weights are laid out: it serves 2 to 500 rows as well as a layout of their own does
+SMALL = 1 << 16  # elements of a weight: up to so many, oneDNN's calls take longer than its products save
 
 
 class Product(ABC):
@@ -25,6 +27,16 @@ class Product(ABC):
     @abstractmethod
     def __call__(self, x: Tensor) -> Tensor:
         """Compute the layer of x (..., C)."""
+
+
+class SmallProduct(Product):
+    """In single precision, as torch multiplies: by MKL."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None):
+        self.weight, self.bias = weight, bias
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
 
 
 class FloatProduct(Product):
@@ -60,11 +72,11 @@ def project(linear: nn.Linear, x: Tensor) -> Tensor:
 
     Without gradients on a CPU, in float32, this is 2 to 5 times as fast: MKL, which torch multiplies by, reads weights
     as they are, which takes most of the time where rows are few, and has no AVX-512 on CPUs of AMD (torch 2.13, EPYC:
-    110 us for 5 rows by 1024 x 512, by oneDNN 36). One row is faster by MKL.
+    110 us for 5 rows by 1024 x 512, by oneDNN 36). One row and small weights are faster by MKL.
     """
     weight = linear.weight
-    few = x.numel() < 2 * x.size(-1) and not is_int8(linear)
-    if few or x.dtype != weight.dtype or torch.is_grad_enabled() or not can_pack(weight):
+    little = not is_int8(linear) and (x.numel() < 2 * x.size(-1) or weight.numel() <= SMALL)
+    if little or x.dtype != weight.dtype or torch.is_grad_enabled() or not can_pack(weight):
         return F.linear(x, weight, linear.bias)
     return packed(linear)(x)
 
@@ -81,12 +93,18 @@ def packed(*linears: nn.Linear) -> Product:
     """
     parameters = [x for linear in linears for x in (linear.weight, linear.bias) if x is not None]
     now = [(x.data_ptr(), None if x.is_inference() else x._version, _sampled(x)) for x in parameters]
-    kept, kind = _PACKED.setdefault(linears[0].weight, {}), Int8Product if is_int8(linears[0]) else FloatProduct
+    kept, kind = _PACKED.setdefault(linears[0].weight, {}), _kind(linears)
     if (kind, len(linears)) not in kept or kept[kind, len(linears)][0] != now:
         weights, biases = ([getattr(linear, name) for linear in linears] for name in ("weight", "bias"))
         bias = None if biases[0] is None else torch.cat(biases).detach()
         kept[kind, len(linears)] = now, kind(torch.cat(weights).detach(), bias)
     return kept[kind, len(linears)][1]
+
+
+def _kind(linears: tuple[nn.Linear, ...]) -> type[Product]:
+    if is_int8(linears[0]):
+        return Int8Product
+    return SmallProduct if sum(linear.weight.numel() for linear in linears) <= SMALL else FloatProduct
 
 
 def _sampled(parameter: Tensor) -> bytes:

@@ -9,7 +9,13 @@ from fairseq.optim.adam import Adam
 from plugin.builders import pruned_model, random_masks
 
 from ap_fairseq.model import cpu_linear
-from ap_fairseq.model.cpu_linear import FloatProduct, Int8Product, PackedLinear, packed, project, use_int8
+from ap_fairseq.model.cpu_linear import FloatProduct, Int8Product, PackedLinear, SmallProduct, packed, project, use_int8
+
+
+@pytest.fixture(autouse=True)
+def any_size(monkeypatch):
+    """Weights of these tests are small, and would be left to torch."""
+    monkeypatch.setattr(cpu_linear, "SMALL", 0)
 
 
 def within_rounding(got, linear, x):
@@ -54,6 +60,20 @@ def test_products_of_several_layers(kind):
         of_weights, of_inputs = weight.abs().amax(1) / 127, (x.max() - x.min()) / (127 if product.seven_bits else 255)
         band += x.abs().sum(-1, keepdim=True) * of_weights / 2 + of_inputs * (weight.abs().sum(1) + 48 * of_weights / 2)
     assert ((product(x) - exact).abs() <= band).all()
+
+
+@pytest.mark.parametrize("n", [1, 3])
+@torch.no_grad()
+def test_small_weights_are_left_to_torch(n, monkeypatch):
+    """Up to the limit, that of the stacked ones where several layers are multiplied at once; 8 bits are not float32."""
+    monkeypatch.setattr(cpu_linear, "SMALL", n * 48 * 16)
+    linears, x = [PackedLinear(48, 16) for _ in range(n)], torch.randn(5, 48)
+    weight, bias = torch.cat([x.weight for x in linears]), torch.cat([x.bias for x in linears])
+    product = packed(*linears)
+    assert type(product) is SmallProduct and torch.equal(product(x), F.linear(x, weight, bias))
+    assert type(packed(*linears, PackedLinear(48, 1))) is FloatProduct
+    use_int8(torch.nn.ModuleList(linears))
+    assert type(packed(*linears)) is Int8Product
 
 
 @pytest.mark.parametrize("int8", [False, True])
