@@ -28,7 +28,8 @@ class BeamState(NamedTuple):
         tokens: int64 (B * beam,), the last token of every hypothesis that is continued.
         scores: float32 (B, beam), of them, sums of log-probabilities.
         ignored: bool (B, beam), whether a place holds an ended hypothesis, because fewer go on.
-        block_table: int32 (B * beam, T), where a KV cache holds their positions.
+        block_table: int32 (B * beam, T), where a KV cache holds their positions; a search may put another table of its
+            hypotheses in its place.
         sentence: int64 (B,), the number of the sentence in every place of the batch.
         n_final: int64 (B,), its ended hypotheses.
         done: bool (B,), whether it has enough of them.
@@ -123,20 +124,39 @@ def choose(state: BeamState, n: int, sums: Tensor, parent: Tensor, token: Tensor
         sums: float32 (n, k), of log-probabilities, best first; k >= beam.
         parent, token: int64 (n, k), the hypothesis that is continued, and by which token.
     """
-    beam, sentence = state.beam, state.sentence[:n]
-    ends = token.eq(eos)
-    # Most steps end nothing; a GPU would have to be waited for.
-    if sums.is_cuda or bool(ends.any()) or bool(state.ignored[:n].any()) or bool(state.step >= state.max_len):
-        parent, token, sums = _end(state, n, sums, parent, token, ends)
-    else:
-        parent, token, sums = (x[:, :beam] for x in (parent, token, sums))
-    at = state.step * state.chosen_beam.size(1) + sentence
+    rows = (_choose_on_host if sums.is_cpu else _choose_on_device)(state, n, sums, parent, token, eos)
+    state.block_table[: n * state.beam] = state.block_table.index_select(0, rows)
+
+
+def _choose_on_device(state: BeamState, n: int, sums: Tensor, parent: Tensor, token: Tensor, eos: int) -> Tensor:
+    """Return the rows that are continued, int64 (n * beam,), without waiting for the device."""
+    parent, token, sums = _end(state, n, sums, parent, token, token.eq(eos))
+    at = state.step * state.chosen_beam.size(1) + state.sentence[:n]
     for record, value in ((state.chosen_beam, parent), (state.chosen_token, token), (state.chosen_score, sums)):
         record.flatten(0, 1).index_copy_(0, at, value.to(record.dtype))
     state.scores[:n] = sums
-    state.tokens[: n * beam] = token.flatten()
-    parent = parent + beam * torch.arange(n, device=parent.device)[:, None]
-    state.block_table[: n * beam] = state.block_table.index_select(0, parent.flatten())
+    state.tokens[: n * state.beam] = token.flatten()
+    return (parent + state.beam * torch.arange(n, device=parent.device)[:, None]).flatten()
+
+
+def _choose_on_host(state: BeamState, n: int, sums: Tensor, parent: Tensor, token: Tensor, eos: int) -> Tensor:
+    """Do as `_choose_on_device`.
+
+    Nothing has to wait here, so steps in which nothing ends, most of them, do less; and a call of numpy for a few
+    numbers takes a fraction of one of torch.
+    """
+    step = int(state.step)
+    ends = token.numpy() == eos
+    if ends.any() or state.ignored.numpy()[:n].any() or step >= int(state.max_len):
+        parent, token, sums = _end(state, n, sums, parent, token, torch.from_numpy(ends))
+    best_sums, parents, tokens = (x.numpy()[:, : state.beam] for x in (sums, parent, token))
+    at = step, state.sentence.numpy()[:n]
+    for record, value in ((state.chosen_beam, parents), (state.chosen_token, tokens), (state.chosen_score, best_sums)):
+        record.numpy()[at] = value
+    state.scores.numpy()[:n] = best_sums
+    state.tokens.numpy()[: n * state.beam] = tokens.reshape(-1)
+    first = torch.arange(0, n * state.beam, state.beam)[:, None]
+    return torch.from_numpy((parents + first.numpy()).reshape(-1))
 
 
 def _end(
@@ -209,11 +229,12 @@ def best_continuations(log_probs: Tensor, scores: Tensor, groups: Tensor, size: 
     Returns:
         Sums float32, hypotheses int64 and tokens int64, (n, k) each, best first.
     """
-    vocab_size, k = log_probs.size(2), groups.size(1)
-    index = (groups[..., None] * size + torch.arange(size, device=groups.device)).flatten(1)  # into beam * V
-    parent, token = index // vocab_size, index % vocab_size
-    sums, place = _best(log_probs.flatten(1).gather(1, index) + scores.gather(1, parent), k)
-    return sums, parent.gather(1, place), token.gather(1, place)
+    n_groups, k = log_probs.size(2) // size, groups.size(1)
+    parent = groups // n_groups
+    of_groups = log_probs.reshape(groups.size(0), -1, size).gather(1, groups[..., None].expand(-1, -1, size))
+    sums, place = _best(of_groups.add_(scores.gather(1, parent)[..., None]), k)
+    group, token = place // size, place % size
+    return sums, parent.gather(1, group), (groups.gather(1, group) % n_groups).mul_(size).add_(token)
 
 
 def best_of_groups(

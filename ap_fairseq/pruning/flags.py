@@ -23,18 +23,14 @@ from ap_fairseq.sites import AttentionKind, per_kind
 SPREAD = 4.5  # heads of a layer that may keep an offset, in units of the share of pairs that the budget leaves
 
 
-def _share(text: str, whole: bool = False) -> float:
+def _share(text: str) -> float:
     try:
         value = float(text)
     except ValueError:
         value = math.nan
-    if not (0 <= value < 1 or (whole and value == 1)):
+    if not 0 <= value < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a share in [0, 1), e.g. 0.5 for 50%")
     return value
-
-
-def _budget(text: str) -> float:
-    return _share(text, whole=True)  # 1 with --empty-rows alone, which the specification checks
 
 
 def _positions(text: str) -> int:
@@ -69,8 +65,8 @@ def _granularity(text: str) -> Granularity | dict[AttentionKind, Granularity]:
 def add_mask_options(parser: argparse.ArgumentParser) -> None:
     """Add the flags that :func:`spec_from` reads."""
     for kind in AttentionKind:
-        help_text = f"share of {kind.value} pairs to prune, in [0, 1), or 1 with --empty-rows; default: prune none"
-        parser.add_argument(f"--{kind.flag}", type=_budget, metavar="SHARE", help=help_text)
+        help_text = f"share of {kind.value} pairs to prune, in [0, 1); default: prune none"
+        parser.add_argument(f"--{kind.flag}", type=_share, metavar="SHARE", help=help_text)
     parser.add_argument(
         "--total",
         type=_share,

@@ -202,14 +202,13 @@ def missed_budgets(
         names = ["diagonals" if size is None else f"{size[0]}x{size[1]} blocks" for size in blocks.values()]
         units = " or ".join(names)
         reason = f"the recorded pairs fall into few {units}, and a unit is pruned whole; use a finer --granularity"
-    anchors = "; each row of cross-attention keeps its head's anchor" if spec.in_offsets(AttentionKind.CROSS) else ""
     return [
         f"{name}: effective sparsity {reached:.1%} instead of {target:.1%}: "
         + (
             f"{beyond:.0%} of the pairs of validation sentences lie beyond the recorded positions, where masks "
             "continue diagonals or keep all; record longer sentences (--max-positions, --sample)"
             if beyond >= abs(reached - target)  # that much they can explain
-            else reason + (anchors if name not in ("encoder_self", "decoder_self") else "")
+            else reason
         )
         for name, reached, target, beyond in checks
         if abs(reached - target) > 0.01

@@ -19,11 +19,10 @@ from ap_fairseq.model.attention import PrunedMultiheadAttention
 from ap_fairseq.model.cpu_linear import Product, can_pack, packed
 from ap_fairseq.model.kv_cache import HostCache
 from ap_fairseq.model.layers import is_plain
+from ap_fairseq.search.beams import BeamSearchState
 from ap_fairseq.search.static_decoder import LayerStep, Model, StaticDecoder, layer_step
-from triton_ops.beam_state import BeamState
 
 FIRST_SLOTS = 64  # of a sentence; slots are compacted, or their number doubled, when they are full
-NO_HYPOTHESIS = -1
 MASK_ROWS_MEMO = 1 << 26  # bytes of mask rows that are remembered: all of searches up to 1,000 positions or so
 
 
@@ -32,15 +31,28 @@ class SentenceSlots:
 
     Attributes:
         n, step, used: sentences in the batch, the step, and slots in use, which are as many for every sentence.
-        position, number: int64 (B, L), the target position in every slot, and its number in `BeamState.block_table`
-            there; *NO_HYPOTHESIS* in empty ones.
-        masks, dtype: the mask rows of self-attention, and the type of its scores.
+        position: int64 (B, L), the target position in every slot.
+        table: (B * beam, L), what is added to attention scores: 0 where a hypothesis consists of a slot, else -inf. It
+            is the table of the search's state, which every step permutes with its hypotheses.
+        masks: the mask rows of self-attention.
     """
 
-    def __init__(self, state: BeamState, n: int, masks: MaskRows, dtype: torch.dtype):
-        self.state, self.n, self.step, self.used = state, n, -1, 0
-        self.masks, self.dtype = masks, dtype
-        self.position, self.number = torch.zeros(2, n, FIRST_SLOTS, dtype=torch.int64).unbind()
+    @torch.inference_mode(False)  # the next search may come outside of it and finds the table
+    def __init__(self, beams: BeamSearchState, n: int, masks: MaskRows, dtype: torch.dtype):
+        self.beams, self.n, self.step, self.used, self.masks = beams, n, -1, 0, masks
+        self.beam = beams.state.beam
+        self.position = torch.zeros(n, FIRST_SLOTS, dtype=torch.int64)
+        self.table = torch.empty(n * self.beam, FIRST_SLOTS, dtype=dtype)
+        own = torch.eye(self.beam, dtype=torch.bool).repeat(n, 1)
+        self.own_slot = self.table.new_zeros(n * self.beam, self.beam).masked_fill_(~own, -math.inf)
+
+    @property
+    def table(self) -> Tensor:
+        return self.beams.state.block_table
+
+    @table.setter
+    def table(self, table: Tensor) -> None:
+        self.beams.state = self.beams.state._replace(block_table=table)
 
     @property
     def capacity(self) -> int:
@@ -48,24 +60,18 @@ class SentenceSlots:
 
     def next_step(self) -> None:
         """Add a slot for the new position of every hypothesis."""
-        self.step, beam = self.step + 1, self.state.beam
-        new, self.used = slice(self.used, self.used + beam), self.used + beam
+        self.step, n_hypotheses = self.step + 1, self.n * self.beam
+        new, self.used = slice(self.used, self.used + self.beam), self.used + self.beam
         self.position[: self.n, new] = self.step
-        self.number[: self.n, new] = torch.arange(self.n * beam).view(self.n, beam)
-        self._bias: Tensor | None = None
+        self.table[:n_hypotheses, new] = self.own_slot[:n_hypotheses]
+        self._bias = self.table[:n_hypotheses, : self.used].unflatten(0, (self.n, 1, self.beam))
         self._pruned_bias: Tensor | None = None
 
     def begin_with(self, size: int) -> None:
-        """Take slots for *size* positions that all hypotheses of a sentence share, in its slot number of each."""
+        """Take slots for *size* positions that all hypotheses of a sentence share."""
         self.step, self.used = size - 1, size
         self.position[:, :size] = torch.arange(size)
-        self.number[:, :size] = torch.arange(self.n)[:, None]
-
-    def consists_of(self) -> Tensor:
-        """Return which slots each hypothesis consists of, bool (n, beam, used)."""
-        table = self.state.block_table[: self.n * self.state.beam].view(self.n, self.state.beam, -1)
-        position, number = (x[: self.n, None, : self.used] for x in (self.position, self.number))
-        return table.gather(2, position.expand(-1, self.state.beam, -1)) == number
+        self.table[:, :size] = 0
 
     def bias(self, heads: slice | None) -> Tensor:
         """Return what is added to the attention scores of the step, (n, heads or 1, beam, used), 0 or -inf.
@@ -73,9 +79,6 @@ class SentenceSlots:
         Args:
             heads: of a site among those whose masks prune anything; None: its mask prunes nothing.
         """
-        if self._bias is None:  # the same for all sites
-            self._bias = torch.zeros(self.n, 1, self.state.beam, self.used, dtype=self.dtype)
-            self._bias.masked_fill_(~self.consists_of()[:, None], -math.inf)
         if heads is None:
             return self._bias
         if self._pruned_bias is None:
@@ -86,21 +89,24 @@ class SentenceSlots:
 
     def live(self) -> tuple[Tensor, int]:
         """Return the slots of each sentence, int64 (n, used), those first that hypotheses consist of; and how many."""
-        live = self.consists_of().any(1)
-        self.number[: self.n, : self.used].masked_fill_(~live, NO_HYPOTHESIS)
+        live = self._by_sentence().eq(0).any(1)
         return live.logical_not().to(torch.int8).argsort(dim=1, stable=True), int(live.sum(1).max())
 
+    def _by_sentence(self) -> Tensor:
+        return self.table[: self.n * self.beam, : self.used].unflatten(0, (self.n, self.beam))
+
+    @torch.inference_mode(False)
     def keep(self, order: Tensor, capacity: int) -> None:
         """Drop all slots but *order*, int64 (n, L), and make room for *capacity*."""
+        kept = self._by_sentence().gather(2, order[:, None].expand(-1, self.beam, -1)).flatten(0, 1)
         self.used = order.size(1)
-        kept = (F.pad(x[: self.n].gather(1, order), (0, capacity - self.used)) for x in (self.position, self.number))
-        self.position, self.number = kept
+        self.position = F.pad(self.position[: self.n].gather(1, order), (0, capacity - self.used))
+        self.table = F.pad(kept, (0, capacity - self.used))
 
     def move(self, to: Tensor, source: Tensor, n: int) -> None:
         """Move sentences between places, int64 each; the first *n* go on."""
         self.n = n
-        for x in (self.position, self.number):
-            x[to] = x[source]
+        self.position[to] = self.position[source]
 
 
 class MaskRows:
@@ -134,29 +140,38 @@ class MaskRows:
 
 
 class HostSelfAttention(HostCache):
-    """Keys and values of one decoder self-attention site: (B, H, 2, L, D), by sentence and slot."""
+    """Keys and values of one decoder self-attention site: (2, B, H, L, D), by sentence and slot."""
 
     def __init__(self, slots: SentenceSlots, module: PrunedMultiheadAttention, dtype: torch.dtype):
         self.slots, self.heads = slots, slots.masks.heads.get(module)
-        self.kv = torch.empty(slots.n, module.num_heads, 2, slots.capacity, module.head_dim, dtype=dtype)
+        self.kv = torch.empty(2, slots.n, module.num_heads, slots.capacity, module.head_dim, dtype=dtype)
 
     def advance(self, kv: Tensor) -> None:
-        n, used, beam = self.slots.n, self.slots.used, self.slots.state.beam
-        self.kv[:n, :, :, used - beam : used] = kv.view(n, beam, *kv.shape[1:]).permute(0, 3, 2, 1, 4)
+        self.store(kv.view(self.slots.n, -1, *kv.shape[1:]).permute(2, 0, 3, 1, 4))
+
+    def store(self, kv: Tensor) -> None:
+        """Store the keys and values of a step, (2, n, H, beam, D)."""
+        slots = self.slots
+        self.kv[:, : slots.n, :, slots.used - slots.beam : slots.used] = kv
 
     def attend(self, q: Tensor, scale: float) -> Tensor:
-        return attend(q, self.kv[: self.slots.n, :, :, : self.slots.used], self.slots.bias(self.heads), scale)
+        return attend(by_sentence(q, self.slots.n), *self.attended(), scale).view_as(q)
+
+    def attended(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the keys and values that a step attends to, (n, H, used, D) each, and what is added to scores."""
+        k, v = self.kv[:, : self.slots.n, :, : self.slots.used].unbind()
+        return k, v, self.slots.bias(self.heads)
 
     def keep(self, order: Tensor, capacity: int) -> None:
         """As `SentenceSlots.keep`."""
         n, size = order.shape
-        kept = self.kv.new_empty(n, *self.kv.shape[1:3], capacity, self.kv.size(4))
-        kept[:, :, :, :size] = self.kv[torch.arange(n)[:, None], :, :, order].permute(0, 2, 3, 1, 4)
+        kept = self.kv.new_empty(2, n, self.kv.size(2), capacity, self.kv.size(4))
+        kept[..., :size, :] = self.kv[:, torch.arange(n)[:, None], :, order].permute(2, 0, 3, 1, 4)
         self.kv = kept
 
     def move(self, to: Tensor, source: Tensor) -> None:
         """As `SentenceSlots.move`."""
-        self.kv[to] = self.kv[source]
+        self.kv[:, to] = self.kv[:, source]
 
 
 class SourceColumns:
@@ -193,7 +208,7 @@ class SourceColumns:
 
 
 class HostCrossAttention(HostCache):
-    """Keys and values of one cross-attention site, (B, H, 2, S, D)."""
+    """Keys and values of one cross-attention site, (2, B, H, S, D)."""
 
     def __init__(self, columns: SourceColumns, module: PrunedMultiheadAttention, kv: Tensor):
         self.columns, self.heads, self.kv = columns, columns.masks.heads.get(module), kv
@@ -202,21 +217,29 @@ class HostCrossAttention(HostCache):
         """Nothing: the search counts the steps."""
 
     def attend(self, q: Tensor, scale: float) -> Tensor:
-        return attend(q, self.kv[: self.columns.slots.n], self.columns.bias(self.heads), scale)
+        return attend(by_sentence(q, self.columns.slots.n), *self.attended(), scale).view_as(q)
+
+    def attended(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return keys and values, (n, H, S, D) each, and what is added to scores."""
+        k, v = self.kv[:, : self.columns.slots.n].unbind()
+        return k, v, self.columns.bias(self.heads)
 
     def move(self, to: Tensor, source: Tensor) -> None:
         """As `SentenceSlots.move`."""
-        self.kv[to] = self.kv[source]
+        self.kv[:, to] = self.kv[:, source]
 
 
-def attend(q: Tensor, kv: Tensor, bias: Tensor | None, scale: float) -> Tensor:
-    """Attend with q (N, H, D), of N / n hypotheses for each sentence, to kv (n, H, 2, L, D); (N, H, D).
+def by_sentence(q: Tensor, n: int) -> Tensor:
+    """(N, H, D), of N / n hypotheses for each sentence -> (n, H, N / n, D), a view: hypotheses are queries."""
+    return q.view(n, -1, *q.shape[1:]).transpose(1, 2)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+    """Attend with q (n, H, beam, D) to k and v (n, H, L, D); (n, beam, H, D), contiguous.
 
     Rows that *bias* hides entirely give 0: torch's attention on a CPU sees to that.
     """
-    k, v = kv.unbind(2)
-    by_sentence = q.view(kv.size(0), -1, *q.shape[1:]).transpose(1, 2)  # a sentence's hypotheses are queries
-    return F.scaled_dot_product_attention(by_sentence, k, v, bias, scale=scale).transpose(1, 2).flatten(0, 1)
+    return F.scaled_dot_product_attention(q, k, v, bias, scale=scale).transpose(1, 2)
 
 
 class HostLayer:
@@ -257,13 +280,15 @@ class HostLayer:
         return norm(last(part(x)).add_(x))
 
     def _attend_to_target(self, x: Tensor) -> Tensor:
-        qkv = self.qkv(x).view(-1, 3, *self.heads)
-        self.self_cache.advance(qkv[:, 1:])
-        return self.self_cache.attend(qkv[:, 0], self.scale).flatten(1)
+        cache = self.self_cache
+        qkv = self.qkv(x).view(cache.slots.n, -1, 3, *self.heads).permute(2, 0, 3, 1, 4)  # (3, n, H, beam, D)
+        cache.store(qkv[1:])
+        return attend(qkv[0], *cache.attended(), self.scale).reshape(x.shape[0], -1)
 
     def _attend_to_source(self, x: Tensor) -> Tensor:
-        q = self.q(x).view(-1, *self.cross_heads)
-        return self.cross_cache.attend(q, self.cross_scale).flatten(1)
+        cache = self.cross_cache
+        q = self.q(x).view(cache.columns.slots.n, -1, *self.cross_heads).transpose(1, 2)
+        return attend(q, *cache.attended(), self.cross_scale).reshape(x.shape[0], -1)
 
     def _widen(self, x: Tensor) -> Tensor:
         return self.activation(self.fc1(x))
@@ -301,7 +326,7 @@ class HostDecoder(StaticDecoder):
 
     def _prepare_caches(self, encoder_outs: list[dict] | None, real: Tensor, max_len: int) -> None:
         self_rows, cross_rows = self._mask_rows()
-        slots = self.slots = SentenceSlots(self.beams.state, real.size(0), self_rows, self.dtype)
+        slots = self.slots = SentenceSlots(self.beams, real.size(0), self_rows, self.dtype)
         columns = SourceColumns(slots, real, cross_rows, self.dtype)
         self.self_caches = {module: HostSelfAttention(slots, module, self.dtype) for module in self.self_sites}
         self.sources: list[SourceColumns | HostCrossAttention] = [columns]
@@ -317,6 +342,14 @@ class HostDecoder(StaticDecoder):
                     self.sources.append(cross)
                 self.layers[-1].append(self._layer(layer, self.self_caches[layer.self_attn], cross))
         self.output_layers = [self._output_layer(model) for model in self.models]
+
+    def _embed(self, index: int, tokens: Tensor) -> Tensor:
+        decoder, positions, step = self.models[index].decoder, self.positions[index], self.slots.step
+        position = None if positions is None else positions[step : step + 1]
+        changed = (decoder.quant_noise, decoder.project_in_dim, decoder.layernorm_embedding)
+        if position is None or type(decoder.embed_tokens) is not nn.Embedding or any(x is not None for x in changed):
+            return decoder.embed(tokens, position)
+        return torch.add(position, F.embedding(tokens, decoder.embed_tokens.weight), alpha=decoder.embed_scale)
 
     @staticmethod
     def _output_layer(model: Model) -> Callable[[Tensor], Tensor]:
@@ -337,18 +370,18 @@ class HostDecoder(StaticDecoder):
 
     @staticmethod
     def _project_source(module: PrunedMultiheadAttention, source: Tensor) -> Tensor:
-        """(B, S, C) -> (B, H, 2, S, D)."""
+        """(B, S, C) -> (2, B, H, S, D)."""
         kv = module.project_source(source.flatten(0, 1)).unflatten(0, source.shape[:2])
-        return kv.permute(0, 3, 2, 1, 4).contiguous()
+        return kv.permute(2, 0, 3, 1, 4).contiguous()
 
     def _prefill(self, encoder_outs: list[dict] | None, prefix: Tensor, first_token: int, max_len: int) -> None:
         if prefix.size(1) > self.slots.capacity:
             self._keep(torch.empty(self.slots.n, 0, dtype=torch.int64), 2 * prefix.size(1))
-        self.slots.begin_with(prefix.size(1))
         super()._prefill(encoder_outs, prefix, first_token, max_len)
+        self.slots.begin_with(prefix.size(1))
 
     def _store_prefix(self, module: PrunedMultiheadAttention, kv: Tensor, max_len: int) -> None:
-        self.self_caches[module].kv[:, :, :, : kv.size(0)] = kv.permute(1, 3, 2, 0, 4)
+        self.self_caches[module].kv[..., : kv.size(0), :] = kv.permute(2, 1, 3, 0, 4)
 
     def _reserve_step(self, n: int, step: int, max_len: int) -> None:
         slots = self.slots
@@ -370,6 +403,9 @@ class HostDecoder(StaticDecoder):
         for cache in (*self.self_caches.values(), *self.sources):
             cache.move(to, order[to])
         return order
+
+    def _number_slots(self, n: int) -> None:
+        """Nothing: `SentenceSlots` did."""
 
     def _run(self, n: int, within_prefix: bool) -> None:
         steps = [self._module_step(index, layers) for index, layers in enumerate(self.layers)]

@@ -474,18 +474,26 @@ class StaticDecoder:
 
     def _module_step(self, index: int, layers: list[LayerStep]) -> ModelStep:
         """Return the step of a model by fairseq's modules but for its *layers*."""
-        decoder, positions = self.models[index].decoder, self.positions[index]
+        decoder = self.models[index].decoder
 
         def run(tokens: Tensor) -> Tensor:
-            position = None if positions is None else positions[self.beams.state.step]
-            return self.output_layers[index](decoder_step(decoder, tokens, position, layers))
+            x = self._embed(index, tokens)
+            for layer in layers:
+                x = layer(x)
+            return self.output_layers[index](decoder.finish(x))
 
         return run
+
+    def _embed(self, index: int, tokens: Tensor) -> Tensor:
+        """Embed the last tokens of the hypotheses, int64 (N,): the input of the first layer of a model, (N, C)."""
+        positions = self.positions[index]
+        position = None if positions is None else positions[self.beams.state.step]
+        return self.models[index].decoder.embed(tokens, position)
 
     def _step(self, n: int, within_prefix: bool, steps: list[ModelStep]) -> None:
         """Decode one token of every hypothesis and choose how to go on. No shape and no branch depends on a value."""
         beams, rules = self.beams, self.rules
-        beams.number_slots(n)
+        self._number_slots(n)
         tokens = beams.state.tokens[: n * rules.beam]
         logits = self._combined([step(tokens) for step in steps])
         penalty = self.penalty
@@ -498,6 +506,10 @@ class StaticDecoder:
             step = Step(beams.state, n, logits, penalty, self.memory, beams.kernels)
             beams.continue_by(n, rules.strategy.candidates(step), rules.eos)
         self.restrictions.follow(n)
+
+    def _number_slots(self, n: int) -> None:
+        """Number the slots that a step of the first *n* sentences writes."""
+        self.beams.number_slots(n)
 
     def _combined(self, outputs: list[Tensor]) -> Tensor:
         """Logits (N, V) of the next token from the outputs (N, V) of every model.
@@ -550,20 +562,3 @@ def layer_step(layer: nn.Module, incremental_state: dict) -> LayerStep:
         return layer(x, x, incremental_state=incremental_state)[0][0]
 
     return run
-
-
-def decoder_step(decoder, tokens: Tensor, position: Tensor | None, layers: list[LayerStep]) -> Tensor:
-    """Compute one new token as fairseq's decoder does, without looking at how many came before.
-
-    Args:
-        tokens: int64 (N,), the last token of every hypothesis.
-        position: (1, C), its positional embedding, if the decoder has any.
-        layers: the steps of its layers.
-
-    Returns:
-        Features (N, C).
-    """
-    x = decoder.embed(tokens, position)
-    for layer in layers:
-        x = layer(x)
-    return decoder.finish(x)

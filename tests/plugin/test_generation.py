@@ -498,9 +498,11 @@ def test_full_pools_drop_dead_rows_and_grow(monkeypatch, paged):
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="models are on the GPU")
-@pytest.mark.parametrize("case", ["norm after", "norm before", "double precision"])
+@pytest.mark.parametrize("case", ["norm after", "norm before", "norm of embeddings", "packed", "double precision"])
 def test_slots_of_a_cpu_are_dropped_and_sentences_leave(case, monkeypatch):
-    """Weights in double precision are not packed: fairseq's modules compute them."""
+    """Weights in double precision are not packed: fairseq's modules compute them. Those of these models are small."""
+    if case == "packed":
+        monkeypatch.setattr(cpu_linear, "SMALL", 0)
     monkeypatch.setattr(host_decoder, "FIRST_SLOTS", 9)
     monkeypatch.setattr(PrunedSequenceGenerator, "_decoder_class", lambda self, device: host_decoder.HostDecoder)
     kept, sizes, keep, run = [], [], host_decoder.SentenceSlots.keep, host_decoder.HostDecoder._run
@@ -510,7 +512,8 @@ def test_slots_of_a_cpu_are_dropped_and_sentences_leave(case, monkeypatch):
         lambda self, order, capacity: kept.append((self.used, order.size(1))) or keep(self, order, capacity),
     )
     monkeypatch.setattr(host_decoder.HostDecoder, "_run", lambda self, n, *more: sizes.append(n) or run(self, n, *more))
-    systems, options = models(decoder_normalize_before=case == "norm before"), dict(beam_size=4, max_len_b=30)
+    norms = dict(decoder_normalize_before=case == "norm before", layernorm_embedding=case == "norm of embeddings")
+    systems, options = models(**norms), dict(beam_size=4, max_len_b=30)
     systems = [system.double() if case == "double precision" else system for system in systems]
     expected = SequenceGenerator(systems, VOCAB, **options).generate([], sample(LENGTHS))
     assert_same(PrunedSequenceGenerator(systems, VOCAB, **options).generate([], sample(LENGTHS)), expected)

@@ -885,24 +885,6 @@ def test_controls_of_masks_that_leave_nothing_of_a_kind(granularity, tmp_path, c
     assert "--cross 1.0 is not a share of pairs in [0, 1), or 1 with --empty-rows" in capsys.readouterr().err
 
 
-def test_a_budget_of_all_pairs_needs_rows_that_may_be_empty(tmp_path, capsys):
-    """--cross 1 was refused with --empty-rows, too; what scaled diagonals keep was said to be units pruned whole."""
-    random_stats().save(tmp_path / "stats.st")
-    ap_masks(tmp_path / "stats.st", "--cross", 1, "--empty-rows", "-o", tmp_path / "none.st")
-    assert PruningMasks.load(tmp_path / "none.st").metadata["sparsity"]["cross"]["effective"] == 1
-    with pytest.raises(SystemExit):
-        ap_masks(tmp_path / "stats.st", "--cross", 1, "-o", tmp_path / "rows.st")
-    assert "--cross 1.0 is not a share of pairs in [0, 1), or 1 with --empty-rows" in capsys.readouterr().err
-    for flag, anchors in (("--cross", 1), ("--encoder-self", 0)):
-        built = build(
-            random_stats(longest=(2, 2)),
-            0.99,
-            kinds=[AttentionKind(flag[2:].replace("-", "_"))],
-            granularity="scaled-diagonal",
-        )
-        assert built.warnings[0].count("each row of cross-attention keeps its head's anchor") == anchors
-
-
 def test_masks_say_how_far_their_statistics_were_smoothed(tmp_path):
     random_stats(longest=(20, 20)).save(tmp_path / "stats.st")
     for distance in (0, 8):

@@ -430,7 +430,7 @@ def test_errors_name_the_fault_and_write_nothing(data_bin, dense, stats_file, ma
         (apply.main, [dense, "--attention-masks", masks_file, "-o", masks_file, "--overwrite"], "is the input"),
         (cli_masks.main, [tmp_path / "no.st", "-o", out], "no.st does not exist"),
         (cli_masks.main, [masks_file, "-o", out], "has format 'ap-pruning-masks-2', expected 'ap-attention-stats-2'"),
-        (cli_masks.main, [stats_file, "--cross", 1.2, "-o", out], r"'1.2' is not a share in \[0, 1\)"),
+        (cli_masks.main, [stats_file, "--cross", 1.0, "-o", out], r"'1.0' is not a share in \[0, 1\)"),
         (cli_masks.main, [stats_file, "--cross", 0.5, "-o", masks_file], "exists; pass --overwrite"),
         (cli_masks.main, [stats_file, "--sparsity", 0.5, "-o", out], "unrecognized arguments: --sparsity"),
         (cli_masks.main, [stats_file, "--granularity", 0, "-o", out], "0 is not N .N x N blocks"),

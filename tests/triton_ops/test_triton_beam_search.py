@@ -8,7 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from triton_ops.api import advance_beams, best_tokens, continue_beams
-from triton_ops.beam_state import BeamState, best_continuations, best_groups, group_size
+from triton_ops.beam_state import (
+    BeamState,
+    _choose_on_device,
+    _choose_on_host,
+    best_continuations,
+    best_groups,
+    group_size,
+)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EOS = 2
@@ -117,6 +124,32 @@ def test_the_kernels_change_the_state_as_torch_does(n, beam, step, vocab_size, c
     for state, kernels in ((ours, True), (expected, False)):
         advance_beams(state, n + 1, logits, penalty, EOS, kernels)
     assert_alike(ours, expected, n + 1)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="a CPU does it in its own way")
+@pytest.mark.parametrize("ends", [0.0, 0.3])
+@pytest.mark.parametrize("step", [0, 1, 5, 8])
+def test_a_cpu_changes_the_state_as_a_device_does(step, ends):
+    """In steps in which something ends, and in the others, of which it does less."""
+    n, beam = 4, 3
+    states = [random_state(n, beam, step, 9, seed=1) for _ in range(2)]
+    if not ends:
+        for state in states:
+            state.ignored.zero_()
+    sums = torch.randn(n + 1, 2 * beam).sort(descending=True).values
+    parent = torch.randint(beam, sums.shape)
+    token = torch.where(torch.rand(sums.shape) < ends, EOS, torch.randint(3, 50, sums.shape))
+    rows = [
+        choice(state, n + 1, sums, parent, token, EOS)
+        for choice, state in zip((_choose_on_host, _choose_on_device), states, strict=True)
+    ]
+    assert torch.equal(*rows)
+    for name, mine, theirs in zip(BeamState._fields, *states, strict=True):
+        if name.startswith("chosen"):  # without scratch slots
+            mine, theirs = mine[:, : n + 1], theirs[:, : n + 1]
+        elif name.startswith("final"):
+            mine, theirs = mine[: n + 1, :beam], theirs[: n + 1, :beam]
+        assert torch.equal(mine, theirs), name
 
 
 def test_logits_may_have_any_stride():
