@@ -74,7 +74,7 @@ def translate_subset(cfg, ranks: int, folder: Path) -> Joined:
     if speeds:
         tokens, slowest = sum(int(n.replace(",", "")) for n, _ in speeds), max(float(seconds) for _, seconds in speeds)
         logger.info(
-            f"translated {len(sentences):,} sentences ({tokens:,} tokens) with {ranks} processes; the slowest searched "
+            f"translated {len(sentences):,} sentences ({tokens:,} tokens); processes: {ranks}, the slowest searched "
             f"for {slowest:.1f} s ({tokens / max(slowest, 0.1):,.0f} tokens/s in all)"
         )
     return Joined(sentences, score_lines(cfg, sentences, [share["statistics"] for share in shares]))

@@ -168,8 +168,10 @@ def _build(stats: AttentionStats, spec: MaskSpec, wanted: MaskSpec, growing: boo
     warnings = missed_budgets(summary, wanted, held)
     for name, heads in vanished.items():
         listed = ", ".join(f"{layer}.{head}" for layer, head in heads)
-        left = " but the guaranteed cells" if masks.guarantees(AttentionKind(name)) else ""
-        warnings.append(f"{name}: {len(heads)} heads (layer.head) keep nothing{left}: {listed}")
+        kind = AttentionKind(name)
+        left = " but the guaranteed cells (one in each row)" if masks.guarantees(kind) else ""
+        total = masks.keep[kind][:, :, 0, 0].size
+        warnings.append(f"{name}: nothing{left} is kept by {len(heads)} of {total} heads (layer.head): {listed}")
     return BuiltMasks(masks, summary, warnings)
 
 

@@ -210,7 +210,7 @@ def _budgets(args: argparse.Namespace, stats: AttentionStats) -> Mapping[Attenti
     own = {kind: getattr(args, kind.value) for kind in AttentionKind if getattr(args, kind.value) is not None}
     given = budget_flags(args)
     if len(given) > 1:
-        raise UserError(f"{' and '.join(given)} all give budgets; choose one of them")
+        raise UserError(f"budgets are given by {' and '.join(given)}; choose one of them")
     if args.criterion == "percentile" and given and not own:
         raise UserError(
             f"{given[0]} gives effective sparsity, --criterion percentile takes nominal sparsity; give that with "

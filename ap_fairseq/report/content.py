@@ -105,8 +105,9 @@ class Report:
             for kind, gone in vanished_heads(masks, self.stats).items():
                 heads = ", ".join(f"{layer}.{head}" for layer, head in gone)
                 but = " but guaranteed cells" if masks.guarantees(AttentionKind(kind)) else ""
-                left = f"{name} leaves nothing{but} of {len(gone)} heads of {kind}"
-                sentences.append(f"{left} (layer.head): {heads}.")
+                total = masks.keep[AttentionKind(kind)][:, :, 0, 0].size
+                kept = f"nothing{but} is kept by {len(gone)} of {total} heads of {kind}"
+                sentences.append(f"Under masks “{name}”, {kept} (layer.head): {heads}.")
         return sentences
 
     @property
@@ -119,7 +120,8 @@ class Report:
         if self.systems:
             by_bleu = sorted(self.systems, key=lambda system: system.scores["BLEU"])
             low, high = (f"{system.scores['BLEU']:.2f} ({system.name})" for system in (by_bleu[0], by_bleu[-1]))
-            lines.append(f"{len(by_bleu)} systems: BLEU {low} to {high}")
+            several = f"{len(by_bleu)} systems: BLEU {low} to {high}"
+            lines.append(several if len(by_bleu) > 1 else f"1 system: BLEU {low}")
         return lines
 
     @property

@@ -32,9 +32,8 @@ def overview(
         half, limit = kept[kind].kind.at(0.5), kept[kind].kind.sparsity[-1]
         if masks is not None:
             row = rows[kind.value]
-            cost = (
-                f"{masks} prunes {row.effective:.1%} of the pairs and keeps {row.kept_mass:.1%} of the attention mass"
-            )
+            shares = f"prune {row.effective:.1%} of the pairs and keep {row.kept_mass:.1%} of the attention mass"
+            cost = f"Masks “{masks}” {shares}"
         elif half is not None:
             cost = f"Half of the pairs hold {half:.1%} of the attention mass"
         else:
@@ -43,7 +42,7 @@ def overview(
         named = c.patterns.size - counts.pop(BROAD, 0)
         listed = ", ".join(f"{count} {name}" for name, count in counts.items())
         patterns = f" ({listed})" if named else ""
-        sentences[kind] = f"{cost}; {named} of {c.patterns.size} heads have a positional pattern{patterns}."
+        sentences[kind] = f"{cost}; positional heads: {named} of {c.patterns.size}{patterns}."
     return sentences
 
 

@@ -78,8 +78,10 @@ def systems_table(systems: list[System]) -> Table:
         rows.append([system.name, "dense" if system.series is None else system.series, *pruned, *scores, seed])
     header = ["system", "series", *(kind.value for kind in AttentionKind), *METRICS, "seed"]
     signatures = {f"{name} {text}" for system in systems for name, text in system.signatures.items()}
-    caption = "Translation scores and effective sparsity; ± is half of the 95% bootstrap interval over test sentences."
-    caption = " ".join([caption, *(f"{text}." for text in sorted(signatures))])
+    caption = "Translation scores and effective sparsity"
+    if any(system.half_widths for system in systems):
+        caption += "; ± is half of the 95% bootstrap interval over test sentences"
+    caption = " ".join(f"{text}." for text in [caption, *sorted(signatures)])
     return Table(header, rows, caption, align="ll" + "r" * (len(header) - 2))
 
 

@@ -599,12 +599,13 @@ def test_heads_that_keep_nothing_are_named():
     stats.mass[kind][0, 0] *= 1e-3
     built = build(stats, 0.6, kinds=[kind], empty_rows=True)
     assert built.masks.metadata["vanished_heads"] == {"cross": [[0, 0]]}
-    assert "cross: 1 heads (layer.head) keep nothing: 0.0" in built.warnings
+    assert "cross: nothing is kept by 1 of 2 heads (layer.head): 0.0" in built.warnings
     built.masks.keep[kind][0, 1] = False
     built.masks.keep[kind][0, 1, :, 0] = True
     assert vanished_heads(built.masks, stats) == {"cross": [[0, 0]]}  # column 0 is like others
     anchored = build(stats, 0.9, kinds=[kind], granularity="scaled-diagonal", empty_rows=True)
-    assert anchored.warnings[-1] == "cross: 2 heads (layer.head) keep nothing but the guaranteed cells: 0.0, 0.1"
+    left = "cross: nothing but the guaranteed cells (one in each row) is kept by 2 of 2 heads (layer.head): 0.0, 0.1"
+    assert anchored.warnings[-1] == left
 
 
 def test_rows_of_one_cell_or_none_are_rows_that_sentences_have():
@@ -908,7 +909,7 @@ def test_budgets_are_not_taken_from_masks_that_do_not_tell_them(tmp_path, capsys
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--total", 0.5, "--cross", 0.5], "--total and --cross all give budgets; choose one"),
+        (["--total", 0.5, "--cross", 0.5], "budgets are given by --total and --cross; choose one"),
         (["--total", 0.5, "--scope", "layer"], "--scope layer splits it"),
         (["--total", "half"], "argument --total: 'half' is not a share in"),
         (["--total", "nan"], "argument --total: 'nan' is not a share in"),

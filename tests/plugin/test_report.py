@@ -25,7 +25,7 @@ from ap_fairseq.files import UserError
 from ap_fairseq.pruning.build import build_masks
 from ap_fairseq.pruning.spec import MaskSpec
 from ap_fairseq.pruning.summary import summarize
-from ap_fairseq.report import analysis, content, export, page, plots, tables
+from ap_fairseq.report import analysis, content, export, page, plots, results, tables
 from ap_fairseq.sites import AttentionKind
 
 ENCODER, DECODER, CROSS = AttentionKind
@@ -180,7 +180,7 @@ def test_the_page_opens_with_a_picture_and_a_sentence_for_each_kind(folder, stat
         assert figure.count("<image ") >= 2  # mean attention and mask; their colour bars may be images, too
         assert f"kept: {1 - row.effective:.1%} of the pairs" in re.search(r'aria-label="([^"]*)"', figure)[1]
         caption = re.search(r"<figcaption>(.*?)</figcaption>", figure)[1]
-        assert f"prunes {row.effective:.1%} of the pairs and keeps {row.kept_mass:.1%} of the attention mass" in caption
+        assert f"prune {row.effective:.1%} of the pairs and keep {row.kept_mass:.1%} of the attention mass" in caption
         assert caption.count(".") - len(re.findall(r"\d\.\d", caption)) == 1  # one sentence
     assert "<details open" not in text and text.count("<details>") >= 8  # long paragraphs are folded
 
@@ -192,6 +192,15 @@ def test_the_terminal_shows_about_ten_lines(printed):
     assert lines[0].startswith("Recorded on 33,025 sentence pairs") and lines[-1].endswith("report.html")
     assert [line.split(":")[0] for line in lines[1:5]] == [*AttentionKind, "masks"]
     assert "4 systems: BLEU 15.08" in lines[-2] and "to 16.46 (dense.tuned)" in lines[-2]
+
+
+def test_one_system_without_intervals_is_reported_as_that(stats_file):
+    """It was "1 systems: BLEU 3.82 (p) to 3.82 (p)", and the table explained a ± that it did not have."""
+    system = results.System("p", "importance", "", ["cross"], {"cross": 0.5}, 0.5, {"BLEU": 3.82, "chrF2": 17.67})
+    assert content.Report(AttentionStats.load(stats_file), {}, [system]).digest[-1] == "1 system: BLEU 3.82 (p)"
+    assert tables.systems_table([system]).caption == "Translation scores and effective sparsity."
+    system.half_widths["BLEU"] = 0.5
+    assert "± is half of the 95% bootstrap interval" in tables.systems_table([system]).caption
 
 
 def array(parsed: Page, name: str, dtype) -> np.ndarray:
@@ -277,7 +286,9 @@ def test_vanished_heads_are_named():
     masks = build_masks(stats, MaskSpec({})).masks
     masks.keep[CROSS][0, 1, :, 1:] = False
     report = content.Report(stats, {"m": masks}, [])
-    assert report.vanished == ["m leaves nothing but guaranteed cells of 1 heads of cross (layer.head): 0.1."]
+    assert report.vanished == [
+        "Under masks “m”, nothing but guaranteed cells is kept by 1 of 2 heads of cross (layer.head): 0.1."
+    ]
 
 
 def test_vanished_heads_of_masks_whose_rows_may_be_empty():
@@ -286,7 +297,7 @@ def test_vanished_heads_of_masks_whose_rows_may_be_empty():
     for granularity, left in ((1, "nothing"), ("scaled-diagonal", "nothing but guaranteed cells")):
         masks = build_masks(stats, MaskSpec({CROSS: 0.99}, granularity=granularity, empty_rows=True)).masks
         (sentence,) = content.Report(stats, {"m": masks}, []).vanished
-        assert sentence.startswith(f"m leaves {left} of ")
+        assert sentence.startswith(f"Under masks “m”, {left} is kept by ")
 
 
 @pytest.mark.parametrize("lost", [[CROSS], [ENCODER, DECODER, CROSS]])

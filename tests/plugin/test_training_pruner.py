@@ -198,7 +198,7 @@ def test_flags_that_cannot_be_are_refused_at_the_start(data_bin, tmp_path, flags
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--total 0.8 --cross 0.4", "--total and --cross all give budgets"),
+        ("--total 0.8 --cross 0.4", "budgets are given by --total and --cross"),
         ("--like missing.safetensors", "missing.safetensors does not exist"),
         ("--total 0.8 --criterion percentile", "--total gives effective sparsity"),
         ("--cross 0.8 --min-heads 5", "--min-heads cross=5, but it has 2 layers of 2 heads"),
