@@ -76,7 +76,7 @@ def run_ranks(name: str, logs: list[Path], cpu: bool, function: Callable, *args:
 
 def _run(rank: int, ranks: int, cpu: bool, function: Callable, args: tuple) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    gc.freeze()  # what was imported stays; looking through it at every full collection takes a tenth of a search
+    gc.freeze()  # what was imported stays; full collections that look through it take longer than reading hypotheses
     if torch.cuda.is_available() and not cpu:
         torch.cuda.set_device(rank % torch.cuda.device_count())
     else:

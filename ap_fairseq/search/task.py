@@ -71,7 +71,7 @@ class SearchOnDevice:
     def inference_step(self, generator, models: Sequence, sample: dict, prefix_tokens=None, constraints=None):
         """As fairseq's, but source and target of *sample* are on the host afterwards, where hypotheses are.
 
-        fairseq's commands print them token by token, each of which would wait for the device: longer than the search.
+        fairseq's commands print them token by token, and each would wait for the device.
         """
         found = super().inference_step(generator, models, sample, prefix_tokens, constraints)
         for part, name in ((sample["net_input"], "src_tokens"), (sample, "target")):
