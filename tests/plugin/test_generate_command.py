@@ -43,6 +43,7 @@ def start(*flags) -> subprocess.Popen:
         stderr=subprocess.PIPE,
         text=True,
         env=ENVIRONMENT,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell ignores it in what it starts with &
     )
 
 
