@@ -3,7 +3,7 @@
 import contextlib
 import logging
 from dataclasses import dataclass, field
-from typing import Any, Optional  # fairseq's parser reads Optional[X], not X | None
+from typing import Optional  # fairseq's parser reads Optional[X], not X | None
 
 from fairseq.tasks import register_task
 from fairseq.tasks.language_modeling import LanguageModelingConfig, LanguageModelingTask
@@ -42,8 +42,6 @@ class PrunedTranslationConfig(SearchOnDeviceConfig, PruningWhileTrainingConfig, 
 class PrunedTranslationTask(SearchOnDevice, PruningWhileTraining, TranslationTask):
     """``translation`` that prunes pruned transformers while they train, and whose search is decided on the device."""
 
-    _known: Any = None  # the last generator
-
     def __init__(self, cfg, *args, **kwargs):
         super().__init__(cfg, *args, **kwargs)
         options = (getattr(cfg, name, None) for name in ("head_masking", "masked_heads"))  # fairseq's own has neither
@@ -56,11 +54,9 @@ class PrunedTranslationTask(SearchOnDevice, PruningWhileTraining, TranslationTas
 
     def build_generator(self, models, *args, **kwargs):
         """As fairseq's; says when the masks were recorded in another direction, which one dictionary does not show."""
-        generator = super().build_generator(models, *args, **kwargs)
-        if generator is self._known:
-            return generator
-        self._known, ours = generator, [self.cfg.source_lang, self.cfg.target_lang]
-        for model in models:
+        built = self._built
+        generator, ours = super().build_generator(models, *args, **kwargs), [self.cfg.source_lang, self.cfg.target_lang]
+        for model in models if self._built is not built else ():
             provenance = decode_provenance(model.mask_metadata) if isinstance(model, PrunedModel) else None
             recorded = (provenance or {}).get("languages", ours)
             if recorded != ours and set(ours) <= set(recorded):

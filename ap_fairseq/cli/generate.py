@@ -23,7 +23,7 @@ from ap_fairseq.files import ArtifactError, UserError, atomic_output, refuse_exi
 from ap_fairseq.generation.binarised import translate_subset
 from ap_fairseq.generation.ranks import locked
 from ap_fairseq.generation.text import PART_LINES, SETTINGS, Text, spool_stdin, translate_text, write_parts
-from ap_fairseq.model.checkpoints import import_user_dir
+from ap_fairseq.model.checkpoints import add_user_dir, import_user_dir
 from ap_fairseq.provenance import dictionary_files
 
 logger = logging.getLogger(__name__)
@@ -82,7 +82,9 @@ def get_parser() -> argparse.ArgumentParser:
 @command
 def main(argv: list[str]) -> None:
     given = {word.split("=")[0] if word.startswith("--") else word[:2] for word in argv}
-    import_user_dir(_value_of("--user-dir", argv))
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    add_user_dir(early)
+    import_user_dir(early.parse_known_args(argv)[0].user_dir)
     # Before the caller's flags, which win. With its default of 8, fairseq main drops an incomplete last batch.
     args = options.parse_args_and_arch(get_parser(), ["--required-batch-size-multiple", "1", *argv])
     is_text = args.input is not None
@@ -104,12 +106,6 @@ def main(argv: list[str]) -> None:
         _translate_text(args, cfg, ranks)
     else:
         _translate_subset(args, cfg, ranks)
-
-
-def _value_of(flag: str, argv: list[str]) -> str | None:
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument(flag, dest="value")
-    return parser.parse_known_args(argv)[0].value
 
 
 def count_ranks(wanted: int | None, cpu: bool) -> int:

@@ -1,7 +1,6 @@
 """What tasks that search on the device share."""
 
 import copy
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -68,7 +67,7 @@ class SearchOnDevice:
             built = self._built = wanted, super().build_generator(models, args, *options)
         return built[1]  # not the attribute, which another thread may have replaced
 
-    def inference_step(self, generator, models: Sequence, sample: dict, prefix_tokens=None, constraints=None):
+    def inference_step(self, generator, models, sample, prefix_tokens=None, constraints=None):
         """As fairseq's, but source and target of *sample* are on the host afterwards, where hypotheses are.
 
         fairseq's commands print them token by token, and each would wait for the device.
