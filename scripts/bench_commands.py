@@ -2,6 +2,7 @@
 """Translate a test set by whole commands: stock fairseq-generate, fairseq-generate with our task, and ap-generate.
 
     python scripts/bench_commands.py DATA_BIN --path dense.pt --places 1:1 1:2 2:2 --out commands.json
+    python scripts/bench_commands.py DATA_BIN --path dense.pt --subset train --only-ap-generate --places 1:1 2:2 ...
     python scripts/bench_commands.py DATA_BIN --path dense.pt --cpu --out cpu.json
     python scripts/bench_commands.py --table scripts/bench_commands.h200.json       # Markdown, no GPU needed
 
@@ -74,10 +75,12 @@ def runs(args: argparse.Namespace, stock: str) -> list[tuple[str, int, int, list
     options += ["--cpu", "--num-workers", "0"] if args.cpu else ["--fp16"]
     ours = [args.data, *PLUGIN, "--task", "pruned_translation", "--path", args.path, *options]
     generate, gpus = shutil.which("fairseq-generate"), int(not args.cpu)
-    found = [
-        ("fairseq-generate", gpus, 1, [generate, args.data, *PLUGIN, "--path", stock, *options]),
-        ("fairseq-generate --task pruned_translation", gpus, 1, [generate, *ours]),
-    ]
+    found = []
+    if not args.only_ap_generate:
+        found = [
+            ("fairseq-generate", gpus, 1, [generate, args.data, *PLUGIN, "--path", stock, *options]),
+            ("fairseq-generate --task pruned_translation", gpus, 1, [generate, *ours]),
+        ]
     for gpus, processes in args.places:
         command = [shutil.which("ap-generate"), *ours, "--num-processes", str(processes)]
         found.append(("ap-generate", gpus, processes, command))
@@ -106,6 +109,9 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("--subset", default="test")
     parser.add_argument(
         "--places", nargs="+", type=place, metavar="GPUS:PROCESSES", help="default: 1:1; 0:1 with --cpu"
+    )
+    parser.add_argument(
+        "--only-ap-generate", action="store_true", help="without fairseq-generate: text that stock takes hours for"
     )
     parser.add_argument("--max-tokens", type=int, default=12000)
     parser.add_argument("--remove-bpe", default="sentencepiece")

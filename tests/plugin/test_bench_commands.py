@@ -24,6 +24,13 @@ def test_commands_are_timed_and_print_one_score(data_bin, dense, tmp_path):
     assert "| ap-generate" in printed and run_process(*SCRIPT, "--table", out) in printed
 
 
+def test_ap_generate_is_timed_alone_where_asked(data_bin, dense, tmp_path):
+    out = tmp_path / "rows.json"
+    flags = ["--path", dense, "--cpu", "--subset", "valid", "--only-ap-generate"]
+    run_process(*SCRIPT, data_bin, *flags, "--out", out)
+    assert [row["command"] for row in json.loads(out.read_text(encoding="utf-8"))["rows"]] == ["ap-generate"]
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
