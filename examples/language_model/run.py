@@ -203,9 +203,15 @@ class Experiment:
     def run(self) -> None:
         if self.args.data_bin is None:
             self.stages.run("prepare", documentation.main, self.prepare)
-        run_together(self.args.jobs, [(self.train_dense, [name]) for name in self.dense])
-        baseline = self.best_dense()
         scratch = {system.masks: system for system in self.systems if system.way == "scratch"}
+        dense = [(self.train_dense, [name]) for name in self.dense]
+        if len(dense) == 1 and not scratch:  # no system needs the dense model
+            baseline = next(iter(self.dense))
+            run_together(self.args.jobs, dense + [(self.train_system, [system, baseline]) for system in self.systems])
+            print(self.report(baseline))
+            return
+        run_together(self.args.jobs, dense)
+        baseline = self.best_dense()
         if scratch:
             stats = self.run_folder / "stats.safetensors"
             # fmt: off
@@ -222,7 +228,12 @@ class Experiment:
         print(self.report(baseline))
 
     def report(self, baseline: str) -> str:
-        """Write the results of all systems that were evaluated, the baseline first; return their table."""
+        """Write the results of all systems that were evaluated, the baseline first; return their table.
+
+        Before the baseline is evaluated there are none.
+        """
+        if not self.result(baseline).exists():
+            return ""
         names = [baseline, *(name for name in self.dense if name != baseline), *(s.name for s in self.systems)]
         results = [json.loads(self.result(name).read_text("utf-8")) for name in names if self.result(name).exists()]
         for result in results:

@@ -233,6 +233,11 @@ def test_every_stage_runs(tmp_path, monkeypatch):
     program.main(flags)  # everything is done
     assert checkpoint.stat().st_mtime == before
 
+    together = ["--size", "small", "--updates", "16", "--data-bin", str(tmp_path / "bin"), "--out", str(tmp_path / "2")]
+    program.main([*together, "--jobs", "2", "--systems", systems[1]])  # it does not wait for the dense model
+    report = json.loads((tmp_path / "2" / "results.json").read_text("utf-8"))
+    assert [row["system"] for row in report["rows"]] == ["dense", systems[1]]
+
 
 def test_recipes_are_read_and_faults_named(capsys):
     program = module("run")
