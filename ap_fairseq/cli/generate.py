@@ -19,11 +19,11 @@ from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 
 import ap_fairseq.plugin  # noqa: F401  (registers with fairseq)
 from ap_fairseq.cli.common import command
+from ap_fairseq.cli.user_dir import import_user_dir, user_dir_of
 from ap_fairseq.files import ArtifactError, UserError, atomic_output, refuse_existing, require_file
 from ap_fairseq.generation.binarised import translate_subset
 from ap_fairseq.generation.ranks import locked
 from ap_fairseq.generation.text import PART_LINES, SETTINGS, Text, spool_stdin, translate_text, write_parts
-from ap_fairseq.model.checkpoints import add_user_dir, import_user_dir
 from ap_fairseq.provenance import dictionary_files
 
 logger = logging.getLogger(__name__)
@@ -82,9 +82,7 @@ def get_parser() -> argparse.ArgumentParser:
 @command
 def main(argv: list[str]) -> None:
     given = {word.split("=")[0] if word.startswith("--") else word[:2] for word in argv}
-    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    add_user_dir(early)
-    import_user_dir(early.parse_known_args(argv)[0].user_dir)
+    import_user_dir(user_dir_of(argv))
     # Before the caller's flags, which win. With its default of 8, fairseq main drops an incomplete last batch.
     args = options.parse_args_and_arch(get_parser(), ["--required-batch-size-multiple", "1", *argv])
     is_text = args.input is not None

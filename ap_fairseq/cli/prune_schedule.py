@@ -14,9 +14,10 @@ import ap_fairseq.plugin  # noqa: F401  (registers with fairseq)
 from ap_fairseq.artifacts import AttentionStats
 from ap_fairseq.cli.common import command
 from ap_fairseq.cli.masks import write_masks
+from ap_fairseq.cli.user_dir import import_user_dir, user_dir_of
 from ap_fairseq.experiments.stages import PLUGIN, Stages
 from ap_fairseq.files import UserError, require_file
-from ap_fairseq.model.checkpoints import add_user_dir, import_user_dir, open_with_masks
+from ap_fairseq.model.checkpoints import open_with_masks
 from ap_fairseq.provenance import dictionary_files
 from ap_fairseq.pruning.flags import (
     allow_flag_values,
@@ -159,9 +160,7 @@ def main(argv: list[str]) -> None:
         )
     if parsed.criterion == "importance" and "--importance" not in record_flags:
         raise UserError(f"--masks '{args.masks}' ranks by importance, but --record '{args.record}' lacks --importance")
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    add_user_dir(parser)
-    require_flags(args.data, args.path, mask_flags, train_flags, parser.parse_known_args(record_flags)[0].user_dir)
+    require_flags(args.data, args.path, mask_flags, train_flags, user_dir_of(record_flags))
     checkpoint, masks = prune_gradually(
         *(args.data, args.path, args.output, mask_flags, train_flags, record_flags),
         *(args.rounds, args.updates, args.shape),

@@ -18,10 +18,9 @@ from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 import ap_fairseq.plugin  # noqa: F401  (registers with fairseq)
 from ap_fairseq.cli.common import add_output, command
+from ap_fairseq.cli.user_dir import add_user_dir, import_user_dir
 from ap_fairseq.files import ArtifactError, UserError
 from ap_fairseq.model.checkpoints import (
-    add_user_dir,
-    import_user_dir,
     load_checkpoint,
     recordable_architectures,
     stored_model,

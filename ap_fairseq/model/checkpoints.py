@@ -51,21 +51,6 @@ CONVERTIBLE: dict[type, tuple[type, ...]] = {
 }
 
 
-def add_user_dir(parser: argparse.ArgumentParser) -> None:
-    """Add fairseq's ``--user-dir``."""
-    parser.add_argument(
-        "--user-dir", metavar="DIR", help="your own fairseq plugin, if it registers the architecture; ours is loaded"
-    )
-
-
-def import_user_dir(folder: str | None) -> None:
-    """Import a plugin as fairseq does, before checkpoints are looked at: they may be of what it registers."""
-    try:
-        utils.import_user_module(argparse.Namespace(user_dir=folder))
-    except FileNotFoundError as error:
-        raise UserError(f"--user-dir {folder}: there is no such folder") from error
-
-
 def stored_model(state: dict[str, Any]) -> tuple[str | None, type | None]:
     """Return the architecture that a checkpoint names, and the model class that is registered for it, if any."""
     stored = state["cfg"]["model"] if state.get("cfg") else state["args"]

@@ -130,8 +130,10 @@ def test_the_readme_is_one_page():
 
 SOURCES = [path for folder in ("scripts", "examples", "ap_fairseq") for path in (ROOT / folder).rglob("*.py")]
 OTHERS = {"pip", "python3", "apt-get", "compute-sanitizer", "torchrun", "srun"}  # not of fairseq or of this package
-COMMANDS = [f"ap-{path.stem.replace('_', '-')}" for path in (ROOT / "ap_fairseq/cli").glob("*.py")]
-COMMANDS = sorted({*COMMANDS} - {"ap-common", "ap---init--"})
+PROGRAMS = [
+    path for path in (ROOT / "ap_fairseq/cli").glob("*.py") if "\ndef main(" in path.read_text(encoding="utf-8")
+]
+COMMANDS = sorted(f"ap-{path.stem.replace('_', '-')}" for path in PROGRAMS)
 
 
 def commands(text):
