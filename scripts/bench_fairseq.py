@@ -409,8 +409,9 @@ class LanguageModelWorkload(Workload):
 
 def trained_model(path: str) -> tuple[dict[str, torch.Tensor], dict]:
     """Return the parameters of a checkpoint, and the options of its transformer by the names of the command line."""
-    from ap_fairseq.model.checkpoints import load_checkpoint, pruned_options, stored_model
+    from ap_fairseq.model.checkpoints import load_checkpoint, stored_model
     from ap_fairseq.model.config import InheritedConfig
+    from ap_fairseq.model.conversion import pruned_options
 
     state = load_checkpoint(path)
     stored = state["cfg"]["model"] if state.get("cfg") else state["args"]

@@ -9,7 +9,7 @@ import ap_fairseq.plugin  # noqa: F401  (registers with fairseq)
 from ap_fairseq.cli.common import add_output, command
 from ap_fairseq.cli.user_dir import add_user_dir, import_user_dir
 from ap_fairseq.files import UserError
-from ap_fairseq.model.checkpoints import apply_masks
+from ap_fairseq.model.conversion import apply_masks
 from ap_fairseq.model.stock import convert_to_stock
 from ap_fairseq.provenance import describe_sparsity
 

@@ -17,7 +17,7 @@ from ap_fairseq.cli.masks import write_masks
 from ap_fairseq.cli.user_dir import import_user_dir, user_dir_of
 from ap_fairseq.experiments.stages import PLUGIN, Stages
 from ap_fairseq.files import UserError, require_file
-from ap_fairseq.model.checkpoints import open_with_masks
+from ap_fairseq.model.conversion import open_with_masks
 from ap_fairseq.provenance import dictionary_files
 from ap_fairseq.pruning.flags import (
     allow_flag_values,

@@ -22,12 +22,11 @@ from ap_fairseq.cli.user_dir import add_user_dir, import_user_dir
 from ap_fairseq.files import ArtifactError, UserError
 from ap_fairseq.model.checkpoints import (
     load_checkpoint,
-    recordable_architectures,
     stored_model,
 )
 from ap_fairseq.provenance import dictionary_files, dictionary_sha256
 from ap_fairseq.recording.run import Recording, record_on_rank
-from ap_fairseq.recording.tasks import RecordedTask, recorded_task, stored_task
+from ap_fairseq.recording.tasks import RecordedTask, recordable_architectures, recorded_task, stored_task
 
 REPLACED = {  # flags of fairseq-validate that recording does not read
     "--valid-subset": "choose what to record with --subset",

@@ -21,7 +21,8 @@ import ap_fairseq.plugin  # noqa: F401  (registers with fairseq)
 from ap_fairseq.artifacts import PruningMasks
 from ap_fairseq.evaluation.scores import score
 from ap_fairseq.files import ArtifactError, atomic_output, file_sha256, write_json
-from ap_fairseq.model.checkpoints import load_checkpoint, open_with_masks
+from ap_fairseq.model.checkpoints import load_checkpoint
+from ap_fairseq.model.conversion import open_with_masks
 from ap_fairseq.model.dynamic import DynamicPruning
 from ap_fairseq.provenance import versions
 from ap_fairseq.search.generator import PrunedSequenceGenerator

@@ -18,13 +18,13 @@ from ap_fairseq.files import ArtifactError, refuse_existing
 from ap_fairseq.model.checkpoints import (
     load_checkpoint,
     load_parameters,
-    open_with_masks,
     save_checkpoint,
     stored_model,
     without_masks,
     without_training,
 )
 from ap_fairseq.model.config import OWN_DEFAULTS
+from ap_fairseq.model.conversion import open_with_masks
 from ap_fairseq.model.pruned_model import PrunedModel
 from ap_fairseq.model.roberta import PrunedRobertaModel
 from ap_fairseq.provenance import decode_provenance, describe_sparsity

@@ -28,7 +28,7 @@ from omegaconf import OmegaConf, open_dict
 from ap_fairseq.artifacts import AttentionStats
 from ap_fairseq.compat import drop_bettertransformer_copies
 from ap_fairseq.files import ArtifactError, UserError, file_sha256, refuse_existing
-from ap_fairseq.model.checkpoints import RECORDABLE, load_parameters, stored_model
+from ap_fairseq.model.checkpoints import load_parameters, stored_model
 from ap_fairseq.recording.lengths import (
     diagonal_slope,
     lengths_of,
@@ -37,7 +37,7 @@ from ap_fairseq.recording.lengths import (
     validation_lengths,
 )
 from ap_fairseq.recording.recorder import AttentionRecorder, data_parallel_group, gathered
-from ap_fairseq.recording.tasks import provenance, recorded_task, samples_of
+from ap_fairseq.recording.tasks import RECORDABLE, provenance, recorded_task, samples_of
 
 logger = logging.getLogger(__name__)
 

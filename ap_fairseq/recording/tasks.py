@@ -10,7 +10,8 @@ from typing import Any
 
 from fairseq.criterions import FairseqCriterion
 from fairseq.dataclass import FairseqDataclass
-from fairseq.models import BaseFairseqModel
+from fairseq.models import ARCH_MODEL_REGISTRY, MODEL_REGISTRY, BaseFairseqModel
+from fairseq.models.nat.fairseq_nat_model import FairseqNATModel
 from fairseq.models.roberta import RobertaModel
 from fairseq.models.transformer import TransformerModelBase
 from fairseq.models.transformer_lm import TransformerLanguageModel
@@ -90,6 +91,19 @@ TASKS = (
         flags=("--criterion", "sentence_prediction"),
     ),
 )
+
+
+RECORDABLE = tuple({task.models for task in TASKS})
+
+
+def recordable_architectures() -> dict[str, type]:
+    """Return the registered architectures that can be recorded, with their model classes."""
+    models = {**MODEL_REGISTRY, **ARCH_MODEL_REGISTRY}
+    return {
+        name: model
+        for name, model in models.items()
+        if issubclass(model, RECORDABLE) and not issubclass(model, FairseqNATModel)
+    }
 
 
 def stored_task(state: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,8 @@ from plugin.builders import batch, dense_model, dictionary
 from plugin.commands import ROOT, run
 
 from ap_fairseq.files import UserError
-from ap_fairseq.model.checkpoints import apply_masks, load_checkpoint
+from ap_fairseq.model.checkpoints import load_checkpoint
+from ap_fairseq.model.conversion import apply_masks
 
 VOCAB = dictionary()
 

@@ -17,8 +17,9 @@ from plugin.commands import changed_checkpoint, generate, run, run_process
 
 from ap_fairseq.artifacts import PruningMasks
 from ap_fairseq.files import ArtifactError, UserError
-from ap_fairseq.model.checkpoints import apply_masks, load_checkpoint, pruned_options
+from ap_fairseq.model.checkpoints import load_checkpoint
 from ap_fairseq.model.config import PrunedTransformerConfig
+from ap_fairseq.model.conversion import apply_masks, pruned_options
 from ap_fairseq.model.stock import convert_to_stock, require_dense, stock_options
 from ap_fairseq.model.transformer import PrunedTransformerModel
 from ap_fairseq.sites import AttentionKind, architecture
