@@ -30,7 +30,7 @@ import time
 from pathlib import Path
 
 import torch
-from bench_fairseq import stock_checkpoint
+from dense_checkpoint import stock_checkpoint
 from provenance import git_commit
 
 from ap_fairseq.evaluation.tables import Table, markdown

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from bench_fairseq import BEAM, Workload
 from fairseq.data import Dictionary, data_utils
+from fairseq_workloads import BEAM, Workload
 
 ALLOCATORS = ("cuda_malloc_async", "cub_caching")  # of CTranslate2 on a GPU; the first is its default
 FAIRSEQ_MAX_LENGTH = 200  # --max-len-b

@@ -6,6 +6,8 @@ import json
 import sys
 
 import bench_fairseq as bench
+import dense_checkpoint
+import fairseq_workloads as workloads
 import pytest
 import rival_ctranslate2 as rival
 import sacrebleu
@@ -52,19 +54,19 @@ def test_a_checkpoint_brings_its_own_sizes(dense, data_bin, masks_file, tmp_path
     assert int8["bleu"] >= 0 and int8["tokens"]
     state = load_checkpoint(dense)["cfg"]["model"]
     layers = f"{state.encoder_layers} + {state.decoder_layers} layers of width {state.decoder_embed_dim}"
-    assert layers in bench.architecture_of(dense)
+    assert layers in dense_checkpoint.architecture_of(dense)
 
     (tmp_path / "dict.en.txt").write_text("a 1\n", encoding="utf-8")
     (tmp_path / "test.en-de.en.idx").touch()
-    with pytest.raises(UserError, match="5; name the data"), bench.stock_checkpoint(dense, str(tmp_path)):
+    with pytest.raises(UserError, match="5; name the data"), dense_checkpoint.stock_checkpoint(dense, str(tmp_path)):
         pass
     apply_masks(dense, masks_file, tmp_path / "half.pt", str(data_bin))
     with pytest.raises(UserError, match="would compute the pruned pairs"):
-        bench.stock_checkpoint(tmp_path / "half.pt", str(data_bin)).__enter__()
+        dense_checkpoint.stock_checkpoint(tmp_path / "half.pt", str(data_bin)).__enter__()
     state = {"args": argparse.Namespace(arch="transformer_lm"), "model": {"decoder.embed_tokens.weight": torch.ones(1)}}
     torch.save(state, tmp_path / "lm.pt")
     with pytest.raises(UserError, match="is of the architecture 'transformer_lm'; give a translation model"):
-        bench.stock_checkpoint(tmp_path / "lm.pt", str(data_bin)).__enter__()
+        dense_checkpoint.stock_checkpoint(tmp_path / "lm.pt", str(data_bin)).__enter__()
 
 
 def test_language_models_continue_and_train_on_a_cpu(toy_text, tmp_path, monkeypatch, capsys):
@@ -77,7 +79,7 @@ def test_language_models_continue_and_train_on_a_cpu(toy_text, tmp_path, monkeyp
     rows, continued = {}, {}
     for system in ("stock", "all-ones"):
         options = dict(system=system, data=str(text), arch="transformer_lm", precision="fp32", device="cpu", repeats=1)
-        workload = bench.LanguageModelWorkload(argparse.Namespace(**options, path=None, profile=True))
+        workload = workloads.LanguageModelWorkload(argparse.Namespace(**options, path=None, profile=True))
         monkeypatch.setattr(workload, "profiled", lambda unit, *_: unit)  # which needs a GPU
         timed = workload.timed
 
@@ -116,14 +118,14 @@ def test_sdpa_everywhere_computes_what_stock_computes(monkeypatch):
     model = dense_model(VOCAB).train()
     stock = model(source, None, target)[0]
     assert len(calls) == 4
-    bench.use_sdpa(model)
+    workloads.use_sdpa(model)
     torch.testing.assert_close(model(source, None, target)[0], stock, atol=1e-5, rtol=1e-5)
     assert len(calls) == 4 + 6
 
 
 def test_pages_are_consecutive_sentences_of_the_length_asked_for():
     sentences = [torch.full((length,), k) for k, length in enumerate([3, 4, 2, 5, 1])]
-    pages = [page.tolist() for page in bench.joined(sentences, 6)]
+    pages = [page.tolist() for page in workloads.joined(sentences, 6)]
     assert pages == [[0, 0, 0, 1, 1, 1], [2, 2, 3, 3, 3, 3]]
 
 
@@ -139,7 +141,7 @@ EVENTS = [
 
 
 def test_a_profile_is_grouped_and_shared_out():
-    profile = bench.summary(EVENTS, wall=1.0, n=2)
+    profile = workloads.summary(EVENTS, wall=1.0, n=2)
     assert profile["gpu_busy"] == pytest.approx(0.8) and profile["wall_seconds"] == 0.5
     assert (profile["kernels"], profile["launches"]) == (15, 16)
     assert profile["groups"] == pytest.approx(
@@ -153,7 +155,7 @@ def test_the_tables_hold_ratios_and_profiles():
         sizes = dict(peak_bytes=memory, reserved_bytes=2 * memory)
         return dict(case="sentences", system=system, tokens_per_s=speed, seconds=1.0) | sizes | more
 
-    profile = bench.summary(EVENTS, wall=1.0, n=2) | dict(unit="step")
+    profile = workloads.summary(EVENTS, wall=1.0, n=2) | dict(unit="step")
     rows = [row("stock", 100.0, 2**30), row("all-ones", 450.0, 2**29, cold_seconds=3.0, profile=profile)]
     report = dict(
         device="a GPU", torch="2", triton="3", arch="tiny", precision="fp16", commit="c", command="x", rows=rows
@@ -235,7 +237,7 @@ def test_bleu_is_of_words():
         return torch.tensor([*map(vocabulary.index, words), vocabulary.eos()])
 
     dataset = argparse.Namespace(tgt_dict=vocabulary, tgt=[tokens(subwords), tokens(subwords[:5])])
-    workload = bench.Workload.__new__(bench.Workload)
+    workload = workloads.Workload.__new__(workloads.Workload)
     theirs = rival.CTranslate2Workload.__new__(rival.CTranslate2Workload)
     workload.options = theirs.options = argparse.Namespace(remove_bpe="sentencepiece")
     other = [*subwords[:3], "▁not", *subwords[3:]]
