@@ -11,7 +11,7 @@ import numpy as np
 from ap_fairseq.artifacts import AttentionStats, PruningMasks
 from ap_fairseq.provenance import mask_spec, versions
 from ap_fairseq.pruning.summary import LayerSummary, summarize, total_of, vanished_heads
-from ap_fairseq.report import analysis, plots, results, statements, tables
+from ap_fairseq.report import analysis, heat_maps, plots, results, statements, tables
 from ap_fairseq.report.figure import Figure
 from ap_fairseq.sites import AttentionKind
 
@@ -81,7 +81,7 @@ class Report:
     @cached_property
     def colour_scale(self) -> tuple[float, float]:
         """The (low, high) mean attention of the one colour scale of all heat maps."""
-        return plots.log_scale(list(self.maps.values()))
+        return heat_maps.log_scale(list(self.maps.values()))
 
     @property
     def overview(self) -> dict[AttentionKind, str]:
@@ -152,10 +152,10 @@ class Report:
     def overview_figures(self) -> list[Figure]:
         """Draw the mean attention of each kind and what the first masks keep of it."""
         name = next(iter(self.masks), None)
-        means = {kind: plots.head_average(self.stats, kind) for kind in self.stats.kinds}
-        scale = plots.log_scale(list(means.values()))
+        means = {kind: heat_maps.head_average(self.stats, kind) for kind in self.stats.kinds}
+        scale = heat_maps.log_scale(list(means.values()))
         return [
-            plots.overview(self.stats, kind, means[kind], scale, self.masks.get(name), text)
+            heat_maps.overview(self.stats, kind, means[kind], scale, self.masks.get(name), text)
             for kind, text in self.overview.items()
         ]
 
@@ -164,13 +164,14 @@ class Report:
         stats, scale, drawn = self.stats, self.colour_scale, self.overview_figures()
         for kind in stats.kinds:
             drawn += [
-                plots.attention(stats, kind, scale, one, name) for name, one in (self.masks or {"": None}).items()
+                heat_maps.attention(stats, kind, scale, one, name) for name, one in (self.masks or {"": None}).items()
             ]
-        drawn += [plots.support(stats), plots.kept_mass(self.kept, self.summaries)]
+        drawn += [heat_maps.support(stats), plots.kept_mass(self.kept, self.summaries)]
         drawn += [plots.nominal(NOMINAL, self.nominal, self.summaries)]
         drawn += [plots.concentration(self.concentration), plots.patterns(self.concentration)]
         if self.masks:
-            drawn += [plots.offsets(stats, one, name) for name, one in self.masks.items() if one.relative is not None]
+            relative = {name: one for name, one in self.masks.items() if one.relative is not None}
+            drawn += [heat_maps.offsets(stats, one, name) for name, one in relative.items()]
             drawn += [plots.layer_sparsity(self.summaries, stats.kinds), plots.seen_by(self.masks, stats)]
         if self.systems:
             drawn.append(plots.quality(self.systems))

@@ -1,6 +1,8 @@
 """What all figures of the report share: their style, and how they become files and parts of the page.
 
-Everything that is not data is drawn in ``INK``, which the page replaces by its text colour.
+Everything that is not data is drawn in ``INK``, which the page replaces by its text colour. Data colours are of the
+Okabe-Ito palette, which readers with the common kinds of colour blindness can tell apart; lines differ by marker or
+style as well.
 """
 
 from __future__ import annotations
@@ -13,7 +15,14 @@ from dataclasses import dataclass
 import matplotlib
 from matplotlib.figure import Figure as Canvas
 
+from ap_fairseq.sites import AttentionKind
+
 INK = "#1b1f24"
+KIND_COLOURS = {
+    AttentionKind.ENCODER_SELF: "#0072b2",
+    AttentionKind.DECODER_SELF: "#d55e00",
+    AttentionKind.CROSS: "#009e73",
+}
 _STYLE = {
     "font.size": 9,
     "axes.titlesize": 10,

@@ -10,7 +10,7 @@ from typing import Any
 import jinja2
 import numpy as np
 
-from ap_fairseq.report import analysis, plots, tables
+from ap_fairseq.report import analysis, heat_maps, tables
 from ap_fairseq.report.content import Report
 from ap_fairseq.report.figure import Figure
 from ap_fairseq.sites import AttentionKind
@@ -73,7 +73,7 @@ def _explorer(report: Report) -> tuple[dict[str, Any], dict[str, str]]:
         "low": low,
         "high": high,
         "palest": palest,
-        "colours": plots.palette(),
+        "colours": heat_maps.palette(),
         "masks": list(report.masks),
         "kinds": [_kind(report, kind, maps[kind]) for kind in stats.kinds],
     }

@@ -25,7 +25,8 @@ from ap_fairseq.files import UserError
 from ap_fairseq.pruning.build import build_masks
 from ap_fairseq.pruning.spec import MaskSpec
 from ap_fairseq.pruning.summary import summarize
-from ap_fairseq.report import analysis, content, export, page, plots, results, tables
+from ap_fairseq.report import analysis, content, export, page, results, tables
+from ap_fairseq.report.figure import KIND_COLOURS
 from ap_fairseq.sites import AttentionKind
 
 ENCODER, DECODER, CROSS = AttentionKind
@@ -343,7 +344,7 @@ def lab(colour: str, deficiency) -> np.ndarray:
 
 @pytest.mark.parametrize("name", DEFICIENCIES)
 def test_kinds_differ_for_the_colour_blind(name):
-    colours = [lab(colour, DEFICIENCIES[name]) for colour in plots.KIND_COLOURS.values()]
+    colours = [lab(colour, DEFICIENCIES[name]) for colour in KIND_COLOURS.values()]
     distances = [np.linalg.norm(a - b) for k, a in enumerate(colours) for b in colours[:k]]
     assert min(distances) > 12
 
