@@ -23,6 +23,7 @@ from ap_fairseq.pruning.select import prune_surplus_first, weight_of
 from ap_fairseq.pruning.spec import MaskSpec
 from ap_fairseq.pruning.summary import (
     LayerSummary,
+    describe_vanished,
     missed_budgets,
     pairs_beyond,
     pairs_on,
@@ -120,6 +121,32 @@ def _build(stats: AttentionStats, spec: MaskSpec, wanted: MaskSpec, growing: boo
     Args:
         growing: a ``max_heads`` for which the budgets are too small need not hold yet.
     """
+    masks = _derive(stats, spec, wanted, growing)
+    summary = summarize(masks, stats)
+    vanished = vanished_heads(masks, stats)
+    validation = sparsity_on(masks, stats.validation_lengths) if len(stats.validation_lengths) else {}
+    kinds = [row for row in summary if row.layer is None]
+    masks.metadata = {
+        **{key: value for key, value in stats.metadata.items() if key not in ("format", "architecture")},
+        "spec": _plain(wanted),
+        "sparsity": {
+            row.kind: {"effective": row.effective, "nominal": row.nominal, "kept_mass": row.kept_mass} for row in kinds
+        },
+        "total": total_of(kinds),
+        **({"validation": validation} if validation else {}),
+        "vanished_heads": vanished,
+    }
+    held = None
+    if spec.calibrate and validation:
+        pairs, beyond = pairs_on(masks.architecture, stats.validation_lengths), pairs_beyond(stats)
+        held = {kind: (validation[kind], n, beyond[kind]) for kind, n in pairs.items()}
+    warnings = missed_budgets(summary, wanted, held)
+    warnings += [describe_vanished(masks, AttentionKind(kind), heads) for kind, heads in vanished.items()]
+    return BuiltMasks(masks, summary, warnings)
+
+
+def _derive(stats: AttentionStats, spec: MaskSpec, wanted: MaskSpec, growing: bool) -> PruningMasks:
+    """Decide what masks by *spec* keep; args as for :func:`_build`."""
     recorded, rows = stats, np.zeros((1, 1), dtype=np.int64)
     if spec.in_offsets(AttentionKind.CROSS):
         rows, stats = stats.rows_by_centre(), stats.in_offsets()
@@ -134,45 +161,23 @@ def _build(stats: AttentionStats, spec: MaskSpec, wanted: MaskSpec, growing: boo
     if spec.in_offsets(AttentionKind.CROSS):
         slope, anchor = recorded.by_offset().slope, units[AttentionKind.CROSS].anchor
         relative, keep, extrapolation = _relative(keep, extrapolation, slope, anchor)
-    masks = PruningMasks(keep, extrapolation, {"spec": {"empty_rows": spec.empty_rows}}, relative)
-    summary = summarize(masks, recorded)
-    kinds = [row for row in summary if row.layer is None]
-    vanished = vanished_heads(masks, recorded)
-    options = dataclasses.asdict(wanted)
+    return PruningMasks(keep, extrapolation, {"spec": {"empty_rows": spec.empty_rows}}, relative)
+
+
+def _plain(spec: MaskSpec) -> dict[str, Any]:
+    """Return a specification as metadata hold it: ``max_heads_of`` and ``empty_rows`` only where they matter."""
+    options = dataclasses.asdict(spec)
     if not spec.max_heads:
         del options["max_heads_of"]
     if not spec.empty_rows:
         del options["empty_rows"]
-    validation = sparsity_on(masks, recorded.validation_lengths) if len(recorded.validation_lengths) else None
-    masks.metadata = {
-        **{key: value for key, value in stats.metadata.items() if key not in ("format", "architecture")},
-        "spec": {
-            **options,
-            "budgets": _named(wanted.budgets),
-            "granularity": _named(spec.granularity) if isinstance(spec.granularity, Mapping) else spec.granularity,
-            "min_heads": {kind.value: int(count) for kind, count in spec.min_heads.items()},
-            "max_heads": _named(spec.max_heads),
-        },
-        "sparsity": {
-            row.kind: {"effective": row.effective, "nominal": row.nominal, "kept_mass": row.kept_mass} for row in kinds
-        },
-        "total": total_of(kinds),
-        **({} if validation is None else {"validation": validation}),
-        "vanished_heads": vanished,
+    return {
+        **options,
+        "budgets": _named(spec.budgets),
+        "granularity": _named(spec.granularity) if isinstance(spec.granularity, Mapping) else spec.granularity,
+        "min_heads": {kind.value: int(count) for kind, count in spec.min_heads.items()},
+        "max_heads": _named(spec.max_heads),
     }
-    held = None
-    if spec.calibrate and validation is not None:
-        pairs = pairs_on(masks.architecture, recorded.validation_lengths)
-        beyond = pairs_beyond(recorded)
-        held = {kind: (validation[kind], n, beyond[kind]) for kind, n in pairs.items()}
-    warnings = missed_budgets(summary, wanted, held)
-    for name, heads in vanished.items():
-        listed = ", ".join(f"{layer}.{head}" for layer, head in heads)
-        kind = AttentionKind(name)
-        left = " but the guaranteed cells (one in each row)" if masks.guarantees(kind) else ""
-        total = masks.keep[kind][:, :, 0, 0].size
-        warnings.append(f"{name}: nothing{left} is kept by {len(heads)} of {total} heads (layer.head): {listed}")
-    return BuiltMasks(masks, summary, warnings)
 
 
 def _relative(keep: Cells, extrapolation: Cells, slope: int, anchor: np.ndarray) -> tuple[RelativeMask, Cells, Cells]:

@@ -173,6 +173,14 @@ def vanished_heads(masks: PruningMasks, stats: AttentionStats) -> dict[str, list
     return vanished
 
 
+def describe_vanished(masks: PruningMasks, kind: AttentionKind, heads: Sequence[Sequence[int]]) -> str:
+    """Say which *heads* of :func:`vanished_heads` keep nothing, or nothing but guaranteed cells."""
+    but = " but the guaranteed cells (one in each row)" if masks.guarantees(kind) else ""
+    total = masks.keep[kind][:, :, 0, 0].size
+    listed = ", ".join(f"{layer}.{head}" for layer, head in heads)
+    return f"nothing{but} is kept by {len(heads)} of {total} heads of {kind.value} (layer.head): {listed}"
+
+
 def missed_budgets(
     summary: Iterable[LayerSummary], spec: MaskSpec, validation: Mapping[str, tuple[float, int, float]] | None = None
 ) -> list[str]:

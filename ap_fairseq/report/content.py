@@ -10,7 +10,7 @@ import numpy as np
 
 from ap_fairseq.artifacts import AttentionStats, PruningMasks
 from ap_fairseq.provenance import mask_spec, versions
-from ap_fairseq.pruning.summary import LayerSummary, summarize, total_of, vanished_heads
+from ap_fairseq.pruning.summary import LayerSummary, describe_vanished, summarize, total_of, vanished_heads
 from ap_fairseq.report import analysis, heat_maps, plots, results, statements, tables
 from ap_fairseq.report.figure import Figure
 from ap_fairseq.sites import AttentionKind
@@ -100,15 +100,11 @@ class Report:
     @cached_property
     def vanished(self) -> list[str]:
         """One sentence for each mask and kind with heads that keep nothing, or nothing but guaranteed cells."""
-        sentences = []
-        for name, masks in self.masks.items():
-            for kind, gone in vanished_heads(masks, self.stats).items():
-                heads = ", ".join(f"{layer}.{head}" for layer, head in gone)
-                but = " but guaranteed cells" if masks.guarantees(AttentionKind(kind)) else ""
-                total = masks.keep[AttentionKind(kind)][:, :, 0, 0].size
-                kept = f"nothing{but} is kept by {len(gone)} of {total} heads of {kind}"
-                sentences.append(f"Under masks “{name}”, {kept} (layer.head): {heads}.")
-        return sentences
+        return [
+            f"Under masks “{name}”, {describe_vanished(masks, AttentionKind(kind), heads)}."
+            for name, masks in self.masks.items()
+            for kind, heads in vanished_heads(masks, self.stats).items()
+        ]
 
     @property
     def digest(self) -> list[str]:

@@ -599,12 +599,12 @@ def test_heads_that_keep_nothing_are_named():
     stats.mass[kind][0, 0] *= 1e-3
     built = build(stats, 0.6, kinds=[kind], empty_rows=True)
     assert built.masks.metadata["vanished_heads"] == {"cross": [[0, 0]]}
-    assert "cross: nothing is kept by 1 of 2 heads (layer.head): 0.0" in built.warnings
+    assert "nothing is kept by 1 of 2 heads of cross (layer.head): 0.0" in built.warnings
     built.masks.keep[kind][0, 1] = False
     built.masks.keep[kind][0, 1, :, 0] = True
     assert vanished_heads(built.masks, stats) == {"cross": [[0, 0]]}  # column 0 is like others
     anchored = build(stats, 0.9, kinds=[kind], granularity="scaled-diagonal", empty_rows=True)
-    left = "cross: nothing but the guaranteed cells (one in each row) is kept by 2 of 2 heads (layer.head): 0.0, 0.1"
+    left = "nothing but the guaranteed cells (one in each row) is kept by 2 of 2 heads of cross (layer.head): 0.0, 0.1"
     assert anchored.warnings[-1] == left
 
 
