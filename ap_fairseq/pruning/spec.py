@@ -112,11 +112,33 @@ class MaskSpec:
                 raise UserError(f"--{name} {value} is not one of {', '.join(map(str, valid))}")
         for kind in AttentionKind:
             block_shape(self.granularity_of(kind))
+        self._require_numbers()
+        self._require_head_counts()
+        if self.in_offsets(AttentionKind.CROSS):
+            self._require_offset_options()
+        if self.criterion == "percentile":
+            self._require_no_options()
+
+    def _require_numbers(self) -> None:
         for kind, budget in self.budgets.items():
             if not (0 <= budget < 1 or (budget == 1 and self.empty_rows)):
                 raise UserError(f"--{kind.flag} {budget} is not a share of pairs in [0, 1), or 1 with --empty-rows")
         if not 0 <= self.min_kept <= 1:
             raise UserError(f"--min-kept {self.min_kept} is not a share of pairs in [0, 1]")
+        for name in ("keep_diagonal", "keep_first", "smooth"):
+            if (getattr(self, name) or 0) < 0:
+                flag = f"--{name.replace('_', '-')}"
+                raise UserError(f"{flag} {getattr(self, name)} is not a number of positions")
+        if self.smooth and not CRITERIA[self.criterion].smoothable:
+            smoothable = ", ".join(name for name, criterion in CRITERIA.items() if criterion.smoothable)
+            raise UserError(
+                f"--smooth {self.smooth} does not go with --criterion {self.criterion}, only with {smoothable}; leave "
+                "it out"
+            )
+        if self.seed < 0:
+            raise UserError(f"--seed {self.seed} is negative; expected 0 or more")
+
+    def _require_head_counts(self) -> None:
         for kind, count in self.min_heads.items():
             if count < 0 or not float(count).is_integer():
                 raise UserError(f"--min-heads {kind.value}={count:g} is not a number of heads")
@@ -128,43 +150,32 @@ class MaskSpec:
                     f"--min-heads {kind.value}={self.min_heads[kind]:g} gathers heads on the same cells, --max-heads "
                     f"{kind.value}={most:g} spreads them; choose one for {kind.value}"
                 )
-        for name, number in (("keep-diagonal", self.keep_diagonal or 0), ("keep-first", self.keep_first)):
-            if number < 0:
-                raise UserError(f"--{name} {number} is not a number of positions")
-        if self.smooth < 0:
-            raise UserError(f"--smooth {self.smooth} is not a number of positions")
-        if self.smooth and not CRITERIA[self.criterion].smoothable:
-            smoothable = ", ".join(name for name, criterion in CRITERIA.items() if criterion.smoothable)
+
+    def _require_offset_options(self) -> None:
+        if not CRITERIA[self.criterion].relative and self.criterion != "percentile":
+            relative = ", ".join(name for name, criterion in CRITERIA.items() if criterion.relative)
             raise UserError(
-                f"--smooth {self.smooth} does not go with --criterion {self.criterion}, only with {smoothable}; leave "
-                "it out"
+                f"--criterion {self.criterion} scores cells, --granularity scaled-diagonal decides for offsets in "
+                f"cross-attention; choose one of {relative}"
             )
-        if self.seed < 0:
-            raise UserError(f"--seed {self.seed} is negative; expected 0 or more")
-        if self.in_offsets(AttentionKind.CROSS):
-            if not CRITERIA[self.criterion].relative and self.criterion != "percentile":
-                relative = ", ".join(name for name, criterion in CRITERIA.items() if criterion.relative)
-                raise UserError(
-                    f"--criterion {self.criterion} scores cells, --granularity scaled-diagonal decides for offsets in "
-                    f"cross-attention; choose one of {relative}"
-                )
-            if self.keep_first:
-                raise UserError(
-                    f"--keep-first {self.keep_first} keeps columns, which --granularity scaled-diagonal does not know "
-                    "in cross-attention; leave it out, or choose another granularity for cross"
-                )
-        if self.criterion == "percentile":
-            own = MaskSpec(self.budgets, extrapolate=self.extrapolate, seed=self.seed)
-            changed = [
-                f"--{field.name.replace('_', '-')}"
-                for field in dataclasses.fields(self)
-                if field.name != "criterion" and getattr(self, field.name) != getattr(own, field.name)
-            ]
-            if changed:
-                raise UserError(
-                    f"--criterion percentile decides single cells, per layer over its heads, and has no other "
-                    f"options; leave out {', '.join(changed)}"
-                )
+        if self.keep_first:
+            raise UserError(
+                f"--keep-first {self.keep_first} keeps columns, which --granularity scaled-diagonal does not know "
+                "in cross-attention; leave it out, or choose another granularity for cross"
+            )
+
+    def _require_no_options(self) -> None:
+        own = MaskSpec(self.budgets, extrapolate=self.extrapolate, seed=self.seed)
+        changed = [
+            f"--{field.name.replace('_', '-')}"
+            for field in dataclasses.fields(self)
+            if field.name != "criterion" and getattr(self, field.name) != getattr(own, field.name)
+        ]
+        if changed:
+            raise UserError(
+                f"--criterion percentile decides single cells, per layer over its heads, and has no other "
+                f"options; leave out {', '.join(changed)}"
+            )
 
     def in_offsets(self, kind: AttentionKind) -> bool:
         """Whether the masks of *kind* are relative to the scaled diagonal."""
