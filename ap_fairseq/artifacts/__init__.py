@@ -1,7 +1,16 @@
 """The two files that travel between the stages: attention statistics and pruning masks."""
 
 from ap_fairseq.artifacts.masks import PruningMasks, extrapolated, grown
-from ap_fairseq.artifacts.statistics import AttentionStats
+from ap_fairseq.artifacts.statistics import DIVERGED, AttentionStats
 from ap_fairseq.artifacts.storage import CONTENTS, pack_cells, unpack_cells
 
-__all__ = ["CONTENTS", "AttentionStats", "PruningMasks", "extrapolated", "grown", "pack_cells", "unpack_cells"]
+__all__ = [
+    "CONTENTS",
+    "DIVERGED",
+    "AttentionStats",
+    "PruningMasks",
+    "extrapolated",
+    "grown",
+    "pack_cells",
+    "unpack_cells",
+]

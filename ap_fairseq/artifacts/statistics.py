@@ -16,6 +16,10 @@ from ap_fairseq.relative import RelativeStats, offset_support, rows_by_centre
 from ap_fairseq.sites import AttentionKind, describe_architecture
 
 ROUNDING = 1e-3  # by which a sum of probabilities may exceed their number
+DIVERGED = (  # why a number of a recording is not finite, and what to do
+    "the model diverged, or its numbers overflow in this precision; record in fp32 (without --fp16) or with --bf16, or "
+    "take a checkpoint from before it diverged"
+)
 LISTED = ("data", "sample", "versions")  # one entry for each recording that was merged
 
 
@@ -315,10 +319,7 @@ def _require_between(values: np.ndarray, most: np.ndarray | float, what: str) ->
         where = f" at query {cell[0]}, key {cell[1]}"
     value = values[tuple(cell)]
     if infinite.any():
-        raise ArtifactError(
-            f"{what} is {value}{where}: the model diverged, or its numbers overflow in this precision; record in fp32 "
-            "(without --fp16) or with --bf16, or take a checkpoint from before it diverged"
-        )
+        raise ArtifactError(f"{what} is {value}{where}: {DIVERGED}")
     limit = np.broadcast_to(most, values.shape)[tuple(cell)]
     raise ArtifactError(f"{what} is {value:g}{where}, expected 0 to {limit:g}; the file is damaged, record again")
 

@@ -14,7 +14,7 @@ from fairseq.distributed import utils as distributed_utils
 from fairseq.modules import MultiheadAttention
 from torch import Tensor, nn
 
-from ap_fairseq.artifacts import AttentionStats
+from ap_fairseq.artifacts import DIVERGED, AttentionStats
 from ap_fairseq.files import UserError
 from ap_fairseq.lengths import support_of
 from ap_fairseq.relative import RelativeStats, scaled
@@ -239,8 +239,7 @@ class AttentionRecorder:
             if self._loss_scale < SMALLEST_LOSS_SCALE:
                 raise UserError(
                     f"the gradients of a loss of {loss.item()} are not finite, even of {SMALLEST_LOSS_SCALE} of it: "
-                    "the model diverged, or its numbers overflow in this precision; record in fp32 (without --fp16) or "
-                    "with --bf16, or take a checkpoint from before it diverged"
+                    f"{DIVERGED}"
                 )
         wide = [g if g.dtype is torch.float64 else g.float() for g in gradients]
         return [gradient / self._loss_scale for gradient in wide]

@@ -25,7 +25,7 @@ from fairseq.tasks import FairseqTask
 from fairseq.tasks.sentence_prediction import SentencePredictionTask
 from omegaconf import OmegaConf, open_dict
 
-from ap_fairseq.artifacts import AttentionStats
+from ap_fairseq.artifacts import DIVERGED, AttentionStats
 from ap_fairseq.compat import drop_bettertransformer_copies
 from ap_fairseq.files import ArtifactError, UserError, file_sha256, refuse_existing
 from ap_fairseq.model.checkpoints import load_parameters, stored_model
@@ -136,11 +136,7 @@ def record(cfg, job: Recording) -> AttentionStats:
         sample=None if job.sample is None else {"sentences": job.sample, "seed": cfg.common.seed},
     )
     if not np.isfinite(totals["loss"]):
-        raise UserError(
-            f"the loss of {job.checkpoint} on subset {job.subset!r} is {totals['loss']}: the model diverged, or its "
-            "numbers overflow in this precision; record in fp32 (without --fp16) or with --bf16, or take a checkpoint "
-            "from before it diverged"
-        )
+        raise UserError(f"the loss of {job.checkpoint} on subset {job.subset!r} is {totals['loss']}: {DIVERGED}")
     if distributed_utils.get_global_rank() == 0:
         stats.save(job.output, overwrite=job.overwrite)
         _report(stats, job, samples_of(task), len(dataset), totals["ntokens"], time.monotonic() - started)
