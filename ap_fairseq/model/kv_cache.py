@@ -385,9 +385,8 @@ class CrossAttentionCache(PagedCrossAttention):
     beam: int
     max_steps: int | None
     row: int = -1
-    _dense: tuple[Tensor, Tensor, Tensor | None] | None = (
-        None  # all columns, which serve all steps until sentences leave
-    )
+    # Of all columns, which serve all steps until sentences leave.
+    _dense: tuple[Tensor, Tensor, Tensor | None] | None = None
 
     @classmethod
     def from_encoder_output(

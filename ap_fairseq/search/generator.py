@@ -18,10 +18,11 @@ from ap_fairseq.model.kv_cache import limit_steps
 from ap_fairseq.model.language_model import PrunedLanguageModel
 from ap_fairseq.model.pruned_model import PrunedModel
 from ap_fairseq.model.transformer import PrunedTransformerModel
+from ap_fairseq.search.capacity import Capacity, bucket
 from ap_fairseq.search.host_decoder import HostDecoder
 from ap_fairseq.search.restrictions import NGramBlock
 from ap_fairseq.search.rules import SearchRules
-from ap_fairseq.search.static_decoder import Capacity, StaticDecoder, bucket, decoder_modules
+from ap_fairseq.search.static_decoder import StaticDecoder, decoder_modules
 from ap_fairseq.search.strategies import covers
 from ap_fairseq.sites import attention_sites
 

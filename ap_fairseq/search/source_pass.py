@@ -15,6 +15,7 @@ from ap_fairseq.cuda_graphs import GraphPool
 from ap_fairseq.model.attention import PrunedMultiheadAttention
 from ap_fairseq.model.kv_cache import SourceSlots
 from ap_fairseq.search.rules import SearchRules
+from ap_fairseq.search.stored_columns import StoredColumns
 from triton_ops import Layout
 
 MAX_TOKENS = 512  # of all sources: more keep a GPU busy
@@ -29,10 +30,10 @@ class SourceDecoder(Protocol):
     rules: SearchRules
     capture: bool
     source_pool: GraphPool
+    stored: StoredColumns
 
     def encode(self, net_input: dict[str, Tensor]) -> EncoderOuts: ...
     def encoder_layouts(self) -> list[Layout | None]: ...
-    def source_slots(self, real: Tensor, max_len: int) -> Slots: ...
     def reserve(self, module: PrunedMultiheadAttention, n_slots: int) -> None: ...
     def fill_sources(self, encoder_outs: EncoderOuts, slots: Slots) -> None: ...
 
@@ -54,7 +55,7 @@ class SourcePass:
         with torch.inference_mode(False):  # a later batch may come outside of it
             self.tokens = torch.full((n, size), decoder.rules.pad, dtype=torch.int64, device=device)
         every = torch.ones(n, size, dtype=torch.bool, device=device)
-        self.slots = decoder.source_slots(every, max_len)
+        self.slots = decoder.stored.slots(every, max_len)
         for module, own in self.slots.items():
             decoder.reserve(module, own.column.numel())
         self.graph: torch.cuda.CUDAGraph | None = None

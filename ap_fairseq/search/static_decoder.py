@@ -15,7 +15,6 @@ import itertools
 import math
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -27,49 +26,28 @@ from ap_fairseq.model.kv_cache import (
     SourceSlots,
     compact,
     renumber_live,
-    stored_columns,
 )
 from ap_fairseq.model.language_model import PrunedLanguageModel
 from ap_fairseq.model.transformer import PrunedTransformerModel
 from ap_fairseq.search.beams import BeamSearchState
+from ap_fairseq.search.capacity import Capacity, bucket
 from ap_fairseq.search.restrictions import Restrictions
 from ap_fairseq.search.rules import WITHIN_PREFIX, SearchRules
 from ap_fairseq.search.source_pass import MAX_TOKENS, SourcePass
 from ap_fairseq.search.static_cache import StaticCrossAttentionCache, StaticSelfAttentionCache
+from ap_fairseq.search.stored_columns import StoredColumns
 from ap_fairseq.search.strategies import Sampling, Step
 from ap_fairseq.sites import AttentionKind, attention_sites
 from triton_ops import Layout
 from triton_ops.beam_state import penalized_log_probs
 
 HOST_LAG_STEPS = 1  # that the host runs ahead of the device; as many follow in vain when all sentences are finished
-SOURCE_SIZES_MEMO = 256  # lengths for which a decoder remembers what the masks store of a source
 SHORTEST_PREFILL = 8  # tokens of a prefix that are worth a pass of their own, which no graph replays
 MAX_LOGITS = 1 << 26  # that such a pass computes at a time
 
 Model = PrunedTransformerModel | PrunedLanguageModel
 LayerStep = Callable[[Tensor], Tensor]  # one new token of the hypotheses, (N, C) -> (N, C)
 ModelStep = Callable[[Tensor], Tensor]  # the last tokens of the hypotheses, int64 (N,) -> logits (N, V) of the next
-
-
-def bucket(n: int) -> int:
-    """Round a batch size up to 1, 2, 3, 4, 6, 8, 12, ...: few graphs, at most a third of a batch empty."""
-    power = 1 << (n - 1).bit_length()
-    return power * 3 // 4 if power >= 4 and n <= power * 3 // 4 else power
-
-
-@dataclass(frozen=True)
-class Capacity:
-    """Sizes that buffers are made for: sentences in a batch, source tokens of a sentence, target length."""
-
-    sentences: int
-    source_length: int
-    positions: int
-
-    def covers(self, other: Capacity) -> bool:
-        return all(getattr(self, name) >= getattr(other, name) for name in self.__dataclass_fields__)
-
-    def joined(self, other: Capacity) -> Capacity:
-        return Capacity(*(max(getattr(self, name), getattr(other, name)) for name in self.__dataclass_fields__))
 
 
 class StaticDecoder:
@@ -100,7 +78,7 @@ class StaticDecoder:
         self.graph_pool, self.source_pool = GraphPool(), GraphPool()  # results of the latter outlive steps
         self.source_passes: dict[tuple[int, int], SourcePass] = {}  # by sentences and columns
         self.source_shapes: set[tuple[int, int]] = set()  # that came before
-        self.source_columns: dict[tuple[int, int], tuple[list, dict]] = {}  # see `_source_columns`
+        self.stored = StoredColumns(self.cross_sites, capacity)
         self.layouts: list[Layout] = []
         # Graphs hold addresses: of the parameters, and of the layouts, which must not be dropped before them.
         self.parameters = [
@@ -126,9 +104,8 @@ class StaticDecoder:
 
         n_slots = self.capacity.sentences * self.rules.beam * min(INITIAL_CAPACITY, self.capacity.positions)
         self.kv_pools = {module: empty(n_slots * module.num_heads, 2, module.head_dim) for module in self.self_sites}
-        self.kv_pools |= {
-            module: empty(0, 2, module.head_dim) for module in self.cross_sites
-        }  # of the first batch's size
+        # Those of cross-attention get the size of the first batch.
+        self.kv_pools |= {module: empty(0, 2, module.head_dim) for module in self.cross_sites}
         self.projections = {
             module: (empty(3 * module.embed_dim, module.embed_dim), empty(3 * module.embed_dim))
             for module in self.self_sites
@@ -279,7 +256,7 @@ class StaticDecoder:
         """Empty the caches of self-attention and fill those of cross-attention."""
         self._prepare_self_caches()
         if self.cross_sites:
-            self.fill_sources(encoder_outs, self.source_slots(real, max_len))
+            self.fill_sources(encoder_outs, self.stored.slots(real, max_len))
 
     def _prepare_self_caches(self) -> None:
         self.used = dict.fromkeys(self.self_sites, 0)
@@ -294,15 +271,6 @@ class StaticDecoder:
             kept += [part for whole in stacked for part in whole.chunk(3)]
             current += [part.weight for part in parts] + [part.bias for part in parts]
         torch._foreach_copy_(kept, current)  # as torch's optimizers do: one launch for all
-
-    def source_slots(self, real: Tensor, max_len: int) -> dict[PrunedMultiheadAttention, SourceSlots]:
-        """Lay out the slots of cross-attention; bool *real* (B, S) says which source tokens there are. Synchronises."""
-        stored = self._source_columns(real.size(1), max_len, real.device)
-        layouts: dict[bytes, SourceSlots] = {}  # sites often store the same columns
-        for key, columns in stored.values():
-            if key not in layouts:
-                layouts[key] = SourceSlots.from_mask(columns, real)
-        return {module: layouts[key] for module, (key, _) in stored.items()}
 
     def fill_sources(self, encoder_outs: list[dict], slots: dict[PrunedMultiheadAttention, SourceSlots]) -> None:
         """Fill the pools of cross-attention."""
@@ -319,31 +287,6 @@ class StaticDecoder:
                     if id(own) not in chosen:
                         chosen[id(own)] = source[own.projected]
                     self._store_source(module, own, chosen[id(own)])
-
-    def _source_columns(
-        self, size: int, max_len: int, device: torch.device
-    ) -> dict[PrunedMultiheadAttention, tuple[bytes, Tensor]]:
-        """Return which of the first *size* source columns every site stores, bool (H, size), and a key of that.
-
-        They are those of the masks alone, so most batches find them computed already, without waiting for the device.
-        """
-        sites, n_keys = self.cross_sites, self.capacity.source_length
-        rows = [self._last_use(module, max_len, n_keys) for module in sites]
-        layouts, asked = [module.derived() for module in sites], (size, bucket(max_len + 1))
-        if asked not in self.source_columns or self.source_columns[asked][0] != layouts:
-            if len(self.source_columns) == SOURCE_SIZES_MEMO:
-                self.source_columns.clear()
-            heads = [module.num_heads for module in sites]
-            stored = [stored_columns(last, size, n, device) for last, n in zip(rows, heads, strict=True)]
-            on_host = torch.cat(stored).cpu().split(heads)  # one wait for all
-            keys = [columns.numpy().tobytes() for columns in on_host]
-            found = dict(zip(sites, zip(keys, stored, strict=True), strict=True))
-            self.source_columns[asked] = layouts, found
-        return self.source_columns[asked][1]
-
-    def _last_use(self, module: PrunedMultiheadAttention, max_len: int, n_keys: int) -> Tensor:
-        """Return the module's `last_use` for a rounded number of steps, which most batches find computed already."""
-        return module.last_use(min(bucket(max_len + 1), self.capacity.positions), n_keys)
 
     def _store_source(self, module: PrunedMultiheadAttention, slots: SourceSlots, source: Tensor) -> None:
         n_slots = slots.column.numel()
@@ -365,9 +308,9 @@ class StaticDecoder:
         Pools are enlarged if that frees less than half of them.
         """
         live = renumber_live(self.beams.state.block_table[: n * self.rules.beam, :length])
-        positions = self.capacity.positions
+        n_rows, positions = self.capacity.rows(max_len), self.capacity.positions
         for module in self.self_sites:
-            readable = self._last_use(module, max_len, positions)[:, :length] >= length
+            readable = module.last_use(n_rows, positions)[:, :length] >= length
             offsets = self.beams.offsets[self.heads[module], :length]
             n_new = n * self.rules.beam * module.num_heads
             pool, used = compact(self.kv_pools[module], offsets, live, readable, n_new, max_len + 1 - length)
@@ -428,7 +371,8 @@ class StaticDecoder:
     def _store_prefix(self, module: PrunedMultiheadAttention, kv: Tensor, max_len: int) -> None:
         """Store keys and values of the first positions, (P, B, 2, H, D): those that coming rows read, head by head."""
         size, n = kv.shape[:2]
-        readable = self._last_use(module, max_len, self.capacity.positions)[:, :size] >= size  # (H, P)
+        n_rows, positions = self.capacity.rows(max_len), self.capacity.positions
+        readable = module.last_use(n_rows, positions)[:, :size] >= size  # (H, P)
         kv = kv.permute(3, 0, 1, 2, 4)[readable]
         used = self.used[module] = kv.size(0) * n
         self.reserve(module, used + bucket(n) * self.rules.beam * module.num_heads)  # and for the next step
