@@ -10,7 +10,7 @@ from pathlib import Path
 import building
 import pytest
 from packages import DPKG, write_command, write_deb
-from readme_tables import script
+from result_tables import script
 
 from ap_fairseq.model.checkpoints import load_checkpoint
 

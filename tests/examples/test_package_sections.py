@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
-from readme_tables import script
+from result_tables import script
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "package_sections"
 

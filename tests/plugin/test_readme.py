@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import readme_tables
+import result_tables
 from fairseq import options
 from fairseq.dataclass.utils import gen_parser_from_dataclass
 from fairseq.models import ARCH_MODEL_REGISTRY
@@ -48,14 +49,14 @@ def test_tables_and_numbers_are_those_of_the_committed_results(path):
 
 def test_each_table_is_shown_once():
     shown = [name for path in READMES for _, name, *_ in readme_tables.TABLE.findall(path.read_text(encoding="utf-8"))]
-    assert sorted(shown) == sorted(readme_tables.tables())
+    assert sorted(shown) == sorted(result_tables.tables())
 
 
 def test_stale_tables_and_numbers_are_rewritten():
     span = '<!-- n: scripts/rivals.json "translation/rows/case=sentences/stock" ,.0f -->'
     table = "<!-- results: rivals.translation -->\n"
     first = f"{span}1<!-- /n -->\n{table}old\n<!-- end -->\n{table}<!-- end -->\n"
-    made = f"{table}{readme_tables.rivals_translation()}\n<!-- end -->\n"
+    made = f"{table}{result_tables.rivals_translation()}\n<!-- end -->\n"
     assert readme_tables.regenerate(first) == f"{span}11,717<!-- /n -->\n{made}{made}"
     with pytest.raises(KeyError, match="nothing matches"):
         readme_tables.number('scripts/rivals.json "translation/rows/case=none/stock" .1f')
@@ -71,7 +72,7 @@ def test_parts_of_a_test_set_and_their_mean(tmp_path):
         for criterion, group, (de, fr) in systems
     ]  # fmt: skip
     (tmp_path / "results.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
-    table = readme_tables.sweep_parts(tmp_path / "results.jsonl").splitlines()
+    table = result_tables.sweep_parts(tmp_path / "results.jsonl").splitlines()
     assert [[cell.strip() for cell in line.split("|")[1:-1]] for line in (table[0], *table[2:])] == [
         ["BLEU", "test pairs", "dense, from scratch", "mean 80%, from scratch"],
         ["de", "1,234", "31.00", "30.00"],
@@ -82,7 +83,7 @@ def test_parts_of_a_test_set_and_their_mean(tmp_path):
 
 def test_tables_of_sweeps_state_both_metrics():
     """The digests of older sweeps, which are beside other tables, name BLEU alone."""
-    table = readme_tables.sweep(readme_tables.DEBIAN_RESULTS / "tuned.jsonl").splitlines()[0]
+    table = result_tables.sweep(result_tables.DEBIAN_RESULTS / "tuned.jsonl").splitlines()[0]
     assert {"total updates", "BLEU", "chrF2", "validation perplexity"} <= {cell.strip() for cell in table.split("|")}
 
 

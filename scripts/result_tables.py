@@ -1,0 +1,363 @@
+"""The tables of READMEs, from the committed results: `tables` says what makes each of them."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ap_fairseq.evaluation.results import format_markdown
+from ap_fairseq.evaluation.tables import Table, markdown
+from ap_fairseq.sites import AttentionKind
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = ROOT / "scripts"
+EXAMPLE = ROOT / "examples" / "libreoffice_help"
+RESULTS = EXAMPLE / "results"
+DEBIAN_RESULTS = ROOT / "examples" / "debian_text" / "results"
+LM_RESULTS = ROOT / "examples" / "language_model" / "results"
+DIGEST = (  # of the results by system
+    r"^dense\.(untuned|one-shot|scratch)"
+    r"|^importance\.global\.(80|90)\.g1\.smooth-32\.(one-shot|scratch|from-80)|^importance\.global\.80\.g16.*one-shot"
+    r"|^(mean|window|gaussian|random)\.global\.(80|90)\.g1\.one-shot|^gaussian.*scratch|^percentile.*one-shot"
+    r"|^top-k\.global\.(80|90)"
+)
+
+
+def load(path: Path) -> Any:
+    """Return the document of a JSON file, or a list of those of a JSON-lines file."""
+    text = path.read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()] if path.suffix == ".jsonl" else json.loads(text)
+
+
+def script(path: Path) -> Any:
+    """Import a script, which is in no package."""
+    sys.path.insert(0, str(path.parent))  # scripts import each other
+    try:
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)  # dataclasses look their module up
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(path.parent))
+    return module
+
+
+def lookup(document: Any, key: str) -> float:
+    """Return the mean of the numbers that *key* selects."""
+    values = [document]
+    for part in key.split("/"):
+        if "=" in part:
+            wanted = dict(condition.split("=", 1) for condition in part.split("&"))
+            values = [
+                item for value in values for item in value if all(str(item.get(k)) == v for k, v in wanted.items())
+            ]
+        else:
+            values = [value[int(part)] if isinstance(value, list) else value[part] for value in values]
+    if not values:
+        raise KeyError(f"nothing matches {key}")
+    return statistics.fmean(values)
+
+
+def quality(pair: str) -> str:
+    """All systems of a language pair that the maintainers measured."""
+    rows = [row for row in load(RESULTS / "en-fr-es.json")["rows"] if row["pair"] == pair]
+    scores = {"BLEU": ("bleu", ".2f"), "chrF2": ("chrf", ".2f"), "length ratio": ("length_ratio", ".3f")}
+    scores |= {"validation perplexity": ("valid_ppl", ".2f")}
+    scores = {title: score for title, score in scores.items() if any(score[0] in row for row in rows)}
+    body = []
+    for row in rows:
+        columns = [row["system"], row["dropout"], f"{row['updates']:,}", f"{row['pruned']:.0%}"]
+        body.append(columns + [format(row[key], form) if key in row else "" for key, form in scores.values()])
+    header = ["system", "dropout", "updates", "pairs pruned", *scores]
+    return markdown(Table(header, body, align="ll" + "r" * (len(header) - 2)))
+
+
+def quality_digest() -> str:
+    """The rows of the main README: dense models and pruned ones of the same recipe and updates, on two corpora."""
+    header = ["training text", "pairs", "pruned", "seeds", "BLEU", "chrF2", "length ratio"]
+    scores = (("bleu", ".2f"), ("chrf", ".2f"), ("length_ratio", ".3f"))
+    pairs = load(RESULTS / "corpus.json")["pairs"]["en-de"]["train pairs"]
+    rows = [("LibreOffice's help", pairs, f"{s['pruned']['total']:.0%}", [s]) for s in one_command_systems()[:3]]
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for line in load(DEBIAN_RESULTS / "masks.jsonl"):
+        groups.setdefault(line["group"], []).append(line)
+    names = {"global": ""} | {kind.value: f" of {kind.flag}" for kind in AttentionKind}
+    for group, lines in groups.items():
+        found = re.match(r"dense\.|importance\.(global(?=\.[89]0)|\w+(?=\.90))\.(\d+)\.g1\.smooth-32\.while", group)
+        if found:
+            pruned = f"{found[2] or 0}%{names[found[1] or 'global']}"
+            rows.append(("Debian text", lines[0]["training_pairs"], pruned, lines))
+    body = [
+        [text, f"{pairs:,}", pruned, str(len(lines))]
+        + [f"{statistics.fmean(line[key] for line in lines):{form}}" for key, form in scores]
+        for text, pairs, pruned, lines in rows
+    ]
+    return markdown(Table(header, body, align="lrlrrrr"))
+
+
+def one_command_systems() -> list[dict[str, Any]]:
+    """Systems that were pruned while training, after the dense one."""
+    return load(RESULTS / "one-command.json")["systems"]
+
+
+def one_command() -> str:
+    """Pruning while training against the dense model of the same recipe and updates."""
+    header = ["pruned", *(kind.value for kind in AttentionKind), "BLEU", "chrF2", "length ratio", "p of BLEU"]
+    body = []
+    for s in one_command_systems():
+        shares = [f"{s['pruned'][kind.value]:.0%}" for kind in AttentionKind]
+        scores = [f"{s['bleu']:.2f}", f"{s['chrf']:.2f}", f"{s['length_ratio']:.3f}", f"{s.get('p_bleu', '')}"]
+        body.append([s["system"], *shares, *scores])
+    return markdown(Table(header, body))
+
+
+def dropout() -> str:
+    """Dense and 80% pruned at the same number of own updates, by the strength of regularisation."""
+    rows = []
+    for dropout, updates in (("0.2 / 0 / 0", 6000), ("0.2 / 0 / 0", 12000), ("0.3 / 0.1 / 0.1", 12000)):
+        found = {
+            row["system"]: row["bleu"]
+            for row in load(RESULTS / "en-fr-es.json")["rows"]
+            if (row["pair"], row["dropout"], row["updates"]) == ("en-fr", dropout, updates)
+        }
+        rows.append(("en-fr", dropout, "from scratch", updates, found["dense"], found["importance 80%, from scratch"]))
+    lines = load(RESULTS / "h100-converged.jsonl")
+    groups = ("dense.untuned", "importance.global.80.g1.smooth-32.scratch")
+    rows.append(
+        ("en-de", "0.2 / 0 / 0", "from scratch", 6000, *(lookup(lines, f"group={name}/bleu") for name in groups))
+    )
+    corpora = {"LibreOffice's help": RESULTS / "regularisation.jsonl", "Debian text": DEBIAN_RESULTS / "tuned.jsonl"}
+    dense, pruned, *_ = one_command_systems()
+    rows = [("LibreOffice's help", *row) for row in rows]
+    for corpus, path in corpora.items():
+        found: dict[str, dict[str, float]] = {}
+        for line in load(path):
+            if line["total"]["effective"] < 0.85:
+                strengths = dict(re.findall(r"--(\S+) (\S+)", line["flags"]))
+                names = ("dropout", "attention-dropout", "activation-dropout")
+                strength = " / ".join(strengths.get(name, "0") for name in names)
+                found.setdefault(strength, {})[line["criterion"]] = line["bleu"]
+        if path.parent == RESULTS:
+            found["0.3 / 0.1 / 0.1"] = {"dense": dense["bleu"], "importance": pruned["bleu"]}
+        for strength, bleu in sorted(found.items()):
+            settings = (corpus, "en-de", strength, "while training", dense["updates"])
+            rows.append((*settings, bleu["dense"], bleu["importance"]))
+    header = ["corpus", "pair", "dropout", "80% pruned", "updates", "dense, BLEU", "80%, BLEU", "difference"]
+    body = [
+        [*names, f"{updates:,}", f"{dense:.2f}", f"{pruned:.2f}", f"{pruned - dense:+.2f}"]
+        for *names, updates, dense, pruned in rows
+    ]
+    return markdown(Table(header, body, align="llllrrrr"))
+
+
+def split_pairs(example: str) -> str:
+    """Training, validation and test pairs by source of the text, or by language."""
+    columns = load(ROOT / "examples" / example / "results" / "corpus.json")["pairs"]
+    header = ["", *(f"{name}, {split}" for name in columns for split in ("train", "valid", "test"))]
+    names = list(dict.fromkeys(name for splits in columns.values() for part in splits.values() for name in part))
+    splits = [part for found in columns.values() for part in found.values()]
+    body = [[name, *(f"{part.get(name, 0):,}" for part in splits)] for name in names]
+    body.append(["all", *(f"{sum(part.values()):,}" for part in splits)])
+    return markdown(Table(header, body))
+
+
+def cross_masks() -> str:
+    """Masks of cross-attention, alone and with the other kinds, on a small model."""
+    report = load(RESULTS / "cross-masks.json")
+    dense = report["dense"]
+    header = [
+        "budget",
+        "cross-attention by",
+        "most heads for one",
+        "always kept",
+        "cross pruned",
+        "perplexity",
+        "bits above dense",
+    ]
+    body = [["none: dense", "", "", "", "0%", f"{dense['valid_ppl']:.2f}", "0"]]
+    runs = [(re.sub(r"--criterion importance ", "", run["flags"]), run) for run in report["runs"] if run["seed"] == 1]
+    for flags, run in sorted(runs, key=lambda pair: (pair[0].split()[:2], -pair[1]["valid_ppl"])):
+        budget, share = flags.split()[:2]
+        scaled, cap = "scaled-diagonal" in flags, re.search(r"--max-heads (?:cross=)?(\S+)", flags)
+        units = "offset" if scaled else "cell"
+        kept = "column 0" if not scaled else "own anchors" if cap and "note" not in run else "offset 0"
+        kept = run.get("kept", kept)
+        heads = f"{cap[1]} of the {'8' if '-of kind' in flags else '4 of a layer'}" if cap else "any"
+        units += ", mean attention" if "--criterion mean" in flags else ""
+        units += f", annealed over {run['annealed']['updates']}" if "annealed" in run else ""
+        pruned = f"{run['pruned']['cross']:.1%}"
+        bits = f"{run['valid_nll'] - dense['valid_nll']:.2f}"
+        body.append(
+            [
+                f"{'cross' if budget == '--cross' else 'all kinds'} {float(share):.0%}",
+                units,
+                heads,
+                kept,
+                pruned,
+                f"{run['valid_ppl']:.2f}",
+                bits,
+            ]
+        )
+    by_row: dict[str, list[float]] = {}
+    for run in report["runs"]:
+        row = str([run.get(key) for key in ("flags", "kept", "note", "annealed")])
+        by_row.setdefault(row, []).append(run["valid_nll"])
+    spread = max(max(losses) - min(losses) for losses in by_row.values())
+    table = markdown(Table(header, body, align="llllrrr"))
+    return f"{table}\n\nFirst of the seeds; another one moves a row by at most {spread:.2f} bits."
+
+
+def cross_heads() -> str:
+    """Perplexity of a model of eight heads by budget and by how many heads of a layer may keep an offset."""
+    found = {
+        (run["total"], run["max_heads"]): run["valid_ppl"]
+        for run in load(RESULTS / "cross-masks.json")["eight_heads"]["runs"]
+    }
+    caps = sorted({cap for _, cap in found})
+    header = ["budget of all kinds", *(str(cap) if cap else "any" for cap in caps)]
+    budgets = sorted({budget for budget, _ in found})
+    cells = [[f"{found[b, cap]:.2f}" if (b, cap) in found else "" for cap in caps] for b in budgets]
+    return markdown(Table(header, [[f"{b:.0%}", *row] for b, row in zip(budgets, cells, strict=True)]))
+
+
+def by_length() -> str:
+    """BLEU of each system by the length of the reference."""
+    systems = load(RESULTS / "h100-by-length.json")["systems"]
+    buckets = systems[0]["by_length"]
+    header = ["system"]
+    for bucket in buckets:
+        words = f"{bucket['least']}–{bucket['most']}" if bucket["most"] else f"from {bucket['least']}"
+        header.append(f"{words} words ({bucket['sentences']:,})")
+    titles = {
+        "dense": "dense, fine-tuned",
+        "dense.12000": "dense, 12k updates",
+        "scratch.80": "importance 80%, from scratch",
+        "from-80.90": "importance 80% → 90%",
+        "one-shot.80": "importance 80%, fine-tuned",
+        "one-shot.90": "importance 90%, fine-tuned",
+        "gaussian.90": "gaussian 90%, from scratch",
+    }
+    rows = [[titles[s["system"]], *(f"{bucket['bleu']:.1f}" for bucket in s["by_length"])] for s in systems]
+    return markdown(Table(header, rows))
+
+
+def corpus() -> str:
+    """Sizes of the corpus for each language pair."""
+    pairs = load(RESULTS / "corpus.json")["pairs"]
+    names = next(iter(pairs.values()))
+    cells = (
+        [f"{counts[name]:,}" if isinstance(counts[name], int) else counts[name] for counts in pairs.values()]
+        for name in names
+    )
+    return markdown(Table(["", *pairs], [[name, *row] for name, row in zip(names, cells, strict=True)]))
+
+
+def rivals_translation() -> str:
+    """Target tokens per second, with stock fairseq and CTranslate2."""
+    report = load(SCRIPTS / "rivals.json")["translation"]
+    header = ["tokens/s", "stock fairseq", "all-ones mask", "90% pruned", "CTranslate2", "memory, ours / CTranslate2"]
+    rows = []
+    for row in report["rows"]:
+        rates = (f"{row[key]:,}" for key in ("stock", "all_ones", "pruned_90", "ctranslate2"))
+        rows.append([row["case"], *rates, f"{row['memory_gib']} / {row['ctranslate2_memory_gib']} GiB"])
+    return markdown(Table(header, rows))
+
+
+def kinds() -> str:
+    """BLEU with one kind pruned, by share and training."""
+    bleu = {line["group"]: line["bleu"] for line in load(RESULTS / "h100-converged.jsonl") if line["seed"] == 1}
+    shares = (50, 80, 90, 95)
+    rows = []
+    for kind in AttentionKind:
+        name = f"importance.{kind.value}.{{}}.g1.smooth-32.{{}}"
+        cells = (" / ".join(f"{bleu[name.format(s, how)]:.1f}" for how in ("untuned", "one-shot")) for s in shares)
+        rows.append([kind.value, *cells])
+    return markdown(Table(["pruned", *(f"{share}%" for share in shares)], rows))
+
+
+def language_models(file: Path) -> str:
+    """Test perplexities of language models."""
+    ways = {"scratch": "under the masks from the start", "gradual": "pruned while training"}
+    blocks = {"1": "cells", "64": "64-blocks", "diagonal": "diagonals"}
+    rows = []
+    for row in load(file)["rows"]:
+        way, masks = row["system"].replace(".dropout-", ", dropout "), ""
+        if not way.startswith("dense"):
+            criterion, percent, granularity, way = way.split(".")
+            way, masks = ways[way], blocks[granularity.removeprefix("g")]
+            masks += {"importance": "", "percentile": f", published percentile at nominal {percent}%"}[criterion]
+        rows.append([way, masks, f"{row['pruned']:.0%}", f"{row['perplexity']:.1f}", f"{row['change']:+z.1%}"])
+    return markdown(Table(["system", "masks", "pairs pruned", "perplexity", "change"], rows, align="llrrr"))
+
+
+def sweep(path: Path, keep: Callable[[dict[str, Any]], Any] = bool) -> str:
+    """Some systems of a sweep, dense ones first, without the columns of kinds; chrF2 where total updates are stated."""
+    lines = [line for line in load(path) if keep(line)]
+    if len({line.get("flags") for line in lines}) == 1:  # said beside the table
+        lines = [line | {"flags": ""} for line in lines]
+    order = {"dense": 0, "importance": 1}
+    lines.sort(key=lambda line: (line["subset"], order.get(line["criterion"], 2)))
+    module = script(ROOT / "examples" / "common" / "sweep_table.py")
+    whole = module.table(lines)
+    dropped = {*(kind.value for kind in AttentionKind), "against dense (p)"}
+    dropped |= {"updates"} if "total_updates" in lines[0] else {"chrF2", "validation perplexity"}
+    kept = [column for column, title in enumerate(whole.header) if title not in dropped]
+    rows = [[row[column] for column in kept] for row in whole.rows]
+    return f"{markdown(Table([whole.header[column] for column in kept], rows))}\n\n{module.note(lines)}"
+
+
+def sweep_parts(path: Path) -> str:
+    """BLEU of each part of a sweep's test set, and the mean of the parts."""
+    lines = sorted(load(path), key=lambda line: line["criterion"] != "dense")
+    module = script(ROOT / "examples" / "common" / "sweep_table.py")
+    parts = lines[0]["parts"]
+    rows = [[name, f"{parts[name]['sentences']:,}", *(line["parts"][name]["bleu"] for line in lines)] for name in parts]
+    means = [statistics.fmean(column) for column in list(zip(*rows, strict=True))[2:]]
+    rows.append(["mean", "", *means])
+    header = ["BLEU", "test pairs", *(module.title(line) for line in lines)]
+    body = [[name, pairs, *(f"{bleu:.2f}" for bleu in scores)] for name, pairs, *scores in rows]
+    return markdown(Table(header, body))
+
+
+def tables() -> dict[str, Callable[[], str]]:
+    """Return what makes each table, by the name in its mark."""
+    converged, pages = (RESULTS / f"h100-{name}.jsonl" for name in ("converged", "pages"))
+    made = {
+        "en-fr": lambda: quality("en-fr"),
+        "en-es": lambda: quality("en-es"),
+        "digest": quality_digest,
+        "one-command": one_command,
+        "cross-masks": cross_masks,
+        "cross-heads": cross_heads,
+        "dropout": dropout,
+        "debian-tuned": lambda: sweep(DEBIAN_RESULTS / "tuned.jsonl"),
+        "debian-masks": lambda: sweep(DEBIAN_RESULTS / "masks.jsonl"),
+        "debian-text": lambda: split_pairs("debian_text"),
+        "package-sections": lambda: script(ROOT / "examples" / "package_sections" / "run.py").summary(
+            load(ROOT / "examples" / "package_sections" / "results" / "cpu.json")["rows"]
+        ),
+        "one-to-many": lambda: split_pairs("libreoffice_one_to_many"),
+        "h100-converged-digest": lambda: sweep(converged, lambda line: re.search(DIGEST, line["system"])),
+        "h100-converged-kinds": kinds,
+        "h100-pages-digest": lambda: sweep(pages, lambda line: line["subset"] in ("test", "test2")),
+        "empty-rows": lambda: sweep(RESULTS / "empty-rows.jsonl"),
+        "pages-tuned": lambda: sweep(RESULTS / "pages-tuned.jsonl"),
+        "h100-by-length": by_length,
+        "corpus": corpus,
+        "cpu": lambda: format_markdown(load(RESULTS / "cpu.json")),
+        "rivals.translation": rivals_translation,
+    }
+    for path in sorted({*LM_RESULTS.glob("*.json")} - {LM_RESULTS / "corpus.json"}):
+        made[f"language-model.{path.stem}"] = lambda path=path: language_models(path)
+    for path in sorted((ROOT / "examples" / "libreoffice_one_to_many" / "results").glob("*.jsonl")):
+        made[f"one-to-many.{path.stem}"] = lambda path=path: sweep(path)
+        made[f"one-to-many.{path.stem}-languages"] = lambda path=path: sweep_parts(path)
+    for path in sorted(SCRIPTS.glob("*_*.*.json")):
+        name = path.name.split(".")[0]
+        made[path.stem] = lambda path=path, name=name: script(SCRIPTS / f"{name}.py").table(load(path))
+    return made
