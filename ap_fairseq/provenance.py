@@ -6,6 +6,7 @@ import hashlib
 import importlib.metadata
 import json
 import platform
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,15 @@ from torch import Tensor
 from ap_fairseq.files import ArtifactError
 from ap_fairseq.version import __version__
 
-DAMAGED_MASKS = (
-    "the masks in this checkpoint do not match the SHA-256 stored with them; it is damaged, or an average of "
-    "checkpoints with different masks"
+_MASKS_REMEDY = (
+    "copy the checkpoint again, or give it the masks that it was trained with (ap-apply CHECKPOINT --attention-masks "
+    "FILE)"
 )
+OTHER_MASKS = (
+    "the masks in this checkpoint do not match the SHA-256 stored with them; it is damaged, or an average of "
+    f"checkpoints with different masks; {_MASKS_REMEDY}"
+)
+NO_PROVENANCE = f"this checkpoint holds attention masks without their provenance (mask_metadata); {_MASKS_REMEDY}"
 
 
 def encode_provenance(provenance: dict[str, Any]) -> Tensor:
@@ -30,14 +36,50 @@ def decode_provenance(codes: Tensor | None) -> dict[str, Any] | None:
     """Invert :func:`encode_provenance`; None for an absent or empty tensor.
 
     Raises:
-        ArtifactError: if the codes are not a JSON document.
+        ArtifactError: if the codes are not a JSON document that names masks and their effective sparsity.
     """
     if codes is None or codes.numel() == 0:
         return None
     try:
-        return json.loads("".join(map(chr, codes.tolist())))
-    except ValueError as error:
-        raise ArtifactError(DAMAGED_MASKS) from error
+        provenance = json.loads("".join(map(chr, codes.tolist())))
+        if not isinstance(provenance["masks_sha256"], str):
+            raise TypeError("masks_sha256 is not a string")
+        effective_sparsity(provenance)
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
+        raise ArtifactError(
+            f"the provenance of the masks in this checkpoint (mask_metadata) is damaged ({type(error).__name__}: "
+            f"{error}); {_MASKS_REMEDY}"
+        ) from error
+    return provenance
+
+
+def stored_provenance(parameters: Mapping[str, Tensor]) -> dict[str, Any] | None:
+    """Return the provenance of the masks among the parameters of a checkpoint, or None if it has no masks.
+
+    Raises:
+        ArtifactError: if it has masks without provenance, or that is damaged.
+    """
+    provenance = decode_provenance(parameters.get("mask_metadata"))
+    if provenance is None and any(name.endswith("mask_range") and x.any() for name, x in parameters.items()):
+        raise ArtifactError(NO_PROVENANCE)
+    return provenance
+
+
+def lost_masks(parameters: Mapping[str, Tensor], instead: str | None = None) -> str | None:
+    """Describe the masks of a checkpoint that are replaced; None if it has none, or they keep every pair.
+
+    Args:
+        parameters: of the checkpoint.
+        instead: SHA-256 of the masks that replace them; None also if they are the same.
+    """
+    try:
+        provenance = stored_provenance(parameters)
+    except ArtifactError:  # which replacing them mends
+        return "their provenance is damaged"
+    shares = effective_sparsity(provenance)
+    if provenance is None or provenance["masks_sha256"] == instead or (shares and not any(shares.values())):
+        return None
+    return describe_sparsity(provenance)
 
 
 def effective_sparsity(provenance: dict[str, Any] | None) -> dict[str, float]:

@@ -9,13 +9,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from ap_fairseq.artifacts.storage import naming
 from ap_fairseq.cli.common import command
 from ap_fairseq.evaluation import scores as evaluation
 from ap_fairseq.evaluation.hypotheses import read_hypotheses
 from ap_fairseq.evaluation.results import format_latex, format_markdown, format_plain, read_results
 from ap_fairseq.experiments.stages import read_mark
 from ap_fairseq.files import ArtifactError, UserError, file_sha256, read_lines, refuse_existing, write_json
-from ap_fairseq.provenance import decode_provenance, device_name, mask_spec, versions
+from ap_fairseq.provenance import device_name, mask_spec, stored_provenance, versions
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -90,9 +91,12 @@ def describe_checkpoint(checkpoint: str) -> dict:
     from ap_fairseq.model.checkpoints import load_checkpoint  # loads fairseq, which tables do not need
 
     result = {"checkpoint_sha256": file_sha256(checkpoint)}
-    provenance = decode_provenance(load_checkpoint(checkpoint)["model"].get("mask_metadata"))
+    with naming(checkpoint):
+        provenance = stored_provenance(load_checkpoint(checkpoint)["model"])
     if provenance is not None:
-        result |= {key: provenance[key] for key in ("masks_sha256", "sparsity")} | {"spec": mask_spec(provenance)}
+        result |= {key: provenance[key] for key in ("masks_sha256", "sparsity") if key in provenance} | {
+            "spec": mask_spec(provenance)
+        }
     return result
 
 

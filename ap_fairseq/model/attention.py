@@ -164,9 +164,6 @@ class PrunedMultiheadAttention(NotScriptable, MultiheadAttention):
                 f"{self.num_heads} heads there; give it the attention heads that the checkpoint was trained with "
                 "(--model-overrides changes them, too)"
             )
-        if words is not None:  # checkpoints of version 0.2 have no offsets
-            for name, value in no_offsets(self.num_heads).items():
-                state_dict.setdefault(prefix + name, value)
         for name in MASK_BUFFERS:
             key = prefix + name
             if self.mask_is_explicit or key not in state_dict:  # a dense checkpoint, or an explicit mask that wins
@@ -465,6 +462,16 @@ def no_offsets(num_heads: int) -> dict[str, Tensor]:
         "offset_geometry": torch.zeros(0, dtype=torch.int64),
         "offset_anchor": torch.zeros(0, dtype=torch.int64),
     }
+
+
+def upgrade_masks(parameters: dict[str, Tensor]) -> None:
+    """Bring masks of older checkpoints into today's form, in place: version 0.1 had other names, 0.2 no offsets."""
+    for key in [key for key in parameters if key.endswith("keep_words")]:
+        prefix = key.removesuffix("keep_words")
+        if f"{prefix}beyond_words" in parameters:
+            parameters[f"{prefix}extrapolation_words"] = parameters.pop(f"{prefix}beyond_words")
+        for name, value in no_offsets(len(parameters[key])).items():
+            parameters.setdefault(prefix + name, value)
 
 
 def real_lengths(padding: Tensor) -> Tensor:

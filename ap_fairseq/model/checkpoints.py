@@ -14,8 +14,10 @@ from fairseq import utils
 from fairseq.models import ARCH_MODEL_REGISTRY, MODEL_REGISTRY
 from torch import nn
 
+from ap_fairseq.artifacts.storage import naming
 from ap_fairseq.compat import allow_fairseq_checkpoints
 from ap_fairseq.files import ArtifactError, atomic_output, not_written, refuse_existing, require_file
+from ap_fairseq.model.attention import upgrade_masks
 from ap_fairseq.model.pruned_model import MASK_ENTRIES
 
 
@@ -55,10 +57,11 @@ def load_parameters(model: nn.Module, parameters: dict[str, torch.Tensor], path,
     """Load *parameters* into a model.
 
     Raises:
-        ArtifactError: if they do not fit, naming the first that does not.
+        ArtifactError: if they do not fit, naming the first that does not, or their masks are damaged.
     """
     try:
-        model.load_state_dict(parameters, strict=True, model_cfg=model_cfg)
+        with naming(path):
+            model.load_state_dict(parameters, strict=True, model_cfg=model_cfg)
     except RuntimeError as error:
         reasons = [line.strip() for line in str(error).splitlines()]
         raise ArtifactError(
@@ -70,6 +73,7 @@ def average_checkpoints(paths: Sequence, output, overwrite: bool = False) -> Non
     """Write the mean of the parameters of several checkpoints; everything else comes from the last.
 
     Floating-point tensors are averaged in float64. Integer tensors are masks, positions and versions: they must agree.
+    Masks of older versions of this package are brought into today's form.
 
     Raises:
         ArtifactError: if a file is missing, damaged or named twice, parameters or masks differ between the files, or a
@@ -84,19 +88,31 @@ def average_checkpoints(paths: Sequence, output, overwrite: bool = False) -> Non
     for path in paths:
         state = load_checkpoint(path)
         parameters = state["model"]
+        upgrade_masks(parameters)
         if totals and parameters.keys() != totals.keys():
-            different = sorted(parameters.keys() ^ totals.keys())
-            raise ArtifactError(f"{path} and {paths[0]} hold different parameters, e.g. {different[0]}")
+            name = min(parameters.keys() ^ totals.keys())
+            has, lacks = (path, paths[0]) if name in parameters else (paths[0], path)
+            dense = name.endswith(MASK_ENTRIES)
+            raise ArtifactError(
+                f"{has} and {lacks} hold different parameters, e.g. {name}, which {lacks} lacks; "
+                + ("give that one the same masks with ap-apply" if dense else "average checkpoints of one training")
+            )
         for name, value in parameters.items():
             if not value.is_floating_point():
                 if not torch.equal(totals.setdefault(name, value), value):
-                    raise ArtifactError(f"{name} differs between {path} and {paths[0]}: do they have the same masks?")
+                    raise ArtifactError(
+                        f"{name} differs between {path} and {paths[0]}: do they have the same masks? Average "
+                        "checkpoints of one training, after its last pruning"
+                    )
                 continue
             if not value.isfinite().all():
                 raise ArtifactError(f"{path}: {name} is not finite: the model diverged; leave that checkpoint out")
             total = totals.setdefault(name, torch.zeros_like(value, dtype=torch.float64))
             if total.shape != value.shape:
-                raise ArtifactError(f"{name} has shape {value.shape} in {path}, {total.shape} in {paths[0]}")
+                raise ArtifactError(
+                    f"{name} has shape {tuple(value.shape)} in {path}, {tuple(total.shape)} in {paths[0]}; average "
+                    "checkpoints of one training"
+                )
             total += value
     dtypes = {name: value.dtype for name, value in state["model"].items()}
     state["model"] = collections.OrderedDict(

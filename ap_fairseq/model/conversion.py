@@ -33,7 +33,7 @@ from ap_fairseq.model.config import PrunedLanguageModelConfig, PrunedTransformer
 from ap_fairseq.model.language_model import PrunedLanguageModel
 from ap_fairseq.model.roberta import PrunedRobertaModel
 from ap_fairseq.model.transformer import PrunedTransformerModel
-from ap_fairseq.provenance import dictionary_files
+from ap_fairseq.provenance import dictionary_files, lost_masks
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +69,8 @@ def apply_masks(checkpoint, masks_file, output, data: str | None = None, overwri
     """
     refuse_existing(output, overwrite, (checkpoint, masks_file))
     model, _, state = open_with_masks(checkpoint, masks_file, data)
+    if str(masks_file) == "none":
+        warn_of_dropped(state, checkpoint)
     own = {"cfg": state["cfg"], "model": model.state_dict(), "task_state": state.get("task_state", {})}
     save_checkpoint(without_training(state, own), output, overwrite)
     return model.masks_provenance()
@@ -93,11 +95,17 @@ def open_with_masks(checkpoint, masks_file, data: str | None = None):
         raise ArtifactError(f"the dictionaries of {checkpoint} are not in {folder}; pass --data DIR")
     task = tasks.setup_task(cfg.task, from_checkpoint=True)
     cfg.model.attention_masks = None if masks_file is None else str(masks_file)
-    if str(masks_file) == "none":  # those of a pruned checkpoint are not kept
-        state["model"] = without_masks(state["model"])
+    # With none, those of a pruned checkpoint are not kept.
+    parameters = without_masks(state["model"]) if str(masks_file) == "none" else state["model"]
     model = task.build_model(cfg.model, from_checkpoint=True)
-    load_parameters(model, state["model"], checkpoint, cfg.model)
+    load_parameters(model, parameters, checkpoint, cfg.model)
     return model, task, state
+
+
+def warn_of_dropped(state: dict[str, Any], checkpoint) -> None:
+    """Log the masks of a checkpoint that is used without them, if they prune anything."""
+    if lost := lost_masks(state["model"]):
+        logger.warning(f"the masks of {checkpoint} are dropped: {lost}")
 
 
 def _with_pruned_config(state: dict[str, Any], checkpoint) -> dict[str, Any]:

@@ -17,18 +17,20 @@ from torch import Tensor, nn
 from ap_fairseq.artifacts import PruningMasks
 from ap_fairseq.compat import drop_bettertransformer_copies
 from ap_fairseq.files import ArtifactError, UserError, file_sha256
-from ap_fairseq.model.attention import MASK_BUFFERS, NotScriptable
+from ap_fairseq.model.attention import MASK_BUFFERS, NotScriptable, upgrade_masks
 from ap_fairseq.model.config import OWN_DEFAULTS
 from ap_fairseq.model.cpu_linear import forget_packed
 from ap_fairseq.model.dynamic import require_kinds
 from ap_fairseq.model.kv_cache import peak_share
 from ap_fairseq.provenance import (
-    DAMAGED_MASKS,
+    NO_PROVENANCE,
+    OTHER_MASKS,
     decode_provenance,
     describe_sparsity,
     dictionary_hashes,
     effective_sparsity,
     encode_provenance,
+    lost_masks,
 )
 from ap_fairseq.sites import AttentionKind, architecture, attention_sites
 
@@ -121,7 +123,7 @@ class PrunedModel(NotScriptable):
         Raises:
             UserError: if the model has none.
         """
-        if not any(module.mask_range.any() for _, module in attention_sites(self)):
+        if not self._has_masks():
             raise UserError(
                 "this pruned model has no masks: start training with --attention-masks FILE (of ap-masks), with "
                 "--attention-masks none for a dense model, or load a checkpoint that was trained so"
@@ -162,12 +164,17 @@ class PrunedModel(NotScriptable):
 
         Raises:
             ArtifactError: if provenance and masks do not belong together, as after averaging checkpoints with
-                different masks.
+                different masks; or for masks whose provenance is damaged or missing.
         """
         provenance = decode_provenance(self.mask_metadata)
+        if provenance is None and self._has_masks():
+            raise ArtifactError(NO_PROVENANCE)
         if provenance is not None and provenance["masks_sha256"] != self.masks_sha256():
-            raise ArtifactError(DAMAGED_MASKS)
+            raise ArtifactError(OTHER_MASKS)
         return provenance
+
+    def _has_masks(self) -> bool:
+        return any(module.mask_range.any() for _, module in attention_sites(self))
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         key = prefix + "mask_metadata"
@@ -175,15 +182,16 @@ class PrunedModel(NotScriptable):
         if stored is not None and not self._masks_are_explicit:
             self.mask_metadata = torch.empty_like(stored, device=self.mask_metadata.device)
         else:
-            if stored is not None and not torch.equal(stored.cpu(), self.mask_metadata.cpu()):
-                logger.warning("the masks of --attention-masks replace those of the checkpoint")
+            if self._masks_are_explicit:
+                own = {name.removeprefix(prefix): x for name, x in state_dict.items() if name.startswith(prefix)}
+                if lost := lost_masks(own, self.masks_sha256()):
+                    logger.warning(f"the masks of --attention-masks replace those of the checkpoint: {lost}")
             state_dict[key] = self.mask_metadata
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def upgrade_state_dict_named(self, state_dict, name):
         drop_bettertransformer_copies(state_dict)
-        for key in [key for key in state_dict if key.endswith(".beyond_words")]:  # version 0.1
-            state_dict[key.replace(".beyond_words", ".extrapolation_words")] = state_dict.pop(key)
+        upgrade_masks(state_dict)
         super().upgrade_state_dict_named(state_dict, name)
 
     def load_state_dict(self, state_dict, strict=True, model_cfg=None, args=None):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import collections
 import copy
-import logging
 from typing import Any
 
 from fairseq.models import build_model
@@ -24,13 +23,11 @@ from ap_fairseq.model.checkpoints import (
     without_training,
 )
 from ap_fairseq.model.config import OWN_DEFAULTS
-from ap_fairseq.model.conversion import open_with_masks
+from ap_fairseq.model.conversion import open_with_masks, warn_of_dropped
 from ap_fairseq.model.pruned_model import PrunedModel
 from ap_fairseq.model.roberta import PrunedRobertaModel
-from ap_fairseq.provenance import decode_provenance, describe_sparsity
+from ap_fairseq.provenance import describe_sparsity
 from ap_fairseq.sites import attention_sites
-
-logger = logging.getLogger(__name__)
 
 # The models and tasks of this package, and fairseq's own; of a task with its options.
 MODELS = {"pruned_transformer": "transformer", "pruned_transformer_lm": "transformer_lm", "pruned_roberta": "roberta"}
@@ -60,9 +57,9 @@ def convert_to_stock(checkpoint, output, drop_masks: bool = False, data: str | N
             f"{checkpoint} holds a model {name!r}; --to-stock takes {', '.join(MODELS)}, and fairseq's own "
             "architectures need no conversion"
         )
-    if drop_masks and (provenance := decode_provenance(state["model"].get("mask_metadata"))):
-        logger.warning(f"the masks of {checkpoint} are dropped: {describe_sparsity(provenance)}")
     model, task, state = open_with_masks(checkpoint, "none" if drop_masks else None, data)
+    if drop_masks:
+        warn_of_dropped(state, checkpoint)
     require_dense(model, state["cfg"]["model"], checkpoint)
     cfg = {**state["cfg"], "model": stock_options(state["cfg"]), "task": _stock_task(state["cfg"]["task"])}
     parameters = without_masks(model.state_dict())
