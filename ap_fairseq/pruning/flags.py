@@ -206,9 +206,15 @@ def budget_flags(args: argparse.Namespace) -> list[str]:
 
 
 def _budgets(args: argparse.Namespace, stats: AttentionStats) -> Mapping[AttentionKind, float]:
-    """Return the budget of each kind from --total, --like or the kinds' own flags, of which one may be given."""
+    """Return the budget of each kind from --total, --like or the kinds' own flags, of which one must be given."""
     own = {kind: getattr(args, kind.value) for kind in AttentionKind if getattr(args, kind.value) is not None}
     given = budget_flags(args)
+    if not given:
+        raise UserError(
+            "no budget is given, so nothing would be pruned; give --total SHARE, a share for each kind "
+            f"({', '.join(f'--{kind.flag} SHARE' for kind in stats.kinds)}) or --like MASKS (--total 0 keeps every "
+            "pair)"
+        )
     if len(given) > 1:
         raise UserError(f"budgets are given by {' and '.join(given)}; choose one of them")
     if args.criterion == "percentile" and given and not own:
@@ -232,7 +238,7 @@ def spec_from(args: argparse.Namespace, stats: AttentionStats) -> MaskSpec:
     """Return what the flags of :func:`add_mask_options` ask for.
 
     Raises:
-        UserError: for flags that contradict each other, or settings by name of a kind that no budget prunes.
+        UserError: for no budget, flags that contradict each other, or settings by name of a kind that no budget prunes.
     """
     budgets = _budgets(args, stats)
     for flag in ("--granularity", "--min-heads", "--max-heads"):

@@ -948,3 +948,17 @@ def test_flags_that_contradict_each_other_are_refused(flags, message, tmp_path, 
         ap_masks(tmp_path / "stats.st", *flags, "-o", tmp_path / "out.st")
     assert stop.value.code == 2 and re.search(message, capsys.readouterr().err)
     assert not (tmp_path / "out.st").exists()
+
+
+def test_masks_without_a_budget_are_asked_for(capsys, tmp_path):
+    """ap-masks without a budget wrote masks that keep everything, without a word."""
+    stats, output = tmp_path / "stats.safetensors", tmp_path / "masks.safetensors"
+    random_stats().save(stats)
+    for flags in ([], ["--criterion", "importance", "--smooth", "2", "--calibrate"]):
+        with pytest.raises(SystemExit):
+            cli_masks.main([str(stats), "-o", str(output), *flags])
+        message = "no budget is given, so nothing would be pruned; give --total SHARE, a share for each kind"
+        assert message in capsys.readouterr().err and not output.exists()
+    for flags in (["--total", "0"], ["--cross", "0"]):
+        cli_masks.main([str(stats), "-o", str(output), "--overwrite", *flags])
+        assert PruningMasks.load(output).metadata["total"]["effective"] == 0

@@ -40,7 +40,7 @@ def losses(log: str) -> list[float]:
 def all_ones(stats_file, dense, data_bin, tmp_path_factory):
     """The dense checkpoint as a pruned one with all-ones masks."""
     folder = tmp_path_factory.mktemp("all-ones")
-    run("ap-masks", stats_file, "-o", folder / "masks.safetensors")
+    run("ap-masks", stats_file, "--total", 0, "-o", folder / "masks.safetensors")
     run("ap-apply", dense, "--attention-masks", folder / "masks.safetensors", "--data", data_bin, "-o", folder / "p.pt")
     return folder / "p.pt"
 
@@ -122,7 +122,7 @@ def test_the_task_pruned_translation_trains_with_eval_bleu(data_bin, masks_file,
 
 def test_all_ones_masks_train_as_stock_fairseq_does(data_bin, stats_file, tmp_path):
     """20 updates from scratch, same seed, no dropout: the same losses and the same parameters."""
-    run("ap-masks", stats_file, "-o", tmp_path / "masks.safetensors")
+    run("ap-masks", stats_file, "--total", 0, "-o", tmp_path / "masks.safetensors")
     flags = ["--dropout", 0, "--disable-validation"]
     stock = train(data_bin, tmp_path / "stock", *flags, updates=20)
     masks = ["--attention-masks", tmp_path / "masks.safetensors"]
