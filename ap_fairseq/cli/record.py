@@ -96,6 +96,7 @@ def main(argv: list[str]) -> None:
         overwrite=args.overwrite,
         model_overrides=_literal("--model-overrides", cfg.common_eval.model_overrides),
         task_settings=chosen,
+        log_interval=cfg.common.log_interval if "--log-interval" in given else None,
     )
     job.require_valid()
     _require_dictionaries(state, args)

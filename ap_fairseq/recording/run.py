@@ -57,6 +57,7 @@ class Recording:
         overwrite: replace an existing output file.
         model_overrides: of the checkpoint's configuration, as fairseq's ``--model-overrides``.
         task_settings: of the task, in place of those that the checkpoint was trained with.
+        log_interval: batches between two lines of progress; None: a tenth of the batches, at most 100.
     """
 
     checkpoint: str
@@ -69,6 +70,7 @@ class Recording:
     overwrite: bool = False
     model_overrides: dict[str, Any] = field(default_factory=dict)
     task_settings: dict[str, Any] = field(default_factory=dict)
+    log_interval: int | None = None
 
     def require_valid(self) -> None:
         """Raise UserError for numbers out of range, ArtifactError if the output cannot be written."""
@@ -110,10 +112,11 @@ def record(cfg, job: Recording) -> AttentionStats:
     cuda = _place(model, cfg)
     criterion = _build_criterion(task, saved_cfg.criterion, job)
     dataset = load_subset(task, job)
+    batches = _batches(cfg, job, task, model, dataset, group)
     progress = progress_bar.progress_bar(
-        _batches(cfg, job, task, model, dataset, group),
+        batches,
         log_format=cfg.common.log_format,
-        log_interval=cfg.common.log_interval,
+        log_interval=job.log_interval or min(100, max(1, len(batches) // 10)),
         prefix=f"valid on '{job.subset}' subset",
         default_log_format="simple" if cfg.common.no_progress_bar else "tqdm",
     )
@@ -168,7 +171,7 @@ def _run(recorder: AttentionRecorder, model, criterion, progress, pad: int, cuda
     """Record every batch of this rank; return the sums of what the criterion logs."""
     totals: collections.Counter[str] = collections.Counter()
     for step, sample in enumerate(progress):
-        progress.log({}, step=step)
+        progress.log({"recorded": f"{step / len(progress):.0%}"}, step=step)
         if not sample:  # ranks with fewer batches than others are handed empty ones
             continue
         sample = utils.move_to_cuda(sample) if cuda else sample

@@ -249,6 +249,17 @@ def test_an_interrupted_recording_leaves_nothing_and_runs_again(data_bin, dense,
     assert AttentionStats.load(tmp_path / "stats").metadata["sentences"] == 1000
 
 
+@pytest.mark.parametrize("log_format", ["simple", "json"])
+def test_a_recording_of_few_batches_reports_its_progress(log_format, data_bin, dense, tmp_path):
+    """fairseq's interval of 100 batches said nothing until the end of most recordings, and JSON lines were empty."""
+    command = ["ap-record", data_bin, "--path", dense, "--cpu", "--num-workers", 0, "--max-tokens", 400]
+    log = run(*command, "-o", tmp_path / "a", "--log-format", log_format)
+    shares = [int(share) for share in re.findall(r'recorded(?:=|": ")(\d+)%', log)]
+    assert 8 <= len(shares) <= 20 and shares == sorted(set(shares)) and shares[-1] >= 80
+    log = run(*command, "-o", tmp_path / "b", "--log-format", log_format, "--log-interval", 1000)
+    assert "recorded=" not in log and '"recorded"' not in log
+
+
 @pytest.fixture
 def other_data_bin(data_bin, tmp_path):
     """The toy corpus under a dictionary of the same size in another order, which fits the model all the same."""
