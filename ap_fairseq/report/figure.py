@@ -38,7 +38,9 @@ _STYLE = {
     "grid.alpha": 0.35,
     "legend.frameon": False,
     "svg.fonttype": "none",
-    "figure.constrained_layout.use": True,
+    # A figure is laid out once, when it is made; matplotlib would do so again for each file.
+    "figure.autolayout": False,
+    "figure.constrained_layout.use": False,
 }
 
 
@@ -51,6 +53,11 @@ class Figure:
     caption: str
     alt: str
     canvas: Canvas
+
+    def __post_init__(self):
+        with matplotlib.rc_context(_STYLE):
+            self.canvas.draw_without_rendering()
+            self.canvas.set_layout_engine(None)
 
     def save(self, path, file_format: str) -> None:
         """Write PNG (150 dots per inch) or SVG on a white ground."""
