@@ -92,13 +92,29 @@ def packed(*linears: nn.Linear) -> Product:
     Changes that torch does not count, those of a weight's ``data``, are seen if they reach more than a few elements.
     """
     parameters = [x for linear in linears for x in (linear.weight, linear.bias) if x is not None]
-    now = [(x.data_ptr(), None if x.is_inference() else x._version, _sampled(x)) for x in parameters]
-    kept, kind = _PACKED.setdefault(linears[0].weight, {}), _kind(linears)
-    if (kind, len(linears)) not in kept or kept[kind, len(linears)][0] != now:
+    made, kind = _PACKED.setdefault(linears[0].weight, {}), _kind(linears)
+    kept = made.get((kind, len(linears)))
+    if kept is None or kept.have_changed(parameters):
         weights, biases = ([getattr(linear, name) for linear in linears] for name in ("weight", "bias"))
         bias = None if biases[0] is None else torch.cat(biases).detach()
-        kept[kind, len(linears)] = now, kind(torch.cat(weights).detach(), bias)
-    return kept[kind, len(linears)][1]
+        kept = made[kind, len(linears)] = _Packed(kind(torch.cat(weights).detach(), bias), parameters)
+    return kept.product
+
+
+class _Packed:
+    """A product, and how the parameters were that it was packed from. To look costs 2 us for each of them."""
+
+    def __init__(self, product: Product, parameters: list[Tensor]):
+        self.product, self.marks = product, [_mark(x) for x in parameters]
+        self.samples = [_sample(x) for x in parameters]
+        self.sampled = self._read()
+
+    def have_changed(self, parameters: list[Tensor]) -> bool:
+        # What was sampled is memory of these very tensors while their addresses are the same.
+        return self.marks != [_mark(x) for x in parameters] or not torch.equal(self._read(), self.sampled)
+
+    def _read(self) -> Tensor:
+        return torch.cat(self.samples).view(torch.int32)  # NaN is no change
 
 
 def _kind(linears: tuple[nn.Linear, ...]) -> type[Product]:
@@ -107,10 +123,17 @@ def _kind(linears: tuple[nn.Linear, ...]) -> type[Product]:
     return SmallProduct if sum(linear.weight.numel() for linear in linears) <= SMALL else FloatProduct
 
 
-def _sampled(parameter: Tensor) -> bytes:
-    """Return about 32 elements of a weight (rows, columns), along its diagonal, or of a bias."""
-    step = max(1, (parameter.numel() + parameter.size(-1)) // 32)
-    return parameter.detach().reshape(-1)[::step].numpy().tobytes()
+def _mark(parameter: Tensor) -> tuple[int, tuple[int, ...], int | None]:
+    return parameter.data_ptr(), parameter.stride(), None if parameter.is_inference() else parameter._version
+
+
+def _sample(parameter: Tensor) -> Tensor:
+    """Return a view of about 32 elements of a weight (rows, columns), along its diagonal, or of a bias."""
+    x = parameter.detach()
+    if not x.is_contiguous():  # then only its real diagonal is a view
+        x = x.diagonal() if x.dim() > 1 else x
+        return x[:: max(1, len(x) // 32)]
+    return x.view(-1)[:: max(1, (x.numel() + x.size(-1)) // 32)]
 
 
 def forget_packed(module: nn.Module) -> None:
@@ -119,7 +142,7 @@ def forget_packed(module: nn.Module) -> None:
         _PACKED.pop(weight, None)
 
 
-# The first weight of some layers: by the kind and number of them, what they were packed from, and their product.
+# By the first weight of some layers: {(kind, number of layers): their product}.
 _PACKED: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 

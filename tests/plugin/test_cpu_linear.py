@@ -122,6 +122,32 @@ def test_a_cpu_computes_with_changed_weights(change):
 
 
 @torch.no_grad()
+def test_a_weight_of_any_strides_is_watched():
+    """Only a view shows changes of ``data``, and a flat one there is of contiguous weights only."""
+    linear, x = PackedLinear(64, 128), torch.randn(5, 64)
+    linear.weight.data, linear.bias.data = torch.randn(64, 128).T, torch.randn(256)[::2]
+    linear(x)
+    for parameter in (linear.weight, linear.bias):
+        parameter.data.neg_()
+        assert within_rounding(linear(x), linear, x)
+    square = PackedLinear(64, 64)
+    square(x)
+    square.weight.data = square.weight.data.T
+    assert within_rounding(square(x), square, x)
+
+
+@torch.no_grad()
+def test_looking_for_changes_reads_no_parameter_one_by_one(monkeypatch):
+    """A millisecond of a sentence went into samples of weights that were gathered anew, one after the other."""
+    linear, x = PackedLinear(64, 128), torch.randn(5, 64)
+    linear(x)
+    sampled = []
+    monkeypatch.setattr(cpu_linear, "_sample", lambda parameter: sampled.append(parameter))
+    linear(x)
+    assert not sampled
+
+
+@torch.no_grad()
 def test_a_copy_has_packed_weights_of_its_own():
     linear, x = PackedLinear(16, 8), torch.randn(4, 16)
     linear(x)
