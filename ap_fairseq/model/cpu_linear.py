@@ -91,30 +91,69 @@ def packed(*linears: nn.Linear) -> Product:
 
     Changes that torch does not count, those of a weight's ``data``, are seen if they reach more than a few elements.
     """
-    parameters = [x for linear in linears for x in (linear.weight, linear.bias) if x is not None]
+    return _packed(linears).product
+
+
+class Products:
+    """As `packed`, for many layers between two calls of `refresh`, which looks for changes of all of them at once."""
+
+    def __init__(self):
+        self.made: dict[tuple[nn.Linear, ...], _Packed] = {}
+        self.forgotten = _forgotten
+
+    def __call__(self, *linears: nn.Linear) -> Product:
+        if linears not in self.made:
+            self.made[linears] = _packed(linears)
+        return self.made[linears].product
+
+    def refresh(self) -> None:
+        """Give up the products if parameters have changed, or may have, since they were packed."""
+        same = self.forgotten == _forgotten and all(
+            one.marks == [_mark(x) for x in _parameters(linears)] for linears, one in self.made.items()
+        )
+        if self.made and not (same and _samples_hold(list(self.made.values()))):
+            self.made = {}
+        self.forgotten = _forgotten
+
+
+class _Packed:
+    """A product, and how the parameters were that it was packed from.
+
+    Attributes:
+        marks: of each parameter, what shows that it is the same memory.
+        samples: of each parameter, a view of some elements.
+        sampled: what these were.
+    """
+
+    def __init__(self, product: Product, parameters: list[Tensor]):
+        self.product, self.marks = product, [_mark(x) for x in parameters]
+        self.samples = [_sample(x) for x in parameters]
+        self.sampled = torch.cat(self.samples)
+
+    def have_changed(self, parameters: list[Tensor]) -> bool:
+        return self.marks != [_mark(x) for x in parameters] or not _samples_hold([self])
+
+
+def _samples_hold(many: list[_Packed]) -> bool:
+    """Whether what was sampled of parameters is what it was, all at once."""
+    now = torch.cat([x for one in many for x in one.samples])
+    then = torch.cat([one.sampled for one in many])
+    return torch.equal(now.view(torch.int32), then.view(torch.int32))  # NaN is no change
+
+
+def _packed(linears: tuple[nn.Linear, ...]) -> _Packed:
+    parameters = _parameters(linears)
     made, kind = _PACKED.setdefault(linears[0].weight, {}), _kind(linears)
     kept = made.get((kind, len(linears)))
     if kept is None or kept.have_changed(parameters):
         weights, biases = ([getattr(linear, name) for linear in linears] for name in ("weight", "bias"))
         bias = None if biases[0] is None else torch.cat(biases).detach()
         kept = made[kind, len(linears)] = _Packed(kind(torch.cat(weights).detach(), bias), parameters)
-    return kept.product
+    return kept
 
 
-class _Packed:
-    """A product, and how the parameters were that it was packed from. To look costs 2 us for each of them."""
-
-    def __init__(self, product: Product, parameters: list[Tensor]):
-        self.product, self.marks = product, [_mark(x) for x in parameters]
-        self.samples = [_sample(x) for x in parameters]
-        self.sampled = self._read()
-
-    def have_changed(self, parameters: list[Tensor]) -> bool:
-        # What was sampled is memory of these very tensors while their addresses are the same.
-        return self.marks != [_mark(x) for x in parameters] or not torch.equal(self._read(), self.sampled)
-
-    def _read(self) -> Tensor:
-        return torch.cat(self.samples).view(torch.int32)  # NaN is no change
+def _parameters(linears: tuple[nn.Linear, ...]) -> list[Tensor]:
+    return [x for linear in linears for x in (linear.weight, linear.bias) if x is not None]
 
 
 def _kind(linears: tuple[nn.Linear, ...]) -> type[Product]:
@@ -138,16 +177,20 @@ def _sample(parameter: Tensor) -> Tensor:
 
 def forget_packed(module: nn.Module) -> None:
     """Forget the packed weights of a module that is to be trained: they would take memory, and miss small changes."""
+    global _forgotten
+    _forgotten += 1
     for weight in module.parameters() if _PACKED else ():
         _PACKED.pop(weight, None)
 
 
 # By the first weight of some layers: {(kind, number of layers): their product}.
 _PACKED: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_forgotten = 0  # how often `forget_packed` was called
 
 
 def use_int8(model: nn.Module) -> None:
     """Let the linear layers of a model multiply in 8-bit integers, where `project` or `packed` compute them."""
+    forget_packed(model)
     for module in model.modules():
         if isinstance(module, nn.Linear):
             module.int8 = True

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ap_fairseq.model.attention import PrunedMultiheadAttention
-from ap_fairseq.model.cpu_linear import Product, can_pack, packed
+from ap_fairseq.model.cpu_linear import Product, Products, can_pack
 from ap_fairseq.model.kv_cache import HostCache
 from ap_fairseq.model.layers import is_plain
 from ap_fairseq.search.beams import BeamSearchState
@@ -248,9 +248,16 @@ class HostLayer:
     Args:
         layer: one that `covers` says so of.
         self_cache, cross_cache: of its attention; *cross_cache* is None in a decoder without cross-attention.
+        packed: returns the product of linear layers.
     """
 
-    def __init__(self, layer: nn.Module, self_cache: HostSelfAttention, cross_cache: HostCrossAttention | None):
+    def __init__(
+        self,
+        layer: nn.Module,
+        self_cache: HostSelfAttention,
+        cross_cache: HostCrossAttention | None,
+        packed: Callable[..., Product],
+    ):
         own, cross = layer.self_attn, layer.encoder_attn
         self.normalize_before, self.activation = layer.normalize_before, layer.activation_fn
         self.self_cache, self.cross_cache = self_cache, cross_cache
@@ -310,6 +317,7 @@ class HostDecoder(StaticDecoder):
     def _allocate(self, dtype: torch.dtype, device: torch.device) -> None:
         self.kv_pools, self.projections, self.dtype = {}, {}, dtype
         self.mask_rows: list[MaskRows] = []
+        self.packed = Products()
 
     def _places(self, n_sentences: int) -> int:
         return n_sentences
@@ -325,6 +333,7 @@ class HostDecoder(StaticDecoder):
         return self.mask_rows
 
     def _prepare_caches(self, encoder_outs: list[dict] | None, real: Tensor, max_len: int) -> None:
+        self.packed.refresh()
         self_rows, cross_rows = self._mask_rows()
         slots = self.slots = SentenceSlots(self.beams, real.size(0), self_rows, self.dtype)
         columns = SourceColumns(slots, real, cross_rows, self.dtype)
@@ -351,17 +360,15 @@ class HostDecoder(StaticDecoder):
             return decoder.embed(tokens, position)
         return torch.add(position, F.embedding(tokens, decoder.embed_tokens.weight), alpha=decoder.embed_scale)
 
-    @staticmethod
-    def _output_layer(model: Model) -> Callable[[Tensor], Tensor]:
+    def _output_layer(self, model: Model) -> Callable[[Tensor], Tensor]:
         decoder = model.decoder
         if decoder.adaptive_softmax is not None or not can_pack(decoder.output_projection.weight):
             return decoder.output_layer
-        return packed(decoder.output_projection)
+        return self.packed(decoder.output_projection)
 
-    @staticmethod
-    def _layer(layer: nn.Module, own: HostSelfAttention, cross: HostCrossAttention | None) -> LayerStep:
+    def _layer(self, layer: nn.Module, own: HostSelfAttention, cross: HostCrossAttention | None) -> LayerStep:
         if HostLayer.covers(layer):
-            return HostLayer(layer, own, cross)
+            return HostLayer(layer, own, cross, self.packed)
         state: dict = {}
         layer.self_attn.set_incremental_state(state, "attn_state", {"cache": own})
         if cross is not None:

@@ -9,7 +9,16 @@ from fairseq.optim.adam import Adam
 from plugin.builders import pruned_model, random_masks
 
 from ap_fairseq.model import cpu_linear
-from ap_fairseq.model.cpu_linear import FloatProduct, Int8Product, PackedLinear, SmallProduct, packed, project, use_int8
+from ap_fairseq.model.cpu_linear import (
+    FloatProduct,
+    Int8Product,
+    PackedLinear,
+    Products,
+    SmallProduct,
+    packed,
+    project,
+    use_int8,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -92,15 +101,19 @@ def test_a_layer_is_packed_once(int8, monkeypatch):
     assert len(made) == 2
 
 
-@pytest.mark.parametrize("change", ["checkpoint", "optimizer", "average", "in place", "a head", "of a head"])
-def test_a_cpu_computes_with_changed_weights(change):
+@pytest.mark.parametrize("together", [False, True])
+@pytest.mark.parametrize("change", ["checkpoint", "optimizer", "average", "in place", "a head", "of a head", "another"])
+def test_a_cpu_computes_with_changed_weights(change, together):
     """fairseq's optimizers change the `data` of weights, which torch does not count: the packed ones were stale."""
     torch.manual_seed(3)
     linear, other, x = PackedLinear(128, 256).eval(), PackedLinear(128, 256), torch.randn(5, 128)
+    products, unchanged = Products(), PackedLinear(128, 64)
 
     def computed():
+        products.refresh()
         with torch.no_grad():
-            return linear(x)
+            products(unchanged)
+            return products(linear)(x) if together else linear(x)
 
     before = computed()
     if change == "checkpoint":
@@ -114,6 +127,8 @@ def test_a_cpu_computes_with_changed_weights(change):
         linear.weight.data.copy_(other.weight.data)
     elif change == "a head":
         linear.weight.data[48:64] = 0
+    elif change == "another":
+        linear.weight = other.weight
     else:
         linear.weight.data[:, 48:64] = 0
     expected = (x.double() @ linear.weight.double().T + linear.bias.double()).detach()
@@ -159,14 +174,30 @@ def test_a_copy_has_packed_weights_of_its_own():
 @torch.no_grad()
 def test_training_forgets_packed_weights():
     """What changes of ``data`` leave no trace, as that of one element, counts after a training all the same."""
-    model = pruned_model(random_masks(0.5)).eval()
+    model, products = pruned_model(random_masks(0.5)).eval(), Products()
     layer = model.decoder.output_projection
     x = torch.randn(4, layer.in_features)
-    project(layer, x)
+    project(layer, x), products(layer)
     model.train()
     layer.weight.data[0, 1] += 10
     model.eval()
-    assert within_rounding(project(layer, x), layer, x)
+    products.refresh()
+    assert within_rounding(project(layer, x), layer, x) and within_rounding(products(layer)(x), layer, x)
+    use_int8(model)
+    products.refresh()
+    assert type(products(layer)) is Int8Product
+
+
+@torch.no_grad()
+def test_products_are_kept_and_looked_through_together(monkeypatch):
+    """Each search looked at the weights of one layer after the other: a millisecond of a sentence."""
+    layers, products = [PackedLinear(16, 8) for _ in range(4)], Products()
+    made = [products(layer) for layer in layers]
+    monkeypatch.setattr(cpu_linear, "_packed", None)
+    compared, equal = [], torch.equal
+    monkeypatch.setattr(torch, "equal", lambda *pair: compared.append(1) or equal(*pair))
+    products.refresh()
+    assert [products(layer) for layer in layers] == made and len(compared) == 1
 
 
 def test_other_types_and_gradients():
