@@ -48,7 +48,7 @@ SYSTEMS = {  # flags of ap-masks; SHARE is --share
     "random": "--encoder-self SHARE --decoder-self SHARE --cross SHARE --criterion random",
     "window": "--encoder-self SHARE --decoder-self SHARE --cross SHARE --criterion window",
     "percentile": "--encoder-self SHARE --decoder-self SHARE --cross SHARE --criterion percentile",
-    "all-ones": "",
+    "all-ones": "--total 0",
 }
 
 
@@ -317,7 +317,10 @@ class Recipe:
         return self.stages.log(f"{name}.generate.{shard}")
 
     def translate(self, name: str, shard: int) -> None:
-        """fairseq-generate on a GPU of its own; it shares its work by shards of the data."""
+        """fairseq-generate on a GPU of its own; it shares its work by shards of the data.
+
+        Pruned models are searched on the device, and dense ones by fairseq's own search, as the task says in the log.
+        """
         if self.gpus:
             visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(self.ranks)))
             os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[shard]
@@ -325,7 +328,8 @@ class Recipe:
         # fmt: off
         self.stages.run(
             f"{name}.generate.{shard}", "fairseq-generate", self.bin, *PLUGIN, "--path", self.systems()[name],
-            *self.pair, "--gen-subset", "test", "--remove-bpe", "sentencepiece", "--required-batch-size-multiple", 1,
+            "--task", "pruned_translation", *self.pair, "--gen-subset", "test", "--remove-bpe", "sentencepiece",
+            "--required-batch-size-multiple", 1,
             "--max-tokens", self.size.batch_tokens, "--distributed-world-size", self.ranks,
             "--distributed-rank", shard, *self.device, "--log-format", "simple", "--log-interval", 5,
             *shlex.split(self.size.search),

@@ -28,6 +28,8 @@ from sentences import write_pages
 
 from ap_fairseq.experiments.stages import Stages
 from ap_fairseq.files import ArtifactError
+from ap_fairseq.pruning.flags import budget_flags, parse_mask_flags
+from ap_fairseq.search.generator import FALLBACK
 
 HERE = Path(__file__).resolve().parent
 EXAMPLES = HERE.parents[1] / "examples"
@@ -95,6 +97,9 @@ def test_all_stages(recipe, tmp_path, data_set):
     assert {"prepare", "dense.train", "dense.tune", f"{name}.masks", f"{name}.tuned.generate.0"} <= document[
         "seconds"
     ].keys()
+    for system in names:  # fairseq's own search took the pruned models, too, several times as long on a GPU
+        log = (run / "logs" / f"{system}.generate.0.log").read_text()
+        assert (FALLBACK in log) == system.startswith("dense")
     shares = {kind: share["effective"] for kind, share in document["systems"][3]["sparsity"].items()}
     assert len(shares) == 3
     if name == "per-kind":  # each kind at the default share; importance has one budget for all
@@ -110,6 +115,14 @@ def test_all_stages(recipe, tmp_path, data_set):
     assert all(part["verified"] == "sha256" for part in counts["options"]["archives"].values())
     averaged = sorted((run / "dense").glob("checkpoint_*_*.pt"))
     assert len(averaged) == 2 and (run / "dense/average.pt").exists()
+
+
+@pytest.mark.parametrize("name", recipe_program.SYSTEMS)
+def test_every_system_has_a_budget(name):
+    """That of all-ones is 0: ap-masks refuses to write masks that nobody gave a budget."""
+    flags = parse_mask_flags(recipe_program.SYSTEMS[name].replace("SHARE", "0.5").split())
+    assert len(budget_flags(flags)) == 1
+    assert (flags.total == 0) == (name == "all-ones")
 
 
 def test_stages_out_of_order_and_unknown_options_are_refused(recipe):
