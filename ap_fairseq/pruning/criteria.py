@@ -223,7 +223,10 @@ def _displacement(stats: AttentionStats, kind: AttentionKind) -> np.ndarray:
 
 
 def guaranteed(shape: tuple[int, int], kind: AttentionKind) -> np.ndarray:
-    """The cell that exists in every sentence of every row, bool (Tq, Tk): the diagonal, or column 0 of cross."""
+    """The cell of every row that exists in all sentences, bool (Tq, Tk): the diagonal, or column 0 of cross.
+
+    It is kept, so that no row is empty, unless the masks are made with ``--empty-rows``.
+    """
     cells = np.zeros(shape, dtype=bool)
     if kind is AttentionKind.CROSS:
         cells[:, 0] = True
