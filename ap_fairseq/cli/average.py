@@ -9,7 +9,7 @@ from pathlib import Path
 
 import ap_fairseq.plugin  # noqa: F401  (registers with fairseq)
 from ap_fairseq.cli.common import add_output, command
-from ap_fairseq.files import ArtifactError
+from ap_fairseq.files import ArtifactError, UserError
 from ap_fairseq.model.checkpoints import average_checkpoints
 
 logger = logging.getLogger(__name__)
@@ -60,11 +60,11 @@ def main(argv: list[str]) -> None:
     paths = args.checkpoints
     if args.last is not None:
         if len(paths) > 1:
-            raise ArtifactError(f"--last takes one folder, got {len(paths)} paths")
+            raise UserError(f"--last takes one folder, got {len(paths)} paths")
         paths = last_checkpoints(paths[0], args.last)
         logger.info(f"averaging {', '.join(path.name for path in paths)}")
     elif folder := next((path for path in paths if Path(path).is_dir()), None):
-        raise ArtifactError(f"{folder} is a folder; name its checkpoints, or average its last N with --last N")
+        raise UserError(f"{folder} is a folder; name its checkpoints, or average its last N with --last N")
     average_checkpoints(paths, args.output, args.overwrite)
 
 
