@@ -125,6 +125,11 @@ def generate(data, path, *flags, subset="test", expect=0) -> str:
     )
 
 
+# Flags of `generate` by which Triton's interpreter, which is slow, translates a fifth of the batches: of the 60
+# sentences of "valid" two batches of six, short and long ones.
+FEW = ["--batch-size", 6, "--distributed-world-size", 5, "--distributed-rank", 0]
+
+
 def assert_reads_as_stock(path, dense) -> None:
     """Check that fairseq reads a checkpoint as the model and the parameters of a dense one, without the plugin."""
     found, expected = (checkpoint_utils.load_model_ensemble([str(part)])[0][0] for part in (path, dense))

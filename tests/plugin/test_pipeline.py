@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from fairseq import checkpoint_utils
-from plugin.commands import PLUGIN, ROOT, TINY, generate, run, run_process, train
+from plugin.commands import FEW, PLUGIN, ROOT, TINY, generate, run, run_process, train
 
 from ap_fairseq.artifacts import AttentionStats, PruningMasks
 from ap_fairseq.cli import apply, evaluate, record
@@ -60,6 +60,12 @@ def tuned(data_bin, dense, masks_file, tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="session")
+def translated(data_bin, tuned) -> str:
+    """The log of a translation by that checkpoint."""
+    return generate(data_bin, tuned / "checkpoint_last.pt")
+
+
 def test_training_logs_carry_the_effective_sparsity(tuned, masks_file):
     """In fairseq's progress bar after a resume, when the masks come from the checkpoint, and in TensorBoard."""
     entries = re.findall(r"\| train_inner \| ({.*})", (tuned / "resumed.log").read_text())
@@ -99,17 +105,19 @@ def test_all_ones_masks_translate_as_stock_fairseq_does(data_bin, toy_text, dens
 
 def test_the_task_pruned_translation_translates_as_stock_fairseq_does(data_bin, dense, all_ones):
     """On a CPU by the kernels, interpreted, and without them."""
-    task, short = ["--task", "pruned_translation"], ["--beam", 2, "--max-len-a", 0, "--max-len-b", 4]
+    task, short = ["--task", "pruned_translation"], ["--beam", 2, "--max-len-a", 0, "--max-len-b", 4, *FEW]
     kernels = [*task, "--model-overrides", "{'attention_backend': 'triton'}"]
-    for flags, search in [(kernels, []), (kernels, ["--prefix-size", 2, "--print-alignment"]), (task, [])]:
+    for search, backends in (([], (kernels, task)), (["--prefix-size", 2, "--print-alignment"], (kernels,))):
         stock = generate(data_bin, dense, *short, *search, subset="valid")
-        log = generate(data_bin, all_ones, *short, *search, *flags, subset="valid")
-        expected, found = hypotheses(stock), hypotheses(log)
-        assert {n: tokens for n, (_, tokens) in found.items()} == {n: tokens for n, (_, tokens) in expected.items()}
-        assert all(found[n][0] == pytest.approx(score, abs=1e-4) for n, (score, _) in expected.items())
-        aligned, theirs = (sorted(re.findall(r"^A-.*", text, re.MULTILINE)) for text in (log, stock))
-        assert aligned == theirs and bool(aligned) == ("--print-alignment" in search)
-        assert "fairseq's own generator" not in log
+        for flags in backends:
+            log = generate(data_bin, all_ones, *short, *search, *flags, subset="valid")
+            expected, found = hypotheses(stock), hypotheses(log)
+            assert {n: h for n, (_, h) in found.items()} == {n: h for n, (_, h) in expected.items()}
+            assert len(found) == 12
+            assert all(found[n][0] == pytest.approx(score, abs=1e-4) for n, (score, _) in expected.items())
+            aligned, theirs = (sorted(re.findall(r"^A-.*", text, re.MULTILINE)) for text in (log, stock))
+            assert aligned == theirs and bool(aligned) == ("--print-alignment" in search)
+            assert "fairseq's own generator" not in log
 
 
 def test_the_task_pruned_translation_trains_with_eval_bleu(data_bin, masks_file, tmp_path):
@@ -120,12 +128,11 @@ def test_the_task_pruned_translation_trains_with_eval_bleu(data_bin, masks_file,
     assert log.count("caches hold what") == 1
 
 
-def test_all_ones_masks_train_as_stock_fairseq_does(data_bin, stats_file, tmp_path):
+def test_all_ones_masks_train_as_stock_fairseq_does(data_bin, all_ones, tmp_path):
     """20 updates from scratch, same seed, no dropout: the same losses and the same parameters."""
-    run("ap-masks", stats_file, "--total", 0, "-o", tmp_path / "masks.safetensors")
     flags = ["--dropout", 0, "--disable-validation"]
     stock = train(data_bin, tmp_path / "stock", *flags, updates=20)
-    masks = ["--attention-masks", tmp_path / "masks.safetensors"]
+    masks = ["--attention-masks", all_ones.with_name("masks.safetensors")]
     ours = train(data_bin, tmp_path / "ours", *flags, *masks, arch="pruned_transformer", updates=20)
     assert len(losses(stock)) == 20
     np.testing.assert_allclose(losses(ours), losses(stock), atol=0.002)  # printed with three digits
@@ -153,23 +160,22 @@ def test_masks_meet_their_budget_on_recorded_data(masks_file):
         assert masks.metadata["sparsity"][kind.value]["kept_mass"] > 0.6
 
 
-def test_a_pruned_checkpoint_is_self_contained(data_bin, tuned, masks_file):
+def test_a_pruned_checkpoint_is_self_contained(tuned, translated, masks_file):
     """The masks are in the checkpoint, their file's name is not; a checkpoint survives a moved or changed file."""
     state = load_checkpoint(tuned / "checkpoint_last.pt")
     assert str(masks_file) not in str(state["cfg"]) and state["cfg"]["model"]["attention_masks"] is None
-    log = generate(data_bin, tuned / "checkpoint_last.pt")
-    assert re.search(r"attention masks [0-9a-f]{12}: effective sparsity cross 50\.\d%", log)
-    assert len(hypotheses(log)) == 220
+    assert re.search(r"attention masks [0-9a-f]{12}: effective sparsity cross 50\.\d%", translated)
+    assert len(hypotheses(translated)) == 220
 
 
-def test_training_improves_after_the_warm_start_and_the_resume(data_bin, tuned, dense, toy_text):
+def test_training_improves_after_the_warm_start_and_the_resume(data_bin, tuned, translated, dense, toy_text):
     """60 updates more, under masks of half the pairs, end far above the dense model: about 90 BLEU after 56 here.
 
     The test passed for a pruned model 15 BLEU below the dense one, which a failed warm start could reach.
     """
     bleu = {}
-    for name, path in {"dense": dense, "tuned": tuned / "checkpoint_last.pt"}.items():
-        log = generate(data_bin, path)
+    tuned_last = tuned / "checkpoint_last.pt"
+    for name, path, log in (("dense", dense, generate(data_bin, dense)), ("tuned", tuned_last, translated)):
         (tuned / f"{name}.log").write_text(log)
         system = f"{name}={tuned / f'{name}.log'},{path}"
         output = tuned / f"{name}.json"
@@ -223,7 +229,7 @@ def test_checkpoints_with_different_masks_do_not_average(tuned, all_ones, tmp_pa
     assert "differs between" in message and "same masks" in message and not (tmp_path / "a.pt").exists()
 
 
-def test_interactive_and_from_pretrained_translate_alike(data_bin, tuned, toy_text):
+def test_interactive_and_from_pretrained_translate_alike(data_bin, tuned, translated, toy_text):
     """fairseq-interactive always pads on the left; the hub interface loads by the registered model."""
     source = (toy_text / "test.en").read_text().splitlines()[:6]
     flags = ["--path", tuned / "checkpoint_last.pt", "--cpu", "--beam", 3, "--buffer-size", 6, "--max-tokens", 500]
@@ -231,8 +237,7 @@ def test_interactive_and_from_pretrained_translate_alike(data_bin, tuned, toy_te
         *["fairseq-interactive", data_bin, *PLUGIN, *flags, "--source-lang", "en", "--target-lang", "de"],
         input="\n".join(source) + "\n",
     )
-    generated = hypotheses(generate(data_bin, tuned / "checkpoint_last.pt"))
-    interactive = hypotheses(log)
+    generated, interactive = hypotheses(translated), hypotheses(log)
     assert [interactive[n][1] for n in range(6)] == [generated[n][1] for n in range(6)]
 
     from fairseq.models.transformer import TransformerModel
@@ -296,29 +301,23 @@ def test_every_search_agrees_with_stock_fairseq_under_all_ones_masks(data_bin, d
     assert all(ours[n][0] == pytest.approx(score, abs=1e-4) for n, (score, _) in stock.items())
 
 
-@pytest.mark.parametrize("task", ["translation", "pruned_translation"])
-def test_constraints_are_met_as_in_stock_fairseq(data_bin, dense, all_ones, toy_text, task):
-    lines = [f"{source}\tneue" for source in (toy_text / "test.en").read_text().splitlines()[:5]]
-    logs = []
-    for path, its_task in ((dense, "translation"), (all_ones, task)):
-        flags = ["--path", path, "--task", its_task, "--constraints", "--cpu", "--beam", 3, "--source-lang", "en"]
-        text = "\n".join(lines) + "\n"
-        logs.append(run("fairseq-interactive", data_bin, *PLUGIN, *flags, "--target-lang", "de", input=text))
-    stock, ours = map(hypotheses, logs)
-    assert {n: h for n, (_, h) in stock.items()} == {n: h for n, (_, h) in ours.items()} and len(stock) == 5
-    assert all("neue" in tokens for _, tokens in ours.values())
+def test_constraints_are_met_as_in_stock_fairseq(data_bin, dense, all_ones, toy_text):
+    text = "".join(f"{source}\tneue\n" for source in (toy_text / "test.en").read_text().splitlines()[:5])
+    found = []
+    for path, task in ((dense, "translation"), (all_ones, "translation"), (all_ones, "pruned_translation")):
+        flags = ["--path", path, "--task", task, "--constraints", "--cpu", "--beam", 3, "--source-lang", "en"]
+        log = run("fairseq-interactive", data_bin, *PLUGIN, *flags, "--target-lang", "de", input=text)
+        found.append({n: tokens for n, (_, tokens) in hypotheses(log).items()})
+    assert found[0] == found[1] == found[2] and len(found[0]) == 5
+    assert all("neue" in tokens for tokens in found[0].values())
 
 
-@pytest.mark.parametrize("task", ["translation", "pruned_translation"])
-def test_an_ensemble_with_a_dense_model_gives_what_two_dense_models_give(data_bin, dense, all_ones, task):
-    expected = hypotheses(generate(data_bin, f"{dense}:{dense}", subset="valid"))
-    found = hypotheses(generate(data_bin, f"{dense}:{all_ones}", "--task", task, subset="valid"))
-    assert {n: h for n, (_, h) in found.items()} == {n: h for n, (_, h) in expected.items()}
-
-
-def test_an_ensemble_of_pruned_and_dense_models_translates(data_bin, dense, tuned):
-    ensemble = f"{dense}:{tuned / 'checkpoint_last.pt'}"
-    assert len(hypotheses(generate(data_bin, ensemble, subset="valid"))) == 60
+def test_an_ensemble_with_a_dense_model_gives_what_two_dense_models_give(data_bin, dense, all_ones):
+    found = []
+    for other, task in ((dense, "translation"), (all_ones, "translation"), (all_ones, "pruned_translation")):
+        log = generate(data_bin, f"{dense}:{other}", "--task", task, subset="valid")
+        found.append({n: tokens for n, (_, tokens) in hypotheses(log).items()})
+    assert found[0] == found[1] == found[2] and len(found[0]) == 60
 
 
 def test_hydra_train_reads_model_and_pruning_from_yaml(data_bin, masks_file, tmp_path):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from fairseq.sequence_generator import SequenceGenerator
 from plugin.builders import batch, dense_model, dictionary, pruned_model, random_masks, random_stats
-from plugin.commands import generate, run, train
+from plugin.commands import FEW, generate, run, train
 from plugin.hypotheses import assert_same, plain
 
 from ap_fairseq import relative
@@ -503,7 +503,7 @@ def test_from_recording_to_translation(data_bin, dense, tmp_path):
     assert texts[0] == texts[1] != []
     np.testing.assert_allclose(*(np.array(log, dtype=float) for log in scores), atol=1e-5)
     # The kernels, interpreted: in translation, and in training from scratch.
-    short = ["--beam", 2, "--max-len-a", 0, "--max-len-b", 4]
+    short = ["--beam", 2, "--max-len-a", 0, "--max-len-b", 4, *FEW]
     kernels = ["--task", "pruned_translation", "--model-overrides", "{'attention_backend': 'triton'}"]
     expected, found = (
         re.findall(r"^H-\d+\t(\S+)\t(.*)", generate(data_bin, pruned, *short, *flags, subset="valid"), re.M)
