@@ -20,6 +20,7 @@ import building
 import debs
 import descriptions
 import help_packages
+import help_text
 import man_pages
 import parallel_text
 import segments
@@ -171,7 +172,7 @@ def build_text(work: Path, out: Path, language: str, seed: int, max_words: int) 
     packages = out / "packages"
     described, description_counts = read_descriptions(packages, language)
     manual, manual_counts, english = read_man_pages(packages, language)
-    help_pages, interface, _ = help_packages.read_pair(packages, "en", language)
+    help_pages, interface, _ = help_text.read_pair(packages, "en", language)
     if not described or not manual:
         raise PrepareError(
             f"{len(described)} package descriptions and {len(manual)} man pages in {language!r} have an English "
@@ -210,7 +211,8 @@ def steps_of(args: argparse.Namespace) -> list[Step]:
         descriptions,
         man_pages,
         help_packages,
-        help_packages.corpus,
+        help_text,
+        help_text.corpus,
         parallel_text,
         segments,
         building,

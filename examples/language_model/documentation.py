@@ -285,7 +285,7 @@ def steps_of(args: argparse.Namespace) -> list[Step]:
                     "Debian mirror, unpacked; without it, give --no-descriptions"
                 )
         found["files"] = file_hash(*files)
-    modules = (building, descriptions, man_pages, parallel_text, segments)
+    modules = (apt_lists, building, descriptions, man_pages, parallel_text, segments)
     code = file_hash(*(Path(module.__file__) for module in modules), Path(__file__))
     return [
         Step("packages", ("packages",), found, lambda work: build_packages(work, packages, described, args.deb_dir)),

@@ -7,12 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import corpus
 import debs
 from building import PrepareError
-from corpus import Block
-from parallel_text import Filter, english_texts, filter_pages
-from segments import Page, Pair
 
 
 def package_language(language: str) -> str:
@@ -88,75 +84,3 @@ def help_folder(packages: Path, language: str) -> Path:
             f"1: its layout is not the one of LibreOffice 6 to 7"
         )
     return folders[0]
-
-
-# ---------------------------------------------------------------- text
-
-
-def read_help(packages: Path, language: str) -> dict[str, list[Block]]:
-    """page name -> blocks."""
-    return corpus.read_help(help_folder(packages, language))
-
-
-def read_pair(
-    packages: Path, source: str, target: str, english_help: dict[str, list[Block]] | None = None
-) -> tuple[list[Page], list[Page], dict[str, Any]]:
-    """The filtered text of a language pair in a folder of unpacked packages: help pages, interface strings, counts.
-
-    Interface strings are a page for each catalogue, named ``interface/CATALOGUE``.
-
-    english_help: what ``read_help`` gives for ``en``, where it was read before.
-
-    Raises:
-        PrepareError: if the two languages share no page.
-    """
-    pair = (source, target)
-    blocks = {"en": english_help or read_help(packages, "en")}
-    blocks |= {language: read_help(packages, language) for language in {*pair} - {"en"}}
-    messages = {
-        language: None if language == "en" else corpus.read_messages(packages / message_package(language))
-        for language in pair
-    }
-    pages, page_counts = corpus.align_pages(blocks[source], blocks[target])
-    strings, string_counts = corpus.align_messages(messages[source], messages[target])
-    if not pages:
-        raise PrepareError(
-            f"the help packages of {source} and {target} share no page with text: versions too different?"
-        )
-    english = english_texts(
-        [block.text for page in blocks["en"].values() for block in page]
-        + [
-            corpus.interface_text(corpus.english_message(key))
-            for catalogue in messages.values()
-            if catalogue
-            for _, key in catalogue
-        ]
-    )
-    aligned = [segment for page in pages for segment in page.pairs]
-    rules = Filter(aligned, english, is_english(source), is_english(target))
-    kept, dropped = filter_pages(pages, rules)
-    by_catalogue: dict[str, list[Pair]] = {}
-    for catalogue, segment in strings:
-        by_catalogue.setdefault(f"interface/{catalogue}", []).append(segment)
-    interface, interface_dropped = filter_pages([Page(*item) for item in by_catalogue.items()], rules)
-    unique = {segment for page in kept for segment in page.pairs}
-    return (
-        kept,
-        interface,
-        {
-            "pages": {"in_both_languages": len(pages), **page_counts},
-            "aligned_segments": len(aligned),
-            "unique_aligned_pairs": len(set(aligned)),
-            "dropped_segments": dropped,
-            "kept_segments": sum(len(page.pairs) for page in kept),
-            "unique_pairs": len(unique),
-            "words": {language: sum(len(s[side].split()) for s in unique) for side, language in enumerate(pair)},
-            "interface": {
-                **string_counts,
-                "dropped": interface_dropped,
-                "kept": sum(len(page.pairs) for page in interface),
-                "unique_pairs": len({segment for page in interface for segment in page.pairs}),
-            },
-            "usual_log_length_ratio": round(rules.usual_log_ratio, 4),
-        },
-    )

@@ -15,6 +15,7 @@ import building
 import corpus
 import debs
 import help_packages
+import help_text
 import parallel_text
 import segments
 from building import (
@@ -28,7 +29,8 @@ from building import (
     prepare_parser,
     read_lines,
 )
-from help_packages import build_packages, package_language, packages_of, read_pair
+from help_packages import build_packages, package_language, packages_of
+from help_text import read_pair
 from parallel_text import LEVELS, encoding_steps, fairseq_language, write_text
 
 # Of the pages. With en-de they leave about 2,000 test and 1,500 valid pairs that training does not hold.
@@ -57,7 +59,7 @@ def steps_of(args: argparse.Namespace) -> list[Step]:
         files = debs.find_packages(packages_of(pair), args.deb_dir)
         packages |= {name: f"{file.name} {file_hash(file)}" for name, file in files.items()}
     code = file_hash(
-        *(Path(module.__file__) for module in (corpus, help_packages, parallel_text, segments, building)),
+        *(Path(module.__file__) for module in (corpus, help_packages, help_text, parallel_text, segments, building)),
         Path(__file__),
     )
     return [

@@ -17,10 +17,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "libreoffice_help")
 import building
 import debs
 import help_packages
+import help_text
 import parallel_text
 import segments
 from building import SPLITS, PrepareError, Step, check_options, file_hash, one_line_errors, prepare, prepare_parser
-from help_packages import build_packages, package_language, packages_of, read_help, read_pair
+from help_packages import build_packages, package_language, packages_of
+from help_text import read_help, read_pair
 from parallel_text import (
     build_data_bin,
     build_sentencepiece,
@@ -88,7 +90,7 @@ def steps_of(args: argparse.Namespace) -> list[Step]:
     if args.deb_dir is not None:
         files = debs.find_packages(packages_of(args.languages), args.deb_dir)
         packages |= {"files": file_hash(*files.values())}
-    modules = (help_packages, help_packages.corpus, parallel_text, segments, building)
+    modules = (help_packages, help_text, help_text.corpus, parallel_text, segments, building)
     code = file_hash(*(Path(module.__file__) for module in modules), Path(__file__))
     symbols = [f"▁{tag(language)}" for language in args.languages]
     return [
