@@ -66,8 +66,7 @@ class PrunedModel(NotScriptable):
         Raises:
             UserError: for ``--ddp-backend fully_sharded``.
         """
-        probe = nn.utils.skip_init(nn.Linear, 1, 1)  # draws no random numbers: models start as fairseq's do
-        if not isinstance(distributed.fsdp_wrap(probe, min_num_params=0), nn.Linear):
+        if not isinstance(distributed.fsdp_wrap(nn.Identity(), min_num_params=0), nn.Identity):
             raise UserError(
                 "--ddp-backend fully_sharded: pruned models are not trained in shards; leave the flag out (every rank "
                 "holds the whole model)"

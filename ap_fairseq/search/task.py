@@ -5,8 +5,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from fairseq.data import Dictionary
+from fairseq.data import Dictionary, data_utils
 from fairseq.dataclass import FairseqDataclass
+from fairseq.tokenizer import tokenize_line
 
 from ap_fairseq.files import UserError
 from ap_fairseq.search.alignment import PrunedSequenceGeneratorWithAlignment
@@ -24,12 +25,40 @@ class SearchOnDeviceConfig(FairseqDataclass):
 
 
 class ListDictionary(Dictionary):
-    """A dictionary that prints lists: fairseq's goes through a tensor element by element, many times as slow."""
+    """A dictionary that goes through lists: fairseq's goes through tensors element by element, many times as slow."""
 
-    def string(self, tensor, *args, **options) -> str:
-        if torch.is_tensor(tensor) and tensor.dim() == 1:
-            tensor = tensor.tolist()
-        return super().string(tensor, *args, **options)
+    def string(
+        self,
+        tensor,
+        bpe_symbol=None,
+        escape_unk=False,
+        extra_symbols_to_ignore=None,
+        unk_string=None,
+        include_eos=False,
+        separator=" ",
+    ) -> str:
+        if not torch.is_tensor(tensor) or tensor.dim() != 1:
+            options = escape_unk, extra_symbols_to_ignore, unk_string, include_eos, separator
+            return super().string(tensor, bpe_symbol, *options)
+        ignored = {*(extra_symbols_to_ignore or ()), self.bos(), *(() if include_eos else (self.eos(),))}
+        unknown = self.unk_string(escape_unk) if unk_string is None else unk_string
+        words = [unknown if i == self.unk_index else self[i] for i in tensor.tolist() if i not in ignored]
+        return data_utils.post_process(separator.join(words), bpe_symbol)
+
+    def encode_line(
+        self,
+        line,
+        line_tokenizer=tokenize_line,
+        add_if_not_exist=True,
+        consumer=None,
+        append_eos=True,
+        reverse_order=False,
+    ) -> torch.IntTensor:
+        if consumer is not None or reverse_order:
+            options = add_if_not_exist, consumer, append_eos, reverse_order
+            return super().encode_line(line, line_tokenizer, *options)
+        find = self.add_symbol if add_if_not_exist else self.index
+        return torch.IntTensor([find(word) for word in line_tokenizer(line)] + [self.eos_index] * append_eos)
 
 
 class SearchOnDevice:

@@ -648,9 +648,33 @@ def test_tokens_are_joined_as_in_fairseq(rows):
     ours, theirs = ListDictionary(), Dictionary()
     for word in ("▁a", "b", "▁c"):
         assert ours.add_symbol(word) == theirs.add_symbol(word)
-    for options in ({}, dict(escape_unk=True, bpe_symbol="sentencepiece"), dict(extra_symbols_to_ignore={5})):
+    for options in (
+        {},
+        dict(escape_unk=True, bpe_symbol="sentencepiece"),
+        dict(extra_symbols_to_ignore={5}),
+        dict(unk_string="?", include_eos=True, separator="+"),
+    ):
         tokens = torch.tensor(rows, dtype=torch.long)
         assert ours.string(tokens, **options) == theirs.string(tokens, **options)
+        if tokens.dim() == 1:
+            assert ours.string(rows, **options) == theirs.string(rows, **options)
+
+
+@pytest.mark.parametrize("line", ["b ▁c unseen b", "", "another"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, dict(add_if_not_exist=False), dict(append_eos=False), dict(reverse_order=True), dict(line_tokenizer=list)],
+)
+def test_lines_are_encoded_as_in_fairseq(line, options):
+    ours, theirs, seen = ListDictionary(), Dictionary(), []
+    for words in (ours, theirs):
+        words.add_symbol("b")
+        words.add_symbol("▁c")
+    for more in (options, options | dict(consumer=lambda *pair: seen.append(pair))):
+        found, expected = ours.encode_line(line, **more), theirs.encode_line(line, **more)
+        assert found.dtype == expected.dtype and found.equal(expected)
+    assert seen[: len(seen) // 2] == seen[len(seen) // 2 :]
+    assert (ours.symbols, ours.count) == (theirs.symbols, theirs.count)
 
 
 def test_buffers_on_the_device_go_with_the_generator():
