@@ -11,12 +11,14 @@ batch of a process, the search, and printing. Commands have the same options, so
 rounding; the score that each prints stands beside it. *dense.pt* is a dense model of fairseq's own class, or of this
 plugin under masks that prune nothing, which stock fairseq gets by `ap-apply --to-stock`; it gets our `--user-dir`, too,
 without which fairseq reads no checkpoint under this torch. A place of ap-generate is GPUS:PROCESSES. Seconds are those
-of the clock, on a CPU those that all processes computed.
+of the clock, on a CPU those that all processes computed. `--rivals ctranslate2` adds CTranslate2 on one GPU, which gets
+the subwords in a file, by its own converter; its score is computed afterwards, and not timed.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import re
@@ -27,17 +29,22 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
+import sacrebleu
 import torch
 from dense_checkpoint import stock_checkpoint
+from fairseq.data import data_utils
 from provenance import git_commit
 
 from ap_fairseq.evaluation.tables import Table, markdown
 from ap_fairseq.experiments.stages import PLUGIN
 from ap_fairseq.files import UserError, refuse_existing, write_json
 from ap_fairseq.provenance import device_name, versions
+from ap_fairseq.tasks import PrunedTranslationConfig, PrunedTranslationTask
 
+BATCH_TOKENS = 4096, 16384  # of CTranslate2
 SCORE = re.compile(r"^Generate .*?: (.*)$", re.MULTILINE)
 
 
@@ -47,8 +54,8 @@ def place(text: str) -> tuple[int, int]:
     raise argparse.ArgumentTypeError(f"{text!r} is not GPUS:PROCESSES, such as 2:4")
 
 
-def measure(command: list[str], gpus: int) -> dict:
-    """Run a command that prints as fairseq-generate does; return its seconds, its sentences and its score.
+def measure(command: list[str], gpus: int) -> tuple[dict, str]:
+    """Run a command; return its seconds and what it printed.
 
     Raises:
         UserError: if it fails.
@@ -64,8 +71,44 @@ def measure(command: list[str], gpus: int) -> dict:
             raise UserError(f"{shlex.join(command)} failed with status {status}:\n{log.read()[-3000:]}")
         printed = lines.read()
     computed = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    sentences = len(re.findall(r"^H-\d+\t", printed, re.MULTILINE))
-    return dict(seconds=seconds, cpu_seconds=computed, sentences=sentences, score=SCORE.findall(printed)[-1])
+    return dict(seconds=seconds, cpu_seconds=computed), printed
+
+
+def fairseq_rows(args: argparse.Namespace, stock: str) -> Iterator[dict]:
+    """Measure the commands that print as fairseq-generate does; *stock* is the checkpoint for stock fairseq."""
+    for name, gpus, processes, command in runs(args, stock):
+        seconds, printed = measure(command, gpus)
+        sentences, score = len(re.findall(r"^H-\d+\t", printed, re.MULTILINE)), SCORE.findall(printed)[-1]
+        yield dict(command=name, gpus=gpus, processes=processes, sentences=sentences, score=score, **seconds)
+
+
+def ctranslate2_rows(args: argparse.Namespace, stock: str) -> Iterator[dict]:
+    """Measure CTranslate2 with each number of workers and size of batches."""
+    from ctranslate2.converters import FairseqConverter
+
+    with tempfile.TemporaryDirectory() as folder:
+        model, source, output = (f"{folder}/{name}" for name in ("model", "source", "output"))
+        FairseqConverter(stock, args.data, unsafe_deserialization=True).convert(model)
+        sources, references = subset_lines(args)
+        Path(source).write_text("".join(f"{line}\n" for line in sources), encoding="utf-8")
+        program = [sys.executable, str(Path(__file__).with_name("translate_ctranslate2.py")), model, source, output]
+        for workers, tokens in itertools.product(args.workers, BATCH_TOKENS):
+            flags = ["--workers", str(workers), "--max-tokens", str(tokens), *(["--cpu"] if args.cpu else [])]
+            seconds, _ = measure(program + flags, int(not args.cpu))
+            lines = Path(output).read_text(encoding="utf-8").splitlines()
+            hypotheses = [data_utils.post_process(line, args.remove_bpe) for line in lines]
+            score = sacrebleu.corpus_bleu(hypotheses, [references]).format()
+            name = f"CTranslate2, {workers} workers, batches of {tokens:,} tokens"
+            yield dict(command=name, gpus=int(not args.cpu), processes=1, sentences=len(lines), score=score, **seconds)
+
+
+def subset_lines(args: argparse.Namespace) -> tuple[list[str], list[str]]:
+    """Return the sources of the subset as subwords, and its references as words."""
+    task = PrunedTranslationTask.setup_task(PrunedTranslationConfig(data=args.data, dataset_impl=None))
+    task.load_dataset(args.subset)
+    data = task.dataset(args.subset)
+    sources = [task.source_dictionary.string(row) for row in data.src]
+    return sources, [task.target_dictionary.string(row, args.remove_bpe) for row in data.tgt]
 
 
 def runs(args: argparse.Namespace, stock: str) -> list[tuple[str, int, int, list[str]]]:
@@ -113,6 +156,10 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--only-ap-generate", action="store_true", help="without fairseq-generate: text that stock takes hours for"
     )
+    parser.add_argument(
+        "--rivals", nargs="+", choices=["ctranslate2"], default=[], help="also measure these, if installed"
+    )
+    parser.add_argument("--workers", nargs="+", type=int, default=[1, 4], help="of CTranslate2; default: 1 4")
     parser.add_argument("--max-tokens", type=int, default=12000)
     parser.add_argument("--remove-bpe", default="sentencepiece")
     parser.add_argument("--cpu", action="store_true")
@@ -145,8 +192,8 @@ def main() -> None:
     try:
         refuse_existing(args.out, overwrite=True)
         with stock_checkpoint(args.path, args.data) as stock:
-            for name, gpus, processes, command in runs(args, stock):
-                row = dict(command=name, gpus=gpus, processes=processes) | measure(command, gpus)
+            measured = [fairseq_rows(args, stock), *([ctranslate2_rows(args, stock)] if args.rivals else [])]
+            for row in itertools.chain(*measured):
                 report["rows"].append(row)
                 print(json.dumps(row), file=sys.stderr, flush=True)
                 write_json(args.out, report, overwrite=True)  # a run that is cut short keeps what it measured

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -142,60 +143,70 @@ class BeamSearchState:
                 f"sentence {int(endless.nonzero()[0])} of the batch has no hypothesis: all scores are NaN or -inf; the "
                 "parameters are damaged, or too large for this precision"
             )
-        length = int(final_step.max()) + 1
-        chosen_beam, chosen_token, chosen_score = (
-            x[:length, :n].cpu() for x in (self.state.chosen_beam, self.state.chosen_token, self.state.chosen_score)
-        )
-        path = trace_back(chosen_beam, final_beam, final_step)
-        inside = torch.arange(length)[:, None, None] < final_step  # before the token that ends it
-        tokens = torch.where(inside, chosen_token.long().gather(2, path), eos)
-        totals = torch.where(inside, chosen_score.gather(2, path), final_score)  # up to each position
-        per_position = totals.diff(dim=0, prepend=torch.zeros(1, n, beam))
         scores = final_score / (final_step + 1) ** len_penalty
         if longest is not None:
             scores[final_step > longest.cpu()[:, None]] = -math.inf
-        return best_first(tokens, per_position, scores, final_step + 1)
+        length = int(final_step.max()) + 1
+        chosen = (self.state.chosen_beam, self.state.chosen_token, self.state.chosen_score)
+        steps = [x[:length, :n].cpu().flatten(1).numpy() for x in chosen]
+        return read_out(*steps, *(x.numpy() for x in (final_beam, final_step, final_score, scores)), eos)
 
 
-def trace_back(parents: Tensor, last: Tensor, last_step: Tensor) -> Tensor:
-    """Follow the back-pointers of hypotheses.
+def read_out(
+    parents: np.ndarray,
+    tokens: np.ndarray,
+    sums: np.ndarray,
+    last: np.ndarray,
+    last_step: np.ndarray,
+    last_sum: np.ndarray,
+    scores: np.ndarray,
+    eos: int,
+) -> list[list[dict[str, Tensor]]]:
+    """Return the hypotheses of each sentence as fairseq does, by falling scores, from the back-pointers of a search.
+
+    It takes time by their tokens, not by that of the longest one: few sentences take many steps.
 
     Args:
-        parents: int32 (T, B, beam), which hypothesis each one continued in each step.
+        parents: int32 (T, B * beam), which hypothesis of its sentence each one continued in each step.
+        tokens: int32, sums: float32, likewise; of log-probabilities up to each step.
         last: int32 (B, beam), the one that each hypothesis ended from.
-        last_step: int32 (B, beam), when.
-
-    Returns:
-        int64 (T, B, beam), the place of each hypothesis in each step before its last; arbitrary afterwards.
+        last_step: int32 (B, beam), when; negative where there is none.
+        last_sum, scores: float32 (B, beam).
+        eos: the token of the last step.
     """
-    place, path = last.long(), []
-    for step, pointers in reversed(list(enumerate(parents.long().unbind()))):
-        path.append(place)
-        place = torch.where(step < last_step, pointers.gather(1, place), place)
-    return torch.stack(path[::-1])
+    missing, (n_steps, n_places) = last_step < 0, parents.shape
+    n_sentences, beam = last_step.shape
+    number = beam - missing.sum(1)
+    rank = np.lexsort((-scores, missing))  # those that are missing come last
+    ranked = (np.arange(n_sentences)[:, None] * beam + rank)[np.arange(beam) < number[:, None]]
+    sizes = last_step.ravel()[ranked] + 1
+    ends = sizes.cumsum()
+    begins = ends - sizes
 
+    # Steps before the last, of the hypotheses that are longer, which come first.
+    order = np.argsort(-sizes, kind="stable")
+    first, begin = ranked[order] // beam * beam, begins[order]  # of the sentence, of the result
+    place = first + last.ravel()[ranked[order]]
+    longer = np.searchsorted(-sizes[order], -1 - np.arange(n_steps))
+    source, target = np.empty((2, ends[-1] - len(sizes)), dtype=np.int64)
+    filled = 0
+    for step in reversed(range(n_steps)):
+        n = longer[step]
+        part = slice(filled, filled := filled + n)
+        source[part] = place[:n] + step * n_places
+        target[part] = begin[:n] + step
+        place[:n] = first[:n] + parents[step, place[:n]]
 
-def best_first(tokens: Tensor, per_position: Tensor, scores: Tensor, lengths: Tensor) -> list[list[dict[str, Tensor]]]:
-    """Return the hypotheses of each sentence as fairseq does, by falling scores.
-
-    Args:
-        tokens: int64 (T, B, beam), per_position: float32 (T, B, beam), padded on the right.
-        scores: float32 (B, beam).
-        lengths: int32 (B, beam), 0 where there is no hypothesis.
-    """
-    beam, sizes, values = scores.size(1), lengths.tolist(), scores.tolist()
-    ranked = [
-        sorted((place for place in range(beam) if sizes[b][place]), key=lambda place: -values[b][place])
-        for b in range(len(sizes))
-    ]
-    real = [sizes[b][place] for b, places in enumerate(ranked) for place in places]
-    order = torch.tensor([b * beam + place for b, places in enumerate(ranked) for place in places])
-    # Tensors of all hypotheses at once: to index them one by one would take as long as the search.
-    inside = torch.arange(tokens.size(0)) < torch.tensor(real)[:, None]
-    tokens, per_position = (x.flatten(1).t()[order][inside].split(real) for x in (tokens, per_position))
+    chosen, totals = np.full(ends[-1], eos, dtype=np.int64), np.empty(ends[-1], dtype=np.float32)
+    chosen[target] = tokens.ravel()[source]
+    totals[target], totals[ends - 1] = sums.ravel()[source], last_sum.ravel()[ranked]
+    with np.errstate(invalid="ignore"):  # from one hypothesis to the next
+        per_position = np.diff(totals, prepend=np.float32(0))
+    per_position[begins] = totals[begins]
     nothing = torch.empty(0)
+    parts = (torch.from_numpy(x).split(sizes.tolist()) for x in (chosen, per_position))
     hypotheses = (
         {"tokens": x, "score": score, "attention": nothing, "alignment": nothing, "positional_scores": positional}
-        for x, score, positional in zip(tokens, scores.flatten()[order].unbind(), per_position, strict=True)
+        for x, positional, score in zip(*parts, torch.from_numpy(scores.ravel()[ranked]), strict=True)
     )
-    return [list(itertools.islice(hypotheses, len(places))) for places in ranked]
+    return [list(itertools.islice(hypotheses, n)) for n in number.tolist()]

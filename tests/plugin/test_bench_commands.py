@@ -31,6 +31,16 @@ def test_ap_generate_is_timed_alone_where_asked(data_bin, dense, tmp_path):
     assert [row["command"] for row in json.loads(out.read_text(encoding="utf-8"))["rows"]] == ["ap-generate"]
 
 
+def test_ctranslate2_is_timed_with_its_score(data_bin, dense, tmp_path):
+    pytest.importorskip("ctranslate2")
+    out = tmp_path / "rows.json"
+    flags = ["--path", dense, "--cpu", "--only-ap-generate", "--remove-bpe", "subword_nmt", "--rivals", "ctranslate2"]
+    run_process(*SCRIPT, data_bin, *flags, "--workers", 1, "--out", out)
+    ours, *theirs = json.loads(out.read_text(encoding="utf-8"))["rows"]
+    assert len(theirs) == 2 and all(row["command"].startswith("CTranslate2, 1 workers") for row in theirs)
+    assert {row["score"] for row in theirs} == {ours["score"]}
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

@@ -37,7 +37,7 @@ from plugin.searches import DEVICE, SIZES, VOCAB, lively, models, sample
 import triton_ops
 from ap_fairseq.files import UserError
 from ap_fairseq.model import cpu_linear
-from ap_fairseq.search import alignment, generator, host_decoder, static_decoder
+from ap_fairseq.search import alignment, beams, generator, host_decoder, static_decoder
 from ap_fairseq.search.alignment import PrunedSequenceGeneratorWithAlignment
 from ap_fairseq.search.generator import PrunedSequenceGenerator
 from ap_fairseq.search.task import ListDictionary, SearchOnDevice
@@ -675,6 +675,30 @@ def test_lines_are_encoded_as_in_fairseq(line, options):
         assert found.dtype == expected.dtype and found.equal(expected)
     assert seen[: len(seen) // 2] == seen[len(seen) // 2 :]
     assert (ours.symbols, ours.count) == (theirs.symbols, theirs.count)
+
+
+@pytest.mark.parametrize("n_steps", [1, 2, 9])
+def test_hypotheses_are_read_out_along_their_back_pointers(n_steps):
+    draw = np.random.default_rng(n_steps)
+    parents, tokens = (draw.integers(0, n, (n_steps, 5 * 3), dtype=np.int32) for n in (3, 99))
+    sums = draw.standard_normal((n_steps, 5 * 3)).astype(np.float32)
+    last, last_step = draw.integers(0, 3, (5, 3)), draw.integers(-1, n_steps, (5, 3), dtype=np.int32)
+    last_step[:, 0] = np.maximum(last_step[:, 0], 0)  # every sentence has a hypothesis
+    last_step[0] = 0
+    last_sum, scores = draw.standard_normal((2, 5, 3)).astype(np.float32)
+    scores[0, 1], last_sum[1, 0] = -np.inf, -np.inf
+    found = beams.read_out(parents, tokens, sums, last, last_step, last_sum, scores, eos=7)
+    for b, hypotheses in enumerate(found):
+        ended = sorted((k for k in range(3) if last_step[b, k] >= 0), key=lambda k: -scores[b, k])
+        assert [float(h["score"]) for h in hypotheses] == [scores[b, k] for k in ended]
+        for k, hypothesis in zip(ended, hypotheses, strict=True):
+            words, totals, place = [7], [last_sum[b, k]], last[b, k]
+            for step in reversed(range(last_step[b, k])):
+                words.append(tokens[step, b * 3 + place])
+                totals.append(sums[step, b * 3 + place])
+                place = parents[step, b * 3 + place]
+            assert hypothesis["tokens"].tolist() == words[::-1]
+            assert hypothesis["positional_scores"].tolist() == np.diff(totals[::-1], prepend=np.float32(0)).tolist()
 
 
 def test_buffers_on_the_device_go_with_the_generator():
