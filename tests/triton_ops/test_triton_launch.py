@@ -5,6 +5,7 @@ import functools
 
 import pytest
 import torch
+import triton
 
 from triton_ops import AttentionLayout, api, block_sparse_attention, config, launch
 from triton_ops import layout as layout_module
@@ -120,6 +121,65 @@ def test_a_layout_that_was_attended_with_can_be_copied():
     assert layout.answers
     copied = copy.deepcopy(layout)
     assert not copied.answers and torch.equal(block_sparse_attention(q, k, v, copied, backend="triton"), out)
+
+
+@BOTH_SIZES
+@pytest.mark.parametrize("name", ["k_lengths", "seed"])
+def test_tensors_of_the_caller_that_change_before_the_backward_pass_are_reported(size, name):
+    """It reads them again: the gradient would be that of another call."""
+    layout, (q, k, v) = random_layout(size), small_problem(size)
+    changed = dict(k_lengths=torch.tensor([7, 9], device=DEVICE), seed=torch.tensor([1], device=DEVICE))
+    for _ in range(2):
+        out = block_sparse_attention(q, k, v, layout, dropout_p=0.1, backend="triton", **changed)
+        changed[name] -= 1
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            torch.autograd.grad(out.sum(), q)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="the interpreter has no hooks: run on a machine with a GPU")
+@BOTH_SIZES
+def test_hooks_see_launches_that_repeat(size):
+    layout, (q, k, v) = random_layout(size), small_problem(size)
+    seen = []
+
+    def note(metadata):
+        seen.append(metadata.get()["name"])
+
+    def run():
+        return block_sparse_attention(q, k, v, layout, backend="triton")
+
+    first = [run() for _ in range(2)][-1]
+    hooks = triton.knobs.runtime.launch_enter_hook
+    if not hasattr(hooks, "add"):
+        pytest.skip(f"triton {triton.__version__} has no list of hooks")
+    hooks.add(note)
+    try:
+        assert torch.equal(run(), first) and len(seen) == 1
+    finally:
+        hooks.remove(note)
+    assert torch.equal(run(), first) and len(seen) == 1
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="the interpreter compiles nothing: run on a machine with a GPU")
+@pytest.mark.parametrize("tile", [16, 32, 64, 128])
+def test_launches_that_repeat_read_the_tensors_of_each_call(tile):
+    """Descriptors of tensors (tiles of 32 and more) are kept by address."""
+    layout = AttentionLayout.from_keep_mask(block_mask(2, 300, 300, tile, 0.5, seed=1).to(DEVICE), tile=tile)
+
+    def run(seed):
+        generator = torch.Generator().manual_seed(seed)
+        tensors = [torch.randn(2, 2, 300, 64, generator=generator).to(DEVICE, torch.bfloat16) for _ in range(4)]
+        *inputs, grad = [x.requires_grad_() for x in tensors]
+        out = block_sparse_attention(*inputs, layout, backend="triton")
+        return inputs, [out, *torch.autograd.grad(out, inputs, grad)]
+
+    expected = []
+    for seed in range(3):
+        launch.forget()
+        expected.append(run(seed))  # bound to these tensors alone; held, so that addresses differ
+    launch.forget()
+    for seed in (0, 1, 2, 0, 1, 2):
+        assert all(torch.equal(a, b) for a, b in zip(run(seed)[1], expected[seed][1], strict=True))
 
 
 def test_answers_and_launches_are_kept_up_to_a_number(monkeypatch):
