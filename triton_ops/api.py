@@ -18,6 +18,7 @@ HEAD_SIZES = (16, 32, 64, 96, 128)
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 BACKENDS = ("auto", "triton", "sdpa")
 INTEGERS = (torch.int32, torch.int64)
+_REMEMBERED = frozenset((bool, int, float, str, type(None)))  # types of options of calls that are
 
 
 def interpreted() -> bool:
@@ -164,18 +165,22 @@ def _question(
 
     tensors: q, k, v and both lengths. options: (causal, dropout_p, scale, ...).
     """
-    for x in options:  # a tensor may have another value the next time
-        if type(x) not in (bool, int, float, str, type(None)):
-            return None
+    if not _REMEMBERED.issuperset(map(type, options)):  # a tensor may have another value the next time
+        return None
+    q, k, v, *others = tensors
+    strides = q.stride(), k.stride(), v.stride()
+    if not strides[0][-1] == strides[1][-1] == strides[2][-1] == 1:  # they are copied
+        return None
     kinds: list[tuple | None] = []
-    for x in (*tensors, seed):
+    for x in (*others, seed):
         if x is None:
             kinds.append(None)
         elif isinstance(x, Tensor) and x.dim() > 0 and x.stride(-1) == 1:  # else they are copied, or refused
             kinds.append((x.shape, x.stride(), x.dtype, x.device))
         else:
             return None
-    return *kinds, _wants_grad(*tensors[:3]), *options
+    shapes, types, devices = (q.shape, k.shape, v.shape), (q.dtype, k.dtype, v.dtype), (q.device, k.device, v.device)
+    return shapes, strides, types, devices, *kinds, _wants_grad(q, k, v), *options
 
 
 def block_sparse_attention(

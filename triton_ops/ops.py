@@ -58,17 +58,24 @@ class Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, call):
         output = _forward(q, k, v, call)
-        _save(ctx, (q, k, v, *call.operands()), output)
-        ctx.numbers["alike"] = call.alike
+        ctx.set_materialize_grads(False)
+        # The layout's tensors never change. Those of the caller may, which autograd reports.
+        ctx.save_for_backward(q, k, v, *output, call.q_lengths, call.k_lengths, call.seed)
+        ctx.call = call
         return output
 
     @staticmethod
     def backward(ctx, grad_out, grad_lse):
         if not torch.is_grad_enabled():
-            return *_gradients(ctx, grad_out, grad_lse), None
+            return *Attention._gradients(ctx, grad_out, grad_lse), None
         with torch.no_grad():  # create_graph=True
-            grads = _gradients(ctx, grad_out, grad_lse)
+            grads = Attention._gradients(ctx, grad_out, grad_lse)
         return *_Once.apply(*grads, grad_out, grad_lse, *ctx.saved_tensors[:3]), None
+
+    @staticmethod
+    def _gradients(ctx, grad_out, grad_lse):
+        q, k, v, out, lse, q_lengths, k_lengths, seed = ctx.saved_tensors
+        return _gradients(grad_out, grad_lse, q, k, v, out, lse, ctx.call.on(q_lengths, k_lengths, seed))
 
 
 class _Once(torch.autograd.Function):
@@ -100,13 +107,10 @@ def _save(ctx, inputs, output) -> None:
     ctx.numbers |= dict(dropout_p=call.dropout_p, scale=call.scale, slope=call.slope)
 
 
-def _gradients(ctx, grad_out, grad_lse, backward_of=_backward):
-    """Gradients of q, k and v."""
-    q, k, v, out, lse, words, q_lengths, k_lengths, seed, anchor, *tables = ctx.saved_tensors
+def _gradients(grad_out, grad_lse, q, k, v, out, lse, call, backward_of=_backward):
+    """Gradients of q, k and v; grad_out and grad_lse are None where nothing depends on the output."""
     if grad_out is None and grad_lse is None:
         return None, None, None
-    tensors = dict(words=words, tables=tables, q_lengths=q_lengths, k_lengths=k_lengths, seed=seed, anchor=anchor)
-    call = Call(**tensors, **ctx.numbers)
     grad_out = torch.zeros_like(out) if grad_out is None else grad_out
     return backward_of(grad_out, grad_lse, q, k, v, out, lse, call)
 
@@ -147,11 +151,15 @@ def _(grad_out, grad_lse, q, k, v, *arguments):
 
 
 def _operator_gradients(ctx, grad_out, grad_lse):
+    q, k, v, out, lse, words, q_lengths, k_lengths, seed, anchor, *tables = ctx.saved_tensors
+    tensors = dict(words=words, tables=tables, q_lengths=q_lengths, k_lengths=k_lengths, seed=seed, anchor=anchor)
+    call = Call(**tensors, **ctx.numbers)
+
     def backward_of(*arguments):
         *tensors, call = arguments
         return attention_backward_op(*tensors, *call.operands())
 
-    grads = [*_gradients(ctx, grad_out, grad_lse, backward_of), *[None] * (len(Call._fields) - 1)]
+    grads = [*_gradients(grad_out, grad_lse, q, k, v, out, lse, call, backward_of), *[None] * (len(Call._fields) - 1)]
     tables = 3 + Call._fields.index("tables")
     grads[tables] = [None] * len(ctx.needs_input_grad[tables])  # an operator wants one for each tensor of a list
     return tuple(grads)
