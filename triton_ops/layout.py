@@ -199,6 +199,9 @@ class Layout(ABC):
     q_size, k_size: queries and keys that it covers. A call may use any Tq <= q_size and Tk <= k_size.
     tile: queries and keys of the tiles of the kernels, one of TILES.
     slope, anchor: as in `offsets.OffsetLayout`; 0 and None for a mask of cells.
+
+    Its tensors must not change in place. Nothing notices: eager calls do not hand them to autograd, whose check of what
+    changed before the backward pass covers q, k, v, lengths and seed alone, and tables are built once.
     """
 
     words: Tensor
