@@ -124,8 +124,9 @@ def make_case(
 
     def tensor(size: int, lengths: Tensor | None) -> Tensor:
         shape = (size, batch, heads, dim + gap) if time_first else (batch, heads, size, dim + gap)
-        x = torch.randn(shape, generator=generator)[..., :dim]
-        x = (x.permute(1, 2, 0, 3) if time_first else x).to(device=device, dtype=dtype)
+        # Cut last: what is converted has no gaps any more.
+        x = torch.randn(shape, generator=generator).to(device=device, dtype=dtype)[..., :dim]
+        x = x.permute(1, 2, 0, 3) if time_first else x
         if lengths is not None:
             x.masked_fill_((torch.arange(size, device=device) >= lengths[:, None])[:, None, :, None], torch.nan)
         return x

@@ -125,6 +125,14 @@ def simple_case(q_size=150, k_size=140, dim=16, dtype=F32, **options):
     return make_case(q_size=q_size, k_size=k_size, dim=dim, dtype=dtype, keep=keep, **options)
 
 
+@pytest.mark.parametrize("dtype", [F32, torch.bfloat16])
+@pytest.mark.parametrize("time_first, row", [(False, 17), (True, 34)])
+def test_cases_have_the_gaps_that_were_asked_for(dtype, time_first, row):
+    """In half precision, and on a GPU, their rows lay side by side: conversion closes gaps."""
+    case = simple_case(dim=16, dtype=dtype, gap=1, time_first=time_first)
+    assert all(x.shape[3] == 16 and x.stride()[2:] == (row, 1) for x in (case.q, case.k, case.v, case.grad_out))
+
+
 @pytest.mark.skipif(not INTERPRETED, reason="only the interpreter checks addresses: run it without a GPU")
 @pytest.mark.parametrize("tile", [64, 128])
 def test_nothing_beyond_the_last_word_is_read(tile):
