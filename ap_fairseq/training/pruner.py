@@ -121,6 +121,7 @@ class TrainingPruner:
         recorded = time.monotonic()
         share = self.schedule.share(update)
         built = build_masks(stats, spec_from(self.flags, stats), share)
+        built.masks.metadata["budget_share"] = share
         model.set_masks(built.masks)
         # fairseq compares with the best loss so far, which a model had that was pruned less.
         checkpoint_utils.save_checkpoint.__dict__.pop("best", None)
@@ -178,6 +179,16 @@ class TrainingPruner:
         indices, _ = dataset.filter_indices_by_size(indices, limits)
         indices = sample_by_length(np.asarray(indices), self.sample, seed=1)
         return list(dataset.batch_by_size(indices, **self.batch, required_batch_size_multiple=1))
+
+
+def warn_of_unfinished(model: nn.Module) -> None:
+    """Log that a model, which is trained without pruning, was taken from a pruning while training before its end."""
+    share = (unwrapped(model).masks_provenance() or {}).get("budget_share", 1.0)
+    if share < 1:
+        logger.warning(
+            f"the model was pruned while training up to {share:.1%} of the budget, and is not pruned further: to go "
+            "on, give the flags with which that began (--attention-sparsity, --prune-...)"
+        )
 
 
 def _close(own: Mapping[str, float], wanted: Mapping[str, float], kind: str) -> bool:

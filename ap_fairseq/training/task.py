@@ -11,7 +11,7 @@ from omegaconf import II
 from ap_fairseq.files import UserError
 from ap_fairseq.model.pruned_model import PrunedModel
 from ap_fairseq.pruning.flags import allow_flag_values, budget_flags, parse_mask_flags, split_flags
-from ap_fairseq.training.pruner import TrainingPruner
+from ap_fairseq.training.pruner import TrainingPruner, unwrapped, warn_of_unfinished
 from ap_fairseq.training.schedule import SHAPES, PruningSchedule
 
 logger = logging.getLogger(__name__)
@@ -97,6 +97,7 @@ class PruningWhileTraining:
         super().__init__(cfg, *args, **kwargs)
         # A program may build the task with fairseq's own configuration, which lacks these fields.
         self.pruner = build_pruner(self, cfg) if hasattr(cfg, "prune_flags") else None
+        self.begun = False  # whether this process has trained
         self.idle_flags = given_without_budget(cfg) if self.pruner is None else []
         self.max_update, self.max_epoch = (getattr(cfg, f"max_{of}", None) or 0 for of in ("update", "epoch"))
         self.stop_time_hours = getattr(cfg, "stop_time_hours", 0)
@@ -168,4 +169,7 @@ class PruningWhileTraining:
         """As fairseq's, after the pruning that is due at this update."""
         if self.pruner is not None:
             self.pruner.before_batch(model, criterion, update_num)
+        elif not self.begun and isinstance(unwrapped(model), PrunedModel):
+            warn_of_unfinished(model)
+        self.begun = True
         return super().train_step(sample, model, criterion, optimizer, update_num, ignore_grad)

@@ -107,6 +107,19 @@ def test_a_training_that_goes_on_after_the_last_pruning_has_its_masks(trained, d
     assert prunings(log) == [] and sparsity(tmp_path / "whole" / "checkpoint_last.pt") == pytest.approx(0.6, abs=0.01)
 
 
+def test_a_pruning_that_a_resumed_training_does_not_go_on_with_is_announced(trained, data_bin, tmp_path):
+    """Resumed without --attention-sparsity, a training kept the masks of the middle of its schedule without a word."""
+    folder, log = trained
+    middle = next(folder.glob("checkpoint_*_26.pt"))
+    assert "is not pruned further" not in log
+    flags = ["--task", "pruned_translation", "--restore-file", middle]
+    log = train(data_bin, tmp_path, *flags, arch="pruned_transformer", updates=28)
+    share = share_of_round(1, 3)  # as of update 18
+    assert log.count(f"pruned while training up to {share:.1%} of the budget, and is not pruned further") == 1
+    flags[-1] = folder / "checkpoint_last.pt"
+    assert "is not pruned further" not in train(data_bin, tmp_path, *flags, arch="pruned_transformer", updates=42)
+
+
 def test_masks_that_prune_less_than_those_before_are_announced(trained, data_bin, tmp_path):
     """A model that was pruned already got back most of its attention at the first pruning, without a word."""
     folder, _ = trained
