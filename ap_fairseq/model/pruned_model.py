@@ -64,7 +64,7 @@ class PrunedModel(NotScriptable):
         depend on a file that may move or change.
 
         Raises:
-            UserError: for ``--ddp-backend fully_sharded``.
+            UserError: for ``--ddp-backend fully_sharded`` or ``--quant-noise-scalar``.
         """
         if not isinstance(distributed.fsdp_wrap(nn.Identity(), min_num_params=0), nn.Identity):
             raise UserError(
@@ -76,6 +76,11 @@ class PrunedModel(NotScriptable):
         flat = OmegaConf.to_container(cfg, resolve=True, enum_to_str=True) if OmegaConf.is_config(cfg) else vars(cfg)
         interpolated = {name for name, value in flat.items() if isinstance(value, str) and value.startswith("${")}
         given = {name: value for name, value in flat.items() if name not in interpolated}
+        if noise := given.get("quant_noise_scalar"):
+            raise UserError(
+                f"--quant-noise-scalar {noise}: fairseq would quantise layers whose weights pruned models also read "
+                "directly; leave the flag out"
+            )
         return argparse.Namespace(**{**OWN_DEFAULTS, **given}), path
 
     def start_with(self, options: argparse.Namespace, path: str | None, task) -> None:

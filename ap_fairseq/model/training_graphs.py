@@ -39,7 +39,6 @@ def not_captured(model: nn.Module) -> str | None:
         "--checkpoint-activations": cfg.checkpoint_activations,
         "--load-alignments": model.decoder.guided_alignment,
         "LayerDrop": cfg.encoder.layerdrop or cfg.decoder.layerdrop,
-        "--quant-noise-scalar": cfg.quant_noise.scalar,
         "--cross-self-attention": cfg.cross_self_attention,
         "--no-cross-attention": hasattr(model, "encoder") and cfg.no_cross_attention,
         "--adaptive-input": cfg.adaptive_input,

@@ -242,6 +242,7 @@ def test_a_model_without_masks_refuses_to_run():
     ("options", "message"),
     [
         (dict(quant_noise_pq=0.1), "--quant-noise-pq is set"),
+        (dict(quant_noise_scalar=0.1), "--quant-noise-scalar 0.1: fairseq would quantise layers"),
         (dict(encoder_xformers_att_config="{'name': 'x'}"), "xformers-att-config is set"),
         (dict(attention_backend="triton"), "--attention-backend triton"),
     ],
