@@ -24,6 +24,8 @@ from ap_fairseq.files import ArtifactError
 from ap_fairseq.relative import RelativeMask
 from ap_fairseq.sites import AttentionKind, describe_architecture
 
+AGAIN = "write the masks again"
+
 
 @dataclass
 class PruningMasks:
@@ -58,34 +60,36 @@ class PruningMasks:
         """
         for name in ("spec", "sparsity"):
             if not isinstance(self.metadata.get(name, {}), dict):
-                raise ArtifactError(f"its metadata has {name} {self.metadata[name]!r}, expected an object")
+                raise ArtifactError(f"its metadata has {name} {self.metadata[name]!r}, expected an object; {AGAIN}")
         shares = self.metadata.get("sparsity", {})
         for name in shares:
             effective = shares[name].get("effective") if isinstance(shares[name], dict) else None
             if name not in self.kinds or not isinstance(effective, int | float) or not 0 <= effective <= 1:
                 raise ArtifactError(
                     f"its metadata gives {name} the effective sparsity {effective!r}, expected a share in [0, 1] of "
-                    f"one of the kinds {', '.join(self.kinds)}; write the masks again"
+                    f"one of the kinds {', '.join(self.kinds)}; {AGAIN}"
                 )
         for kind, keep in self.keep.items():
             layers, heads, n_queries, n_keys = keep.shape
             if min(n_queries, n_keys) < 1 or (kind is not AttentionKind.CROSS and n_queries != n_keys):
                 raise ArtifactError(
                     f"{kind.value}: a mask of {n_queries} x {n_keys} positions; expected at least 1 x 1, and as many "
-                    "queries as keys in self-attention"
+                    f"queries as keys in self-attention; {AGAIN}"
                 )
             expected = (layers, heads, n_queries + n_keys - 1)
             if self.extrapolation[kind].shape != expected:
                 raise ArtifactError(
                     f"{kind.value}: the pattern beyond the recorded range has shape {self.extrapolation[kind].shape}, "
-                    f"expected {expected}"
+                    f"expected {expected}; {AGAIN}"
                 )
             guaranteed = keep[..., :, 0] if kind is AttentionKind.CROSS else np.diagonal(keep, axis1=-2, axis2=-1)
             if not (guaranteed.all() or self.may_have_empty_rows):
                 where = "column 0" if kind is AttentionKind.CROSS else "the diagonal"
-                raise ArtifactError(f"{kind.value}: {where} must be kept in every row, or a row could be empty")
+                raise ArtifactError(
+                    f"{kind.value}: {where} must be kept in every row, or a row could be empty; {AGAIN}"
+                )
             if kind.causal and np.triu(keep, 1).any():
-                raise ArtifactError(f"{kind.value}: cells with key position > query position cannot be kept")
+                raise ArtifactError(f"{kind.value}: cells with key position > query position cannot be kept; {AGAIN}")
         if self.relative is not None:
             self._require_valid_relative(self.relative)
 
@@ -94,7 +98,8 @@ class PruningMasks:
         if cross is None or len(shape) != 3 or shape[:2] != cross.shape[:2] or shape[2] % 2 == 0:
             heads = None if cross is None else cross.shape[:2]
             raise ArtifactError(
-                f"cross: relative masks of shape {shape}, expected (layers, heads, 2 S - 1) of {heads} layers and heads"
+                f"cross: relative masks of shape {shape}, expected (layers, heads, 2 S - 1) of {heads} layers and "
+                f"heads; {AGAIN}"
             )
         place = relative.anchor + shape[2] // 2
         inside = place.shape == shape[:2] and place.min() >= 0 and place.max() < shape[2]
@@ -102,7 +107,7 @@ class PruningMasks:
         if relative.slope < 0 or not kept:
             raise ArtifactError(
                 f"cross: relative masks of slope {relative.slope} with anchors {relative.anchor.tolist()}; expected a "
-                "slope of at least 0, and an anchor for each head that it keeps, or a row could be empty"
+                f"slope of at least 0, and an anchor for each head that it keeps, or a row could be empty; {AGAIN}"
             )
 
     @classmethod
@@ -180,9 +185,13 @@ class PruningMasks:
                 n_queries, n_keys = size.tolist() if size.shape == (2,) else (0, 0)
                 stored = words.shape[2:], offsets.shape[2:]
                 if (words >> CELLS_PER_WORD).any() or (offsets >> CELLS_PER_WORD).any():
-                    raise ArtifactError(f"{kind.value}: bits beyond those of {CELLS_PER_WORD} cells are set in a word")
+                    raise ArtifactError(
+                        f"{kind.value}: bits beyond those of {CELLS_PER_WORD} cells are set in a word; {AGAIN}"
+                    )
                 if stored != ((n_queries, words_for(n_keys)), (words_for(n_queries + n_keys - 1),)):
-                    raise ArtifactError(f"{kind.value}: masks of shapes {stored} for the range {size.tolist()}")
+                    raise ArtifactError(
+                        f"{kind.value}: masks of shapes {stored} for the range {size.tolist()}; {AGAIN}"
+                    )
                 keep[kind] = unpack_cells(words, n_keys)
                 extrapolation[kind] = unpack_cells(offsets, n_queries + n_keys - 1)
             relative = _read_relative(tensors) if metadata["format"] == cls.RELATIVE_FORMAT else None
@@ -217,7 +226,7 @@ def _read_relative(tensors: Mapping[str, np.ndarray]) -> RelativeMask:
     words = tensor_of(tensors, "cross.offsets", np.int64, 3)
     slope, n_offsets = geometry.tolist() if geometry.shape == (2,) else (0, 0)
     if words.shape[2] != words_for(n_offsets):
-        raise ArtifactError(f"cross: relative masks of shape {words.shape} for geometry {geometry.tolist()}")
+        raise ArtifactError(f"cross: relative masks of shape {words.shape} for geometry {geometry.tolist()}; {AGAIN}")
     return RelativeMask(slope, unpack_cells(words, n_offsets), tensor_of(tensors, "cross.anchor", np.int64, 2))
 
 

@@ -22,6 +22,9 @@ DIVERGED = (  # why a number of a recording is not finite, and what to do
 )
 LISTED = ("data", "sample", "versions")  # one entry for each recording that was merged
 
+AGAIN = "the file is damaged, record again"
+ONE_MODEL = "name recordings of one model, made alike"
+
 
 @dataclass
 class AttentionStats:
@@ -73,10 +76,13 @@ class AttentionStats:
                 if array is not None and (array.shape != shape or len(cells) != 4):
                     raise ArtifactError(
                         f"{kind.value}: {name} has shape {array.shape}, support {support.shape}; expected (layers, "
-                        "heads, Tq, Tk) for mass and importance, (layers, heads) for end_mass, (Tq, Tk) for support"
+                        "heads, Tq, Tk) for mass and importance, (layers, heads) for end_mass, (Tq, Tk) for support; "
+                        f"{AGAIN}"
                     )
             if support.min(initial=0) < 0:
-                raise ArtifactError(f"{kind.value}: support is {support.min()} somewhere; it counts sentences")
+                raise ArtifactError(
+                    f"{kind.value}: support is {support.min()} somewhere, which counts sentences; {AGAIN}"
+                )
             most = support * (1 + ROUNDING)
             for layer, head in np.ndindex(layers_heads):
                 where = f"{kind.value} layer {layer} head {head}"
@@ -90,7 +96,7 @@ class AttentionStats:
             if lengths.ndim != 2 or lengths.shape[1] != 3 or lengths.min(initial=1) < 1:
                 raise ArtifactError(
                     f"{name} of shape {lengths.shape}, least {lengths.min(initial=1)}; expected rows of target length, "
-                    "source length and number of sentences, each at least 1"
+                    f"source length and number of sentences, each at least 1; {AGAIN}"
                 )
         if self.relative is not None:
             self._require_valid_relative(self.relative)
@@ -104,7 +110,7 @@ class AttentionStats:
             if sums is not None and sums.shape != expected:
                 raise ArtifactError(
                     f"{kind.value}: relative {name} has shape {sums.shape}, expected {expected}: layers, heads, and "
-                    "offsets of the recorded lengths"
+                    f"offsets of the recorded lengths; {AGAIN}"
                 )
         for layer, head in np.ndindex(relative.mass.shape[:2]):
             where = f"{kind.value} layer {layer} head {head}"
@@ -224,7 +230,7 @@ class AttentionStats:
         if self.architecture != other.architecture:
             raise ArtifactError(
                 f"different architectures: {describe_architecture(self.architecture)} and "
-                f"{describe_architecture(other.architecture)}"
+                f"{describe_architecture(other.architecture)}; {ONE_MODEL}"
             )
         both = self.metadata, other.metadata
         outside = {k.value: sum(m.get("pairs_beyond_range", {}).get(k.value, 0) for m in both) for k in self.kinds}
@@ -238,7 +244,7 @@ class AttentionStats:
         for key in same:
             ours, theirs = (metadata.get(key) for metadata in both)
             if ours != theirs:
-                raise ArtifactError(f"different {key}: {ours} and {theirs}")
+                raise ArtifactError(f"different {key}: {ours} and {theirs}; {ONE_MODEL}")
         mass = {kind: _added(self.mass[kind], other.mass[kind]) for kind in self.kinds}
         support = {kind: _added(self.support[kind], other.support[kind]) for kind in self.kinds}
         metadata = {**self.metadata, "pairs_beyond_range": outside}
@@ -321,7 +327,7 @@ def _require_between(values: np.ndarray, most: np.ndarray | float, what: str) ->
     if infinite.any():
         raise ArtifactError(f"{what} is {value}{where}: {DIVERGED}")
     limit = np.broadcast_to(most, values.shape)[tuple(cell)]
-    raise ArtifactError(f"{what} is {value:g}{where}, expected 0 to {limit:g}; the file is damaged, record again")
+    raise ArtifactError(f"{what} is {value:g}{where}, expected 0 to {limit:g}; {AGAIN}")
 
 
 def _added(one: np.ndarray, other: np.ndarray) -> np.ndarray:

@@ -89,7 +89,9 @@ def stored_kinds(metadata: Mapping[str, Any]) -> list[AttentionKind]:
     """Return the kinds that a file claims to hold; raises :class:`ArtifactError` for others than ours."""
     named = metadata.get("architecture")
     if not isinstance(named, dict) or not named or set(named) - set(AttentionKind):
-        raise ArtifactError(f"its architecture is {named!r}, expected some of the kinds {', '.join(AttentionKind)}")
+        raise ArtifactError(
+            f"its architecture is {named!r}, expected some of the kinds {', '.join(AttentionKind)}; write it again"
+        )
     return [kind for kind in AttentionKind if kind in named]
 
 
