@@ -52,6 +52,8 @@ def require_file(path: str | os.PathLike, expected: str) -> None:
     Args:
         expected: what the file should be, for the message.
     """
+    if not os.fspath(path):
+        raise ArtifactError(f"a name of a file is empty; expected {expected}")
     path = Path(path)
     if not path.exists():
         raise ArtifactError(f"{path} does not exist; expected {expected}")

@@ -182,7 +182,8 @@ def _translate_text(args: argparse.Namespace, cfg, ranks: int) -> None:
             _print(lambda: (part.read_bytes() for part in parts), folder)
         else:
             write_parts(parts, output, args.overwrite)
-    logger.info(f"{text.lines:,} lines translated -> {output or 'standard output'}")
+    lines = f"{text.lines:,} line{'s' * (text.lines != 1)}"
+    logger.info(f"{lines} translated -> {output or 'standard output'}")
 
 
 def _require_stdout(instead: str) -> None:
