@@ -206,9 +206,10 @@ def _check(args: argparse.Namespace) -> None:
     if not args.systems or not args.reference:
         raise UserError("nothing to score: name at least one NAME=FILE and the --reference")
     names = [system.name for system in args.systems]
-    for option, given in (("system", names), ("--metrics", args.metrics)):
+    once = (("system", names, "give each a name of its own"), ("--metrics", args.metrics, "name each once"))
+    for option, given, remedy in once:
         if twice := sorted({name for name in given if given.count(name) > 1}):
-            raise UserError(f"{option} {', '.join(twice)} is given twice")
+            raise UserError(f"{option} {', '.join(twice)} is given twice; {remedy}")
     for flag, needs in (("tokenized_bleu", "language"), ("comet", "source")):
         if getattr(args, flag) and not getattr(args, needs):
             raise UserError(f"--{flag.replace('_', '-')} needs --{needs}")

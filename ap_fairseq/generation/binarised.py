@@ -16,7 +16,7 @@ import torch
 from fairseq import scoring, utils
 from fairseq.data import Dictionary
 from fairseq.scoring.bleu import BleuStat
-from fairseq.tasks import FairseqTask
+from fairseq.tasks import TASK_REGISTRY
 from fairseq_cli import generate
 from sacrebleu.metrics import BLEU
 
@@ -85,7 +85,8 @@ def translate_share(rank: int, cfg, folder: Path) -> None:
     cfg.distributed_training.distributed_rank = rank
     cfg.common_eval.results_path = str(folder / f"rank{rank}")
     subset: dict[str, Any] = {}
-    stock = FairseqTask.get_batch_iterator
+    task_class = TASK_REGISTRY[cfg.task._name]  # some tasks make their batches themselves
+    stock = task_class.get_batch_iterator
 
     def get_batch_iterator(self, dataset, *args, **options):
         iterator = stock(self, dataset, *args, **options)
@@ -96,7 +97,7 @@ def translate_share(rank: int, cfg, folder: Path) -> None:
             utils.set_torch_seed(torch.initial_seed() + rank)
         return iterator
 
-    FairseqTask.get_batch_iterator = get_batch_iterator  # this process does nothing else
+    task_class.get_batch_iterator = get_batch_iterator  # this process does nothing else
     try:
         scorer = generate.main(_plain(cfg))
     except _NoBatch:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import inspect
 import json
 import logging
 import math
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 from fairseq import checkpoint_utils, tasks, utils
 from fairseq.hub_utils import GeneratorHubInterface
+from fairseq_cli.generate import get_symbols_to_strip_from_output
 
 from ap_fairseq.experiments.stages import lines_of
 from ap_fairseq.files import ArtifactError, UserError, atomic_output, file_sha256, require_file, write_json
@@ -148,6 +150,8 @@ class Translator:
             strict=cfg.checkpoint.checkpoint_shard_count == 1,
             num_shards=cfg.checkpoint.checkpoint_shard_count,
         )
+        self.build_generator, task.build_generator = task.build_generator, self._build_generator
+        self.stripped: set[int] = set()
         device = "cuda" if torch.cuda.is_available() and not cfg.common.cpu else "cpu"
         for model in models:
             model.to(device, torch.float16 if cfg.common.fp16 else None)
@@ -157,6 +161,13 @@ class Translator:
         self.hub = GeneratorHubInterface(cfg, task, models).to(device)
         longest = self.hub.max_positions
         self.longest = longest if isinstance(longest, int) else longest[0]  # a language model has one side
+
+    def _build_generator(self, models, args, **options):
+        """As the task's, which the hub calls; some tasks lack the option that the hub passes, without a value."""
+        known = inspect.signature(self.build_generator).parameters
+        generator = self.build_generator(models, args, **{name: x for name, x in options.items() if name in known})
+        self.stripped = get_symbols_to_strip_from_output(generator)  # such as the tokens of languages
+        return generator
 
     def translate(self, lines: list[str], name: str, first: int) -> list[str]:
         """Return the best translation of each line, detokenised; an empty line stays empty.
@@ -177,7 +188,8 @@ class Translator:
             for number, (best, *_) in zip(filled, hypotheses, strict=True):
                 # Not fairseq's post_process_prediction, which adds the words of the text to the dictionary. A list, as
                 # fairseq goes through a tensor element by element: eight times as slow.
-                text = self.hub.tgt_dict.string(best["tokens"].tolist(), self.post_process)
+                tokens = best["tokens"].tolist()
+                text = self.hub.tgt_dict.string(tokens, self.post_process, extra_symbols_to_ignore=self.stripped)
                 text = self.hub.detokenize(self.hub.remove_bpe(text))
                 texts[number] = text.replace("\n", " ")  # which a BPE of bytes may spell
         return texts

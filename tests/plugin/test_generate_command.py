@@ -12,7 +12,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from plugin.commands import PLUGIN, ROOT, run
+from plugin.commands import PLUGIN, ROOT, run, train
 
 from ap_fairseq.cli import generate
 from ap_fairseq.generation import ranks
@@ -83,6 +83,21 @@ def test_two_processes_print_what_fairseq_generate_prints(data_bin, dense, tmp_p
     assert ours[-480:] == sentence_lines(stock) and len(sentence_lines(stock)) == 60 * (2 + 2 * 3)
     assert score in stock.splitlines() and score.startswith("Generate valid with beam=3: BLEU")
     assert [path.name for path in tmp_path.iterdir()] == ["generate-valid.txt"]
+
+
+def test_tasks_with_batches_and_generators_of_their_own(data_bin, toy_text, tmp_path):
+    """With tokens of languages: a KeyError in a test set, a TypeError in a text, which would have kept the token."""
+    languages = ["--task", "translation_multi_simple_epoch", "--lang-pairs", "en-de", "--langs", "en,de"]
+    languages += ["--encoder-langtok", "tgt", "--decoder-langtok"]
+    train(data_bin, tmp_path, *languages, "--attention-masks", "none", arch="pruned_transformer", updates=5)
+    flags = [data_bin, "--path", tmp_path / "checkpoint_last.pt", *languages, "-s", "en", "-t", "de", "--beam", 2]
+    flags += ["--max-len-b", 9, "--max-len-a", 0]
+    stock = run("fairseq-generate", *PLUGIN, *flags, "--cpu", "--required-batch-size-multiple", 1, "--num-workers", 0)
+    ours = ap_generate(*flags)
+    assert sentence_lines(ours) == sentence_lines(stock) and len(sentence_lines(ours)) == 5 * 220
+    ap_generate(*flags, "--input", toy_text / "test.en", "-o", tmp_path / "out")
+    detokenised = [line.split("\t")[2] for line in sentence_lines(stock) if line.startswith("D-")]
+    assert (tmp_path / "out").read_text("utf-8").splitlines() == detokenised
 
 
 def test_a_process_without_a_batch_and_quiet(data_bin, dense):
@@ -361,7 +376,7 @@ def test_a_line_that_a_bpe_of_bytes_spells_stays_in_one_line():
     """A line feed in one translation shifted all lines after it."""
     translator = Translator.__new__(Translator)
     translator.beam, translator.longest, translator.max_tokens, translator.post_process = 1, 10, None, None
-    translator.hub = Mock()
+    translator.hub, translator.stripped = Mock(), set()
     translator.hub.encode.return_value = torch.tensor([4, 2])
     translator.hub.generate.return_value = [[{"tokens": torch.tensor([4, 2])}]]
     translator.hub.detokenize.return_value = "one\ntwo"
