@@ -499,15 +499,18 @@ def test_the_mix_is_built_from_a_finished_corpus(run, tmp_path, monkeypatch, cap
 def test_the_recipe_runs_from_the_packages_to_the_report(deb_dir, commands, tmp_path):
     """All stages of run.sh, for another direction than the default, with the options of prepare.sh."""
     run, data = tmp_path / "run", tmp_path / "data"
-    options = ["--pair", "de", "en", "--size", "tiny", "--gpus", 0, "--systems", "per-kind", "window", "--jobs", 2]
+    options = ["--pair", "de", "en", "--size", "tiny", "--gpus", 0, "--systems", "importance", "window", "--jobs", 2]
     options += ["--data", data, "--out", run, "--deb-dir", deb_dir, "--bpe-size", 150, "--page-tokens", 60]
     environment = {"PATH": os.environ["PATH"], "OMP_NUM_THREADS": "1"}
     status = forked.call(forked.recipe, [EXAMPLE, "all", *options], tmp_path / "printed", environment)
     printed = (tmp_path / "printed").read_text()
     assert status == 0, printed
     document = json.loads((run / "results.json").read_text())
-    names = ["dense.tuned", "dense", "per-kind.untuned", "per-kind.tuned", "window.untuned", "window.tuned"]
+    names = ["dense.tuned", "dense", "importance.untuned", "importance.tuned", "window.untuned", "window.tuned"]
     assert [system["system"] for system in document["systems"]] == names
+    budgets = [[share["effective"] for share in system["sparsity"].values()] for system in document["systems"][3::2]]
+    assert min(budgets[0]) < 0.5 < max(budgets[0])  # one for all kinds
+    assert budgets[1] == pytest.approx([0.5] * 3, abs=0.05)
     counts = json.loads((data / "counts.json").read_text())
     assert {system["sentences"] for system in document["systems"]} == {counts["split_pairs"]["test"]}
     assert (counts["options"]["source"], counts["options"]["page_tokens"]) == ("de", 60)
