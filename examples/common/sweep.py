@@ -192,8 +192,9 @@ class Sweep:
 
     def build_masks(self, system: System) -> None:
         output = self.masks(system)
-        flags = [self.stats(self.dense_seed(system)), *system.mask_flags(), "-o", output, "--overwrite"]
-        self.stages.run(f"masks.{Path(output).stem}", "ap-masks", *flags)
+        flags = system.mask_flags() or ["--total", 0]  # masks of systems without any keep everything
+        stats = self.stats(self.dense_seed(system))
+        self.stages.run(f"masks.{Path(output).stem}", "ap-masks", stats, *flags, "-o", output, "--overwrite")
 
     def updates(self, system: System) -> int:
         """Updates after the dense model's, or all of them from scratch."""
