@@ -8,6 +8,7 @@ import io
 import multiprocessing
 import multiprocessing.forkserver
 import os
+import runpy
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -77,6 +78,14 @@ def recipe(*words: str) -> None:
     import recipe
 
     recipe.main(list(words))
+
+
+def sweep(*words: str) -> None:
+    """``python examples/common/sweep.py``."""
+    program = EXAMPLES / "common" / "sweep.py"
+    sys.path.insert(0, str(program.parent))
+    sys.argv = [str(program), *words]
+    runpy.run_path(str(program), run_name="__main__")
 
 
 def is_command(name: str) -> bool:

@@ -2,12 +2,10 @@
 
 import dataclasses
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import pytest
 import sweep
 import sweep_table
@@ -28,7 +26,6 @@ from ap_fairseq.pruning.flags import parse_mask_flags
 from ap_fairseq.training.schedule import share_of_round
 
 ARCH = "pruned_transformer"
-SWEEP = ROOT / "examples/common/sweep.py"
 
 TRAINING = (
     f"{' '.join(TINY)} --optimizer adam --lr 1e-3 --lr-scheduler fixed --criterion cross_entropy --max-tokens 2000 "
@@ -36,16 +33,13 @@ TRAINING = (
 )
 
 
-def python(*command) -> str:
-    done = subprocess.run(
-        [sys.executable, *map(str, command)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-    )
-    assert done.returncode == 0, f"{command}: {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
-    return done.stdout + done.stderr
+def run_sweep(folder, corpus, dense=None) -> str:
+    """Run the sweep of a folder in a fork; return what it prints."""
+    words = command(folder, corpus, dense)
+    status = forked.call(forked.sweep, words, folder / "printed", {"OMP_NUM_THREADS": "1"})
+    printed = (folder / "printed").read_text()
+    assert status == 0, printed[-6000:]
+    return printed
 
 
 @pytest.fixture(scope="module")
@@ -85,11 +79,12 @@ def swept(corpus, dense, tmp_path_factory):
     """A finished sweep: (description file, output folder, what it printed)."""
     folder = tmp_path_factory.mktemp("sweep")
     (folder / "sweep.yaml").write_text(yaml.safe_dump(description()))
-    return folder, python(*command(folder, corpus, dense))
+    return folder, run_sweep(folder, corpus, dense)
 
 
-def command(folder, corpus, dense, name="sweep.yaml"):
-    return [SWEEP, folder / name, "--data", corpus, "--out", folder / "out", "--jobs", 2, "--dense", f"1={dense}"]
+def command(folder, corpus, dense=None, name="sweep.yaml") -> list[str]:
+    words = [folder / name, "--data", corpus, "--out", folder / "out", "--jobs", 2]
+    return [*map(str, words), *(["--dense", f"1={dense}"] if dense else [])]
 
 
 def results(folder) -> dict[str, dict]:
@@ -265,13 +260,13 @@ def test_dense_and_pruned_while_training_at_equal_updates(corpus, tmp_path, monk
     ]
     made = description(
         training=training,
-        dense_updates=40,
+        dense_updates=24,
         prune="--prune-start 10 --prune-end 20 --prune-every 5 --prune-sample 60",
         systems=systems,
         search={"beam": 2, "max_tokens": 1500, "cpu": True, "lenpens": [0.2, 3.0], "max_len_b": 20},
     )
     (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(made))
-    printed = python(*command(tmp_path, corpus, "unused")[:-2])
+    printed = run_sweep(tmp_path, corpus)
     assert not (tmp_path / "out" / "dense.s1").exists() and not list((tmp_path / "out").glob("stats*"))
     found = results(tmp_path)
     dense = [found[f"dense.scratch.dropout-{rate}.s1"] for rate in ("0.3", "0.1")]
@@ -279,7 +274,7 @@ def test_dense_and_pruned_while_training_at_equal_updates(corpus, tmp_path, monk
     assert [row["total"]["effective"] for row in dense] == [0, 0]
     assert pruned["total"]["effective"] == pytest.approx(0.5, abs=0.01)
     for row in (*dense, pruned):
-        assert row["total_updates"] == 40
+        assert row["total_updates"] == 24
         assert row["valid_bleu"][str(row["lenpen"])] == max(row["valid_bleu"].values())
     best = min(dense, key=lambda row: row["valid_nll"])
     assert pruned["against_dense_equal"]["baseline"] == best["system"]
@@ -357,7 +352,7 @@ def test_systems_of_one_process_translate_as_fairseq_generate_does(swept, data_b
 def test_a_finished_sweep_repeats_nothing_and_refuses_other_settings(swept, corpus, dense, capfd):
     folder, _ = swept
     before = {path: path.stat().st_mtime_ns for path in (folder / "out").rglob("*") if path.is_file()}
-    sweep.main([str(word) for word in command(folder, corpus, dense)[1:]])
+    sweep.main(command(folder, corpus, dense))
     printed = capfd.readouterr().out
     changed = [path for path, time in before.items() if path.stat().st_mtime_ns != time]
     assert [path.name for path in changed] == ["results.jsonl"] and "running" not in printed
@@ -373,7 +368,7 @@ def test_a_finished_sweep_repeats_nothing_and_refuses_other_settings(swept, corp
         )
     )
     with pytest.raises(SystemExit) as stop:
-        sweep.main([str(word) for word in command(folder, corpus, dense, "other.yaml")[1:]])
+        sweep.main(command(folder, corpus, dense, "other.yaml"))
     message = capfd.readouterr().err
     assert stop.value.code == 2
     assert "one-shot.s1.train" in message and "with other settings" in message and "0.3" in message
@@ -404,7 +399,7 @@ def test_rounds_can_start_from_a_model_that_was_trained_under_masks(corpus, dens
         training=training, systems=[further, scratch], search={"beam": 0, "max_tokens": 900, "cpu": True}
     )
     (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(made))
-    python(*command(tmp_path, corpus, dense))
+    run_sweep(tmp_path, corpus, dense)
     folder = tmp_path / "out" / "systems" / "mean.global.60.g1.from-40.gradual.r1.s1" / "round-1"
     stats = AttentionStats.load(folder / "stats.safetensors")
     first = PruningMasks.load(tmp_path / "out" / "masks" / "mean.global.40.g1.untuned.s1.d1.safetensors")
@@ -516,7 +511,7 @@ def test_the_loss_is_that_of_fairseq_and_can_be_all(corpus, dense, tmp_path):
     (tmp_path / "sweep.yaml").write_text(
         yaml.safe_dump(description(systems=systems, search={"beam": 0, "max_tokens": 900, "cpu": True}))
     )
-    sweep.main([str(word) for word in command(tmp_path, corpus, dense)[1:]])
+    sweep.main(command(tmp_path, corpus, dense))
     found = results(tmp_path)
     flags = [
         "--task",
