@@ -1,5 +1,8 @@
 """Models, and batches to translate with them, for tests of searches."""
 
+import copy
+import itertools
+
 import torch
 from plugin.builders import batch, dictionary, pruned_model, random_masks
 
@@ -20,6 +23,17 @@ def models(n: int = 1, sparsity: float = 0.6, empty_rows: bool = False, **option
             parameter.data.mul_(1 + seed / 10)
         made.append(lively(model).to(DEVICE))
     return made
+
+
+def by_torch(systems: list) -> list:
+    """Copies whose attention is torch's on a CPU, where Triton's interpreter is slow."""
+    if DEVICE == "cuda":
+        return systems
+    copies = copy.deepcopy(systems)
+    for module in itertools.chain.from_iterable(system.modules() for system in copies):
+        if hasattr(module, "backend"):
+            module.backend = "sdpa"
+    return copies
 
 
 def lively(model):

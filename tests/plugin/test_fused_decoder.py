@@ -12,6 +12,7 @@ from ap_fairseq.search.generator import PrunedSequenceGenerator
 from ap_fairseq.search.static_decoder import StaticDecoder
 from triton_ops.rows import MAX_ROWS
 
+STEPS = 7 if DEVICE == "cuda" else 5  # the interpreter is slow
 LM_SIZES = dict(decoder_embed_dim=32, decoder_input_dim=32, decoder_output_dim=32, max_target_positions=64)
 
 
@@ -66,7 +67,7 @@ def search(systems, monkeypatch, served=True):
             StaticDecoder, "_combined", lambda self, x: logits.append(combined(self, x)) or logits[-1].clone()
         )
         batch, prefix = inputs(systems[0])
-        generator = PrunedSequenceGenerator(systems, VOCAB, beam_size=2, max_len_b=7)
+        generator = PrunedSequenceGenerator(systems, VOCAB, beam_size=2, max_len_b=STEPS)
         found = generator.generate([], batch, prefix_tokens=prefix)
     return tokens(found), torch.stack(logits).double()
 
@@ -104,7 +105,7 @@ def test_steps_are_those_of_the_modules(case, monkeypatch):
     theirs, expected = search(systems, monkeypatch, served=False)
     found, exact = search(in_float64(systems), monkeypatch)
     batch, prefix = inputs(systems[0])
-    generator = PrunedSequenceGenerator(systems, VOCAB, beam_size=2, max_len_b=7)  # by graphs where there is a GPU
+    generator = PrunedSequenceGenerator(systems, VOCAB, beam_size=2, max_len_b=STEPS)  # by graphs where there is a GPU
     for _ in range(3 if DEVICE == "cuda" else 0):
         assert tokens(generator.generate([], batch, prefix_tokens=prefix)) == ours
     assert ours == theirs == found and not torch.equal(logits, expected)
@@ -116,7 +117,7 @@ def test_changed_weights_are_seen(monkeypatch):
     """Graphs hold the addresses of weights, and stacked copies of some."""
     system = translation_model()
     batch, _ = inputs(system)
-    generator = PrunedSequenceGenerator([system], VOCAB, beam_size=2, max_len_b=7)
+    generator = PrunedSequenceGenerator([system], VOCAB, beam_size=2, max_len_b=STEPS)
     before = generator.generate([], batch)
     layer = system.decoder.layers[1]
     for parameter in (layer.self_attn.k_proj.weight, layer.encoder_attn_layer_norm.bias, layer.fc2.weight):

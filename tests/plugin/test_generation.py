@@ -32,7 +32,7 @@ from plugin.builders import (
     random_masks,
 )
 from plugin.hypotheses import assert_same
-from plugin.searches import DEVICE, SIZES, VOCAB, lively, models, sample
+from plugin.searches import DEVICE, SIZES, VOCAB, by_torch, lively, models, sample
 
 import triton_ops
 from ap_fairseq.files import UserError
@@ -75,7 +75,7 @@ def test_hypotheses_and_scores_are_those_of_fairseq(options, backend):
     lengths = LENGTHS if backend == "sdpa" or DEVICE == "cuda" else LENGTHS[:4]  # the interpreter is slow
     generator = PrunedSequenceGenerator(systems, VOCAB, **options)
     for seed in (0, 1):  # the second batch finds the buffers of the first
-        expected = SequenceGenerator(systems, VOCAB, **options).generate([], sample(lengths, seed))
+        expected = SequenceGenerator(by_torch(systems), VOCAB, **options).generate([], sample(lengths, seed))
         assert_same(generator.generate([], sample(lengths, seed)), expected)
         assert len({len(h["tokens"]) for hypotheses in expected for h in hypotheses}) > 1, "all are cut at the end"
 
@@ -87,7 +87,7 @@ def test_rows_that_keep_nothing_are_read_as_by_fairseqs_search(decoder, request)
     systems = models(sparsity=0.9, empty_rows=True, attention_backend="triton" if decoder == "kernels" else "sdpa")
     assert not systems[0].decoder.layers[0].encoder_attn.keep_mask(12, 12).any(-1).all()
     options, lengths = dict(beam_size=3, max_len_b=12), LENGTHS[:4] if decoder == "kernels" else LENGTHS
-    expected = SequenceGenerator(systems, VOCAB, **options).generate([], sample(lengths))
+    expected = SequenceGenerator(by_torch(systems), VOCAB, **options).generate([], sample(lengths))
     assert_same(PrunedSequenceGenerator(systems, VOCAB, **options).generate([], sample(lengths)), expected)
     assert all(torch.isfinite(h["positional_scores"]).all() for sentence in expected for h in sentence)
 
@@ -108,7 +108,7 @@ def strategy(name: str, beam: int):
         "siblings": lambda: DiverseSiblingsSearch(VOCAB, 0.8),
         "match source length": lambda: LengthConstrainedBeamSearch(VOCAB, 1, 0, 1, 0),
         "top 1": lambda: Sampling(VOCAB, sampling_topk=1),
-        "top 1e-6": lambda: Sampling(VOCAB, sampling_topp=1e-6),
+        "top 1e-20": lambda: Sampling(VOCAB, sampling_topp=1e-20),
     }
     return made[name]() if name in made else None
 
@@ -139,26 +139,39 @@ SEARCHES = {
     "groups of one": (dict(beam_size=4, unk_penalty=0.5), [["w5"], []]),
     "siblings": (dict(beam_size=4, no_repeat_ngram_size=2), None),
     "top 1": (dict(beam_size=3, temperature=0.7), [["w5"], [], ["w6", "</s>"]]),
-    "top 1e-6": (dict(beam_size=2, min_len=4), None),
+    "top 1e-20": (dict(beam_size=2, min_len=4), None),
 }
 
 
-@pytest.mark.parametrize("backend", ["sdpa", "triton"])
-@pytest.mark.parametrize("case", SEARCHES)
-def test_other_searches_find_what_fairseqs_find(case, backend, caplog):
-    """Sampling from one token is deterministic."""
+# One of each way to choose: the kernels are told of prefixes, n-grams and lengths by penalties alone.
+KERNEL_SEARCHES = SEARCHES if DEVICE == "cuda" else ["prefix", "bigrams", "2 groups", "siblings", "top 1"]
+
+
+@pytest.mark.parametrize(
+    ("case", "decoder"),
+    [
+        *((case, "CPU") for case in SEARCHES if DEVICE == "cpu"),
+        *((case, "pools") for case in SEARCHES),
+        *((case, "kernels") for case in KERNEL_SEARCHES),
+    ],
+)
+def test_other_searches_find_what_fairseqs_find(case, decoder, caplog, request):
+    """Sampling from one token is deterministic; of the 1e-6 that an eos before min_len left, fairseq drew one."""
+    if decoder == "pools":
+        request.getfixturevalue("paged")
     options, rows = SEARCHES[case]
-    systems, options = models(attention_backend=backend), {"max_len_b": 15, **options}
+    systems = models(attention_backend="triton" if decoder == "kernels" else "sdpa")
+    options = {"max_len_b": 15, **options}
     n, batches = len(LENGTHS), 2  # the second batch finds the buffers of the first
-    if backend == "triton" and DEVICE == "cpu":  # the interpreter is slow
+    if decoder == "kernels" and DEVICE == "cpu":  # the interpreter is slow
         n, batches, options = 4, 1, {**options, "max_len_b": min(options["max_len_b"], 12)}
     prefix = None if rows is None else prefixes(rows)[:n]
 
-    def made(generator):
+    def made(generator, systems):
         search = strategy(case.removesuffix(" within prefixes"), options["beam_size"])
         return generator(systems, VOCAB, search_strategy=search, **options)
 
-    ours, fairseqs = made(PrunedSequenceGenerator), made(SequenceGenerator)
+    ours, fairseqs = made(PrunedSequenceGenerator, systems), made(SequenceGenerator, by_torch(systems))
     if fairseqs.repeat_ngram_blocker is not None:
         fairseqs.repeat_ngram_blocker = WorkingBlock(options["no_repeat_ngram_size"])
     with caplog.at_level(logging.INFO, "ap_fairseq.search.generator"):
@@ -243,17 +256,24 @@ def aligned(hypotheses, how):
     return found if how == "hard" else [torch.tensor([[float(p) for p in row] for row in rows]) for rows in found]
 
 
-@pytest.mark.parametrize("case", ALIGNED.values(), ids=ALIGNED)
-@pytest.mark.parametrize("backend", ["sdpa", "triton"])
-def test_alignments_are_those_of_fairseq(case, backend, monkeypatch, caplog):
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    [
+        *((name, "sdpa") for name in ALIGNED),
+        *((name, "triton") for name in (ALIGNED if DEVICE == "cuda" else ["prefixes", "soft"])),
+    ],
+)
+def test_alignments_are_those_of_fairseq(name, backend, monkeypatch, caplog):
+    case = ALIGNED[name]
     monkeypatch.setattr(alignment, "MAX_NUMBERS", 9000)  # several passes over the hypotheses
-    how, rows, bos = (case.get(name) for name in ("print_alignment", "prefix", "bos_token"))
-    guided = {name: value for name, value in case.items() if name.startswith("alignment_")}
+    how, rows, bos = map(case.get, ("print_alignment", "prefix", "bos_token"))
+    guided = {option: value for option, value in case.items() if option.startswith("alignment_")}
     systems = models(case.get("n", 1), attention_backend=backend, **guided)
     lengths = LENGTHS if backend == "sdpa" or DEVICE == "cuda" else LENGTHS[:3]
     options = dict(beam_size=3, max_len_b=9, print_alignment=how)
     inputs = dict(prefix_tokens=None if rows is None else prefixes(rows)[: len(lengths)], bos_token=bos)
-    expected = SequenceGeneratorWithAlignment(systems, VOCAB, **options).generate([], sample(lengths), **inputs)
+    fairseqs = SequenceGeneratorWithAlignment(by_torch(systems), VOCAB, **options)
+    expected = fairseqs.generate([], sample(lengths), **inputs)
     ours = PrunedSequenceGeneratorWithAlignment(systems, VOCAB, **options)
     with caplog.at_level(logging.INFO, "ap_fairseq.search.generator"):
         found = ours.generate([], sample(lengths), **inputs)
@@ -316,11 +336,17 @@ def test_fairseqs_own_search_blocks_ngrams_too(monkeypatch):
     assert not any(repeated(h["tokens"].tolist()) for x in ours.generate([], sample(LENGTHS)) for h in x)
 
 
-@pytest.mark.parametrize(("backend", "lengths"), [("sdpa", LENGTHS), ("triton", LENGTHS[:4])])
-@pytest.mark.parametrize("options", [dict(max_len_b=15, min_len=-1), dict(max_len_b=5, min_len=5)])
-def test_an_ensemble_is_averaged_as_in_fairseq(backend, lengths, options):
-    systems, options = models(3, attention_backend=backend), dict(beam_size=3, max_len_a=0, **options)
-    expected = SequenceGenerator(systems, VOCAB, **options).generate([], sample(lengths))
+@pytest.mark.parametrize(
+    ("n", "backend", "lengths", "options"),
+    [
+        (3, "sdpa", LENGTHS, dict(max_len_b=15, min_len=-1)),
+        (3, "sdpa", LENGTHS, dict(max_len_b=5, min_len=5)),
+        (2, "triton", LENGTHS[:4], dict(max_len_b=8, min_len=-1)),
+    ],
+)
+def test_an_ensemble_is_averaged_as_in_fairseq(n, backend, lengths, options):
+    systems, options = models(n, attention_backend=backend), dict(beam_size=3, max_len_a=0, **options)
+    expected = SequenceGenerator(by_torch(systems), VOCAB, **options).generate([], sample(lengths))
     assert_same(PrunedSequenceGenerator(systems, VOCAB, **options).generate([], sample(lengths)), expected)
 
 
@@ -328,7 +354,7 @@ def test_beams_wider_than_the_kernels_take_are_chosen_from_by_torch(monkeypatch)
     monkeypatch.setattr("triton_ops.beam_state.MAX_KERNEL_BEAM", 2)
     monkeypatch.setattr("triton_ops.beam_search.choose", None)
     systems = models(attention_backend="triton")
-    expected = SequenceGenerator(systems, VOCAB, beam_size=3, max_len_b=5).generate([], sample([3, 4]))
+    expected = SequenceGenerator(by_torch(systems), VOCAB, beam_size=3, max_len_b=5).generate([], sample([3, 4]))
     generator = PrunedSequenceGenerator(systems, VOCAB, beam_size=3, max_len_b=5)
     assert_same(generator.generate([], sample([3, 4])), expected)
 
@@ -423,7 +449,7 @@ def test_prompts_are_continued_by_the_kernels_and_by_ensembles():
     systems = [language_model(0.6, seed=seed, attention_backend="triton")[1] for seed in (5, 6)]
     inputs, prefix = prompts([9, 12])
     options = dict(beam_size=2, max_len_b=16)
-    expected = SequenceGenerator(systems, VOCAB, **options).generate([], inputs, prefix_tokens=prefix)
+    expected = SequenceGenerator(by_torch(systems), VOCAB, **options).generate([], inputs, prefix_tokens=prefix)
     generator = PrunedSequenceGenerator(systems, VOCAB, **options)
     assert_same(generator.generate([], inputs, prefix_tokens=prefix), expected)
 
