@@ -14,6 +14,7 @@ from plugin.builders import LM_SIZES, adaptive, batch, causal_masks, dictionary,
 from plugin.commands import PLUGIN, assert_reads_as_stock, losses, run, train_on_text
 
 from ap_fairseq.artifacts import AttentionStats
+from ap_fairseq.cli import record
 from ap_fairseq.files import ArtifactError, UserError
 from ap_fairseq.model.checkpoints import load_checkpoint
 from ap_fairseq.model.config import PrunedLanguageModelConfig
@@ -229,12 +230,13 @@ def test_statistics_of_full_blocks_have_equal_support(lm_stats, text_bin, dense_
     assert AttentionStats.load(half).support[KIND].shape == (BLOCK // 2, BLOCK // 2)
 
 
-def test_what_a_language_model_cannot_record_is_refused(text_bin, dense_lm, tmp_path):
+def test_what_a_language_model_cannot_record_is_refused(text_bin, dense_lm, tmp_path, capsys):
     def refused(*flags) -> str:
         output = tmp_path / "stats.safetensors"
-        log = run("ap-record", text_bin, "--path", dense_lm[0], "--cpu", "-o", output, *flags, expect=2)
-        assert not output.exists()
-        return log.strip().splitlines()[-1]
+        with pytest.raises(SystemExit) as stop:
+            record.main([str(word) for word in (text_bin, "--path", dense_lm[0], "--cpu", "-o", output, *flags)])
+        assert stop.value.code == 2 and not output.exists()
+        return capsys.readouterr().err.strip().splitlines()[-1]
 
     assert "--task translation: " in refused("--task", "translation")
     assert f"--add-bos-token True: {dense_lm[0]} was trained with False" in refused("--add-bos-token")
