@@ -109,6 +109,21 @@ class Sweep:
         if not Path(self.bin).is_dir():
             raise ArtifactError(f"{self.bin} does not exist; make the data with prepare.sh")
 
+    def _require_best(self, system: System) -> None:
+        """Raise ArtifactError if a training of *system* would not leave the best checkpoint that is needed of it."""
+        flags, path = self.training("dense", system.seed, 0), self.trained(system)
+        if system.schedule in ("scratch", "while-training"):
+            flags += shlex.split(system.flags)
+        elif system.has_dense_model and self.dense_seed(system) not in self.given_dense:
+            path = self.checkpoint(self.dense_seed(system))
+        else:
+            return
+        if not Path(path).exists() and (lost := {"--disable-validation", "--no-save"} & set(flags)):
+            raise ArtifactError(
+                f"{lost.pop()} among the flags of `training`, `dense` or {system.name}: {path} would not be written, "
+                "which is the best checkpoint by its loss on the validation data; leave the flag out"
+            )
+
     def dense_seed(self, system: System) -> int:
         seeds = self.description["dense_seeds"]
         return system.seed if system.seed in seeds else seeds[0]
@@ -148,6 +163,9 @@ class Sweep:
 
     def run(self, until: str) -> None:
         """Do all steps up to *until*."""
+        for system in self.systems:
+            if not self.translated(system):
+                self._require_best(system)
         for folder in ("masks", "systems", "translations", "scores"):
             (self.out / folder).mkdir(parents=True, exist_ok=True)
         derived = [system for system in self.systems if system.has_dense_model]

@@ -56,8 +56,7 @@ class System:
         if self.schedule == "while-training" and self.criterion in ("dense", "percentile"):
             raise ArtifactError(f"criterion {self.criterion} is not for systems of schedule while-training")
         self.budget_kinds()  # reports unknown kinds
-        masked = self.criterion not in ("dense", "top-k", "threshold")
-        if self.kinds == "own" and (self.sparsity or not masked or not self.budget_kinds()):
+        if self.kinds == "own" and (self.sparsity or not self.has_masks or not self.budget_kinds()):
             raise ArtifactError(
                 "a system of kinds own names its budgets in options (--encoder-self 0.95 --cross 0.7), and no sparsity"
             )
@@ -75,9 +74,9 @@ class System:
         return [AttentionKind(name) for name in names]
 
     def mask_flags(self) -> list[str]:
-        """Flags of ap-masks; none for systems without masks."""
-        if self.criterion in ("dense", "top-k", "threshold"):
-            return []
+        """Flags of ap-masks; for systems without masks those of masks that keep every pair."""
+        if not self.has_masks:
+            return ["--total", "0"]
         if self.kinds == "own":
             budgets = []
         elif self.kinds == "global" and self.criterion != "percentile":
@@ -86,6 +85,11 @@ class System:
             budgets = [word for kind in self.budget_kinds() for word in (f"--{kind.flag}", str(self.sparsity))]
         options = ["--criterion", self.criterion, "--granularity", str(self.granularity), "--seed", str(self.seed)]
         return budgets + options + shlex.split(self.options)
+
+    @property
+    def has_masks(self) -> bool:
+        """Whether masks prune anything."""
+        return self.criterion not in ("dense", "top-k", "threshold")
 
     @property
     def has_dense_model(self) -> bool:
@@ -120,7 +124,7 @@ class System:
     @property
     def masks_name(self) -> str:
         untrained = dataclasses.replace(self, schedule="untuned", updates=None, flags="")
-        return untrained.name if self.mask_flags() else "all-ones"
+        return untrained.name if self.has_masks else "all-ones"
 
 
 def expand(entries: Iterable[dict[str, Any]]) -> list[System]:

@@ -22,7 +22,7 @@ from ap_fairseq.experiments import translation
 from ap_fairseq.experiments.progress import last_value
 from ap_fairseq.experiments.translation import Search, Translation, translate
 from ap_fairseq.files import ArtifactError
-from ap_fairseq.pruning.flags import parse_mask_flags
+from ap_fairseq.pruning.flags import budget_flags, parse_mask_flags
 from ap_fairseq.training.schedule import share_of_round
 
 ARCH = "pruned_transformer"
@@ -123,6 +123,25 @@ def test_a_decay_of_the_learning_rate_ends_with_the_training(corpus, tmp_path):
     flags = made.training("tune", 1, 7)
     assert flags[flags.index("--total-num-update") + 1] == "7"
     assert "--total-num-update" not in sweep.Sweep(description(), corpus, tmp_path, 1, {}).training("tune", 1, 7)
+
+
+def test_trainings_without_the_checkpoint_that_is_needed_are_refused(corpus, tmp_path):
+    """A dense model trained without validation, for hours, and its best checkpoint did not exist; nor did later."""
+    made = sweep.Sweep(description(), corpus, tmp_path, 1, {})
+    with pytest.raises(ArtifactError, match="--disable-validation among .*/dense.s1/checkpoint_best.pt would not be"):
+        made.run("dense")
+    made.given_dense[1] = "dense.pt"
+    for system in made.systems:
+        made._require_best(system)
+    own = {"criterion": "dense", "schedule": "scratch", "flags": "--no-save"}
+    made = sweep.Sweep(description(training="--arch transformer", systems=[own]), corpus, tmp_path, 1, {})
+    with pytest.raises(ArtifactError, match="--no-save among .* dense.scratch.*/checkpoint_best.pt would not be"):
+        made.run("train")
+    best = Path(made.trained(made.systems[0]))
+    best.parent.mkdir(parents=True)
+    best.touch()  # trained before
+    made._require_best(made.systems[0])
+    assert not (tmp_path / "dense.s1").exists()
 
 
 def test_flags_of_a_system_reach_its_training_its_name_and_its_baseline(corpus, tmp_path, monkeypatch):
@@ -242,8 +261,7 @@ def test_published_sweeps_are_well_formed(file, tmp_path, monkeypatch):
     commands = []
     monkeypatch.setattr(made.stages, "run", lambda name, *command: commands.append([str(word) for word in command]))
     for system in made.systems:
-        if system.mask_flags():
-            parse_mask_flags(system.mask_flags())
+        assert len(budget_flags(parse_mask_flags(system.mask_flags()))) == 1
         if system.schedule not in ("untuned", "gradual"):
             made.tune(system)
             args = options.parse_args_and_arch(options.get_training_parser(), commands.pop()[1:])
