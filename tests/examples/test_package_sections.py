@@ -68,6 +68,7 @@ def test_every_stage_runs(lists, tmp_path, monkeypatch):
     program = module("run")
     sections = program.sections
     monkeypatch.setattr(sections, "LEAST", 50)
+    monkeypatch.setattr(program, "MODEL", program.MODEL.replace("128", "64").replace("512", "64"))
     data, out = tmp_path / "data", tmp_path / "run"
     sections.main(["--out", str(data), "--deb-dir", str(lists), "--bpe-size", "100"])
     program.main(["--data", str(data), "--out", str(out), "--updates", "30", "--seeds", "4", "--shares", "0.5"])
