@@ -210,8 +210,7 @@ class Sweep:
 
     def build_masks(self, system: System) -> None:
         output = self.masks(system)
-        flags = system.mask_flags() or ["--total", 0]  # masks of systems without any keep everything
-        stats = self.stats(self.dense_seed(system))
+        stats, flags = self.stats(self.dense_seed(system)), system.mask_flags()
         self.stages.run(f"masks.{Path(output).stem}", "ap-masks", stats, *flags, "-o", output, "--overwrite")
 
     def updates(self, system: System) -> int:
