@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Translate a test set by whole commands: stock fairseq-generate, fairseq-generate with our task, and ap-generate.
+"""Translate a test set by whole commands: stock fairseq-generate, with our task, ap-generate, and CTranslate2.
 
     python scripts/bench_commands.py DATA_BIN --path dense.pt --places 1:1 1:2 2:2 --out commands.json
     python scripts/bench_commands.py DATA_BIN --path dense.pt --subset train --only-ap-generate --places 1:1 2:2 ...
@@ -7,12 +7,13 @@
     python scripts/bench_commands.py --table scripts/bench_commands.h200.json       # Markdown, no GPU needed
 
 Where bench_fairseq.py times searches, a run here is all that a user waits for, once: imports, the model, the first
-batch of a process, the search, and printing. Commands have the same options, so they print the same lines but for
-rounding; the score that each prints stands beside it. *dense.pt* is a dense model of fairseq's own class, or of this
-plugin under masks that prune nothing, which stock fairseq gets by `ap-apply --to-stock`; it gets our `--user-dir`, too,
-without which fairseq reads no checkpoint under this torch. A place of ap-generate is GPUS:PROCESSES. Seconds are those
-of the clock, on a CPU those that all processes computed. `--rivals ctranslate2` adds CTranslate2 on one GPU, which gets
-the subwords in a file, by its own converter; its score is computed afterwards, and not timed.
+batch of a process, the search, and printing. A subset is translated by fairseq-generate, stock and with our task, and
+by ap-generate, which print the same lines but for rounding; the same subwords in a file by ap-generate --input, and
+with `--rivals ctranslate2` by CTranslate2 (translate_ctranslate2.py) in batches of several sizes. Scores (sacreBLEU)
+are computed afterwards, and not timed. *dense.pt* is a dense model of fairseq's own class, or of this plugin under
+masks that prune nothing, which the others get by `ap-apply --to-stock`; stock fairseq gets our `--user-dir`, too,
+without which it reads no checkpoint under this torch. A place of ap-generate is GPUS:PROCESSES. Seconds are those of
+the clock, on a CPU those that all processes computed. The first run of a machine compiles kernels: run twice.
 """
 
 from __future__ import annotations
@@ -44,8 +45,9 @@ from ap_fairseq.files import UserError, refuse_existing, write_json
 from ap_fairseq.provenance import device_name, versions
 from ap_fairseq.tasks import PrunedTranslationConfig, PrunedTranslationTask
 
-BATCH_TOKENS = 4096, 16384  # of CTranslate2
-SCORE = re.compile(r"^Generate .*?: (.*)$", re.MULTILINE)
+BATCH_TOKENS = 4096, 16384, 65536  # of CTranslate2
+REFERENCE = re.compile(r"^T-(\d+)\t(.*)$", re.MULTILINE)
+HYPOTHESIS = re.compile(r"^D-(\d+)\t.*?\t(.*)$", re.MULTILINE)
 
 
 def place(text: str) -> tuple[int, int]:
@@ -74,69 +76,79 @@ def measure(command: list[str], gpus: int) -> tuple[dict, str]:
     return dict(seconds=seconds, cpu_seconds=computed), printed
 
 
-def fairseq_rows(args: argparse.Namespace, stock: str) -> Iterator[dict]:
-    """Measure the commands that print as fairseq-generate does; *stock* is the checkpoint for stock fairseq."""
-    for name, gpus, processes, command in runs(args, stock):
-        seconds, printed = measure(command, gpus)
-        sentences, score = len(re.findall(r"^H-\d+\t", printed, re.MULTILINE)), SCORE.findall(printed)[-1]
-        yield dict(command=name, gpus=gpus, processes=processes, sentences=sentences, score=score, **seconds)
-
-
-def ctranslate2_rows(args: argparse.Namespace, stock: str) -> Iterator[dict]:
-    """Measure CTranslate2 with each number of workers and size of batches."""
-    from ctranslate2.converters import FairseqConverter
-
-    with tempfile.TemporaryDirectory() as folder:
-        model, source, output = (f"{folder}/{name}" for name in ("model", "source", "output"))
-        FairseqConverter(stock, args.data, unsafe_deserialization=True).convert(model)
-        sources, references = subset_lines(args)
-        Path(source).write_text("".join(f"{line}\n" for line in sources), encoding="utf-8")
-        program = [sys.executable, str(Path(__file__).with_name("translate_ctranslate2.py")), model, source, output]
-        for workers, tokens in itertools.product(args.workers, BATCH_TOKENS):
-            flags = ["--workers", str(workers), "--max-tokens", str(tokens), *(["--cpu"] if args.cpu else [])]
-            seconds, _ = measure(program + flags, int(not args.cpu))
-            lines = Path(output).read_text(encoding="utf-8").splitlines()
-            hypotheses = [data_utils.post_process(line, args.remove_bpe) for line in lines]
-            score = sacrebleu.corpus_bleu(hypotheses, [references]).format()
-            name = f"CTranslate2, {workers} workers, batches of {tokens:,} tokens"
-            yield dict(command=name, gpus=int(not args.cpu), processes=1, sentences=len(lines), score=score, **seconds)
-
-
-def subset_lines(args: argparse.Namespace) -> tuple[list[str], list[str]]:
-    """Return the sources of the subset as subwords, and its references as words."""
-    task = PrunedTranslationTask.setup_task(PrunedTranslationConfig(data=args.data, dataset_impl=None))
-    task.load_dataset(args.subset)
-    data = task.dataset(args.subset)
-    sources = [task.source_dictionary.string(row) for row in data.src]
-    return sources, [task.target_dictionary.string(row, args.remove_bpe) for row in data.tgt]
-
-
-def runs(args: argparse.Namespace, stock: str) -> list[tuple[str, int, int, list[str]]]:
-    """Return name, GPUS, PROCESSES and command of each run; *stock* is the checkpoint for stock fairseq."""
-    options = ["--gen-subset", args.subset, "--beam", "5", "--max-tokens", str(args.max_tokens)]
-    options += ["--remove-bpe", args.remove_bpe, "--required-batch-size-multiple", "1", "--scoring", "sacrebleu"]
-    options += ["--cpu", "--num-workers", "0"] if args.cpu else ["--fp16"]
+def subset_rows(args: argparse.Namespace, stock: str) -> Iterator[dict]:
+    """Measure the commands that translate a subset and print as fairseq-generate does."""
+    options = ["--gen-subset", args.subset, *search_flags(args), "--required-batch-size-multiple", "1"]
+    options += ["--num-workers", "0"] if args.cpu else []
     ours = [args.data, *PLUGIN, "--task", "pruned_translation", "--path", args.path, *options]
-    generate, gpus = shutil.which("fairseq-generate"), int(not args.cpu)
-    found = []
+    generate, gpus, commands = shutil.which("fairseq-generate"), int(not args.cpu), []
     if not args.only_ap_generate:
-        found = [
+        commands = [
             ("fairseq-generate", gpus, 1, [generate, args.data, *PLUGIN, "--path", stock, *options]),
             ("fairseq-generate --task pruned_translation", gpus, 1, [generate, *ours]),
         ]
     for gpus, processes in args.places:
         command = [shutil.which("ap-generate"), *ours, "--num-processes", str(processes)]
-        found.append(("ap-generate", gpus, processes, command))
-    return found
+        commands.append(("ap-generate", gpus, processes, command))
+    for name, gpus, processes, command in commands:
+        seconds, printed = measure(command, gpus)
+        references, hypotheses = (dict(found.findall(printed)) for found in (REFERENCE, HYPOTHESIS))
+        pairs = [(hypotheses[number], reference) for number, reference in references.items()]
+        yield dict(command=name, gpus=gpus, processes=processes, **seconds, **scored(pairs))
+
+
+def text_rows(args: argparse.Namespace, stock: str) -> Iterator[dict]:
+    """Measure the commands that translate a file of subwords: ap-generate --input, and CTranslate2 if asked for."""
+    task = PrunedTranslationTask.setup_task(PrunedTranslationConfig(data=args.data, dataset_impl=None))
+    task.load_dataset(args.subset)
+    data, gpus = task.dataset(args.subset), int(not args.cpu)
+    references = [task.target_dictionary.string(row, args.remove_bpe) for row in data.tgt]
+    with tempfile.TemporaryDirectory() as folder:
+        model, source, output = (f"{folder}/{name}" for name in ("model", "source", "output"))
+        lines = [task.source_dictionary.string(row) for row in data.src]
+        Path(source).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        ours = [args.data, *PLUGIN, "--task", "pruned_translation", "--path", args.path, *search_flags(args)]
+        ours = [shutil.which("ap-generate"), *ours, "--input", source, "--output", output, "--overwrite"]
+        commands = [
+            ("ap-generate --input", gpus, processes, [*ours, "--num-processes", str(processes)])
+            for gpus, processes in args.places
+        ]
+        if args.rivals:
+            from ctranslate2.converters import FairseqConverter
+
+            FairseqConverter(stock, args.data, unsafe_deserialization=True).convert(model)
+            theirs = [sys.executable, str(Path(__file__).with_name("translate_ctranslate2.py")), model, source, output]
+            theirs += ["--cpu"] if args.cpu else []
+            for workers, tokens in itertools.product(args.workers, BATCH_TOKENS):
+                flags = ["--workers", str(workers), "--max-tokens", str(tokens)]
+                name = f"CTranslate2, {workers} workers, batches of {tokens:,} tokens"
+                commands.append((name, gpus, 1, theirs + flags))
+        for name, gpus, processes, command in commands:
+            seconds, _ = measure(command, gpus)
+            lines = Path(output).read_text(encoding="utf-8").splitlines()
+            hypotheses = [data_utils.post_process(line, args.remove_bpe) for line in lines]
+            pairs = list(zip(hypotheses, references, strict=True))
+            yield dict(command=name, gpus=gpus, processes=processes, **seconds, **scored(pairs))
+
+
+def search_flags(args: argparse.Namespace) -> list[str]:
+    flags = ["--beam", "5", "--max-tokens", str(args.max_tokens), "--remove-bpe", args.remove_bpe]
+    return [*flags, "--cpu" if args.cpu else "--fp16"]
+
+
+def scored(pairs: list[tuple[str, str]]) -> dict:
+    """The number of *pairs*, hypotheses and references, and their score, for which no command has to wait."""
+    hypotheses, references = zip(*pairs, strict=True)
+    return dict(sentences=len(pairs), score=sacrebleu.corpus_bleu(hypotheses, [references]).format())
 
 
 def table(report: dict) -> str:
     """One Markdown row for each run, with how many times as fast as the first it is."""
     kind = "cpu_seconds" if report["cpu"] else "seconds"
-    body, first = [], report["rows"][0][kind]
+    body, first = [], report["rows"][0]["sentences"] / report["rows"][0][kind]
     for row in report["rows"]:
         seconds, score = row[kind], row["score"].split(" (")[0]
-        rates = [f"{row['sentences'] / seconds:,.0f}", f"{first / seconds:.2f}"]
+        rates = [f"{row['sentences'] / seconds:,.0f}", f"{row['sentences'] / seconds / first:.2f}"]
         body.append([row["command"], str(row["gpus"]), str(row["processes"]), f"{seconds:.1f}", *rates, score])
     header = ["command", "GPUs", "processes", "seconds", "sentences/s", "ratio", "score"]
     used = report["versions"]
@@ -192,8 +204,7 @@ def main() -> None:
     try:
         refuse_existing(args.out, overwrite=True)
         with stock_checkpoint(args.path, args.data) as stock:
-            measured = [fairseq_rows(args, stock), *([ctranslate2_rows(args, stock)] if args.rivals else [])]
-            for row in itertools.chain(*measured):
+            for row in itertools.chain(subset_rows(args, stock), text_rows(args, stock)):
                 report["rows"].append(row)
                 print(json.dumps(row), file=sys.stderr, flush=True)
                 write_json(args.out, report, overwrite=True)  # a run that is cut short keeps what it measured

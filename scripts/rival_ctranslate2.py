@@ -32,7 +32,7 @@ def variants(device: str, precision: str, trained: bool, alone: bool) -> list[tu
             torch.get_num_threads(),
         )
         places = [dict(workers=w, threads=n // w) for w in sorted({1} if alone else {1, min(4, n)})]
-    sizes = [{}, *([{"batch_tokens": 4096}] if trained and not alone else [])]
+    sizes = [{}, *({"batch_tokens": n} for n in (4096, 16384) if trained and not alone)]
     return [
         (system, {**place, **size, "compute_type": compute_type})
         for (system, compute_type), place, size in itertools.product(compute_types.items(), places, sizes)
