@@ -37,12 +37,13 @@ class ListDictionary(Dictionary):
         include_eos=False,
         separator=" ",
     ) -> str:
-        if not torch.is_tensor(tensor) or tensor.dim() != 1:
+        tokens = tensor.tolist() if torch.is_tensor(tensor) and tensor.dim() == 1 else tensor
+        if not isinstance(tokens, list) or not all(type(token) is int for token in tokens):
             options = escape_unk, extra_symbols_to_ignore, unk_string, include_eos, separator
             return super().string(tensor, bpe_symbol, *options)
         ignored = {*(extra_symbols_to_ignore or ()), self.bos(), *(() if include_eos else (self.eos(),))}
         unknown = self.unk_string(escape_unk) if unk_string is None else unk_string
-        words = [unknown if i == self.unk_index else self[i] for i in tensor.tolist() if i not in ignored]
+        words = [unknown if i == self.unk_index else self[i] for i in tokens if i not in ignored]
         return data_utils.post_process(separator.join(words), bpe_symbol)
 
     def encode_line(

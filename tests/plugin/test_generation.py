@@ -683,7 +683,8 @@ def test_tokens_are_joined_as_in_fairseq(rows):
         tokens = torch.tensor(rows, dtype=torch.long)
         assert ours.string(tokens, **options) == theirs.string(tokens, **options)
         if tokens.dim() == 1:
-            assert ours.string(rows, **options) == theirs.string(rows, **options)
+            for listed in (rows, list(tokens)):
+                assert ours.string(listed, **options) == theirs.string(listed, **options)
 
 
 @pytest.mark.parametrize("line", ["b ▁c unseen b", "", "another"])
