@@ -34,6 +34,8 @@ _SHARE = "--num-processes N says how many processes share the work, one for each
 _PROGRESS = "the progress of all processes is shown together"
 _ONE_LINE = "with --input each line has one translation, and no reference"
 
+_CONSTRAINTS = "fairseq-interactive reads them from the lines that it translates"
+
 REFUSED = {  # options of fairseq-generate and fairseq-interactive without a meaning here
     **dict.fromkeys(("--num-shards", "--shard-id", "--distributed-world-size", "--distributed-rank"), _SHARE),
     **dict.fromkeys(("--distributed-init-method", "--distributed-port", "--distributed-no-spawn"), _SHARE),
@@ -43,7 +45,8 @@ REFUSED = {  # options of fairseq-generate and fairseq-interactive without a mea
 REFUSED_FOR_TEXT = {
     **dict.fromkeys(("--gen-subset", "--prefix-size", "--score-reference", "--scoring", "--quiet"), _ONE_LINE),
     **dict.fromkeys(("--print-alignment", "--print-step", "--retain-iter-history"), _ONE_LINE),
-    **dict.fromkeys(("--constraints", "--lm-path", "--replace-unk"), "translate a data-bin folder, without --input"),
+    **dict.fromkeys(("--lm-path", "--replace-unk"), "translate a data-bin folder, without --input"),
+    "--constraints": _CONSTRAINTS,
     "--results-path": "name the translation with --output FILE",
     "--skip-invalid-size-inputs-valid-test": "cut lines that are too long with --truncate-source",
 }
@@ -52,6 +55,7 @@ REFUSED_FOR_DATA = {
     "-o": "the lines of a test set go to standard output, or to --results-path DIR",
     "--overwrite": "a result in --results-path is replaced, as fairseq-generate does",
     "--buffer-size": "it is for --input",
+    "--constraints": _CONSTRAINTS,
 }
 
 
@@ -93,6 +97,12 @@ def main(argv: list[str]) -> None:
     for flag, number in (("--beam", args.beam), ("--nbest", args.nbest)):
         if number < 1:
             raise UserError(f"{flag} {number}: a search keeps and returns at least 1 hypothesis")
+    if args.temperature <= 0:
+        raise UserError(f"--temperature {args.temperature}: scores are divided by it; give a number above 0")
+    if args.sampling and not is_text and args.nbest != args.beam:
+        raise UserError(
+            f"--sampling --beam {args.beam} --nbest {args.nbest}: each hypothesis is a sample; give both one number"
+        )
     if args.buffer_size < 0:
         raise UserError(f"--buffer-size {args.buffer_size} is not a number of lines")
     if args.max_tokens is None and args.batch_size is None:
@@ -136,6 +146,13 @@ def _require_files(args: argparse.Namespace) -> None:
             f"{folders[0]} has one dictionary dict.txt, as text of a language model has; add --task "
             "pruned_language_modeling"
         )
+    if args.lm_path is not None:
+        require_file(args.lm_path, "a fairseq checkpoint of a language model")
+        if not (Path(folders[0]) / "dict.txt").exists():
+            raise UserError(
+                f"--lm-path {args.lm_path}: fairseq reads its dictionary from {folders[0]}/dict.txt, which does not "
+                "exist; copy that of the target language to there, with which the language model was trained"
+            )
     for flag in ("--source-lang", "--target-lang") if args.task in ("pruned_translation", "translation") else ():
         language = getattr(args, flag[2:].replace("-", "_"))
         if language is not None and not (Path(folders[0]) / f"dict.{language}.txt").exists():

@@ -293,6 +293,15 @@ def test_a_signal_ends_all_processes(running, tmp_path, number):
         (["--user-dir", "missing"], "--user-dir missing: there is no such folder"),
         (["--beam", "0"], "--beam 0: a search keeps and returns at least 1 hypothesis"),
         (["--nbest", "0"], "--nbest 0: a search keeps and returns at least 1 hypothesis"),
+        (["--constraints"], "--constraints has no meaning for ap-generate; fairseq-interactive reads them"),
+        (
+            ["--input", "x", "--constraints"],
+            "--constraints has no meaning for ap-generate --input; fairseq-interactive",
+        ),
+        (["--temperature", "0"], "--temperature 0.0: scores are divided by it; give a number above 0"),
+        (["--sampling"], "--sampling --beam 5 --nbest 1: each hypothesis is a sample; give both one number"),
+        (["--lm-path", "missing.pt"], "missing.pt does not exist; expected a fairseq checkpoint of a language model"),
+        (["--lm-path", __file__], f"--lm-path {__file__}: fairseq reads its dictionary from "),
         (["--input", "x", "--buffer-size", "-2"], "--buffer-size -2 is not a number of lines"),
     ],
 )
