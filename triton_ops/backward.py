@@ -40,6 +40,11 @@ from .primitives import (
     sequence_length,
 )
 
+if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 6):
+    from . import hopper
+else:
+    hopper = None
+
 
 @triton.jit
 def _dq_step(
@@ -59,7 +64,7 @@ def _dq_step(
 
 @triton.jit(do_not_specialize=RUN_TIME)
 def _dq_kernel(
-    p_q, p_k, p_v, p_o, p_do, p_lse, p_dlse, p_dq, p_delta, p_words, p_entries, p_counts,
+    p_q, p_k, p_v, p_o, p_do, p_lse, p_dlse, p_dq, p_delta, p_pivot, p_words, p_entries, p_counts,
     p_q_lengths, p_k_lengths, p_seed, p_anchor, d_k, d_v, scale, scale_log2, threshold, inverse_keep,
     s_qb, s_qh, s_qt, s_kb, s_kh, s_kt, s_vb, s_vh, s_vt, s_ob, s_oh, s_ot, s_gb, s_gh, s_gt,
     s_dqb, s_dqh, s_dqt,
@@ -72,6 +77,7 @@ def _dq_kernel(
     p_o, p_do, p_lse      output, its gradient, log-sum-exp
     p_dlse                gradient of the log-sum-exp, float32 (B, H, TQ), or None
     p_delta               float32 (B, H, TQ), written
+    p_pivot               likewise, for `hopper.dkdv`, or None: log2 of what exponentials are divided by, inf if nothing
     p_entries, p_counts   the query table, with NO query tiles and NI key blocks to a row
     d_k, d_v              descriptors of tiles of K and V, or None
     first_h, first_b      head and sentence of the first program (`config.grids`)
@@ -119,6 +125,8 @@ def _dq_kernel(
         # Not where nothing is visible: -inf has no gradient, and merging parts by logaddexp makes it NaN.
         b_delta -= tl.load(p_dlse + o_row, mask=b_lse < float("inf"), other=0.0)
     tl.store(p_delta + o_row, b_delta, mask=o_m < TQ)
+    if p_pivot is not None:
+        tl.store(p_pivot + o_row, b_lse, mask=o_m < TQ)
 
     b_dq = tl.zeros([BM, BD], dtype=tl.float32)
     if p_anchor is None:
@@ -306,6 +314,8 @@ def backward(
     """Launch the backward kernels. Returns (dq, dk, dv), laid out in memory as q, k and v."""
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     delta = torch.empty_like(lse)
+    on_hopper = hopper is not None and hopper.covers(q, k, v, grad_out, call)
+    pivot = torch.empty_like(lse) if on_hopper else None
     queries, keys = call.query_table(), call.key_table()
 
     def shared() -> dict[str, Any]:
@@ -344,11 +354,14 @@ def backward(
         n_tiles = ceil_div(k.size(2), config.block_k)
         return launches_of(_dkdv_kernel, n_tiles, q.size(1), q.size(0), numbers, config, blocks)
 
-    for launch in call.launches(("dq", aligned(k, v), grad_lse is None), dq_launches, q, k, v, grad_out, out):
+    for launch in call.launches(("dq", aligned(k, v), grad_lse is None, on_hopper), dq_launches, q, k, v, grad_out, out):
         launch(
             p_q=q, p_k=k, p_v=v, p_o=out, p_do=grad_out, p_lse=lse, p_dlse=grad_lse, p_dq=dq, p_delta=delta,
-            p_words=call.words, p_entries=queries.entries, p_counts=queries.counts, **call.tensors(), d_k=k, d_v=v,
+            p_pivot=pivot, p_words=call.words, p_entries=queries.entries, p_counts=queries.counts, **call.tensors(), d_k=k, d_v=v,
         )  # fmt: skip
+    if pivot is not None:
+        hopper.dkdv(q, k, v, grad_out, pivot, delta, dk, dv, call)
+        return dq, dk, dv
     for launch in call.launches(("dkdv", aligned(q, grad_out)), dkdv_launches, q, k, v, grad_out):
         launch(
             p_q=q, p_k=k, p_v=v, p_do=grad_out, p_lse=lse, p_delta=delta, p_dk=dk, p_dv=dv,

@@ -54,7 +54,7 @@ class Launch:
         self._run: Callable[..., None] | None = None  # of the compiled kernel
         self._described: list[tuple[int, str, TakeApart | None]] = []  # place and name of descriptors, from the last on
         self._parts: dict[tuple[str, int], list[Any]] = {}  # of descriptors, by name and address
-        self._descriptions: dict[str, dict[str, Any]] = {}  # attributes of descriptors, but for the tensor
+        self._descriptions: dict[str, tuple[type, dict[str, Any]]] = {}  # descriptors, but for the tensor
 
     def __call__(self, **tensors: Tensor | None) -> None:
         """Launch on *tensors*, of the sizes, strides and types of the first call; None where the kernel allows it."""
@@ -98,14 +98,18 @@ class Launch:
             parts = self._parts[name, address] = take_apart(self._describe(name, x))
         return parts
 
-    def _describe(self, name: str, x: Any) -> TensorDescriptor:
+    def _describe(self, name: str, x: Any) -> Any:
         if name not in self._descriptions:
-            descriptor = TensorDescriptor(x, x.shape, x.stride(), self.blocks[name])
-            self._descriptions[name] = vars(descriptor) | dict(base=None)
+            descriptor = self._descriptor(x, self.blocks[name])
+            self._descriptions[name] = type(descriptor), vars(descriptor) | dict(base=None)
         else:  # without its checks, which look at what never changes
-            descriptor = object.__new__(TensorDescriptor)
-            vars(descriptor).update(self._descriptions[name], base=x)
+            kind, attributes = self._descriptions[name]
+            descriptor = object.__new__(kind)
+            vars(descriptor).update(attributes, base=x)
         return descriptor
+
+    def _descriptor(self, x: Any, block: list[int]) -> Any:
+        return TensorDescriptor(x, x.shape, x.stride(), block)
 
 
 def observed() -> bool:

@@ -188,6 +188,7 @@ def main():
     launch.forget()
     attend(torch.bfloat16, 64, 64, 0.0, 300, 2)
     attend(torch.bfloat16, 128, 128, 0.1, 300, 2)
+    attend(torch.float16, 64, 128, 0.0, 300, 2)
     for tile in [(64, 16), (128, 16), (64, 1)]:
         attend(torch.bfloat16, 64, tile, 0.0, 300, 2)
     attend(torch.float32, 96, None, 0.1, 300, 2)
@@ -196,6 +197,7 @@ def main():
     def lengths_seen(size, batch):
         attend(torch.bfloat16, 32, 64, 0.1, size, batch)
         attend(torch.bfloat16, 64, None, 0.0, size, batch)
+        attend(torch.bfloat16, 64, 128, 0.0, size, batch)
         decode_steps(torch.bfloat16, 32, size, batch)
         search_step(size, batch)
         few_rows(min(size, rows.MAX_ROWS), size)
