@@ -7,14 +7,16 @@ Every tensor is an allocation of its own: in the segments of torch's caching all
 is read past the end of a tensor.
 """
 
+import math
 import os
+from unittest import mock
 
 os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # torch reads it when it first allocates
 
 import torch
 
 from ap_fairseq.search.beams import BeamSearchState
-from triton_ops import AttentionLayout, append_to_pool, decode_attention
+from triton_ops import AttentionLayout, append_to_pool, backward, decode_attention, launch
 from triton_ops.layout import TILES
 from triton_ops.rows import MAX_ROWS, Norm, Slots, embed_rows, linear_rows
 from triton_ops.testing import (
@@ -49,6 +51,22 @@ def attention() -> None:
         keep = offsets.keep_mask(size, size, lengths.to(DEVICE))
         sizes = dict(batch=3, q_size=size, k_size=size, k_lengths=lengths)
         assert_within_budget(make_case(keep=keep, offsets=offsets, **sizes, **common))
+
+
+def long_lists() -> None:
+    """dK and dV of `hopper.py` where it runs: full blocks, partial ones, both, and padded positions."""
+    common = dict(batch=2, heads=2, dim=64, dtype=torch.bfloat16, scale=0.125, tile=128, use_lse=True, device=DEVICE)
+    with mock.patch("triton_ops.layout.LONG_LIST", -math.inf):
+        for number, (q_size, k_size) in enumerate([(640, 256), (400, 300), (150, 140)]):
+            keep = block_mask(2, q_size, k_size, 128, 0.3, seed=number)
+            keep[:, q_size // 2 :] &= random(2, q_size - q_size // 2, k_size) < 0.9
+            lengths = dict(q_lengths=torch.tensor([q_size, 137]), k_lengths=torch.tensor([90, k_size]))
+            for padding in ({}, lengths):
+                assert_within_budget(make_case(q_size=q_size, k_size=k_size, keep=keep, **padding, **common))
+    launched = {kernel.kernel.__name__ for kernels in launch._kept.values() for kernel in kernels}
+    expected = backward.HOPPER and torch.cuda.get_device_capability() == (9, 0)
+    if expected != ("_hopper_dkdv_kernel" in launched):
+        raise AssertionError(f"expected the kernel of hopper.py {'to run' if expected else 'nowhere'}, got {launched}")
 
 
 def decoding() -> None:
@@ -98,6 +116,7 @@ def beam_search() -> None:
 
 if __name__ == "__main__":
     attention()
+    long_lists()
     decoding()
     few_rows()
     beam_search()

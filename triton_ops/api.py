@@ -304,7 +304,8 @@ def block_sparse_attention(
     tables = [] if small else read.tables(_wants_grad(q, k, v))
     mask = read.words, read.row_shift, tables, *read.tile
     alike: dict | None = None if question is None else {}
-    call = Call(*mask, None, None, None, dropout_p, scale, read.slope, read.anchor, alike)
+    how = dropout_p, scale, read.slope, read.anchor, read.long_lists(q_size)
+    call = Call(*mask, None, None, None, *how, alike)
     if question is not None and probs is None:
         layout.remember(question, (attend, call))
     rows = tuple(_rows(x) for x in (q, k, v))

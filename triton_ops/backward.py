@@ -11,6 +11,7 @@ element is written by one program in a fixed order of additions: no atomics, the
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .call import Call
-from .config import ceil_div, dkdv_config, dq_config, int32_offsets, power_of_two, precision
+from .config import INTERPRETED, TRITON, ceil_div, dkdv_config, dq_config, int32_offsets, power_of_two, precision
 from .descriptors import aligned, tile_block
 from .launch import Launch, launches_of
 from .primitives import (
@@ -40,10 +41,8 @@ from .primitives import (
     sequence_length,
 )
 
-if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 6):
-    from . import hopper
-else:
-    hopper = None
+# Whether `hopper.py` may take the place of `_dkdv_kernel`. Changed later, it holds after `launch.forget`.
+HOPPER = TRITON >= (3, 6) and not INTERPRETED and os.environ.get("TRITON_OPS_HOPPER") != "0"
 
 
 @triton.jit
@@ -72,12 +71,12 @@ def _dq_kernel(
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, G: tl.constexpr, GO: tl.constexpr,
     INT32_OFFSETS: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dQ of BM queries of one head of one sentence, and δ of these rows, which `_dkdv_kernel` reads.
+    """dQ of BM queries of one head of one sentence, and what the kernel of dK and dV reads of these rows.
 
     p_o, p_do, p_lse      output, its gradient, log-sum-exp
     p_dlse                gradient of the log-sum-exp, float32 (B, H, TQ), or None
-    p_delta               float32 (B, H, TQ), written
-    p_pivot               likewise, for `hopper.dkdv`, or None: log2 of what exponentials are divided by, inf if nothing
+    p_delta               δ, float32 (B, H, TQ), written
+    p_pivot               log2 of what exponentials are divided by, infinity where no key is visible, likewise; or None
     p_entries, p_counts   the query table, with NO query tiles and NI key blocks to a row
     d_k, d_v              descriptors of tiles of K and V, or None
     first_h, first_b      head and sentence of the first program (`config.grids`)
@@ -308,14 +307,26 @@ def _block(a: Tensor, b: Tensor, step: int, inner: int) -> list[int] | None:
     return tile_block(a, b, step, inner) if inner >= 64 else None
 
 
+def _on_hopper(q: Tensor, k: Tensor, v: Tensor, grad_out: Tensor, call: Call) -> bool:
+    """Whether `hopper.py` computes dK and dV: it can, and was measured to be faster."""
+    return (
+        HOPPER
+        and call.long_lists
+        and call.tile_q == call.tile_k == 128
+        and call.seed is None
+        and q.size(3) == 64
+        and q.numel() < 2**31 * q.size(3)  # rows are counted in int32
+        and all(tile_block(a, b, 64, 64) is not None for a, b in ((q, grad_out), (k, v)))
+        and triton.runtime.driver.active.get_current_target().arch == 90
+    )
+
+
 def backward(
     grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, call: Call
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Launch the backward kernels. Returns (dq, dk, dv), laid out in memory as q, k and v."""
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     delta = torch.empty_like(lse)
-    on_hopper = hopper is not None and hopper.covers(q, k, v, grad_out, call)
-    pivot = torch.empty_like(lse) if on_hopper else None
     queries, keys = call.query_table(), call.key_table()
 
     def shared() -> dict[str, Any]:
@@ -342,6 +353,10 @@ def backward(
         return launches_of(_dq_kernel, n_tiles, q.size(1), q.size(0), numbers, config, blocks)
 
     def dkdv_launches() -> list[Launch]:
+        if _on_hopper(q, k, v, grad_out, call):
+            from . import hopper  # needs Gluon
+
+            return hopper.launches(q, k, v, grad_out, dk, dv, call)
         config = dkdv_config(keys, q.size(3), q.dtype)
         numbers = dict(
             s_dkb=dk.stride(0), s_dkh=dk.stride(1), s_dkt=dk.stride(2),
@@ -354,15 +369,24 @@ def backward(
         n_tiles = ceil_div(k.size(2), config.block_k)
         return launches_of(_dkdv_kernel, n_tiles, q.size(1), q.size(0), numbers, config, blocks)
 
-    for launch in call.launches(("dq", aligned(k, v), grad_lse is None, on_hopper), dq_launches, q, k, v, grad_out, out):
+    at_16_bytes = aligned(k, v)
+    for_dkdv = call.launches(("dkdv", aligned(q, grad_out), at_16_bytes), dkdv_launches, q, k, v, grad_out)
+    on_hopper = for_dkdv[0].kernel is not _dkdv_kernel
+    pivot = torch.empty_like(lse) if on_hopper else None
+    for launch in call.launches(("dq", at_16_bytes, grad_lse is None, on_hopper), dq_launches, q, k, v, grad_out, out):
         launch(
             p_q=q, p_k=k, p_v=v, p_o=out, p_do=grad_out, p_lse=lse, p_dlse=grad_lse, p_dq=dq, p_delta=delta,
-            p_pivot=pivot, p_words=call.words, p_entries=queries.entries, p_counts=queries.counts, **call.tensors(), d_k=k, d_v=v,
+            p_pivot=pivot, p_words=call.words, p_entries=queries.entries, p_counts=queries.counts, **call.tensors(),
+            d_k=k, d_v=v,
         )  # fmt: skip
-    if pivot is not None:
-        hopper.dkdv(q, k, v, grad_out, pivot, delta, dk, dv, call)
-        return dq, dk, dv
-    for launch in call.launches(("dkdv", aligned(q, grad_out)), dkdv_launches, q, k, v, grad_out):
+    for launch in for_dkdv:
+        if pivot is not None:
+            launch(
+                p_q=q, p_do=grad_out, p_pivot=pivot, p_delta=delta, p_dk=dk, p_dv=dv, p_words=call.words,
+                p_entries=keys.entries, p_counts=keys.counts, p_q_lengths=call.q_lengths, p_k_lengths=call.k_lengths,
+                d_q=q, d_k=k, d_v=v, d_do=grad_out, d_pivot=pivot.view(-1), d_delta=delta.view(-1),
+            )  # fmt: skip
+            continue
         launch(
             p_q=q, p_k=k, p_v=v, p_do=grad_out, p_lse=lse, p_delta=delta, p_dk=dk, p_dv=dv,
             p_words=call.words, p_entries=keys.entries, p_counts=keys.counts, **call.tensors(), d_q=q, d_do=grad_out,

@@ -24,7 +24,8 @@ INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1 when triton w
 SMALL_TILES = (32, 64, 128)  # sizes of the kernels in `small.py`: both sequences at most that long
 MAX_GRID_YZ = 65535  # most programs along the second and third axis of a launch grid
 MAX_INT32_OFFSET = 2**31  # elements that 32-bit offsets reach
-LEAST_COLUMNS = 8 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 5) else 16  # of a product
+TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
+LEAST_COLUMNS = 8 if TRITON >= (3, 5) else 16  # of a product
 MAX_SENTENCE = 256  # positions of a cache that holds sentences
 SMALL_BYTES = 128 * 64 * 2  # most that one of their operands may take, so that a head's backward fits on chip
 

@@ -1,16 +1,13 @@
-"""dK and dV on Hopper, in Gluon (triton 3.6 and later): `backward._dkdv_kernel` for full blocks of 64 and more.
+"""dK and dV on Hopper, in Gluon (triton 3.6 and later): `backward._dkdv_kernel` where lists of full blocks are long.
 
 A warp of its own loads tiles of Q and dO into a ring of shared memory, and the products run asynchronously: scores of
 the next tile while those of this one become probabilities. Scores are transposed, [keys, queries]: P and dS leave the
-first products in the registers from which the second ones take them, and K and V stay in registers.
+first products in the registers from which the second ones take them, and K and V stay in registers. Two programs share
+a multiprocessor.
 """
 
 from __future__ import annotations
 
-import functools
-
-import torch
-import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -25,16 +22,15 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .call import Call
-from .config import INTERPRETED, Config, ceil_div, grids
-from .descriptors import tile_block
-from .launch import Launch
+from .config import Config, ceil_div
+from .launch import Launch, launches_of
 from .primitives import RUN_TIME, list_lengths, listed_start, sequence_length
 
-TILES = (128,)  # sizes of blocks for which it was faster
 KEYS, QUERIES, STAGES = 64, 64, 3
-# Half of the registers of a multiprocessor: two programs share it. Those that the loading warp leaves go to the others.
+# Half of the registers of a multiprocessor. Those that the loading warp leaves go to the others.
 CONFIG = Config(QUERIES, KEYS, 4, STAGES, 128)
 LOADING_REGISTERS = gl.constexpr(24)
+THREADS = gl.constexpr(160)  # of the five warps
 FIRST_BARRIER = gl.constexpr(9)  # named barriers of the stages; Triton has the first few
 load_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # its name until triton 3.8
 
@@ -48,25 +44,27 @@ def _next_stage(slot, phase, STAGES: gl.constexpr):
 
 @gluon.jit
 def _release(slot, pred):
-    """Let the loading warp have a stage, without waiting: `mbarrier.arrive` would synchronise all four warps."""
+    """Let the loading warp have a stage, without waiting: around an `mbarrier.arrive` all four warps would."""
     gl.inline_asm_elementwise(
-        "{ .reg .pred some; setp.ne.u32 some, $2, 0; @some bar.arrive $1, 160; mov.u32 $0, 0; }", "=r,r,r",
-        [slot + FIRST_BARRIER, pred.to(gl.int32)], gl.int32, is_pure=False, pack=1,
+        "{ .reg .pred some; setp.ne.u32 some, $3, 0; @some bar.arrive $1, $2; mov.u32 $0, 0; }", "=r,r,r,r",
+        [slot + FIRST_BARRIER, THREADS, pred.to(gl.int32)], gl.int32, is_pure=False, pack=1,
     )  # fmt: skip
 
 
 @gluon.jit
 def _await_release(slot, pred):
     gl.inline_asm_elementwise(
-        "{ .reg .pred some; setp.ne.u32 some, $2, 0; @some bar.sync $1, 160; mov.u32 $0, 0; }", "=r,r,r",
-        [slot + FIRST_BARRIER, pred.to(gl.int32)], gl.int32, is_pure=False, pack=1,
+        "{ .reg .pred some; setp.ne.u32 some, $3, 0; @some bar.sync $1, $2; mov.u32 $0, 0; }", "=r,r,r,r",
+        [slot + FIRST_BARRIER, THREADS, pred.to(gl.int32)], gl.int32, is_pure=False, pack=1,
     )  # fmt: skip
 
 
 @gluon.jit
 def _load(run, BM: gl.constexpr, G: gl.constexpr, STAGES: gl.constexpr):
     """Fill the ring with tiles of the first n_tiles * BM queries of the list."""
-    d_q, d_do, d_pivot, d_delta, q_ring, do_ring, pivot_ring, delta_ring, full, p_entries, n_tiles, i_b, i_h, i_row = run
+    d_q, d_do, d_pivot, d_delta, q_ring, do_ring, pivot_ring, delta_ring, full, p_entries, n_tiles, i_b, i_h, i_row = (
+        run
+    )
     BYTES: gl.constexpr = d_q.block_type.nbytes + d_do.block_type.nbytes + 8 * BM
     slot = 0
     phase = 0
@@ -114,14 +112,16 @@ def _add(
         dp = warpgroup_mma(v, do.permute((1, 0)), no_s, use_acc=False, is_async=True)
         pivot = pivot_ring.index(slot).load(columns)
         p = gl.exp2(b_s * scale_log2 - pivot[None, :])
+        p_left = gl.convert_layout(p.to(dtype), left)
         mbarrier.wait(full.index(next_slot), next_phase)
         q_next = q_ring.index(next_slot).reshape([BM, D])
         s = warpgroup_mma(k, q_next.permute((1, 0)), no_s, use_acc=False, is_async=True)
-        dv = warpgroup_mma(gl.convert_layout(p.to(dtype), left), do, dv, is_async=True)
+        dv = warpgroup_mma(p_left, do, dv, is_async=True)
         delta = delta_ring.index(slot).load(columns)
         b_dp = warpgroup_mma_wait(2, deps=[dp])
         ds = p * (b_dp - delta[None, :])
         dk = warpgroup_mma(gl.convert_layout(ds.to(dtype), left), q, dk, is_async=True)
+        # ptxas runs products one by one if one whose result is read is still on its way into the next step.
         b_s, b_dk, b_dv = warpgroup_mma_wait(0, deps=[s, dk, dv])
         dk = warpgroup_mma_init(b_dk)
         dv = warpgroup_mma_init(b_dv)
@@ -225,7 +225,8 @@ def _hopper_dkdv_kernel(
     run = (q_ring, do_ring, pivot_ring, delta_ring, k_own, v_own, full, own, n_tiles, scale_log2)
     tail = (
         p_q + i_b64 * s_qb + i_h64 * s_qh, p_do + i_b64 * s_gb + i_h64 * s_gh, p_pivot + i_row, p_delta + i_row,
-        p_words + i_mh.to(gl.int64) * KW * LQ, p_entries, s_qt, s_gt, n_inside * G, n_full, n_total, q_length, NI, LQ, RS,
+        p_words + i_mh.to(gl.int64) * KW * LQ, p_entries, s_qt, s_gt, n_inside * G, n_full, n_total, q_length,
+        NI, LQ, RS,
     )  # fmt: skip
     out = (
         p_dk + i_b64 * s_dkb + i_h64 * s_dkh, p_dv + i_b64 * s_dvb + i_h64 * s_dvh, s_dkt, s_dvt, i_n, k_length, TK,
@@ -240,59 +241,24 @@ class HopperLaunch(Launch):
     """A launch whose descriptors say how tiles lie in shared memory."""
 
     def _descriptor(self, x: Tensor, block: list[int]) -> TensorDescriptor:
-        swizzle = 0 if len(block) == 1 else 128
-        layout = gl.NVMMASharedLayout(swizzle, 8 * x.element_size(), len(block))
+        layout = gl.NVMMASharedLayout(0 if len(block) == 1 else 128, 8 * x.element_size(), len(block))
         return TensorDescriptor(x, list(x.shape), list(x.stride()), block, layout)
 
 
-@functools.cache
-def _on_hopper(device: torch.device) -> bool:
-    """Whether *device*, now the current one, has the products of a warp group."""
-    target = triton.runtime.driver.active.get_current_target()
-    return target.backend == "cuda" and target.arch == 90
-
-
-def covers(q: Tensor, k: Tensor, v: Tensor, grad_out: Tensor, call: Call) -> bool:
-    """Whether `dkdv` computes the gradients of K and V of this call, faster than `backward._dkdv_kernel` does."""
-    return (
-        not INTERPRETED
-        and call.tile_q == call.tile_k in TILES
-        and call.seed is None
-        and call.anchor is None
-        and q.size(3) == 64
-        and q.numel() // q.size(3) < 2**31
-        and _on_hopper(q.device)
-        and all(tile_block(a, b, 64, 64) is not None for a, b in ((q, k), (v, grad_out)))
-    )
-
-
-def dkdv(
-    q: Tensor, k: Tensor, v: Tensor, grad_out: Tensor, pivot: Tensor, delta: Tensor, dk: Tensor, dv: Tensor, call: Call
-) -> None:
-    """Write the gradients of K and V, for calls that `covers` covers; pivot and delta as `_dq_kernel` left them."""
+def launches(q: Tensor, k: Tensor, v: Tensor, grad_out: Tensor, dk: Tensor, dv: Tensor, call: Call) -> list[Launch]:
+    """Launches that write dK and dV, of the tensors that `_hopper_dkdv_kernel` names."""
     table = call.key_table()
-
-    def launches() -> list[Launch]:
-        names = ("MH", "LQ", "RS", "KW", "scale_log2")
-        numbers = dict(
-            s_qb=q.stride(0), s_qh=q.stride(1), s_qt=q.stride(2),
-            s_gb=grad_out.stride(0), s_gh=grad_out.stride(1), s_gt=grad_out.stride(2),
-            s_dkb=dk.stride(0), s_dkh=dk.stride(1), s_dkt=dk.stride(2),
-            s_dvb=dv.stride(0), s_dvh=dv.stride(1), s_dvt=dv.stride(2),
-            H=q.size(1), TQ=q.size(2), TK=k.size(2), scale=call.scale,
-            NO=table.entries.size(1), NI=table.entries.size(2), D=q.size(3), BM=QUERIES, BN=KEYS,
-            G=table.inner, GO=table.outer, STAGES=STAGES, **{name: call.numbers()[name] for name in names},
-        )  # fmt: skip
-        tiles = [1, 1, QUERIES, q.size(3)], [1, 1, KEYS, q.size(3)]
-        blocks = dict(d_q=tiles[0], d_k=tiles[1], d_v=tiles[1], d_do=tiles[0], d_pivot=[QUERIES], d_delta=[QUERIES])
-        return [
-            HopperLaunch(_hopper_dkdv_kernel, grid, dict(numbers, first_h=first_h, first_b=first_b), CONFIG, blocks)
-            for grid, first_h, first_b in grids(ceil_div(k.size(2), KEYS), q.size(1), q.size(0))
-        ]
-
-    for launch in call.launches(("hopper dkdv",), launches, q, k, v, grad_out):
-        launch(
-            p_q=q, p_do=grad_out, p_pivot=pivot, p_delta=delta, p_dk=dk, p_dv=dv, p_words=call.words,
-            p_entries=table.entries, p_counts=table.counts, p_q_lengths=call.q_lengths, p_k_lengths=call.k_lengths,
-            d_q=q, d_k=k, d_v=v, d_do=grad_out, d_pivot=pivot.view(-1), d_delta=delta.view(-1),
-        )  # fmt: skip
+    names = ("MH", "KW", "LQ", "RS", "scale_log2")
+    numbers = dict(
+        s_qb=q.stride(0), s_qh=q.stride(1), s_qt=q.stride(2),
+        s_gb=grad_out.stride(0), s_gh=grad_out.stride(1), s_gt=grad_out.stride(2),
+        s_dkb=dk.stride(0), s_dkh=dk.stride(1), s_dkt=dk.stride(2),
+        s_dvb=dv.stride(0), s_dvh=dv.stride(1), s_dvt=dv.stride(2),
+        H=q.size(1), TQ=q.size(2), TK=k.size(2), scale=call.scale, D=q.size(3),
+        NO=table.entries.size(1), NI=table.entries.size(2), BM=QUERIES, BN=KEYS, G=table.inner, GO=table.outer,
+        STAGES=STAGES, **{name: call.numbers()[name] for name in names},
+    )  # fmt: skip
+    tiles = [1, 1, QUERIES, q.size(3)], [1, 1, KEYS, q.size(3)]
+    blocks = dict(d_q=tiles[0], d_k=tiles[1], d_v=tiles[1], d_do=tiles[0], d_pivot=[QUERIES], d_delta=[QUERIES])
+    n_tiles = ceil_div(k.size(2), KEYS)
+    return launches_of(_hopper_dkdv_kernel, n_tiles, q.size(1), q.size(0), numbers, CONFIG, blocks, HopperLaunch)

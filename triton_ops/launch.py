@@ -100,15 +100,15 @@ class Launch:
 
     def _describe(self, name: str, x: Any) -> Any:
         if name not in self._descriptions:
-            descriptor = self._descriptor(x, self.blocks[name])
-            self._descriptions[name] = type(descriptor), vars(descriptor) | dict(base=None)
-        else:  # without its checks, which look at what never changes
-            kind, attributes = self._descriptions[name]
-            descriptor = object.__new__(kind)
-            vars(descriptor).update(attributes, base=x)
+            checked = self._descriptor(x, self.blocks[name])
+            self._descriptions[name] = type(checked), vars(checked) | dict(base=None)
+            return checked
+        kind, attributes = self._descriptions[name]
+        descriptor: Any = object.__new__(kind)  # without its checks, which look at what never changes
+        vars(descriptor).update(attributes, base=x)
         return descriptor
 
-    def _descriptor(self, x: Any, block: list[int]) -> Any:
+    def _descriptor(self, x: Any, block: Any) -> Any:
         return TensorDescriptor(x, x.shape, x.stride(), block)
 
 
@@ -145,10 +145,11 @@ def launches_of(
     numbers: dict[str, Any],
     config: Config,
     blocks: Mapping[str, list[int] | None],
+    kind: type[Launch] = Launch,
 ) -> list[Launch]:
     """Launches that cover all tiles of all heads: one but for large sizes (`config.grids`)."""
     return [
-        Launch(kernel, grid, dict(numbers, first_h=first_h, first_b=first_b), config, blocks)
+        kind(kernel, grid, dict(numbers, first_h=first_h, first_b=first_b), config, blocks)
         for grid, first_h, first_b in grids(n_tiles, heads, batch)
     ]
 

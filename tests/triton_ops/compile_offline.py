@@ -12,7 +12,6 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from triton_ops import AttentionLayout, decode, launch, ops, rows
 from triton_ops.api import advance_beams, continue_beams
@@ -81,20 +80,21 @@ def attend(dtype, dim, tile, dropout_p, size, batch):
     lengths = torch.ones(batch, dtype=torch.int64)
     seed = torch.ones(1, dtype=torch.int64) if dropout_p else None
     mask = layout.words, layout.row_shift, layout.tables(training=True), *layout.tile
-    rest = (*mask, lengths, lengths, seed, dropout_p, 0.1, layout.slope, layout.anchor)
+    rest = (*mask, lengths, lengths, seed, dropout_p, 0.1, layout.slope, layout.anchor, layout.long_lists(600))
     out, lse = ops.attention_op(q, k, v, *rest)
     ops.attention_backward_op(torch.empty_like(out), None, q, k, v, out, lse, *rest)
 
 
-def repeated(size):
+def repeated(size, tile):
     """Forward and backward four times, first at multiples of 16 bytes, then elsewhere, launches and all.
 
     Returns how many launches Triton bound in each, and whether all passed the tensors, and beside them the same.
     """
-    layout = AttentionLayout.from_keep_mask(torch.ones(2, size, size, dtype=torch.bool), tile=64)
+    layout = AttentionLayout.from_keep_mask(torch.ones(2, size, size, dtype=torch.bool), tile=tile)
     tables = [*layout.query_table()[:2], *layout.key_table()[:2]] if size > 128 else []
     lengths = torch.full((3,), size)
-    call = Call(layout.words, layout.row_shift, tables, *layout.tile, lengths, lengths, None, 0.0, 0.125)
+    mask = layout.words, layout.row_shift, tables, *layout.tile
+    call = Call(*mask, lengths, lengths, None, 0.0, 0.125, long_lists=layout.long_lists(size))
     bound, tensors, others = [], [], []
     run_launch = launch.Launch.__call__
 
@@ -123,8 +123,8 @@ def stands_for(argument, named):
     name, x = named
     if x is None:
         return argument is None or argument == 0
-    if isinstance(argument, TensorDescriptor):
-        return name.startswith("d_") and argument.base is x and argument.shape == x.shape
+    if hasattr(argument, "block_shape"):  # a descriptor, of Triton or of Gluon
+        return name.startswith("d_") and argument.base is x and tuple(argument.shape) == x.shape
     return argument is x or argument == x.data_ptr() or (argument is None and name.startswith("d_"))
 
 
@@ -183,11 +183,13 @@ def few_rows(n, size):
 
 def main():
     triton.runtime.driver.set_active(Driver())
-    repetitions = dict(sentence=repeated(100), lists=repeated(150))
+    repetitions = dict(sentence=repeated(100, 64), lists=repeated(150, 64), hopper=repeated(400, 128))
     JITFunction.__getitem__ = compile_only
     launch.forget()
     attend(torch.bfloat16, 64, 64, 0.0, 300, 2)
+    attend(torch.bfloat16, 64, 128, 0.1, 300, 2)
     attend(torch.bfloat16, 128, 128, 0.1, 300, 2)
+    attend(torch.float16, 64, 128, 0.0, 300, 2)
     attend(torch.float16, 64, 128, 0.0, 300, 2)
     for tile in [(64, 16), (128, 16), (64, 1)]:
         attend(torch.bfloat16, 64, tile, 0.0, 300, 2)
@@ -197,6 +199,7 @@ def main():
     def lengths_seen(size, batch):
         attend(torch.bfloat16, 32, 64, 0.1, size, batch)
         attend(torch.bfloat16, 64, None, 0.0, size, batch)
+        attend(torch.bfloat16, 64, 128, 0.0, size, batch)
         attend(torch.bfloat16, 64, 128, 0.0, size, batch)
         decode_steps(torch.bfloat16, 32, size, batch)
         search_step(size, batch)

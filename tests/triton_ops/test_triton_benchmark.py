@@ -13,7 +13,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from triton_ops import small
+from triton_ops import backward, small
 from triton_ops.config import Config
 from triton_ops.reference import attention_reference
 
@@ -208,6 +208,18 @@ def test_tuning_launches_the_candidate_and_puts_the_choice_back(monkeypatch):
     launched.clear()
     assert search.times([case()], None, 1) == [2.0]
     assert candidate not in launched and small.small_forward_config is chosen
+
+
+@pytest.mark.parametrize("name, elsewhere", [("dkdv 128", False), ("dq 128", True)])
+def test_tuning_dk_and_dv_leaves_out_the_kernel_that_takes_no_configuration(monkeypatch, name, elsewhere):
+    """Candidates would all have timed the same: that of `hopper.py`, which computes dK and dV in their place."""
+    tuning = script("tune_attention", monkeypatch)
+    monkeypatch.setattr("triton_ops.backward.HOPPER", True)
+    search = tuning.searches()[name]
+    for config in (search.candidates[0], None):
+        with search.using(config):
+            assert backward.HOPPER == elsewhere
+        assert backward.HOPPER
 
 
 def test_tuning_covers_every_kernel_with_candidates_that_can_launch(monkeypatch):

@@ -11,6 +11,7 @@ import triton
 
 ROOT = Path(__file__).resolve().parents[2]
 GLUON = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 6)
+HOPPER = "_hopper_dkdv_kernel"
 SHARED_MEMORY = 227 * 1024  # bytes a block may use on an H100 or H200
 
 
@@ -27,7 +28,8 @@ def output(script, cache):
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
-    return json.loads(output("compile_offline.py", tmp_path_factory.mktemp("triton")).splitlines()[-1])
+    *log, report = output("compile_offline.py", tmp_path_factory.mktemp("triton")).splitlines()
+    return json.loads(report) | dict(log=log)
 
 
 def test_fifty_random_lengths_compile_nothing_after_one_of_each_size_class(report):
@@ -35,12 +37,12 @@ def test_fifty_random_lengths_compile_nothing_after_one_of_each_size_class(repor
 
 
 def test_every_kernel_fits_in_shared_memory(report):
-    assert len({kernel["name"] for kernel in report["kernels"]}) == 12
+    assert len({kernel["name"] for kernel in report["kernels"]}) == (13 if GLUON else 12)
     assert all(kernel["shared"] <= SHARED_MEMORY for kernel in report["kernels"])
 
 
 def test_tiles_of_64_rows_use_the_tensor_cores_of_hopper(report):
-    large = [k for k in report["kernels"] if min(k.get("G", 0), k.get("GO", 0)) >= 64 and k["PRECISION"] == "ieee"]
+    large = [k for k in report["kernels"] if min(k.get("G", 0), k.get("GO", 0)) >= 64 and k.get("PRECISION") == "ieee"]
     assert {k["name"] for k in large} == {"_forward_kernel", "_dq_kernel", "_dkdv_kernel"}
     assert all(kernel["wgmma"] for kernel in large)
 
@@ -63,7 +65,7 @@ def test_masks_of_offsets_are_compiled_for_every_attention_kernel(report):
     assert all(k["wgmma"] for k in offsets if k.get("BM", 0) >= 64 and k["PRECISION"] == "ieee")
 
 
-@pytest.mark.parametrize("size, kernels", [("sentence", 2), ("lists", 3)])
+@pytest.mark.parametrize("size, kernels", [("sentence", 2), ("lists", 3), ("hopper", 3)])
 def test_triton_binds_the_arguments_of_launches_alike_once(report, size, kernels):
     """And always where addresses are no multiples of 16 bytes: kernels are compiled for these, too."""
     repetition = report["repetitions"][size]
@@ -71,13 +73,17 @@ def test_triton_binds_the_arguments_of_launches_alike_once(report, size, kernels
     assert repetition["same"]
 
 
-@pytest.mark.skipif(not GLUON, reason="triton 3.6 is the first whose Gluon has what they need")
-def test_products_of_the_gluon_kernels_run_asynchronously(tmp_path):
+@pytest.mark.skipif(not GLUON, reason="needs triton 3.6")
+def test_products_on_hopper_run_asynchronously(report):
     """ptxas runs them one by one when registers do not suffice, or when it cannot see that a result is waited for."""
-    *log, report = output("compile_gluon.py", tmp_path).splitlines()
-    kernels = json.loads(report)
-    names = {"dkdv_kernel", "dq_kernel"}
-    assert {kernel["name"] for kernel in kernels} == names
-    assert all(kernel["wgmma"] and kernel["shared"] <= SHARED_MEMORY // 2 for kernel in kernels)
-    assert all(any(f"Compiling entry function '{name}'" in line for line in log) for name in names)  # it does report
-    assert not [line for line in log if "serialized" in line]
+    hopper = [kernel for kernel in report["kernels"] if kernel["name"] == HOPPER]
+    assert hopper and all(k["wgmma"] and k["shared"] <= SHARED_MEMORY // 2 for k in hopper)
+    entry = "Compiling entry function '{}'"
+    assert any(entry.format(HOPPER) in line for line in report["log"])  # it does report
+    assert not [line for line in report["log"] if "serialized" in line and HOPPER in line]
+
+
+def test_triton_without_gluon_computes_the_same_gradients_by_its_own_kernels(tmp_path):
+    assert json.loads(output("compile_as_34.py", tmp_path).splitlines()[-1]) == [
+        *("_forward_kernel", "_dq_kernel", "_dkdv_kernel")
+    ]
