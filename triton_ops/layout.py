@@ -24,7 +24,7 @@ COLUMN_GROUP = 64  # keys per step of the row pointers
 MOST_LISTED = 2**31 - 1 - 2 * COLUMN_GROUP  # int32 pointers; a decode step may count a group past the last cell
 MOST_BLOCKS = (1 << 15) - 1  # numbers of full and of partial blocks share an int32
 MOST_LAST_USES = 16  # kept: searches ask for a few numbers of rows again and again
-LONG_LIST = 3  # full blocks, less partial ones: from as many on `hopper.py` was measured to be faster
+LONG_LIST = 4  # full blocks, less partial ones: from as many on `hopper.py` was measured to be faster
 MOST_ANSWERS = 512  # kept for calls of other sizes, some 3 KB each
 
 # Time per cell of a full tile relative to 128 x 128 tiles: small tiles load keys and values for fewer rows. Forward

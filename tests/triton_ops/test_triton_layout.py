@@ -154,19 +154,19 @@ def test_moving_to_the_same_device_keeps_the_layout():
     assert layout.to("cpu") is layout
 
 
-def test_lists_are_long_where_key_tiles_have_three_full_blocks_on_average():
+def test_lists_are_long_where_key_tiles_have_four_full_blocks_on_average():
     """Each partial one, which `hopper.py` computes less fast, makes up for a full one."""
-    keep = torch.ones(2, 4 * 128 - 1, 200, dtype=torch.bool)  # 4 and 4 blocks in each head, the last ones ragged
-    assert AttentionLayout.from_keep_mask(keep, tile=128).full_blocks == 4
-    keep[0, :128] = False  # 3 and 3, 4 and 4
+    keep = torch.ones(2, 5 * 128 - 1, 200, dtype=torch.bool)  # 5 and 5 blocks in each head, the last ones ragged
+    assert AttentionLayout.from_keep_mask(keep, tile=128).full_blocks == 5
+    keep[0, :128] = False  # 4 and 4, 5 and 5
     layout = AttentionLayout.from_keep_mask(keep, tile=128)
-    assert layout.full_blocks == 3.5 and layout.long_lists(511)
-    assert layout.long_lists(450) and not layout.long_lists(430)  # six sevenths of the queries
-    keep[0, 130, 0] = False  # 2 and a partial one
-    assert AttentionLayout.from_keep_mask(keep, tile=128).full_blocks == 3
+    assert layout.full_blocks == 4.5 and layout.long_lists(639)
+    assert layout.long_lists(570) and not layout.long_lists(560)  # eight ninths of the queries
+    keep[0, 130, 0] = False  # 3 and a partial one
+    assert AttentionLayout.from_keep_mask(keep, tile=128).full_blocks == 4
     keep[1, 130, 0] = False
     layout = AttentionLayout.from_keep_mask(keep, tile=128)
-    assert layout.full_blocks == 2.5 and not layout.long_lists(511)
+    assert layout.full_blocks == 3.5 and not layout.long_lists(639)
     assert not random_offsets(2, 64).long_lists(2**20)
 
 
