@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .call import Call
 from .config import INTERPRETED, TRITON, ceil_div, dkdv_config, dq_config, int32_offsets, power_of_two, precision
-from .descriptors import aligned, tile_block
+from .descriptors import aligned, aligned_row, tile_block
 from .launch import Launch, launches_of
 from .primitives import (
     LOG2E,
@@ -67,7 +67,7 @@ def _dq_kernel(
     p_q_lengths, p_k_lengths, p_seed, p_anchor, d_k, d_v, scale, scale_log2, threshold, inverse_keep,
     s_qb, s_qh, s_qt, s_kb, s_kh, s_kt, s_vb, s_vh, s_vt, s_ob, s_oh, s_ot, s_gb, s_gh, s_gt,
     s_dqb, s_dqh, s_dqt,
-    H, MH, TQ, TK, LQ, RS, KW, SLOPE, NO, NI, first_h, first_b,
+    H, MH, TQ, TK, TR, LQ, RS, KW, SLOPE, NO, NI, first_h, first_b,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, G: tl.constexpr, GO: tl.constexpr,
     INT32_OFFSETS: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -75,7 +75,7 @@ def _dq_kernel(
 
     p_o, p_do, p_lse      output, its gradient, log-sum-exp
     p_dlse                gradient of the log-sum-exp, float32 (B, H, TQ), or None
-    p_delta               δ, float32 (B, H, TQ), written
+    p_delta               δ, float32 (B, H, TR >= TQ), written
     p_pivot               log2 of what exponentials are divided by, infinity where no key is visible, likewise; or None
     p_entries, p_counts   the query table, with NO query tiles and NI key blocks to a row
     d_k, d_v              descriptors of tiles of K and V, or None
@@ -119,13 +119,14 @@ def _dq_kernel(
     # A row without a visible key has lse = -inf: with +inf in its place all its probabilities are 0.
     b_lse = tl.load(p_lse + o_row, mask=m_m, other=float("-inf")) * LOG2E
     b_lse = tl.where(b_lse == float("-inf"), float("inf"), b_lse)
+    o_written = i_bh.to(tl.int64) * TR + o_m
     b_delta = tl.sum(b_o.to(tl.float32) * b_do.to(tl.float32), 1)
     if p_dlse is not None:
         # Not where nothing is visible: -inf has no gradient, and merging parts by logaddexp makes it NaN.
         b_delta -= tl.load(p_dlse + o_row, mask=b_lse < float("inf"), other=0.0)
-    tl.store(p_delta + o_row, b_delta, mask=o_m < TQ)
+    tl.store(p_delta + o_written, b_delta, mask=o_m < TQ)
     if p_pivot is not None:
-        tl.store(p_pivot + o_row, b_lse, mask=o_m < TQ)
+        tl.store(p_pivot + o_written, b_lse, mask=o_m < TQ)
 
     b_dq = tl.zeros([BM, BD], dtype=tl.float32)
     if p_anchor is None:
@@ -315,7 +316,7 @@ def _on_hopper(q: Tensor, k: Tensor, v: Tensor, grad_out: Tensor, call: Call) ->
         and call.tile_q == call.tile_k == 128
         and call.seed is None
         and q.size(3) == 64
-        and q.numel() < 2**31 * q.size(3)  # rows are counted in int32
+        and q.size(0) * q.size(1) * aligned_row(q.size(2)) < 2**31  # rows are counted in int32
         and all(tile_block(a, b, 64, 64) is not None for a, b in ((q, grad_out), (k, v)))
         and triton.runtime.driver.active.get_current_target().arch == 90
     )
@@ -326,7 +327,6 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Launch the backward kernels. Returns (dq, dk, dv), laid out in memory as q, k and v."""
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    delta = torch.empty_like(lse)
     queries, keys = call.query_table(), call.key_table()
 
     def shared() -> dict[str, Any]:
@@ -343,7 +343,7 @@ def backward(
         config = dq_config(queries, q.size(3), q.dtype)
         numbers = dict(
             s_ob=out.stride(0), s_oh=out.stride(1), s_ot=out.stride(2),
-            s_dqb=dq.stride(0), s_dqh=dq.stride(1), s_dqt=dq.stride(2),
+            s_dqb=dq.stride(0), s_dqh=dq.stride(1), s_dqt=dq.stride(2), TR=delta.size(2),
             NO=queries.entries.size(1), NI=queries.entries.size(2),
             BM=config.block_q, BN=config.block_k, G=queries.inner, GO=queries.outer,
             INT32_OFFSETS=int32_offsets(k, v), **shared(),
@@ -372,7 +372,9 @@ def backward(
     at_16_bytes = aligned(k, v)
     for_dkdv = call.launches(("dkdv", aligned(q, grad_out), at_16_bytes), dkdv_launches, q, k, v, grad_out)
     on_hopper = for_dkdv[0].kernel is not _dkdv_kernel
-    pivot = torch.empty_like(lse) if on_hopper else None
+    delta, pivot = torch.empty_like(lse), None
+    if on_hopper:
+        delta, pivot = lse.new_empty(2, *q.shape[:2], aligned_row(q.size(2))).unbind()
     for launch in call.launches(("dq", at_16_bytes, grad_lse is None, on_hopper), dq_launches, q, k, v, grad_out, out):
         launch(
             p_q=q, p_k=k, p_v=v, p_o=out, p_do=grad_out, p_lse=lse, p_dlse=grad_lse, p_dq=dq, p_delta=delta,

@@ -8,7 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
-from .config import INTERPRETED
+from .config import INTERPRETED, ceil_div
 
 
 def tile_block(a: Tensor, b: Tensor, step: int, inner: int) -> list[int] | None:
@@ -29,6 +29,15 @@ def aligned(*tensors: Tensor) -> bool:
     for x in tensors:
         address |= x.data_ptr()
     return address % 16 == 0
+
+
+def aligned_row(size: int) -> int:
+    """Return *size* rounded up to 16 bytes of float32: the stride of rows of numbers of which tiles are read.
+
+    Where a tile begins is no part of a descriptor: no check finds one that begins at no multiple of 16 bytes, and the
+    kernel fails.
+    """
+    return 4 * ceil_div(size, 4)
 
 
 def _describable(x: Tensor) -> bool:

@@ -23,6 +23,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .call import Call
 from .config import Config, ceil_div
+from .descriptors import aligned_row
 from .launch import Launch, launches_of
 from .primitives import RUN_TIME, list_lengths, listed_start, sequence_length
 
@@ -182,17 +183,17 @@ def _hopper_dkdv_kernel(
     p_q, p_do, p_pivot, p_delta, p_dk, p_dv, p_words, p_entries, p_counts, p_q_lengths, p_k_lengths,
     d_q, d_k, d_v, d_do, d_pivot, d_delta, scale, scale_log2,
     s_qb, s_qh, s_qt, s_gb, s_gh, s_gt, s_dkb, s_dkh, s_dkt, s_dvb, s_dvh, s_dvt,
-    H, MH, TQ, TK, LQ, RS, KW, NO, NI, first_h, first_b,
+    H, MH, TQ, TK, TR, LQ, RS, KW, NO, NI, first_h, first_b,
     D: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, G: gl.constexpr, GO: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """dK and dV of BN keys of one head of one sentence: as `backward._dkdv_kernel`.
 
-    p_pivot, p_delta  float32 (B, H, TQ): what `backward._dq_kernel` writes
+    p_pivot, p_delta  float32 (B, H, TR): what `backward._dq_kernel` writes; TR as of `descriptors.aligned_row`
     d_q ... d_delta   descriptors of tiles of these tensors
     """
     i_n = gl.program_id(0) * BN
     i_h, i_b = first_h + gl.program_id(1), first_b + gl.program_id(2)
-    i_row = (i_b * H + i_h) * TQ
+    i_row = (i_b * H + i_h) * TR
     k_length = sequence_length(p_k_lengths, i_b, TK)
     # A tile of padded keys visits no query and writes zeros.
     q_length = gl.where(i_n < k_length, sequence_length(p_q_lengths, i_b, TQ), 0)
@@ -254,7 +255,7 @@ def launches(q: Tensor, k: Tensor, v: Tensor, grad_out: Tensor, dk: Tensor, dv: 
         s_gb=grad_out.stride(0), s_gh=grad_out.stride(1), s_gt=grad_out.stride(2),
         s_dkb=dk.stride(0), s_dkh=dk.stride(1), s_dkt=dk.stride(2),
         s_dvb=dv.stride(0), s_dvh=dv.stride(1), s_dvt=dv.stride(2),
-        H=q.size(1), TQ=q.size(2), TK=k.size(2), scale=call.scale, D=q.size(3),
+        H=q.size(1), TQ=q.size(2), TK=k.size(2), TR=aligned_row(q.size(2)), scale=call.scale, D=q.size(3),
         NO=table.entries.size(1), NI=table.entries.size(2), BM=QUERIES, BN=KEYS, G=table.inner, GO=table.outer,
         STAGES=STAGES, **{name: call.numbers()[name] for name in names},
     )  # fmt: skip

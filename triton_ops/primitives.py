@@ -10,6 +10,7 @@ One code of names for all kernels:
                           LQ: rows of the mask
     p_anchor SLOPE        of a mask of offsets (`offsets.py`), of the head: anchor and slope; None and 0 for other masks
     G GO                  sizes of the blocks in tile lists, and of the outer tiles that have the lists
+    TR                    TQ, or as many as make rows of p_delta and p_pivot begin where tiles can be read
     NO NI                 outer tiles of a tile table, inner blocks of each
     W                     keys that one word serves in a step
     p_ d_ s_              pointer, descriptor, stride: s_qb s_qh s_qt of sentence, head and position of Q
@@ -36,7 +37,7 @@ ROUNDS = tl.constexpr(PHILOX_ROUNDS)
 BITS = tl.constexpr(SLOPE_BITS)
 HALF = tl.constexpr(1 << (SLOPE_BITS - 1))
 # Arguments of the kernels over tiles that differ from call to call: no value of them compiles a kernel of its own.
-RUN_TIME = ["H", "MH", "TQ", "TK", "LQ", "RS", "KW", "SLOPE", "NO", "NI", "first_h", "first_b", "threshold"]
+RUN_TIME = ["H", "MH", "TQ", "TK", "LQ", "RS", "KW", "SLOPE", "NO", "NI", "first_h", "first_b", "threshold", "TR"]
 
 
 @triton.jit

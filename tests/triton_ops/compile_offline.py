@@ -88,14 +88,15 @@ def attend(dtype, dim, tile, dropout_p, size, batch):
 def repeated(size, tile):
     """Forward and backward four times, first at multiples of 16 bytes, then elsewhere, launches and all.
 
-    Returns how many launches Triton bound in each, and whether all passed the tensors, and beside them the same.
+    Returns how many launches Triton bound in each, whether all passed the tensors, and beside them the same, and the
+    sizes of the vectors of which the first passed descriptors.
     """
     layout = AttentionLayout.from_keep_mask(torch.ones(2, size, size, dtype=torch.bool), tile=tile)
     tables = [*layout.query_table()[:2], *layout.key_table()[:2]] if size > 128 else []
     lengths = torch.full((3,), size)
     mask = layout.words, layout.row_shift, tables, *layout.tile
     call = Call(*mask, lengths, lengths, None, 0.0, 0.125, long_lists=layout.long_lists(size))
-    bound, tensors, others = [], [], []
+    bound, tensors, others, vectors = [], [], [], []
     run_launch = launch.Launch.__call__
 
     def watched(self, **named):
@@ -103,6 +104,8 @@ def repeated(size, tile):
         arguments = launched.pop()
         tensors.extend(stands_for(*pair) for pair in zip(arguments, named.items(), strict=False))
         others[-1].append(arguments[len(named) :])
+        if len(others) == 1:
+            vectors.extend(x.shape[0] for x in arguments if len(getattr(x, "block_shape", ())) == 1)
 
     for shift in (0, 0, 1, 1):
         store = [torch.zeros(3 * 2 * size * 64 + 1, dtype=torch.bfloat16) for _ in range(4)]
@@ -115,7 +118,8 @@ def repeated(size, tile):
             out, lse = ops._forward(q, k, v, call)
             ops._backward(grad, None, q, k, v, out, lse, call)
         bound.append(run.call_count)
-    return dict(bound=bound, same=all(tensors) and others[0] == others[1] and others[2] == others[3])
+    same = all(tensors) and others[0] == others[1] and others[2] == others[3]
+    return dict(bound=bound, same=same, vectors=vectors)
 
 
 def stands_for(argument, named):
@@ -183,7 +187,7 @@ def few_rows(n, size):
 
 def main():
     triton.runtime.driver.set_active(Driver())
-    repetitions = dict(sentence=repeated(100, 64), lists=repeated(150, 64), hopper=repeated(400, 128))
+    repetitions = dict(sentence=repeated(100, 64), lists=repeated(150, 64), hopper=repeated(401, 128))
     JITFunction.__getitem__ = compile_only
     launch.forget()
     attend(torch.bfloat16, 64, 64, 0.0, 300, 2)

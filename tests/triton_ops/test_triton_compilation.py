@@ -74,6 +74,12 @@ def test_triton_binds_the_arguments_of_launches_alike_once(report, size, kernels
 
 
 @pytest.mark.skipif(not GLUON, reason="needs triton 3.6")
+def test_rows_of_numbers_begin_where_hopper_can_read_tiles(report):
+    """3 x 2 rows of 401 numbers: some began at no multiple of 16 bytes, and launches failed on the GPU."""
+    assert report["repetitions"]["hopper"]["vectors"] == [3 * 2 * 404] * 2
+
+
+@pytest.mark.skipif(not GLUON, reason="needs triton 3.6")
 def test_products_on_hopper_run_asynchronously(report):
     """ptxas runs them one by one when registers do not suffice, or when it cannot see that a result is waited for."""
     hopper = [kernel for kernel in report["kernels"] if kernel["name"] == HOPPER]
