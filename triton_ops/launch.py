@@ -51,7 +51,7 @@ class Launch:
         self._compiled: Any = None  # takes addresses that are multiples of 16, then `_values`
         self._stream: Callable[[], int] = int  # the current one, of the device of the first call
         self._values: list[Any] = []
-        self._run: Callable[..., None] | None = None  # of the compiled kernel
+        self._run: Any = None  # of the compiled kernel
         self._described: list[tuple[int, str, TakeApart | None]] = []  # place and name of descriptors, from the last on
         self._parts: dict[tuple[str, int], list[Any]] = {}  # of descriptors, by name and address
         self._descriptions: dict[str, tuple[type, dict[str, Any]]] = {}  # descriptors, but for the tensor
@@ -62,10 +62,7 @@ class Launch:
         arguments: list[Any] = [0 if x is None else x.data_ptr() for x in tensors.values()]
         at_16_bytes = functools.reduce(operator.or_, arguments) % 16 == 0
         if at_16_bytes and self._run is not None and not observed():  # as `triton.JITFunction` launches
-            for i, name, take_apart in self._described:
-                arguments[i : i + 1] = self._parts_of(name, tensors[name], arguments[i], take_apart)
-            handles = self._stream(), self._compiled.function, self._compiled.packed_metadata
-            self._run(*self.grid, *handles, None, None, None, *arguments, *self._values)
+            self._repeat(tensors, arguments)
             return
         named: dict[str, Any] = tensors
         for name, block in self.blocks.items():
@@ -87,6 +84,13 @@ class Launch:
             self._described = list(zip(places, described, each, strict=True))
             self._described.reverse()  # places of the others stay
             self._compiled = compiled
+
+    def _repeat(self, tensors: dict[str, Any], arguments: list[Any]) -> None:
+        """Launch the compiled kernel on *tensors*, at the addresses in *arguments*."""
+        for i, name, take_apart in self._described:
+            arguments[i : i + 1] = self._parts_of(name, tensors[name], arguments[i], take_apart)
+        handles = self._stream(), self._compiled.function, self._compiled.packed_metadata
+        self._run(*self.grid, *handles, None, None, None, *arguments, *self._values)
 
     def _parts_of(self, name: str, x: Any, address: int, take_apart: TakeApart | None) -> list[Any]:
         if take_apart is None:

@@ -88,15 +88,15 @@ def attend(dtype, dim, tile, dropout_p, size, batch):
 def repeated(size, tile):
     """Forward and backward four times, first at multiples of 16 bytes, then elsewhere, launches and all.
 
-    Returns how many launches Triton bound in each, whether all passed the tensors, and beside them the same, and the
-    sizes of the vectors of which the first passed descriptors.
+    Returns how many launches Triton bound in each, whether all passed the tensors, and beside them the same, the sizes
+    of the vectors of which the first passed descriptors, and the kernels that repeat with tensors, not addresses.
     """
     layout = AttentionLayout.from_keep_mask(torch.ones(2, size, size, dtype=torch.bool), tile=tile)
     tables = [*layout.query_table()[:2], *layout.key_table()[:2]] if size > 128 else []
     lengths = torch.full((3,), size)
     mask = layout.words, layout.row_shift, tables, *layout.tile
     call = Call(*mask, lengths, lengths, None, 0.0, 0.125, long_lists=layout.long_lists(size))
-    bound, tensors, others, vectors = [], [], [], []
+    bound, tensors, others, vectors, whole = [], [], [], [], []
     run_launch = launch.Launch.__call__
 
     def watched(self, **named):
@@ -106,6 +106,8 @@ def repeated(size, tile):
         others[-1].append(arguments[len(named) :])
         if len(others) == 1:
             vectors.extend(x.shape[0] for x in arguments if len(getattr(x, "block_shape", ())) == 1)
+        if len(others) == 2 and any(isinstance(x, torch.Tensor) for x in arguments):
+            whole.append(self.kernel.__name__)
 
     for shift in (0, 0, 1, 1):
         store = [torch.zeros(3 * 2 * size * 64 + 1, dtype=torch.bfloat16) for _ in range(4)]
@@ -119,7 +121,7 @@ def repeated(size, tile):
             ops._backward(grad, None, q, k, v, out, lse, call)
         bound.append(run.call_count)
     same = all(tensors) and others[0] == others[1] and others[2] == others[3]
-    return dict(bound=bound, same=same, vectors=vectors)
+    return dict(bound=bound, same=same, vectors=vectors, whole=whole)
 
 
 def stands_for(argument, named):

@@ -73,6 +73,11 @@ def test_triton_binds_the_arguments_of_launches_alike_once(report, size, kernels
     assert repetition["same"]
 
 
+def test_launches_that_repeat_pass_addresses_but_for_gluon(report):
+    whole = {size: repetition["whole"] for size, repetition in report["repetitions"].items()}
+    assert whole == dict(sentence=[], lists=[], hopper=[HOPPER] if GLUON else [])
+
+
 @pytest.mark.skipif(not GLUON, reason="needs triton 3.6")
 def test_rows_of_numbers_begin_where_hopper_can_read_tiles(report):
     """3 x 2 rows of 401 numbers: some began at no multiple of 16 bytes, and launches failed on the GPU."""
