@@ -433,7 +433,7 @@ def test_errors_name_the_fault_and_write_nothing(data_bin, dense, stats_file, ma
         (cli_masks.main, [stats_file, "--granularity", 0, "-o", out], "0 is not N .N x N blocks"),
         (apply.main, [dense, "--attention-masks", stats_file, "-o", out], "expected 'ap-pruning-masks-2'"),
         (apply.main, [dense, "--attention-masks", masks_file, "--data", tmp_path, "-o", out], "pass --data DIR"),
-        (apply.main, [dense, "--attention-masks", "", "-o", out], "is a folder; expected pruning masks"),  # a TypeError
+        (apply.main, [dense, "--attention-masks", "", "-o", out], "a name of a file is empty; expected"),  # a TypeError
         (evaluate.main, [f"x={toy_text}/valid.en", "--reference", toy_text / "test.de"], "60 hypotheses for 220 ref"),
         (evaluate.main, ["x=y"], "y is not a file; name a log of fairseq-generate"),
     ]
