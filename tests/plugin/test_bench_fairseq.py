@@ -218,7 +218,8 @@ def test_settings_of_a_rival(monkeypatch):
     assert {(settings["workers"], settings["allocator"]) for _, settings in gpu} == {
         (workers, allocator) for workers in (1, 4) for allocator in ("cuda_malloc_async", "cub_caching")
     }
-    assert len(rival.variants("cuda", "fp16", trained=True, alone=False)) == 8
+    trained = rival.variants("cuda", "fp16", trained=True, alone=False)
+    assert [settings.get("batch_tokens") for _, settings in trained] == [None, 4096, 16384] * 4
     one_by_one = rival.variants("cuda", "fp16", trained=True, alone=True)
     assert [(settings["workers"], "batch_tokens" in settings) for _, settings in one_by_one] == [(1, False)] * 2
     cpu = rival.variants("cpu", "fp32", trained=False, alone=False)
