@@ -113,7 +113,14 @@ def translate_share(rank: int, cfg, folder: Path) -> None:
             utils.set_torch_seed(torch.initial_seed() + rank)
         return iterator
 
-    task_class.get_batch_iterator = get_batch_iterator  # this process does nothing else
+    build_scorer = scoring.build_scorer
+
+    def scorer_of_share(*args):
+        scorer = build_scorer(*args)
+        return _ScoredLater() if hasattr(scorer, "add_string") else scorer
+
+    # This process does nothing else.
+    task_class.get_batch_iterator, scoring.build_scorer = get_batch_iterator, scorer_of_share
     try:
         scorer = generate.main(_plain(cfg))
     except _NoBatch:

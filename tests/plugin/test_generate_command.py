@@ -12,10 +12,12 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from fairseq import options
+from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from plugin.commands import PLUGIN, ROOT, run, train
 
 from ap_fairseq.cli import generate
-from ap_fairseq.generation import ranks
+from ap_fairseq.generation import binarised, ranks
 from ap_fairseq.generation import text as generation_text
 from ap_fairseq.generation.text import Text, Translator
 
@@ -83,6 +85,19 @@ def test_two_processes_print_what_fairseq_generate_prints(data_bin, dense, tmp_p
     assert ours[-480:] == sentence_lines(stock) and len(sentence_lines(stock)) == 60 * (2 + 2 * 3)
     assert score in stock.splitlines() and score.startswith("Generate valid with beam=3: BLEU")
     assert [path.name for path in tmp_path.iterdir()] == ["generate-valid.txt"]
+
+
+@pytest.mark.parametrize("scoring", ["bleu", "sacrebleu"])
+def test_a_process_leaves_scoring_by_sacrebleu_to_the_joined_text(data_bin, dense, tmp_path, scoring):
+    """Each process scored its share, and nobody read that score: seconds of a test set."""
+    flags = [data_bin, "--task", "pruned_translation", "--path", dense, "--gen-subset", "valid", "--scoring", scoring]
+    flags += ["--batch-size", 16, "--required-batch-size-multiple", 1, "--max-len-b", 9, "--cpu", "--num-workers", 0]
+    parser = options.get_generation_parser()
+    cfg = convert_namespace_to_omegaconf(options.parse_args_and_arch(parser, list(map(str, flags))))
+    joined = binarised.translate_subset(cfg, 2, tmp_path)
+    shares = [(tmp_path / f"rank{rank}" / "generate-valid.txt").read_text("utf-8") for rank in range(2)]
+    assert [share.count("scored with the other processes") for share in shares] == [scoring == "sacrebleu"] * 2
+    assert len(joined.sentences) == 60 and "BLEU" in joined.score[0]
 
 
 def test_tasks_with_batches_and_generators_of_their_own(data_bin, toy_text, tmp_path):
