@@ -186,7 +186,9 @@ class PrunedModel(NotScriptable):
         if stored is not None and not self._masks_are_explicit:
             self.mask_metadata = torch.empty_like(stored, device=self.mask_metadata.device)
         else:
-            if self._masks_are_explicit:
+            # --store-ema loads after every update, and hashes of masks take long: the same description, the same masks.
+            same = stored is not None and torch.equal(stored.cpu(), self.mask_metadata.cpu())
+            if self._masks_are_explicit and not same:
                 own = {name.removeprefix(prefix): x for name, x in state_dict.items() if name.startswith(prefix)}
                 if lost := lost_masks(own, self.masks_sha256()):
                     logger.warning(f"the masks of --attention-masks replace those of the checkpoint: {lost}")

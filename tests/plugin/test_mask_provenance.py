@@ -81,6 +81,15 @@ def test_masks_are_said_to_be_replaced_where_they_prune(caplog):
         assert ("replace those of the checkpoint: effective sparsity" in caplog.text) == said
 
 
+def test_masks_that_are_loaded_again_are_not_hashed(monkeypatch):
+    """--store-ema loads after every update: with a mask file, its average hashed all masks each time."""
+    model = pruned_model(random_masks(0.5))
+    stored, hashed = model.state_dict(), []
+    monkeypatch.setattr(type(model), "masks_sha256", lambda self: hashed.append(self) or "")
+    model.load_state_dict({name: x.clone() for name, x in stored.items()})
+    assert not hashed
+
+
 def test_masks_are_said_to_be_dropped_where_they_prune(dense, data_bin, masks_file, tmp_path, caplog):
     """ap-apply --attention-masks none dropped those of a pruned checkpoint without a word."""
     paths = [tmp_path / name for name in ("ones.pt", "half.pt", "again.pt", "from-half.pt")]
