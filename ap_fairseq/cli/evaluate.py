@@ -90,9 +90,9 @@ def describe_checkpoint(checkpoint: str) -> dict:
     """Return what a checkpoint adds to the scores of its translations: its hash, and its masks if it has any."""
     from ap_fairseq.model.checkpoints import load_checkpoint  # loads fairseq, which tables do not need
 
-    result = {"checkpoint_sha256": file_sha256(checkpoint)}
+    result, state = {"checkpoint_sha256": file_sha256(checkpoint)}, load_checkpoint(checkpoint)
     with naming(checkpoint):
-        provenance = stored_provenance(load_checkpoint(checkpoint)["model"])
+        provenance = stored_provenance(state["model"])
     if provenance is not None:
         result |= {key: provenance[key] for key in ("masks_sha256", "sparsity") if key in provenance} | {
             "spec": mask_spec(provenance)

@@ -418,7 +418,7 @@ def test_two_entries_of_one_name_in_a_results_file_are_refused(tmp_path):
         (["x=ref", "--stages", "."], "is not the mark of a finished stage"),
         (["--markdown", "ref"], "ref is not JSON"),
         (["x=latin"], "latin is not UTF-8"),
-        (["x=ref,latin"], "latin cannot be read as a checkpoint"),
+        (["x=ref,latin"], "error: latin cannot be read as a checkpoint"),
     ],
 )
 def test_command_refuses_what_it_cannot_score(tmp_path, monkeypatch, capsys, arguments, message):
