@@ -102,7 +102,8 @@ def text_rows(args: argparse.Namespace, stock: str) -> Iterator[dict]:
     task = PrunedTranslationTask.setup_task(PrunedTranslationConfig(data=args.data, dataset_impl=None))
     task.load_dataset(args.subset)
     data, gpus = task.dataset(args.subset), int(not args.cpu)
-    references = [task.target_dictionary.string(row, args.remove_bpe) for row in data.tgt]
+    # Unknown words as fairseq-generate prints those of references.
+    references = [task.target_dictionary.string(row, args.remove_bpe, escape_unk=True) for row in data.tgt]
     with tempfile.TemporaryDirectory() as folder:
         model, source, output = (f"{folder}/{name}" for name in ("model", "source", "output"))
         lines = [task.source_dictionary.string(row) for row in data.src]

@@ -4,7 +4,7 @@ import json
 import sys
 
 import pytest
-from plugin.commands import ROOT, run_process
+from plugin.commands import ROOT, run, run_process
 
 SCRIPT = [sys.executable, ROOT / "scripts/bench_commands.py"]
 
@@ -25,12 +25,20 @@ def test_commands_are_timed_and_print_one_score(data_bin, dense, tmp_path):
     assert "| ap-generate" in printed and run_process(*SCRIPT, "--table", out) in printed
 
 
-def test_ap_generate_is_timed_alone_where_asked(data_bin, dense, tmp_path):
+def test_ap_generate_is_timed_alone_where_asked(data_bin, dense, toy_text, tmp_path):
+    """The score of ap-generate --input was another where references have unknown words: <unk>, printed as <<unk>>."""
+    for language in ("en", "de"):
+        text = (toy_text / f"valid.{language}").read_text(encoding="utf-8")
+        (tmp_path / f"valid.{language}").write_text(text.replace("und ", "sowie "), encoding="utf-8")
+    dictionaries = ["--srcdict", data_bin / "dict.en.txt", "--tgtdict", data_bin / "dict.de.txt"]
+    data = ["--validpref", tmp_path / "valid", "--destdir", tmp_path / "data-bin"]
+    run("fairseq-preprocess", "-s", "en", "-t", "de", *dictionaries, *data)
     out = tmp_path / "rows.json"
     flags = ["--path", dense, "--cpu", "--subset", "valid", "--only-ap-generate"]
-    run_process(*SCRIPT, data_bin, *flags, "--out", out)
+    run_process(*SCRIPT, tmp_path / "data-bin", *flags, "--out", out)
     rows = json.loads(out.read_text(encoding="utf-8"))["rows"]
     assert [row["command"] for row in rows] == ["ap-generate", "ap-generate --input"]
+    assert rows[0]["score"] == rows[1]["score"]
 
 
 def test_ctranslate2_is_timed_with_its_score(data_bin, dense, tmp_path):
