@@ -38,8 +38,10 @@ def last_checkpoints(folder: str, count: int) -> list[Path]:
     """Return the last *count* numbered checkpoints of a training, oldest first.
 
     Raises:
-        ArtifactError: if the folder does not have as many.
+        ArtifactError: if it is no folder, or does not have as many.
     """
+    if not Path(folder).is_dir():
+        raise ArtifactError(f"--last {count}: {folder} is not a folder")
     for pattern in (_BY_UPDATES, _BY_EPOCHS):
         matches = ((pattern.fullmatch(path.name), path) for path in Path(folder).glob("checkpoint*.pt"))
         numbered = sorted((int(match[1]), path) for match, path in matches if match)
@@ -47,9 +49,9 @@ def last_checkpoints(folder: str, count: int) -> list[Path]:
             break
     if count < 1 or len(numbered) < count:
         raise ArtifactError(
-            f"--last {count}: {folder} has {len(numbered)} numbered checkpoints (checkpoint_EPOCH_UPDATES.pt or "
-            "checkpointEPOCH.pt); keep more with --keep-interval-updates or --keep-last-epochs. fairseq saves none of "
-            "the former at the end of an epoch"
+            f"--last {count}: {folder} has {len(numbered)} numbered checkpoints; lower --last, or train with "
+            "--save-interval-updates (checkpoint_EPOCH_UPDATES.pt) or without --no-epoch-checkpoints "
+            "(checkpointEPOCH.pt), and keep as many with --keep-interval-updates or --keep-last-epochs"
         )
     return [path for _, path in numbered[-count:]]
 

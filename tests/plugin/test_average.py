@@ -30,6 +30,12 @@ def test_too_few_checkpoints_are_an_error(tmp_path, count):
         last_checkpoints(tmp_path, count)
 
 
+def test_a_folder_that_is_not_there_is_an_error(tmp_path):
+    """It was said to have no numbered checkpoints."""
+    with pytest.raises(ArtifactError, match="--last 2: .*none is not a folder"):
+        last_checkpoints(tmp_path / "none", 2)
+
+
 def test_averages_count_a_checkpoint_once_and_hold_numbers(tmp_path):
     """A checkpoint named twice counted twice, and one that diverged made an average of NaN, both silently."""
     for name, value in (("a.pt", 1.0), ("b.pt", 3.0), ("diverged.pt", float("inf"))):
