@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import logging
 import math
 import shlex
 import sys
@@ -19,6 +20,8 @@ from ap_fairseq.pruning.criteria import CRITERIA
 from ap_fairseq.pruning.spec import EXTRAPOLATIONS, HEAD_GROUPS, SCOPES, Granularity, MaskSpec, block_shape
 from ap_fairseq.relative import RelativeStats, slope_of
 from ap_fairseq.sites import AttentionKind, per_kind
+
+logger = logging.getLogger(__name__)
 
 SPREAD = 4.5  # heads of a layer that may keep an offset, in units of the share of pairs that the budget leaves
 
@@ -206,14 +209,14 @@ def budget_flags(args: argparse.Namespace) -> list[str]:
 
 
 def _budgets(args: argparse.Namespace, stats: AttentionStats) -> Mapping[AttentionKind, float]:
-    """Return the budget of each kind from --total, --like or the kinds' own flags, of which one must be given."""
+    """Return the budget of each kind from --total, --like or the kinds' own flags; a kind without one keeps all."""
     own = {kind: getattr(args, kind.value) for kind in AttentionKind if getattr(args, kind.value) is not None}
     given = budget_flags(args)
     if not given:
-        raise UserError(
-            "no budget is given, so nothing would be pruned; give --total SHARE, a share for each kind "
-            f"({', '.join(f'--{kind.flag} SHARE' for kind in stats.kinds)}) or --like MASKS (--total 0 keeps every "
-            "pair)"
+        logger.warning(
+            "no budget is given, so the masks keep every pair; to prune, give --total SHARE, a share for each kind "
+            f"({', '.join(f'--{kind.flag} SHARE' for kind in stats.kinds)}) or --like MASKS; --total 0 says that "
+            "nothing is to be pruned"
         )
     if len(given) > 1:
         raise UserError(f"budgets are given by {' and '.join(given)}; choose one of them")
