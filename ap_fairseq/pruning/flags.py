@@ -241,7 +241,7 @@ def spec_from(args: argparse.Namespace, stats: AttentionStats) -> MaskSpec:
     """Return what the flags of :func:`add_mask_options` ask for.
 
     Raises:
-        UserError: for no budget, flags that contradict each other, or settings by name of a kind that no budget prunes.
+        UserError: for flags that contradict each other, or settings by name of a kind that no budget prunes.
     """
     budgets = _budgets(args, stats)
     for flag in ("--granularity", "--min-heads", "--max-heads"):
