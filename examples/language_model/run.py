@@ -205,13 +205,11 @@ class Experiment:
             self.stages.run("prepare", documentation.main, self.prepare)
         scratch = {system.masks: system for system in self.systems if system.way == "scratch"}
         dense = [(self.train_dense, [name]) for name in self.dense]
-        if len(dense) == 1 and not scratch:  # no system needs the dense model
-            baseline = next(iter(self.dense))
-            run_together(self.args.jobs, dense + [(self.train_system, [system, baseline]) for system in self.systems])
-            print(self.report(baseline))
-            return
-        run_together(self.args.jobs, dense)
-        baseline = self.best_dense()
+        if len(dense) == 1 and not scratch:  # no system waits for the dense model
+            waiting, baseline = dense, next(iter(self.dense))
+        else:
+            run_together(self.args.jobs, dense)
+            waiting, baseline = [], self.best_dense()
         if scratch:
             stats = self.run_folder / "stats.safetensors"
             # fmt: off
@@ -224,7 +222,7 @@ class Experiment:
         for name, system in scratch.items():
             output = ["-o", self.masks(system), "--overwrite"]
             self.stages.run(f"{name}.masks", "ap-masks", stats, *system.flags, *output)
-        run_together(self.args.jobs, [(self.train_system, [system, baseline]) for system in self.systems])
+        run_together(self.args.jobs, waiting + [(self.train_system, [system, baseline]) for system in self.systems])
         print(self.report(baseline))
 
     def report(self, baseline: str) -> str:
