@@ -14,10 +14,12 @@ from unittest import mock
 os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # torch reads it when it first allocates
 
 import torch
+import torch.nn.functional as F
 
 from ap_fairseq.search.beams import BeamSearchState
 from triton_ops import AttentionLayout, append_to_pool, backward, decode_attention, launch
 from triton_ops.layout import TILES
+from triton_ops.norm import add_norm
 from triton_ops.rows import MAX_ROWS, Norm, Slots, embed_rows, linear_rows
 from triton_ops.testing import (
     assert_linear_rows_within_budget,
@@ -96,6 +98,14 @@ def few_rows() -> None:
             assert_linear_rows_within_budget(linear_rows(x, weight, **options), x, weight, **options)
 
 
+def sums() -> None:
+    for n, c in ((1, 48), (9, 512), (21, 1000)):
+        x, y, gain, shift = (random(*size).to(DEVICE, torch.float16) for size in ((n, c), (n, c), (c,), (c,)))
+        total, normed = add_norm(x, y, Norm(gain, shift, 1e-5))
+        torch.testing.assert_close(total, x + y)
+        torch.testing.assert_close(normed, F.layer_norm(total, (c,), gain, shift), rtol=1e-2, atol=1e-2)
+
+
 def beam_search() -> None:
     states = []
     for kernels in (True, False):
@@ -119,5 +129,6 @@ if __name__ == "__main__":
     long_lists()
     decoding()
     few_rows()
+    sums()
     beam_search()
     print("all kernels agree with their reference")

@@ -409,8 +409,9 @@ class StaticDecoder:
         if self.beams.kernels:
             from ap_fairseq.search import fused_decoder  # imports triton
 
-            if fused_decoder.serves(model.decoder, n_hypotheses):
-                return fused_decoder.FusedDecoder(model.decoder, caches, self.positions[index], self.beams.state.step)
+            if fused_decoder.serves(model.decoder):
+                where = self.positions[index], self.beams.state.step
+                return fused_decoder.FusedDecoder(model.decoder, caches, *where, n_hypotheses)
         state: dict = {}
         for module, cache in caches.items():
             module.set_incremental_state(state, "attn_state", {"cache": cache})

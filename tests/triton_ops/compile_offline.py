@@ -13,7 +13,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from triton_ops import AttentionLayout, decode, launch, ops, rows
+from triton_ops import AttentionLayout, decode, launch, norm, ops, rows
 from triton_ops.api import advance_beams, continue_beams
 from triton_ops.beam_state import BeamState
 from triton_ops.call import Call
@@ -187,6 +187,14 @@ def few_rows(n, size):
     rows.linear_rows(torch.empty(n, 16, **half), torch.empty(8, 16, **half), None)
 
 
+def many_rows(n):
+    """What comes between two products of a decoder layer."""
+    for c in (512, 1000):
+        x, vector = torch.empty(n, c, dtype=torch.float16), torch.empty(c, dtype=torch.float16)
+        for y in (None, x):
+            norm.add_norm(x, y, rows.Norm(vector, vector, 1e-5))
+
+
 def main():
     triton.runtime.driver.set_active(Driver())
     repetitions = dict(sentence=repeated(100, 64), lists=repeated(150, 64), hopper=repeated(401, 128))
@@ -210,6 +218,7 @@ def main():
         decode_steps(torch.bfloat16, 32, size, batch)
         search_step(size, batch)
         few_rows(min(size, rows.MAX_ROWS), size)
+        many_rows(size)
 
     for size in (5, 10, 20, 50, 100, 300):
         lengths_seen(size, 3)
