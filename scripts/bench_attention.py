@@ -24,6 +24,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import shlex
 import statistics
 import sys
 import time
@@ -544,7 +545,7 @@ def provenance() -> dict[str, object]:
         triton=triton.__version__,
         cuda=torch.version.cuda,
         commit=git_commit(),
-        command=" ".join(["python", *sys.argv]),
+        command=shlex.join(["python", *sys.argv]),
         time=datetime.now(UTC).isoformat(timespec="seconds"),
     )
 

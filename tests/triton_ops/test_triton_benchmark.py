@@ -52,6 +52,13 @@ def test_the_gate_lets_right_kernels_through_and_no_others(bench, monkeypatch):
         bench.gate()
 
 
+def test_the_command_of_a_result_can_be_run(bench, monkeypatch):
+    """`--only head sizes`, without quotes, named two arguments."""
+    monkeypatch.setattr(bench.torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setattr(sys, "argv", ["scripts/bench_attention.py", "--only", "head sizes"])
+    assert bench.provenance()["command"] == "python scripts/bench_attention.py --only 'head sizes'"
+
+
 def test_every_section_runs_and_is_tabulated(bench):
     rows = bench.square_case(1, 1, 40, 0.5, 16, bench.BOTH, 1, rivals=True)
     rows += bench.square_case(1, 1, 150, 0.5, (64, 16), ["forward"], 1, rivals=False, dim=16)
