@@ -268,6 +268,40 @@ def rivals_translation() -> str:
     return markdown(Table(header, rows))
 
 
+def head_sizes() -> str:
+    """Our kernels and FlashAttention-4's on heads of other sizes, beside their rates at 64 elements."""
+    sizes, rivals = (load(SCRIPTS / f"bench_attention.h200-{name}.json") for name in ("heads", "rivals"))
+
+    def of(row: dict[str, Any], method: str, dim: int, key: str) -> float | None:
+        """What was measured of *method* on the problem of *row*, with heads of *dim* elements."""
+        names = ("size", "block", "nominal_sparsity", "direction")
+        alike = [
+            other
+            for other in sizes["rows"] + rivals["rows"]
+            if (other["method"], other["dim"]) == (method, dim)
+            and all(other.get(name) == row.get(name) for name in names)
+        ]
+        return alike[0].get(key) if alike else None
+
+    body = []
+    for row in sizes["rows"]:
+        if row["method"] != "ours":
+            continue
+        cells = [str(row["dim"]), f"{row['sparsity']:.1%}", str(row["block"]), row["direction"]]
+        cells += [f"{row['median_ms']:.3g}", f"{row['tflops']:.0f}"]
+        for method in ("ours", "fa4"):
+            rate, usual = (of(row, method, dim, "tflops") for dim in (row["dim"], 64))
+            cells.append(f"{rate / usual:.2f}" if rate and usual else "")
+        for method in ("fa4", "cudnn sparse"):
+            time = of(row, method, row["dim"], "median_ms")
+            cells.append(f"{time / row['median_ms']:.2f}" if time else "")
+        body.append(cells)
+    header = ["elements", "sparsity", "block", "direction", "ours, ms", "TFLOP/s", "share of the rate at 64"]
+    header += ["FlashAttention-4's share of its own", "FlashAttention-4", "cuDNN, block-sparse"]
+    table = markdown(Table(header, body, align="rrrl" + "r" * 6))
+    return f"{sizes['device']}, commit {sizes['commit']}: `{sizes['command']}`\n{sizes['note']}\n\n{table}"
+
+
 def kinds() -> str:
     """BLEU with one kind pruned, by share and training."""
     bleu = {line["group"]: line["bleu"] for line in load(RESULTS / "h100-converged.jsonl") if line["seed"] == 1}
@@ -360,4 +394,5 @@ def tables() -> dict[str, Callable[[], str]]:
     for path in sorted(SCRIPTS.glob("*_*.*.json")):
         name = path.name.split(".")[0]
         made[path.stem] = lambda path=path, name=name: script(SCRIPTS / f"{name}.py").table(load(path))
+    made["bench_attention.h200-heads"] = head_sizes
     return made
