@@ -332,8 +332,10 @@ def language_models(file: Path) -> str:
 def sweep(path: Path, keep: Callable[[dict[str, Any]], Any] = bool) -> str:
     """Some systems of a sweep, dense ones first, without the columns of kinds; chrF2 where total updates are stated."""
     lines = [line for line in load(path) if keep(line)]
-    if len({line.get("flags") for line in lines}) == 1:  # said beside the table
-        lines = [line | {"flags": ""} for line in lines]
+    flags = [re.findall(r"--\S+(?: (?!--)\S+)*", line.get("flags", "")) for line in lines]
+    common = set(flags[0]).intersection(*flags)  # said beside the table
+    own = [" ".join(flag for flag in found if flag not in common) for found in flags]
+    lines = [line | {"flags": text} for line, text in zip(lines, own, strict=True)]
     order = {"dense": 0, "importance": 1}
     lines.sort(key=lambda line: (line["subset"], order.get(line["criterion"], 2)))
     module = script(ROOT / "examples" / "common" / "sweep_table.py")
@@ -370,6 +372,7 @@ def tables() -> dict[str, Callable[[], str]]:
         "cross-heads": cross_heads,
         "dropout": dropout,
         "debian-tuned": lambda: sweep(DEBIAN_RESULTS / "tuned.jsonl"),
+        "debian-rate-heads": lambda: sweep(DEBIAN_RESULTS / "rate-heads.jsonl"),
         "debian-masks": lambda: sweep(DEBIAN_RESULTS / "masks.jsonl"),
         "debian-text": lambda: split_pairs("debian_text"),
         "package-sections": lambda: script(ROOT / "examples" / "package_sections" / "run.py").summary(
