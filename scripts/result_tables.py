@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import re
 import statistics
 import sys
@@ -225,27 +226,6 @@ def cross_heads() -> str:
     return markdown(Table(header, [[f"{b:.0%}", *row] for b, row in zip(budgets, cells, strict=True)]))
 
 
-def by_length() -> str:
-    """BLEU of each system by the length of the reference."""
-    systems = load(RESULTS / "h100-by-length.json")["systems"]
-    buckets = systems[0]["by_length"]
-    header = ["system"]
-    for bucket in buckets:
-        words = f"{bucket['least']}–{bucket['most']}" if bucket["most"] else f"from {bucket['least']}"
-        header.append(f"{words} words ({bucket['sentences']:,})")
-    titles = {
-        "dense": "dense, fine-tuned",
-        "dense.12000": "dense, 12k updates",
-        "scratch.80": "importance 80%, from scratch",
-        "from-80.90": "importance 80% → 90%",
-        "one-shot.80": "importance 80%, fine-tuned",
-        "one-shot.90": "importance 90%, fine-tuned",
-        "gaussian.90": "gaussian 90%, from scratch",
-    }
-    rows = [[titles[s["system"]], *(f"{bucket['bleu']:.1f}" for bucket in s["by_length"])] for s in systems]
-    return markdown(Table(header, rows))
-
-
 def corpus() -> str:
     """Sizes of the corpus for each language pair."""
     pairs = load(RESULTS / "corpus.json")["pairs"]
@@ -329,9 +309,20 @@ def language_models(file: Path) -> str:
     return markdown(Table(["system", "masks", "pairs pruned", "perplexity", "change"], rows, align="llrrr"))
 
 
-def sweep(path: Path, keep: Callable[[dict[str, Any]], Any] = bool) -> str:
-    """Some systems of a sweep, dense ones first, without the columns of kinds; chrF2 where total updates are stated."""
-    lines = [line for line in load(path) if keep(line)]
+def completed(line: dict[str, Any], dense_updates: int) -> dict[str, Any]:
+    """Return a line of a sweep with what older ones do not state: all its updates, BLEU without brevity penalty."""
+    own = line["schedule"] == "while-training" or (line["criterion"], line["schedule"]) == ("dense", "scratch")
+    before = 0 if own else dense_updates * (2 if line["start"] else 1)  # the dense model, and the system it starts from
+    penalty = math.exp(min(0.0, 1 - 1 / line["length_ratio"]))
+    return {"total_updates": before + line["updates"], "bleu_unpenalized": line["bleu"] / penalty} | line
+
+
+def sweep(path: Path, keep: Callable[[dict[str, Any]], Any] = bool, dense_updates: int = 0) -> str:
+    """Some systems of a sweep, dense ones first, without the columns of kinds.
+
+    dense_updates: of the dense models, where lines do not state all updates behind a system.
+    """
+    lines = [completed(line, dense_updates) for line in load(path) if keep(line)]
     flags = [re.findall(r"--\S+(?: (?!--)\S+)*", line.get("flags", "")) for line in lines]
     common = set(flags[0]).intersection(*flags)  # said beside the table
     own = [" ".join(flag for flag in found if flag not in common) for found in flags]
@@ -340,8 +331,7 @@ def sweep(path: Path, keep: Callable[[dict[str, Any]], Any] = bool) -> str:
     lines.sort(key=lambda line: (line["subset"], order.get(line["criterion"], 2)))
     module = script(ROOT / "examples" / "common" / "sweep_table.py")
     whole = module.table(lines)
-    dropped = {*(kind.value for kind in AttentionKind), "against dense (p)"}
-    dropped |= {"updates"} if "total_updates" in lines[0] else {"chrF2", "validation perplexity"}
+    dropped = {*(kind.value for kind in AttentionKind), "against dense (p)", "updates"}
     kept = [column for column, title in enumerate(whole.header) if title not in dropped]
     rows = [[row[column] for column in kept] for row in whole.rows]
     return f"{markdown(Table([whole.header[column] for column in kept], rows))}\n\n{module.note(lines)}"
@@ -379,12 +369,11 @@ def tables() -> dict[str, Callable[[], str]]:
             load(ROOT / "examples" / "package_sections" / "results" / "cpu.json")["rows"]
         ),
         "one-to-many": lambda: split_pairs("libreoffice_one_to_many"),
-        "h100-converged-digest": lambda: sweep(converged, lambda line: re.search(DIGEST, line["system"])),
+        "h100-converged-digest": lambda: sweep(converged, lambda line: re.search(DIGEST, line["system"]), 6000),
         "h100-converged-kinds": kinds,
-        "h100-pages-digest": lambda: sweep(pages, lambda line: line["subset"] in ("test", "test2")),
+        "h100-pages-digest": lambda: sweep(pages, lambda line: line["subset"] in ("test", "test2"), 5000),
         "empty-rows": lambda: sweep(RESULTS / "empty-rows.jsonl"),
         "pages-tuned": lambda: sweep(RESULTS / "pages-tuned.jsonl"),
-        "h100-by-length": by_length,
         "corpus": corpus,
         "cpu": lambda: format_markdown(load(RESULTS / "cpu.json")),
         "rivals.translation": rivals_translation,

@@ -7,6 +7,7 @@ import importlib
 import io
 import itertools
 import json
+import math
 import os
 import re
 import shlex
@@ -81,10 +82,28 @@ def test_parts_of_a_test_set_and_their_mean(tmp_path):
     ]
 
 
-def test_tables_of_sweeps_state_both_metrics():
-    """The digests of older sweeps, which are beside other tables, name BLEU alone."""
-    table = result_tables.sweep(result_tables.DEBIAN_RESULTS / "tuned.jsonl").splitlines()[0]
-    assert {"total updates", "BLEU", "chrF2", "validation perplexity"} <= {cell.strip() for cell in table.split("|")}
+@pytest.mark.parametrize("name", ["debian-tuned", "h100-converged-digest", "h100-pages-digest"])
+def test_tables_of_sweeps_state_both_metrics(name):
+    """The digests of older sweeps named BLEU alone, and the updates after those of the dense model."""
+    table = result_tables.tables()[name]().splitlines()[0]
+    wanted = {"total updates", "BLEU", "chrF2", "BLEU without brevity penalty", "validation perplexity"}
+    assert wanted <= {cell.strip() for cell in table.split("|")}
+
+
+def test_what_older_sweeps_do_not_state():
+    line = {"criterion": "importance", "schedule": "one-shot", "start": 0.0, "updates": 1500}
+    line |= {"bleu": 30.0, "length_ratio": 0.95}
+    completed = result_tables.completed(line, 6000)
+    assert completed["total_updates"] == 7500
+    assert completed["bleu_unpenalized"] == pytest.approx(30 * math.exp(1 / 0.95 - 1))
+    assert result_tables.completed(line | {"schedule": "gradual", "start": 0.8}, 6000)["total_updates"] == 13500
+    dense = line | {"criterion": "dense", "schedule": "scratch", "updates": 12000, "length_ratio": 1.1}
+    assert result_tables.completed(dense, 6000)["total_updates"] == 12000
+    assert result_tables.completed(dense, 6000)["bleu_unpenalized"] == 30
+    stated = result_tables.load(result_tables.DEBIAN_RESULTS / "tuned.jsonl")[0]
+    assert result_tables.completed(stated, 6000) == stated
+    without = {key: value for key, value in stated.items() if key != "bleu_unpenalized"}
+    assert result_tables.completed(without, 0)["bleu_unpenalized"] == pytest.approx(stated["bleu_unpenalized"])
 
 
 @each_readme
