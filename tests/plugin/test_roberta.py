@@ -9,7 +9,7 @@ import pytest
 import torch
 from fairseq.models.roberta import RobertaModel
 from plugin.builders import batch, dictionary, random_masks
-from plugin.commands import PLUGIN, assert_reads_as_stock, losses, run, train_on_text
+from plugin.commands import PLUGIN, ROOT, assert_reads_as_stock, losses, run, run_process, train_on_text
 
 from ap_fairseq.artifacts import AttentionStats, PruningMasks
 from ap_fairseq.files import UserError
@@ -174,3 +174,32 @@ def test_a_pruned_encoder_is_fine_tuned_and_classifies(class_bin, dense_roberta,
     assert_reads_as_stock(tmp_path / "stock.pt", dense_roberta[0])
     valid = ["--valid-subset", "test", "--cpu", "--max-tokens", 960, "--num-workers", 0]
     run("fairseq-validate", class_bin, *PLUGIN, "--path", applied, "--task", "masked_lm", *valid)
+
+
+# -- GLUE -------------------------------------------------------------------------------------------------------------
+
+GLUE = ROOT / "examples/package_sections/glue.sh"
+
+
+@pytest.mark.parametrize("task, score", [("RTE", "accuracy"), ("STS-B", "loss")])
+def test_the_recipe_of_glue_on_a_toy_task(task, score, class_bin, dense_roberta, tmp_path):
+    """All its commands run: of a task with classes, and of the one with numbers, which fairseq reads as text."""
+    data = shutil.copytree(class_bin, tmp_path / "data-bin")
+    for split in ("train", "valid"):
+        labels = (class_bin.parent / f"{split}.label").read_text("utf-8")
+        (data / "label" / f"{split}.label").write_text(labels.replace("straight", "5.0").replace("reversed", "0.5"))
+    flags = [*TINY, *"--max-positions 32 --max-update 5 --cpu --num-workers 0".split()]
+    own = dict(environment={"ARCH": "roberta", "FP16": ""})
+    run_process(GLUE, task, data, dense_roberta[0], tmp_path / "out", 0.6, *flags, **own)
+    for name in ("dense", "pruned"):
+        log = (tmp_path / f"out/{name}.log").read_text("utf-8")
+        assert re.search(rf"valid on 'valid' subset .*\| {score} [\d.]+", log)
+    masks = PruningMasks.load(tmp_path / "out/masks.safetensors")
+    assert masks.metadata["sparsity"]["encoder_self"]["effective"] == pytest.approx(0.6, abs=0.01)
+    tuned = load_checkpoint(tmp_path / "out/pruned/checkpoint_best.pt")["model"]
+    assert decode_provenance(tuned["mask_metadata"])["sparsity"] == masks.metadata["sparsity"]
+
+
+def test_the_recipe_of_glue_names_its_tasks_and_arguments():
+    assert "TASK WNLI is not MNLI," in run_process(GLUE, "WNLI", "data", "model.pt", "out", expect=2)
+    assert "glue.sh TASK DATA_BIN PRETRAINED OUT" in run_process(GLUE, "RTE", expect=2)
