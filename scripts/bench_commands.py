@@ -126,8 +126,9 @@ def text_rows(args: argparse.Namespace, stock: str) -> Iterator[dict]:
                 commands.append((name, gpus, 1, theirs + flags))
         for name, gpus, processes, command in commands:
             seconds, _ = measure(command, gpus)
-            lines = Path(output).read_text(encoding="utf-8").splitlines()
-            hypotheses = [data_utils.post_process(line, args.remove_bpe) for line in lines]
+            hypotheses = Path(output).read_text(encoding="utf-8").splitlines()
+            if name.startswith("CTranslate2"):  # writes subwords; ap-generate joins them
+                hypotheses = [data_utils.post_process(line, args.remove_bpe) for line in hypotheses]
             pairs = list(zip(hypotheses, references, strict=True))
             yield dict(command=name, gpus=gpus, processes=processes, **seconds, **scored(pairs))
 

@@ -1,6 +1,7 @@
 """bench_commands.py runs whole commands, which print one score."""
 
 import json
+import re
 import sys
 
 import pytest
@@ -26,11 +27,17 @@ def test_commands_are_timed_and_print_one_score(data_bin, dense, tmp_path):
 
 
 def test_ap_generate_is_timed_alone_where_asked(data_bin, dense, toy_text, tmp_path):
-    """The score of ap-generate --input was another where references have unknown words: <unk>, printed as <<unk>>."""
+    """The score of ap-generate --input was another where references have unknown words: <unk>, printed as <<unk>>.
+
+    And where --remove-bpe joined its lines a second time, without any space.
+    """
     for language in ("en", "de"):
-        text = (toy_text / f"valid.{language}").read_text(encoding="utf-8")
-        (tmp_path / f"valid.{language}").write_text(text.replace("und ", "sowie "), encoding="utf-8")
-    dictionaries = ["--srcdict", data_bin / "dict.en.txt", "--tgtdict", data_bin / "dict.de.txt"]
+        text = (toy_text / f"valid.{language}").read_text(encoding="utf-8").replace("und ", "sowie ")
+        (tmp_path / f"valid.{language}").write_text(re.sub(r"(\w+)", r"▁\1", text), encoding="utf-8")
+        words = (data_bin / f"dict.{language}.txt").read_text(encoding="utf-8")
+        words = re.sub(r"^(?=.)", "▁", words, flags=re.MULTILINE)
+        (tmp_path / f"dict.{language}.txt").write_text(words, encoding="utf-8")
+    dictionaries = ["--srcdict", tmp_path / "dict.en.txt", "--tgtdict", tmp_path / "dict.de.txt"]
     data = ["--validpref", tmp_path / "valid", "--destdir", tmp_path / "data-bin"]
     run("fairseq-preprocess", "-s", "en", "-t", "de", *dictionaries, *data)
     out = tmp_path / "rows.json"
