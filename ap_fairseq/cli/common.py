@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import gc
 import logging
 import multiprocessing
 import os
@@ -105,6 +106,7 @@ def command(main: Callable[[list[str]], None]) -> Callable[[], None]:
         with _without_reader():
             try:
                 main(argv)
+                gc.freeze()  # else Python looks once more through all that is imported before it ends: half a second
             except UserError as error:
                 _fail(program, error)
             except OSError as error:

@@ -67,3 +67,23 @@ def test_an_interrupt_is_one_line():
     done = run("raise KeyboardInterrupt")
     assert done.returncode == 130 and done.stderr.splitlines()[-1].endswith(": interrupted")
     assert "Traceback" not in done.stderr
+
+
+def test_metrics_of_classification_are_imported_where_they_are_called():
+    """fairseq imports scikit-learn and SciPy for two modules: five of the seconds that a cold start took."""
+    code = """
+import sys
+import ap_fairseq.cli.generate
+print(*{"sklearn", "scipy", "pandas"} & sys.modules.keys())
+import numpy as np
+from fairseq.criterions.sentence_prediction import acc_and_f1, pearson_and_spearman
+from fairseq.tasks import audio_classification
+guess, label = np.array([1, 0, 1, 1]), np.array([1, 1, 1, 0])
+print(round(acc_and_f1(guess, label)["f1"], 4), round(pearson_and_spearman(guess, label)["corr"], 4))
+print(audio_classification.sklearn_metrics.accuracy_score(label, guess))
+import scipy.stats, sklearn.metrics
+print(scipy.stats.t.ppf(0.5, 3), sklearn.metrics.f1_score.__module__)
+"""
+    done = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["", "0.6667 -0.3333", "0.5", "0.0 sklearn.metrics._classification"]
