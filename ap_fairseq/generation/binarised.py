@@ -10,7 +10,7 @@ from argparse import Namespace
 from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 import torch
 from fairseq import scoring, utils
@@ -22,6 +22,7 @@ from sacrebleu.metrics import BLEU
 
 from ap_fairseq.experiments.stages import lines_of
 from ap_fairseq.files import write_json
+from ap_fairseq.generation.lines import BatchLines
 from ap_fairseq.generation.ranks import run_ranks
 
 logger = logging.getLogger(__name__)
@@ -113,18 +114,39 @@ def translate_share(rank: int, cfg, folder: Path) -> None:
             utils.set_torch_seed(torch.initial_seed() + rank)
         return iterator
 
-    build_scorer = scoring.build_scorer
+    build_scorer, stock_step, stock_main = scoring.build_scorer, task_class.inference_step, generate._main
+    scorer: Any = None
+    stream: TextIO
+    lines: BatchLines | None = None
+
+    def main(cfg, output_file):
+        nonlocal stream
+        stream = output_file
+        stock_main(cfg, output_file)
 
     def scorer_of_share(*args):
+        nonlocal scorer
         scorer = build_scorer(*args)
-        return _ScoredLater() if hasattr(scorer, "add_string") else scorer
+        return _ScoredLater() if hasattr(scorer, "add_string") or BatchLines.covers(plain, scorer) else scorer
+
+    def inference_step(self, generator, models, sample, *args, **options):
+        nonlocal lines
+        found = stock_step(self, generator, models, sample, *args, **options)
+        if BatchLines.covers(plain, scorer):
+            if lines is None:
+                lines = BatchLines(plain, self, generator, scorer if hasattr(scorer, "stat") else None, stream)
+            lines.write(sample, found)
+            sample["nsentences"], sample["id"] = len(found), sample["id"][:0]  # nothing is left for fairseq's loop
+        return found
 
     # This process does nothing else.
-    task_class.get_batch_iterator, scoring.build_scorer = get_batch_iterator, scorer_of_share
+    task_class.get_batch_iterator, task_class.inference_step = get_batch_iterator, inference_step
+    scoring.build_scorer, generate._main = scorer_of_share, main
+    plain = _plain(cfg)
     try:
-        scorer = generate.main(_plain(cfg))
+        generate.main(plain)
     except _NoBatch:
-        scorer = None
+        pass
     statistics = [getattr(scorer.stat, name) for name, _ in BleuStat._fields_] if hasattr(scorer, "stat") else None
     write_json(folder / f"rank{rank}.json", {**subset, "statistics": statistics}, overwrite=True)
 

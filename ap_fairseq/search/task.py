@@ -38,12 +38,13 @@ class ListDictionary(Dictionary):
         separator=" ",
     ) -> str:
         tokens = tensor.tolist() if torch.is_tensor(tensor) and tensor.dim() == 1 else tensor
-        if not isinstance(tokens, list) or not all(type(token) is int for token in tokens):
+        if not isinstance(tokens, list) or not {*map(type, tokens)} <= {int}:
             options = escape_unk, extra_symbols_to_ignore, unk_string, include_eos, separator
             return super().string(tensor, bpe_symbol, *options)
         ignored = {*(extra_symbols_to_ignore or ()), self.bos(), *(() if include_eos else (self.eos(),))}
         unknown = self.unk_string(escape_unk) if unk_string is None else unk_string
-        words = [unknown if i == self.unk_index else self[i] for i in tokens if i not in ignored]
+        unk, symbols, size = self.unk_index, self.symbols, len(self.symbols)
+        words = [unknown if i == unk else symbols[i] if i < size else self.unk_word for i in tokens if i not in ignored]
         return data_utils.post_process(separator.join(words), bpe_symbol)
 
     def encode_line(
@@ -58,8 +59,13 @@ class ListDictionary(Dictionary):
         if consumer is not None or reverse_order:
             options = add_if_not_exist, consumer, append_eos, reverse_order
             return super().encode_line(line, line_tokenizer, *options)
-        find = self.add_symbol if add_if_not_exist else self.index
-        return torch.IntTensor([find(word) for word in line_tokenizer(line)] + [self.eos_index] * append_eos)
+        words = line.split() if line_tokenizer is tokenize_line else line_tokenizer(line)  # the same words
+        if add_if_not_exist:
+            numbers = [self.add_symbol(word) for word in words]
+        else:
+            find, unknown = self.indices.get, self.unk_index
+            numbers = [find(word, unknown) for word in words]
+        return torch.IntTensor(numbers + [self.eos_index] * append_eos)
 
 
 class SearchOnDevice:

@@ -1,8 +1,10 @@
 """ap-generate: several processes print what fairseq-generate prints; a text that was cut goes on where it stopped."""
 
 import argparse
+import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -89,15 +91,53 @@ def test_two_processes_print_what_fairseq_generate_prints(data_bin, dense, tmp_p
 
 @pytest.mark.parametrize("scoring", ["bleu", "sacrebleu"])
 def test_a_process_leaves_scoring_by_sacrebleu_to_the_joined_text(data_bin, dense, tmp_path, scoring):
-    """Each process scored its share, and nobody read that score: seconds of a test set."""
+    """Each process scored its share by sacreBLEU, and nobody read that score: seconds of a test set."""
     flags = [data_bin, "--task", "pruned_translation", "--path", dense, "--gen-subset", "valid", "--scoring", scoring]
     flags += ["--batch-size", 16, "--required-batch-size-multiple", 1, "--max-len-b", 9, "--cpu", "--num-workers", 0]
     parser = options.get_generation_parser()
     cfg = convert_namespace_to_omegaconf(options.parse_args_and_arch(parser, list(map(str, flags))))
     joined = binarised.translate_subset(cfg, 2, tmp_path)
     shares = [(tmp_path / f"rank{rank}" / "generate-valid.txt").read_text("utf-8") for rank in range(2)]
-    assert [share.count("scored with the other processes") for share in shares] == [scoring == "sacrebleu"] * 2
+    assert [share.count("scored with the other processes") for share in shares] == [1, 1]
+    statistics = [json.loads((tmp_path / f"rank{rank}.json").read_text("utf-8"))["statistics"] for rank in range(2)]
+    assert [numbers is None for numbers in statistics] == [scoring == "sacrebleu"] * 2
     assert len(joined.sentences) == 60 and "BLEU" in joined.score[0]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--remove-bpe", "subword_nmt", "--prefix-size", 2],
+        ["--tokenizer", "moses", "--nbest", 2],
+        ["--print-alignment", "hard"],
+        ["--score-reference"],
+    ],
+    ids=lambda flags: flags[0],
+)
+def test_lines_of_a_batch_are_those_of_fairseqs_loop(data_bin, dense, toy_text, tmp_path, flags):
+    """With words that the dictionary lacks, which a reference shows as <<unk>> and BLEU never matches."""
+    for language in ("en", "de"):
+        text = (toy_text / f"valid.{language}").read_text("utf-8")
+        (tmp_path / f"valid.{language}").write_text(re.sub(r"\b(und|and)\b", "&", text), "utf-8")
+    dictionaries = ["--srcdict", data_bin / "dict.en.txt", "--tgtdict", data_bin / "dict.de.txt"]
+    data = ["--validpref", tmp_path / "valid", "--destdir", tmp_path / "data-bin"]
+    run("fairseq-preprocess", "-s", "en", "-t", "de", *dictionaries, *data)
+    flags = [tmp_path / "data-bin", "-s", "en", "-t", "de", "--path", dense, "--gen-subset", "valid", *flags]
+    flags += ["--beam", 3, "--batch-size", 16]
+    stock = run("fairseq-generate", *PLUGIN, *flags, "--cpu", "--required-batch-size-multiple", 1, "--num-workers", 0)
+    ap_generate(*flags, "--results-path", tmp_path)
+    *ours, score = (tmp_path / "generate-valid.txt").read_text("utf-8").splitlines()
+    assert ours == sentence_lines(stock) and score in stock.splitlines()
+    assert "<<unk>>" in "".join(ours)
+
+
+def test_sentences_without_a_reference_have_no_score(data_bin, dense, toy_text, tmp_path):
+    data = ["--srcdict", data_bin / "dict.en.txt", "--validpref", toy_text / "valid", "--destdir", tmp_path]
+    run("fairseq-preprocess", "-s", "en", "-t", "de", "--only-source", *data)
+    shutil.copy(data_bin / "dict.de.txt", tmp_path)
+    flags = [tmp_path, "-s", "en", "-t", "de", "--path", dense, "--gen-subset", "valid"]
+    lines = ap_generate_process(*flags).stdout.splitlines()
+    assert len(lines) == 4 * 60 and [line[:3] for line in lines[:5]] == ["S-0", "H-0", "D-0", "P-0", "S-1"]
 
 
 def test_tasks_with_batches_and_generators_of_their_own(data_bin, toy_text, tmp_path):
