@@ -209,6 +209,8 @@ def _translated(model, task, batches, search: Search, lenpen: float, device) -> 
     options = GenerationConfig(beam=search.beam, lenpen=lenpen, max_len_a=search.max_len_a, max_len_b=search.max_len_b)
     # Anew for each system: captured graphs hold the masks that they were captured with.
     generator = task.build_generator([model], options, PrunedSequenceGenerator if search.on_device else None)
+    if search.on_device:
+        generator.nbest = 1
     return dict(_hypotheses(model, task, batches, generator, device, search.remove_bpe))
 
 

@@ -122,20 +122,21 @@ class BeamSearchState:
         return order
 
     def hypotheses(
-        self, n: int, eos: int, len_penalty: float, longest: Tensor | None = None
+        self, n: int, eos: int, len_penalty: float, longest: Tensor | None = None, nbest: int | None = None
     ) -> list[list[dict[str, Tensor]]]:
         """Return the ended hypotheses of the first *n* sentences of the search as fairseq does, on the CPU, best first.
 
         Args:
             len_penalty: scores are divided by the length to the power of it.
             longest: int64 (n,), tokens before *eos*, beyond which a hypothesis of the sentence has the score -inf.
+            nbest: so many of each sentence at most; None: all.
 
         Raises:
             UserError: a sentence has none.
         """
-        beam = self.state.beam
-        final_step, final_beam, final_score = (
-            x[:n, :beam].cpu() for x in (self.state.final_step, self.state.final_beam, self.state.final_score)
+        state = self.state
+        final_step, final_beam, final_score = _on_host(
+            slice(n), slice(state.beam), state.final_step, state.final_beam, state.final_score
         )
         endless = (final_step < 0).all(1)
         if endless.any():
@@ -147,9 +148,16 @@ class BeamSearchState:
         if longest is not None:
             scores[final_step > longest.cpu()[:, None]] = -math.inf
         length = int(final_step.max()) + 1
-        chosen = (self.state.chosen_beam, self.state.chosen_token, self.state.chosen_score)
-        steps = [x[:length, :n].cpu().flatten(1).numpy() for x in chosen]
-        return read_out(*steps, *(x.numpy() for x in (final_beam, final_step, final_score, scores)), eos)
+        chosen = _on_host(slice(length), slice(n), state.chosen_beam, state.chosen_token, state.chosen_score)
+        steps = (x.flatten(1).numpy() for x in chosen)
+        return read_out(*steps, *(x.numpy() for x in (final_beam, final_step, final_score, scores)), eos, nbest)
+
+
+def _on_host(rows: slice, columns: slice, first: Tensor, second: Tensor, scores: Tensor) -> tuple[Tensor, ...]:
+    """Return these parts of two int32 tensors and of float32 *scores* of the same shape by one copy from the device."""
+    parts = (x[rows, columns] for x in (first, second, scores.view(torch.int32)))
+    first, second, scores = torch.stack([*parts]).cpu()
+    return first, second, scores.view(torch.float32)
 
 
 def read_out(
@@ -161,6 +169,7 @@ def read_out(
     last_sum: np.ndarray,
     scores: np.ndarray,
     eos: int,
+    nbest: int | None = None,
 ) -> list[list[dict[str, Tensor]]]:
     """Return the hypotheses of each sentence as fairseq does, by falling scores, from the back-pointers of a search.
 
@@ -173,10 +182,11 @@ def read_out(
         last_step: int32 (B, beam), when; negative where there is none.
         last_sum, scores: float32 (B, beam).
         eos: the token of the last step.
+        nbest: hypotheses of a sentence at most; None: all.
     """
     missing, (n_steps, n_places) = last_step < 0, parents.shape
     n_sentences, beam = last_step.shape
-    number = beam - missing.sum(1)
+    number = (beam - missing.sum(1)).clip(max=nbest)
     rank = np.lexsort((-scores, missing))  # those that are missing come last
     ranked = (np.arange(n_sentences)[:, None] * beam + rank)[np.arange(beam) < number[:, None]]
     sizes = last_step.ravel()[ranked] + 1

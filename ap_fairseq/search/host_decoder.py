@@ -332,7 +332,8 @@ class HostDecoder(StaticDecoder):
             self.mask_rows = [MaskRows(sites, positions, n_columns) for sites, n_columns in asked]
         return self.mask_rows
 
-    def _prepare_caches(self, encoder_outs: list[dict] | None, real: Tensor, max_len: int) -> None:
+    def _prepare_caches(self, net_input: dict[str, Tensor], real: Tensor, max_len: int) -> list[dict] | None:
+        encoder_outs = self.encode(net_input)
         self.packed.refresh()
         self_rows, cross_rows = self._mask_rows()
         slots = self.slots = SentenceSlots(self.beams, real.size(0), self_rows, self.dtype)
@@ -351,6 +352,7 @@ class HostDecoder(StaticDecoder):
                     self.sources.append(cross)
                 self.layers[-1].append(self._layer(layer, self.self_caches[layer.self_attn], cross))
         self.output_layers = [self._output_layer(model) for model in self.models]
+        return encoder_outs
 
     def _embed(self, index: int, tokens: Tensor) -> Tensor:
         decoder, positions, step = self.models[index].decoder, self.positions[index], self.slots.step
@@ -403,8 +405,8 @@ class HostDecoder(StaticDecoder):
         for cache in self.self_caches.values():
             cache.keep(order, capacity)
 
-    def _shrink(self, n: int, smaller: int) -> Tensor:
-        order = super()._shrink(n, smaller)
+    def _move(self, n: int, smaller: int) -> Tensor:
+        order = super()._move(n, smaller)
         to = (order != torch.arange(smaller)).nonzero()[:, 0]
         self.slots.move(to, order[to], smaller)
         for cache in (*self.self_caches.values(), *self.sources):

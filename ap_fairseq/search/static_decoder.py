@@ -28,6 +28,7 @@ from ap_fairseq.model.kv_cache import (
     renumber_live,
 )
 from ap_fairseq.model.language_model import PrunedLanguageModel
+from ap_fairseq.model.layers import left_padding, rotate_left
 from ap_fairseq.model.transformer import PrunedTransformerModel
 from ap_fairseq.search.beams import BeamSearchState
 from ap_fairseq.search.capacity import Capacity, bucket
@@ -75,6 +76,7 @@ class StaticDecoder:
         self._allocate(dtype, device)
         self.used: dict[PrunedMultiheadAttention, int] = {}  # slots of each pool in use, as the host counts them
         self.graphs: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}  # of n sentences, within prefixes or not
+        self.moves: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}  # of n places to fewer
         self.graph_pool, self.source_pool = GraphPool(), GraphPool()  # results of the latter outlive steps
         self.source_passes: dict[tuple[int, int], SourcePass] = {}  # by sentences and columns
         self.source_shapes: set[tuple[int, int]] = set()  # that came before
@@ -129,6 +131,7 @@ class StaticDecoder:
 
     def _forget_steps(self) -> None:
         self.graphs.clear()
+        self.moves.clear()
         self.graph_pool = GraphPool()
 
     def _forget_graphs(self) -> None:
@@ -145,6 +148,7 @@ class StaticDecoder:
         first_token: int,
         source_lengths: Tensor,
         prefix: Tensor | None = None,
+        nbest: int | None = None,
     ) -> tuple[list[list[dict[str, Tensor]]], list[dict] | None]:
         """Translate one batch.
 
@@ -152,6 +156,7 @@ class StaticDecoder:
             net_input: what fairseq gives the encoders of a batch.
             source_lengths: int64 (B,), by which the lengths of translations are judged, if they are.
             prefix: int64 (B, P), tokens that the translations begin with, padded on the right.
+            nbest: so many hypotheses of each sentence at most; None: all.
 
         Returns:
             What ``SequenceGenerator.generate`` does, on the CPU, and the output of the encoders, which the next batch
@@ -170,7 +175,8 @@ class StaticDecoder:
             self._prefill(encoder_outs, prefix[:, :done], first_token, max_len)
         self._search(n, done, max_len, prefix_len)
         longest = source_lengths if self.rules.match_source_len else None
-        return self.beams.hypotheses(n_sentences, self.rules.eos, self.rules.len_penalty, longest), encoder_outs
+        found = self.beams.hypotheses(n_sentences, self.rules.eos, self.rules.len_penalty, longest, nbest)
+        return found, encoder_outs
 
     def encode(self, net_input: dict[str, Tensor]) -> list[dict] | None:
         """Return what the encoder of every model says, if the models have one."""
@@ -208,8 +214,17 @@ class StaticDecoder:
         for module, number in new.items():
             self.used[module] += number
 
-    def _shrink(self, n: int, smaller: int) -> Tensor:
-        """Move the unfinished ones of the first *n* sentences to the first *smaller* places; return where they were."""
+    def _shrink(self, n: int, smaller: int) -> None:
+        """Move the unfinished ones of the first *n* sentences to the first *smaller* places: some forty kernels."""
+        if graph := self.moves.get((n, smaller)):
+            graph.replay()
+            return
+        self._move(n, smaller)
+        if self.capture:
+            self.moves[n, smaller], _ = self.graph_pool.capture(lambda: self._move(n, smaller))
+
+    def _move(self, n: int, smaller: int) -> Tensor:
+        """Do what `_shrink` does, directly; return where those in the first *smaller* places were."""
         order = self.beams.shrink(n, smaller)
         self.restrictions.select(order)
         return order
@@ -225,14 +240,12 @@ class StaticDecoder:
             self.beams.begin(tokens.ne(self.rules.pad).sum(1), max_len, first_token, n_first)
             self._prepare_self_caches()
             return source_pass(self, tokens)
-        encoder_outs = self.encode(net_input)
-        if encoder_outs is None:
-            real = torch.ones(tokens.size(0), 1, dtype=torch.bool, device=tokens.device)
+        if hasattr(self.models[0], "encoder"):  # which moves each source to column 0
+            real = rotate_left(tokens, left_padding(tokens, self.rules.pad)).ne(self.rules.pad)
         else:
-            real = ~encoder_outs[0]["encoder_padding_mask"][0]
+            real = torch.ones(tokens.size(0), 1, dtype=torch.bool, device=tokens.device)
         self.beams.begin(real.sum(1), max_len, first_token, n_first)
-        self._prepare_caches(encoder_outs, real, max_len)
-        return encoder_outs
+        return self._prepare_caches(net_input, real, max_len)
 
     def _source_pass(self, net_input: dict[str, Tensor]) -> SourcePass | None:
         """Return the graph that encodes a batch, from the second batch of its size on: few and short sources."""
@@ -252,11 +265,18 @@ class StaticDecoder:
             found = self.source_passes[shape] = SourcePass(self, n, columns, self.capacity.positions - 1, device)
         return found
 
-    def _prepare_caches(self, encoder_outs: list[dict] | None, real: Tensor, max_len: int) -> None:
-        """Empty the caches of self-attention and fill those of cross-attention."""
+    def _prepare_caches(self, net_input: dict[str, Tensor], real: Tensor, max_len: int) -> list[dict] | None:
+        """Encode a batch, empty the caches of self-attention and fill those of cross-attention.
+
+        Args:
+            real: bool (B, S), which source tokens there are, from column 0 on; (B, 1) of language models.
+        """
         self._prepare_self_caches()
-        if self.cross_sites:
-            self.fill_sources(encoder_outs, self.stored.slots(real, max_len))
+        slots = self.stored.slots(real, max_len) if self.cross_sites else {}  # waits, so before the encoders run
+        encoder_outs = self.encode(net_input)
+        if slots:
+            self.fill_sources(encoder_outs, slots)
+        return encoder_outs
 
     def _prepare_self_caches(self) -> None:
         self.used = dict.fromkeys(self.self_sites, 0)

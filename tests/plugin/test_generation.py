@@ -728,6 +728,19 @@ def test_hypotheses_are_read_out_along_their_back_pointers(n_steps):
             assert hypothesis["positional_scores"].tolist() == np.diff(totals[::-1], prepend=np.float32(0)).tolist()
 
 
+@pytest.mark.parametrize("nbest", [1, 2, 9])
+def test_the_best_hypotheses_alone_are_read_out(nbest):
+    """Of five that ``ap-generate`` prints one of: they took longer to read out than half of all steps."""
+    generator = PrunedSequenceGeneratorWithAlignment(by_torch(models()), VOCAB, beam_size=4, max_len_b=9)
+    every = generator.generate([], sample(LENGTHS))
+    assert {len(sentence) for sentence in every} == {4}
+    generator.nbest = nbest
+    found = generator.generate([], sample(LENGTHS))
+    assert_same(found, [sentence[:nbest] for sentence in every])
+    for mine, theirs in zip(found, every, strict=True):
+        assert [h["alignment"] for h in mine] == [h["alignment"] for h in theirs[:nbest]]
+
+
 def test_buffers_on_the_device_go_with_the_generator():
     generator = PrunedSequenceGenerator(models(), VOCAB, beam_size=3, max_len_b=5)
     generator.generate([], sample([3, 4]))
@@ -748,6 +761,57 @@ def test_the_batch_shrinks_when_sentences_finish(monkeypatch, paged):
     )
     PrunedSequenceGenerator(models(), VOCAB, beam_size=2, max_len_b=20).generate([], sample(LENGTHS))
     assert sizes[0] == 16 and sizes[-1] < 16 and sizes == sorted(sizes, reverse=True)
+
+
+def test_the_host_waits_before_the_encoders_run(monkeypatch, paged):
+    """It laid out the slots of a batch, which waits for the device, behind the encoders."""
+    order = []
+    for kind, name in ((static_decoder.StoredColumns, "slots"), (static_decoder.StaticDecoder, "encode")):
+        real = getattr(kind, name)
+        monkeypatch.setattr(kind, name, lambda self, *x, real=real, name=name: order.append(name) or real(self, *x))
+    PrunedSequenceGenerator(by_torch(models()), VOCAB, beam_size=2, max_len_b=9).generate([], sample(LENGTHS))
+    assert order == ["slots", "encode"]
+
+
+class Repeated:
+    """As a captured graph: what was launched once runs again."""
+
+    def __init__(self, run, name):
+        self.run, self.name, self.replays = run, name, 0
+
+    def replay(self):
+        self.replays += 1
+        self.run()
+
+
+def test_sentences_leave_a_batch_by_a_graph(monkeypatch, paged):
+    """A move to fewer places was some forty launches, six times a batch: a twelfth of all time of a search."""
+    graphs = []
+
+    def capture(self, run):
+        graphs.append(Repeated(run, run.__qualname__.split(".")[1]))
+        return graphs[-1], None
+
+    def capturing(self, *arguments):
+        make(self, *arguments)
+        self.capture = True
+
+    make = static_decoder.StaticDecoder.__init__
+    monkeypatch.setattr(static_decoder.StaticDecoder, "__init__", capturing)
+    monkeypatch.setattr(static_decoder.GraphPool, "capture", capture)
+    monkeypatch.setattr(
+        static_decoder.StaticDecoder, "_count_unfinished", lambda self: self.beams.state.unfinished.clone().item
+    )
+    systems, options = by_torch(models()), dict(beam_size=2, max_len_b=20, no_repeat_ngram_size=2)
+    repeating = PrunedSequenceGenerator(systems, VOCAB, **options)
+    found = [repeating.generate([], sample(LENGTHS, seed)) for seed in range(3)]
+    monkeypatch.undo()
+    direct = PrunedSequenceGenerator(systems, VOCAB, **options)
+    for seed in range(3):
+        assert_same(found[seed], direct.generate([], sample(LENGTHS, seed)))
+    moves = [graph for graph in graphs if graph.name == "_shrink"]
+    assert {graph.name for graph in graphs} == {"_shrink", "_run"}
+    assert len(moves) == len(repeating._decoder.moves) and sum(graph.replays for graph in moves) >= 2
 
 
 def rescored(system, source, tokens):
