@@ -122,6 +122,8 @@ def forward_config(table: TileTable, dim: int, dtype: torch.dtype) -> Config:
             (64, 1): Config(64, 64, 4, 2),
         }[tile]
     few = table.entries.size(2) <= 64  # blocks of 16 in a row: most lists end before a third stage is filled
+    if dim <= 32 and tile in ((64, 64), (128, 128)):  # fewer registers, so that more programs share a multiprocessor
+        return Config(64, 64, 4, 3, 80) if tile == (64, 64) else Config(64, 128, 4, 2, 128)
     return {
         (16, 16): Config(16, 32, 1, 2 if few else 3, 128),
         (32, 32): Config(32, 32, 1, 3, 168),
