@@ -75,7 +75,7 @@ def run_ranks(name: str, logs: list[Path], cpu: bool, function: Callable, *args:
 
 
 def _run(rank: int, ranks: int, cpu: bool, function: Callable, args: tuple) -> None:
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
     gc.freeze()  # what was imported stays; full collections that look through it take longer than reading hypotheses
     if torch.cuda.is_available() and not cpu:
         torch.cuda.set_device(rank % torch.cuda.device_count())
@@ -88,10 +88,12 @@ def _run(rank: int, ranks: int, cpu: bool, function: Callable, args: tuple) -> N
         sys.exit(2)
 
 
-def _end_with_parent() -> None:
-    """End this process when its parent has ended, which may have been killed."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
+def end_with_parent() -> None:
+    """Let this process end when its parent has ended, which may have been killed."""
+    threading.Thread(target=_outlive, args=(multiprocessing.parent_process(),), daemon=True).start()
+
+
+def _outlive(parent: multiprocessing.process.BaseProcess) -> None:
     parent.join()
     os._exit(1)
 

@@ -23,8 +23,10 @@ from fairseq_cli.generate import get_symbols_to_strip_from_output
 
 from ap_fairseq.experiments.stages import lines_of
 from ap_fairseq.files import ArtifactError, UserError, atomic_output, file_sha256, require_file, write_json
+from ap_fairseq.generation.beside import Beside
 from ap_fairseq.generation.ranks import run_ranks
 from ap_fairseq.provenance import dictionary_hashes, versions
+from ap_fairseq.search.generator import PrunedSequenceGenerator
 
 logger = logging.getLogger(__name__)
 
@@ -125,16 +127,21 @@ def translate_text(args, cfg, text: Text, ranks: int, folder: Path) -> list[Path
 
 def translate_parts(rank: int, cfg, text: Text, folder: Path, todo: list[int], ranks: int) -> None:
     """Translate the parts *todo*[rank::ranks] in one process, each into a file of *folder*."""
-    translator = Translator(cfg)
-    mine, done = todo[rank::ranks], 0
-    for number in mine:
-        lines = text.part(number)
-        utils.set_torch_seed(cfg.common.seed + number)  # sampling does not depend on what this process did before
-        translations = translator.translate(lines, text.name, 1 + number * text.part_lines)
+    translator, mine = Translator(cfg), todo[rank::ranks]
+
+    def read(number: int) -> list[list[int]]:
+        return translator.encode(text.part(number), text.name, 1 + number * text.part_lines)
+
+    def write(number: int, hypotheses: list[list[int]]) -> None:
+        lines = translator.decode(hypotheses)
         with atomic_output(folder / f"part{number:06}.txt") as temporary:
-            Path(temporary).write_text("".join(f"{line}\n" for line in translations), encoding="utf-8", newline="\n")
-        done += 1
-        print(f"progress: {done} / {len(mine)} parts", flush=True)
+            Path(temporary).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8", newline="\n")
+        print(f"progress: {mine.index(number) + 1} / {len(mine)} parts", flush=True)
+
+    with Beside(2, read=read, write=write) as beside:
+        for number, sources in beside.ahead("read", mine):
+            utils.set_torch_seed(cfg.common.seed + number)  # sampling does not depend on what this process did before
+            beside.behind("write", number, translator.search(sources))
 
 
 class Translator:
@@ -166,11 +173,13 @@ class Translator:
         """As the task's, which the hub calls; some tasks lack the option that the hub passes, without a value."""
         known = inspect.signature(self.build_generator).parameters
         generator = self.build_generator(models, args, **{name: x for name, x in options.items() if name in known})
+        if isinstance(generator, PrunedSequenceGenerator):
+            generator.nbest = 1
         self.stripped = get_symbols_to_strip_from_output(generator)  # such as the tokens of languages
         return generator
 
-    def translate(self, lines: list[str], name: str, first: int) -> list[str]:
-        """Return the best translation of each line, detokenised; an empty line stays empty.
+    def encode(self, lines: list[str], name: str, first: int) -> list[list[int]]:
+        """Return the tokens of each line, ending in EOS; of an empty line none.
 
         Args:
             name: of the text, for messages.
@@ -180,19 +189,27 @@ class Translator:
             UserError: for a line that is longer than the model reads, unless ``--truncate-source`` allows to cut it,
                 or longer than a batch may be.
         """
-        filled = [number for number, line in enumerate(lines) if line]
-        sources = [self._encode(lines[number], name, first + number) for number in filled]
-        texts = [""] * len(lines)
-        if filled:
-            hypotheses = self.hub.generate(sources, beam=self.beam)
+        return [self._encode(line, name, first + number).tolist() if line else [] for number, line in enumerate(lines)]
+
+    def search(self, sources: list[list[int]]) -> list[list[int]]:
+        """Return the tokens of the best hypothesis of each source that has any, without what fairseq does not print."""
+        found: list[list[int]] = [[] for _ in sources]
+        if filled := [number for number, source in enumerate(sources) if source]:
+            hypotheses = self.hub.generate([torch.tensor(sources[number]) for number in filled], beam=self.beam)
             for number, (best, *_) in zip(filled, hypotheses, strict=True):
-                # Not fairseq's post_process_prediction, which adds the words of the text to the dictionary. A list, as
-                # fairseq goes through a tensor element by element: eight times as slow.
-                tokens = best["tokens"].tolist()
-                text = self.hub.tgt_dict.string(tokens, self.post_process, extra_symbols_to_ignore=self.stripped)
-                text = self.hub.detokenize(self.hub.remove_bpe(text))
-                texts[number] = text.replace("\n", " ")  # which a BPE of bytes may spell
-        return texts
+                found[number] = [token for token in best["tokens"].tolist() if token not in self.stripped]
+        return found
+
+    def decode(self, hypotheses: list[list[int]]) -> list[str]:
+        """Return the lines of hypotheses, detokenised; an empty one stays empty."""
+        return [self._decode(tokens) if tokens else "" for tokens in hypotheses]
+
+    def _decode(self, tokens: list[int]) -> str:
+        # Not fairseq's post_process_prediction, which adds the words of the text to the dictionary. A list, as fairseq
+        # goes through a tensor element by element: eight times as slow.
+        text = self.hub.tgt_dict.string(tokens, self.post_process)
+        text = self.hub.detokenize(self.hub.remove_bpe(text))
+        return text.replace("\n", " ")  # which a BPE of bytes may spell
 
     def _encode(self, line: str, name: str, number: int) -> torch.Tensor:
         """Return the tokens of a line, int64 (T,), ending in EOS."""

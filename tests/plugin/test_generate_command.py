@@ -444,4 +444,4 @@ def test_a_line_that_a_bpe_of_bytes_spells_stays_in_one_line():
     translator.hub.encode.return_value = torch.tensor([4, 2])
     translator.hub.generate.return_value = [[{"tokens": torch.tensor([4, 2])}]]
     translator.hub.detokenize.return_value = "one\ntwo"
-    assert translator.translate(["x"], "in", 1) == ["one two"]
+    assert translator.decode(translator.search(translator.encode(["x", ""], "in", 1))) == ["one two", ""]
