@@ -55,6 +55,11 @@ class Beside(AbstractContextManager):
             self._behind.popleft().result()
         self._behind.append(self._pool.submit(_call, name, *arguments))
 
+    def call(self, name: str, *arguments: Any) -> Any:
+        """Return what the function *name* does, after the calls behind, of which it raises what one raised."""
+        self.finish()
+        return self._pool.submit(_call, name, *arguments).result()
+
     def finish(self) -> None:
         """Wait for the calls behind, and raise what one raised."""
         while self._behind:

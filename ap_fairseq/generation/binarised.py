@@ -6,11 +6,13 @@ import copy
 import json
 import logging
 import re
+import time
 from argparse import Namespace
 from collections.abc import Iterable
+from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple, TextIO
+from typing import Any, NamedTuple
 
 import torch
 from fairseq import scoring, utils
@@ -20,15 +22,16 @@ from fairseq.tasks import TASK_REGISTRY
 from fairseq_cli import generate
 from sacrebleu.metrics import BLEU
 
-from ap_fairseq.experiments.stages import lines_of
 from ap_fairseq.files import write_json
-from ap_fairseq.generation.lines import BatchLines
+from ap_fairseq.generation.beside import Beside
+from ap_fairseq.generation.lines import Batch, BatchLines, statistics
 from ap_fairseq.generation.ranks import run_ranks
+from ap_fairseq.search.generator import PrunedSequenceGenerator
 
 logger = logging.getLogger(__name__)
 
 _LINE = re.compile(r"[A-Z]-(\d+)(?:_\d+)?\t")  # S-7, H-7, ..., and E-7_3 of --retain-iter-history
-_SPEED = re.compile(r"Translated [\d,]+ sentences \(([\d,]+) tokens\) in ([\d.]+)s")
+LINES = "lines.txt"  # of what a process prints, beside what fairseq's loop does
 
 
 class Joined(NamedTuple):
@@ -79,7 +82,8 @@ def translate_subset(cfg, ranks: int, folder: Path) -> Joined:
     logs = [folder / f"rank{rank}.log" for rank in range(ranks)]
     run_ranks(f"generate {cfg.dataset.gen_subset}", logs, cfg.common.cpu, translate_share, cfg, folder)
     shares = [json.loads((folder / f"rank{rank}.json").read_text(encoding="utf-8")) for rank in range(ranks)]
-    outputs = [folder / f"rank{rank}" / f"generate-{cfg.dataset.gen_subset}.txt" for rank in range(ranks)]
+    names = f"generate-{cfg.dataset.gen_subset}.txt", LINES
+    outputs = [folder / f"rank{rank}" / name for rank in range(ranks) for name in names]
     sentences = join(output for output in outputs if output.exists())
     if missing := shares[0]["sentences"] - len(sentences):
         logger.warning(
@@ -87,9 +91,8 @@ def translate_subset(cfg, ranks: int, folder: Path) -> Joined:
             "--max-source-positions or --max-target-positions (--skip-invalid-size-inputs-valid-test), or in a last "
             "batch that is no multiple of --required-batch-size-multiple"
         )
-    speeds = [speed for line in lines_of(*logs) for speed in _SPEED.findall(line)]
-    if speeds:
-        tokens, slowest = sum(int(n.replace(",", "")) for n, _ in speeds), max(float(seconds) for _, seconds in speeds)
+    tokens, slowest = sum(share["tokens"] for share in shares), max(share["seconds"] for share in shares)
+    if sentences:
         logger.info(
             f"translated {len(sentences):,} sentences ({tokens:,} tokens); processes: {ranks}, the slowest searched "
             f"for {slowest:.1f} s ({tokens / max(slowest, 0.1):,.0f} tokens/s in all)"
@@ -101,28 +104,22 @@ def translate_share(rank: int, cfg, folder: Path) -> None:
     """Run ``fairseq-generate`` on the shard of one process; write what it prints and how many sentences there are."""
     cfg.distributed_training.distributed_rank = rank
     cfg.common_eval.results_path = str(folder / f"rank{rank}")
-    subset: dict[str, Any] = {}
+    share: dict[str, Any] = {"seconds": 0.0, "tokens": 0}
     task_class = TASK_REGISTRY[cfg.task._name]  # some tasks make their batches themselves
     stock = task_class.get_batch_iterator
 
     def get_batch_iterator(self, dataset, *args, **options):
         iterator = stock(self, dataset, *args, **options)
-        subset["sentences"] = len(dataset)
+        share["sentences"] = len(dataset)
         if rank >= len(iterator.frozen_batches):
             raise _NoBatch  # fairseq divides by the time and the length of what it has translated
         if rank:  # each process samples with random numbers of its own, the first with those of fairseq-generate
             utils.set_torch_seed(torch.initial_seed() + rank)
         return iterator
 
-    build_scorer, stock_step, stock_main = scoring.build_scorer, task_class.inference_step, generate._main
+    build_scorer, stock_step = scoring.build_scorer, task_class.inference_step
     scorer: Any = None
-    stream: TextIO
-    lines: BatchLines | None = None
-
-    def main(cfg, output_file):
-        nonlocal stream
-        stream = output_file
-        stock_main(cfg, output_file)
+    writer: Beside | None = None
 
     def scorer_of_share(*args):
         nonlocal scorer
@@ -130,25 +127,32 @@ def translate_share(rank: int, cfg, folder: Path) -> None:
         return _ScoredLater() if hasattr(scorer, "add_string") or BatchLines.covers(plain, scorer) else scorer
 
     def inference_step(self, generator, models, sample, *args, **options):
-        nonlocal lines
+        nonlocal writer
+        nbest, begin = plain.generation.nbest, time.perf_counter()
+        if isinstance(generator, PrunedSequenceGenerator):
+            generator.nbest = nbest
         found = stock_step(self, generator, models, sample, *args, **options)
+        share["seconds"] += time.perf_counter() - begin
+        share["tokens"] += sum(len(best["tokens"]) for best, *_ in found)
         if BatchLines.covers(plain, scorer):
-            if lines is None:
-                lines = BatchLines(plain, self, generator, scorer if hasattr(scorer, "stat") else None, stream)
-            lines.write(sample, found)
+            if writer is None:
+                counted = scorer if hasattr(scorer, "stat") else None
+                lines = BatchLines(plain, self, generator, counted, folder / f"rank{rank}" / LINES)
+                writer = stack.enter_context(Beside(1, write=lines.write, statistics=lines.statistics))
+            writer.behind("write", Batch.collect(sample, found, nbest))
             sample["nsentences"], sample["id"] = len(found), sample["id"][:0]  # nothing is left for fairseq's loop
         return found
 
     # This process does nothing else.
     task_class.get_batch_iterator, task_class.inference_step = get_batch_iterator, inference_step
-    scoring.build_scorer, generate._main = scorer_of_share, main
-    plain = _plain(cfg)
-    try:
-        generate.main(plain)
-    except _NoBatch:
-        pass
-    statistics = [getattr(scorer.stat, name) for name, _ in BleuStat._fields_] if hasattr(scorer, "stat") else None
-    write_json(folder / f"rank{rank}.json", {**subset, "statistics": statistics}, overwrite=True)
+    scoring.build_scorer, plain = scorer_of_share, _plain(cfg)
+    with ExitStack() as stack:
+        try:
+            generate.main(plain)
+        except _NoBatch:
+            pass
+        share["statistics"] = statistics(scorer) if writer is None else writer.call("statistics")
+    write_json(folder / f"rank{rank}.json", share, overwrite=True)
 
 
 def _plain(cfg) -> SimpleNamespace:

@@ -7,13 +7,55 @@ from __future__ import annotations
 
 import ctypes
 import math
-from typing import Any, TextIO
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from fairseq.scoring.bleu import Scorer
+from fairseq.scoring.bleu import BleuStat, Scorer
 from fairseq_cli.generate import get_symbols_to_strip_from_output
 from torch import Tensor
+
+
+class Batch(NamedTuple):
+    """What is printed of the B sentences of a batch, in few arrays, which go to another process in no time.
+
+    Attributes:
+        numbers: of the sentences.
+        sources, targets: int64 (B, T), padded; None: there are none.
+        best: hypotheses of each sentence that are printed; N of all.
+        scores: float32 (N,), in base 2.
+        sizes: int64 (N,), tokens of each hypothesis.
+        tokens, positional: int64 and float32 (sum of sizes,), and scores of the tokens in base 2.
+    """
+
+    numbers: list[int]
+    sources: np.ndarray
+    targets: np.ndarray | None
+    best: list[int]
+    scores: np.ndarray
+    sizes: np.ndarray
+    tokens: np.ndarray
+    positional: np.ndarray
+
+    @classmethod
+    def collect(cls, sample: dict[str, Any], found: list[list[dict[str, Tensor]]], nbest: int) -> Batch:
+        """Collect it from a batch and the hypotheses of each sentence, best first."""
+        flat = [hypothesis for hypotheses in found for hypothesis in hypotheses[:nbest]]
+        tokens, positional = (
+            torch.cat([hypothesis[name] for hypothesis in flat]) for name in ("tokens", "positional_scores")
+        )
+        scores = torch.stack([hypothesis["score"] for hypothesis in flat])
+        return cls(
+            sample["id"].tolist(),
+            sample["net_input"]["src_tokens"].cpu().numpy(),
+            None if sample["target"] is None else sample["target"].cpu().numpy(),
+            [len(hypotheses[:nbest]) for hypotheses in found],
+            (scores / math.log(2)).cpu().numpy(),
+            np.array([len(hypothesis["tokens"]) for hypothesis in flat]),
+            tokens.cpu().numpy(),
+            (positional / math.log(2)).cpu().numpy(),
+        )
 
 
 class BatchLines:
@@ -23,15 +65,16 @@ class BatchLines:
         cfg: fairseq's configuration of ``fairseq-generate``, of those that :meth:`covers` accepts.
         generator: that searches.
         scorer: fairseq's BLEU of tokens; None for scores of the printed lines.
+        path: of the file.
     """
 
-    def __init__(self, cfg, task, generator, scorer: Scorer | None, stream: TextIO):
+    def __init__(self, cfg, task, generator, scorer: Scorer | None, path: Path):
         self.source, self.target = getattr(task, "source_dictionary", None), task.target_dictionary
         self.ignored = get_symbols_to_strip_from_output(generator)
         self.bpe, self.tokenizer = task.build_bpe(cfg.bpe), task.build_tokenizer(cfg.tokenizer)
-        self.post_process, self.nbest = cfg.common_eval.post_process, cfg.generation.nbest
+        self.post_process = cfg.common_eval.post_process
         self.numbers = _Numbers(self.target.indices)
-        self.scorer, self.stream = scorer, stream
+        self.scorer, self.path = scorer, path
 
     @staticmethod
     def covers(cfg, scorer) -> bool:
@@ -42,21 +85,14 @@ class BatchLines:
             isinstance(scorer, Scorer) or hasattr(scorer, "add_string")
         )
 
-    def write(self, sample: dict[str, Any], found: list[list[dict[str, Tensor]]]) -> None:
-        """Write the lines of a batch, and add it to the score.
-
-        Args:
-            found: the hypotheses of each sentence, best first.
-        """
-        best = [hypotheses[: self.nbest] for hypotheses in found]
-        flat = [hypothesis for hypotheses in best for hypothesis in hypotheses]
-        scores = iter((torch.stack([hypothesis["score"] for hypothesis in flat]) / math.log(2)).tolist())
-        tokens = iter(_lists([hypothesis["tokens"] for hypothesis in flat]))
-        positional = iter(_lists([hypothesis["positional_scores"] for hypothesis in flat], math.log(2)))
-        sources = self._rows(sample["net_input"]["src_tokens"])
-        targets = None if sample["target"] is None else self._rows(sample["target"])
+    def write(self, batch: Batch) -> None:
+        """Append the lines of a batch to the file, and add it to the score."""
+        scores, ends = iter(batch.scores.tolist()), batch.sizes.cumsum().tolist()
+        tokens, positional = (iter(_split(values.tolist(), ends)) for values in (batch.tokens, batch.positional))
+        sources = self._rows(batch.sources)
+        targets = None if batch.targets is None else self._rows(batch.targets)
         pairs, lines = [], []
-        for i, number in enumerate(sample["id"].tolist()):
+        for i, number in enumerate(batch.numbers):
             if self.source is not None:
                 lines.append(f"S-{number}\t{self._decode(self.source.string(sources[i], self.post_process))}\n")
             if targets is not None:
@@ -65,7 +101,7 @@ class BatchLines:
                 )
                 reference = self._decode(reference)
                 lines.append(f"T-{number}\t{reference}\n")
-            for j in range(len(best[i])):
+            for j in range(batch.best[i]):
                 hypothesis, score, parts = next(tokens), next(scores), next(positional)
                 text = self.target.string(hypothesis, self.post_process, extra_symbols_to_ignore=self.ignored)
                 detokenised = self._decode(text)
@@ -77,12 +113,17 @@ class BatchLines:
                         pairs.append((targets[i], hypothesis))
                     else:  # BLEU of words, not of the tokens that were joined
                         pairs.append((self._encode(reference), self._encode(detokenised)))
-        self.stream.write("".join(lines))
+        with open(self.path, "a", encoding="utf-8") as stream:
+            stream.write("".join(lines))
         if pairs:
             assert self.scorer is not None
             add(self.scorer, pairs)
 
-    def _rows(self, tokens: Tensor) -> list[list[int]]:
+    def statistics(self) -> list[int] | None:
+        """Return what the scorer has counted."""
+        return statistics(self.scorer)
+
+    def _rows(self, tokens: np.ndarray) -> list[list[int]]:
         """Return the tokens of each row, int64 (B, T), without padding."""
         pad = self.target.pad()
         return [[token for token in row if token != pad] for row in tokens.tolist()]
@@ -105,11 +146,14 @@ class _Numbers(dict[str, int]):
         return number
 
 
-def _lists(tensors: list[Tensor], divisor: float = 1) -> list[list]:
-    """Return the values of one-dimensional tensors, divided by *divisor* as each alone would be."""
-    whole = torch.cat(tensors)
-    values, ends = (whole if divisor == 1 else whole / divisor).tolist(), np.cumsum([len(x) for x in tensors]).tolist()
+def _split(values: list, ends: list[int]) -> list[list]:
+    """Return the parts of *values* that end there."""
     return [values[begin:end] for begin, end in zip([0, *ends[:-1]], ends, strict=True)]
+
+
+def statistics(scorer: Any) -> list[int] | None:
+    """Return what fairseq's BLEU of tokens has counted, the fields of ``BleuStat``; None of another scorer."""
+    return [getattr(scorer.stat, name) for name, _ in BleuStat._fields_] if hasattr(scorer, "stat") else None
 
 
 def add(scorer: Scorer, pairs: list[tuple[list[int], list[int]]]) -> None:
