@@ -1,0 +1,166 @@
+"""Processes beside a search make the calls that its process asks for, in order; what they raise is raised there."""
+
+import multiprocessing
+import os
+import re
+import signal
+import time
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+
+import pytest
+from fairseq import options
+from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+from plugin.commands import run
+
+from ap_fairseq.files import UserError
+from ap_fairseq.generation import binarised
+from ap_fairseq.generation.beside import WAITING, Beside
+from ap_fairseq.generation.lines import Batch, BatchLines
+
+
+def wait_for(what, seconds: float = 60):
+    """Return the first true value of what()."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if value := what():
+            return value
+        time.sleep(0.01)
+    raise AssertionError("nothing happened")
+
+
+def test_calls_behind_are_made_in_order_while_this_process_goes_on(tmp_path):
+    held, go = ["made before"], tmp_path / "go"
+
+    def note(number):
+        wait_for(go.exists)
+        held.append((number, os.getpid()))
+
+    with Beside(1, note=note, held=lambda: held) as beside:
+        for number in range(WAITING):
+            beside.behind("note", number)
+        go.touch()
+        for number in range(WAITING, 9):
+            beside.behind("note", number)
+        first, *noted = beside.call("held")
+    assert held == [first] == ["made before"]
+    assert [number for number, _ in noted] == [*range(9)]
+    (pid,) = {pid for _, pid in noted}
+    assert pid != os.getpid() and not multiprocessing.active_children()
+
+
+def test_results_are_ready_ahead_and_come_in_order(tmp_path):
+    """What one of them raises is raised after those before it."""
+
+    def double(number):
+        (tmp_path / str(number)).touch()
+        if number == 7:
+            raise UserError(f"line {number}")
+        return 2 * number
+
+    seen = []
+    with pytest.raises(UserError, match="^line 7$"), Beside(2, double=double) as beside:
+        for number, result in beside.ahead("double", range(9)):
+            wait_for((tmp_path / str(min(number + WAITING, 8))).exists)
+            seen.append((number, result))
+    assert seen == [(number, 2 * number) for number in range(7)]
+
+
+def fail():
+    raise UserError("no space is left")
+
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize(("work", "error"), [(fail, UserError), (die, BrokenProcessPool)])
+def test_what_fails_behind_ends_the_work(work, error):
+    for ask in (lambda beside: beside.call("nothing"), lambda beside: None):
+        with pytest.raises(error), Beside(1, work=work, nothing=int) as beside:
+            beside.behind("work")
+            ask(beside)
+    with pytest.raises(error), Beside(1, work=work) as beside:
+        for _ in range(WAITING + 1):
+            beside.behind("work")
+        raise AssertionError("a search went on")
+
+
+def test_an_error_of_the_search_hides_none_of_what_it_raised():
+    with pytest.raises(KeyError), Beside(1, fail=fail) as beside:
+        beside.behind("fail")
+        raise KeyError
+    assert not multiprocessing.active_children()
+
+
+def _search(pids: Path):
+    def note():
+        pids.write_text(f"{os.getpid()}\n")
+        time.sleep(600)
+
+    with Beside(1, note=note) as beside:
+        beside.behind("note")
+        beside.finish()
+
+
+def test_they_end_with_the_process_that_searches(tmp_path):
+    """It may be killed; they would wait for calls for ever."""
+    pids = tmp_path / "pid"
+    searching = multiprocessing.get_context("fork").Process(target=_search, args=(pids,))
+    searching.start()
+    pid = wait_for(lambda: pids.exists() and pids.read_text().endswith("\n") and int(pids.read_text()))
+    searching.kill()
+    searching.join()
+    wait_for(lambda: not Path(f"/proc/{pid}/cmdline").exists() or not Path(f"/proc/{pid}/cmdline").read_bytes())
+
+
+def translate(data_bin, model, folder, *more) -> str:
+    """Return the lines about the subset, which makes four batches."""
+    folder.mkdir()
+    flags = [data_bin, "--task", "pruned_translation", "--path", model, "--gen-subset", "valid", "--batch-size", 16]
+    flags += ["--required-batch-size-multiple", 1, "--max-len-b", 9, "--cpu", "--num-workers", 0, *more]
+    args = options.parse_args_and_arch(options.get_generation_parser(), list(map(str, flags)))
+    joined = binarised.translate_subset(convert_namespace_to_omegaconf(args), 1, folder)
+    return "\n".join(joined.lines(quiet=False))
+
+
+def test_a_search_does_not_wait_for_its_lines(data_bin, dense, tmp_path, monkeypatch, caplog):
+    """Printing was done between searches, and counted as searching."""
+    write, expected = BatchLines.write, translate(data_bin, dense, tmp_path / "fast")
+
+    def slowly(self, batch):
+        time.sleep(1)
+        write(self, batch)
+
+    monkeypatch.setattr(BatchLines, "write", slowly)
+    caplog.clear()
+    with caplog.at_level("INFO"):
+        assert translate(data_bin, dense, tmp_path / "slow") == expected
+    assert len(expected.splitlines()) == 5 * 60 + 1
+    (said,) = re.findall(r"translated 60 sentences \([1-9][\d,]* tokens\).* searched for ([\d.]+) s", caplog.text)
+    assert float(said) < 4
+
+
+def test_lines_that_cannot_be_written_end_the_run(data_bin, dense, tmp_path, monkeypatch):
+    def full(self, batch):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(BatchLines, "write", full)
+    with pytest.raises(UserError, match=r"(?s)process 0 failed with status 1.*\[Errno 28\] No space left on device"):
+        translate(data_bin, dense, tmp_path / "lines")
+
+
+@pytest.mark.parametrize("nbest", [1, 2])
+def test_a_command_reads_out_what_it_prints(data_bin, dense, tmp_path, monkeypatch, nbest):
+    """fairseq's generators return all hypotheses; it took long to read out those that nobody prints."""
+    seen, collect = tmp_path / "seen", Batch.collect
+
+    def noting(sample, found, nbest):
+        with seen.open("a") as stream:
+            stream.write(f"{ {len(hypotheses) for hypotheses in found} }\n")
+        return collect(sample, found, nbest)
+
+    monkeypatch.setattr(Batch, "collect", noting)
+    run("ap-apply", dense, "--attention-masks", "none", "-o", tmp_path / "ones.pt")
+    lines = translate(data_bin, tmp_path / "ones.pt", tmp_path / "lines", "--beam", 3, "--nbest", nbest)
+    assert seen.read_text() == f"{ {nbest} }\n" * 4 and len(lines.splitlines()) == (2 + 3 * nbest) * 60 + 1
