@@ -174,9 +174,9 @@ def _translate_subset(args: argparse.Namespace, cfg, ranks: int) -> None:
     with _work_folder(results / f"{name}.parts" if results else None) as folder:
         joined = translate_subset(cfg, ranks, folder)
         if results is None:
-            return _print(lambda: (f"{line}\n".encode() for line in joined.lines(args.quiet)), folder)
+            return _print(lambda: [joined.text(args.quiet).encode()], folder)
     with atomic_output(results / name, overwrite=True) as temporary, open(temporary, "w", encoding="utf-8") as stream:
-        stream.writelines(f"{line}\n" for line in joined.lines(args.quiet))
+        stream.write(joined.text(args.quiet))
 
 
 def _translate_text(args: argparse.Namespace, cfg, ranks: int) -> None:

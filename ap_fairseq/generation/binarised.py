@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import os
 import re
 import time
 from argparse import Namespace
@@ -14,10 +15,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+import sacrebleu
 import torch
 from fairseq import scoring, utils
 from fairseq.data import Dictionary
-from fairseq.scoring.bleu import BleuStat
+from fairseq.scoring.bleu import BleuStat, SacrebleuScorer
 from fairseq.tasks import TASK_REGISTRY
 from fairseq_cli import generate
 from sacrebleu.metrics import BLEU
@@ -30,19 +32,22 @@ from ap_fairseq.search.generator import PrunedSequenceGenerator
 
 logger = logging.getLogger(__name__)
 
-_LINE = re.compile(r"[A-Z]-(\d+)(?:_\d+)?\t")  # S-7, H-7, ..., and E-7_3 of --retain-iter-history
+# Lines about one sentence: S-7, H-7, ..., and E-7_3 of --retain-iter-history.
+_SENTENCE = re.compile(r"^[A-Z]-(\d+)(?:_\d+)?\t.*\n(?:[A-Z]-\1(?:_\d+)?\t.*\n)*", re.MULTILINE)
+_REFERENCE = re.compile(r"^T-\d+\t(.*)$", re.MULTILINE)
+_HYPOTHESIS = re.compile(r"^D-\d+\t.*?\t(.*)$", re.MULTILINE)  # the first is the best
 LINES = "lines.txt"  # of what a process prints, beside what fairseq's loop does
 
 
 class Joined(NamedTuple):
     """What all processes printed: the lines of each sentence, in order, and the lines with its score (may be none)."""
 
-    sentences: dict[int, list[str]]
+    sentences: dict[int, str]
     score: list[str]
 
-    def lines(self, quiet: bool) -> Iterable[str]:
+    def text(self, quiet: bool) -> str:
         """Return the lines as ``fairseq-generate`` prints them, with ``--quiet`` the score alone."""
-        return [*(() if quiet else (line for lines in self.sentences.values() for line in lines)), *self.score]
+        return "".join([*(() if quiet else self.sentences.values()), *(f"{line}\n" for line in self.score)])
 
 
 class _NoBatch(Exception):
@@ -163,18 +168,17 @@ def _plain(cfg) -> SimpleNamespace:
     )
 
 
-def join(files: Iterable[Path]) -> dict[int, list[str]]:
+def join(files: Iterable[Path]) -> dict[int, str]:
     """Return the lines that ``fairseq-generate`` printed about each sentence, sorted by sentence."""
-    sentences: dict[int, list[str]] = {}
+    sentences: dict[int, str] = {}
     for file in files:
-        with open(file, encoding="utf-8", newline="\n") as lines:
-            for line in lines:
-                if match := _LINE.match(line):
-                    sentences.setdefault(int(match[1]), []).append(line.rstrip("\n"))
+        with open(file, encoding="utf-8", newline="\n") as stream:
+            for lines in _SENTENCE.finditer(stream.read()):
+                sentences[int(lines[1])] = sentences.get(int(lines[1]), "") + lines[0]
     return dict(sorted(sentences.items()))
 
 
-def score_lines(cfg, sentences: dict[int, list[str]], statistics: list[list[int] | None]) -> list[str]:
+def score_lines(cfg, sentences: dict[int, str], statistics: list[list[int] | None]) -> list[str]:
     """Return fairseq's line with the score of all sentences and, with ``--scoring sacrebleu``, its signature.
 
     Without references there is none.
@@ -182,20 +186,53 @@ def score_lines(cfg, sentences: dict[int, list[str]], statistics: list[list[int]
     Args:
         statistics: of each process, the fields of ``BleuStat``; None from one without a batch, or another scorer.
     """
-    if not any(line.startswith("T-") for lines in sentences.values() for line in lines):
+    if not any(map(_REFERENCE.search, sentences.values())):
         return []
     scorer = scoring.build_scorer(cfg.scoring, Dictionary())
     if hasattr(scorer, "add_string"):
-        for lines in sentences.values():  # the best hypothesis comes first
-            reference = next(line for line in lines if line.startswith("T-"))
-            hypothesis = next(line for line in lines if line.startswith("D-"))
-            scorer.add_string(reference.split("\t", 1)[1], hypothesis.split("\t", 2)[2])
+        pairs = [(_found(_REFERENCE, lines), _found(_HYPOTHESIS, lines)) for lines in sentences.values()]
+        if isinstance(scorer, SacrebleuScorer):
+            result = _sacrebleu(scorer, pairs)
+        else:
+            for pair in pairs:
+                scorer.add_string(*pair)
+            result = scorer.result_string()
     else:  # fairseq's BLEU of tokens
         for numbers in filter(None, statistics):
             for (name, _), number in zip(BleuStat._fields_, numbers, strict=True):
                 setattr(scorer.stat, name, getattr(scorer.stat, name) + number)
-    score = f"Generate {cfg.dataset.gen_subset} with beam={cfg.generation.beam}: {scorer.result_string()}"
+        result = scorer.result_string()
+    score = f"Generate {cfg.dataset.gen_subset} with beam={cfg.generation.beam}: {result}"
     return [score, *_signature(cfg.scoring)]
+
+
+def _found(pattern: re.Pattern[str], lines: str) -> str:
+    match = pattern.search(lines)
+    assert match is not None, lines
+    return match[1]
+
+
+def _sacrebleu(scorer: SacrebleuScorer, pairs: list[tuple[str, str]]) -> str:
+    """Return the result of fairseq's scorer for references and hypotheses, which several processes tokenise and count.
+
+    One alone takes as long as the search.
+    """
+    processes = min(8, len(os.sched_getaffinity(0)))
+
+    def count(first: int) -> tuple[list[int], list[int], int, int]:
+        # sacreBLEU warns of lines that look tokenised, as fairseq's are: once.
+        logging.getLogger("sacrebleu").setLevel(logging.ERROR if first else logging.NOTSET)
+        for pair in pairs[first::processes]:
+            scorer.add_string(*pair)
+        score = sacrebleu.corpus_bleu(scorer.pred, [scorer.ref], tokenize="none")
+        return score.counts, score.totals, score.sys_len, score.ref_len
+
+    with Beside(processes, count=count) as beside:
+        counts, totals, lengths, reference_lengths = zip(
+            *(counted for _, counted in beside.ahead("count", range(processes))), strict=True
+        )
+    sums = ([sum(of_order) for of_order in zip(*parts, strict=True)] for parts in (counts, totals))
+    return BLEU.compute_bleu(*sums, sum(lengths), sum(reference_lengths), smooth_method="exp").format()
 
 
 def _signature(scoring_cfg) -> list[str]:
