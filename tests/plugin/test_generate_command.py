@@ -14,14 +14,16 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from fairseq import options
+from fairseq import checkpoint_utils, options
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from plugin.commands import PLUGIN, ROOT, run, train
 
 from ap_fairseq.cli import generate
 from ap_fairseq.generation import binarised, ranks
 from ap_fairseq.generation import text as generation_text
+from ap_fairseq.generation.loading import load_faster
 from ap_fairseq.generation.text import Text, Translator
+from ap_fairseq.model.checkpoints import load_checkpoint
 
 AP_GENERATE = [sys.executable, "-m", "ap_fairseq.cli.generate"]
 TWO = ["--cpu", "--num-processes", "2", "--num-workers", "0"]
@@ -129,6 +131,32 @@ def test_lines_of_a_batch_are_those_of_fairseqs_loop(data_bin, dense, toy_text, 
     *ours, score = (tmp_path / "generate-valid.txt").read_text("utf-8").splitlines()
     assert ours == sentence_lines(stock) and score in stock.splitlines()
     assert "<<unk>>" in "".join(ours)
+
+
+def test_one_process_samples_what_fairseq_generate_samples(data_bin, dense):
+    """Loading a model takes random numbers, which come before those of the samples."""
+    flags = [data_bin, "--path", dense, "--gen-subset", "valid", "--sampling", "--beam", 1, "--seed", 3]
+    stock = run("fairseq-generate", *PLUGIN, *flags, "--cpu", "--required-batch-size-multiple", 1, "--num-workers", 0)
+    assert sentence_lines(ap_generate(*flags, "--num-processes", 1)) == sentence_lines(stock)
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "before torch 1.6"])
+def test_models_are_loaded_whole(data_bin, dense, tmp_path, monkeypatch, zipped):
+    state = load_checkpoint(dense)
+    state["last_optimizer_state"] = {"state": torch.zeros(1 << 20)}
+    torch.save(state, tmp_path / "model.pt", _use_new_zipfile_serialization=zipped)
+    stock, used = torch.load, []
+    monkeypatch.setattr(torch, "load", lambda *args, **options: used.append(options) or stock(*args, **options))
+    monkeypatch.setattr(checkpoint_utils, "load_model_ensemble_and_task", checkpoint_utils.load_model_ensemble_and_task)
+    load_faster(on_gpu=True)
+    torch.manual_seed(1)
+    (model,), _ = checkpoint_utils.load_model_ensemble([str(tmp_path / "model.pt")], {"data": str(data_bin)})
+    drawn = torch.rand(1)
+    torch.manual_seed(1)
+    assert torch.equal(drawn, torch.rand(1))  # nothing was drawn for parameters that the checkpoint holds
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, state["model"][name]), name
+    assert [options.get("mmap", False) for options in used] == [zipped]
 
 
 def test_sentences_without_a_reference_have_no_score(data_bin, dense, toy_text, tmp_path):

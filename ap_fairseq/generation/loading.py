@@ -1,0 +1,48 @@
+"""Loading models in a process that only translates: without the optimizer's state and random first parameters."""
+
+from __future__ import annotations
+
+import functools
+import zipfile
+
+import torch
+from fairseq import checkpoint_utils
+from torch import Tensor
+from torch.nn import init
+from torch.overrides import TorchFunctionMode
+
+
+class _NoRandomValues(TorchFunctionMode):
+    """Leaves new parameters as they are where they would become random."""
+
+    functions = {Tensor.uniform_, Tensor.normal_, init.uniform_, init.normal_, init.kaiming_uniform_}
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        return (args[0] if args else kwargs["tensor"]) if function in self.functions else function(*args, **kwargs)
+
+
+def load_faster(on_gpu: bool) -> None:
+    """Let fairseq load models in half the time in this process.
+
+    Args:
+        on_gpu: the models go to a GPU. On a CPU, sampling draws from the random numbers that follow those of the
+            parameters, and these are drawn so that it samples what ``fairseq-generate`` does.
+    """
+    stock_read, stock_load = torch.load, checkpoint_utils.load_model_ensemble_and_task
+
+    @functools.wraps(stock_read)
+    def read(file, *args, **options):
+        path = getattr(file, "name", file)
+        if zipfile.is_zipfile(path):  # as torch saves since 1.6; what nobody asks for is not read
+            return stock_read(path, *args, **{"mmap": True, **options})
+        return stock_read(file, *args, **options)
+
+    @functools.wraps(stock_load)
+    def load(*args, **options):
+        with _NoRandomValues():
+            return stock_load(*args, **options)
+
+    torch.load = read
+    if on_gpu:
+        checkpoint_utils.load_model_ensemble_and_task = load
