@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -72,6 +73,7 @@ def _result(item: Item, future: Future) -> tuple[Item, Any]:
 
 def _begin(functions: dict[str, Callable]) -> None:
     end_with_parent()
+    gc.freeze()  # what the process shares with its parent is copied where a collection marks it
     _functions.update(functions)
 
 
