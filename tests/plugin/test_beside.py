@@ -121,7 +121,7 @@ def translate(data_bin, model, folder, *more) -> str:
     flags += ["--required-batch-size-multiple", 1, "--max-len-b", 9, "--cpu", "--num-workers", 0, *more]
     args = options.parse_args_and_arch(options.get_generation_parser(), list(map(str, flags)))
     joined = binarised.translate_subset(convert_namespace_to_omegaconf(args), 1, folder)
-    return "\n".join(joined.lines(quiet=False))
+    return joined.text(quiet=False)
 
 
 def test_a_search_does_not_wait_for_its_lines(data_bin, dense, tmp_path, monkeypatch, caplog):
