@@ -669,7 +669,7 @@ def test_what_fairseq_prints_is_on_the_host_after_the_search(target):
     assert inputs["target"] is None if target is None else type(inputs["target"]) is torch.Tensor
 
 
-@pytest.mark.parametrize("rows", [[4, 6, 3, 2], [[4, 3, 5, 2], [5, 6, 2, 1]], [2], []])
+@pytest.mark.parametrize("rows", [[4, 6, 3, 2], [[4, 3, 5, 2], [5, 6, 2, 1]], [4, 99, 5, 2], [2], []])
 def test_tokens_are_joined_as_in_fairseq(rows):
     ours, theirs = ListDictionary(), Dictionary()
     for word in ("▁a", "b", "▁c"):
@@ -687,7 +687,7 @@ def test_tokens_are_joined_as_in_fairseq(rows):
                 assert ours.string(listed, **options) == theirs.string(listed, **options)
 
 
-@pytest.mark.parametrize("line", ["b ▁c unseen b", "", "another"])
+@pytest.mark.parametrize("line", ["b ▁c unseen b", "", "another", "\u2003b\x1c▁c\x85b\u200bb\r\n\xa0b"])
 @pytest.mark.parametrize(
     "options",
     [{}, dict(add_if_not_exist=False), dict(append_eos=False), dict(reverse_order=True), dict(line_tokenizer=list)],
