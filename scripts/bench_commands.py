@@ -45,7 +45,7 @@ from ap_fairseq.files import UserError, refuse_existing, write_json
 from ap_fairseq.provenance import device_name, versions
 from ap_fairseq.tasks import PrunedTranslationConfig, PrunedTranslationTask
 
-BATCH_TOKENS = 4096, 16384, 65536  # of CTranslate2
+BATCH_TOKENS = 16384, 65536  # of CTranslate2
 REFERENCE = re.compile(r"^T-(\d+)\t(.*)$", re.MULTILINE)
 HYPOTHESIS = re.compile(r"^D-(\d+)\t.*?\t(.*)$", re.MULTILINE)
 
