@@ -10,6 +10,8 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
+import torch
+
 from ap_fairseq.generation.ranks import end_with_parent
 
 WAITING = 4  # results of a function that may wait for their turn, or calls of it
@@ -74,6 +76,7 @@ def _result(item: Item, future: Future) -> tuple[Item, Any]:
 def _begin(functions: dict[str, Callable]) -> None:
     end_with_parent()
     gc.freeze()  # what the process shares with its parent is copied where a collection marks it
+    torch.set_num_threads(1)  # those of its parent are not here, and it would wait for them for ever
     _functions.update(functions)
 
 

@@ -9,6 +9,7 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import pytest
+import torch
 from fairseq import options
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from plugin.commands import run
@@ -66,6 +67,27 @@ def test_results_are_ready_ahead_and_come_in_order(tmp_path):
     assert seen == [(number, 2 * number) for number in range(7)]
 
 
+def copy_long(size):
+    return int(torch.ones(size, dtype=torch.int32).long().sum())
+
+
+def _with_threads():
+    torch.set_num_threads(2)
+    copy_long(1 << 20)
+    with Beside(1, copy_long=copy_long) as beside:
+        assert beside.call("copy_long", 1 << 20) == 1 << 20
+
+
+def test_they_wait_for_no_threads_that_were_not_copied():
+    """OpenMP's do not outlive a fork: a line of 33,000 tokens would have been read for ever."""
+    searching = multiprocessing.get_context("fork").Process(target=_with_threads)
+    searching.start()
+    searching.join(60)
+    ended = searching.exitcode
+    searching.kill()
+    assert ended == 0
+
+
 def fail():
     raise UserError("no space is left")
 
@@ -114,6 +136,9 @@ def test_they_end_with_the_process_that_searches(tmp_path):
     wait_for(lambda: not Path(f"/proc/{pid}/cmdline").exists() or not Path(f"/proc/{pid}/cmdline").read_bytes())
 
 
+by_forks = pytest.mark.skipif(torch.cuda.is_available(), reason="ranks fork from a process that has used CUDA")
+
+
 def translate(data_bin, model, folder, *more) -> str:
     """Return the lines about the subset, which makes four batches."""
     folder.mkdir()
@@ -124,6 +149,7 @@ def translate(data_bin, model, folder, *more) -> str:
     return joined.text(quiet=False)
 
 
+@by_forks
 def test_a_search_does_not_wait_for_its_lines(data_bin, dense, tmp_path, monkeypatch, caplog):
     """Printing was done between searches, and counted as searching."""
     write, expected = BatchLines.write, translate(data_bin, dense, tmp_path / "fast")
@@ -141,6 +167,7 @@ def test_a_search_does_not_wait_for_its_lines(data_bin, dense, tmp_path, monkeyp
     assert float(said) < 4
 
 
+@by_forks
 def test_lines_that_cannot_be_written_end_the_run(data_bin, dense, tmp_path, monkeypatch):
     def full(self, batch):
         raise OSError(28, "No space left on device")
@@ -150,6 +177,7 @@ def test_lines_that_cannot_be_written_end_the_run(data_bin, dense, tmp_path, mon
         translate(data_bin, dense, tmp_path / "lines")
 
 
+@by_forks
 @pytest.mark.parametrize("nbest", [1, 2])
 def test_a_command_reads_out_what_it_prints(data_bin, dense, tmp_path, monkeypatch, nbest):
     """fairseq's generators return all hypotheses; it took long to read out those that nobody prints."""

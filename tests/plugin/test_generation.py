@@ -810,7 +810,7 @@ def test_sentences_leave_a_batch_by_a_graph(monkeypatch, paged):
     for seed in range(3):
         assert_same(found[seed], direct.generate([], sample(LENGTHS, seed)))
     moves = [graph for graph in graphs if graph.name == "_shrink"]
-    assert {graph.name for graph in graphs} == {"_shrink", "_run"}
+    assert {graph.name for graph in graphs} >= {"_shrink", "_run"}
     assert len(moves) == len(repeating._decoder.moves) and sum(graph.replays for graph in moves) >= 2
 
 
