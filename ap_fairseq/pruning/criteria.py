@@ -185,10 +185,21 @@ def offset_scores(cells: np.ndarray, support: np.ndarray) -> np.ndarray:
 
 def sum_of_neighbours(cells: np.ndarray, distance: int) -> np.ndarray:
     """Sum the cells (i + t, j + t), |t| <= *distance*, for each cell (i, j): (..., Tq, Tk) -> the same shape."""
-    total = cells.copy()
-    for step in range(1, min(distance, *(n - 1 for n in cells.shape[-2:])) + 1):
-        total[..., step:, step:] += cells[..., :-step, :-step]
-        total[..., :-step, :-step] += cells[..., step:, step:]
+    n_queries, n_keys = cells.shape[-2:]
+    distance = min(distance, n_queries - 1, n_keys - 1)
+    total = np.empty_like(cells)
+    for index in np.ndindex(cells.shape[:-2]):  # one head is small enough for a processor's cache
+        # Runs of 1, 2, 4, ... cells, of which those that the window consists of are added up.
+        runs, length, start, window = np.pad(cells[index], distance), 1, 0, 2 * distance + 1
+        total[index] = 0
+        while window:
+            if window & 1:
+                total[index] += runs[start : start + n_queries, start : start + n_keys]
+                start += length
+            window >>= 1
+            if window:
+                runs = runs[:-length, :-length] + runs[length:, length:]
+                length *= 2
     return total
 
 
