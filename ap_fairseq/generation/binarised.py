@@ -217,14 +217,14 @@ def _sacrebleu(scorer: SacrebleuScorer, pairs: list[tuple[str, str]]) -> str:
 
     One alone takes as long as the search.
     """
-    processes = min(8, len(os.sched_getaffinity(0)))
+    processes = min(8, len(os.sched_getaffinity(0)), len(pairs))
 
     def count(first: int) -> tuple[list[int], list[int], int, int]:
         # sacreBLEU warns of lines that look tokenised, as fairseq's are: once.
         logging.getLogger("sacrebleu").setLevel(logging.ERROR if first else logging.NOTSET)
-        for pair in pairs[first::processes]:
-            scorer.add_string(*pair)
-        score = sacrebleu.corpus_bleu(scorer.pred, [scorer.ref], tokenize="none")
+        parts = zip(*pairs[first::processes], strict=True)
+        references, hypotheses = ([*map(scorer.tokenizer.tokenize, texts)] for texts in parts)
+        score = sacrebleu.corpus_bleu(hypotheses, [references], tokenize="none")
         return score.counts, score.totals, score.sys_len, score.ref_len
 
     with Beside(processes, count=count) as beside:

@@ -16,6 +16,7 @@ import pytest
 import torch
 from fairseq import checkpoint_utils, options
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+from fairseq.scoring.bleu import SacrebleuConfig, SacrebleuScorer
 from plugin.commands import PLUGIN, ROOT, run, train
 
 from ap_fairseq.cli import generate
@@ -104,6 +105,20 @@ def test_a_process_leaves_scoring_by_sacrebleu_to_the_joined_text(data_bin, dens
     statistics = [json.loads((tmp_path / f"rank{rank}.json").read_text("utf-8"))["statistics"] for rank in range(2)]
     assert [numbers is None for numbers in statistics] == [scoring == "sacrebleu"] * 2
     assert len(joined.sentences) == 60 and "BLEU" in joined.score[0]
+
+
+@pytest.mark.parametrize("n", [1, 3, 9])
+def test_sacrebleu_of_fewer_sentences_than_cores(n, monkeypatch):
+    """Where cores had nothing to count, an IndexError ended the command, after all had been translated.
+
+    And of a few more, one that was fast counted its first ones twice.
+    """
+    monkeypatch.setattr(binarised.os, "sched_getaffinity", lambda _: range(4))
+    whole, shared = (SacrebleuScorer(SacrebleuConfig()) for _ in range(2))
+    pairs = [(f"Page {number}, the last, opens.", f"Page {number}, the last one, opens.") for number in range(n)]
+    for pair in pairs:
+        whole.add_string(*pair)
+    assert binarised._sacrebleu(shared, pairs) == whole.result_string()
 
 
 @pytest.mark.parametrize(
