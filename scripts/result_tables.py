@@ -84,15 +84,19 @@ def quality_digest() -> str:
     scores = (("bleu", ".2f"), ("chrf", ".2f"), ("length_ratio", ".3f"))
     pairs = load(RESULTS / "corpus.json")["pairs"]["en-de"]["train pairs"]
     rows = [("LibreOffice's help", pairs, f"{s['pruned']['total']:.0%}", [s]) for s in one_command_systems()[:3]]
-    groups: dict[str, list[dict[str, Any]]] = {}
-    for line in load(DEBIAN_RESULTS / "masks.jsonl"):
-        groups.setdefault(line["group"], []).append(line)
     names = {"global": ""} | {kind.value: f" of {kind.flag}" for kind in AttentionKind}
-    for group, lines in groups.items():
-        found = re.match(r"dense\.|importance\.(global(?=\.[89]0)|\w+(?=\.90))\.(\d+)\.g1\.smooth-32\.while", group)
-        if found:
-            pruned = f"{found[2] or 0}%{names[found[1] or 'global']}"
-            rows.append(("Debian text", lines[0]["training_pairs"], pruned, lines))
+    kinds = "|".join(kind.value for kind in AttentionKind)
+    for name, wanted in (
+        ("seeds", r"dense\.|importance\.(global)\.([89]0)\..*\.dropout-0\.2-"),
+        ("masks", rf"importance\.({kinds})\.(90)\.g1\.smooth-32\.while"),  # with attention dropout
+    ):
+        groups: dict[str, list[dict[str, Any]]] = {}
+        for line in load(DEBIAN_RESULTS / f"{name}.jsonl"):
+            groups.setdefault(line["group"], []).append(line)
+        for group, lines in groups.items():
+            if found := re.match(wanted, group):
+                pruned = f"{found[2] or 0}%{names[found[1] or 'global']}"
+                rows.append(("Debian text", lines[0]["training_pairs"], pruned, lines))
     body = [
         [text, f"{pairs:,}", pruned, str(len(lines))]
         + [f"{statistics.fmean(line[key] for line in lines):{form}}" for key, form in scores]
@@ -361,6 +365,7 @@ def tables() -> dict[str, Callable[[], str]]:
         "cross-masks": cross_masks,
         "cross-heads": cross_heads,
         "dropout": dropout,
+        "debian-seeds": lambda: sweep(DEBIAN_RESULTS / "seeds.jsonl"),
         "debian-tuned": lambda: sweep(DEBIAN_RESULTS / "tuned.jsonl"),
         "debian-rate-heads": lambda: sweep(DEBIAN_RESULTS / "rate-heads.jsonl"),
         "debian-masks": lambda: sweep(DEBIAN_RESULTS / "masks.jsonl"),
