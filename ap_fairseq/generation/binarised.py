@@ -25,9 +25,9 @@ from fairseq_cli import generate
 from sacrebleu.metrics import BLEU
 
 from ap_fairseq.files import write_json
-from ap_fairseq.generation.beside import Beside
 from ap_fairseq.generation.lines import Batch, BatchLines, statistics
 from ap_fairseq.generation.ranks import run_ranks
+from ap_fairseq.generation.workers import Workers
 from ap_fairseq.search.generator import PrunedSequenceGenerator
 
 logger = logging.getLogger(__name__)
@@ -124,7 +124,7 @@ def translate_share(rank: int, cfg, folder: Path) -> None:
 
     build_scorer, stock_step = scoring.build_scorer, task_class.inference_step
     scorer: Any = None
-    writer: Beside | None = None
+    writer: Workers | None = None
 
     def scorer_of_share(*args):
         nonlocal scorer
@@ -143,8 +143,8 @@ def translate_share(rank: int, cfg, folder: Path) -> None:
             if writer is None:
                 counted = scorer if hasattr(scorer, "stat") else None
                 lines = BatchLines(plain, self, generator, counted, folder / f"rank{rank}" / LINES)
-                writer = stack.enter_context(Beside(1, write=lines.write, statistics=lines.statistics))
-            writer.behind("write", Batch.collect(sample, found, nbest))
+                writer = stack.enter_context(Workers(1, write=lines.write, statistics=lines.statistics))
+            writer.submit("write", Batch.collect(sample, found, nbest))
             sample["nsentences"], sample["id"] = len(found), sample["id"][:0]  # nothing is left for fairseq's loop
         return found
 
@@ -227,9 +227,9 @@ def _sacrebleu(scorer: SacrebleuScorer, pairs: list[tuple[str, str]]) -> str:
         score = sacrebleu.corpus_bleu(hypotheses, [references], tokenize="none")
         return score.counts, score.totals, score.sys_len, score.ref_len
 
-    with Beside(processes, count=count) as beside:
+    with Workers(processes, count=count) as workers:
         counts, totals, lengths, reference_lengths = zip(
-            *(counted for _, counted in beside.ahead("count", range(processes))), strict=True
+            *(counted for _, counted in workers.prefetch("count", range(processes))), strict=True
         )
     sums = ([sum(of_order) for of_order in zip(*parts, strict=True)] for parts in (counts, totals))
     return BLEU.compute_bleu(*sums, sum(lengths), sum(reference_lengths), smooth_method="exp").format()

@@ -23,8 +23,8 @@ from fairseq_cli.generate import get_symbols_to_strip_from_output
 
 from ap_fairseq.experiments.stages import lines_of
 from ap_fairseq.files import ArtifactError, UserError, atomic_output, file_sha256, require_file, write_json
-from ap_fairseq.generation.beside import Beside
 from ap_fairseq.generation.ranks import run_ranks
+from ap_fairseq.generation.workers import Workers
 from ap_fairseq.provenance import dictionary_hashes, versions
 from ap_fairseq.search.generator import PrunedSequenceGenerator
 
@@ -138,10 +138,10 @@ def translate_parts(rank: int, cfg, text: Text, folder: Path, todo: list[int], r
             Path(temporary).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8", newline="\n")
         print(f"progress: {mine.index(number) + 1} / {len(mine)} parts", flush=True)
 
-    with Beside(2, read=read, write=write) as beside:
-        for number, sources in beside.ahead("read", mine):
+    with Workers(2, read=read, write=write) as workers:
+        for number, sources in workers.prefetch("read", mine):
             utils.set_torch_seed(cfg.common.seed + number)  # sampling does not depend on what this process did before
-            beside.behind("write", number, translator.search(sources))
+            workers.submit("write", number, translator.search(sources))
 
 
 class Translator:

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import forked
@@ -72,6 +73,16 @@ def run_process(*command, expect: int = 0, environment=(), **kwargs) -> str:
     )
     assert completed.returncode == expect, f"{command} exited with {completed.returncode}:\n{completed.stdout[-4000:]}"
     return completed.stdout
+
+
+def wait_for(what, seconds: float = 120):
+    """Return the first true value of what()."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if value := what():
+            return value
+        time.sleep(0.02)
+    raise AssertionError("nothing happened")
 
 
 TINY = (

@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -17,7 +16,7 @@ import torch
 from fairseq import checkpoint_utils, options
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq.scoring.bleu import SacrebleuConfig, SacrebleuScorer
-from plugin.commands import PLUGIN, ROOT, run, train
+from plugin.commands import PLUGIN, ROOT, run, train, wait_for
 
 from ap_fairseq.cli import generate
 from ap_fairseq.generation import binarised, ranks
@@ -56,16 +55,6 @@ def start(*flags) -> subprocess.Popen:
 
 def children(process: subprocess.Popen) -> list[int]:
     return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
-
-
-def wait_for(what, seconds: float = 120):
-    """Return the first true value of what()."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if value := what():
-            return value
-        time.sleep(0.05)
-    raise AssertionError("nothing happened")
 
 
 def sentence_lines(log: str) -> list[str]:

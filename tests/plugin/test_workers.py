@@ -1,10 +1,9 @@
-"""Processes beside a search make the calls that its process asks for, in order; what they raise is raised there."""
+"""Worker processes make the calls that a search asks for, in order; what they raise is raised there."""
 
 import multiprocessing
 import os
 import re
 import signal
-import time
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
@@ -12,46 +11,36 @@ import pytest
 import torch
 from fairseq import options
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
-from plugin.commands import run
+from plugin.commands import run, wait_for
 
 from ap_fairseq.files import UserError
 from ap_fairseq.generation import binarised
-from ap_fairseq.generation.beside import WAITING, Beside
 from ap_fairseq.generation.lines import Batch, BatchLines
+from ap_fairseq.generation.workers import MAX_PENDING, Workers
 
 
-def wait_for(what, seconds: float = 60):
-    """Return the first true value of what()."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if value := what():
-            return value
-        time.sleep(0.01)
-    raise AssertionError("nothing happened")
-
-
-def test_calls_behind_are_made_in_order_while_this_process_goes_on(tmp_path):
+def test_submitted_calls_are_made_in_order_while_this_process_goes_on(tmp_path):
     held, go = ["made before"], tmp_path / "go"
 
     def note(number):
         wait_for(go.exists)
         held.append((number, os.getpid()))
 
-    with Beside(1, note=note, held=lambda: held) as beside:
-        for number in range(WAITING):
-            beside.behind("note", number)
+    with Workers(1, note=note, held=lambda: held) as workers:
+        for number in range(MAX_PENDING):
+            workers.submit("note", number)
         go.touch()
-        for number in range(WAITING, 9):
-            beside.behind("note", number)
-        first, *noted = beside.call("held")
+        for number in range(MAX_PENDING, 9):
+            workers.submit("note", number)
+        first, *noted = workers.call("held")
     assert held == [first] == ["made before"]
     assert [number for number, _ in noted] == [*range(9)]
     (pid,) = {pid for _, pid in noted}
     assert pid != os.getpid() and not multiprocessing.active_children()
 
 
-def test_results_are_ready_ahead_and_come_in_order(tmp_path):
-    """What one of them raises is raised after those before it."""
+def test_results_are_prefetched_and_come_in_order(tmp_path):
+    """What a call raises is raised after the results of those before it."""
 
     def double(number):
         (tmp_path / str(number)).touch()
@@ -60,9 +49,9 @@ def test_results_are_ready_ahead_and_come_in_order(tmp_path):
         return 2 * number
 
     seen = []
-    with pytest.raises(UserError, match="^line 7$"), Beside(2, double=double) as beside:
-        for number, result in beside.ahead("double", range(9)):
-            wait_for((tmp_path / str(min(number + WAITING, 8))).exists)
+    with pytest.raises(UserError, match="^line 7$"), Workers(2, double=double) as workers:
+        for number, result in workers.prefetch("double", range(9)):
+            wait_for((tmp_path / str(min(number + MAX_PENDING, 8))).exists)
             seen.append((number, result))
     assert seen == [(number, 2 * number) for number in range(7)]
 
@@ -74,11 +63,11 @@ def copy_long(size):
 def _with_threads():
     torch.set_num_threads(2)
     copy_long(1 << 20)
-    with Beside(1, copy_long=copy_long) as beside:
-        assert beside.call("copy_long", 1 << 20) == 1 << 20
+    with Workers(1, copy_long=copy_long) as workers:
+        assert workers.call("copy_long", 1 << 20) == 1 << 20
 
 
-def test_they_wait_for_no_threads_that_were_not_copied():
+def test_workers_wait_for_no_threads_that_were_not_copied():
     """OpenMP's do not outlive a fork: a line of 33,000 tokens would have been read for ever."""
     searching = multiprocessing.get_context("fork").Process(target=_with_threads)
     searching.start()
@@ -97,20 +86,20 @@ def die():
 
 
 @pytest.mark.parametrize(("work", "error"), [(fail, UserError), (die, BrokenProcessPool)])
-def test_what_fails_behind_ends_the_work(work, error):
-    for ask in (lambda beside: beside.call("nothing"), lambda beside: None):
-        with pytest.raises(error), Beside(1, work=work, nothing=int) as beside:
-            beside.behind("work")
-            ask(beside)
-    with pytest.raises(error), Beside(1, work=work) as beside:
-        for _ in range(WAITING + 1):
-            beside.behind("work")
+def test_a_submitted_call_that_fails_ends_the_work(work, error):
+    for ask in (lambda workers: workers.call("nothing"), lambda workers: None):
+        with pytest.raises(error), Workers(1, work=work, nothing=int) as workers:
+            workers.submit("work")
+            ask(workers)
+    with pytest.raises(error), Workers(1, work=work) as workers:
+        for _ in range(MAX_PENDING + 1):
+            workers.submit("work")
         raise AssertionError("a search went on")
 
 
-def test_an_error_of_the_search_hides_none_of_what_it_raised():
-    with pytest.raises(KeyError), Beside(1, fail=fail) as beside:
-        beside.behind("fail")
+def test_an_error_of_the_search_is_the_one_that_is_raised():
+    with pytest.raises(KeyError), Workers(1, fail=fail) as workers:
+        workers.submit("fail")
         raise KeyError
     assert not multiprocessing.active_children()
 
@@ -118,15 +107,15 @@ def test_an_error_of_the_search_hides_none_of_what_it_raised():
 def _search(pids: Path):
     def note():
         pids.write_text(f"{os.getpid()}\n")
-        time.sleep(600)
+        signal.pause()
 
-    with Beside(1, note=note) as beside:
-        beside.behind("note")
-        beside.finish()
+    with Workers(1, note=note) as workers:
+        workers.submit("note")
+        workers.finish()
 
 
-def test_they_end_with_the_process_that_searches(tmp_path):
-    """It may be killed; they would wait for calls for ever."""
+def test_workers_end_with_the_process_that_searches(tmp_path):
+    """It may be killed; they would run, or wait for calls, for ever."""
     pids = tmp_path / "pid"
     searching = multiprocessing.get_context("fork").Process(target=_search, args=(pids,))
     searching.start()
@@ -151,20 +140,25 @@ def translate(data_bin, model, folder, *more) -> str:
 
 @by_forks
 def test_a_search_does_not_wait_for_its_lines(data_bin, dense, tmp_path, monkeypatch, caplog):
-    """Printing was done between searches, and counted as searching."""
-    write, expected = BatchLines.write, translate(data_bin, dense, tmp_path / "fast")
+    """They were printed between searches: here the first are written when all four batches have been searched."""
+    expected = translate(data_bin, dense, tmp_path / "expected")
+    write, collect, searched = BatchLines.write, Batch.collect, []
 
-    def slowly(self, batch):
-        time.sleep(1)
+    def counted(*arguments):
+        searched.append(1)
+        (tmp_path / f"searched{len(searched)}").touch()
+        return collect(*arguments)
+
+    def late(self, batch):
+        wait_for((tmp_path / "searched4").exists)
         write(self, batch)
 
-    monkeypatch.setattr(BatchLines, "write", slowly)
-    caplog.clear()
+    monkeypatch.setattr(Batch, "collect", counted)
+    monkeypatch.setattr(BatchLines, "write", late)
     with caplog.at_level("INFO"):
-        assert translate(data_bin, dense, tmp_path / "slow") == expected
+        assert translate(data_bin, dense, tmp_path / "late") == expected
+    assert re.search(r"translated 60 sentences \([1-9][\d,]* tokens\); processes: 1, the slowest searched", caplog.text)
     assert len(expected.splitlines()) == 5 * 60 + 1
-    (said,) = re.findall(r"translated 60 sentences \([1-9][\d,]* tokens\).* searched for ([\d.]+) s", caplog.text)
-    assert float(said) < 4
 
 
 @by_forks

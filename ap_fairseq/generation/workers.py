@@ -1,0 +1,87 @@
+"""Worker processes of one that searches: they read what it searches next, and write what it found before."""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import AbstractContextManager
+from typing import Any, TypeVar
+
+import torch
+
+from ap_fairseq.generation.ranks import end_with_parent
+
+MAX_PENDING = 4  # calls that the search is ahead of, and results that it has yet to take
+
+Item = TypeVar("Item")
+_functions: dict[str, Callable] = {}  # of this process, if it is a worker
+
+
+class Workers(AbstractContextManager):
+    """Call functions in other processes while this one goes on; not in threads, as a search is Python, too.
+
+    The workers are copies of this process, made at the first call: functions may use all that it held then, but no GPU.
+    What a function changes stays in the worker that called it. Arguments and results are pickled.
+
+    Args:
+        processes: how many; one makes its calls in order.
+        functions: by name.
+    """
+
+    def __init__(self, processes: int, **functions: Callable):
+        fork = multiprocessing.get_context("fork")
+        self._pool = ProcessPoolExecutor(processes, fork, _begin, (functions,))
+        self._submitted: deque[Future] = deque()
+
+    def __exit__(self, kind, *error) -> None:
+        """Wait for all calls; raise what a submitted one raised, unless the block has raised something."""
+        with self._pool:
+            if kind is None:
+                self.finish()
+
+    def prefetch(self, name: str, items: Iterable[Item]) -> Iterator[tuple[Item, Any]]:
+        """Yield each item with the result of function *name*, which is called for the next items meanwhile.
+
+        What a call raises is raised here, when its result is due.
+        """
+        pending: deque[tuple[Item, Future]] = deque()
+        for item in items:
+            pending.append((item, self._pool.submit(_call, name, item)))
+            if len(pending) > MAX_PENDING:
+                yield _result(*pending.popleft())
+        while pending:
+            yield _result(*pending.popleft())
+
+    def submit(self, name: str, *arguments: Any) -> None:
+        """Call function *name*, whose result nobody takes; what it raises, a later method or the end of the block does."""
+        if len(self._submitted) == MAX_PENDING:
+            self._submitted.popleft().result()
+        self._submitted.append(self._pool.submit(_call, name, *arguments))
+
+    def call(self, name: str, *arguments: Any) -> Any:
+        """Return the result of function *name*, after all submitted calls."""
+        self.finish()
+        return self._pool.submit(_call, name, *arguments).result()
+
+    def finish(self) -> None:
+        """Wait for the submitted calls."""
+        while self._submitted:
+            self._submitted.popleft().result()
+
+
+def _result(item: Item, future: Future) -> tuple[Item, Any]:
+    return item, future.result()
+
+
+def _begin(functions: dict[str, Callable]) -> None:
+    end_with_parent()
+    gc.freeze()  # what a worker shares with its parent is copied where a collection marks it
+    torch.set_num_threads(1)  # those of its parent are not here, and it would wait for them for ever
+    _functions.update(functions)
+
+
+def _call(name: str, *arguments: Any) -> Any:
+    return _functions[name](*arguments)
