@@ -19,13 +19,13 @@ import sacrebleu
 import torch
 from fairseq import scoring, utils
 from fairseq.data import Dictionary
-from fairseq.scoring.bleu import BleuStat, SacrebleuScorer
+from fairseq.scoring.bleu import BleuStat, SacrebleuScorer, Scorer
 from fairseq.tasks import TASK_REGISTRY
 from fairseq_cli import generate
 from sacrebleu.metrics import BLEU
 
 from ap_fairseq.files import write_json
-from ap_fairseq.generation.lines import Batch, BatchLines, statistics
+from ap_fairseq.generation.lines import Batch, BatchLines
 from ap_fairseq.generation.ranks import run_ranks
 from ap_fairseq.generation.workers import Workers
 from ap_fairseq.search.generator import PrunedSequenceGenerator
@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 _SENTENCE = re.compile(r"^[A-Z]-(\d+)(?:_\d+)?\t.*\n(?:[A-Z]-\1(?:_\d+)?\t.*\n)*", re.MULTILINE)
 _REFERENCE = re.compile(r"^T-\d+\t(.*)$", re.MULTILINE)
 _HYPOTHESIS = re.compile(r"^D-\d+\t.*?\t(.*)$", re.MULTILINE)  # the first is the best
-LINES = "lines.txt"  # of what a process prints, beside what fairseq's loop does
+LINES = "lines.txt"  # of a process, made here; fairseq's loop prints to a file of its own
 
 
 class Joined(NamedTuple):
@@ -122,41 +122,46 @@ def translate_share(rank: int, cfg, folder: Path) -> None:
             utils.set_torch_seed(torch.initial_seed() + rank)
         return iterator
 
-    build_scorer, stock_step = scoring.build_scorer, task_class.inference_step
-    scorer: Any = None
+    stock_build, stock_step = scoring.build_scorer, task_class.inference_step
+    plain = _plain(cfg)
+    nbest, by_batch = plain.generation.nbest, BatchLines.covers(plain.generation)
+    scorer: Scorer | None = None  # fairseq's BLEU of tokens, which this process counts
     writer: Workers | None = None
 
-    def scorer_of_share(*args):
+    def build_scorer(*args):
         nonlocal scorer
-        scorer = build_scorer(*args)
-        return _ScoredLater() if hasattr(scorer, "add_string") or BatchLines.covers(plain, scorer) else scorer
+        built = stock_build(*args)
+        scorer = built if isinstance(built, Scorer) else None
+        return _ScoredLater() if scorer is None or by_batch else scorer
+
+    def statistics() -> list[int] | None:
+        return None if scorer is None else [getattr(scorer.stat, name) for name, _ in BleuStat._fields_]
 
     def inference_step(self, generator, models, sample, *args, **options):
         nonlocal writer
-        nbest, begin = plain.generation.nbest, time.perf_counter()
+        begin = time.perf_counter()
         if isinstance(generator, PrunedSequenceGenerator):
             generator.nbest = nbest
         found = stock_step(self, generator, models, sample, *args, **options)
         share["seconds"] += time.perf_counter() - begin
         share["tokens"] += sum(len(best["tokens"]) for best, *_ in found)
-        if BatchLines.covers(plain, scorer):
+        if by_batch:
             if writer is None:
-                counted = scorer if hasattr(scorer, "stat") else None
-                lines = BatchLines(plain, self, generator, counted, folder / f"rank{rank}" / LINES)
-                writer = stack.enter_context(Workers(1, write=lines.write, statistics=lines.statistics))
+                lines = BatchLines(plain, self, generator, scorer, folder / f"rank{rank}" / LINES)
+                writer = stack.enter_context(Workers(1, write=lines.write, statistics=statistics))
             writer.submit("write", Batch.collect(sample, found, nbest))
             sample["nsentences"], sample["id"] = len(found), sample["id"][:0]  # nothing is left for fairseq's loop
         return found
 
     # This process does nothing else.
     task_class.get_batch_iterator, task_class.inference_step = get_batch_iterator, inference_step
-    scoring.build_scorer, plain = scorer_of_share, _plain(cfg)
+    scoring.build_scorer = build_scorer
     with ExitStack() as stack:
         try:
             generate.main(plain)
         except _NoBatch:
             pass
-        share["statistics"] = statistics(scorer) if writer is None else writer.call("statistics")
+        share["statistics"] = statistics() if writer is None else writer.call("statistics")
     write_json(folder / f"rank{rank}.json", share, overwrite=True)
 
 

@@ -56,7 +56,7 @@ class Workers(AbstractContextManager):
             yield _result(*pending.popleft())
 
     def submit(self, name: str, *arguments: Any) -> None:
-        """Call function *name*, whose result nobody takes; what it raises, a later method or the end of the block does."""
+        """Call function *name*, whose result nobody takes; what it raises is raised later, at the latest by the end."""
         if len(self._submitted) == MAX_PENDING:
             self._submitted.popleft().result()
         self._submitted.append(self._pool.submit(_call, name, *arguments))

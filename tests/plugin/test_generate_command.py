@@ -12,6 +12,7 @@ from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
+import sentencepiece
 import torch
 from fairseq import checkpoint_utils, options
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
@@ -110,31 +111,48 @@ def test_sacrebleu_of_fewer_sentences_than_cores(n, monkeypatch):
     assert binarised._sacrebleu(shared, pairs) == whole.result_string()
 
 
+@pytest.fixture(scope="module")
+def unknown_bin(data_bin, toy_text, tmp_path_factory):
+    """Subsets with words that the dictionaries lack: ``valid``, and ``test`` without references."""
+    folder = tmp_path_factory.mktemp("unknown")
+    for language in ("en", "de"):
+        text = (toy_text / f"valid.{language}").read_text("utf-8")
+        (folder / f"valid.{language}").write_text(re.sub(r"\b(und|and)\b", "&", text), "utf-8")
+    common = ["fairseq-preprocess", "-s", "en", "-t", "de", "--srcdict", data_bin / "dict.en.txt"]
+    target, valid = ["--tgtdict", data_bin / "dict.de.txt"], folder / "valid"
+    run(*common, *target, "--validpref", valid, "--destdir", folder / "data-bin")
+    run(*common, "--only-source", "--testpref", valid, "--destdir", folder / "source-bin")
+    for file in (folder / "source-bin").glob("test.*"):
+        shutil.copy(file, folder / "data-bin")
+    model = dict(model_prefix=folder / "data-bin/spm", vocab_size=35, minloglevel=2)
+    sentencepiece.SentencePieceTrainer.train(input=toy_text / "train.en", **model)
+    return folder / "data-bin"
+
+
 @pytest.mark.parametrize(
     "flags",
     [
         ["--remove-bpe", "subword_nmt", "--prefix-size", 2],
         ["--tokenizer", "moses", "--nbest", 2],
+        ["--post-process", "sentencepiece"],
+        ["--bpe", "sentencepiece", "--sentencepiece-model", "{}/spm.model", "--scoring", "chrf"],
+        ["--gen-subset", "test"],
         ["--print-alignment", "hard"],
         ["--score-reference"],
     ],
-    ids=lambda flags: flags[0],
+    ids=lambda flags: " ".join(map(str, flags[:2])),
 )
-def test_lines_of_a_batch_are_those_of_fairseqs_loop(data_bin, dense, toy_text, tmp_path, flags):
-    """With words that the dictionary lacks, which a reference shows as <<unk>> and BLEU never matches."""
-    for language in ("en", "de"):
-        text = (toy_text / f"valid.{language}").read_text("utf-8")
-        (tmp_path / f"valid.{language}").write_text(re.sub(r"\b(und|and)\b", "&", text), "utf-8")
-    dictionaries = ["--srcdict", data_bin / "dict.en.txt", "--tgtdict", data_bin / "dict.de.txt"]
-    data = ["--validpref", tmp_path / "valid", "--destdir", tmp_path / "data-bin"]
-    run("fairseq-preprocess", "-s", "en", "-t", "de", *dictionaries, *data)
-    flags = [tmp_path / "data-bin", "-s", "en", "-t", "de", "--path", dense, "--gen-subset", "valid", *flags]
-    flags += ["--beam", 3, "--batch-size", 16]
+def test_lines_of_a_batch_are_those_of_fairseqs_loop(unknown_bin, dense, tmp_path, flags):
+    """With unknown words, which a reference shows as <<unk>> and BLEU never matches."""
+    common = [unknown_bin, "-s", "en", "-t", "de", "--path", dense, "--gen-subset", "valid"]
+    flags = [*common, "--beam", 3, "--batch-size", 16, *(str(flag).format(unknown_bin) for flag in flags)]
     stock = run("fairseq-generate", *PLUGIN, *flags, "--cpu", "--required-batch-size-multiple", 1, "--num-workers", 0)
     ap_generate(*flags, "--results-path", tmp_path)
-    *ours, score = (tmp_path / "generate-valid.txt").read_text("utf-8").splitlines()
-    assert ours == sentence_lines(stock) and score in stock.splitlines()
-    assert "<<unk>>" in "".join(ours)
+    (file,) = tmp_path.iterdir()
+    ours = file.read_text("utf-8").splitlines()
+    score = [line for line in stock.splitlines() if line.startswith("Generate ")]
+    assert ours == sentence_lines(stock) + score and "<unk>" in "".join(ours)
+    assert bool(score) == ("<<unk>>" in "".join(ours)) == ("test" not in flags)
 
 
 def test_one_process_samples_what_fairseq_generate_samples(data_bin, dense):
@@ -161,15 +179,6 @@ def test_models_are_loaded_whole(data_bin, dense, tmp_path, monkeypatch, zipped)
     for name, value in model.state_dict().items():
         assert torch.equal(value, state["model"][name]), name
     assert [options.get("mmap", False) for options in used] == [zipped]
-
-
-def test_sentences_without_a_reference_have_no_score(data_bin, dense, toy_text, tmp_path):
-    data = ["--srcdict", data_bin / "dict.en.txt", "--validpref", toy_text / "valid", "--destdir", tmp_path]
-    run("fairseq-preprocess", "-s", "en", "-t", "de", "--only-source", *data)
-    shutil.copy(data_bin / "dict.de.txt", tmp_path)
-    flags = [tmp_path, "-s", "en", "-t", "de", "--path", dense, "--gen-subset", "valid"]
-    lines = ap_generate_process(*flags).stdout.splitlines()
-    assert len(lines) == 4 * 60 and [line[:3] for line in lines[:5]] == ["S-0", "H-0", "D-0", "P-0", "S-1"]
 
 
 def test_tasks_with_batches_and_generators_of_their_own(data_bin, toy_text, tmp_path):

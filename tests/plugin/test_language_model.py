@@ -274,6 +274,13 @@ def test_masks_applied_without_training(text_bin, dense_lm, lm_masks, tmp_path):
     options = ["--task", "pruned_language_modeling", "--tokens-per-sample", BLOCK, "--beam", 2, "--max-len-b", 14]
     run("ap-generate", text_bin, "--path", ones, "--cpu", *options, *files)
     assert (tmp_path / "continued").read_text().splitlines() == expected
+    options += ["--gen-subset", "test", "--sample-break-mode", "eos", "--batch-size", 16, "--prefix-size", 2]
+    options += ["--required-batch-size-multiple", 1, "--cpu", "--num-workers", 0]
+    stock, ours = (
+        [line for line in run(command, text_bin, "--path", ones, *options, *more).splitlines() if line[1:2] == "-"]
+        for command, more in (("fairseq-generate", PLUGIN), ("ap-generate", []))
+    )
+    assert ours == sorted(stock, key=lambda line: int(re.match(r"\w-(\d+)", line)[1])) and len(ours) == 5 * 220
     log = run("ap-generate", text_bin, "--path", ones, "--cpu", *files, expect=2)
     assert "has one dictionary dict.txt" in log and "add --task pruned_language_modeling" in log
 
