@@ -1,12 +1,15 @@
-"""fairseq without the seconds of importing scikit-learn and SciPy, whose metrics two of its modules of classification
-import and only training a classifier calls."""
+"""fairseq without the seconds of importing scikit-learn and SciPy.
+
+Two of its modules of classification import their metrics, which only training a classifier calls. While these modules
+are imported, and no others, stand-ins are in the places of the metrics.
+"""
 
 import importlib
-import importlib.machinery
 import importlib.util
 import sys
 import types
 from collections.abc import Callable
+from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 
 CLASSIFICATION = ("fairseq.criterions.sentence_prediction", "fairseq.tasks.audio_classification")
 METRICS = ("sklearn", "sklearn.metrics", "scipy.stats")
@@ -18,38 +21,37 @@ class _StandIn(types.ModuleType):
     def __getattr__(self, name: str) -> Callable:
         if name.startswith("__"):
             raise AttributeError(name)
+        return lambda *args, **kwargs: getattr(importlib.import_module(self.__name__), name)(*args, **kwargs)
 
-        def call(*args, **kwargs):
-            return getattr(importlib.import_module(self.__name__), name)(*args, **kwargs)
 
-        return call
+class _Loader(SourceFileLoader):
+    """Runs a module with stand-ins for those metrics that are installed and have not been imported yet."""
+
+    def exec_module(self, module: types.ModuleType) -> None:
+        stand_ins = {
+            name: _StandIn(name)
+            for name in METRICS
+            if name not in sys.modules and importlib.util.find_spec(name.partition(".")[0])
+        }
+        if "sklearn" in stand_ins:
+            stand_ins["sklearn"].metrics = stand_ins["sklearn.metrics"]  # type: ignore[attr-defined]
+        sys.modules.update(stand_ins)
+        try:
+            super().exec_module(module)
+        finally:
+            for name in stand_ins:
+                del sys.modules[name]
 
 
 class _Finder:
-    """Finds fairseq's modules of classification; they, and no others, get stand-ins for the modules of metrics."""
+    """Finds fairseq's modules of classification."""
 
     @staticmethod
-    def find_spec(name: str, path=None, target=None) -> importlib.machinery.ModuleSpec | None:
-        if name not in CLASSIFICATION:
-            return None
-        spec = importlib.machinery.PathFinder.find_spec(name, path)
-        if spec is not None and spec.loader is not None:
-            loader, load = spec.loader, spec.loader.exec_module
-            loader.exec_module = lambda module: _load(load, module)  # type: ignore[method-assign]
+    def find_spec(name: str, path=None, target=None) -> ModuleSpec | None:
+        spec = PathFinder.find_spec(name, path) if name in CLASSIFICATION else None
+        if spec is not None and spec.origin is not None:
+            spec.loader = _Loader(name, spec.origin)
         return spec
-
-
-def _load(load: Callable, module: types.ModuleType) -> None:
-    names = [name for name in METRICS if importlib.util.find_spec(name.partition(".")[0])]  # what is installed
-    stand_ins = {name: _StandIn(name) for name in names if name not in sys.modules}
-    if "sklearn" in stand_ins:
-        stand_ins["sklearn"].metrics = stand_ins["sklearn.metrics"]  # type: ignore[attr-defined]
-    sys.modules |= stand_ins
-    try:
-        load(module)
-    finally:
-        for name in stand_ins:
-            del sys.modules[name]
 
 
 def defer_metrics() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import zipfile
 
 import torch
@@ -15,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 class _NoRandomValues(TorchFunctionMode):
     """Leaves new parameters as they are where they would become random."""
 
+    # Those of `init` are asked themselves, and then what they call is not.
     functions = {Tensor.uniform_, Tensor.normal_, init.uniform_, init.normal_, init.kaiming_uniform_}
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
@@ -34,8 +36,8 @@ def load_faster(on_gpu: bool) -> None:
     @functools.wraps(stock_read)
     def read(file, *args, **options):
         path = getattr(file, "name", file)
-        if zipfile.is_zipfile(path):  # as torch saves since 1.6; what nobody asks for is not read
-            return stock_read(path, *args, **{"mmap": True, **options})
+        if isinstance(path, (str, os.PathLike)) and zipfile.is_zipfile(path):  # as torch saves since 1.6
+            file, options = path, {"mmap": True, **options}  # what nobody asks for is not read
         return stock_read(file, *args, **options)
 
     @functools.wraps(stock_load)
