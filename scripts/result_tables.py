@@ -256,16 +256,14 @@ def head_sizes() -> str:
     """Our kernels and FlashAttention-4's on heads of other sizes, beside their rates at 64 elements."""
     sizes, rivals = (load(SCRIPTS / f"bench_attention.h200-{name}.json") for name in ("heads", "rivals"))
 
+    def case(row: dict[str, Any]) -> tuple:
+        return tuple(row.get(name) for name in ("method", "dim", "size", "block", "nominal_sparsity", "direction"))
+
+    measured = {case(row): row for row in rivals["rows"] + sizes["rows"]}
+
     def of(row: dict[str, Any], method: str, dim: int, key: str) -> float | None:
         """What was measured of *method* on the problem of *row*, with heads of *dim* elements."""
-        names = ("size", "block", "nominal_sparsity", "direction")
-        alike = [
-            other
-            for other in sizes["rows"] + rivals["rows"]
-            if (other["method"], other["dim"]) == (method, dim)
-            and all(other.get(name) == row.get(name) for name in names)
-        ]
-        return alike[0].get(key) if alike else None
+        return measured.get(case(row | dict(method=method, dim=dim)), {}).get(key)
 
     body = []
     for row in sizes["rows"]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .config import ceil_div, overlap, power_of_two
 from .primitives import let_next_start, wait_for_previous
-from .rows import Norm
+from .rows import Norm, require_alike
 
 WARPS = 4  # of a program, each with a row
 
@@ -54,10 +54,7 @@ def add_norm(x: Tensor, y: Tensor | None, norm: Norm) -> tuple[Tensor, Tensor]:
     Raises:
         TypeError: more than one type, or tensors that are not contiguous.
     """
-    tensors = [x, *(() if y is None else (y,)), norm.weight, norm.bias]
-    if any(tensor.dtype != x.dtype or not tensor.is_contiguous() for tensor in tensors):
-        found = ", ".join(f"{tensor.dtype} of strides {tensor.stride()}" for tensor in tensors)
-        raise TypeError(f"expected contiguous tensors of one type, got {found}")
+    require_alike(x, y, norm.weight, norm.bias)
     (n, c), normed = x.shape, torch.empty_like(x)
     total = x if y is None else torch.empty_like(x)
     _add_norm_kernel[(ceil_div(n, WARPS),)](

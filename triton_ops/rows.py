@@ -117,6 +117,14 @@ def _linear_rows_kernel(
             tl.store(p_pool + o_slot[:, None] * D + (i_c % D + tl.arange(0, BN))[None, :], b_y, mask=m_y)
 
 
+def require_alike(*tensors: Tensor | None) -> None:
+    """Raise TypeError unless tensors, those that are not None, are contiguous and of one type."""
+    given = [tensor for tensor in tensors if tensor is not None]
+    if any(tensor.dtype != given[0].dtype or not tensor.is_contiguous() for tensor in given):
+        found = ", ".join(f"{tensor.dtype} of strides {tensor.stride()}" for tensor in given)
+        raise TypeError(f"expected contiguous tensors of one type, got {found}")
+
+
 def linear_rows(
     x: Tensor,
     weight: Tensor,
@@ -161,10 +169,7 @@ def linear_rows(
         raise ValueError(f"activation must be one of {ACTIVATIONS}, got {activation!r}")
     if x.dtype not in TYPES:
         raise TypeError(f"rows must be float16 or bfloat16, got {x.dtype}")
-    tensors = [weight, *(tensor for tensor in (bias, residual, *(norm or ())[:2]) if tensor is not None)]
-    if any(tensor.dtype != x.dtype or not tensor.is_contiguous() for tensor in (x, *tensors)):
-        found = ", ".join(f"{tensor.dtype} of strides {tensor.stride()}" for tensor in (x, *tensors))
-        raise TypeError(f"expected contiguous tensors of one type, got {found}")
+    require_alike(x, weight, bias, residual, *(norm or ())[:2])
     config = rows_config(m, k, norm is not None) if config is None else config
     head_size = m // 3 // (1 if slots is None else slots.offsets.size(0))
     if slots is not None and head_size % config.block_n:
