@@ -49,7 +49,7 @@ def tokens(found):
     return [[h["tokens"].tolist() for h in hypotheses] for hypotheses in found]
 
 
-def search(systems, monkeypatch, served=True):
+def search(systems, served=True):
     """Return the tokens of the hypotheses, and the logits of all steps, which no graph replays."""
     logits = []
     make, combined = StaticDecoder.__init__, StaticDecoder._combined
@@ -58,7 +58,7 @@ def search(systems, monkeypatch, served=True):
         make(self, *arguments)
         self.capture = False
 
-    with monkeypatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         if not served:
             patch.setattr(fused_decoder, "serves", lambda *_: False)
         patch.setattr(StaticDecoder, "__init__", uncaptured)
@@ -96,25 +96,27 @@ CASES = {
 }
 
 
+@pytest.fixture(scope="module", params=CASES)
+def case(request):
+    """Systems, what their modules find and compute, and the same in float64."""
+    systems = CASES[request.param]()
+    return systems, search(systems, served=False), search(in_float64(systems))
+
+
 @pytest.mark.parametrize("most", [MAX_ROWS, 0], ids=["few", "many"])
-@pytest.mark.parametrize("case", CASES)
 def test_steps_are_those_of_the_modules(case, most, monkeypatch):
     """With half-precision errors no larger than theirs, but for the rounding band."""
-    fused = []
+    systems, (theirs, expected), (found, exact) = case
+    used = set()
     monkeypatch.setattr(fused_decoder, "MAX_ROWS", most)
     for name in ("linear_rows", "linear_many"):
         stock = getattr(fused_decoder, name)
         monkeypatch.setattr(
-            fused_decoder, name, lambda *x, name=name, stock=stock, **more: fused.append(name) or stock(*x, **more)
+            fused_decoder, name, lambda *x, name=name, stock=stock, **more: used.add(name) or stock(*x, **more)
         )
-    systems = CASES[case]()
     assert all(fused_decoder.serves(system.decoder) for system in systems)
-    ours, logits = search(systems, monkeypatch)
-    assert set(fused) == {"linear_rows" if most else "linear_many"}
-    fused.clear()
-    theirs, expected = search(systems, monkeypatch, served=False)
-    assert not fused
-    found, exact = search(in_float64(systems), monkeypatch)
+    ours, logits = search(systems)
+    assert used == {"linear_rows" if most else "linear_many"}
     batch, prefix = inputs(systems[0])
     generator = PrunedSequenceGenerator(systems, VOCAB, beam_size=2, max_len_b=STEPS)  # by graphs where there is a GPU
     for _ in range(3 if DEVICE == "cuda" else 0):
@@ -124,7 +126,7 @@ def test_steps_are_those_of_the_modules(case, most, monkeypatch):
     assert error <= allowed + torch.finfo(torch.float16).eps * exact.norm()
 
 
-def test_changed_weights_are_seen(monkeypatch):
+def test_changed_weights_are_seen():
     """Graphs hold the addresses of weights, and stacked copies of some."""
     system = translation_model()
     batch, _ = inputs(system)
@@ -133,7 +135,7 @@ def test_changed_weights_are_seen(monkeypatch):
     layer = system.decoder.layers[1]
     for parameter in (layer.self_attn.k_proj.weight, layer.encoder_attn_layer_norm.bias, layer.fc2.weight):
         parameter.data.neg_()
-    after, _ = search([system], monkeypatch, served=False)
+    after, _ = search([system], served=False)
     assert tokens(generator.generate([], batch)) == after != tokens(before)
 
 
