@@ -10,7 +10,7 @@ import re
 import time
 from argparse import Namespace
 from collections.abc import Iterable
-from contextlib import ExitStack
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -55,7 +55,7 @@ class _NoBatch(Exception):
 
 
 class _ScoredLater(scoring.BaseScorer):
-    """Of a process whose strings are scored with those of the others: sacreBLEU takes half as long as the search."""
+    """In the place of the scorer of a process whose lines are scored elsewhere: sacreBLEU takes half a search."""
 
     def __init__(self):
         super().__init__(None)
@@ -126,7 +126,7 @@ def translate_share(rank: int, cfg, folder: Path) -> None:
     plain = _plain(cfg)
     nbest, by_batch = plain.generation.nbest, BatchLines.covers(plain.generation)
     scorer: Scorer | None = None  # fairseq's BLEU of tokens, which this process counts
-    writer: Workers | None = None
+    lines: BatchLines | None = None
 
     def build_scorer(*args):
         nonlocal scorer
@@ -134,11 +134,8 @@ def translate_share(rank: int, cfg, folder: Path) -> None:
         scorer = built if isinstance(built, Scorer) else None
         return _ScoredLater() if scorer is None or by_batch else scorer
 
-    def statistics() -> list[int] | None:
-        return None if scorer is None else [getattr(scorer.stat, name) for name, _ in BleuStat._fields_]
-
     def inference_step(self, generator, models, sample, *args, **options):
-        nonlocal writer
+        nonlocal lines
         begin = time.perf_counter()
         if isinstance(generator, PrunedSequenceGenerator):
             generator.nbest = nbest
@@ -146,22 +143,23 @@ def translate_share(rank: int, cfg, folder: Path) -> None:
         share["seconds"] += time.perf_counter() - begin
         share["tokens"] += sum(len(best["tokens"]) for best, *_ in found)
         if by_batch:
-            if writer is None:
+            if lines is None:
                 lines = BatchLines(plain, self, generator, scorer, folder / f"rank{rank}" / LINES)
-                writer = stack.enter_context(Workers(1, write=lines.write, statistics=statistics))
-            writer.submit("write", Batch.collect(sample, found, nbest))
+            worker.submit("write", Batch.collect(sample, found, nbest))
             sample["nsentences"], sample["id"] = len(found), sample["id"][:0]  # nothing is left for fairseq's loop
         return found
+
+    def statistics() -> list[int] | None:
+        return None if scorer is None else [getattr(scorer.stat, name) for name, _ in BleuStat._fields_]
 
     # This process does nothing else.
     task_class.get_batch_iterator, task_class.inference_step = get_batch_iterator, inference_step
     scoring.build_scorer = build_scorer
-    with ExitStack() as stack:
-        try:
+    # The worker is a copy of this process from the first call on: it has the lines and the scorer that are there then.
+    with Workers(1, write=lambda batch: lines.write(batch), statistics=statistics) as worker:
+        with suppress(_NoBatch):
             generate.main(plain)
-        except _NoBatch:
-            pass
-        share["statistics"] = statistics() if writer is None else writer.call("statistics")
+        share["statistics"] = worker.call("statistics")
     write_json(folder / f"rank{rank}.json", share, overwrite=True)
 
 
