@@ -186,7 +186,7 @@ def read_out(
     """
     missing, (n_steps, n_places) = last_step < 0, parents.shape
     n_sentences, beam = last_step.shape
-    number = (beam - missing.sum(1)).clip(max=nbest)
+    number = (beam - missing.sum(1)).clip(max=beam if nbest is None else nbest)  # numpy < 2.1 refuses None
     rank = np.lexsort((-scores, missing))  # those that are missing come last
     ranked = (np.arange(n_sentences)[:, None] * beam + rank)[np.arange(beam) < number[:, None]]
     sizes = last_step.ravel()[ranked] + 1
