@@ -22,6 +22,7 @@ from ap_fairseq.cli.common import command
 from ap_fairseq.cli.user_dir import import_user_dir, user_dir_of
 from ap_fairseq.files import ArtifactError, UserError, atomic_output, refuse_existing, require_file
 from ap_fairseq.generation.binarised import translate_subset
+from ap_fairseq.generation.loading import checkpoint_files
 from ap_fairseq.generation.ranks import locked
 from ap_fairseq.generation.text import PART_LINES, SETTINGS, Text, spool_stdin, translate_text, write_parts
 from ap_fairseq.provenance import dictionary_files
@@ -132,7 +133,7 @@ def count_ranks(wanted: int | None, cpu: bool) -> int:
 def _require_files(args: argparse.Namespace) -> None:
     if args.path is None:
         raise UserError("--path is missing; name a checkpoint, or several joined by colons")
-    for path in utils.split_paths(args.path):
+    for path in checkpoint_files(args.path, args.checkpoint_suffix, args.checkpoint_shard_count):
         require_file(path, "a fairseq checkpoint")
         with open(path, "rb") as stream:
             begin = stream.read(2)

@@ -7,7 +7,7 @@ import os
 import zipfile
 
 import torch
-from fairseq import checkpoint_utils
+from fairseq import checkpoint_utils, utils
 from torch import Tensor
 from torch.nn import init
 from torch.overrides import TorchFunctionMode
@@ -22,6 +22,12 @@ class _NoRandomValues(TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         return (args[0] if args else kwargs["tensor"]) if function in self.functions else function(*args, **kwargs)
+
+
+def checkpoint_files(paths: str, suffix: str, shards: int) -> list[str]:
+    """Return the files that fairseq reads for ``--path``, ``--checkpoint-suffix`` and ``--checkpoint-shard-count``."""
+    name = checkpoint_utils.get_maybe_sharded_checkpoint_filename
+    return [name(path, suffix, shard, shards) for path in utils.split_paths(paths) for shard in range(shards)]
 
 
 def load_faster(on_gpu: bool) -> None:

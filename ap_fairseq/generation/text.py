@@ -23,6 +23,7 @@ from fairseq_cli.generate import get_symbols_to_strip_from_output
 
 from ap_fairseq.experiments.stages import lines_of
 from ap_fairseq.files import ArtifactError, UserError, atomic_output, file_sha256, require_file, write_json
+from ap_fairseq.generation.loading import checkpoint_files
 from ap_fairseq.generation.ranks import run_ranks
 from ap_fairseq.generation.workers import Workers
 from ap_fairseq.provenance import dictionary_hashes, versions
@@ -241,9 +242,11 @@ def settings(args, cfg, text: Text) -> dict[str, Any]:
     for name, value in options.items():
         if isinstance(value, str) and os.path.isfile(value):  # such as --sentencepiece-model
             options[name] = file_sha256(value)
+    saved = cfg.checkpoint
+    files = checkpoint_files(cfg.common_eval.path, saved.checkpoint_suffix, saved.checkpoint_shard_count)
     document = {
         **options,
-        "path": [file_sha256(path) for path in utils.split_paths(cfg.common_eval.path)],
+        "path": [file_sha256(file) for file in files],
         "dictionaries": dictionary_hashes(tasks.setup_task(cfg.task)),
         "input": hashlib.sha256("".join(text.digests).encode()).hexdigest(),
         "buffer_size": text.part_lines,

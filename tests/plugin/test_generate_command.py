@@ -10,12 +10,14 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
 import sentencepiece
 import torch
 from fairseq import checkpoint_utils, options
+from fairseq.data import Dictionary
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq.scoring.bleu import SacrebleuConfig, SacrebleuScorer
 from plugin.commands import PLUGIN, ROOT, run, train, wait_for
@@ -23,6 +25,7 @@ from plugin.commands import PLUGIN, ROOT, run, train, wait_for
 from ap_fairseq.cli import generate
 from ap_fairseq.generation import binarised, ranks
 from ap_fairseq.generation import text as generation_text
+from ap_fairseq.generation.lines import BatchLines
 from ap_fairseq.generation.loading import load_faster
 from ap_fairseq.generation.text import Text, Translator
 from ap_fairseq.model.checkpoints import load_checkpoint
@@ -156,6 +159,18 @@ def test_lines_of_a_batch_are_those_of_fairseqs_loop(unknown_bin, dense, tmp_pat
     assert bool(score) == ("<<unk>>" in "".join(ours)) == ("test" not in flags)
 
 
+def test_new_words_have_numbers_of_their_own():
+    """In a dictionary with a word twice, as CamemBERT's, the first new word had the number of the last word."""
+    words = Dictionary()
+    for word in ("a", "b", "a"):
+        words.add_symbol(word, overwrite=True)
+    task = SimpleNamespace(target_dictionary=words, build_bpe=lambda _: None, build_tokenizer=lambda _: None)
+    cfg = SimpleNamespace(bpe=None, tokenizer=None, common_eval=SimpleNamespace(post_process="subword_nmt"))
+    lines = BatchLines(cfg, task, SimpleNamespace(eos=words.eos()), None, Path())
+    line = "a b new <unk> other new"
+    assert lines._encode(line) == words.encode_line(line, add_if_not_exist=True).tolist()
+
+
 def test_one_process_samples_what_fairseq_generate_samples(data_bin, dense):
     """Loading a model takes random numbers, which come before those of the samples."""
     flags = [data_bin, "--path", dense, "--gen-subset", "valid", "--sampling", "--beam", 1, "--seed", 3]
@@ -182,6 +197,20 @@ def test_models_are_loaded_whole(data_bin, dense, tmp_path, monkeypatch, zipped)
     assert [options.get("mmap", False) for options in used] == [zipped]
     buffer = io.BytesIO((tmp_path / "model.pt").read_bytes())  # a ValueError: such cannot be mapped
     assert torch.load(buffer, weights_only=False).keys() == state.keys()
+
+
+@pytest.mark.parametrize(
+    "flags", [["--checkpoint-suffix=-last"], ["--checkpoint-shard-count", 2]], ids=["suffix", "shards"]
+)
+def test_models_in_other_files_than_path_are_found(data_bin, dense, tmp_path, flags):
+    """fairseq makes names from --path, which the command and the settings of a text's parts looked for themselves."""
+    for name in ("model-last.pt", "model_part0.pt", "model_part1.pt"):
+        shutil.copy(dense, tmp_path / name)
+    (tmp_path / "in").write_text("the page opens\n", "utf-8")
+    common = [data_bin, "--input", tmp_path / "in", "--beam", 1]
+    ap_generate(*common, "--path", dense, "-o", tmp_path / "whole")
+    ap_generate(*common, "--path", tmp_path / "model.pt", *flags, "-o", tmp_path / "out")
+    assert (tmp_path / "out").read_text("utf-8") == (tmp_path / "whole").read_text("utf-8") != ""
 
 
 def test_tasks_with_batches_and_generators_of_their_own(data_bin, toy_text, tmp_path):
