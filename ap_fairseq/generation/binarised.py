@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import time
 from argparse import Namespace
 from collections.abc import Iterable
@@ -84,6 +85,8 @@ def translate_subset(cfg, ranks: int, folder: Path) -> Joined:
     cfg.common_eval.quiet = False  # they are joined, and scored, by what they print
     cfg.common.log_format, cfg.common.log_interval = "simple", 1
     cfg.distributed_training.distributed_world_size = ranks
+    for left in folder.glob("rank*/"):  # by a run that was killed
+        shutil.rmtree(left)
     logs = [folder / f"rank{rank}.log" for rank in range(ranks)]
     run_ranks(f"generate {cfg.dataset.gen_subset}", logs, cfg.common.cpu, translate_share, cfg, folder)
     shares = [json.loads((folder / f"rank{rank}.json").read_text(encoding="utf-8")) for rank in range(ranks)]

@@ -238,6 +238,19 @@ def test_a_process_without_a_batch_and_quiet(data_bin, dense):
     assert len(whole) == 5 * 60 + 1 and quiet == whole[-1:]
 
 
+def test_lines_of_a_run_that_was_killed_are_not_those_of_the_next(data_bin, dense, tmp_path):
+    """The same command found them where it writes its own, and printed and scored both."""
+    flags = [data_bin, "--path", dense, "--gen-subset", "valid", "--batch-size", 60, "--beam", 1]
+    expected = ap_generate_process(*flags).stdout
+    for rank in range(2):  # the second has no batch this time
+        folder = tmp_path / "generate-valid.txt.parts" / f"rank{rank}"
+        folder.mkdir(parents=True)
+        for name in ("lines.txt", "generate-valid.txt"):
+            (folder / name).write_text("S-0\tof another model\n", "utf-8")
+    ap_generate(*flags, "--results-path", tmp_path)
+    assert (tmp_path / "generate-valid.txt").read_text("utf-8") == expected
+
+
 def test_a_text_keeps_its_lines(data_bin, dense, toy_text, tmp_path):
     """The hypotheses of fairseq-interactive, line by line; an empty line stays empty, also where only spaces are."""
     lines = (toy_text / "valid.en").read_text("utf-8").splitlines()[:7]
