@@ -94,6 +94,8 @@ def command(main: Callable[[list[str]], None]) -> Callable[[], None]:
     def entry_point(argv: list[str] | None = None) -> None:
         argv = sys.argv[1:] if argv is None else argv
         program = os.path.basename(sys.argv[0])
+        if sys.stderr is None:  # closed by the caller: 2>&-
+            sys.stderr = open(os.devnull, "w")  # else messages go to standard output
         logging.basicConfig(
             format="%(asctime)s | %(levelname)s | %(name)s | %(message)s",
             datefmt="%Y-%m-%d %H:%M:%S",

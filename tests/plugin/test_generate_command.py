@@ -353,6 +353,16 @@ def test_streams_that_are_closed_are_named(data_bin, dense, tmp_path, flags, des
     assert not any(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("model", ["dense", "missing.pt"])
+def test_messages_that_nobody_reads_are_not_among_the_lines(data_bin, dense, model):
+    """Without standard error a traceback ended the run, and messages went to standard output."""
+    flags = [data_bin, "--path", dense if model == "dense" else model, "--gen-subset", "valid", "--beam", "1"]
+    expected = ap_generate_process(*flags).stdout if model == "dense" else ""
+    command = ["sh", "-c", 'exec "$@" 2>&-', "sh", *AP_GENERATE, *TWO, *map(str, flags)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env={**ENVIRONMENT, "PYTHONPATH": str(ROOT)})
+    assert done.stdout == expected and done.returncode == (0 if model == "dense" else 2)
+
+
 def test_masks_of_the_other_direction_are_announced(data_bin, dense, masks_file, tmp_path):
     """With one dictionary for both languages any direction is translated, without a word."""
     (tmp_path / "in").write_text("the page opens\n", "utf-8")
