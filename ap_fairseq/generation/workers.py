@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import gc
-import multiprocessing
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import AbstractContextManager
+from multiprocessing.context import ForkContext, ForkProcess
 from typing import Any, TypeVar
 
 import torch
@@ -18,6 +18,16 @@ MAX_PENDING = 4  # calls that the search is ahead of, and results that it has ye
 
 Item = TypeVar("Item")
 _functions: dict[str, Callable] = {}  # of this process, if it is a worker
+
+
+class _Worker(ForkProcess):
+    def __init__(self, *args, **options):
+        # Ended with its parent: a pool that cannot start all of its processes forgets the others, which wait for calls.
+        super().__init__(*args, daemon=True, **options)
+
+
+class _ForkContext(ForkContext):
+    Process = _Worker
 
 
 class Workers(AbstractContextManager):
@@ -32,8 +42,7 @@ class Workers(AbstractContextManager):
     """
 
     def __init__(self, processes: int, **functions: Callable):
-        fork = multiprocessing.get_context("fork")
-        self._pool = ProcessPoolExecutor(processes, fork, _begin, (functions,))
+        self._pool = ProcessPoolExecutor(processes, _ForkContext(), _begin, (functions,))
         self._submitted: deque[Future] = deque()
 
     def __exit__(self, kind, *error) -> None:

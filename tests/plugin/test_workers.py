@@ -125,6 +125,30 @@ def test_workers_end_with_the_process_that_searches(tmp_path):
     wait_for(lambda: not Path(f"/proc/{pid}/cmdline").exists() or not Path(f"/proc/{pid}/cmdline").read_bytes())
 
 
+def _fail_to_start_the_second():
+    fork, started = os.fork, []
+
+    def fork_once() -> int:
+        if started:
+            raise BlockingIOError("Resource temporarily unavailable")
+        started.append(True)
+        return fork()
+
+    os.fork = fork_once
+    with Workers(2, nothing=int) as workers:
+        workers.call("nothing")
+
+
+def test_a_worker_that_cannot_be_started_ends_the_work():
+    """Where memory or file descriptors did not suffice for the second, Python waited for the first for ever."""
+    searching = multiprocessing.get_context("fork").Process(target=_fail_to_start_the_second)
+    searching.start()
+    searching.join(60)
+    ended = searching.exitcode
+    searching.kill()
+    assert ended == 1
+
+
 by_forks = pytest.mark.skipif(torch.cuda.is_available(), reason="ranks fork from a process that has used CUDA")
 
 
