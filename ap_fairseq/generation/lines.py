@@ -125,7 +125,8 @@ class BatchLines:
     def _decode(self, text: str) -> str:
         if self.bpe is not None:
             text = self.bpe.decode(text)
-        return text if self.tokenizer is None else self.tokenizer.decode(text)
+        text = text if self.tokenizer is None else self.tokenizer.decode(text)
+        return text.replace("\n", " ")  # which a BPE of bytes may spell, and which would end the line
 
     def _encode(self, text: str) -> list[int]:
         return [*map(self.indices.__getitem__, text.split()), self.target.eos()]

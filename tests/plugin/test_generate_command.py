@@ -171,6 +171,18 @@ def test_new_words_have_numbers_of_their_own():
     assert lines._encode(line) == words.encode_line(line, add_if_not_exist=True).tolist()
 
 
+def test_a_line_feed_that_a_bpe_spells_ends_no_line():
+    """The rest of the hypothesis was lost, and its score was of what came before."""
+    task = SimpleNamespace(
+        target_dictionary=Dictionary(),
+        build_bpe=lambda _: SimpleNamespace(decode=lambda text: text.replace("<0x0A>", "\n")),
+        build_tokenizer=lambda _: None,
+    )
+    cfg = SimpleNamespace(bpe="bytes", tokenizer=None, common_eval=SimpleNamespace(post_process=None))
+    lines = BatchLines(cfg, task, SimpleNamespace(eos=task.target_dictionary.eos()), None, Path())
+    assert lines._decode("one<0x0A>two") == "one two"
+
+
 def test_one_process_samples_what_fairseq_generate_samples(data_bin, dense):
     """Loading a model takes random numbers, which come before those of the samples."""
     flags = [data_bin, "--path", dense, "--gen-subset", "valid", "--sampling", "--beam", 1, "--seed", 3]
