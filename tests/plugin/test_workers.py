@@ -69,7 +69,7 @@ def _with_threads():
 
 def test_workers_wait_for_no_threads_that_were_not_copied():
     """OpenMP's do not outlive a fork: a line of 33,000 tokens would have been read for ever."""
-    searching = multiprocessing.get_context("fork").Process(target=_with_threads)
+    searching = multiprocessing.get_context("spawn").Process(target=_with_threads)  # pytest's may have threads already
     searching.start()
     searching.join(60)
     ended = searching.exitcode
