@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -24,6 +25,14 @@ class _Worker(ForkProcess):
     def __init__(self, *args, **options):
         # Ended with its parent: a pool that cannot start all of its processes forgets the others, which wait for calls.
         super().__init__(*args, daemon=True, **options)
+
+    def start(self) -> None:
+        # Python forgets a signal that arrives in a new process before it runs: SIGTERM waits for `_begin`.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        try:
+            super().start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
 
 
 class _ForkContext(ForkContext):
@@ -86,6 +95,8 @@ def _result(item: Item, future: Future) -> tuple[Item, Any]:
 
 
 def _begin(functions: dict[str, Callable]) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # as an exception the pool would send it back as a call's result
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     end_with_parent()
     gc.freeze()  # what a worker shares with its parent is copied where a collection marks it
     torch.set_num_threads(1)  # those of its parent are not here, and it would wait for them for ever

@@ -13,6 +13,7 @@ from fairseq import options
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from plugin.commands import run, wait_for
 
+from ap_fairseq.cli.common import exit_on_sigterm
 from ap_fairseq.files import UserError
 from ap_fairseq.generation import binarised
 from ap_fairseq.generation.lines import Batch, BatchLines
@@ -77,6 +78,14 @@ def test_workers_wait_for_no_threads_that_were_not_copied():
     assert ended == 0
 
 
+@pytest.fixture
+def handles_sigterm():
+    before = signal.getsignal(signal.SIGTERM)
+    exit_on_sigterm()
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
 def fail():
     raise UserError("no space is left")
 
@@ -85,8 +94,14 @@ def die():
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-@pytest.mark.parametrize(("work", "error"), [(fail, UserError), (die, BrokenProcessPool)])
-def test_a_submitted_call_that_fails_ends_the_work(work, error):
+def be_ended():
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize(
+    ("work", "error"), [(fail, UserError), (die, BrokenProcessPool), (be_ended, BrokenProcessPool)]
+)
+def test_a_submitted_call_that_fails_ends_the_work(work, error, handles_sigterm):
     for ask in (lambda workers: workers.call("nothing"), lambda workers: None):
         with pytest.raises(error), Workers(1, work=work, nothing=int) as workers:
             workers.submit("work")
@@ -126,6 +141,7 @@ def test_workers_end_with_the_process_that_searches(tmp_path):
 
 
 def _fail_to_start_the_second():
+    exit_on_sigterm()
     fork, started = os.fork, []
 
     def fork_once() -> int:
@@ -140,7 +156,10 @@ def _fail_to_start_the_second():
 
 
 def test_a_worker_that_cannot_be_started_ends_the_work():
-    """Where memory or file descriptors did not suffice for the second, Python waited for the first for ever."""
+    """Where memory or file descriptors did not suffice for the second, Python waited for the first for ever.
+
+    The first is asked to end before it runs, when Python forgets a signal that it handles.
+    """
     searching = multiprocessing.get_context("fork").Process(target=_fail_to_start_the_second)
     searching.start()
     searching.join(60)
