@@ -364,6 +364,7 @@ def tables() -> dict[str, Callable[[], str]]:
         "cross-heads": cross_heads,
         "dropout": dropout,
         "debian-seeds": lambda: sweep(DEBIAN_RESULTS / "seeds.jsonl"),
+        "debian-longer": lambda: sweep(DEBIAN_RESULTS / "longer.jsonl"),
         "debian-tuned": lambda: sweep(DEBIAN_RESULTS / "tuned.jsonl"),
         "debian-rate-heads": lambda: sweep(DEBIAN_RESULTS / "rate-heads.jsonl"),
         "debian-masks": lambda: sweep(DEBIAN_RESULTS / "masks.jsonl"),
