@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import logging
 import os
@@ -10,7 +11,7 @@ import re
 import shutil
 import time
 from argparse import Namespace
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +21,7 @@ import sacrebleu
 import torch
 from fairseq import scoring, utils
 from fairseq.data import Dictionary
+from fairseq.data.iterators import CountingIterator
 from fairseq.scoring.bleu import BleuStat, SacrebleuScorer, Scorer
 from fairseq.tasks import TASK_REGISTRY
 from fairseq_cli import generate
@@ -30,6 +32,7 @@ from ap_fairseq.generation.lines import Batch, BatchLines
 from ap_fairseq.generation.ranks import run_ranks
 from ap_fairseq.generation.workers import Workers
 from ap_fairseq.search.generator import PrunedSequenceGenerator
+from ap_fairseq.search.running import look_ahead
 
 logger = logging.getLogger(__name__)
 
@@ -123,6 +126,8 @@ def translate_share(rank: int, cfg, folder: Path) -> None:
             raise _NoBatch  # fairseq divides by the time and the length of what it has translated
         if rank:  # each process samples with random numbers of its own, the first with those of fairseq-generate
             utils.set_torch_seed(torch.initial_seed() + rank)
+        if torch.cuda.is_available() and not cfg.common.cpu:  # else nothing searches while the host reads
+            iterator.next_epoch_itr = functools.partial(_look_ahead, iterator.next_epoch_itr)
         return iterator
 
     stock_build, stock_step = scoring.build_scorer, task_class.inference_step
@@ -164,6 +169,11 @@ def translate_share(rank: int, cfg, folder: Path) -> None:
             generate.main(plain)
         share["statistics"] = worker.call("statistics")
     write_json(folder / f"rank{rank}.json", share, overwrite=True)
+
+
+def _look_ahead(next_epoch_itr: Callable, *args, **options) -> CountingIterator:
+    batches = next_epoch_itr(*args, **options)
+    return CountingIterator(look_ahead(batches, on_gpu=True), batches.n, len(batches))
 
 
 def _plain(cfg) -> SimpleNamespace:

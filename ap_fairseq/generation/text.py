@@ -28,6 +28,7 @@ from ap_fairseq.generation.ranks import run_ranks
 from ap_fairseq.generation.workers import Workers
 from ap_fairseq.provenance import dictionary_hashes, versions
 from ap_fairseq.search.generator import PrunedSequenceGenerator
+from ap_fairseq.search.running import look_ahead
 
 logger = logging.getLogger(__name__)
 
@@ -167,6 +168,9 @@ class Translator:
         self.max_tokens, self.post_process = cfg.dataset.max_tokens, cfg.common_eval.post_process
         self.cfg, self.beam = cfg, cfg.generation.beam
         self.hub = GeneratorHubInterface(cfg, task, models).to(device)
+        if device == "cuda":  # else nothing searches while the host reads
+            build_batches = self.hub._build_batches
+            self.hub._build_batches = lambda *args: look_ahead(build_batches(*args), on_gpu=True)
         longest = self.hub.max_positions
         self.longest = longest if isinstance(longest, int) else longest[0]  # a language model has one side
 

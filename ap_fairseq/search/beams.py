@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ap_fairseq.files import UserError
+from ap_fairseq.search.running import host_copy
 from triton_ops.api import advance_beams, continue_beams
 from triton_ops.beam_state import BeamState
 
@@ -122,42 +124,61 @@ class BeamSearchState:
         return order
 
     def hypotheses(
-        self, n: int, eos: int, len_penalty: float, longest: Tensor | None = None, nbest: int | None = None
-    ) -> list[list[dict[str, Tensor]]]:
-        """Return the ended hypotheses of the first *n* sentences of the search as fairseq does, on the CPU, best first.
+        self,
+        n: int,
+        n_steps: int,
+        eos: int,
+        len_penalty: float,
+        longest: Tensor | None = None,
+        nbest: int | None = None,
+    ) -> Callable[[], list[list[dict[str, Tensor]]]]:
+        """Start reading the ended hypotheses of the first *n* sentences of the search.
 
         Args:
+            n_steps: of the search.
             len_penalty: scores are divided by the length to the power of it.
             longest: int64 (n,), tokens before *eos*, beyond which a hypothesis of the sentence has the score -inf.
             nbest: so many of each sentence at most; None: all.
 
-        Raises:
-            UserError: a sentence has none.
+        Returns:
+            What waits for them and returns them as fairseq does, on the CPU, best first. It raises UserError if a
+            sentence has none. Another search may begin before.
         """
-        state = self.state
-        final_step, final_beam, final_score = _on_host(
-            slice(n), slice(state.beam), state.final_step, state.final_beam, state.final_score
-        )
-        endless = (final_step < 0).all(1)
-        if endless.any():
-            raise UserError(
-                f"sentence {int(endless.nonzero()[0])} of the batch has no hypothesis: all scores are NaN or -inf; the "
-                "parameters are damaged, or too large for this precision"
-            )
-        scores = final_score / (final_step + 1) ** len_penalty
-        if longest is not None:
-            scores[final_step > longest.cpu()[:, None]] = -math.inf
-        length = int(final_step.max()) + 1
-        chosen = _on_host(slice(length), slice(n), state.chosen_beam, state.chosen_token, state.chosen_score)
-        steps = (x.flatten(1).numpy() for x in chosen)
-        return read_out(*steps, *(x.numpy() for x in (final_beam, final_step, final_score, scores)), eos, nbest)
+        state, sentences = self.state, slice(n)
+        ends = _on_host(sentences, slice(state.beam), state.final_step, state.final_beam, state.final_score)
+        steps = _on_host(slice(n_steps), sentences, state.chosen_beam, state.chosen_token, state.chosen_score)
+        limits = None if longest is None else host_copy(longest)
+
+        def wait() -> list[list[dict[str, Tensor]]]:
+            final_step, final_beam, final_score = ends()
+            endless = (final_step < 0).all(1)
+            if endless.any():
+                raise UserError(
+                    f"sentence {int(endless.nonzero()[0])} of the batch has no hypothesis: all scores are NaN or "
+                    "-inf; the parameters are damaged, or too large for this precision"
+                )
+            scores = final_score / (final_step + 1) ** len_penalty
+            if limits is not None:
+                scores[final_step > limits()[:, None]] = -math.inf
+            taken = int(final_step.max()) + 1
+            chosen = (x[:taken].flatten(1).numpy() for x in steps())
+            return read_out(*chosen, *(x.numpy() for x in (final_beam, final_step, final_score, scores)), eos, nbest)
+
+        return wait
 
 
-def _on_host(rows: slice, columns: slice, first: Tensor, second: Tensor, scores: Tensor) -> tuple[Tensor, ...]:
-    """Return these parts of two int32 tensors and of float32 *scores* of the same shape by one copy from the device."""
+def _on_host(
+    rows: slice, columns: slice, first: Tensor, second: Tensor, scores: Tensor
+) -> Callable[[], tuple[Tensor, Tensor, Tensor]]:
+    """Start reading these parts of two int32 tensors and of float32 *scores* of the same shape by one copy."""
     parts = (x[rows, columns] for x in (first, second, scores.view(torch.int32)))
-    first, second, scores = torch.stack([*parts]).cpu()
-    return first, second, scores.view(torch.float32)
+    copy = host_copy(torch.stack([*parts]))
+
+    def wait() -> tuple[Tensor, Tensor, Tensor]:
+        first, second, scores = copy()
+        return first, second, scores.view(torch.float32)
+
+    return wait
 
 
 def read_out(

@@ -22,6 +22,7 @@ from ap_fairseq.search.capacity import Capacity, bucket
 from ap_fairseq.search.host_decoder import HostDecoder
 from ap_fairseq.search.restrictions import NGramBlock
 from ap_fairseq.search.rules import SearchRules
+from ap_fairseq.search.running import FOLLOWING, Batch, EncoderOuts, RunningSearch
 from ap_fairseq.search.static_decoder import StaticDecoder, decoder_modules
 from ap_fairseq.search.strategies import covers
 from ap_fairseq.sites import attention_sites
@@ -29,6 +30,8 @@ from ap_fairseq.sites import attention_sites
 logger = logging.getLogger(__name__)
 
 TURN = threading.RLock()  # of the searches of a process: threads may share a generator and its buffers
+
+UNWATCHED_STEPS = 8  # that the device does while the host reads a batch, or encodes one
 
 SEARCH_OPTIONS = {  # that choose a search which is not covered
     "LexicallyConstrainedBeamSearch": "--constraints",
@@ -69,6 +72,7 @@ class PrunedSequenceGenerator(SequenceGenerator):
             use_int8(self.model)
         self.nbest: int | None = None
         self._decoder: StaticDecoder | None = None
+        self._begun: RunningSearch | None = None  # of the batch that comes next, in the buffers of the decoder
         on_gpu = next(self.model.parameters()).is_cuda
         if on_gpu and self._not_covered(None) is None and self._runs_kernels():
             from triton_ops import beam_search, ops  # noqa: F401  (a second, for which the first batch need not wait)
@@ -141,7 +145,7 @@ class PrunedSequenceGenerator(SequenceGenerator):
     @torch.no_grad()
     def _generate(self, sample, prefix_tokens=None, constraints=None, bos_token=None):
         if self.fallback_reason(constraints) is None:
-            return self.search_on_device(sample, prefix_tokens, bos_token)[0]
+            return self.search_on_device(sample, prefix_tokens, bos_token, sample.get(FOLLOWING))[0]
         if isinstance(self.search, DiverseBeamSearch):
             sample = {**sample, "id": None}  # by which fairseq would look up sentences of the batch
         with TURN:
@@ -164,32 +168,69 @@ class PrunedSequenceGenerator(SequenceGenerator):
         return min(int(self.max_len_a * source.size(1) + self.max_len_b), self.max_len - 1), lengths
 
     def search_on_device(
-        self, sample: dict, prefix_tokens: Tensor | None, bos_token: int | None
-    ) -> tuple[list[list[dict[str, Tensor]]], list[dict] | None]:
-        """Translate a batch that needs no fallback; return its hypotheses, on the CPU, and the encoders' outputs."""
+        self, sample: dict, prefix_tokens: Tensor | None, bos_token: int | None, following: dict | None = None
+    ) -> tuple[list[list[dict[str, Tensor]]], EncoderOuts | None]:
+        """Translate a batch that needs no fallback.
+
+        Args:
+            following: the batch after this one, whose search begins while the hypotheses of this one are read.
+
+        Returns:
+            Its hypotheses, on the CPU, and the encoders' outputs.
+        """
         self._log_cache_savings()
-        source, (max_len, lengths) = sample["net_input"]["src_tokens"], self._limits(sample)
+        first_token = self.eos if bos_token is None else bos_token
+        with TURN:
+            begun, self._begun = self._begun, None
+            batch, rules = self._batch(sample, first_token, prefix_tokens), SearchRules.from_generator(self)
+            needed = self._capacity(batch)
+            if self._decoder is None or not self._decoder.serves(rules, needed):
+                capacity = needed if self._decoder is None else needed.joined(self._decoder.capacity)
+                begun = self._decoder = None  # its memory is free before the next one is made
+                device = batch.tokens.device
+                with torch.inference_mode(False):  # a later batch may come outside of it
+                    self._decoder = self._decoder_class(device)(self.model.models, rules, capacity, device)
+            decoder = self._decoder
+            if begun is None or not begun.batch.is_same(batch):
+                begun = decoder.begin(batch)
+            # Random numbers belong to batches in turn, and prefixes come with their batch.
+            ahead = following is not None and rules.strategy is None and prefix_tokens is None
+            next_batch = self._batch(following, first_token) if ahead else None
+            if next_batch is None or not decoder.serves(rules, self._capacity(next_batch)):
+                return decoder.finish(begun, self.nbest)(), begun.encoder_outs
+            decoder.launch(begun, _unwatched(batch))
+            early = decoder.encode_early(next_batch)
+            read = decoder.finish(begun, self.nbest)
+            self._begun = decoder.begin(next_batch, early)
+            decoder.launch(self._begun, _unwatched(next_batch))
+            return read(), begun.encoder_outs
+
+    def _batch(self, sample: dict, first_token: int, prefix: Tensor | None = None) -> Batch:
+        """Return what a search starts from.
+
+        Raises:
+            UserError: if translations may not be as long as they must be.
+        """
+        max_len, lengths = self._limits(sample)
         if self.min_len > max_len:
             raise UserError(
                 f"--min-len {self.min_len} is above the maximum length {max_len} of this batch; lower "
                 "it, or raise --max-len-b"
             )
-        with TURN:
-            needed = Capacity(
-                sentences=bucket(source.size(0)),
-                source_length=max(256, bucket(source.size(1))) if self.model.has_encoder() else 0,
-                positions=max(min(max(256, bucket(max_len + 1)), self.max_len), max_len + 1),
-            )
-            rules = SearchRules.from_generator(self)
-            if self._decoder is None or not self._decoder.serves(rules, needed):
-                capacity = needed if self._decoder is None else needed.joined(self._decoder.capacity)
-                self._decoder = None  # its memory is free before the next one is made
-                with torch.inference_mode(False):  # a later batch may come outside of it
-                    self._decoder = self._decoder_class(source.device)(
-                        self.model.models, rules, capacity, source.device
-                    )
-            first_token = self.eos if bos_token is None else bos_token
-            return self._decoder.search(sample["net_input"], max_len, first_token, lengths, prefix_tokens, self.nbest)
+        return Batch(sample["net_input"], max_len, first_token, lengths, prefix)
+
+    def _capacity(self, batch: Batch) -> Capacity:
+        n, size = batch.tokens.shape
+        return Capacity(
+            sentences=bucket(n),
+            source_length=max(256, bucket(size)) if self.model.has_encoder() else 0,
+            positions=max(min(max(256, bucket(batch.max_len + 1)), self.max_len), batch.max_len + 1),
+        )
+
+
+def _unwatched(batch: Batch) -> int:
+    """Return how many steps of a search are launched at once, before any translation is likely to be finished."""
+    return min(UNWATCHED_STEPS, batch.tokens.size(1) // 4)
 
 
 FALLBACK = "fairseq's own generator is used: "

@@ -20,6 +20,7 @@ from ap_fairseq.model.cpu_linear import Product, Products, can_pack
 from ap_fairseq.model.kv_cache import HostCache
 from ap_fairseq.model.layers import is_plain
 from ap_fairseq.search.beams import BeamSearchState
+from ap_fairseq.search.running import Batch, EncoderOuts
 from ap_fairseq.search.static_decoder import LayerStep, Model, StaticDecoder, layer_step
 
 FIRST_SLOTS = 64  # of a sentence; slots are compacted, or their number doubled, when they are full
@@ -332,8 +333,9 @@ class HostDecoder(StaticDecoder):
             self.mask_rows = [MaskRows(sites, positions, n_columns) for sites, n_columns in asked]
         return self.mask_rows
 
-    def _prepare_caches(self, net_input: dict[str, Tensor], real: Tensor, max_len: int) -> list[dict] | None:
-        encoder_outs = self.encode(net_input)
+    def _prepare_caches(self, batch: Batch, real: Tensor, encoder_outs: EncoderOuts | None) -> EncoderOuts | None:
+        if encoder_outs is None:
+            encoder_outs = self.encode(batch.net_input)
         self.packed.refresh()
         self_rows, cross_rows = self._mask_rows()
         slots = self.slots = SentenceSlots(self.beams, real.size(0), self_rows, self.dtype)
@@ -383,7 +385,7 @@ class HostDecoder(StaticDecoder):
         kv = module.project_source(source.flatten(0, 1)).unflatten(0, source.shape[:2])
         return kv.permute(2, 0, 3, 1, 4).contiguous()
 
-    def _prefill(self, encoder_outs: list[dict] | None, prefix: Tensor, first_token: int, max_len: int) -> None:
+    def _prefill(self, encoder_outs: EncoderOuts | None, prefix: Tensor, first_token: int, max_len: int) -> None:
         if prefix.size(1) > self.slots.capacity:
             self._keep(torch.empty(self.slots.n, 0, dtype=torch.int64), 2 * prefix.size(1))
         super()._prefill(encoder_outs, prefix, first_token, max_len)

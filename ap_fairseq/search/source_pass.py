@@ -15,12 +15,12 @@ from ap_fairseq.cuda_graphs import GraphPool
 from ap_fairseq.model.attention import PrunedMultiheadAttention
 from ap_fairseq.model.kv_cache import SourceSlots
 from ap_fairseq.search.rules import SearchRules
+from ap_fairseq.search.running import EncoderOuts
 from ap_fairseq.search.stored_columns import StoredColumns
 from triton_ops import Layout
 
 MAX_TOKENS = 512  # of all sources: more keep a GPU busy
 
-EncoderOuts = list[dict[str, list[Tensor]]]  # of each model
 Slots = dict[PrunedMultiheadAttention, SourceSlots]
 
 

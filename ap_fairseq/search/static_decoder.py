@@ -34,6 +34,7 @@ from ap_fairseq.search.beams import BeamSearchState
 from ap_fairseq.search.capacity import Capacity, bucket
 from ap_fairseq.search.restrictions import Restrictions
 from ap_fairseq.search.rules import WITHIN_PREFIX, SearchRules
+from ap_fairseq.search.running import Batch, EncoderOuts, RunningSearch, host_copy
 from ap_fairseq.search.source_pass import MAX_TOKENS, SourcePass
 from ap_fairseq.search.static_cache import StaticCrossAttentionCache, StaticSelfAttentionCache
 from ap_fairseq.search.stored_columns import StoredColumns
@@ -141,66 +142,76 @@ class StaticDecoder:
 
     # -- a batch ------------------------------------------------------------------------------------------------------
 
-    def search(
-        self,
-        net_input: dict[str, Tensor],
-        max_len: int,
-        first_token: int,
-        source_lengths: Tensor,
-        prefix: Tensor | None = None,
-        nbest: int | None = None,
-    ) -> tuple[list[list[dict[str, Tensor]]], list[dict] | None]:
-        """Translate one batch.
+    def begin(self, batch: Batch, encoder_outs: EncoderOuts | None = None) -> RunningSearch:
+        """Encode a batch and make all ready for the first step of its search.
+
+        The search before this one must have finished: it had the same buffers.
 
         Args:
-            net_input: what fairseq gives the encoders of a batch.
-            source_lengths: int64 (B,), by which the lengths of translations are judged, if they are.
-            prefix: int64 (B, P), tokens that the translations begin with, padded on the right.
-            nbest: so many hypotheses of each sentence at most; None: all.
-
-        Returns:
-            What ``SequenceGenerator.generate`` does, on the CPU, and the output of the encoders, which the next batch
-            may overwrite; None for language models.
+            encoder_outs: what `encode_early` returned for this batch.
         """
         if self.capture and self.layouts != (layouts := self._layouts()):
             self._forget_graphs()
             self.layouts = layouts
-        n_sentences = source_lengths.numel()
-        prefix = prefix[:, :max_len] if prefix is not None else source_lengths.new_empty(n_sentences, 0)
-        prefix_len = prefix.size(1)
-        encoder_outs = self._begin(net_input, max_len, first_token)
-        n = self._places(n_sentences)
-        self.restrictions.begin(prefix, source_lengths)
+        n_sentences, prefix = batch.source_lengths.numel(), batch.prefix
+        prefix = prefix[:, : batch.max_len] if prefix is not None else batch.source_lengths.new_empty(n_sentences, 0)
+        encoder_outs = self._begin(batch, encoder_outs)
+        self.restrictions.begin(prefix, batch.source_lengths)
         if done := prefill_length(prefix, self.rules):
-            self._prefill(encoder_outs, prefix[:, :done], first_token, max_len)
-        self._search(n, done, max_len, prefix_len)
-        longest = source_lengths if self.rules.match_source_len else None
-        found = self.beams.hypotheses(n_sentences, self.rules.eos, self.rules.len_penalty, longest, nbest)
-        return found, encoder_outs
+            self._prefill(encoder_outs, prefix[:, :done], batch.first_token, batch.max_len)
+        return RunningSearch(batch, encoder_outs, self._places(n_sentences), done, prefix.size(1))
 
-    def encode(self, net_input: dict[str, Tensor]) -> list[dict] | None:
+    def encode_early(self, batch: Batch) -> EncoderOuts | None:
+        """Encode a batch whose search begins later, unless a graph will do that with the rest of its beginning."""
+        return None if self._has_source_pass(batch.net_input) else self.encode(batch.net_input)
+
+    def encode(self, net_input: dict[str, Tensor]) -> EncoderOuts | None:
         """Return what the encoder of every model says, if the models have one."""
         if not hasattr(self.models[0], "encoder"):
             return None
         return [model.encoder.forward_torchscript(net_input) for model in self.models]
 
-    def _search(self, n: int, first_step: int, max_len: int, prefix_len: int) -> None:
-        counts, phase = deque(), None
-        for step in range(first_step, max_len + 1):
-            before, phase = phase, self.rules.phase(step, max_len, prefix_len)
-            if phase != before:
-                self.penalty.copy_(self.penalties[phase])
-            self._reserve_step(n, step, max_len)
-            self._run(n, step < prefix_len)
-            counts.append(self._count_unfinished())
+    def launch(self, search: RunningSearch, n_steps: int) -> None:
+        """Launch steps of a search, and wait for none: so many more than needed are run if it ends before the last."""
+        for _ in range(min(n_steps, search.batch.max_len + 1 - search.step)):
+            self._next_step(search)
+
+    def finish(self, search: RunningSearch, nbest: int | None = None) -> Callable[[], list[list[dict[str, Tensor]]]]:
+        """Run a search to its end.
+
+        Args:
+            nbest: so many hypotheses of each sentence at most; None: all.
+
+        Returns:
+            What waits for the results and returns those of ``SequenceGenerator.generate``, on the CPU. The next search
+            may begin before.
+        """
+        counts: deque[Callable[[], Tensor]] = deque()
+        while search.step <= search.batch.max_len:
+            self._next_step(search)
+            counts.append(host_copy(self.beams.state.unfinished))
             if len(counts) > HOST_LAG_STEPS:
-                unfinished = counts.popleft()()
+                unfinished = int(counts.popleft()())
                 if unfinished == 0:
                     break
-                if (smaller := self._places(unfinished)) < n:
-                    self._shrink(n, smaller)
-                    n = smaller
+                if (smaller := self._places(unfinished)) < search.n:
+                    self._shrink(search.n, smaller)
+                    search.n = smaller
                     counts.clear()  # of the larger batch
+        lengths = search.batch.source_lengths
+        longest = lengths if self.rules.match_source_len else None
+        return self.beams.hypotheses(
+            lengths.numel(), search.step, self.rules.eos, self.rules.len_penalty, longest, nbest
+        )
+
+    def _next_step(self, search: RunningSearch) -> None:
+        step, max_len, before = search.step, search.batch.max_len, search.phase
+        search.phase = self.rules.phase(step, max_len, search.prefix_len)
+        if search.phase != before:
+            self.penalty.copy_(self.penalties[search.phase])
+        self._reserve_step(search.n, step, max_len)
+        self._run(search.n, step < search.prefix_len)
+        search.step += 1
 
     def _places(self, n_sentences: int) -> int:
         """Return how many places a batch has for so many sentences: few numbers, of which each has a graph."""
@@ -229,32 +240,39 @@ class StaticDecoder:
         self.restrictions.select(order)
         return order
 
-    def _begin(self, net_input: dict[str, Tensor], max_len: int, first_token: int) -> list[dict] | None:
-        """Encode a batch, and prepare the state of its search and the caches."""
-        tokens, n_first = net_input["src_tokens"], 1
+    def _begin(self, batch: Batch, encoder_outs: EncoderOuts | None) -> EncoderOuts | None:
+        """Encode a batch, unless that is done, and prepare the state of its search and the caches."""
+        tokens, n_first = batch.net_input["src_tokens"], 1
         if self.rules.strategy is not None:
             n_first = self.rules.strategy.n_first(self.rules.beam)
             self.memory.zero_()
-        source_pass = self._source_pass(net_input)
+        source_pass = self._source_pass(batch.net_input) if encoder_outs is None else None
         if source_pass is not None:
-            self.beams.begin(tokens.ne(self.rules.pad).sum(1), max_len, first_token, n_first)
+            self.beams.begin(tokens.ne(self.rules.pad).sum(1), batch.max_len, batch.first_token, n_first)
             self._prepare_self_caches()
             return source_pass(self, tokens)
         if hasattr(self.models[0], "encoder"):  # which moves each source to column 0
             real = rotate_left(tokens, left_padding(tokens, self.rules.pad)).ne(self.rules.pad)
         else:
             real = torch.ones(tokens.size(0), 1, dtype=torch.bool, device=tokens.device)
-        self.beams.begin(real.sum(1), max_len, first_token, n_first)
-        return self._prepare_caches(net_input, real, max_len)
+        self.beams.begin(real.sum(1), batch.max_len, batch.first_token, n_first)
+        return self._prepare_caches(batch, real, encoder_outs)
+
+    def _has_source_pass(self, net_input: dict[str, Tensor]) -> bool:
+        """Whether a graph encodes such a batch, from the second one of its size on: few and short sources."""
+        if not self.repeats_sources or not net_input.keys() <= {"src_tokens", "src_lengths", "prev_output_tokens"}:
+            return False
+        n, size = net_input["src_tokens"].shape
+        return size <= (columns := self._columns(size)) and n * columns <= MAX_TOKENS
+
+    def _columns(self, size: int) -> int:
+        return min(bucket(size), *(model.encoder.max_positions() for model in self.models))
 
     def _source_pass(self, net_input: dict[str, Tensor]) -> SourcePass | None:
-        """Return the graph that encodes a batch, from the second batch of its size on: few and short sources."""
-        if not self.repeats_sources or not net_input.keys() <= {"src_tokens", "src_lengths", "prev_output_tokens"}:
+        if not self._has_source_pass(net_input):
             return None
         n, size = net_input["src_tokens"].shape
-        columns = min(bucket(size), *(model.encoder.max_positions() for model in self.models))
-        if columns < size or n * columns > MAX_TOKENS:
-            return None
+        columns = self._columns(size)
         shape = n, columns
         if shape not in self.source_shapes:
             self.source_shapes.add(shape)
@@ -265,15 +283,16 @@ class StaticDecoder:
             found = self.source_passes[shape] = SourcePass(self, n, columns, self.capacity.positions - 1, device)
         return found
 
-    def _prepare_caches(self, net_input: dict[str, Tensor], real: Tensor, max_len: int) -> list[dict] | None:
-        """Encode a batch, empty the caches of self-attention and fill those of cross-attention.
+    def _prepare_caches(self, batch: Batch, real: Tensor, encoder_outs: EncoderOuts | None) -> EncoderOuts | None:
+        """Encode a batch, unless that is done, empty the caches of self-attention and fill those of cross-attention.
 
         Args:
             real: bool (B, S), which source tokens there are, from column 0 on; (B, 1) of language models.
         """
         self._prepare_self_caches()
-        slots = self.stored.slots(real, max_len) if self.cross_sites else {}  # waits, so before the encoders run
-        encoder_outs = self.encode(net_input)
+        slots = self.stored.slots(real, batch.max_len) if self.cross_sites else {}  # waits, so before the encoders run
+        if encoder_outs is None:
+            encoder_outs = self.encode(batch.net_input)
         if slots:
             self.fill_sources(encoder_outs, slots)
         return encoder_outs
@@ -292,7 +311,7 @@ class StaticDecoder:
             current += [part.weight for part in parts] + [part.bias for part in parts]
         torch._foreach_copy_(kept, current)  # as torch's optimizers do: one launch for all
 
-    def fill_sources(self, encoder_outs: list[dict], slots: dict[PrunedMultiheadAttention, SourceSlots]) -> None:
+    def fill_sources(self, encoder_outs: EncoderOuts, slots: dict[PrunedMultiheadAttention, SourceSlots]) -> None:
         """Fill the pools of cross-attention."""
         by_site = [slots[module] for module in self.cross_sites]
         starts, offsets = torch.cat([x.starts for x in by_site], 1), torch.cat([x.offsets for x in by_site])
@@ -339,24 +358,9 @@ class StaticDecoder:
             self.kv_pools[module], self.used[module] = pool, used
             self.beams.used[self.heads[module]] = used
 
-    def _count_unfinished(self):
-        """Start reading the number of unfinished sentences; the result waits for it."""
-        if not self.capture:
-            return self.beams.state.unfinished.item
-        host = torch.empty(1, dtype=torch.int64, pin_memory=True)
-        host.copy_(self.beams.state.unfinished, non_blocking=True)
-        event = torch.cuda.Event()
-        event.record()
-
-        def wait() -> int:
-            event.synchronize()
-            return int(host)
-
-        return wait
-
     # -- a prefix -----------------------------------------------------------------------------------------------------
 
-    def _prefill(self, encoder_outs: list[dict] | None, prefix: Tensor, first_token: int, max_len: int) -> None:
+    def _prefill(self, encoder_outs: EncoderOuts | None, prefix: Tensor, first_token: int, max_len: int) -> None:
         """Do the steps of *prefix*, int64 (B, P), by one pass over its positions, whose slots all beams share."""
         previous = prefix.roll(1, 1)
         previous[:, 0] = first_token

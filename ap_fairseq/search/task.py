@@ -12,6 +12,7 @@ from fairseq.tokenizer import tokenize_line
 from ap_fairseq.files import UserError
 from ap_fairseq.search.alignment import PrunedSequenceGeneratorWithAlignment
 from ap_fairseq.search.generator import PrunedSequenceGenerator
+from ap_fairseq.search.running import host_copy
 
 
 @dataclass
@@ -104,12 +105,13 @@ class SearchOnDevice:
         return built[1]  # not the attribute, which another thread may have replaced
 
     def inference_step(self, generator, models, sample, prefix_tokens=None, constraints=None):
-        """As fairseq's, but source and target of *sample* are on the host afterwards, where hypotheses are.
+        """As fairseq's, but source, target and numbers of *sample* are on the host afterwards, where hypotheses are.
 
         fairseq's commands print them token by token, and each would wait for the device.
         """
+        places = [(sample["net_input"], "src_tokens"), (sample, "target"), (sample, "id")]
+        on_host = [(part, name, host_copy(part[name])) for part, name in places if torch.is_tensor(part.get(name))]
         found = super().inference_step(generator, models, sample, prefix_tokens, constraints)
-        for part, name in ((sample["net_input"], "src_tokens"), (sample, "target")):
-            if torch.is_tensor(part.get(name)):
-                part[name] = part[name].cpu()
+        for part, name, wait in on_host:
+            part[name] = wait()
         return found

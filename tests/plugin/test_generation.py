@@ -40,6 +40,7 @@ from ap_fairseq.model import cpu_linear
 from ap_fairseq.search import alignment, beams, generator, host_decoder, static_decoder
 from ap_fairseq.search.alignment import PrunedSequenceGeneratorWithAlignment
 from ap_fairseq.search.generator import PrunedSequenceGenerator
+from ap_fairseq.search.running import FOLLOWING, look_ahead
 from ap_fairseq.search.task import ListDictionary, SearchOnDevice
 from ap_fairseq.sites import AttentionKind
 
@@ -461,12 +462,12 @@ def test_alignments_of_continuations_are_refused():
 
 
 def test_a_prompt_is_read_in_one_pass_and_its_slots_are_shared(monkeypatch, paged):
-    steps, search, run = [], static_decoder.StaticDecoder._search, static_decoder.StaticDecoder._run
+    steps, search, run = [], static_decoder.StaticDecoder.finish, static_decoder.StaticDecoder._run
     slots = []
     monkeypatch.setattr(static_decoder, "SHORTEST_PREFILL", 9)
     monkeypatch.setattr(static_decoder.StaticDecoder, "_run", lambda *args: steps.append(args) or run(*args))
     monkeypatch.setattr(
-        static_decoder.StaticDecoder, "_search", lambda self, *args: slots.append({**self.used}) or search(self, *args)
+        static_decoder.StaticDecoder, "finish", lambda self, *args: slots.append({**self.used}) or search(self, *args)
     )
     _, model = language_model(0.0)
     keep = causal_masks(0.0, longest=64)
@@ -625,6 +626,55 @@ def test_kernels_are_imported_ahead_where_the_search_runs_them(systems, beam, im
     assert ("triton_ops.beam_search" in sys.modules) is imported
 
 
+@pytest.mark.parametrize("decoder", ["CPU", "pools", "kernels"])
+def test_the_next_search_begins_before_results_are_read(decoder, monkeypatch, request):
+    if decoder == "pools":
+        request.getfixturevalue("paged")
+    systems = models(attention_backend="triton" if decoder == "kernels" else "sdpa")
+    lengths = LENGTHS[:4] if decoder == "kernels" else LENGTHS
+    batches = [sample(lengths, seed) for seed in range(4)]
+    options, events = dict(beam_size=3, max_len_b=12, len_penalty=0.5), []
+    expected = [PrunedSequenceGenerator(systems, VOCAB, **options).generate([], batch) for batch in batches]
+    begin, read_out = static_decoder.StaticDecoder.begin, beams.read_out
+    monkeypatch.setattr(
+        static_decoder.StaticDecoder, "begin", lambda self, *args: events.append("begun") or begin(self, *args)
+    )
+    monkeypatch.setattr(beams, "read_out", lambda *args: events.append("read") or read_out(*args))
+    ours = PrunedSequenceGenerator(systems, VOCAB, **options)
+    found = [ours.generate([], batch) for batch in look_ahead(batches, DEVICE == "cuda")]
+    assert events == ["begun", *["begun", "read"] * 3, "read"]
+    for mine, theirs in zip(found, expected, strict=True):
+        assert_same(mine, theirs)
+
+
+@pytest.mark.parametrize("case", ["another batch", "longer", "more sentences", "other rules", "prefix", "samples"])
+def test_a_search_that_begins_early_is_dropped_or_not_begun(case):
+    """What comes may not be what was announced, needs other buffers, or other rules; nothing is mixed up."""
+    lengths = {"longer": [300, 5, 3], "more sentences": [5] * 40}.get(case, [4, 9, 5])
+    first, then = sample(LENGTHS), sample(lengths, 1)
+    options = dict(beam_size=3, max_len_b=12)
+    make_strategy = (lambda: Sampling(VOCAB, sampling_topk=4)) if case == "samples" else (lambda: None)
+    prefix = torch.full((len(LENGTHS), 2), VOCAB.index("w5"), device=DEVICE) if case == "prefix" else None
+    found = []
+    for following in (then, None):
+        torch.manual_seed(3)
+        ours = PrunedSequenceGenerator(models(), VOCAB, search_strategy=make_strategy(), **options)
+        announced = {**first, FOLLOWING: following} if following else first
+        found.append([ours.generate([], announced, prefix_tokens=prefix)])
+        if case == "other rules":
+            ours.len_penalty, ours.min_len = 0.1, 6
+        found[-1].append(ours.generate([], sample([6, 2, 7], 2) if case == "another batch" else then))
+    for mine, theirs in zip(*found, strict=True):
+        assert_same(mine, theirs)
+
+
+def test_batches_know_the_next_one():
+    batches = [{"net_input": k} for k in range(2)] + [{}, {"net_input": 3}]
+    seen = [(batch.get("net_input"), batch.get(FOLLOWING)) for batch in look_ahead(batches, on_gpu=False)]
+    assert seen == [(0, batches[1]), (1, None), (None, None), (3, None)]
+    assert list(look_ahead([], on_gpu=False)) == []
+
+
 def test_threads_that_share_a_generator_take_turns():
     """The hub gives all threads one generator: they wrote into each other's buffers, and got wrong translations."""
     systems, switch = models(), sys.getswitchinterval()
@@ -642,31 +692,30 @@ def test_threads_that_share_a_generator_take_turns():
         assert_same(mine, theirs)
 
 
-class Elsewhere(torch.Tensor):
-    """A tensor of a device that says when it is read there."""
-
-    def cpu(self):
-        return self.as_subclass(torch.Tensor)
-
-
 @pytest.mark.parametrize("target", [torch.tensor([[4, 2]]), None], ids=["with references", "without"])
-def test_what_fairseq_prints_is_on_the_host_after_the_search(target):
-    """It prints source and target token by token, and each would wait for the device."""
+def test_what_fairseq_prints_is_on_the_host_after_the_search(target, monkeypatch):
+    """It prints source and target token by token, and each would wait for the device; the next search may run there."""
+    events = []
+
+    def copy(x):
+        events.append("copied")
+        return lambda: events.append("waited") or x.numpy()
 
     class Stock:
         def inference_step(self, generator, models, sample, prefix_tokens, constraints):
-            assert isinstance(sample["net_input"]["src_tokens"], Elsewhere)
+            events.append("searched")
             return [[sample, prefix_tokens]]
 
     class Task(SearchOnDevice, Stock):
         pass
 
-    source = torch.tensor([[5, 6, 2]])
-    inputs = {"net_input": {"src_tokens": source.as_subclass(Elsewhere)}}
-    inputs["target"] = None if target is None else target.as_subclass(Elsewhere)
+    monkeypatch.setattr("ap_fairseq.search.task.host_copy", copy)
+    inputs = {"net_input": {"src_tokens": torch.tensor([[5, 6, 2]])}, "id": torch.tensor([7]), "target": target}
     assert Task().inference_step(None, [], inputs, prefix_tokens=3) == [[inputs, 3]]
-    assert type(inputs["net_input"]["src_tokens"]) is torch.Tensor and inputs["net_input"]["src_tokens"].equal(source)
-    assert inputs["target"] is None if target is None else type(inputs["target"]) is torch.Tensor
+    n = 2 if target is None else 3
+    assert events == ["copied"] * n + ["searched"] + ["waited"] * n
+    assert inputs["net_input"]["src_tokens"].tolist() == [[5, 6, 2]] and inputs["id"].tolist() == [7]
+    assert inputs["target"] is None if target is None else inputs["target"].tolist() == [[4, 2]]
 
 
 @pytest.mark.parametrize("rows", [[4, 6, 3, 2], [[4, 3, 5, 2], [5, 6, 2, 1]], [4, 99, 5, 2], [2], []])
@@ -799,9 +848,6 @@ def test_sentences_leave_a_batch_by_a_graph(monkeypatch, paged):
     make = static_decoder.StaticDecoder.__init__
     monkeypatch.setattr(static_decoder.StaticDecoder, "__init__", capturing)
     monkeypatch.setattr(static_decoder.GraphPool, "capture", capture)
-    monkeypatch.setattr(
-        static_decoder.StaticDecoder, "_count_unfinished", lambda self: self.beams.state.unfinished.clone().item
-    )
     systems, options = by_torch(models()), dict(beam_size=2, max_len_b=20, no_repeat_ngram_size=2)
     repeating = PrunedSequenceGenerator(systems, VOCAB, **options)
     found = [repeating.generate([], sample(LENGTHS, seed)) for seed in range(3)]
