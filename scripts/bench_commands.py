@@ -45,7 +45,6 @@ from ap_fairseq.files import UserError, refuse_existing, write_json
 from ap_fairseq.provenance import device_name, versions
 from ap_fairseq.tasks import PrunedTranslationConfig, PrunedTranslationTask
 
-BATCH_TOKENS = 16384, 65536  # of CTranslate2
 REFERENCE = re.compile(r"^T-(\d+)\t(.*)$", re.MULTILINE)
 HYPOTHESIS = re.compile(r"^D-(\d+)\t.*?\t(.*)$", re.MULTILINE)
 
@@ -90,11 +89,12 @@ def subset_rows(args: argparse.Namespace, stock: str) -> Iterator[dict]:
     for gpus, processes in args.places:
         command = [shutil.which("ap-generate"), *ours, "--num-processes", str(processes)]
         commands.append(("ap-generate", gpus, processes, command))
-    for name, gpus, processes, command in commands:
-        seconds, printed = measure(command, gpus)
+    for max_tokens, (name, gpus, processes, command) in itertools.product(args.max_tokens, commands):
+        seconds, printed = measure([*command, "--max-tokens", str(max_tokens)], gpus)
         references, hypotheses = (dict(found.findall(printed)) for found in (REFERENCE, HYPOTHESIS))
         pairs = [(hypotheses[number], reference) for number, reference in references.items()]
-        yield dict(command=name, gpus=gpus, processes=processes, **seconds, **scored(pairs))
+        place = dict(command=name, gpus=gpus, processes=processes, max_tokens=max_tokens)
+        yield place | seconds | scored(pairs)
 
 
 def text_rows(args: argparse.Namespace, stock: str) -> Iterator[dict]:
@@ -110,9 +110,14 @@ def text_rows(args: argparse.Namespace, stock: str) -> Iterator[dict]:
         Path(source).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
         ours = [args.data, *PLUGIN, "--task", "pruned_translation", "--path", args.path, *search_flags(args)]
         ours = [shutil.which("ap-generate"), *ours, "--input", source, "--output", output, "--overwrite"]
+        ours += ["--buffer-size", str(args.buffer_size)] if args.buffer_size else []
         commands = [
-            ("ap-generate --input", gpus, processes, [*ours, "--num-processes", str(processes)])
-            for gpus, processes in args.places
+            (
+                "ap-generate --input",
+                *(gpus, processes, max_tokens),
+                [*ours, "--num-processes", str(processes), "--max-tokens", str(max_tokens)],
+            )
+            for max_tokens, (gpus, processes) in itertools.product(args.max_tokens, args.places)
         ]
         if args.rivals:
             from ctranslate2.converters import FairseqConverter
@@ -120,22 +125,21 @@ def text_rows(args: argparse.Namespace, stock: str) -> Iterator[dict]:
             FairseqConverter(stock, args.data, unsafe_deserialization=True).convert(model)
             theirs = [sys.executable, str(Path(__file__).with_name("translate_ctranslate2.py")), model, source, output]
             theirs += ["--cpu"] if args.cpu else []
-            for workers, tokens in itertools.product(args.workers, BATCH_TOKENS):
+            for workers, tokens in itertools.product(args.workers, args.rival_tokens):
                 flags = ["--workers", str(workers), "--max-tokens", str(tokens)]
-                name = f"CTranslate2, {workers} workers, batches of {tokens:,} tokens"
-                commands.append((name, gpus, 1, theirs + flags))
-        for name, gpus, processes, command in commands:
+                commands.append((f"CTranslate2, {workers} workers", gpus, 1, tokens, theirs + flags))
+        for name, gpus, processes, max_tokens, command in commands:
             seconds, _ = measure(command, gpus)
             hypotheses = Path(output).read_text(encoding="utf-8").splitlines()
             if name.startswith("CTranslate2"):  # writes subwords; ap-generate joins them
                 hypotheses = [data_utils.post_process(line, args.remove_bpe) for line in hypotheses]
             pairs = list(zip(hypotheses, references, strict=True))
-            yield dict(command=name, gpus=gpus, processes=processes, **seconds, **scored(pairs))
+            place = dict(command=name, gpus=gpus, processes=processes, max_tokens=max_tokens)
+            yield place | seconds | scored(pairs)
 
 
 def search_flags(args: argparse.Namespace) -> list[str]:
-    flags = ["--beam", "5", "--max-tokens", str(args.max_tokens), "--remove-bpe", args.remove_bpe]
-    return [*flags, "--cpu" if args.cpu else "--fp16"]
+    return ["--beam", "5", "--remove-bpe", args.remove_bpe, "--cpu" if args.cpu else "--fp16"]
 
 
 def scored(pairs: list[tuple[str, str]]) -> dict:
@@ -151,12 +155,13 @@ def table(report: dict) -> str:
     for row in report["rows"]:
         seconds, score = row[kind], row["score"].split(" (")[0]
         rates = [f"{row['sentences'] / seconds:,.0f}", f"{row['sentences'] / seconds / first:.2f}"]
-        body.append([row["command"], str(row["gpus"]), str(row["processes"]), f"{seconds:.1f}", *rates, score])
-    header = ["command", "GPUs", "processes", "seconds", "sentences/s", "ratio", "score"]
+        places = [str(row["gpus"]), str(row["processes"]), f"{row['max_tokens']:,}"]
+        body.append([row["command"], *places, f"{seconds:.1f}", *rates, score])
+    header = ["command", "GPUs", "processes", "tokens of a batch", "seconds", "sentences/s", "ratio", "score"]
     used = report["versions"]
     made = f"{report['device']}, torch {used['torch']}, commit {report['commit']}: `{report['made_by']}`"
     notes = [report["note"]] if "note" in report else []
-    return "\n".join([made, *notes, "", markdown(Table(header, body, align="lrrrrrl"))])
+    return "\n".join([made, *notes, "", markdown(Table(header, body, align="lrrrrrrl"))])
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -174,7 +179,9 @@ def get_parser() -> argparse.ArgumentParser:
         "--rivals", nargs="+", choices=["ctranslate2"], default=[], help="also measure these, if installed"
     )
     parser.add_argument("--workers", nargs="+", type=int, default=[1, 4], help="of CTranslate2; default: 1 4")
-    parser.add_argument("--max-tokens", type=int, default=12000)
+    parser.add_argument("--rival-tokens", nargs="+", type=int, default=[16384, 65536], help="in batches of CTranslate2")
+    parser.add_argument("--max-tokens", nargs="+", type=int, default=[12000], help="in batches of all others")
+    parser.add_argument("--buffer-size", type=int, help="lines of a part of ap-generate --input; default: its own")
     parser.add_argument("--remove-bpe", default="sentencepiece")
     parser.add_argument("--cpu", action="store_true")
     parser.add_argument("--commit", default=git_commit(), help="to name in the results; default: that of git")

@@ -12,14 +12,18 @@ SCRIPT = [sys.executable, ROOT / "scripts/bench_commands.py"]
 
 def test_commands_are_timed_and_print_one_score(data_bin, dense, tmp_path):
     out = tmp_path / "rows.json"
-    flags = ["--path", dense, "--cpu", "--places", "0:2", "--remove-bpe", "subword_nmt", "--max-tokens", 300]
+    flags = ["--path", dense, "--cpu", "--places", "0:2", "--remove-bpe", "subword_nmt", "--max-tokens", 300, 900]
     printed = run_process(*SCRIPT, data_bin, *flags, "--out", out)
     report = json.loads(out.read_text(encoding="utf-8"))
-    assert [(row["command"], row["processes"]) for row in report["rows"]] == [
-        ("fairseq-generate", 1),
-        ("fairseq-generate --task pruned_translation", 1),
-        ("ap-generate", 2),
-        ("ap-generate --input", 2),
+    assert [(row["command"], row["processes"], row["max_tokens"]) for row in report["rows"]] == [
+        ("fairseq-generate", 1, 300),
+        ("fairseq-generate --task pruned_translation", 1, 300),
+        ("ap-generate", 2, 300),
+        ("fairseq-generate", 1, 900),
+        ("fairseq-generate --task pruned_translation", 1, 900),
+        ("ap-generate", 2, 900),
+        ("ap-generate --input", 2, 300),
+        ("ap-generate --input", 2, 900),
     ]
     assert len({row["score"] for row in report["rows"]}) == len({row["sentences"] for row in report["rows"]}) == 1
     assert all(0 < row["cpu_seconds"] and row["sentences"] > 5 for row in report["rows"])
@@ -54,7 +58,12 @@ def test_ctranslate2_is_timed_with_its_score(data_bin, dense, tmp_path):
     flags = ["--path", dense, "--cpu", "--only-ap-generate", "--remove-bpe", "subword_nmt", "--rivals", "ctranslate2"]
     run_process(*SCRIPT, data_bin, *flags, "--workers", 1, "--out", out)
     rows = json.loads(out.read_text(encoding="utf-8"))["rows"]
-    assert len(rows) == 5 and all(row["command"].startswith("CTranslate2, 1 workers") for row in rows[2:])
+    assert [(row["command"], row["max_tokens"]) for row in rows] == [
+        ("ap-generate", 12000),
+        ("ap-generate --input", 12000),
+        ("CTranslate2, 1 workers", 16384),
+        ("CTranslate2, 1 workers", 65536),
+    ]
     assert len({row["score"] for row in rows}) == 1
 
 
