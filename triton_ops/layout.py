@@ -252,6 +252,10 @@ class Layout(ABC):
         return self.full_blocks * q_size >= LONG_LIST * self.q_size
 
     @abstractmethod
+    def to(self, device) -> Layout:
+        """The same layout on another device (itself when it is there already)."""
+
+    @abstractmethod
     def tables(self, training: bool) -> list[Tensor]:
         """What the kernels of long sequences read beside the words: tensors of one tile table, in training of two."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
 
 import torch
@@ -86,6 +87,14 @@ class Case:
 
     def __post_init__(self) -> None:
         self.layout = self.offsets or AttentionLayout.from_keep_mask(self.keep, tile=self.tile)
+
+    def to(self, device: torch.device | str) -> Case:
+        """Return this problem on *device*: nothing is computed there, and strides stay."""
+        moved = copy.copy(self)
+        for name, value in vars(self).items():
+            if isinstance(value, (Tensor, Layout)):
+                setattr(moved, name, value.to(device))
+        return moved
 
     def options(self) -> dict:
         return dict(
@@ -216,15 +225,18 @@ def rounding_scale(case: Case) -> dict[str, float]:
     )
 
 
-def error_report(case: Case) -> dict[str, dict[str, float]]:
+def error_report(case: Case, device: torch.device | str | None = None) -> dict[str, dict[str, float]]:
     """For out, lse, dq, dk and dv: error of the kernels against float64, and the most it may be.
 
     The allowance is the error of the reference in the same type plus ROUNDING_BAND epsilons of
     `rounding_scale`. Both are relative to the norm of the float64 result. lse is float32 in every type.
+
+    device: where the kernels run; None: where the case is, as all the rest does.
     """
     exact = run_reference(case, torch.float64)
     low = run_reference(case, case.q.dtype)
-    got = run_kernels(case)
+    got = run_kernels(case if device is None else case.to(device))
+    got = {name: x.to(case.q.device) for name, x in got.items()}
     scales = rounding_scale(case)
     report = {}
     for name, reference in exact.items():
@@ -245,9 +257,12 @@ def error_report(case: Case) -> dict[str, dict[str, float]]:
     return report
 
 
-def assert_within_budget(case: Case) -> None:
-    """Raise AssertionError that names every result outside the budget (NaN is outside)."""
-    report = error_report(case)
+def assert_within_budget(case: Case, device: torch.device | str | None = None) -> None:
+    """Raise AssertionError that names every result outside the budget (NaN is outside).
+
+    device: as in `error_report`.
+    """
+    report = error_report(case, device)
     wrong = {name: row for name, row in report.items() if not row["error"] <= row["allowed"]}
     if wrong:
         raise AssertionError(f"outside the float64 error budget: {wrong}")
