@@ -1,4 +1,7 @@
-"""The benchmark's cases run and its table prints; times need a GPU and are replaced here."""
+"""The benchmark's cases run and its table prints; times need a GPU and are replaced here.
+
+And the cases for sanitizers are chosen, and named before they run.
+"""
 
 import functools
 import importlib.util
@@ -264,3 +267,34 @@ def test_block_masks_have_the_sparsity_they_are_asked_for(bench):
         keep = bench.block_mask(16, 2048, 2048, block, 0.9, seed=1)
         assert abs(1 - keep.float().mean().item() - 0.9) < 0.01
         assert keep.diagonal(dim1=1, dim2=2).all()
+
+
+def sanitize(*arguments, before=""):
+    code = f"""
+import os, runpy, sys
+import triton_ops.norm
+{before}
+sys.argv = {["sanitize_kernels.py", *arguments]}
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT / "scripts")
+
+
+def test_a_run_of_the_sanitizers_cases_that_is_cut_off_says_where_it_stood():
+    """It printed at its end alone: nobody knew what had kept racecheck busy for seven minutes."""
+    run = sanitize("sums", before="triton_ops.norm.add_norm = lambda *_: os._exit(9)")
+    assert run.returncode == 9
+    assert run.stdout.endswith("s  sums: 1 rows of 48\n")
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["sums", "decode"], "unknown section decode; choose from attention, long_lists, decoding, few_rows, sums, "),
+        (["sums", "--only", "of 49"], "no case of these sections has 'of 49' in its name"),
+    ],
+)
+def test_the_sanitizers_cases_that_do_not_exist_are_refused(arguments, message):
+    run = sanitize(*arguments)
+    assert (run.returncode, run.stdout) == (2, "")
+    assert message in run.stderr
