@@ -43,7 +43,7 @@ from ap_fairseq.sites import AttentionKind, attention_sites
 from triton_ops import Layout
 from triton_ops.beam_state import penalized_log_probs
 
-HOST_LAG_STEPS = 1  # that the host runs ahead of the device; as many follow in vain when all sentences are finished
+HOST_LAG_STEPS = 1  # that the host runs ahead of a GPU; as many follow in vain when all sentences are finished
 SHORTEST_PREFILL = 8  # tokens of a prefix that are worth a pass of their own, which no graph replays
 MAX_LOGITS = 1 << 26  # that such a pass computes at a time
 
@@ -187,10 +187,11 @@ class StaticDecoder:
             may begin before.
         """
         counts: deque[Callable[[], Tensor]] = deque()
+        lag = HOST_LAG_STEPS if self.beams.state.unfinished.is_cuda else 0
         while search.step <= search.batch.max_len:
             self._next_step(search)
             counts.append(host_copy(self.beams.state.unfinished))
-            if len(counts) > HOST_LAG_STEPS:
+            if len(counts) > lag:
                 unfinished = int(counts.popleft()())
                 if unfinished == 0:
                     break

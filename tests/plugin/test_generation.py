@@ -812,6 +812,24 @@ def test_the_batch_shrinks_when_sentences_finish(monkeypatch, paged):
     assert sizes[0] == 16 and sizes[-1] < 16 and sizes == sorted(sizes, reverse=True)
 
 
+@pytest.mark.parametrize("decoder", ["CPU", "pools"])
+def test_a_search_ends_with_its_longest_hypothesis(decoder, monkeypatch, request):
+    """On a CPU, too, it went on for a step: a twentieth of the time of a sentence."""
+    if decoder == "pools":
+        request.getfixturevalue("paged")
+    steps = []
+    real = static_decoder.StaticDecoder._next_step
+    monkeypatch.setattr(
+        static_decoder.StaticDecoder, "_next_step", lambda self, search: steps.append(search) or real(self, search)
+    )
+    for lengths, seed in (([5], 0), (LENGTHS, 3)):
+        steps.clear()
+        ours = PrunedSequenceGenerator(models(), VOCAB, beam_size=3, max_len_b=60)
+        found = ours.generate([], sample(lengths, seed))
+        longest = max(len(h["tokens"]) for sentence in found for h in sentence)
+        assert len(steps) == longest + (static_decoder.HOST_LAG_STEPS if DEVICE == "cuda" else 0) < 60
+
+
 def test_the_host_waits_before_the_encoders_run(monkeypatch, paged):
     """It laid out the slots of a batch, which waits for the device, behind the encoders."""
     order = []
