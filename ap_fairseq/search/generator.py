@@ -176,13 +176,21 @@ class PrunedSequenceGenerator(SequenceGenerator):
             following: the batch after this one, whose search begins while the hypotheses of this one are read.
 
         Returns:
-            Its hypotheses, on the CPU, and the encoders' outputs.
+            Its hypotheses, on the CPU, and the encoders' outputs, which the search after it may overwrite.
+
+        Raises:
+            UserError: if translations may not be as long as they must be, or a sentence has none.
         """
         self._log_cache_savings()
         first_token = self.eos if bos_token is None else bos_token
         with TURN:
             begun, self._begun = self._begun, None
             batch, rules = self._batch(sample, first_token, prefix_tokens), SearchRules.from_generator(self)
+            if self.min_len > batch.max_len:
+                raise UserError(
+                    f"--min-len {self.min_len} is above the maximum length {batch.max_len} of this batch; lower "
+                    "it, or raise --max-len-b"
+                )
             needed = self._capacity(batch)
             if self._decoder is None or not self._decoder.serves(rules, needed):
                 capacity = needed if self._decoder is None else needed.joined(self._decoder.capacity)
@@ -191,12 +199,16 @@ class PrunedSequenceGenerator(SequenceGenerator):
                 with torch.inference_mode(False):  # a later batch may come outside of it
                     self._decoder = self._decoder_class(device)(self.model.models, rules, capacity, device)
             decoder = self._decoder
-            if begun is None or not begun.batch.is_same(batch):
+            if begun is None or not decoder.continues(begun, batch):
                 begun = decoder.begin(batch)
-            # Random numbers belong to batches in turn, and prefixes come with their batch.
+            # Random numbers belong to batches in turn; prefixes, and errors, come with their batch.
             ahead = following is not None and rules.strategy is None and prefix_tokens is None
             next_batch = self._batch(following, first_token) if ahead else None
-            if next_batch is None or not decoder.serves(rules, self._capacity(next_batch)):
+            if (
+                next_batch is None
+                or self.min_len > next_batch.max_len
+                or not decoder.serves(rules, self._capacity(next_batch))
+            ):
                 return decoder.finish(begun, self.nbest)(), begun.encoder_outs
             decoder.launch(begun, _unwatched(batch))
             early = decoder.encode_early(next_batch)
@@ -206,17 +218,7 @@ class PrunedSequenceGenerator(SequenceGenerator):
             return read(), begun.encoder_outs
 
     def _batch(self, sample: dict, first_token: int, prefix: Tensor | None = None) -> Batch:
-        """Return what a search starts from.
-
-        Raises:
-            UserError: if translations may not be as long as they must be.
-        """
         max_len, lengths = self._limits(sample)
-        if self.min_len > max_len:
-            raise UserError(
-                f"--min-len {self.min_len} is above the maximum length {max_len} of this batch; lower "
-                "it, or raise --max-len-b"
-            )
         return Batch(sample["net_input"], max_len, first_token, lengths, prefix)
 
     def _capacity(self, batch: Batch) -> Capacity:

@@ -37,9 +37,9 @@ class Batch(NamedTuple):
         return self.net_input["src_tokens"]
 
     def is_same(self, other: Batch) -> bool:
-        """Whether searches of both are one: they have the same tensor of tokens."""
-        own, others = ((x.tokens, x.max_len, x.first_token, x.prefix) for x in (self, other))
-        return all(a is b or (isinstance(a, int) and a == b) for a, b in zip(own, others, strict=True))
+        """Whether searches of both are one: they have the same tensors of tokens."""
+        same_limits = (self.max_len, self.first_token) == (other.max_len, other.first_token)
+        return same_limits and self.tokens is other.tokens and self.prefix is other.prefix
 
 
 @dataclass
@@ -51,6 +51,7 @@ class RunningSearch:
         n: places of the batch, of which the unfinished sentences are the first.
         step: the next one.
         prefix_len: steps whose tokens are given.
+        marks: of the models as they were when it began, by which a change is noticed.
         phase: of the step before.
     """
 
@@ -59,11 +60,12 @@ class RunningSearch:
     n: int
     step: int
     prefix_len: int
+    marks: list[Any]
     phase: int | None = None
 
 
 def look_ahead(batches: Iterable[dict[str, Any]], on_gpu: bool) -> Iterator[dict[str, Any]]:
-    """Yield batches of fairseq's, on the GPU if there is one, each with the next as :data:`FOLLOWING`."""
+    """Yield batches of fairseq's, moved to the GPU if *on_gpu*, each with the next as :data:`FOLLOWING`."""
     moved = map(utils.move_to_cuda, batches) if on_gpu else iter(batches)
     batch = next(moved, None)
     while batch is not None:

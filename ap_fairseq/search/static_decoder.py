@@ -15,6 +15,7 @@ import itertools
 import math
 from collections import deque
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -159,7 +160,17 @@ class StaticDecoder:
         self.restrictions.begin(prefix, batch.source_lengths)
         if done := prefill_length(prefix, self.rules):
             self._prefill(encoder_outs, prefix[:, :done], batch.first_token, batch.max_len)
-        return RunningSearch(batch, encoder_outs, self._places(n_sentences), done, prefix.size(1))
+        return RunningSearch(batch, encoder_outs, self._places(n_sentences), done, prefix.size(1), self._marks())
+
+    def continues(self, search: RunningSearch, batch: Batch) -> bool:
+        """Whether a search that has begun is that of *batch*: by the models as they are now, and in the same mode."""
+        return search.batch.is_same(batch) and search.marks == self._marks()
+
+    def _marks(self) -> list[Any]:
+        values = (owner[name] for owner, name in self.parameters)
+        versions = [value._version for value in values if value is not None and not value.is_inference()]
+        sites = (*self.encoder_sites, *self.self_sites, *self.cross_sites)
+        return [torch.is_inference_mode_enabled(), *versions, *(module.derived() for module in sites)]
 
     def encode_early(self, batch: Batch) -> EncoderOuts | None:
         """Encode a batch whose search begins later, unless a graph will do that with the rest of its beginning."""
@@ -247,7 +258,7 @@ class StaticDecoder:
         if self.rules.strategy is not None:
             n_first = self.rules.strategy.n_first(self.rules.beam)
             self.memory.zero_()
-        source_pass = self._source_pass(batch.net_input) if encoder_outs is None else None
+        source_pass = self._source_pass(batch.net_input)
         if source_pass is not None:
             self.beams.begin(tokens.ne(self.rules.pad).sum(1), batch.max_len, batch.first_token, n_first)
             self._prepare_self_caches()

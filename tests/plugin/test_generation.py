@@ -647,7 +647,13 @@ def test_the_next_search_begins_before_results_are_read(decoder, monkeypatch, re
         assert_same(mine, theirs)
 
 
-@pytest.mark.parametrize("case", ["another batch", "longer", "more sentences", "other rules", "prefix", "samples"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        *("another batch", "longer", "more sentences", "prefix", "samples"),
+        *("other rules", "other parameters", "other masks", "inference mode"),
+    ],
+)
 def test_a_search_that_begins_early_is_dropped_or_not_begun(case):
     """What comes may not be what was announced, needs other buffers, or other rules; nothing is mixed up."""
     lengths = {"longer": [300, 5, 3], "more sentences": [5] * 40}.get(case, [4, 9, 5])
@@ -658,14 +664,32 @@ def test_a_search_that_begins_early_is_dropped_or_not_begun(case):
     found = []
     for following in (then, None):
         torch.manual_seed(3)
-        ours = PrunedSequenceGenerator(models(), VOCAB, search_strategy=make_strategy(), **options)
+        (system,) = models()
+        ours = PrunedSequenceGenerator([system], VOCAB, search_strategy=make_strategy(), **options)
         announced = {**first, FOLLOWING: following} if following else first
-        found.append([ours.generate([], announced, prefix_tokens=prefix)])
+        with torch.inference_mode(case == "inference mode"):
+            found.append([ours.generate([], announced, prefix_tokens=prefix)])
         if case == "other rules":
             ours.len_penalty, ours.min_len = 0.1, 6
+        elif case == "other parameters":
+            with torch.no_grad():
+                system.encoder.embed_tokens.weight.mul_(-1)
+        elif case == "other masks":
+            system.set_masks(random_masks(0.8, seed=5, longest=(30, 12)))
         found[-1].append(ours.generate([], sample([6, 2, 7], 2) if case == "another batch" else then))
     for mine, theirs in zip(*found, strict=True):
         assert_same(mine, theirs)
+
+
+def test_an_error_of_the_next_batch_comes_with_it():
+    """Hypotheses of the batch before were lost."""
+    first, then = sample([9, 4]), sample([2], 1)
+    ours = PrunedSequenceGenerator(models(), VOCAB, beam_size=2, max_len_a=1, max_len_b=0, min_len=5)
+    expected = ours.generate([], first)
+    assert_same(ours.generate([], {**first, FOLLOWING: then}), expected)
+    with pytest.raises(UserError, match=r"--min-len 5 is above the maximum length 2 of this batch"):
+        ours.generate([], then)
+    assert_same(ours.generate([], first), expected)
 
 
 def test_batches_know_the_next_one():
