@@ -7,12 +7,14 @@ import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
-from contextlib import AbstractContextManager
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import AbstractContextManager, contextmanager
 from multiprocessing.context import ForkContext, ForkProcess
 from typing import Any, TypeVar
 
 import torch
 
+from ap_fairseq.files import UserError
 from ap_fairseq.generation.ranks import end_with_parent
 
 MAX_PENDING = 4  # calls that the search is ahead of, and results that it has yet to take
@@ -43,7 +45,8 @@ class Workers(AbstractContextManager):
     """Call functions in other processes while this one goes on; not in threads, as a search is Python, too.
 
     The workers are copies of this process, made at the first call: functions may use all that it held then, but no GPU.
-    What a function changes stays in the worker that called it. Arguments and results are pickled.
+    What a function changes stays in the worker that called it. Arguments and results are pickled. All methods raise
+    UserError if a worker died.
 
     Args:
         processes: how many; one makes its calls in order.
@@ -67,31 +70,47 @@ class Workers(AbstractContextManager):
         """
         pending: deque[tuple[Item, Future]] = deque()
         for item in items:
-            pending.append((item, self._pool.submit(_call, name, item)))
+            pending.append((item, self._submit(name, item)))
             if len(pending) > MAX_PENDING:
-                yield _result(*pending.popleft())
-        while pending:
-            yield _result(*pending.popleft())
+                done, future = pending.popleft()
+                yield done, _result(future)
+        for done, future in pending:
+            yield done, _result(future)
 
     def submit(self, name: str, *arguments: Any) -> None:
         """Call function *name*, whose result nobody takes; what it raises is raised later, at the latest by the end."""
         if len(self._submitted) == MAX_PENDING:
-            self._submitted.popleft().result()
-        self._submitted.append(self._pool.submit(_call, name, *arguments))
+            _result(self._submitted.popleft())
+        self._submitted.append(self._submit(name, *arguments))
 
     def call(self, name: str, *arguments: Any) -> Any:
         """Return the result of function *name*, after all submitted calls."""
         self.finish()
-        return self._pool.submit(_call, name, *arguments).result()
+        return _result(self._submit(name, *arguments))
 
     def finish(self) -> None:
         """Wait for the submitted calls."""
         while self._submitted:
-            self._submitted.popleft().result()
+            _result(self._submitted.popleft())
+
+    def _submit(self, name: str, *arguments: Any) -> Future:
+        with _deaths_named():
+            return self._pool.submit(_call, name, *arguments)
 
 
-def _result(item: Item, future: Future) -> tuple[Item, Any]:
-    return item, future.result()
+def _result(future: Future) -> Any:
+    with _deaths_named():
+        return future.result()
+
+
+@contextmanager
+def _deaths_named() -> Iterator[None]:
+    try:
+        yield
+    except BrokenProcessPool as error:
+        raise UserError(
+            "a process that reads or writes beside a search died; if memory ran out, lower --num-processes"
+        ) from error
 
 
 def _begin(functions: dict[str, Callable]) -> None:

@@ -4,7 +4,6 @@ import multiprocessing
 import os
 import re
 import signal
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import pytest
@@ -99,17 +98,20 @@ def be_ended():
 
 
 @pytest.mark.parametrize(
-    ("work", "error"), [(fail, UserError), (die, BrokenProcessPool), (be_ended, BrokenProcessPool)]
+    ("work", "message"),
+    [(fail, "no space is left"), (die, "died; if memory ran out"), (be_ended, "died; if memory ran out")],
 )
-def test_a_submitted_call_that_fails_ends_the_work(work, error, handles_sigterm):
+def test_a_submitted_call_that_fails_ends_the_work(work, message, handles_sigterm):
     for ask in (lambda workers: workers.call("nothing"), lambda workers: None):
-        with pytest.raises(error), Workers(1, work=work, nothing=int) as workers:
+        with pytest.raises(UserError, match=message), Workers(1, work=work, nothing=int) as workers:
             workers.submit("work")
             ask(workers)
-    with pytest.raises(error), Workers(1, work=work) as workers:
+    with pytest.raises(UserError, match=message), Workers(1, work=work) as workers:
         for _ in range(MAX_PENDING + 1):
             workers.submit("work")
         raise AssertionError("a search went on")
+    with pytest.raises(UserError, match=message), Workers(1, work=lambda number: work()) as workers:
+        list(workers.prefetch("work", range(9)))
 
 
 def test_an_error_of_the_search_is_the_one_that_is_raised():
