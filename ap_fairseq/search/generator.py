@@ -199,7 +199,7 @@ class PrunedSequenceGenerator(SequenceGenerator):
                 with torch.inference_mode(False):  # a later batch may come outside of it
                     self._decoder = self._decoder_class(device)(self.model.models, rules, capacity, device)
             decoder = self._decoder
-            if begun is None or not decoder.continues(begun, batch):
+            if begun is None or not begun.batch.is_same(batch) or begun.marks != decoder.marks():
                 begun = decoder.begin(batch)
             # Random numbers belong to batches in turn; prefixes, and errors, come with their batch.
             ahead = following is not None and rules.strategy is None and prefix_tokens is None
@@ -211,10 +211,12 @@ class PrunedSequenceGenerator(SequenceGenerator):
             ):
                 return decoder.finish(begun, self.nbest)(), begun.encoder_outs
             decoder.launch(begun, _unwatched(batch))
-            early = decoder.encode_early(next_batch)
+            encoder_outs = decoder.encode_early(next_batch)
             read = decoder.finish(begun, self.nbest)
-            self._begun = decoder.begin(next_batch, early)
-            decoder.launch(self._begun, _unwatched(next_batch))
+            early_search = decoder.begin(next_batch, encoder_outs)
+            decoder.launch(early_search, _unwatched(next_batch))
+            early_search.marks = decoder.marks()
+            self._begun = early_search  # nothing goes on with a search that was interrupted
             return read(), begun.encoder_outs
 
     def _batch(self, sample: dict, first_token: int, prefix: Tensor | None = None) -> Batch:

@@ -51,8 +51,8 @@ class RunningSearch:
         n: places of the batch, of which the unfinished sentences are the first.
         step: the next one.
         prefix_len: steps whose tokens are given.
-        marks: of the models as they were when it began, by which a change is noticed.
         phase: of the step before.
+        marks: of the models as they were when it began, if that was early (`StaticDecoder.marks`).
     """
 
     batch: Batch
@@ -60,8 +60,8 @@ class RunningSearch:
     n: int
     step: int
     prefix_len: int
-    marks: list[Any]
     phase: int | None = None
+    marks: list[Any] | None = None
 
 
 def look_ahead(batches: Iterable[dict[str, Any]], on_gpu: bool) -> Iterator[dict[str, Any]]:

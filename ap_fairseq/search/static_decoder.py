@@ -127,6 +127,13 @@ class StaticDecoder:
         """Whether a batch fits, the rules are the same, and the models are still where the graphs found them."""
         return self.rules == rules and self.capacity.covers(needed) and self.addresses == self._addresses()
 
+    def marks(self) -> list[Any]:
+        """Return what is another if a parameter or a mask has changed, or a search cannot go on in this mode."""
+        values = (owner[name] for owner, name in self.parameters)
+        versions = [value._version for value in values if value is not None and not value.is_inference()]
+        sites = (*self.encoder_sites, *self.self_sites, *self.cross_sites)
+        return [torch.is_inference_mode_enabled(), *versions, *(module.derived() for module in sites)]
+
     def encoder_layouts(self) -> list[Layout | None]:
         """Return the masks as the encoders read them now."""
         return [module.derived() for module in self.encoder_sites]
@@ -160,17 +167,7 @@ class StaticDecoder:
         self.restrictions.begin(prefix, batch.source_lengths)
         if done := prefill_length(prefix, self.rules):
             self._prefill(encoder_outs, prefix[:, :done], batch.first_token, batch.max_len)
-        return RunningSearch(batch, encoder_outs, self._places(n_sentences), done, prefix.size(1), self._marks())
-
-    def continues(self, search: RunningSearch, batch: Batch) -> bool:
-        """Whether a search that has begun is that of *batch*: by the models as they are now, and in the same mode."""
-        return search.batch.is_same(batch) and search.marks == self._marks()
-
-    def _marks(self) -> list[Any]:
-        values = (owner[name] for owner, name in self.parameters)
-        versions = [value._version for value in values if value is not None and not value.is_inference()]
-        sites = (*self.encoder_sites, *self.self_sites, *self.cross_sites)
-        return [torch.is_inference_mode_enabled(), *versions, *(module.derived() for module in sites)]
+        return RunningSearch(batch, encoder_outs, self._places(n_sentences), done, prefix.size(1))
 
     def encode_early(self, batch: Batch) -> EncoderOuts | None:
         """Encode a batch whose search begins later, unless a graph will do that with the rest of its beginning."""

@@ -692,6 +692,26 @@ def test_an_error_of_the_next_batch_comes_with_it():
     assert_same(ours.generate([], first), expected)
 
 
+def test_a_search_that_was_interrupted_is_begun_anew(monkeypatch):
+    """As by Ctrl-C in a notebook: the next call went on with it, a step of which had run and was not counted."""
+    first, then = sample(LENGTHS), sample(LENGTHS, 1)
+    ours = PrunedSequenceGenerator(models(), VOCAB, beam_size=3, max_len_b=12)
+    expected = ours.generate([], then)
+    next_step = static_decoder.StaticDecoder._next_step
+
+    def interrupted(self, search):
+        next_step(self, search)
+        if search.batch.tokens is then["net_input"]["src_tokens"]:
+            search.step -= 1
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(static_decoder.StaticDecoder, "_next_step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        ours.generate([], {**first, FOLLOWING: then})
+    monkeypatch.undo()
+    assert_same(ours.generate([], then), expected)
+
+
 def test_batches_know_the_next_one():
     batches = [{"net_input": k} for k in range(2)] + [{}, {"net_input": 3}]
     seen = [(batch.get("net_input"), batch.get(FOLLOWING)) for batch in look_ahead(batches, on_gpu=False)]
