@@ -93,15 +93,14 @@ def subset_rows(args: argparse.Namespace, stock: str) -> Iterator[dict]:
         seconds, printed = measure([*command, "--max-tokens", str(max_tokens)], gpus)
         references, hypotheses = (dict(found.findall(printed)) for found in (REFERENCE, HYPOTHESIS))
         pairs = [(hypotheses[number], reference) for number, reference in references.items()]
-        place = dict(command=name, gpus=gpus, processes=processes, max_tokens=max_tokens)
-        yield place | seconds | scored(pairs)
+        yield dict(command=name, gpus=gpus, processes=processes, max_tokens=max_tokens, **seconds, **scored(pairs))
 
 
 def text_rows(args: argparse.Namespace, stock: str) -> Iterator[dict]:
     """Measure the commands that translate a file of subwords: ap-generate --input, and CTranslate2 if asked for."""
     task = PrunedTranslationTask.setup_task(PrunedTranslationConfig(data=args.data, dataset_impl=None))
     task.load_dataset(args.subset)
-    data, gpus = task.dataset(args.subset), int(not args.cpu)
+    data = task.dataset(args.subset)
     # Unknown words as fairseq-generate prints those of references.
     references = [task.target_dictionary.string(row, args.remove_bpe, escape_unk=True) for row in data.tgt]
     with tempfile.TemporaryDirectory() as folder:
@@ -111,31 +110,26 @@ def text_rows(args: argparse.Namespace, stock: str) -> Iterator[dict]:
         ours = [args.data, *PLUGIN, "--task", "pruned_translation", "--path", args.path, *search_flags(args)]
         ours = [shutil.which("ap-generate"), *ours, "--input", source, "--output", output, "--overwrite"]
         ours += ["--buffer-size", str(args.buffer_size)] if args.buffer_size else []
-        commands = [
-            (
-                "ap-generate --input",
-                *(gpus, processes, max_tokens),
-                [*ours, "--num-processes", str(processes), "--max-tokens", str(max_tokens)],
-            )
-            for max_tokens, (gpus, processes) in itertools.product(args.max_tokens, args.places)
-        ]
+        commands = []
+        for max_tokens, (gpus, processes) in itertools.product(args.max_tokens, args.places):
+            flags = ["--num-processes", str(processes), "--max-tokens", str(max_tokens)]
+            commands.append(("ap-generate --input", gpus, processes, max_tokens, ours + flags))
         if args.rivals:
             from ctranslate2.converters import FairseqConverter
 
             FairseqConverter(stock, args.data, unsafe_deserialization=True).convert(model)
             theirs = [sys.executable, str(Path(__file__).with_name("translate_ctranslate2.py")), model, source, output]
             theirs += ["--cpu"] if args.cpu else []
-            for workers, tokens in itertools.product(args.workers, args.rival_tokens):
-                flags = ["--workers", str(workers), "--max-tokens", str(tokens)]
-                commands.append((f"CTranslate2, {workers} workers", gpus, 1, tokens, theirs + flags))
+            for workers, max_tokens in itertools.product(args.workers, args.rival_tokens):
+                flags = ["--workers", str(workers), "--max-tokens", str(max_tokens)]
+                commands.append((f"CTranslate2, {workers} workers", int(not args.cpu), 1, max_tokens, theirs + flags))
         for name, gpus, processes, max_tokens, command in commands:
             seconds, _ = measure(command, gpus)
             hypotheses = Path(output).read_text(encoding="utf-8").splitlines()
             if name.startswith("CTranslate2"):  # writes subwords; ap-generate joins them
                 hypotheses = [data_utils.post_process(line, args.remove_bpe) for line in hypotheses]
             pairs = list(zip(hypotheses, references, strict=True))
-            place = dict(command=name, gpus=gpus, processes=processes, max_tokens=max_tokens)
-            yield place | seconds | scored(pairs)
+            yield dict(command=name, gpus=gpus, processes=processes, max_tokens=max_tokens, **seconds, **scored(pairs))
 
 
 def search_flags(args: argparse.Namespace) -> list[str]:
