@@ -128,7 +128,10 @@ class StaticDecoder:
         return self.rules == rules and self.capacity.covers(needed) and self.addresses == self._addresses()
 
     def marks(self) -> list[Any]:
-        """Return what is another if a parameter or a mask has changed, or a search cannot go on in this mode."""
+        """Return what is another if a parameter or a mask has changed, or a search cannot go on in this mode.
+
+        A change through a parameter's ``.data`` is not seen: torch does not count it.
+        """
         values = (owner[name] for owner, name in self.parameters)
         versions = [value._version for value in values if value is not None and not value.is_inference()]
         sites = (*self.encoder_sites, *self.self_sites, *self.cross_sites)
