@@ -109,7 +109,7 @@ def text_rows(args: argparse.Namespace, stock: str) -> Iterator[dict]:
         Path(source).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
         ours = [args.data, *PLUGIN, "--task", "pruned_translation", "--path", args.path, *search_flags(args)]
         ours = [shutil.which("ap-generate"), *ours, "--input", source, "--output", output, "--overwrite"]
-        ours += ["--buffer-size", str(args.buffer_size)] if args.buffer_size else []
+        ours += ["--buffer-size", str(args.buffer_size)] if args.buffer_size is not None else []
         commands = []
         for max_tokens, (gpus, processes) in itertools.product(args.max_tokens, args.places):
             flags = ["--num-processes", str(processes), "--max-tokens", str(max_tokens)]

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ap_fairseq.files import UserError
 from ap_fairseq.search.generator import TURN, PrunedSequenceGenerator
+from ap_fairseq.search.running import EncoderOuts
 
 MAX_NUMBERS = 1 << 26  # of attention weights and activations of a layer that are computed at a time
 
@@ -58,7 +59,7 @@ class PrunedSequenceGeneratorWithAlignment(SequenceGeneratorWithAlignment, Prune
         return found
 
     def _align(
-        self, hypotheses: list[tuple[int, dict]], source: Tensor, encoder_outs: list[dict], first_token: int
+        self, hypotheses: list[tuple[int, dict]], source: Tensor, encoder_outs: EncoderOuts, first_token: int
     ) -> None:
         """Add the alignments of hypotheses, each with the number of its sentence."""
         sentence = torch.tensor([number for number, _ in hypotheses], device=source.device)
