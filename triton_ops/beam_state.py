@@ -145,18 +145,44 @@ def _choose_on_host(state: BeamState, n: int, sums: Tensor, parent: Tensor, toke
     Nothing has to wait here, so steps in which nothing ends, most of them, do less; and a call of numpy for a few
     numbers takes a fraction of one of torch.
     """
-    step = int(state.step)
-    ends = token.numpy() == eos
-    if ends.any() or state.ignored.numpy()[:n].any() or step >= int(state.max_len):
-        parent, token, sums = _end(state, n, sums, parent, token, torch.from_numpy(ends))
-    best_sums, parents, tokens = (x.numpy()[:, : state.beam] for x in (sums, parent, token))
+    beam, step, row = state.beam, int(state.step), torch.arange(n)[:, None].numpy()
+    best_sums, parents, tokens = sums.numpy(), parent.numpy(), token.numpy()
+    if (tokens == eos).any() or state.ignored.numpy()[:n].any() or step >= int(state.max_len):
+        active = row, _end_on_host(state, n, sums, parent, token, eos).numpy()
+        best_sums, parents, tokens = best_sums[active], parents[active], tokens[active]
+    best_sums, parents, tokens = best_sums[:, :beam], parents[:, :beam], tokens[:, :beam]
     at = step, state.sentence.numpy()[:n]
     for record, value in ((state.chosen_beam, parents), (state.chosen_token, tokens), (state.chosen_score, best_sums)):
         record.numpy()[at] = value
     state.scores.numpy()[:n] = best_sums
-    state.tokens.numpy()[: n * state.beam] = tokens.reshape(-1)
-    first = torch.arange(0, n * state.beam, state.beam)[:, None]
-    return torch.from_numpy((parents + first.numpy()).reshape(-1))
+    state.tokens.numpy()[: n * beam] = tokens.reshape(-1)
+    return torch.from_numpy((parents + beam * row).reshape(-1))
+
+
+def _end_on_host(state: BeamState, n: int, sums: Tensor, parent: Tensor, token: Tensor, eos: int) -> Tensor:
+    """Record the hypotheses that end, as `_end` does; return the places of the continuations of others, (n, beam)."""
+    beam, step, last_step = state.beam, int(state.step), int(state.max_len)
+    sentence, done, ignored, n_final = (
+        x.numpy()[:n] for x in (state.sentence, state.done, state.ignored, state.n_final)
+    )
+    ends = (token.numpy() == eos) & (sums.numpy() != -math.inf)
+    ends[:, :beam] &= ~ignored
+    counted = ends[:, :beam] & ~done[:, None]
+    place = n_final[:, None] + counted.cumsum(1) - 1
+    source = (counted & (place < beam)).nonzero()
+    at = sentence[source[0]], place[source]
+    state.final_step.numpy()[at] = step
+    state.final_beam.numpy()[at] = parent.numpy()[source]
+    state.final_score.numpy()[at] = sums.numpy()[source]
+    n_final[:] = (n_final + counted.sum(1)).clip(max=beam)
+    ended = done | (n_final == beam) | (step >= last_step)
+    state.unfinished.sub_(int((ended & ~done).sum()))
+    done[:] = ended
+
+    ends[:, :beam] |= ignored
+    active = ends.argsort(1, kind="stable")[:, :beam]
+    ignored[:] = ends[torch.arange(n)[:, None].numpy(), active]
+    return torch.from_numpy(active)
 
 
 def _end(
