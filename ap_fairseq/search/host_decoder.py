@@ -20,7 +20,7 @@ from ap_fairseq.model.cpu_linear import Product, Products, can_pack
 from ap_fairseq.model.kv_cache import HostCache
 from ap_fairseq.model.layers import is_plain
 from ap_fairseq.search.beams import BeamSearchState
-from ap_fairseq.search.running import Batch, EncoderOuts
+from ap_fairseq.search.running import Batch, EncoderOuts, RunningSearch
 from ap_fairseq.search.static_decoder import LayerStep, Model, StaticDecoder, layer_step
 
 FIRST_SLOTS = 64  # of a sentence; slots are compacted, or their number doubled, when they are full
@@ -322,6 +322,17 @@ class HostDecoder(StaticDecoder):
 
     def _places(self, n_sentences: int) -> int:
         return n_sentences
+
+    # In inference mode torch does not count changes of tensors, which takes a tenth of a step of a small model. What
+    # callers get, the outputs of encoders and hypotheses, is made outside of it: they may train on it.
+
+    @torch.inference_mode()
+    def launch(self, search: RunningSearch, n_steps: int) -> None:
+        super().launch(search, n_steps)
+
+    @torch.inference_mode()
+    def finish(self, search: RunningSearch, nbest: int | None = None) -> Callable[[], list[list[dict[str, Tensor]]]]:
+        return super().finish(search, nbest)
 
     def _mask_rows(self) -> list[MaskRows]:
         """Return those of self-attention and of cross-attention, the same ones while the masks are the same."""

@@ -512,6 +512,23 @@ def test_inference_mode_leaves_nothing_behind_that_training_or_other_batches_can
     assert all(p.grad is not None for p in systems[0].parameters())
 
 
+def test_what_a_search_returns_may_be_trained_on(monkeypatch):
+    """Steps on a CPU run in inference mode, whose tensors autograd does not save."""
+    if DEVICE == "cpu":
+        monkeypatch.setattr(PrunedSequenceGenerator, "_decoder_class", lambda self, device: host_decoder.HostDecoder)
+    generator = PrunedSequenceGenerator(models(), VOCAB, beam_size=2, max_len_b=4)
+    modes, run = set(), host_decoder.attend
+    monkeypatch.setattr(
+        host_decoder, "attend", lambda *tensors: modes.add(torch.is_inference_mode_enabled()) or run(*tensors)
+    )
+    with torch.no_grad():
+        hypotheses, encoder_outs = generator.search_on_device(sample(LENGTHS), None, None)
+    found = [x for sentence in hypotheses for one in sentence for x in one.values()]
+    found += [x for outs in encoder_outs for values in outs.values() for x in values]
+    assert not any(x.is_inference() for x in found)
+    assert modes == ({True} if DEVICE == "cpu" else set())
+
+
 def test_full_pools_drop_dead_rows_and_grow(monkeypatch, paged):
     monkeypatch.setattr(static_decoder, "INITIAL_CAPACITY", 2)
     dropped = []
