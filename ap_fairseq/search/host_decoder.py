@@ -32,9 +32,10 @@ class SentenceSlots:
 
     Attributes:
         n, step, used: sentences in the batch, the step, and slots in use, which are as many for every sentence.
-        position: int64 (B, L), the target position in every slot.
+        position: int64 (B, L), the target position in every slot, if masks prune anything.
         table: (B * beam, L), what is added to attention scores: 0 where a hypothesis consists of a slot, else -inf. It
             is the table of the search's state, which every step permutes with its hypotheses.
+        by_sentence: the table, (B, beam, L).
         masks: the mask rows of self-attention.
     """
 
@@ -46,6 +47,7 @@ class SentenceSlots:
         self.table = torch.empty(n * self.beam, FIRST_SLOTS, dtype=dtype)
         own = torch.eye(self.beam, dtype=torch.bool).repeat(n, 1)
         self.own_slot = self.table.new_zeros(n * self.beam, self.beam).masked_fill_(~own, -math.inf)
+        self.own_slot = self.own_slot.view(n, self.beam, self.beam)
 
     @property
     def table(self) -> Tensor:
@@ -54,6 +56,7 @@ class SentenceSlots:
     @table.setter
     def table(self, table: Tensor) -> None:
         self.beams.state = self.beams.state._replace(block_table=table)
+        self.by_sentence = table.view(-1, self.beam, table.size(1))  # a view
 
     @property
     def capacity(self) -> int:
@@ -61,11 +64,12 @@ class SentenceSlots:
 
     def next_step(self) -> None:
         """Add a slot for the new position of every hypothesis."""
-        self.step, n_hypotheses = self.step + 1, self.n * self.beam
+        self.step, n = self.step + 1, self.n
         new, self.used = slice(self.used, self.used + self.beam), self.used + self.beam
-        self.position[: self.n, new] = self.step
-        self.table[:n_hypotheses, new] = self.own_slot[:n_hypotheses]
-        self._bias = self.table[:n_hypotheses, : self.used].unflatten(0, (self.n, 1, self.beam))
+        if self.masks.heads:
+            self.position[:n, new] = self.step
+        self.by_sentence[:n, :, new] = self.own_slot[:n]
+        self._bias = self.by_sentence[:n, None, :, : self.used]
         self._pruned_bias: Tensor | None = None
 
     def begin_with(self, size: int) -> None:
@@ -90,16 +94,13 @@ class SentenceSlots:
 
     def live(self) -> tuple[Tensor, int]:
         """Return the slots of each sentence, int64 (n, used), those first that hypotheses consist of; and how many."""
-        live = self._by_sentence().eq(0).any(1)
+        live = self.by_sentence[: self.n, :, : self.used].eq(0).any(1)
         return live.logical_not().to(torch.int8).argsort(dim=1, stable=True), int(live.sum(1).max())
-
-    def _by_sentence(self) -> Tensor:
-        return self.table[: self.n * self.beam, : self.used].unflatten(0, (self.n, self.beam))
 
     @torch.inference_mode(False)
     def keep(self, order: Tensor, capacity: int) -> None:
         """Drop all slots but *order*, int64 (n, L), and make room for *capacity*."""
-        kept = self._by_sentence().gather(2, order[:, None].expand(-1, self.beam, -1)).flatten(0, 1)
+        kept = self.by_sentence[: self.n].gather(2, order[:, None].expand(-1, self.beam, -1)).flatten(0, 1)
         self.used = order.size(1)
         self.position = F.pad(self.position[: self.n].gather(1, order), (0, capacity - self.used))
         self.table = F.pad(kept, (0, capacity - self.used))
@@ -213,6 +214,7 @@ class HostCrossAttention(HostCache):
 
     def __init__(self, columns: SourceColumns, module: PrunedMultiheadAttention, kv: Tensor):
         self.columns, self.heads, self.kv = columns, columns.masks.heads.get(module), kv
+        self.k_v = kv.unbind()
 
     def advance(self, kv: None = None) -> None:
         """Nothing: the search counts the steps."""
@@ -222,12 +224,12 @@ class HostCrossAttention(HostCache):
 
     def attended(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return keys and values, (n, H, S, D) each, and what is added to scores."""
-        k, v = self.kv[:, : self.columns.slots.n].unbind()
-        return k, v, self.columns.bias(self.heads)
+        return *self.k_v, self.columns.bias(self.heads)
 
     def move(self, to: Tensor, source: Tensor) -> None:
         """As `SentenceSlots.move`."""
         self.kv[:, to] = self.kv[:, source]
+        self.k_v = self.kv[:, : self.columns.slots.n].unbind()
 
 
 def by_sentence(q: Tensor, n: int) -> Tensor:
