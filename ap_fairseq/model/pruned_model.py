@@ -14,7 +14,7 @@ from fairseq.logging import metrics
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
-from ap_fairseq.artifacts import PruningMasks
+from ap_fairseq.artifacts import PruningMasks, require_dictionaries
 from ap_fairseq.compat import drop_bettertransformer_copies
 from ap_fairseq.files import ArtifactError, UserError, file_sha256
 from ap_fairseq.model.attention import MASK_BUFFERS, NotScriptable, upgrade_masks
@@ -51,6 +51,7 @@ class PrunedModel(NotScriptable):
         super().__init__(*args)
         self.register_buffer("mask_metadata", torch.zeros(0, dtype=torch.int64))
         self._masks_are_explicit = False
+        self._dictionaries: dict[str, str] = {}  # SHA-256 of those of the task that the model was built for
         self._logged_cache_savings = False
         self._logged_sparsity: dict[str, float] = {}  # effective sparsity of each kind, for the training logs
 
@@ -91,13 +92,14 @@ class PrunedModel(NotScriptable):
             UserError: if *options* name kinds of attention that the model has not.
         """
         require_kinds(options, architecture(self))
+        self._dictionaries = dictionary_hashes(task)
         if path == "none":
-            self.set_masks(PruningMasks.all_ones(architecture(self), dictionary_hashes(task)))
+            self.set_masks(PruningMasks.all_ones(architecture(self), self._dictionaries))
             self.prefer_checkpoint_masks()
             logger.info("attention masks: none; every cell is kept, unless a checkpoint brings masks")
         elif path:
             masks = PruningMasks.load(path)
-            masks.require_model(architecture(self), dictionary_hashes(task), path)
+            masks.require_model(architecture(self), self._dictionaries, path)
             self.set_masks(masks, file_sha256(path))
             logger.info(f"attention masks {path}: {describe_sparsity(self.masks_provenance())}")
 
@@ -201,13 +203,17 @@ class PrunedModel(NotScriptable):
         super().upgrade_state_dict_named(state_dict, name)
 
     def load_state_dict(self, state_dict, strict=True, model_cfg=None, args=None):
-        """As fairseq's, and check that masks and provenance belong together.
+        """As fairseq's, and check that masks, provenance and the task's dictionaries belong together.
 
         Raises:
             ArtifactError: if they do not. With LayerDrop at inference time (``encoder_layers_to_keep`` in
                 ``--model-overrides``) only the masks of the kept layers are loaded, and nothing is checked.
         """
         known = self._holds_same_masks(state_dict)
+        if not (known or self._masks_are_explicit):  # before torch compares the sizes of the embeddings
+            provenance = decode_provenance(state_dict.get("mask_metadata")) or {}
+            if recorded := provenance.get("dictionaries"):
+                require_dictionaries(recorded, self._dictionaries, "the checkpoint")
         kept = {name: getattr(model_cfg, name, None) for name in LAYERS_TO_KEEP}  # fairseq erases them
         result = super().load_state_dict(state_dict, strict, model_cfg, args)
         if any(kept.values()) and not self._masks_are_explicit:

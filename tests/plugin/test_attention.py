@@ -300,6 +300,20 @@ def test_masks_for_another_model_or_dictionary_stop_the_build(tmp_path):
         pruned_model(None, VOCAB, attention_masks=str(path))
 
 
+@pytest.mark.parametrize("n_words", [20, 21])
+def test_a_checkpoint_whose_masks_are_of_another_dictionary_is_refused(n_words):
+    """One of as many words translated and trained on without a word; of more, torch compared sizes of embeddings."""
+    masks, sha = random_masks(0.5), dictionary_sha256(VOCAB)
+    masks.metadata["dictionaries"] = {"source": sha, "target": sha}
+    state = pruned_model(masks, VOCAB).state_dict()
+    pruned_model(None, VOCAB).load_state_dict(state)
+    other = dictionary(n_words)
+    other.symbols.reverse()
+    for options in ({}, dict(attention_masks="none")):
+        with pytest.raises(ArtifactError, match=f"masks of the checkpoint belong to a source dictionary .* {sha[:12]}"):
+            pruned_model(None, other, **options).load_state_dict(state)
+
+
 def test_masks_of_another_number_of_heads_are_refused_with_the_checkpoint():
     """--model-overrides may change the heads: a ValueError of the first batch named a layout."""
     state = pruned_model(random_masks(0.5), VOCAB).state_dict()
