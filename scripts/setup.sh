@@ -24,7 +24,7 @@ wanted=$(sha256sum "$root/setup.py" "${BASH_SOURCE[0]}" | sha256sum)
 extras=${extras-[dev]}
 if ! grep -qsF "$wanted $extras" "$root/.venv/ap-fairseq.installed"; then
   if ! command -v nvidia-smi >/dev/null && ! python -c 'import torch' 2>/dev/null; then
-    echo "setup: no GPU here, installing torch 2.13.0 first (a plain 'torch' may pull gigabytes of CUDA)"
+    echo "setup: no GPU here, installing torch 2.13.0 first: the CPU build, if pip's index has it"
     python -m pip install -q torch==2.13.0
   fi
   echo "setup: installing ap-fairseq"

@@ -15,7 +15,9 @@ from pathlib import Path
 
 import torch
 from fairseq import options, utils
+from fairseq.data import encoders
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+from omegaconf import OmegaConf
 
 import ap_fairseq.plugin  # noqa: F401  (registers with fairseq)
 from ap_fairseq.cli.common import command
@@ -110,7 +112,10 @@ def main(argv: list[str]) -> None:
         args.max_tokens = 12000  # as fairseq-generate
     args.log_format, args.tpu = "simple", False  # fairseq's parser sets the latter for --bf16
     ranks = count_ranks(args.num_processes, args.cpu)
+    if args.tokenizer == "moses" and None in (args.source_lang, args.target_lang):  # in place of hydra's traceback
+        raise UserError("--tokenizer moses needs --source-lang and --target-lang")
     cfg = convert_namespace_to_omegaconf(argparse.Namespace(**{**vars(args), "input": args.input or "-"}))
+    _require_encoders(cfg)
     if is_text:
         _translate_text(args, cfg, ranks)
     else:
@@ -162,6 +167,19 @@ def _require_files(args: argparse.Namespace) -> None:
     if args.input is None and not any(list(Path(folder).glob(f"{args.gen_subset}.*")) for folder in folders):
         subsets = sorted({file.name.split(".")[0] for folder in folders for file in Path(folder).glob("*.idx")})
         raise UserError(f"--gen-subset {args.gen_subset}: {args.data} has {', '.join(subsets) or 'no subset'}")
+
+
+def _require_encoders(cfg) -> None:
+    """Raise UserError unless the processes can build what --bpe and --tokenizer name."""
+    for flag, build in (("bpe", encoders.build_bpe), ("tokenizer", encoders.build_tokenizer)):
+        options = cfg[flag]
+        if options is not None and (missing := OmegaConf.missing_keys(options)):
+            names = sorted(name.rpartition(".")[2].replace("_", "-") for name in missing)
+            raise UserError(f"--{flag} {options._name} needs {' and '.join(f'--{name}' for name in names)}")
+        try:
+            build(options)
+        except (ImportError, OSError, RuntimeError) as error:  # no such package or file, or one of another kind
+            raise UserError(f"--{flag} {options._name}: {error}") from error
 
 
 def _translate_subset(args: argparse.Namespace, cfg, ranks: int) -> None:

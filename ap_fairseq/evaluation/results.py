@@ -129,14 +129,16 @@ def score_table(document: dict[str, Any]) -> Table:
     tested = document.get("significance", {})
     metrics = [metric for metric in METRICS if metric in tested.get("signatures", {})]
     header = ["system", *(title for _, title, _ in columns), *(f"p ({METRICS[metric].title})" for metric in metrics)]
-    header += [f"{kind.value} pruned / kept" for kind in AttentionKind]
+    described = [{"checkpoint_sha256", "sparsity"} & result.keys() for result in systems]
+    kinds = list(AttentionKind) if any(described) else []  # of a system without a checkpoint nothing is known
+    header += [f"{kind.value} pruned / kept" for kind in kinds]
     rows = []
-    for result in systems:
+    for result, known in zip(systems, described, strict=True):
         scores = [format(result[key], digits) if key in result else "-" for key, _, digits in columns]
         compared = [tested["systems"][result["system"]].get(metric, {}).get("p") for metric in metrics]
         p_values = ["-" if p is None else f"{p:.3f}" for p in compared]
-        parts = [result.get("sparsity", {}).get(kind.value) for kind in AttentionKind]
-        shares = ["dense" if part is None else "{effective:.1%} / {kept_mass:.1%}".format(**part) for part in parts]
+        parts, whole = [result.get("sparsity", {}).get(kind.value) for kind in kinds], "dense" if known else "-"
+        shares = [whole if part is None else "{effective:.1%} / {kept_mass:.1%}".format(**part) for part in parts]
         rows.append([result["system"], *scores, *p_values, *shares])
     return Table(header, rows)
 

@@ -86,7 +86,7 @@ class Stages:
         if done != command:
             raise ArtifactError(
                 f"stage {name} in {self.folder} was done with other settings:\n  then {json.dumps(done)}\n  now  "
-                f"{json.dumps(command)}\nname another output folder, or remove {mark} and what it made"
+                f"{json.dumps(command)}\nname another output folder (--out), or remove {mark} and what it made"
             )
         _say(f"{name}: done before, {seconds} s")
 
@@ -254,7 +254,7 @@ def run_together(jobs: int, tasks: Iterable[tuple[Callable, Sequence[Any]]]) -> 
             process.join()
             failed += process.exitcode != 0
     if failed:
-        raise StageError(f"{failed} jobs failed; run the same command again to resume")
+        raise StageError(f"{failed} jobs failed, as said above; when that is mended, the same command goes on")
 
 
 def _work(slot: int, jobs: int, function: Callable, args: Sequence[Any]) -> None:

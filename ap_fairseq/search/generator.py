@@ -88,7 +88,7 @@ class PrunedSequenceGenerator(SequenceGenerator):
         if others := [
             type(x).__name__ for x in models if not isinstance(x, PrunedTransformerModel | PrunedLanguageModel)
         ]:
-            return f"a model {others[0]} (of a transformer, ap-apply --attention-masks none makes one that is)"
+            return f"a model {others[0]} (ap-apply --attention-masks none converts transformers)"
         if not all(model.decoder.layers for model in models):
             return "a decoder without layers (--decoder-layers 0)"
         if any(isinstance(model.decoder.embed_tokens, CharacterTokenEmbedder) for model in models):

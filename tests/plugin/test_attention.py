@@ -309,9 +309,9 @@ def test_a_checkpoint_whose_masks_are_of_another_dictionary_is_refused(n_words):
     pruned_model(None, VOCAB).load_state_dict(state)
     other = dictionary(n_words)
     other.symbols.reverse()
-    for options in ({}, dict(attention_masks="none")):
+    for start in ({}, dict(attention_masks="none")):
         with pytest.raises(ArtifactError, match=f"masks of the checkpoint belong to a source dictionary .* {sha[:12]}"):
-            pruned_model(None, other, **options).load_state_dict(state)
+            pruned_model(None, other, **start).load_state_dict(state)
 
 
 def test_masks_of_another_number_of_heads_are_refused_with_the_checkpoint():

@@ -249,6 +249,20 @@ def test_document_scores_join_lines_and_pair_segments():
     assert surplus["s_bleu"] == pytest.approx(100)  # the last segment takes what follows
 
 
+def test_masks_are_told_of_systems_with_a_checkpoint_alone():
+    """One without, of which nothing is known, was called dense."""
+    share = {"effective": 0.5, "kept_mass": 0.9}
+    systems = [
+        {"system": "text"},
+        {"system": "dense", "checkpoint_sha256": "a"},
+        {"system": "pruned", "checkpoint_sha256": "b", "sparsity": {"cross": share}},
+    ]
+    table = results.score_table({"systems": systems})
+    assert table.header[1:] == [f"{kind} pruned / kept" for kind in ("encoder_self", "decoder_self", "cross")]
+    assert [row[1:] for row in table.rows] == [["-"] * 3, ["dense"] * 3, ["dense", "dense", "50.0% / 90.0%"]]
+    assert results.score_table({"systems": systems[:1]}).header == ["system"]
+
+
 def test_tokenized_bleu_of_old_tables():
     hypothesis, reference = ["Ein Rot-Wein-Glas, bitte gleich jetzt!"], ["Ein rot-Wein-Glas, bitte gleich jetzt!"]
     cased, lowercased, split = (

@@ -466,6 +466,10 @@ def test_a_signal_ends_all_processes(running, tmp_path, number):
         (["--lm-path", "missing.pt"], "missing.pt does not exist; expected a fairseq checkpoint of a language model"),
         (["--lm-path", __file__], f"--lm-path {__file__}: fairseq reads its dictionary from "),
         (["--input", "x", "--buffer-size", "-2"], "--buffer-size -2 is not a number of lines"),
+        (["--input", "x", "--bpe", "sentencepiece"], "--bpe sentencepiece needs --sentencepiece-model"),
+        (["--bpe", "sentencepiece", "--sentencepiece-model", "no.model"], "--bpe sentencepiece: file no.model not"),
+        (["--bpe", "sentencepiece", "--sentencepiece-model", __file__], "--bpe sentencepiece: "),
+        (["--tokenizer", "moses"], "--tokenizer moses needs --source-lang and --target-lang"),
     ],
 )
 def test_what_has_no_meaning_is_refused(data_bin, dense, capsys, flags, message):
