@@ -272,6 +272,8 @@ def _work_folder(path: Path | None, keep: tuple[str, ...] = ()) -> Iterator[Path
                     entry.unlink()
             if not any(path.iterdir()) or (temporary and str(path) not in str(error)):
                 shutil.rmtree(path)
+            elif keep and isinstance(error, KeyboardInterrupt):
+                logger.info(f"what is done is in {path}; the same command goes on")
             raise
         shutil.rmtree(path)
 

@@ -193,7 +193,10 @@ class PrunedModel(NotScriptable):
             if self._masks_are_explicit and not same:
                 own = {name.removeprefix(prefix): x for name, x in state_dict.items() if name.startswith(prefix)}
                 if lost := lost_masks(own, self.masks_sha256()):
-                    logger.warning(f"the masks of --attention-masks replace those of the checkpoint: {lost}")
+                    logger.warning(
+                        f"the masks of --attention-masks replace those of the checkpoint: {lost}; to resume a training "
+                        "so, add --reset-meters, or checkpoint_best.pt may stay one of the old masks"
+                    )
             state_dict[key] = self.mask_metadata
         super()._load_from_state_dict(state_dict, prefix, *args)
 

@@ -427,6 +427,15 @@ def test_a_process_that_dies_ends_the_run(running, tmp_path):
     assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)
 
 
+def test_an_interrupted_text_says_where_its_parts_are(tmp_path, caplog):
+    caplog.set_level("INFO")
+    with pytest.raises(KeyboardInterrupt), generate._work_folder(tmp_path / "out.parts", keep=("part",)) as folder:
+        (folder / "part000000.txt").touch()
+        raise KeyboardInterrupt
+    assert f"what is done is in {folder}; the same command goes on" in caplog.text
+    assert [path.name for path in folder.iterdir()] == ["part000000.txt"]
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_all_processes(running, tmp_path, number):
     process, ranks = running
