@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import shlex
 from collections.abc import Iterator
@@ -17,6 +18,8 @@ from ap_fairseq.evaluation.results import format_latex, format_markdown, format_
 from ap_fairseq.experiments.stages import read_mark
 from ap_fairseq.files import ArtifactError, UserError, file_sha256, read_lines, refuse_existing, write_json
 from ap_fairseq.provenance import device_name, mask_spec, stored_provenance, versions
+
+logger = logging.getLogger(__name__)
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -83,6 +86,14 @@ def get_parser() -> argparse.ArgumentParser:
     return parser
 
 
+SUBWORDS = "▁ or @@"
+
+
+def is_subwords(line: str) -> bool:
+    """Whether a line has marks of SentencePiece or of subword-nmt."""
+    return "▁" in line or "@@ " in line
+
+
 # -- scoring ----------------------------------------------------------------------------------------------------------
 
 
@@ -108,6 +119,12 @@ def evaluate(args: argparse.Namespace) -> dict:
         documents = [line.partition("\t")[0] for line in read_lines(args.documents)]
     systems = args.systems
     hypotheses = {system.name: read_hypotheses(system.files, references) for system in systems}
+    for what, lines in (("the references", references), *hypotheses.items()):
+        if sum(map(is_subwords, lines)) > len(lines) / 2:
+            logger.warning(
+                f"{what}: most lines hold subwords ({SUBWORDS}), whose scores compare with no others; translate with "
+                "--remove-bpe, or --remove-bpe sentencepiece, and give plain references"
+            )
     results = []
     for name, _, checkpoint in systems:
         evaluation.require_parallel(name, hypotheses[name], references)

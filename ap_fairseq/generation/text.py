@@ -287,7 +287,7 @@ def _require_same(now: dict[str, Any], folder: Path) -> None:
 
 
 def _short(value: Any) -> str:
-    return str(value[:12] if isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) else value)
+    return f"SHA-256 {value[:12]}" if isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) else str(value)
 
 
 # -- in and out -------------------------------------------------------------------------------------------------------

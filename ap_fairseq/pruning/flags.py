@@ -195,9 +195,9 @@ def split_flags(name: str, flags: str) -> list[str]:
         raise UserError(f"{name} {flags!r} cannot be split into flags: {error}") from error
 
 
-def parse_mask_flags(flags: Sequence[str]) -> argparse.Namespace:
-    """Read flags of :func:`add_mask_options` alone, as another command's flag holds them."""
-    parser = argparse.ArgumentParser(prog="ap-masks", usage="flags of ap-masks", add_help=False)
+def parse_mask_flags(flags: Sequence[str], of: str = "ap-masks") -> argparse.Namespace:
+    """Read flags of :func:`add_mask_options` alone, as another command's flag *of* holds them."""
+    parser = argparse.ArgumentParser(prog=of, usage="flags of ap-masks", add_help=False)
     add_mask_options(parser)
     return parser.parse_args(list(flags))
 

@@ -66,7 +66,7 @@ def build_pruner(task, cfg: PruningWhileTrainingConfig) -> TrainingPruner | None
     Raises:
         UserError: for flags that contradict each other.
     """
-    flags = parse_mask_flags(split_flags("--prune-flags", cfg.prune_flags))
+    flags = parse_mask_flags(split_flags("--prune-flags", cfg.prune_flags), "--prune-flags")
     given = budget_flags(flags)
     if cfg.attention_sparsity is None and not given:
         return None

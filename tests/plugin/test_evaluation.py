@@ -296,6 +296,17 @@ def test_comet_uses_a_local_model_and_nothing_else(tmp_path, monkeypatch):
         scores.comet_scores(model, ["s"], {"x": ["a"]}, ["a"])
 
 
+def test_scores_of_subwords_are_warned_of(tmp_path, capsys):
+    """A forgotten --remove-bpe scored a twentieth of the BLEU; sacreBLEU named a flag that ap-evaluate has not."""
+    texts = {"ref": "the page\n" * 9, "pieces": "▁the ▁pa ge\n" * 9, "halves": "the pa@@ ge\n" * 9}
+    for name, text in texts.items():
+        write(tmp_path / name, text)
+    for named, reference, warned in (("pieces", "ref", 1), ("halves", "pieces", 2), ("ref", "ref", 0)):
+        evaluate.main([f"{named}={tmp_path / named}", "--reference", str(tmp_path / reference)])
+        log = capsys.readouterr().err
+        assert log.count("most lines hold subwords") == warned and (f"{named}: most lines" in log) == (warned > 0)
+
+
 def test_command_writes_json_markdown_and_latex(tmp_path, capsys):
     """A log and plain text of the same system score alike; every number of the JSON is in both tables."""
     (tmp_path / "ref").write_text("\n".join(REFERENCES) + "\n")

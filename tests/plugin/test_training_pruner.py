@@ -1,5 +1,6 @@
 """Pruning while training: one command from data to a pruned checkpoint."""
 
+import argparse
 import re
 
 import pytest
@@ -16,6 +17,7 @@ from ap_fairseq.pruning.flags import parse_mask_flags
 from ap_fairseq.tasks import PrunedTranslationTask
 from ap_fairseq.training.pruner import TrainingPruner
 from ap_fairseq.training.schedule import PruningSchedule, share_of_round
+from ap_fairseq.training.task import build_pruner
 
 SCHEDULE = ["--attention-sparsity", 0.6, "--prune-start", 18, "--prune-end", 34, "--prune-every", 8]
 ONE_COMMAND = ["--task", "pruned_translation", "--attention-masks", "none", *SCHEDULE]
@@ -224,6 +226,14 @@ def test_mask_flags_that_do_not_fit_are_refused_before_the_first_update(flags, m
     pruner = TrainingPruner(object(), PruningSchedule(10, 10, 1), parse_mask_flags(flags.split()), 50, {})
     with pytest.raises(UserError, match=message):
         pruner.require_fitting(pruned_model())
+
+
+def test_mask_flags_that_do_not_parse_name_the_flag_that_holds_them(capsys):
+    """They named ap-masks, which nobody had called."""
+    cfg = argparse.Namespace(prune_flags="--criterion nothing", attention_sparsity=None)
+    with pytest.raises(SystemExit):
+        build_pruner(None, cfg)
+    assert "--prune-flags: error: argument --criterion: invalid choice" in capsys.readouterr().err
 
 
 def test_mask_flags_that_only_data_can_refuse_are_left_to_them():
