@@ -44,6 +44,8 @@ def decode_provenance(codes: Tensor | None) -> dict[str, Any] | None:
         provenance = json.loads("".join(map(chr, codes.tolist())))
         if not isinstance(provenance["masks_sha256"], str):
             raise TypeError("masks_sha256 is not a string")
+        if not all(isinstance(sha, str) for sha in dict(provenance.get("dictionaries", {})).values()):
+            raise TypeError("dictionaries are not hashes by side")
         effective_sparsity(provenance)
     except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
         raise ArtifactError(

@@ -1,6 +1,6 @@
 """The two files that travel between the stages: attention statistics and pruning masks."""
 
-from ap_fairseq.artifacts.masks import PruningMasks, extrapolated, grown, require_dictionaries
+from ap_fairseq.artifacts.masks import PruningMasks, extrapolated, grown
 from ap_fairseq.artifacts.statistics import DIVERGED, AttentionStats
 from ap_fairseq.artifacts.storage import CONTENTS, pack_cells, unpack_cells
 
@@ -12,6 +12,5 @@ __all__ = [
     "extrapolated",
     "grown",
     "pack_cells",
-    "require_dictionaries",
     "unpack_cells",
 ]

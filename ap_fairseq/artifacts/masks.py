@@ -212,22 +212,13 @@ class PruningMasks:
                 f"masks of {path} are for {describe_architecture(self.architecture)}, the model has "
                 f"{describe_architecture(shape)}; record and derive masks with a model of this architecture"
             )
-        require_dictionaries(self.metadata.get("dictionaries", {}), dictionaries, path)
-
-
-def require_dictionaries(recorded: Mapping[str, str], dictionaries: Mapping[str, str], path) -> None:
-    """Raise :class:`ArtifactError` unless masks of these dictionaries, by SHA-256, are for the others.
-
-    Args:
-        recorded, dictionaries: ``{"source": sha256, "target": sha256}`` (:func:`dictionary_hashes`).
-        path: where the masks came from, for the message.
-    """
-    for side, sha in dictionaries.items():
-        if recorded.get(side) != sha:
-            raise ArtifactError(
-                f"masks of {path} belong to a {side} dictionary with SHA-256 {str(recorded.get(side))[:12]}, the "
-                f"data has {sha[:12]}; a mask is tied to its tokenizer: use the data-bin it was recorded on"
-            )
+        expected = self.metadata.get("dictionaries", {})
+        for side, sha in dictionaries.items():
+            if expected.get(side) != sha:
+                raise ArtifactError(
+                    f"masks of {path} belong to a {side} dictionary with SHA-256 {str(expected.get(side))[:12]}, the "
+                    f"data has {sha[:12]}; a mask is tied to its tokenizer: use the data-bin it was recorded on"
+                )
 
 
 def _read_relative(tensors: Mapping[str, np.ndarray]) -> RelativeMask:

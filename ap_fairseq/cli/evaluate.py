@@ -86,9 +86,6 @@ def get_parser() -> argparse.ArgumentParser:
     return parser
 
 
-SUBWORDS = "▁ or @@"
-
-
 def is_subwords(line: str) -> bool:
     """Whether a line has marks of SentencePiece or of subword-nmt."""
     return "▁" in line or "@@ " in line
@@ -122,8 +119,8 @@ def evaluate(args: argparse.Namespace) -> dict:
     for what, lines in (("the references", references), *hypotheses.items()):
         if sum(map(is_subwords, lines)) > len(lines) / 2:
             logger.warning(
-                f"{what}: most lines hold subwords ({SUBWORDS}), whose scores compare with no others; translate with "
-                "--remove-bpe, or --remove-bpe sentencepiece, and give plain references"
+                f"{what}: most lines hold subwords (▁ or @@), so the scores cannot be compared with others; translate "
+                "with --remove-bpe (for SentencePiece: --remove-bpe sentencepiece), and give plain references"
             )
     results = []
     for name, _, checkpoint in systems:

@@ -172,14 +172,19 @@ def _require_files(args: argparse.Namespace) -> None:
 def _require_encoders(cfg) -> None:
     """Raise UserError unless the processes can build what --bpe and --tokenizer name."""
     for flag, build in (("bpe", encoders.build_bpe), ("tokenizer", encoders.build_tokenizer)):
-        options = cfg[flag]
-        if options is not None and (missing := OmegaConf.missing_keys(options)):
+        chosen = cfg[flag]
+        if chosen is not None and (missing := OmegaConf.missing_keys(chosen)):
             names = sorted(name.rpartition(".")[2].replace("_", "-") for name in missing)
-            raise UserError(f"--{flag} {options._name} needs {' and '.join(f'--{name}' for name in names)}")
+            raise UserError(f"--{flag} {chosen._name} needs {' and '.join(f'--{name}' for name in names)}")
         try:
-            build(options)
-        except (ImportError, OSError, RuntimeError) as error:  # no such package or file, or one of another kind
-            raise UserError(f"--{flag} {options._name}: {error}") from error
+            build(chosen)
+        except (
+            ImportError,
+            OSError,
+            RuntimeError,
+            ValueError,
+        ) as error:  # no such package or file, or one of another kind
+            raise UserError(f"--{flag} {chosen._name}: {error}") from error
 
 
 def _translate_subset(args: argparse.Namespace, cfg, ranks: int) -> None:
@@ -272,7 +277,9 @@ def _work_folder(path: Path | None, keep: tuple[str, ...] = ()) -> Iterator[Path
                     entry.unlink()
             if not any(path.iterdir()) or (temporary and str(path) not in str(error)):
                 shutil.rmtree(path)
-            elif keep and isinstance(error, KeyboardInterrupt):
+            elif isinstance(error, KeyboardInterrupt) and any(
+                entry.name.startswith("part") for entry in path.iterdir()
+            ):
                 logger.info(f"what is done is in {path}; the same command goes on")
             raise
         shutil.rmtree(path)

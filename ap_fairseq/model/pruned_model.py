@@ -14,7 +14,7 @@ from fairseq.logging import metrics
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
-from ap_fairseq.artifacts import PruningMasks, require_dictionaries
+from ap_fairseq.artifacts import PruningMasks
 from ap_fairseq.compat import drop_bettertransformer_copies
 from ap_fairseq.files import ArtifactError, UserError, file_sha256
 from ap_fairseq.model.attention import MASK_BUFFERS, NotScriptable, upgrade_masks
@@ -28,6 +28,7 @@ from ap_fairseq.provenance import (
     decode_provenance,
     describe_sparsity,
     dictionary_hashes,
+    dictionary_sha256,
     effective_sparsity,
     encode_provenance,
     lost_masks,
@@ -51,7 +52,7 @@ class PrunedModel(NotScriptable):
         super().__init__(*args)
         self.register_buffer("mask_metadata", torch.zeros(0, dtype=torch.int64))
         self._masks_are_explicit = False
-        self._dictionaries: dict[str, str] = {}  # SHA-256 of those of the task that the model was built for
+        self._dictionaries: dict[str, str] = {}  # SHA-256 of those of the task whose tokens attention sees
         self._logged_cache_savings = False
         self._logged_sparsity: dict[str, float] = {}  # effective sparsity of each kind, for the training logs
 
@@ -92,14 +93,17 @@ class PrunedModel(NotScriptable):
             UserError: if *options* name kinds of attention that the model has not.
         """
         require_kinds(options, architecture(self))
-        self._dictionaries = dictionary_hashes(task)
+        sides = {"source": task.source_dictionary}
+        if architecture(self).keys() != {AttentionKind.ENCODER_SELF.value}:  # else the target may be labels, or none
+            sides["target"] = task.target_dictionary
+        self._dictionaries = {side: dictionary_sha256(x) for side, x in sides.items() if x is not None}
         if path == "none":
-            self.set_masks(PruningMasks.all_ones(architecture(self), self._dictionaries))
+            self.set_masks(PruningMasks.all_ones(architecture(self), dictionary_hashes(task)))
             self.prefer_checkpoint_masks()
             logger.info("attention masks: none; every cell is kept, unless a checkpoint brings masks")
         elif path:
             masks = PruningMasks.load(path)
-            masks.require_model(architecture(self), self._dictionaries, path)
+            masks.require_model(architecture(self), dictionary_hashes(task), path)
             self.set_masks(masks, file_sha256(path))
             logger.info(f"attention masks {path}: {describe_sparsity(self.masks_provenance())}")
 
@@ -194,8 +198,8 @@ class PrunedModel(NotScriptable):
                 own = {name.removeprefix(prefix): x for name, x in state_dict.items() if name.startswith(prefix)}
                 if lost := lost_masks(own, self.masks_sha256()):
                     logger.warning(
-                        f"the masks of --attention-masks replace those of the checkpoint: {lost}; to resume a training "
-                        "so, add --reset-meters, or checkpoint_best.pt may stay one of the old masks"
+                        f"the masks of --attention-masks replace those of the checkpoint: {lost}; if this resumes "
+                        "a training, add --reset-meters, or checkpoint_best.pt may stay one with the old masks"
                     )
             state_dict[key] = self.mask_metadata
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -209,14 +213,13 @@ class PrunedModel(NotScriptable):
         """As fairseq's, and check that masks, provenance and the task's dictionaries belong together.
 
         Raises:
-            ArtifactError: if they do not. With LayerDrop at inference time (``encoder_layers_to_keep`` in
-                ``--model-overrides``) only the masks of the kept layers are loaded, and nothing is checked.
+            ArtifactError: if they do not. Dictionaries are compared where the checkpoint's masks are taken. With
+                LayerDrop at inference time (``encoder_layers_to_keep`` in ``--model-overrides``) only the masks of the
+                kept layers are loaded, and not compared with the provenance.
         """
         known = self._holds_same_masks(state_dict)
         if not (known or self._masks_are_explicit):  # before torch compares the sizes of the embeddings
-            provenance = decode_provenance(state_dict.get("mask_metadata")) or {}
-            if recorded := provenance.get("dictionaries"):
-                require_dictionaries(recorded, self._dictionaries, "the checkpoint")
+            self._require_dictionaries(decode_provenance(state_dict.get("mask_metadata")) or {})
         kept = {name: getattr(model_cfg, name, None) for name in LAYERS_TO_KEEP}  # fairseq erases them
         result = super().load_state_dict(state_dict, strict, model_cfg, args)
         if any(kept.values()) and not self._masks_are_explicit:
@@ -224,6 +227,22 @@ class PrunedModel(NotScriptable):
         if not known:
             self._announce_masks()
         return result
+
+    def _require_dictionaries(self, provenance: dict[str, Any]) -> None:
+        """Raise ArtifactError where masks that prune were made for other dictionaries; warn where they keep all."""
+        recorded = provenance.get("dictionaries", {})
+        for side, sha in self._dictionaries.items():
+            if recorded.get(side, sha) != sha:
+                fault = (
+                    f"the checkpoint belongs to a {side} dictionary with SHA-256 {recorded[side][:12]}, the data has "
+                    f"{sha[:12]}; name its own data-bin"
+                )
+                if any(effective_sparsity(provenance).values()):
+                    raise ArtifactError(
+                        f"{fault}, or, to train it with other words, drop its masks with ap-apply --attention-masks "
+                        "none --data DIR"
+                    )
+                logger.warning(fault)
 
     def _holds_same_masks(self, state_dict) -> bool:
         """Whether loading changes no mask: ``--store-ema`` loads after every update."""

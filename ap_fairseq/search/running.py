@@ -79,7 +79,7 @@ def look_ahead(batches: Iterable[dict[str, Any]], on_gpu: bool) -> Iterator[dict
 def host_copy(x: Tensor) -> Callable[[], Tensor]:
     """Start copying a tensor to the host; the result waits for the copy, and for nothing that is launched later."""
     if not x.is_cuda:
-        copy = x.clone()
+        copy = x.to("cpu", copy=True)
         return lambda: copy
     host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
     host.copy_(x, non_blocking=True)

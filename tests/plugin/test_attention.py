@@ -301,7 +301,7 @@ def test_masks_for_another_model_or_dictionary_stop_the_build(tmp_path):
 
 
 @pytest.mark.parametrize("n_words", [20, 21])
-def test_a_checkpoint_whose_masks_are_of_another_dictionary_is_refused(n_words):
+def test_a_checkpoint_whose_masks_are_of_another_dictionary_is_refused(n_words, caplog):
     """One of as many words translated and trained on without a word; of more, torch compared sizes of embeddings."""
     masks, sha = random_masks(0.5), dictionary_sha256(VOCAB)
     masks.metadata["dictionaries"] = {"source": sha, "target": sha}
@@ -310,8 +310,14 @@ def test_a_checkpoint_whose_masks_are_of_another_dictionary_is_refused(n_words):
     other = dictionary(n_words)
     other.symbols.reverse()
     for start in ({}, dict(attention_masks="none")):
-        with pytest.raises(ArtifactError, match=f"masks of the checkpoint belong to a source dictionary .* {sha[:12]}"):
+        with pytest.raises(
+            ArtifactError, match=f"belongs to a source dictionary .* {sha[:12]}.*name its own data-bin, or"
+        ):
             pruned_model(None, other, **start).load_state_dict(state)
+    if n_words == 20:
+        dense = pruned_model(None, VOCAB, attention_masks="none").state_dict()
+        pruned_model(None, other).load_state_dict(dense)
+        assert "the checkpoint belongs to a source dictionary" in caplog.text
 
 
 def test_masks_of_another_number_of_heads_are_refused_with_the_checkpoint():

@@ -11,7 +11,7 @@ from ap_fairseq.artifacts import PruningMasks
 from ap_fairseq.files import ArtifactError
 from ap_fairseq.model.checkpoints import average_checkpoints, load_checkpoint
 from ap_fairseq.model.conversion import apply_masks
-from ap_fairseq.provenance import dictionary_hashes, encode_provenance
+from ap_fairseq.provenance import decode_provenance, dictionary_hashes, encode_provenance
 from ap_fairseq.sites import architecture
 
 REMEDY = r"copy the checkpoint again, or .*ap-apply CHECKPOINT --attention-masks FILE"
@@ -41,6 +41,14 @@ def as_old(parameters: dict, beyond: bool) -> dict:
         (with_metadata(lambda x: x * 10**12), r"provenance .* \(mask_metadata\) is damaged \(OverflowError"),
         (with_metadata(lambda x: x.new_tensor([ord(c) for c in "[1]"])), "is damaged .TypeError"),
         (with_metadata(lambda x: encode_provenance({"a": 1})), "is damaged .KeyError: 'masks_sha256'"),
+        (
+            with_metadata(lambda x: encode_provenance({**decode_provenance(x), "dictionaries": ["x"]})),
+            "is damaged .Val",
+        ),
+        (
+            with_metadata(lambda x: encode_provenance({**decode_provenance(x), "dictionaries": {"x": 1}})),
+            "is damaged .Ty",
+        ),
         (without("1.self_attn.keep_words"), "do not match the SHA-256 stored with them"),
         (without("_words"), "do not match the SHA-256 stored with them"),
     ],

@@ -16,7 +16,7 @@ from ap_fairseq.files import UserError
 from ap_fairseq.model.checkpoints import load_checkpoint
 from ap_fairseq.model.roberta import PrunedRobertaModel
 from ap_fairseq.model.stock import convert_to_stock
-from ap_fairseq.provenance import decode_provenance
+from ap_fairseq.provenance import decode_provenance, dictionary_sha256
 from ap_fairseq.sites import AttentionKind, architecture
 
 KIND = AttentionKind.ENCODER_SELF
@@ -27,11 +27,11 @@ SIZES = dict(
 )
 
 
-def build(model, **options):
+def build(model, target=VOCAB, **options):
     torch.manual_seed(5)
     stock = dict(dropout=0.0, attention_dropout=0.0, mha_reg_scale_factor=0.0, ffn_reg_scale_factor=0.0)
     args = argparse.Namespace(**SIZES, **stock, **options)
-    return model.build_model(args, argparse.Namespace(cfg=None, source_dictionary=VOCAB, target_dictionary=VOCAB))
+    return model.build_model(args, argparse.Namespace(cfg=None, source_dictionary=VOCAB, target_dictionary=target))
 
 
 def encoder_masks(sparsity: float) -> PruningMasks:
@@ -56,6 +56,17 @@ def test_all_ones_masks_give_the_outputs_and_gradients_of_fairseq(options):
         output.square().sum().backward()
     for name, parameter in stock.named_parameters():
         torch.testing.assert_close(ours.get_parameter(name).grad, parameter.grad, rtol=1e-8, atol=1e-9, msg=name)
+
+
+@pytest.mark.parametrize("target", [None, dictionary(3)], ids=["none", "labels"])
+def test_a_checkpoint_loads_whatever_the_target_of_the_task_is(target):
+    masks, sha = encoder_masks(0.5), dictionary_sha256(VOCAB)
+    masks.metadata["dictionaries"] = {"source": sha, "target": sha}
+    pretrained = build(PrunedRobertaModel)
+    pretrained.set_masks(masks)
+    model = build(PrunedRobertaModel, target)
+    model.load_state_dict(pretrained.state_dict())
+    assert model.masks_provenance()["dictionaries"]["source"] == sha
 
 
 def test_heads_with_masks_are_not_removed():
