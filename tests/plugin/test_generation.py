@@ -981,7 +981,7 @@ def test_half_precision_translates_as_fairseq_does():
     ("reason", "systems", "options", "inputs"),
     [
         ("the search Other", models, dict(search_strategy=type("Other", (BeamSearch,), {})(VOCAB)), {}),
-        ("a model TransformerModelBase (of a transformer, ap-apply", lambda: [dense_model(VOCAB).to(DEVICE)], {}, {}),
+        ("a model TransformerModelBase (ap-apply", lambda: [dense_model(VOCAB).to(DEVICE)], {}, {}),
         (
             "LengthConstrainedBeamSearch",
             models,
