@@ -178,12 +178,7 @@ def _require_encoders(cfg) -> None:
             raise UserError(f"--{flag} {chosen._name} needs {' and '.join(f'--{name}' for name in names)}")
         try:
             build(chosen)
-        except (
-            ImportError,
-            OSError,
-            RuntimeError,
-            ValueError,
-        ) as error:  # no such package or file, or one of another kind
+        except (ImportError, OSError, RuntimeError, ValueError) as error:  # no package, no file, or a wrong one
             raise UserError(f"--{flag} {chosen._name}: {error}") from error
 
 

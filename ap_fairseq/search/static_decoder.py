@@ -174,7 +174,7 @@ class StaticDecoder:
 
     def encode_early(self, batch: Batch) -> EncoderOuts | None:
         """Encode a batch whose search begins later, unless a graph will do that with the rest of its beginning."""
-        return None if self._has_source_pass(batch.net_input) else self.encode(batch.net_input)
+        return self.encode(batch.net_input) if self._source_shape(batch.net_input) is None else None
 
     def encode(self, net_input: dict[str, Tensor]) -> EncoderOuts | None:
         """Return what the encoder of every model says, if the models have one."""
@@ -254,7 +254,7 @@ class StaticDecoder:
 
     def _begin(self, batch: Batch, encoder_outs: EncoderOuts | None) -> EncoderOuts | None:
         """Encode a batch, unless that is done, and prepare the state of its search and the caches."""
-        tokens, n_first = batch.net_input["src_tokens"], 1
+        tokens, n_first = batch.tokens, 1
         if self.rules.strategy is not None:
             n_first = self.rules.strategy.n_first(self.rules.beam)
             self.memory.zero_()
@@ -270,29 +270,26 @@ class StaticDecoder:
         self.beams.begin(real.sum(1), batch.max_len, batch.first_token, n_first)
         return self._prepare_caches(batch, real, encoder_outs)
 
-    def _has_source_pass(self, net_input: dict[str, Tensor]) -> bool:
-        """Whether a graph encodes such a batch, from the second one of its size on: few and short sources."""
+    def _source_shape(self, net_input: dict[str, Tensor]) -> tuple[int, int] | None:
+        """Return sentences and columns of the graph that encodes such a batch, if one does: few and short sources."""
         if not self.repeats_sources or not net_input.keys() <= {"src_tokens", "src_lengths", "prev_output_tokens"}:
-            return False
-        n, size = net_input["src_tokens"].shape
-        return size <= (columns := self._columns(size)) and n * columns <= MAX_TOKENS
-
-    def _columns(self, size: int) -> int:
-        return min(bucket(size), *(model.encoder.max_positions() for model in self.models))
-
-    def _source_pass(self, net_input: dict[str, Tensor]) -> SourcePass | None:
-        if not self._has_source_pass(net_input):
             return None
         n, size = net_input["src_tokens"].shape
-        columns = self._columns(size)
-        shape = n, columns
+        columns = min(bucket(size), *(model.encoder.max_positions() for model in self.models))
+        return None if columns < size or n * columns > MAX_TOKENS else (n, columns)
+
+    def _source_pass(self, net_input: dict[str, Tensor]) -> SourcePass | None:
+        """Return the graph that encodes a batch, from the second batch of its size on."""
+        shape = self._source_shape(net_input)
+        if shape is None:
+            return None
         if shape not in self.source_shapes:
             self.source_shapes.add(shape)
             return None
         found = self.source_passes.get(shape)
         if found is None or not found.is_valid(self):
             device = net_input["src_tokens"].device
-            found = self.source_passes[shape] = SourcePass(self, n, columns, self.capacity.positions - 1, device)
+            found = self.source_passes[shape] = SourcePass(self, *shape, self.capacity.positions - 1, device)
         return found
 
     def _prepare_caches(self, batch: Batch, real: Tensor, encoder_outs: EncoderOuts | None) -> EncoderOuts | None:
