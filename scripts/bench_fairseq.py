@@ -10,8 +10,9 @@
 
 Nothing else should run on the host: stock fairseq waits for it, and its rate doubles where the host is idle.
 
-DATA_BIN is a folder of fairseq-preprocess with real text; its test sentences are translated, and pages are consecutive
-training sentences, joined up to the length of the case. Systems:
+DATA_BIN is a folder of fairseq-preprocess with real text; its test sentences (--subset) are translated, and pages are
+consecutive training sentences, joined up to the length of the case. On a GPU the plugin's searches overlap with the
+next batch, as in ap-generate. Systems:
 
     stock       fairseq's transformer and generator. Its self-attention runs on torch's scaled_dot_product_attention
                 (SDPA) wherever it sees whole sentences, with a float mask; cross-attention and every step of decoding
@@ -160,7 +161,7 @@ def cases_of(arch: str | None) -> list[str]:
 
 def measure(options: argparse.Namespace) -> Iterator[dict]:
     """Yield the results of every system as its process prints them, round by round."""
-    passed = ("arch", "precision", "repeats", "device", "limit", "max_tokens", "path", "remove_bpe", "commit")
+    passed = ("arch", "precision", "repeats", "device", "subset", "limit", "max_tokens", "path", "remove_bpe", "commit")
     given = [(name, getattr(options, name)) for name in passed if getattr(options, name)]
     flags = [text for name, value in given for text in (f"--{name.replace('_', '-')}", str(value))]
     flags += ["--profile"] if options.profile else []
@@ -169,7 +170,8 @@ def measure(options: argparse.Namespace) -> Iterator[dict]:
         from rival_ctranslate2 import variants
 
         alone = all(CASES[case][2] == 0 for case in options.cases)
-        runs += variants(options.device, options.precision, bool(options.path), alone)
+        of_rival = options.workers, options.rival_tokens
+        runs += variants(options.device, options.precision, bool(options.path), alone, *of_rival)
     for _, (system, settings) in itertools.product(range(options.rounds), runs):
         command = [sys.executable, __file__, options.data, "--worker", system, *flags, "--cases", *options.cases]
         command += ["--settings", json.dumps(settings)] if settings else []
@@ -275,6 +277,14 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("--precision", choices=PRECISIONS, help="default: fp16, on a CPU fp32")
     parser.add_argument("--systems", nargs="+", choices=SYSTEMS, help="default: all that the device has")
     parser.add_argument("--rivals", nargs="+", choices=RIVALS, default=[], help="also measure these, if installed")
+    parser.add_argument("--workers", nargs="+", type=int, default=[1, 4], help="of CTranslate2; default: 1 4")
+    parser.add_argument(
+        "--rival-tokens",
+        nargs="+",
+        type=int,
+        default=[4096, 16384],
+        help="of the batches that CTranslate2 makes itself, with --path; default: 4096 16384",
+    )
     parser.add_argument(
         "--remove-bpe", default="sentencepiece", help="what BLEU joins to words (default: %(default)s), as in fairseq"
     )
@@ -287,6 +297,7 @@ def get_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--rounds", type=int, default=3, help="of all systems in turns (default: 3)")
     parser.add_argument("--repeats", type=int, default=1, help="timed passes of each round (default: 1)")
+    parser.add_argument("--subset", default="test", help="whose sentences are translated (default: test)")
     parser.add_argument("--limit", type=int, help="at most so many sentences or pages in every case")
     parser.add_argument(
         "--max-tokens", type=int, help=f"of batches (default: 12000 or more; in training {TRAIN_TOKENS})"

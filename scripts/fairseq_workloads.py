@@ -26,6 +26,7 @@ from torch.profiler import ProfilerActivity, profile
 import ap_fairseq.plugin  # noqa: F401  (registers the plugin)
 from ap_fairseq.artifacts import PruningMasks
 from ap_fairseq.model.checkpoints import load_parameters
+from ap_fairseq.search.running import look_ahead
 from ap_fairseq.sites import AttentionKind, architecture
 from triton_ops.testing import block_mask
 
@@ -129,7 +130,7 @@ class Workload:
 
     def translate(self, page: int, max_tokens: int, limit: int, **options) -> dict:
         cfg, task, model = self.task_and_model(page, train=False)
-        dataset = self.dataset(task, "train" if page else "test", page, limit)
+        dataset = self.dataset(task, "train" if page else self.options.subset, page, limit)
         batches = self.batches(dataset, max_tokens)
         search = self.search(cfg, task, model, **options)
         cold, _ = self.timed(search, batches)
@@ -166,8 +167,9 @@ class Workload:
 
         def run(batches) -> dict:
             hypotheses = {}
+            if self.device.type == "cuda":
+                batches = map(utils.move_to_cuda, batches) if self.stock else look_ahead(batches, on_gpu=True)
             for batch in batches:
-                batch = utils.move_to_cuda(batch) if self.device.type == "cuda" else batch
                 prefix = batch["target"][:, :prefix_size] if prefix_size else None
                 found = task.inference_step(generator, [model], batch, prefix_tokens=prefix)
                 hypotheses |= {n: best["tokens"] for n, (best, *_) in zip(batch["id"].tolist(), found, strict=True)}

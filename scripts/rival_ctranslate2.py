@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -16,23 +16,26 @@ FAIRSEQ_MAX_LENGTH = 200  # --max-len-b
 COMPUTE_TYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 
 
-def variants(device: str, precision: str, trained: bool, alone: bool) -> list[tuple[str, dict]]:
+def variants(
+    device: str, precision: str, trained: bool, alone: bool, workers: Sequence[int], batch_tokens: Sequence[int]
+) -> list[tuple[str, dict]]:
     """Return the systems with their settings: workers, and on a GPU the allocator, on a CPU threads and precision.
 
-    ``batch_tokens`` is the size of the batches that CTranslate2 makes itself; None: those that fairseq gets. It needs a
+    *batch_tokens* are sizes of the batches that CTranslate2 makes itself, beside those that fairseq gets. They need a
     trained model: others are held to a length that each of fairseq's batches has for itself. Sentences *alone*, each of
     which waits for the one before, have no use for workers or batches.
     """
+    workers = (1,) if alone else workers
     if device == "cuda":
         compute_types = {"ctranslate2": COMPUTE_TYPES[precision]}
-        places = [dict(workers=w, allocator=a) for w, a in itertools.product((1,) if alone else (1, 4), ALLOCATORS)]
+        places = [dict(workers=w, allocator=a) for w, a in itertools.product(workers, ALLOCATORS)]
     else:
         compute_types, n = (
             {"ctranslate2": COMPUTE_TYPES[precision], "ctranslate2 int8": "int8"},
             torch.get_num_threads(),
         )
-        places = [dict(workers=w, threads=n // w) for w in sorted({1} if alone else {1, min(4, n)})]
-    sizes = [{}, *({"batch_tokens": n} for n in (4096, 16384) if trained and not alone)]
+        places = [dict(workers=w, threads=n // w) for w in sorted({min(w, n) for w in workers})]
+    sizes = [{}, *({"batch_tokens": n} for n in batch_tokens if trained and not alone)]
     return [
         (system, {**place, **size, "compute_type": compute_type})
         for (system, compute_type), place, size in itertools.product(compute_types.items(), places, sizes)

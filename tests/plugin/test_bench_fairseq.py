@@ -1,6 +1,7 @@
 """The benchmark of translation and training runs on a CPU, and sums up what a GPU's profiler reports."""
 
 import argparse
+import functools
 import importlib.util
 import json
 import sys
@@ -175,7 +176,8 @@ print("words", json.dumps(dict(system=system, case="sentences")), sep="\\n")
 sys.exit(3 * (system == "80"))
 """)
     monkeypatch.setattr(bench, "__file__", str(worker))
-    unset = dict.fromkeys("arch precision repeats device limit max_tokens path remove_bpe commit profile".split())
+    names = "arch precision repeats device subset limit max_tokens path remove_bpe commit profile"
+    unset = dict.fromkeys(names.split())
     options = dict(data="data-bin", systems=["stock", "80"], rivals=[], cases=["sentences"], rounds=2)
     rows = [tuple(row.values()) for row in bench.measure(argparse.Namespace(**options, **unset))]
     died = ("-", "80", "the process ended with status 3")
@@ -213,16 +215,17 @@ def test_the_fastest_setting_of_a_rival_counts():
 def test_settings_of_a_rival(monkeypatch):
     """With random parameters only batches that have one length each; on a CPU all threads in each setting."""
     monkeypatch.setattr(rival.torch, "get_num_threads", lambda: 8)
-    gpu = rival.variants("cuda", "fp16", trained=False, alone=False)
+    variants = functools.partial(rival.variants, workers=[1, 4], batch_tokens=[4096, 16384])
+    gpu = variants("cuda", "fp16", trained=False, alone=False)
     assert len(gpu) == 4 and all(settings["compute_type"] == "float16" for _, settings in gpu)
     assert {(settings["workers"], settings["allocator"]) for _, settings in gpu} == {
         (workers, allocator) for workers in (1, 4) for allocator in ("cuda_malloc_async", "cub_caching")
     }
-    trained = rival.variants("cuda", "fp16", trained=True, alone=False)
+    trained = variants("cuda", "fp16", trained=True, alone=False)
     assert [settings.get("batch_tokens") for _, settings in trained] == [None, 4096, 16384] * 4
-    one_by_one = rival.variants("cuda", "fp16", trained=True, alone=True)
+    one_by_one = variants("cuda", "fp16", trained=True, alone=True)
     assert [(settings["workers"], "batch_tokens" in settings) for _, settings in one_by_one] == [(1, False)] * 2
-    cpu = rival.variants("cpu", "fp32", trained=False, alone=False)
+    cpu = variants("cpu", "fp32", trained=False, alone=False)
     assert [system for system, _ in cpu] == ["ctranslate2"] * 2 + ["ctranslate2 int8"] * 2
     assert all(settings["workers"] * settings["threads"] == 8 for _, settings in cpu)
 
