@@ -87,7 +87,7 @@ def quality_digest() -> str:
     names = {"global": ""} | {kind.value: f" of {kind.flag}" for kind in AttentionKind}
     kinds = "|".join(kind.value for kind in AttentionKind)
     for name, wanted in (
-        ("seeds", r"dense\.|importance\.(global)\.([89]0)\..*\.dropout-0\.2-"),
+        ("longer", r"dense\.scratch\.dropout-0\.2-|importance\.(global)\.([89]0)\."),
         ("masks", rf"importance\.({kinds})\.(90)\.g1\.smooth-32\.while"),  # with attention dropout
     ):
         groups: dict[str, list[dict[str, Any]]] = {}
