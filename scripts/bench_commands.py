@@ -45,6 +45,7 @@ from ap_fairseq.files import UserError, refuse_existing, write_json
 from ap_fairseq.provenance import device_name, versions
 from ap_fairseq.tasks import PrunedTranslationConfig, PrunedTranslationTask
 
+SEARCHED = re.compile(r"the slowest searched for ([\d.]+) s")  # ap-generate
 REFERENCE = re.compile(r"^T-(\d+)\t(.*)$", re.MULTILINE)
 HYPOTHESIS = re.compile(r"^D-(\d+)\t.*?\t(.*)$", re.MULTILINE)
 
@@ -56,7 +57,7 @@ def place(text: str) -> tuple[int, int]:
 
 
 def measure(command: list[str], gpus: int) -> tuple[dict, str]:
-    """Run a command; return its seconds and what it printed.
+    """Run a command; return its seconds, those of its search if it logs them, and what it printed.
 
     Raises:
         UserError: if it fails.
@@ -68,11 +69,14 @@ def measure(command: list[str], gpus: int) -> tuple[dict, str]:
         seconds, after = time.monotonic() - begin, resource.getrusage(resource.RUSAGE_CHILDREN)
         for stream in (lines, log):
             stream.seek(0)
-        if status:
-            raise UserError(f"{shlex.join(command)} failed with status {status}:\n{log.read()[-3000:]}")
-        printed = lines.read()
+        printed, logged = lines.read(), log.read()
+    if status:
+        raise UserError(f"{shlex.join(command)} failed with status {status}:\n{logged[-3000:]}")
     computed = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return dict(seconds=seconds, cpu_seconds=computed), printed
+    times = dict(seconds=seconds, cpu_seconds=computed)
+    if searched := SEARCHED.search(logged):
+        times["search_seconds"] = float(searched[1])
+    return times, printed
 
 
 def subset_rows(args: argparse.Namespace, stock: str) -> Iterator[dict]:
@@ -150,8 +154,9 @@ def table(report: dict) -> str:
         seconds, score = row[kind], row["score"].split(" (")[0]
         rates = [f"{row['sentences'] / seconds:,.0f}", f"{row['sentences'] / seconds / first:.2f}"]
         places = [str(row["gpus"]), str(row["processes"]), f"{row['max_tokens']:,}"]
-        body.append([row["command"], *places, f"{seconds:.1f}", *rates, score])
-    header = ["command", "GPUs", "processes", "tokens of a batch", "seconds", "sentences/s", "ratio", "score"]
+        search = f" ({row['search_seconds']:.1f})" if "search_seconds" in row else ""
+        body.append([row["command"], *places, f"{seconds:.1f}{search}", *rates, score])
+    header = ["command", "GPUs", "processes", "tokens of a batch", "seconds (search)", "sentences/s", "ratio", "score"]
     used = report["versions"]
     made = f"{report['device']}, torch {used['torch']}, commit {report['commit']}: `{report['made_by']}`"
     notes = [report["note"]] if "note" in report else []

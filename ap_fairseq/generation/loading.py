@@ -1,9 +1,10 @@
-"""Loading models in a process that only translates: without the optimizer's state and random first parameters."""
+"""The start of a process that only translates: models without the optimizer's state, and CUDA beside reading them."""
 
 from __future__ import annotations
 
 import functools
 import os
+import threading
 import zipfile
 
 import torch
@@ -11,6 +12,9 @@ from fairseq import checkpoint_utils, utils
 from torch import Tensor
 from torch.nn import init
 from torch.overrides import TorchFunctionMode
+
+from triton_ops.norm import add_norm
+from triton_ops.rows import Norm
 
 
 class _NoRandomValues(TorchFunctionMode):
@@ -54,3 +58,19 @@ def load_faster(on_gpu: bool) -> None:
     torch.load = read
     if on_gpu:
         checkpoint_utils.load_model_ensemble_and_task = load
+
+
+def use_gpu(number: int) -> None:
+    """Let this process see only one of the GPUs that it sees, counted from 0; CUDA may not have started in it yet."""
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    os.environ["CUDA_VISIBLE_DEVICES"] = str(number) if seen is None else seen.split(",")[number].strip()
+
+
+def start_cuda() -> None:
+    """Start CUDA, its library of products and Triton in a thread, which take a second before a first batch."""
+    threading.Thread(target=_first_kernels).start()
+
+
+def _first_kernels() -> None:
+    x = torch.ones(16, 16, dtype=torch.float16, device="cuda")
+    add_norm(x @ x, None, Norm(x[0], x[0], 1.0))

@@ -22,7 +22,7 @@ import torch
 from ap_fairseq.experiments.progress import Progress
 from ap_fairseq.experiments.stages import POLL_SECONDS, PROCESSES, call_logged, end_of, lines_of
 from ap_fairseq.files import UserError
-from ap_fairseq.generation.loading import load_faster
+from ap_fairseq.generation.loading import load_faster, start_cuda, use_gpu
 from ap_fairseq.search.generator import FALLBACK
 from ap_fairseq.tasks import OTHER_DIRECTION
 
@@ -78,10 +78,11 @@ def run_ranks(name: str, logs: list[Path], cpu: bool, function: Callable, *args:
 def _run(rank: int, ranks: int, cpu: bool, function: Callable, args: tuple) -> None:
     end_with_parent()
     gc.freeze()  # what was imported stays; full collections that look through it take longer than reading hypotheses
-    on_gpu = torch.cuda.is_available() and not cpu
-    load_faster(on_gpu)
-    if on_gpu:
-        torch.cuda.set_device(rank % torch.cuda.device_count())
+    gpus = 0 if cpu else torch.cuda.device_count()
+    load_faster(on_gpu=gpus > 0)
+    if gpus:
+        use_gpu(rank % gpus)
+        start_cuda()
     else:
         torch.set_num_threads(max(1, torch.get_num_threads() // ranks))
     try:

@@ -27,6 +27,7 @@ def test_commands_are_timed_and_print_one_score(data_bin, dense, tmp_path):
     ]
     assert len({row["score"] for row in report["rows"]}) == len({row["sentences"] for row in report["rows"]}) == 1
     assert all(0 < row["cpu_seconds"] and row["sentences"] > 5 for row in report["rows"])
+    assert all((row.get("search_seconds", 0) > 0) == (row["command"] == "ap-generate") for row in report["rows"])
     assert "| ap-generate" in printed and run_process(*SCRIPT, "--table", out) in printed
 
 

@@ -529,13 +529,18 @@ def test_processes_are_as_many_as_gpus_or_share_them(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert generate.count_ranks(None, cpu=False) == 2 and generate.count_ranks(None, cpu=True) == 1
     assert generate.count_ranks(3, cpu=False) == generate.count_ranks(3, cpu=True) == 3
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "set_device", (devices := []).append)
-    monkeypatch.setattr(ranks.threading, "Thread", Mock())
-    monkeypatch.setattr(ranks.gc, "freeze", Mock())
-    for rank in range(3):
-        ranks._run(rank, 3, False, Mock(), ())
-    assert devices == [0, 1, 0]
+    for name in ("threading.Thread", "gc.freeze", "load_faster", "start_cuda"):
+        monkeypatch.setattr(f"ap_fairseq.generation.ranks.{name}", Mock())
+    for visible, devices in ((None, ["0", "1", "0"]), ("3, GPU-8f", ["3", "GPU-8f", "3"])):
+        seen = []
+        for rank in range(3):
+            with monkeypatch.context() as process:
+                process.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+                if visible is not None:
+                    process.setenv("CUDA_VISIBLE_DEVICES", visible)
+                ranks._run(rank, 3, False, lambda _: seen.append(os.environ["CUDA_VISIBLE_DEVICES"]), ())
+                process.setenv("CUDA_VISIBLE_DEVICES", "")  # what _run set is undone
+        assert seen == devices
 
 
 def test_parts_of_a_text_are_its_lines(tmp_path):
