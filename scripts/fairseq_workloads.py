@@ -26,6 +26,7 @@ from torch.profiler import ProfilerActivity, profile
 import ap_fairseq.plugin  # noqa: F401  (registers the plugin)
 from ap_fairseq.artifacts import PruningMasks
 from ap_fairseq.model.checkpoints import load_parameters
+from ap_fairseq.search.generator import PrunedSequenceGenerator
 from ap_fairseq.search.running import look_ahead
 from ap_fairseq.sites import AttentionKind, architecture
 from triton_ops.testing import block_mask
@@ -164,6 +165,8 @@ class Workload:
         if not self.options.path:
             options = dict(max_len_a=1, max_len_b=0) | options
         generator = task.build_generator([model], argparse.Namespace(beam=BEAM, lenpen=1, **options))
+        if isinstance(generator, PrunedSequenceGenerator):
+            generator.nbest = 1  # as in ap-generate; CTranslate2 returns one, too
 
         def run(batches) -> dict:
             hypotheses = {}
