@@ -27,6 +27,7 @@ from ap_fairseq.generation.binarised import translate_subset
 from ap_fairseq.generation.loading import checkpoint_files
 from ap_fairseq.generation.ranks import locked
 from ap_fairseq.generation.text import PART_LINES, SETTINGS, Text, spool_stdin, translate_text, write_parts
+from ap_fairseq.generation.workers import spare_processes
 from ap_fairseq.provenance import dictionary_files
 
 logger = logging.getLogger(__name__)
@@ -82,7 +83,7 @@ def get_parser() -> argparse.ArgumentParser:
         f"{PART_LINES}) are in FILE.parts until all are done",
     )
     group.add_argument("--overwrite", action="store_true", help="replace an existing output file")
-    parser.set_defaults(input=None)
+    parser.set_defaults(input=None, num_workers=None)
     return parser
 
 
@@ -112,6 +113,9 @@ def main(argv: list[str]) -> None:
         args.max_tokens = 12000  # as fairseq-generate
     args.log_format, args.tpu = "simple", False  # fairseq's parser sets the latter for --bf16
     ranks = count_ranks(args.num_processes, args.cpu)
+    if args.num_workers is None:
+        # On a GPU one may be slower than the search: fairseq collates sentence by sentence.
+        args.num_workers = 1 if args.cpu or not torch.cuda.device_count() else spare_processes(ranks, most=4)
     if args.tokenizer == "moses" and None in (args.source_lang, args.target_lang):  # in place of hydra's traceback
         raise UserError("--tokenizer moses needs --source-lang and --target-lang")
     cfg = convert_namespace_to_omegaconf(argparse.Namespace(**{**vars(args), "input": args.input or "-"}))

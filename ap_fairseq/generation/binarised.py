@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import json
 import logging
 import os
@@ -12,7 +13,7 @@ import shutil
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -30,7 +31,7 @@ from sacrebleu.metrics import BLEU
 from ap_fairseq.files import write_json
 from ap_fairseq.generation.lines import Batch, BatchLines
 from ap_fairseq.generation.ranks import run_ranks
-from ap_fairseq.generation.workers import Workers
+from ap_fairseq.generation.workers import Workers, spare_processes
 from ap_fairseq.search.generator import PrunedSequenceGenerator
 from ap_fairseq.search.running import look_ahead
 
@@ -40,7 +41,7 @@ logger = logging.getLogger(__name__)
 _SENTENCE = re.compile(r"^[A-Z]-(\d+)(?:_\d+)?\t.*\n(?:[A-Z]-\1(?:_\d+)?\t.*\n)*", re.MULTILINE)
 _REFERENCE = re.compile(r"^T-\d+\t(.*)$", re.MULTILINE)
 _HYPOTHESIS = re.compile(r"^D-\d+\t.*?\t(.*)$", re.MULTILINE)  # the first is the best
-LINES = "lines.txt"  # of a process, made here; fairseq's loop prints to a file of its own
+LINES = "lines{}.txt"  # of each writer of a process; fairseq's loop prints to a file of its own
 
 
 class Joined(NamedTuple):
@@ -93,9 +94,8 @@ def translate_subset(cfg, ranks: int, folder: Path) -> Joined:
     logs = [folder / f"rank{rank}.log" for rank in range(ranks)]
     run_ranks(f"generate {cfg.dataset.gen_subset}", logs, cfg.common.cpu, translate_share, cfg, folder)
     shares = [json.loads((folder / f"rank{rank}.json").read_text(encoding="utf-8")) for rank in range(ranks)]
-    names = f"generate-{cfg.dataset.gen_subset}.txt", LINES
-    outputs = [folder / f"rank{rank}" / name for rank in range(ranks) for name in names]
-    sentences = join(output for output in outputs if output.exists())
+    names = f"generate-{cfg.dataset.gen_subset}.txt", LINES.format("*")
+    sentences = join(path for rank in range(ranks) for name in names for path in (folder / f"rank{rank}").glob(name))
     if missing := shares[0]["sentences"] - len(sentences):
         logger.warning(
             f"{missing} of {shares[0]['sentences']} sentences were left out: they are longer than "
@@ -115,6 +115,7 @@ def translate_share(rank: int, cfg, folder: Path) -> None:
     """Run ``fairseq-generate`` on the shard of one process; write what it prints and how many sentences there are."""
     cfg.distributed_training.distributed_rank = rank
     cfg.common_eval.results_path = str(folder / f"rank{rank}")
+    on_gpu = torch.cuda.device_count() > 0 and not cfg.common.cpu
     share: dict[str, Any] = {"seconds": 0.0, "tokens": 0}
     task_class = TASK_REGISTRY[cfg.task._name]  # some tasks make their batches themselves
     stock = task_class.get_batch_iterator
@@ -126,15 +127,16 @@ def translate_share(rank: int, cfg, folder: Path) -> None:
             raise _NoBatch  # fairseq divides by the time and the length of what it has translated
         if rank:  # each process samples with random numbers of its own, the first with those of fairseq-generate
             utils.set_torch_seed(torch.initial_seed() + rank)
-        if torch.cuda.is_available() and not cfg.common.cpu:  # else nothing searches while the host reads
+        if on_gpu:  # else nothing searches while the host reads
             iterator.next_epoch_itr = functools.partial(_look_ahead, iterator.next_epoch_itr)
         return iterator
 
     stock_build, stock_step = scoring.build_scorer, task_class.inference_step
     plain = _plain(cfg)
     nbest, by_batch = plain.generation.nbest, BatchLines.covers(plain.generation)
-    scorer: Scorer | None = None  # fairseq's BLEU of tokens, which this process counts
-    lines: BatchLines | None = None
+    scorer: Scorer | None = None  # fairseq's BLEU of tokens, which this process counts, or its writers
+    writers: list[Workers] = []
+    lines: list[BatchLines] = []  # of each writer
 
     def build_scorer(*args):
         nonlocal scorer
@@ -143,7 +145,6 @@ def translate_share(rank: int, cfg, folder: Path) -> None:
         return _ScoredLater() if scorer is None or by_batch else scorer
 
     def inference_step(self, generator, models, sample, *args, **options):
-        nonlocal lines
         begin = time.perf_counter()
         if isinstance(generator, PrunedSequenceGenerator):
             generator.nbest = nbest
@@ -151,9 +152,10 @@ def translate_share(rank: int, cfg, folder: Path) -> None:
         share["seconds"] += time.perf_counter() - begin
         share["tokens"] += sum(len(best["tokens"]) for best, *_ in found)
         if by_batch:
-            if lines is None:
-                lines = BatchLines(plain, self, generator, scorer, folder / f"rank{rank}" / LINES)
-            worker.submit("write", Batch.collect(sample, found, nbest))
+            if not lines:
+                paths = [folder / f"rank{rank}" / LINES.format(k) for k in range(len(writers))]
+                lines.extend(BatchLines(plain, self, generator, scorer, path) for path in paths)
+            next(turns).submit("write", Batch.collect(sample, found, nbest))
             sample["nsentences"], sample["id"] = len(found), sample["id"][:0]  # nothing is left for fairseq's loop
         return found
 
@@ -163,12 +165,22 @@ def translate_share(rank: int, cfg, folder: Path) -> None:
     # This process does nothing else.
     task_class.get_batch_iterator, task_class.inference_step = get_batch_iterator, inference_step
     scoring.build_scorer = build_scorer
-    # The worker is a copy of this process from the first call on: it has the lines and the scorer that are there then.
-    with Workers(1, write=lambda batch: lines.write(batch), statistics=statistics) as worker:
+    # A writer is a copy of this process from its first call on: it has the lines and the scorer that are there then.
+    with ExitStack() as stack:
+        for k in range(count_writers(cfg, on_gpu) if by_batch else 1):
+            worker = Workers(1, write=lambda batch, k=k: lines[k].write(batch), statistics=statistics)
+            writers.append(stack.enter_context(worker))
+        turns = itertools.cycle(writers)
         with suppress(_NoBatch):
             generate.main(plain)
-        share["statistics"] = worker.call("statistics")
+        counts = [worker.call("statistics") for worker in writers]
+    share["statistics"] = None if scorer is None else [sum(count) for count in zip(*counts, strict=True)]
     write_json(folder / f"rank{rank}.json", share, overwrite=True)
+
+
+def count_writers(cfg, on_gpu: bool) -> int:
+    """Return how many processes write the lines of each search: on a GPU one may be slower than it."""
+    return spare_processes(cfg.distributed_training.distributed_world_size, most=2) if on_gpu else 1
 
 
 def _look_ahead(next_epoch_itr: Callable, *args, **options) -> CountingIterator:

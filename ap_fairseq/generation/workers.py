@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -21,6 +22,12 @@ MAX_PENDING = 4  # calls that the search is ahead of, and results that it has ye
 
 Item = TypeVar("Item")
 _functions: dict[str, Callable] = {}  # of this process, if it is a worker
+
+
+def spare_processes(searches: int, most: int) -> int:
+    """Return how many processes may read, or write, for each of the *searches* of this machine, at most *most*."""
+    cores = len(os.sched_getaffinity(0)) // searches
+    return max(1, min(most, (cores - 1) // 2))
 
 
 class _Worker(ForkProcess):

@@ -257,7 +257,7 @@ def test_lines_of_a_run_that_was_killed_are_not_those_of_the_next(data_bin, dens
     for rank in range(2):  # the second has no batch this time
         folder = tmp_path / "generate-valid.txt.parts" / f"rank{rank}"
         folder.mkdir(parents=True)
-        for name in ("lines.txt", "generate-valid.txt"):
+        for name in ("lines0.txt", "lines1.txt", "generate-valid.txt"):
             (folder / name).write_text("S-0\tof another model\n", "utf-8")
     ap_generate(*flags, "--results-path", tmp_path)
     assert (tmp_path / "generate-valid.txt").read_text("utf-8") == expected
@@ -531,16 +531,14 @@ def test_processes_are_as_many_as_gpus_or_share_them(monkeypatch):
     assert generate.count_ranks(3, cpu=False) == generate.count_ranks(3, cpu=True) == 3
     for name in ("threading.Thread", "gc.freeze", "load_faster", "start_cuda"):
         monkeypatch.setattr(f"ap_fairseq.generation.ranks.{name}", Mock())
-    for visible, devices in ((None, ["0", "1", "0"]), ("3, GPU-8f", ["3", "GPU-8f", "3"])):
-        seen = []
-        for rank in range(3):
-            with monkeypatch.context() as process:
-                process.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-                if visible is not None:
-                    process.setenv("CUDA_VISIBLE_DEVICES", visible)
-                ranks._run(rank, 3, False, lambda _: seen.append(os.environ["CUDA_VISIBLE_DEVICES"]), ())
-                process.setenv("CUDA_VISIBLE_DEVICES", "")  # what _run set is undone
-        assert seen == devices
+    seen = []
+    for visible, rank in ((None, 0), (None, 1), (None, 2), ("3, GPU-8f", 0), ("3, GPU-8f", 1)):
+        with monkeypatch.context() as process:
+            process.delenv("CUDA_VISIBLE_DEVICES", raising=False)  # and is again what it was
+            if visible is not None:
+                process.setenv("CUDA_VISIBLE_DEVICES", visible)
+            ranks._run(rank, 3, False, lambda _: seen.append(os.environ["CUDA_VISIBLE_DEVICES"]), ())
+    assert seen == ["0", "1", "0", "3", "GPU-8f"]
 
 
 def test_parts_of_a_text_are_its_lines(tmp_path):

@@ -16,7 +16,7 @@ from ap_fairseq.cli.common import exit_on_sigterm
 from ap_fairseq.files import UserError
 from ap_fairseq.generation import binarised
 from ap_fairseq.generation.lines import Batch, BatchLines
-from ap_fairseq.generation.workers import MAX_PENDING, Workers
+from ap_fairseq.generation.workers import MAX_PENDING, Workers, spare_processes
 
 
 def test_submitted_calls_are_made_in_order_while_this_process_goes_on(tmp_path):
@@ -37,6 +37,14 @@ def test_submitted_calls_are_made_in_order_while_this_process_goes_on(tmp_path):
     assert [number for number, _ in noted] == [*range(9)]
     (pid,) = {pid for _, pid in noted}
     assert pid != os.getpid() and not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize(
+    ("cores", "searches", "most", "spare"), [(16, 1, 4, 4), (16, 2, 4, 3), (4, 1, 4, 1), (2, 4, 4, 1)]
+)
+def test_processes_beside_a_search_are_as_many_as_cores_allow(cores, searches, most, spare, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
+    assert spare_processes(searches, most) == spare
 
 
 def test_results_are_prefetched_and_come_in_order(tmp_path):
@@ -181,6 +189,17 @@ def translate(data_bin, model, folder, *more) -> str:
     args = options.parse_args_and_arch(options.get_generation_parser(), list(map(str, flags)))
     joined = binarised.translate_subset(convert_namespace_to_omegaconf(args), 1, folder)
     return joined.text(quiet=False)
+
+
+@by_forks
+@pytest.mark.parametrize("batch_size", [16, 60], ids=["four batches", "one batch"])
+def test_writers_of_one_search_share_its_lines_and_score(batch_size, data_bin, dense, tmp_path, monkeypatch):
+    """As on a GPU; of one batch the others have nothing to write."""
+    expected = translate(data_bin, dense, tmp_path / "expected", "--batch-size", batch_size)
+    monkeypatch.setattr(binarised, "count_writers", lambda *_: 3)
+    assert translate(data_bin, dense, tmp_path / "found", "--batch-size", batch_size) == expected
+    written = sorted(path.name for path in (tmp_path / "found" / "rank0").glob("lines*.txt"))
+    assert written == [f"lines{k}.txt" for k in range(3 if batch_size == 16 else 1)]
 
 
 @by_forks
