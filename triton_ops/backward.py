@@ -22,7 +22,7 @@ from torch import Tensor
 from .call import Call
 from .config import INTERPRETED, TRITON, ceil_div, dkdv_config, dq_config, int32_offsets, power_of_two, precision
 from .descriptors import aligned, aligned_row, tile_block
-from .launch import Launch, launches_of
+from .launch import Launch, launches_of, strides
 from .primitives import (
     LOG2E,
     RUN_TIME,
@@ -141,21 +141,9 @@ def _dq_kernel(
             if BN > G:
                 b_pivot = tl.where(m_n[None, :], b_pivot, float("inf"))
             b_dq = _dq_step(
-                b_dq,
-                b_q,
-                b_do,
-                b_pivot,
-                b_delta,
-                b_k,
-                b_v,
-                m_m,
-                m_z,
-                scale_log2,
-                inverse_keep,
-                False,
-                DROPOUT,
-                PRECISION,
-            )
+                b_dq, b_q, b_do, b_pivot, b_delta, b_k, b_v, m_m, m_z, scale_log2, inverse_keep,
+                False, DROPOUT, PRECISION,
+            )  # fmt: skip
     for first in tl.range(n_inside * G, n_total * G, BN, num_stages=1):
         start, o_x, m_n, m_s = masked_keys(
             p_words, p_anchor, p_entries, first, o_m, m_m, n_full, n_total, k_length, NI, KW, LQ, RS, SLOPE, BN, G
@@ -331,20 +319,14 @@ def backward(
 
     def shared() -> dict[str, Any]:
         return dict(
-            s_qb=q.stride(0), s_qh=q.stride(1), s_qt=q.stride(2),
-            s_kb=k.stride(0), s_kh=k.stride(1), s_kt=k.stride(2),
-            s_vb=v.stride(0), s_vh=v.stride(1), s_vt=v.stride(2),
-            s_gb=grad_out.stride(0), s_gh=grad_out.stride(1), s_gt=grad_out.stride(2),
-            H=q.size(1), TQ=q.size(2), TK=k.size(2), scale=call.scale,
+            **strides(q=q, k=k, v=v, g=grad_out), H=q.size(1), TQ=q.size(2), TK=k.size(2), scale=call.scale,
             D=q.size(3), BD=power_of_two(q.size(3)), PRECISION=precision(q.dtype), **call.numbers(),
         )  # fmt: skip
 
     def dq_launches() -> list[Launch]:
         config = dq_config(queries, q.size(3), q.dtype)
         numbers = dict(
-            s_ob=out.stride(0), s_oh=out.stride(1), s_ot=out.stride(2),
-            s_dqb=dq.stride(0), s_dqh=dq.stride(1), s_dqt=dq.stride(2), TR=delta.size(2),
-            NO=queries.entries.size(1), NI=queries.entries.size(2),
+            **strides(o=out, dq=dq), TR=delta.size(2), NO=queries.entries.size(1), NI=queries.entries.size(2),
             BM=config.block_q, BN=config.block_k, G=queries.inner, GO=queries.outer,
             INT32_OFFSETS=int32_offsets(k, v), **shared(),
         )  # fmt: skip
@@ -359,9 +341,7 @@ def backward(
             return hopper.launches(q, k, v, grad_out, dk, dv, call)
         config = dkdv_config(keys, q.size(3), q.dtype)
         numbers = dict(
-            s_dkb=dk.stride(0), s_dkh=dk.stride(1), s_dkt=dk.stride(2),
-            s_dvb=dv.stride(0), s_dvh=dv.stride(1), s_dvt=dv.stride(2),
-            NO=keys.entries.size(1), NI=keys.entries.size(2),
+            **strides(dk=dk, dv=dv), NO=keys.entries.size(1), NI=keys.entries.size(2),
             BM=config.block_q, BN=config.block_k, G=keys.inner, GO=keys.outer,
             INT32_OFFSETS=int32_offsets(q, grad_out), **shared(),
         )  # fmt: skip

@@ -10,7 +10,7 @@ from torch import Tensor
 from .call import Call
 from .config import ceil_div, forward_config, int32_offsets, power_of_two, precision
 from .descriptors import aligned, tile_block
-from .launch import Launch, launches_of
+from .launch import Launch, launches_of, strides
 from .primitives import (
     LN2,
     NO_KEY,
@@ -41,7 +41,7 @@ def _forward_kernel(
 
     p_o, p_lse            written: output, laid out by its own strides, and float32 (B, H, TQ)
     p_entries, p_counts   the query table, with NO query tiles and NI key blocks to a row
-    d_k, d_v              descriptors of tiles of K and V (`descriptors.tiles`), or None: by pointers
+    d_k, d_v              descriptors of tiles of K and V (`descriptors.tile_block`), or None: by pointers
     first_h, first_b      head and sentence of the first program (`config.grids`)
     """
     # The last tiles first: under a causal mask they are the longest, and long programs should not start last.
@@ -146,10 +146,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor
     def build() -> list[Launch]:
         config = forward_config(table, dim, q.dtype)
         numbers = dict(
-            s_qb=q.stride(0), s_qh=q.stride(1), s_qt=q.stride(2),
-            s_kb=k.stride(0), s_kh=k.stride(1), s_kt=k.stride(2),
-            s_vb=v.stride(0), s_vh=v.stride(1), s_vt=v.stride(2),
-            s_ob=out.stride(0), s_oh=out.stride(1), s_ot=out.stride(2),
+            **strides(q=q, k=k, v=v, o=out),
             H=heads, TQ=q_size, TK=k.size(2), NO=table.entries.size(1), NI=table.entries.size(2),
             D=dim, BD=power_of_two(dim), BM=config.block_q, BN=config.block_k, G=table.inner, GO=table.outer,
             INT32_OFFSETS=int32_offsets(k, v), PRECISION=precision(q.dtype), **call.numbers(),

@@ -26,7 +26,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from .call import Call
 from .config import Config, ceil_div
 from .descriptors import aligned_row
-from .launch import Launch, launches_of
+from .launch import Launch, launches_of, strides
 from .primitives import RUN_TIME, list_lengths, listed_start, sequence_length
 
 KEYS, QUERIES, STAGES = 64, 64, 3
@@ -259,10 +259,7 @@ def launches(q: Tensor, k: Tensor, v: Tensor, grad_out: Tensor, dk: Tensor, dv: 
     table = call.key_table()
     names = ("MH", "KW", "LQ", "RS", "scale_log2")
     numbers = dict(
-        s_qb=q.stride(0), s_qh=q.stride(1), s_qt=q.stride(2),
-        s_gb=grad_out.stride(0), s_gh=grad_out.stride(1), s_gt=grad_out.stride(2),
-        s_dkb=dk.stride(0), s_dkh=dk.stride(1), s_dkt=dk.stride(2),
-        s_dvb=dv.stride(0), s_dvh=dv.stride(1), s_dvt=dv.stride(2),
+        **strides(q=q, g=grad_out, dk=dk, dv=dv),
         H=q.size(1), TQ=q.size(2), TK=k.size(2), TR=aligned_row(q.size(2)), scale=call.scale, D=q.size(3),
         NO=table.entries.size(1), NI=table.entries.size(2), BM=QUERIES, BN=KEYS, G=table.inner, GO=table.outer,
         STAGES=STAGES, **{name: call.numbers()[name] for name in names},

@@ -158,6 +158,11 @@ def launches_of(
     ]
 
 
+def strides(**tensors: Tensor) -> dict[str, int]:
+    """Strides of sentence, head and position of each (B, H, T, D), named as in `primitives.py`: s_qb, s_qh, s_qt."""
+    return {f"s_{name}{axis}": x.stride(i) for name, x in tensors.items() for i, axis in enumerate("bht")}
+
+
 def kept(key: Hashable, build: Callable[[], list[Launch]]) -> list[Launch]:
     """Return the launches under *key*, which names all that `build` looks at."""
     launches = _kept.get(key)

@@ -208,7 +208,7 @@ def load_tile(
     d_x, i_b, i_h, p_x, stride, start, o_x,
     INT32_OFFSETS: tl.constexpr, STEP: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """Rows start + o_x of a head, which exist, [STEP, BD]: by its descriptor (`descriptors.tiles`) if it has one."""
+    """Rows start + o_x of a head, which exist, [STEP, BD]: by descriptor (`descriptors.tile_block`) if there is one."""
     if d_x is not None:
         b_x = d_x.load([i_b, i_h, start, 0]).reshape([STEP, BD])
     else:

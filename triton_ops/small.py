@@ -23,7 +23,7 @@ from .config import (
     small_backward_config,
     small_forward_config,
 )
-from .launch import Launch
+from .launch import Launch, strides
 from .primitives import LN2, NO_KEY, dot, dropout_bits, keep_bits_by_key, sequence_length
 
 
@@ -220,10 +220,7 @@ def small_forward(q: Tensor, k: Tensor, v: Tensor, tile: int, call: Call) -> tup
         config = small_forward_config(tile, q.dtype)
         n_tiles = ceil_div(q_size, config.block_q)
         numbers = dict(
-            s_qb=q.stride(0), s_qh=q.stride(1), s_qt=q.stride(2),
-            s_kb=k.stride(0), s_kh=k.stride(1), s_kt=k.stride(2),
-            s_vb=v.stride(0), s_vh=v.stride(1), s_vt=v.stride(2),
-            s_ob=out.stride(0), s_oh=out.stride(1), s_ot=out.stride(2),
+            **strides(q=q, k=k, v=v, o=out),
             H=heads, TQ=q_size, TK=k.size(2), n_tiles=n_tiles,
             D=dim, BD=power_of_two(dim), BM=config.block_q, BN=config.block_k, PRECISION=precision(q.dtype),
             **call.numbers(),
@@ -245,13 +242,7 @@ def small_backward(
         batch, heads, q_size, dim = q.shape
         config = small_backward_config(tile, q.dtype)
         numbers = dict(
-            s_qb=q.stride(0), s_qh=q.stride(1), s_qt=q.stride(2),
-            s_kb=k.stride(0), s_kh=k.stride(1), s_kt=k.stride(2),
-            s_vb=v.stride(0), s_vh=v.stride(1), s_vt=v.stride(2),
-            s_gb=grad_out.stride(0), s_gh=grad_out.stride(1), s_gt=grad_out.stride(2),
-            s_dqb=dq.stride(0), s_dqh=dq.stride(1), s_dqt=dq.stride(2),
-            s_dkb=dk.stride(0), s_dkh=dk.stride(1), s_dkt=dk.stride(2),
-            s_dvb=dv.stride(0), s_dvh=dv.stride(1), s_dvt=dv.stride(2),
+            **strides(q=q, k=k, v=v, g=grad_out, dq=dq, dk=dk, dv=dv),
             H=heads, TQ=q_size, TK=k.size(2), scale=call.scale,
             D=dim, BD=power_of_two(dim), BM=config.block_q, BN=config.block_k, PRECISION=precision(q.dtype),
             **call.numbers(),
