@@ -17,8 +17,6 @@ import argparse
 import json
 from pathlib import Path
 
-import numpy as np
-
 from ap_fairseq.artifacts import AttentionStats
 from ap_fairseq.cli.common import command
 from ap_fairseq.evaluation.tables import Table, markdown, plain
@@ -36,10 +34,9 @@ def compare(full: AttentionStats, sample: AttentionStats, spec: MaskSpec) -> dic
     for kind in full.kinds:
         support, mass = full.support[kind], full.mass[kind]
         expected, found = whole.keep[kind], drawn.grown(kind, support.shape)
-        pairs = support.sum() * np.prod(expected.shape[:2])
         result[kind.value] = {
             "overlap": float((support * (expected & found)).sum() / (support * expected).sum()),
-            "effective": float(1 - (support * found).sum() / pairs),
+            "effective": float(1 - (support * found).sum() / full.pairs(kind)),
             "kept_mass": float(mass[found].sum() / mass.sum()),
             "kept_mass_of_whole": float(mass[expected].sum() / mass.sum()),
         }

@@ -141,10 +141,13 @@ class PruningMasks:
         """Return the keep mask up to *shape*, which may lie beyond the recorded range: bool (layers, heads, *shape)."""
         return grown(self.keep[kind], self.extrapolation[kind], kind, shape)
 
+    def relative_mask(self, kind: AttentionKind) -> RelativeMask | None:
+        """Return what *kind* keeps by offset from the scaled diagonal; None where its masks are of cells."""
+        return self.relative if kind is AttentionKind.CROSS else None
+
     def guarantees(self, kind: AttentionKind) -> bool:
-        """Whether every row of *kind* keeps a cell that exists in every sentence."""
-        relative = kind is AttentionKind.CROSS and self.relative is not None  # each head keeps its anchor
-        return relative or not self.may_have_empty_rows
+        """Whether every row of *kind* keeps a cell that exists in every sentence, or its head's anchor."""
+        return self.relative_mask(kind) is not None or not self.may_have_empty_rows
 
     def packed(self) -> dict[str, np.ndarray]:
         """Return the tensors as stored: int64 words of 32 cells and int64 (2,) ranges (Tq, Tk).

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -185,6 +186,10 @@ class AttentionStats:
     def architecture(self) -> dict[str, list[int]]:
         """``{kind: [layers, heads]}``."""
         return {kind.value: list(self.mass[kind].shape[:2]) for kind in self.kinds}
+
+    def pairs(self, kind: AttentionKind) -> int:
+        """Recorded pairs of a kind, over layers and heads."""
+        return int(self.support[kind].sum()) * math.prod(self.mass[kind].shape[:2])
 
     def mean(self, kind: AttentionKind) -> np.ndarray:
         """Mean attention s/n, float64 (layers, heads, Tq, Tk); 0 where a cell was never attendable."""

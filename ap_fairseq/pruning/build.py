@@ -261,13 +261,12 @@ def _scopes(units: Mapping[AttentionKind, Units], stats: AttentionStats, spec: M
         layers, heads = unit.score.shape[:2]  # those that share one score are one group
         n_layers = layers if spec.scope in ("layer", "head") else 1
         n_heads = heads if spec.scope == "head" else 1
-        pairs = stats.support[kind].sum() * np.prod(stats.mass[kind].shape[:2])
         for layer, head in np.ndindex(n_layers, n_heads):
             index = (
                 slice(layer, layer + 1) if n_layers > 1 else slice(None),
                 slice(head, head + 1) if n_heads > 1 else slice(None),
             )
-            groups.append(([(kind, index)], spec.budgets[kind] * pairs / (n_layers * n_heads)))
+            groups.append(([(kind, index)], spec.budgets[kind] * stats.pairs(kind) / (n_layers * n_heads)))
     if spec.scope == "global" and groups:
         groups = [([member for members, _ in groups for member in members], sum(target for _, target in groups))]
     return groups

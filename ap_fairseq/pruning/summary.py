@@ -36,8 +36,8 @@ def summarize(masks: PruningMasks, stats: AttentionStats) -> list[LayerSummary]:
     """Return effective sparsity, nominal sparsity and kept mass per kind and layer; the kind's own row comes first."""
     rows = []
     for kind in stats.kinds:
-        if masks.relative is not None and kind is AttentionKind.CROSS:
-            layers = _relative_layers(masks.relative, stats)
+        if relative := masks.relative_mask(kind):
+            layers = _relative_layers(relative, stats)
         else:
             layers = _layers(masks.keep[kind], stats, kind)
         total = {key: sum(layer[key] for layer in layers) for key in layers[0]}
@@ -106,10 +106,10 @@ def sparsity_on(masks: PruningMasks, lengths: np.ndarray) -> dict[str, float]:
     """
     shares, pruned_pairs, all_pairs = {}, 0, 0
     for kind in masks.kinds:
-        if kind is AttentionKind.CROSS and masks.relative is not None:
-            rows = rows_by_centre(lengths, masks.relative.slope)
-            pairs = int(offset_support(rows).sum()) * int(np.prod(masks.relative.anchor.shape))
-            pruned = pairs - int(masks.relative.kept_pairs(rows).sum())
+        if relative := masks.relative_mask(kind):
+            rows = rows_by_centre(lengths, relative.slope)
+            pairs = int(offset_support(rows).sum()) * int(np.prod(relative.anchor.shape))
+            pruned = pairs - int(relative.kept_pairs(rows).sum())
         else:
             support = support_of(kind, lengths)
             keep = masks.grown(kind, support.shape)
@@ -162,11 +162,11 @@ def vanished_heads(masks: PruningMasks, stats: AttentionStats) -> dict[str, list
         others = support > 0
         if masks.guarantees(kind):
             others &= ~criteria.guaranteed(support.shape, kind)
-        if kind is AttentionKind.CROSS and masks.relative is not None:
+        if relative := masks.relative_mask(kind):
             offsets = offset_support(stats.rows_by_centre()) > 0
             place = np.arange(len(offsets)) - len(offsets) // 2
-            others = (offsets & (place != masks.relative.anchor[..., None]))[:, :, None]
-            keep = masks.relative.grown(len(offsets))[:, :, None]
+            others = (offsets & (place != relative.anchor[..., None]))[:, :, None]
+            keep = relative.grown(len(offsets))[:, :, None]
         empty = ~(keep & others).any((-2, -1)) & others.any()
         if empty.any():
             vanished[kind.value] = np.argwhere(empty).tolist()

@@ -46,10 +46,10 @@ def check_masks(masks: PruningMasks, stats: AttentionStats, name: str) -> None:
             f"{describe_architecture(stats.architecture)}; {remedy}"
         )
     for kind in stats.kinds:
-        if is_relative(masks, kind):
-            if masks.relative.slope != stats.by_offset().slope:
+        if relative := masks.relative_mask(kind):
+            if relative.slope != stats.by_offset().slope:
                 raise ArtifactError(
-                    f"masks {name} count from a diagonal of slope {masks.relative.slope}, the statistics from one of "
+                    f"masks {name} count from a diagonal of slope {relative.slope}, the statistics from one of "
                     f"{stats.by_offset().slope}; {remedy}"
                 )
             continue
@@ -310,24 +310,19 @@ def effective_at_nominal(stats: AttentionStats, kind: AttentionKind, nominal: np
 # -- masks ------------------------------------------------------------------------------------------------------------
 
 
-def is_relative(masks: PruningMasks, kind: AttentionKind) -> bool:
-    """Whether the masks of *kind* count from the scaled diagonal."""
-    return kind is AttentionKind.CROSS and masks.relative is not None
-
-
 def _decided(masks: PruningMasks, stats: AttentionStats, kind: AttentionKind) -> tuple[np.ndarray, np.ndarray]:
     """Return what the masks decide about: keep, bool (layers, heads, ...), and support (...), cells or offsets."""
-    if not is_relative(masks, kind):
+    if (relative := masks.relative_mask(kind)) is None:
         return masks.keep[kind], stats.support[kind]
     support = offset_support(stats.rows_by_centre())
-    return masks.relative.grown(len(support)), support
+    return relative.grown(len(support)), support
 
 
 def head_sparsity(masks: PruningMasks, stats: AttentionStats, kind: AttentionKind) -> np.ndarray:
     """Effective sparsity of each head: float64 (layers, heads)."""
-    if is_relative(masks, kind):
+    if relative := masks.relative_mask(kind):
         rows = stats.rows_by_centre()
-        return 1 - masks.relative.kept_pairs(rows) / offset_support(rows).sum()
+        return 1 - relative.kept_pairs(rows) / offset_support(rows).sum()
     keep, support = _decided(masks, stats, kind)
     kept = np.stack([[support[head].sum() for head in layer] for layer in keep])
     return 1 - kept / support.sum()
@@ -350,7 +345,7 @@ def kept_cells(masks: PruningMasks, stats: AttentionStats, kind: AttentionKind) 
     What a mask relative to the scaled diagonal keeps depends on the source length: the share of the recorded sentences
     in which it keeps the cell, 0 where none has it.
     """
-    if not is_relative(masks, kind):
+    if (relative := masks.relative_mask(kind)) is None:
         return masks.keep[kind]
     rows, columns = stats.support[kind].shape
     by_source = rows_by_source(stats.lengths[(stats.lengths[:, :2] <= (rows, columns)).all(1)])
@@ -359,7 +354,7 @@ def kept_cells(masks: PruningMasks, stats: AttentionStats, kind: AttentionKind) 
     for size in np.flatnonzero(by_source.any(0)):
         n_rows = np.count_nonzero(by_source[:, size])
         weight = by_source[:n_rows, size, None]
-        kept[..., :n_rows, :size] += masks.relative.cells(n_rows, size) * weight
+        kept[..., :n_rows, :size] += relative.cells(n_rows, size) * weight
         pairs[:n_rows, :size] += weight
     return kept / np.maximum(pairs, 1)
 

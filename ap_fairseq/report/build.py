@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -30,7 +29,7 @@ def load(stats_files: list[str], mask_files: list[str], result_files: list[str],
                 f"two mask files are called {name}; rename {path}, as masks are named after their files"
             )
         masks[name] = PruningMasks.load(path)
-    pairs = {kind.value: int(stats.support[kind].sum()) * math.prod(stats.mass[kind].shape[:2]) for kind in stats.kinds}
+    pairs = {kind.value: stats.pairs(kind) for kind in stats.kinds}
     systems: dict[tuple, tuple[str, results.System]] = {}
     for path in result_files:
         for system in results.read_results(path, pairs):

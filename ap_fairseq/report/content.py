@@ -200,7 +200,7 @@ class Report:
             "layers": layers,
             "heads": heads,
             "positions": [queries, keys],
-            "pairs": int(self.stats.support[kind].sum()) * layers * heads,
+            "pairs": self.stats.pairs(kind),
             "concentration": {
                 name: {
                     "mean": measured.average(name),
