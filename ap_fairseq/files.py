@@ -8,7 +8,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -40,10 +40,15 @@ def read_lines(path) -> list[str]:
         raise ArtifactError(f"{path} is not UTF-8: {error}") from error
 
 
-def write_json(path, document: Any, overwrite: bool = False) -> None:
-    """Write *document* as indented JSON to a temporary name and rename it."""
+def write_text(path: str | os.PathLike, text: str, overwrite: bool = False) -> None:
+    """Write *text* to a temporary name and rename it."""
     with atomic_output(path, overwrite) as temporary:
-        Path(temporary).write_text(json.dumps(document, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", newline="\n")
+
+
+def write_json(path: str | os.PathLike, document: Any, overwrite: bool = False) -> None:
+    """Write *document* as indented JSON, as :func:`write_text` does."""
+    write_text(path, json.dumps(document, indent=2, sort_keys=True) + "\n", overwrite)
 
 
 def require_file(path: str | os.PathLike, expected: str) -> None:
@@ -98,7 +103,7 @@ def refuse_existing(path: str | os.PathLike, overwrite: bool, inputs: Iterable[s
 
 
 @contextmanager
-def atomic_output(path: str | os.PathLike, overwrite: bool = False):
+def atomic_output(path: str | os.PathLike, overwrite: bool = False) -> Iterator[Path]:
     """Yield a temporary path that becomes *path* when the block ends without an exception.
 
     As with ``cp``, a symbolic link stays one and the file that it points to is replaced, and a replaced file's

@@ -22,7 +22,7 @@ from omegaconf import OmegaConf
 import ap_fairseq.plugin  # noqa: F401  (registers with fairseq)
 from ap_fairseq.cli.common import command
 from ap_fairseq.cli.user_dir import import_user_dir, user_dir_of
-from ap_fairseq.files import ArtifactError, UserError, atomic_output, refuse_existing, require_file
+from ap_fairseq.files import ArtifactError, UserError, atomic_output, refuse_existing, require_file, write_text
 from ap_fairseq.generation.binarised import translate_subset
 from ap_fairseq.generation.loading import checkpoint_files
 from ap_fairseq.generation.ranks import locked
@@ -198,8 +198,7 @@ def _translate_subset(args: argparse.Namespace, cfg, ranks: int) -> None:
         joined = translate_subset(cfg, ranks, folder)
         if results is None:
             return _print(lambda: [joined.text(args.quiet).encode()], folder)
-    with atomic_output(results / name, overwrite=True) as temporary, open(temporary, "w", encoding="utf-8") as stream:
-        stream.write(joined.text(args.quiet))
+    write_text(results / name, joined.text(args.quiet), overwrite=True)
 
 
 def _translate_text(args: argparse.Namespace, cfg, ranks: int) -> None:

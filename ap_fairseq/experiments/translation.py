@@ -20,7 +20,7 @@ from fairseq_cli.generate import get_symbols_to_strip_from_output
 import ap_fairseq.plugin  # noqa: F401  (registers with fairseq)
 from ap_fairseq.artifacts import PruningMasks
 from ap_fairseq.evaluation.scores import score
-from ap_fairseq.files import ArtifactError, atomic_output, file_sha256, write_json
+from ap_fairseq.files import ArtifactError, file_sha256, write_json, write_text
 from ap_fairseq.model.checkpoints import load_checkpoint
 from ap_fairseq.model.conversion import open_with_masks
 from ap_fairseq.model.dynamic import DynamicPruning
@@ -117,9 +117,8 @@ def translate(systems: Iterable[Translation], data: str, search: Search, subset:
                 lenpen = max(search.lenpens, key=lambda lenpen: tuned["valid_bleu"][str(lenpen)])
             tuned["lenpen"] = lenpen
             texts = _translated(model, task, batches, search, lenpen, device)
-            with atomic_output(system.output, overwrite=True) as temporary:
-                lines = "".join(f"{texts[index]}\n" for index in range(len(task.dataset(subset))))
-                Path(temporary).write_text(lines, encoding="utf-8")
+            lines = "".join(f"{texts[index]}\n" for index in range(len(task.dataset(subset))))
+            write_text(system.output, lines, overwrite=True)
         decoded = _dynamic_sparsity(model) if search.beam else {}  # without the validation data, which come now
         document = {
             "valid_nll": _nll(model, task, validation_batches, device),

@@ -22,7 +22,7 @@ from fairseq.hub_utils import GeneratorHubInterface
 from fairseq_cli.generate import get_symbols_to_strip_from_output
 
 from ap_fairseq.experiments.stages import lines_of
-from ap_fairseq.files import ArtifactError, UserError, atomic_output, file_sha256, require_file, write_json
+from ap_fairseq.files import ArtifactError, UserError, atomic_output, file_sha256, require_file, write_json, write_text
 from ap_fairseq.generation.loading import checkpoint_files
 from ap_fairseq.generation.ranks import run_ranks
 from ap_fairseq.generation.workers import Workers
@@ -136,8 +136,7 @@ def translate_parts(rank: int, cfg, text: Text, folder: Path, todo: list[int], r
 
     def write(number: int, hypotheses: list[list[int]]) -> None:
         lines = translator.decode(hypotheses)
-        with atomic_output(folder / f"part{number:06}.txt") as temporary:
-            Path(temporary).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8", newline="\n")
+        write_text(folder / f"part{number:06}.txt", "".join(f"{line}\n" for line in lines))
         print(f"progress: {mine.index(number) + 1} / {len(mine)} parts", flush=True)
 
     with Workers(2, read=read, write=write) as workers:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 from ap_fairseq.artifacts import AttentionStats, PruningMasks
-from ap_fairseq.files import ArtifactError, atomic_output, file_sha256, write_json
+from ap_fairseq.files import ArtifactError, atomic_output, file_sha256, write_json, write_text
 from ap_fairseq.report import page, results, tables
 from ap_fairseq.report.content import Report
 from ap_fairseq.report.figure import Figure
@@ -74,7 +73,8 @@ def write_figures(figures: list[Figure], folder: Path) -> None:
     folder.mkdir(exist_ok=True)
     for figure in figures:
         for file_format in ("png", "svg"):
-            _write(folder / f"{figure.name}.{file_format}", lambda path, f=figure, e=file_format: f.save(path, e))
+            with atomic_output(folder / f"{figure.name}.{file_format}", overwrite=True) as temporary:
+                figure.save(temporary, file_format)
 
 
 def write_report(report: Report, folder: Path) -> None:
@@ -84,15 +84,6 @@ def write_report(report: Report, folder: Path) -> None:
     write_figures(figures, folder / "figures")
     summary = json.loads(json.dumps(report.summary(), allow_nan=False))
     write_json(folder / "summary.json", summary, overwrite=True)
-    _write_text(folder / "table.md", tables.markdown(report.tables))
-    _write_text(folder / "table.tex", tables.latex(report.tables))
-    _write_text(folder / "report.html", page.render(report, figures))
-
-
-def _write_text(path: Path, text: str) -> None:
-    _write(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-
-
-def _write(path: Path, write: Callable[[Path], object]) -> None:
-    with atomic_output(path, overwrite=True) as temporary:
-        write(temporary)
+    write_text(folder / "table.md", tables.markdown(report.tables), overwrite=True)
+    write_text(folder / "table.tex", tables.latex(report.tables), overwrite=True)
+    write_text(folder / "report.html", page.render(report, figures), overwrite=True)

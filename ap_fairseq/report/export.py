@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ap_fairseq.artifacts import AttentionStats
-from ap_fairseq.files import UserError, atomic_output
+from ap_fairseq.files import UserError, atomic_output, write_text
 from ap_fairseq.sites import AttentionKind
 
 FORMATS = ("npz", "bertviz-json")
@@ -44,8 +43,7 @@ def export(stats: AttentionStats, path, file_format: str, positions: int | None,
             np.savez_compressed(stream, metadata=np.array(json.dumps(stats.metadata, sort_keys=True)), **arrays)
     elif file_format == "bertviz-json":
         document = bertviz_arguments({kind: stats.mean(kind)[shown] for kind in stats.kinds})
-        with atomic_output(path, overwrite) as temporary:
-            Path(temporary).write_text(json.dumps(document, allow_nan=False), encoding="utf-8")
+        write_text(path, json.dumps(document, allow_nan=False), overwrite)
     else:
         raise UserError(f"format {file_format!r} is not one of {', '.join(FORMATS)}")
 

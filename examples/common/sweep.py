@@ -67,7 +67,7 @@ from ap_fairseq.cli.prune_schedule import prune_gradually
 from ap_fairseq.evaluation.scores import compare_systems, score, score_documents, score_parts
 from ap_fairseq.experiments.stages import PLUGIN, Stages, run_together
 from ap_fairseq.experiments.translation import Search, Translation, translate
-from ap_fairseq.files import ArtifactError, UserError, atomic_output, file_sha256, read_lines, write_json
+from ap_fairseq.files import ArtifactError, UserError, file_sha256, read_lines, write_json, write_text
 from ap_fairseq.model.dynamic import top_k_for
 
 STEPS = ("dense", "masks", "train", "translate", "score")
@@ -392,9 +392,8 @@ class Sweep:
         """Write and print the scores of all listed systems, not only of those that ran now."""
         files = [self.out / "scores" / f"{system.name}.json" for system in self.listed]
         results = [json.loads(file.read_text(encoding="utf-8")) for file in files if file.exists()]
-        with atomic_output(self.out / "results.jsonl", overwrite=True) as temporary:
-            lines = "".join(json.dumps(result, sort_keys=True) + "\n" for result in results)
-            Path(temporary).write_text(lines, encoding="utf-8")
+        lines = "".join(json.dumps(result, sort_keys=True) + "\n" for result in results)
+        write_text(self.out / "results.jsonl", lines, overwrite=True)
         print(format_table(results))
         print(f"results: {self.out / 'results.jsonl'}")
 
