@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import argparse
 import atexit
+import collections
 import contextlib
 import functools
 import importlib
-import importlib.metadata
 import os
 import re
+import types
+import typing
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 
 _BETTERTRANSFORMER_KEY = re.compile(r"(^|[._])encoder\.layers\.\d+\.(in_proj|out_proj|fc1|fc2)_(weight|bias)$")
@@ -43,10 +46,6 @@ def allow_fairseq_checkpoints() -> None:
     Plain runs hold a Namespace; ``--eval-bleu`` runs numpy scalars; resuming on several ranks passes the whole
     OmegaConf tree and a tensor placeholder through the loader.
     """
-    import collections
-    import typing
-
-    import numpy as np
     from fairseq.distributed.utils import _TensorPlaceholder
     from omegaconf import DictConfig, ListConfig
     from omegaconf.base import ContainerMetadata, Metadata
@@ -159,10 +158,6 @@ def patch_user_dir() -> None:
 
 def patch_numpy_long() -> None:
     """Give numpy >= 2.4 its old name of an integer type, by which fairseq cuts text at ends of sentences."""
-    import types
-
-    import numpy as np
-
     if not hasattr(np, "compat"):
         np.compat = types.SimpleNamespace(long=int)  # noqa: NPY201
 

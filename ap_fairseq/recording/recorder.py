@@ -95,7 +95,7 @@ class AttentionRecorder:
                     offsets = 2 * self.limit_source - 1
                     self._relative = {name: self._mass[site.kind].new_zeros(*shape[:2], offsets) for name in names}
             # Stock fairseq otherwise hands full-context attention to torch, which averages the heads away.
-            module._set_skip_embed_dim_check()
+            module.skip_embed_dim_check = True
             self._hooks.append(module.register_forward_pre_hook(_ask_for_head_weights, with_kwargs=True))
             self._hooks.append(module.register_forward_hook(self._hook(*site)))
             if importance:

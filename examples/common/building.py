@@ -52,9 +52,14 @@ def write_lines(file: Path, lines: Iterable[str]) -> None:
         stream.writelines(f"{line}\n" for line in lines)
 
 
-def read_lines(file: Path) -> list[str]:
+def lines_of(file: Path) -> Iterator[str]:
     with file.open(encoding="utf-8", newline="\n") as stream:
-        return [line.rstrip("\n") for line in stream]
+        for line in stream:
+            yield line.rstrip("\n")
+
+
+def read_lines(file: Path) -> list[str]:
+    return list(lines_of(file))
 
 
 def write_json(file: Path, value: Any) -> None:
@@ -226,7 +231,7 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def run_steps(out: Path, steps: Sequence[Step], report: Callable[[str], None] = print) -> dict[str, Any]:
+def run_steps(out: Path, steps: Sequence[Step]) -> dict[str, Any]:
     """Runs the steps that are not done yet, in order, and returns the counts of all.
 
     A step is done when its marker in ``out/.steps`` holds its options and its products exist. Before a step runs, the
@@ -240,7 +245,7 @@ def run_steps(out: Path, steps: Sequence[Step], report: Callable[[str], None] = 
         marker = markers / f"{step.name}.json"
         done = json.loads(marker.read_text("utf-8")) if marker.exists() else None
         if done and done["options"] == step.options and all((out / product).exists() for product in step.products):
-            report(f"progress: {number} / {len(steps)} steps, {step.name} done before")
+            print(f"progress: {number} / {len(steps)} steps, {step.name} done before")
             counts.update(done["counts"])
             continue
         if done:
@@ -250,7 +255,7 @@ def run_steps(out: Path, steps: Sequence[Step], report: Callable[[str], None] = 
                 if done["options"].get(name) != step.options.get(name)
             }
             values = [f"{name}: {done['options'].get(name)} -> {step.options.get(name)}" for name in sorted(changed)]
-            report(f"{step.name}: again ({'; '.join(values) or 'its products are gone'})")
+            print(f"{step.name}: again ({'; '.join(values) or 'its products are gone'})")
         (out / "counts.json").unlink(missing_ok=True)
         for later in steps[number - 1 :]:
             (markers / f"{later.name}.json").unlink(missing_ok=True)
@@ -266,7 +271,7 @@ def run_steps(out: Path, steps: Sequence[Step], report: Callable[[str], None] = 
         seconds = round(time.monotonic() - start, 1)
         step_counts = {**step_counts, f"seconds_{step.name}": seconds}
         write_json(marker, {"options": step.options, "counts": step_counts})
-        report(f"progress: {number} / {len(steps)} steps, {step.name} {seconds} s")
+        print(f"progress: {number} / {len(steps)} steps, {step.name} {seconds} s")
         counts.update(step_counts)
     return counts
 
@@ -338,15 +343,20 @@ def make_absolute(args: argparse.Namespace) -> None:
             setattr(args, name, value.absolute())
 
 
+def require_least(parser: argparse.ArgumentParser, args: argparse.Namespace, **least: int) -> None:
+    """Refuses numbers that are too small; None stays."""
+    for name, number in least.items():
+        if getattr(args, name) is not None and getattr(args, name) < number:
+            parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected at least {number}")
+
+
 def check_options(parser: argparse.ArgumentParser, args: argparse.Namespace, out: Path, **least: int) -> None:
     """Refuses numbers that are too small, and makes all paths absolute, because programs run in other folders.
 
     out: the default output folder.
     """
     args.out = args.out or out
-    for name, number in {"bpe_size": 100, **least}.items():
-        if getattr(args, name) is not None and getattr(args, name) < number:
-            parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected at least {number}")
+    require_least(parser, args, bpe_size=100, **least)
     coverage = getattr(args, "character_coverage", 1.0)
     if not 0.9 <= coverage <= 1:
         parser.error(f"--character-coverage is {coverage}, expected between 0.9 and 1")

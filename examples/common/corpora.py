@@ -51,8 +51,8 @@ def extract(archive: Path, members: Sequence[str], folder: Path) -> list[Path]:
                 with tar.extractfile(entry) as packed, output.open("wb") as stream:
                     shutil.copyfileobj(gzip.open(packed) if entry.name.endswith(".gz") else packed, stream)
                 found[member] = output
-    except (tarfile.TarError, EOFError, gzip.BadGzipFile, OSError) as error:
-        raise PrepareError(f"{archive} cannot be unpacked ({error}): delete it and run again to download it") from error
+    except (tarfile.TarError, EOFError, OSError) as error:
+        raise _damaged(archive, error) from error
     missing = [member for member in members if member not in found]
     if missing:
         raise PrepareError(
@@ -60,6 +60,10 @@ def extract(archive: Path, members: Sequence[str], folder: Path) -> list[Path]:
             "archive of the same name?"
         )
     return [found[member] for member in members]
+
+
+def _damaged(archive: Path, error: Exception) -> PrepareError:
+    return PrepareError(f"{archive} cannot be unpacked ({error}): delete it and run again to download it")
 
 
 # ---------------------------------------------------------------- training text
@@ -174,4 +178,4 @@ def _member_names(archive: Path) -> set[str]:
         with tarfile.open(archive) as tar:
             return {name.removeprefix("./") for name in tar.getnames()}
     except (tarfile.TarError, EOFError, OSError) as error:
-        raise PrepareError(f"{archive} cannot be unpacked ({error}): delete it and run again to download it") from error
+        raise _damaged(archive, error) from error

@@ -11,7 +11,6 @@ import os
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,7 +35,7 @@ class Archive(NamedTuple):
         return self.address.partition("://")[2]
 
 
-def fetch(archive: Archive, folder: Path, report: Callable[[str], None] = print) -> dict[str, Any]:
+def fetch(archive: Archive, folder: Path) -> dict[str, Any]:
     """Makes ``folder/HOST/PATH`` unless it is there; returns address, size, SHA-256 and how it was verified.
 
     An interrupted download stays beside it with the ending ``.part`` and is continued by the next call.
@@ -49,7 +48,7 @@ def fetch(archive: Archive, folder: Path, report: Callable[[str], None] = print)
     part = file.with_name(f"{file.name}.part")
     file.parent.mkdir(parents=True, exist_ok=True)
     if not file.exists():
-        report(f"{file.name}: {'continuing' if part.exists() else 'fetching'} {address}")
+        print(f"{file.name}: {'continuing' if part.exists() else 'fetching'} {address}")
         try:
             _download(address, part)
         except (OSError, http.client.HTTPException) as error:
@@ -73,7 +72,7 @@ def fetch(archive: Archive, folder: Path, report: Callable[[str], None] = print)
     if found == part:
         part.replace(file)
     verified = checksum.partition(":")[0] if checksum else "no known checksum"
-    report(f"{file.name}: {file.stat().st_size:,} bytes, sha256 {sha256} ({verified})")
+    print(f"{file.name}: {file.stat().st_size:,} bytes, sha256 {sha256} ({verified})")
     return {"address": address, "bytes": file.stat().st_size, "sha256": sha256, "verified": verified}
 
 

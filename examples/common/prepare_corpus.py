@@ -26,8 +26,10 @@ from building import (
     encode,
     file_hash,
     known_pieces,
+    lines_of,
     load_sentencepiece,
     preprocess,
+    require_least,
     train_sentencepiece,
     write_dictionary,
     write_lines,
@@ -160,15 +162,9 @@ def spaced(lines: Iterable[str], count: int, limit: int) -> Iterator[str]:
     return itertools.islice(lines, 0, None, -(-count // limit))
 
 
-def _lines(file: Path) -> Iterator[str]:
-    with file.open(encoding="utf-8", newline="\n") as stream:
-        for line in stream:
-            yield line.rstrip("\n")
-
-
 def encoded(processor, text: Path, split: str, pair: Sequence[str]) -> Iterator[tuple[list[str], list[str], str]]:
     """(source pieces, target pieces, talk) of each line."""
-    rows = zip(*(_lines(text / f"{split}.{suffix}") for suffix in (*pair, "talks")), strict=True)
+    rows = zip(*(lines_of(text / f"{split}.{suffix}") for suffix in (*pair, "talks")), strict=True)
     while block := list(itertools.islice(rows, BLOCK_LINES)):
         sides = [encode(processor, [segments.clean(row[side]) for row in block]) for side in (0, 1)]
         yield from zip(*sides, [row[2] for row in block], strict=True)
@@ -183,9 +179,9 @@ def fits(source: Sequence[str], target: Sequence[str], most: int, ratio: float) 
 def build_pieces(recipe: Recipe, out: Path, work: Path, spm_lines: int) -> dict[str, Any]:
     """``spm.model``, ``dict.txt`` and the encoded sentences in ``bpe-sentences/``; test pairs are never left out."""
     text = out / "text"
-    sizes = {suffix: sum(1 for _ in _lines(text / f"train.{suffix}")) for suffix in recipe.pair}
+    sizes = {suffix: sum(1 for _ in lines_of(text / f"train.{suffix}")) for suffix in recipe.pair}
     sample = itertools.chain.from_iterable(
-        spaced(_lines(text / f"train.{suffix}"), sizes[suffix], spm_lines // 2) for suffix in recipe.pair
+        spaced(lines_of(text / f"train.{suffix}"), sizes[suffix], spm_lines // 2) for suffix in recipe.pair
     )
     train_sentencepiece(work / "spm.model", sample, recipe.bpe_size, coverage=0.9999)
     processor = load_sentencepiece(work / "spm.model")
@@ -228,7 +224,7 @@ def build_documents(recipe: Recipe, out: Path, work: Path, limit: int) -> dict[s
         (work / name).mkdir()
     counts: dict[str, Any] = {}
     for split in SPLITS:
-        raw = zip(*(_lines(out / "text" / f"{split}.{language}") for language in recipe.pair), strict=True)
+        raw = zip(*(lines_of(out / "text" / f"{split}.{language}") for language in recipe.pair), strict=True)
         rows = zip(raw, encoded(processor, out / "text", split, recipe.pair), strict=True)
         written: dict[str, list[str]] = {suffix: [] for suffix in (*recipe.pair, "talks")}
         pieces_of: tuple[list[str], list[str]] = ([], [])
@@ -316,9 +312,7 @@ def parse_args(arguments: Sequence[str] | None) -> argparse.Namespace:
     jobs = os.cpu_count() or 1
     parser.add_argument("--jobs", type=int, default=jobs, metavar="N", help="processes of fairseq-preprocess")
     args = parser.parse_args(arguments)
-    for name, least in (("bpe_size", 100), ("valid_every", 2), ("document_tokens", 1), ("spm_lines", 100), ("jobs", 1)):
-        if getattr(args, name) is not None and getattr(args, name) < least:
-            parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected at least {least}")
+    require_least(parser, args, bpe_size=100, valid_every=2, document_tokens=1, spm_lines=100, jobs=1)
     return args
 
 
