@@ -67,6 +67,7 @@ class PrunedMultiheadAttention(NotScriptable, MultiheadAttention):
     Attributes:
         selected: bool (B, heads, S), the source tokens of a batch that heads may attend to within the mask, True =
             visible; None: all (see :mod:`ap_fairseq.model.head_masking`).
+        built_layout: the layout that passes read now, if any; a graph that holds its address must keep it alive.
 
     Raises:
         UserError: for options that have no meaning under a mask (quant-noise, xFormers, bias_kv, zero_attn), or a
@@ -125,7 +126,7 @@ class PrunedMultiheadAttention(NotScriptable, MultiheadAttention):
             self.register_buffer(name, value)
         self.mask_is_explicit = False
         self.selected: Tensor | None = None
-        self._forget_derived()
+        self.built_layout: Layout | None = None
 
     # -- the mask -----------------------------------------------------------------------------------------------------
 
@@ -146,15 +147,12 @@ class PrunedMultiheadAttention(NotScriptable, MultiheadAttention):
         for name, value in buffers.items():
             setattr(self, name, value.to(self.out_proj.weight.device))
         self.mask_is_explicit = True
-        self._forget_derived()
+        self.built_layout = None
 
     @property
     def is_relative(self) -> bool:
         """Whether the mask is relative to a scaled diagonal."""
         return self.offset_geometry.numel() > 0
-
-    def _forget_derived(self) -> None:
-        self._layout: Layout | None = None
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         words = state_dict.get(prefix + "keep_words")
@@ -170,7 +168,7 @@ class PrunedMultiheadAttention(NotScriptable, MultiheadAttention):
                 state_dict[key] = getattr(self, name)
             else:
                 setattr(self, name, torch.empty_like(state_dict[key], device=getattr(self, name).device))
-        self._forget_derived()
+        self.built_layout = None
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def keep_mask(self, n_queries: int, n_keys: int) -> Tensor:
@@ -183,12 +181,12 @@ class PrunedMultiheadAttention(NotScriptable, MultiheadAttention):
     @torch.inference_mode(False)  # what is kept may be needed for training later
     def layout(self, n_queries: int, n_keys: int) -> Layout:
         """Return the mask as attention reads it: at least (n_queries, n_keys), built once and kept."""
-        layout = self._layout
+        layout = self.built_layout
         if layout is None or layout.device != self.keep_words.device:
-            layout = self._layout = self._build_layout(n_queries, n_keys)
+            layout = self.built_layout = self._build_layout(n_queries, n_keys)
         elif layout.q_size < n_queries or layout.k_size < n_keys:  # either side only grows
             size = max(layout.q_size, n_queries), max(layout.k_size, n_keys)
-            layout = self._layout = self._build_layout(*size)
+            layout = self.built_layout = self._build_layout(*size)
         return layout
 
     def _build_layout(self, n_queries: int, n_keys: int) -> Layout:
@@ -197,10 +195,6 @@ class PrunedMultiheadAttention(NotScriptable, MultiheadAttention):
         slope, n_offsets = self.offset_geometry.tolist()
         n_keys = max(n_offsets // 2 + 1, 1 << (n_keys - 1).bit_length())  # doubled: built anew only a few times
         return OffsetLayout.from_offsets(unpack_cells(self.offset_words, n_offsets), slope, self.offset_anchor, n_keys)
-
-    def derived(self) -> Layout | None:
-        """Return the layout that passes read now, if any; a graph that holds its address must keep it alive."""
-        return self._layout
 
     def last_use(self, n_rows: int, n_keys: int) -> Tensor:
         """Return the last of the first *n_rows* mask rows that keeps each column, int64 (heads, n_keys); or -1.

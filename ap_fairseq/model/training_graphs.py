@@ -102,9 +102,9 @@ class TrainingGraphs:
         tables = [x for part in parts if part.embed_positions is not None for x in part.embed_positions.buffers()]
         return [tensor.data_ptr() for tensor in (*self.parameters, *tables)]
 
-    def derived(self) -> list[Layout | None]:
-        """Return what attention reads of the masks now, which modules replace when longer sentences come."""
-        return [module.derived() for _, module in attention_sites(self.model)]
+    def layouts(self) -> list[Layout | None]:
+        """Return the layouts that attention reads now, which modules replace when longer sentences come."""
+        return [module.built_layout for _, module in attention_sites(self.model)]
 
     def _valid(self) -> bool:
         same_masks = all(a is b for a, b in zip(self.masks, self._masks(), strict=True))
@@ -129,7 +129,7 @@ class TrainingGraphs:
                 return None
             self.graphs[shape] = _Graph(self, shape)
         graph = self.graphs[shape]
-        if self.capture and graph.passes is None and graph.derived == self.derived() and not self._captured(graph):
+        if self.capture and graph.passes is None and graph.layouts == self.layouts() and not self._captured(graph):
             return None
         forward = _Forward()
         self._pending = weakref.ref(forward)
@@ -228,7 +228,7 @@ class _Graph:
         self.gradients = owner.by_parameter(owner.gradients)
         # What it ran on directly, and then is captured with: kernels are compiled, and what they read of the masks is
         # made. A capture would only note how to make it, for whoever finds it later.
-        self.derived: list[Layout | None] | None = None
+        self.layouts: list[Layout | None] | None = None
         self.passes: tuple[torch.cuda.CUDAGraph, torch.cuda.CUDAGraph] | None = None
 
     def capture(self) -> None:
@@ -279,7 +279,7 @@ class _Replay(torch.autograd.Function):
         else:
             with torch.enable_grad():
                 ctx.output = graph.forward()
-            ctx.derived = graph.owner.derived()
+            ctx.layouts = graph.owner.layouts()
         return graph.features[: target.size(0), : target.size(1)]
 
     @staticmethod
@@ -296,7 +296,7 @@ class _Replay(torch.autograd.Function):
             graph.passes[1].replay()
         else:
             graph.backward(ctx.output)
-            graph.derived = ctx.derived
+            graph.layouts = ctx.layouts
         ctx.pending.done = True
         gradients = graph.owner.by_parameter(graph.owner.gradients.clone())  # the next replay overwrites them
         return None, None, None, None, *(g if used else None for g, used in zip(gradients, graph.used, strict=True))

@@ -135,11 +135,11 @@ class StaticDecoder:
         values = (owner[name] for owner, name in self.parameters)
         versions = [value._version for value in values if value is not None and not value.is_inference()]
         sites = (*self.encoder_sites, *self.self_sites, *self.cross_sites)
-        return [torch.is_inference_mode_enabled(), *versions, *(module.derived() for module in sites)]
+        return [torch.is_inference_mode_enabled(), *versions, *(module.built_layout for module in sites)]
 
     def encoder_layouts(self) -> list[Layout | None]:
         """Return the masks as the encoders read them now."""
-        return [module.derived() for module in self.encoder_sites]
+        return [module.built_layout for module in self.encoder_sites]
 
     def _forget_steps(self) -> None:
         self.graphs.clear()

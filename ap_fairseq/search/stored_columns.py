@@ -41,7 +41,7 @@ class StoredColumns:
         """Return which of the first *size* source columns every site stores."""
         n_rows = self.capacity.rows(max_len)
         last_use = [module.last_use(n_rows, self.capacity.source_length) for module in self.sites]
-        layouts, asked = [module.derived() for module in self.sites], (size, bucket(max_len + 1))
+        layouts, asked = [module.built_layout for module in self.sites], (size, bucket(max_len + 1))
         if asked not in self._found or self._found[asked][0] != layouts:
             if len(self._found) == SIZES_MEMO:
                 self._found.clear()

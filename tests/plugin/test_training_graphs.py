@@ -115,12 +115,12 @@ def test_a_shape_is_captured_only_with_the_layouts_that_it_ran_on(monkeypatch):
     monkeypatch.setattr(model._graphs, "capture", True)
     monkeypatch.setattr(model._graphs, "_captured", lambda graph: captured.append(graph) or True)
     update(model, *tokens)
-    before = model._graphs.derived()
+    before = model._graphs.layouts()
     with torch.no_grad():
         source, target = sample((90,), (90,))
         model.eval()(source, None, target)
     model.train()
-    assert not any(a is b for a, b in zip(before, model._graphs.derived(), strict=True))
+    assert not any(a is b for a, b in zip(before, model._graphs.layouts(), strict=True))
     update(model, *tokens)
     assert not captured
     update(model, *tokens)
