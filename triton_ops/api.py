@@ -136,6 +136,40 @@ def _check_kinds(q: Tensor, k: Tensor, v: Tensor, layout: Layout, heads: int) ->
         raise ValueError(f"layout has {layout.mask_heads} heads but q has {heads}; it must have {heads} or 1")
 
 
+def _check_sizes(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> None:
+    """Check what q, k and v (B, H, T, D) have to have in common, and that the layout covers them."""
+    (batch, heads, q_size, dim), k_size = q.shape, k.size(2)
+    if k.shape != (batch, heads, k_size, dim) or v.shape != k.shape:
+        raise ValueError(
+            f"k and v must both be ({batch}, {heads}, Tk, {dim}) to fit q, got {tuple(k.shape)} and {tuple(v.shape)}"
+        )
+    _check_kinds(q, k, v, layout, heads)
+    if layout.q_size < q_size or layout.k_size < k_size:
+        raise ValueError(
+            f"layout covers {layout.q_size} x {layout.k_size} positions but q x k has {q_size} x {k_size}; "
+            "extend the keep mask first"
+        )
+
+
+def _check_cache(q: Tensor, k: Tensor, v: Tensor, layout: Layout, n_tables: int, has_offsets: bool) -> None:
+    """Check that caches of a decoding step fit q (B, beam, H, D), the layout, and the tables that are given."""
+    batch, beam, heads, dim = q.shape
+    if n_tables != (k.dim() <= 3) or has_offsets != (k.dim() == 2):
+        raise ValueError(
+            "a pool (R, H, D) or (R, D) needs one of block_table and cache_starts, (R, D) also cache_offsets, and "
+            f"other caches none: got k {tuple(k.shape)} with {n_tables} of them, "
+            f"{'with' if has_offsets else 'without'} cache_offsets"
+        )
+    _check_kinds(q, k, v, layout, heads)
+    expected: tuple[int, ...]
+    if n_tables:
+        expected = (k.size(0), dim) if has_offsets else (k.size(0), heads, dim)
+    else:
+        expected = (batch, heads, k.size(-2), dim) if k.dim() == 4 else (batch, beam, heads, k.size(-2), dim)
+    if k.shape != expected:
+        raise ValueError(f"k and v must be {expected} to fit q {tuple(q.shape)}, got {tuple(k.shape)}")
+
+
 def _check_scale(scale: float | None, dim: int) -> float:
     if dim == 0:
         raise ValueError("q, k, v have heads of size 0; the last dimension must be 1 or more")
@@ -158,7 +192,7 @@ def _wants_grad(q: Tensor, k: Tensor, v: Tensor) -> bool:
     return torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
 
 
-def _question(
+def _call_key(
     tensors: tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None], seed: int | Tensor | None, options: tuple
 ) -> tuple | None:
     """Return all that the checks of a call look at, if it can be remembered and the kernels take the tensors as is.
@@ -239,13 +273,13 @@ def block_sparse_attention(
     if q.dim() != 4 or k.dim() != 4 or v.dim() != 4:
         raise ValueError(f"q, k, v must be (B, H, T, D), got {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}")
     q, k, v = _autocast(q, k, v)
-    question: tuple | None = None
+    key: tuple | None = None
     if not torch.compiler.is_compiling():
         options = causal, dropout_p, scale, backend, return_lse, return_probs
-        question = _question((q, k, v, q_lengths, k_lengths), seed, options)
-        answer = None if question is None else layout.answers.get(question)
-        if answer is not None:
-            attend, call = answer
+        key = _call_key((q, k, v, q_lengths, k_lengths), seed, options)
+        known = None if key is None else layout.known_calls.get(key)
+        if known is not None:
+            attend, call = known
             for name, lengths, size in (("q_lengths", q_lengths, q.size(2)), ("k_lengths", k_lengths, k.size(2))):
                 if lengths is not None and not lengths.is_cuda:
                     check_length_values(name, lengths, size)
@@ -253,18 +287,8 @@ def block_sparse_attention(
                 seed = draw_seed(q.device)
             out, lse = attend(q, k, v, call.on(q_lengths, k_lengths, seed if dropout_p > 0 else None))
             return (out, lse) if return_lse else out
-    batch, heads, q_size, dim = q.shape
-    k_size = k.size(2)
-    if k.shape != (batch, heads, k_size, dim) or v.shape != k.shape:
-        raise ValueError(
-            f"k and v must both be ({batch}, {heads}, Tk, {dim}) to fit q, got {tuple(k.shape)} and {tuple(v.shape)}"
-        )
-    _check_kinds(q, k, v, layout, heads)
-    if layout.q_size < q_size or layout.k_size < k_size:
-        raise ValueError(
-            f"layout covers {layout.q_size} x {layout.k_size} positions but q x k has {q_size} x {k_size}; "
-            "extend the keep mask first"
-        )
+    _check_sizes(q, k, v, layout)
+    (batch, _, q_size, dim), k_size = q.shape, k.size(2)
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p must lie in [0, 1), got {dropout_p}")
     q_lengths = _checked_lengths("q_lengths", q_lengths, batch, q_size, q.device)
@@ -303,11 +327,11 @@ def block_sparse_attention(
     small = small_size(q_size, k_size, dim, q.dtype) is not None
     tables = [] if small else read.tables(_wants_grad(q, k, v))
     mask = read.words, read.row_shift, tables, *read.tile
-    alike: dict | None = None if question is None else {}
+    alike: dict | None = None if key is None else {}
     how = dropout_p, scale, read.slope, read.anchor, read.long_lists(q_size)
     call = Call(*mask, None, None, None, *how, alike)
-    if question is not None and probs is None:
-        layout.remember(question, (attend, call))
+    if key is not None and probs is None:
+        layout.remember(key, (attend, call))
     rows = tuple(_rows(x) for x in (q, k, v))
     out, lse = attend(*rows, call.on(q_lengths, k_lengths, seed))
     if rows[0] is not q:
@@ -367,20 +391,7 @@ def decode_attention(
     q, k, v = _autocast(q, k, v)
     batch, beam, heads, dim = q.shape
     n_tables = (block_table is not None) + (cache_starts is not None)
-    if n_tables != (k.dim() <= 3) or (cache_offsets is not None) != (k.dim() == 2):
-        raise ValueError(
-            "a pool (R, H, D) or (R, D) needs one of block_table and cache_starts, (R, D) also cache_offsets, and "
-            f"other caches none: got k {tuple(k.shape)} with {n_tables} of them, "
-            f"{'without' if cache_offsets is None else 'with'} cache_offsets"
-        )
-    _check_kinds(q, k, v, layout, heads)
-    expected: tuple[int, ...]
-    if n_tables:
-        expected = (k.size(0), dim) if k.dim() == 2 else (k.size(0), heads, dim)
-    else:
-        expected = (batch, heads, k.size(-2), dim) if k.dim() == 4 else (batch, beam, heads, k.size(-2), dim)
-    if k.shape != expected:
-        raise ValueError(f"k and v must be {expected} to fit q {tuple(q.shape)}, got {tuple(k.shape)}")
+    _check_cache(q, k, v, layout, n_tables, cache_offsets is not None)
     size = layout.k_size if cache_starts is not None else k.size(-2)
     if block_table is not None:
         size = block_table.size(-1) if block_table.dim() else 0
@@ -406,17 +417,8 @@ def decode_attention(
 
     if not use_kernels(backend, q.dtype, dim, q.device):
         row = layout.keep_row(step, k_size, k_lengths)
-        return decode_reference(
-            q,
-            k,
-            v,
-            row,
-            scale=scale,
-            k_lengths=k_lengths,
-            block_table=block_table,
-            cache_starts=cache_starts,
-            cache_offsets=cache_offsets,
-        )
+        named = dict(block_table=block_table, cache_starts=cache_starts, cache_offsets=cache_offsets)
+        return decode_reference(q, k, v, row, scale=scale, k_lengths=k_lengths, **named)
 
     from .ops import decode_step
 

@@ -25,7 +25,7 @@ MOST_LISTED = 2**31 - 1 - 2 * COLUMN_GROUP  # int32 pointers; a decode step may 
 MOST_BLOCKS = (1 << 15) - 1  # numbers of full and of partial blocks share an int32
 MOST_LAST_USES = 16  # kept: searches ask for a few numbers of rows again and again
 LONG_LIST = 4  # full blocks, less partial ones: from as many on `hopper.py` was measured to be faster
-MOST_ANSWERS = 512  # kept for calls of other sizes, some 3 KB each
+MOST_CALLS = 512  # of other sizes that are remembered, some 3 KB each
 
 # Time per cell of a full tile relative to 128 x 128 tiles: small tiles load keys and values for fewer rows. Forward
 # under block masks of 90% (H100, bfloat16, D = 64, T = 4096); at 50% and in training it differs by up to 0.15.
@@ -223,10 +223,10 @@ class Layout(ABC):
 
     def __post_init__(self) -> None:
         self._row_lists: RowLists | None = None
-        self.answers: dict[tuple, Any] = {}  # what `api.block_sparse_attention` found out about calls: see there
+        self.known_calls: dict[tuple, Any] = {}  # which `api.block_sparse_attention` has checked: see there
 
     def __getstate__(self) -> dict[str, Any]:  # compiled kernels cannot be copied
-        return self.__dict__ | dict(answers={})
+        return self.__dict__ | dict(known_calls={})
 
     @property
     def mask_heads(self) -> int:
@@ -241,11 +241,11 @@ class Layout(ABC):
     def device(self) -> torch.device:
         return self.words.device
 
-    def remember(self, question: tuple, answer: Any) -> None:
-        """Keep an answer for the next calls; of the last MOST_ANSWERS or more."""
-        if len(self.answers) >= MOST_ANSWERS:
-            self.answers.clear()
-        self.answers[question] = answer
+    def remember(self, key: tuple, call: Any) -> None:
+        """Keep a checked call for the next ones like it; where there are MOST_CALLS, they make room."""
+        if len(self.known_calls) >= MOST_CALLS:
+            self.known_calls.clear()
+        self.known_calls[key] = call
 
     def long_lists(self, q_size: int) -> bool:
         """Whether lists of the key table are long and full in calls of so many queries; reads no tensor."""

@@ -71,7 +71,7 @@ def test_layers_share_launches(size, monkeypatch):
     other = AttentionLayout.from_keep_mask(~random_layout(size).keep_mask(), tile=32)
     expected = run(other)
     launch.forget()
-    other.answers.clear()
+    other.known_calls.clear()
     run(random_layout(size))
     monkeypatch.setattr(launch.Launch, "__init__", None)
     assert all(torch.equal(a, b) for a, b in zip(run(other), expected, strict=True))
@@ -119,9 +119,9 @@ def test_a_layout_that_was_attended_with_can_be_copied():
     """Fairseq copies models for their moving average; compiled kernels cannot be copied."""
     layout, (q, k, v) = random_layout(20), small_problem(20)
     out = block_sparse_attention(q, k, v, layout, backend="triton")
-    assert layout.answers
+    assert layout.known_calls
     copied = copy.deepcopy(layout)
-    assert not copied.answers and torch.equal(block_sparse_attention(q, k, v, copied, backend="triton"), out)
+    assert not copied.known_calls and torch.equal(block_sparse_attention(q, k, v, copied, backend="triton"), out)
 
 
 @BOTH_SIZES
@@ -183,14 +183,14 @@ def test_launches_that_repeat_read_the_tensors_of_each_call(tile):
         assert all(torch.equal(a, b) for a, b in zip(run(seed)[1], expected[seed][1], strict=True))
 
 
-def test_answers_and_launches_are_kept_up_to_a_number(monkeypatch):
-    monkeypatch.setattr(layout_module, "MOST_ANSWERS", 3)
+def test_calls_and_launches_are_kept_up_to_a_number(monkeypatch):
+    monkeypatch.setattr(layout_module, "MOST_CALLS", 3)
     monkeypatch.setattr(launch, "MOST_KEPT", 3)
     layout = random_layout(20)
     for size in range(1, 9):
         x = torch.randn(1, 2, size, 16, device=DEVICE)
         block_sparse_attention(x, x, x, layout, backend="triton")
-        assert len(layout.answers) <= 3
+        assert len(layout.known_calls) <= 3
         launch.kept(size, list)
         assert launch.kept(size, lambda: [1]) == []
 
