@@ -21,6 +21,7 @@ DIVERGED = (  # why a number of a recording is not finite, and what to do
     "the model diverged, or its numbers overflow in this precision; record in fp32 (without --fp16) or with --bf16, or "
     "take a checkpoint from before it diverged"
 )
+NO_LENGTHS = np.zeros((0, 3), dtype=np.int64)
 LISTED = ("data", "sample", "versions")  # one entry for each recording that was merged
 
 AGAIN = "the file is damaged, record again"
@@ -57,9 +58,9 @@ class AttentionStats:
     metadata: dict[str, Any] = field(default_factory=dict)
     end_mass: dict[AttentionKind, np.ndarray] = field(default_factory=dict)
     importance: dict[AttentionKind, np.ndarray] = field(default_factory=dict)
-    lengths: np.ndarray = field(default_factory=lambda: np.zeros((0, 3), dtype=np.int64))
+    lengths: np.ndarray = field(default_factory=lambda: NO_LENGTHS)
     relative: RelativeStats | None = None
-    validation_lengths: np.ndarray = field(default_factory=lambda: np.zeros((0, 3), dtype=np.int64))
+    validation_lengths: np.ndarray = field(default_factory=lambda: NO_LENGTHS)
 
     def __post_init__(self):
         self.require_valid()
@@ -159,8 +160,8 @@ class AttentionStats:
             {**self.mass, kind: relative.mass[:, :, None]},
             {**self.support, kind: support},
             self.metadata,
-            self.end_mass,
-            importance,
+            end_mass=self.end_mass,
+            importance=importance,
         )
 
     def require_pairs(self) -> None:
@@ -260,14 +261,22 @@ class AttentionStats:
         end_mass = {kind: self.end_mass[kind] + other.end_mass[kind] for kind in ends}
         estimated = self.importance.keys() & other.importance.keys()
         importance = {kind: _added(self.importance[kind], other.importance[kind]) for kind in estimated}
-        lengths = np.zeros((0, 3), dtype=np.int64)
+        lengths = NO_LENGTHS
         if len(self.lengths) and len(other.lengths):
             lengths = counted(np.concatenate([self.lengths, other.lengths]))
         relative = None
         if self.relative and other.relative and self.relative.slope == other.relative.slope:
             relative = self.relative.merge(other.relative)
-        validation = _together([self.validation_lengths, other.validation_lengths])
-        return AttentionStats(mass, support, metadata, end_mass, importance, lengths, relative, validation)
+        return AttentionStats(
+            mass,
+            support,
+            metadata,
+            end_mass=end_mass,
+            importance=importance,
+            lengths=lengths,
+            relative=relative,
+            validation_lengths=_together([self.validation_lengths, other.validation_lengths]),
+        )
 
     def save(self, path, overwrite: bool = False) -> None:
         """Write the statistics; raises :class:`ArtifactError` for invalid ones, or if *path* may not be written."""

@@ -14,7 +14,7 @@ from fairseq.distributed import utils as distributed_utils
 from fairseq.modules import MultiheadAttention
 from torch import Tensor, nn
 
-from ap_fairseq.artifacts import DIVERGED, AttentionStats
+from ap_fairseq.artifacts import DIVERGED, NO_LENGTHS, AttentionStats
 from ap_fairseq.files import UserError
 from ap_fairseq.lengths import support_of
 from ap_fairseq.relative import RelativeStats, scaled
@@ -274,16 +274,15 @@ class AttentionRecorder:
             "pairs_beyond_range": {kind.value: int(n.sum() - support[kind].sum()) for kind, n in full.items()},
             "pairs_recorded": {kind.value: int(n.sum()) for kind, n in support.items()},
         }
-        end_mass = {kind: total.cpu().numpy() for kind, total in self._end_mass.items()}
         return AttentionStats(
             recorded(self._mass),
             support,
             metadata,
-            end_mass,
-            recorded(self._importance),
-            lengths,
-            self._relative_stats(lengths),
-            np.zeros((0, 3), dtype=np.int64) if validation_lengths is None else validation_lengths,
+            end_mass={kind: total.cpu().numpy() for kind, total in self._end_mass.items()},
+            importance=recorded(self._importance),
+            lengths=lengths,
+            relative=self._relative_stats(lengths),
+            validation_lengths=NO_LENGTHS if validation_lengths is None else validation_lengths,
         )
 
     def _relative_stats(self, lengths: np.ndarray) -> RelativeStats | None:
