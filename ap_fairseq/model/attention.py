@@ -360,26 +360,32 @@ class PrunedMultiheadAttention(NotScriptable, MultiheadAttention):
         kernels = kernels and not dropout_p
         output = weights = None
         if want_weights or not kernels:
-            keep = self._step_mask(cache)
-            k, v, lengths = cache.dense(keep)
-            by_sentence = q.unflatten(0, (k.size(0), -1)).transpose(1, 2)  # (B, H, beam, D): a step's beams are queries
-            selected = cache.selected
-            keep = (keep if selected is None else keep & selected).unsqueeze(-2)
-            if q.is_cpu and not (want_weights or self.dynamic is not None or self.is_relative or selected is not None):
-                # Without what `attend_dense` does for empty rows: on a CPU torch gives 0 for them.
-                cells = None if lengths is None and keep.all() else visible_cells(keep, None, lengths)
-                output = F.scaled_dot_product_attention(
-                    by_sentence, k, v, attn_mask=cells, dropout_p=dropout_p, scale=self.scaling
-                )
-            else:
-                softmax = None if self.dynamic is None else self.dynamic.probabilities
-                options = dict(k_lengths=lengths, dropout_p=dropout_p, scale=self.scaling, softmax=softmax)
-                output, _, weights = attend_dense(by_sentence, k, v, keep, details=want_weights, **options)
-            output = output.transpose(1, 2).flatten(0, 1)
-            weights = None if weights is None else weights.transpose(1, 2).flatten(0, 1).unsqueeze(2)
+            output, weights = self._attend_gathered(q, cache, want_weights, dropout_p)
         if kernels:
             output = cache.attend(q, self.layout(*cache.layout_size()), self.scaling)
         return output.unsqueeze(2), weights
+
+    def _attend_gathered(
+        self, q: Tensor, cache: PagedCache, want_weights: bool, dropout_p: float
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend with the queries q (N, H, D) of a step by torch: (N, H, D), and weights (N, H, 1, S) or None."""
+        keep = self._step_mask(cache)
+        k, v, lengths = cache.dense(keep)
+        by_sentence = q.unflatten(0, (k.size(0), -1)).transpose(1, 2)  # (B, H, beam, D): a step's beams are queries
+        selected, weights = cache.selected, None
+        keep = (keep if selected is None else keep & selected).unsqueeze(-2)
+        if q.is_cpu and not (want_weights or self.dynamic is not None or self.is_relative or selected is not None):
+            # Without what `attend_dense` does for empty rows: on a CPU torch gives 0 for them.
+            cells = None if lengths is None and keep.all() else visible_cells(keep, None, lengths)
+            output = F.scaled_dot_product_attention(
+                by_sentence, k, v, attn_mask=cells, dropout_p=dropout_p, scale=self.scaling
+            )
+        else:
+            softmax = None if self.dynamic is None else self.dynamic.probabilities
+            options = dict(k_lengths=lengths, dropout_p=dropout_p, scale=self.scaling, softmax=softmax)
+            output, _, weights = attend_dense(by_sentence, k, v, keep, details=want_weights, **options)
+        output = output.transpose(1, 2).flatten(0, 1)
+        return output, None if weights is None else weights.transpose(1, 2).flatten(0, 1).unsqueeze(2)
 
     def _step_mask(self, cache: PagedCache) -> Tensor:
         """Return the mask row of the step, bool (H, columns), or (B, H, columns) of a mask relative to a diagonal."""
