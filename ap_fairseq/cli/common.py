@@ -63,6 +63,11 @@ def _flush() -> None:
         sys.stdout.flush()
 
 
+def drop_stdout() -> None:
+    """Let what is left for standard output go nowhere: Python flushes it once more at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 @contextmanager
 def _without_reader():
     """End the program silently if nobody reads standard output any more, as after ``| head -1``."""
@@ -78,7 +83,7 @@ def _without_reader():
         poll.register(sys.stdout.fileno(), 0)
         if not any(event & select.POLLERR for _, event in poll.poll(0)):
             raise  # another pipe
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it once more at its end
+        drop_stdout()
         sys.exit(128 + signal.SIGPIPE)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import shutil
 import sys
 import tempfile
@@ -20,7 +19,7 @@ from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from omegaconf import OmegaConf
 
 import ap_fairseq.plugin  # noqa: F401  (registers with fairseq)
-from ap_fairseq.cli.common import command
+from ap_fairseq.cli.common import command, drop_stdout
 from ap_fairseq.cli.user_dir import import_user_dir, user_dir_of
 from ap_fairseq.files import ArtifactError, UserError, atomic_output, refuse_existing, require_file, write_text
 from ap_fairseq.generation.binarised import translate_subset
@@ -242,7 +241,7 @@ def _print(pieces: Callable[[], Iterable[bytes]], folder: Path) -> None:
     except BrokenPipeError:  # nobody reads any more
         raise
     except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it once more at its end
+        drop_stdout()
         with atomic_output(folder / UNPRINTED) as temporary, open(temporary, "wb") as stream:
             stream.writelines(pieces())
         raise UserError(
