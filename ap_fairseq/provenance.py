@@ -134,10 +134,7 @@ def dictionary_files(folder) -> list[Path]:
 
 def dictionary_hashes(task) -> dict[str, str]:
     """Return ``{"source": sha256, "target": sha256}`` of a fairseq task's dictionaries."""
-    return {
-        "source": dictionary_sha256(task.source_dictionary),
-        "target": dictionary_sha256(task.target_dictionary),
-    }
+    return {"source": dictionary_sha256(task.source_dictionary), "target": dictionary_sha256(task.target_dictionary)}
 
 
 def device_name(cpu: bool = False) -> str:

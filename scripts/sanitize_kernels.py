@@ -126,9 +126,7 @@ def few_rows() -> Cases:
         x = embed_rows(torch.arange(n, device=DEVICE), table.to(DEVICE), 2.0, positions.to(DEVICE), step)
         ours = Norm(norm.weight.to(DEVICE), norm.bias.to(DEVICE), norm.epsilon)
         slots = Slots(pool, offsets, step)
-        q, normed = linear_rows(
-            x, weight.to(DEVICE), bias.to(DEVICE), norm=ours, keep_normed=True, slots=slots
-        )  # fmt: skip
+        q, normed = linear_rows(x, weight.to(DEVICE), bias.to(DEVICE), norm=ours, keep_normed=True, slots=slots)
         k, v = pool.view(2, n, 2, 64).permute(2, 1, 0, 3).flatten(2)
         got = torch.cat([q, k, v], 1).cpu(), normed.cpu()
         torch.testing.assert_close(x.cpu(), 2 * table + positions[3])

@@ -84,9 +84,7 @@ def _load(run, BM: gl.constexpr, G: gl.constexpr, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def _add(
-    run, tail, out, D: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, G: gl.constexpr, STAGES: gl.constexpr
-):  # fmt: skip
+def _add(run, tail, out, D: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, G: gl.constexpr, STAGES: gl.constexpr):
     """Add what all listed queries contribute to dK and dV of BN keys, and write them."""
     q_ring, do_ring, pivot_ring, delta_ring, k_own, v_own, full, own, n_tiles, scale_log2 = run
     p_q, p_do, p_pivot, p_delta, p_words, p_entries, s_qt, s_gt, first, n_full, n_total, q_length, NI, LQ, RS = tail

@@ -177,7 +177,7 @@ def positions(first, length, STEP: tl.constexpr):
 @triton.jit
 def load_rows(
     p_x, stride, start, o_x, m_x, INT32_OFFSETS: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BD: tl.constexpr
-):  # fmt: skip
+):
     """Rows start + o_x of p_x, [STEP, BD], 0 where m_x is not set; None: all exist.
 
     What depends on o_x alone leaves the loop: pointers, or if INT32_OFFSETS (`config.int32_offsets`) 32-bit offsets,
@@ -232,7 +232,7 @@ def _test_bits(b_bits, o_n, W: tl.constexpr):
 @triton.jit
 def keep_bits(
     p_words, o_m, m_m, p_entries, first, n_full, n_total, length, N_INNER, LQ, RS, STEP: tl.constexpr, G: tl.constexpr
-):  # fmt: skip
+):
     """Keep bits of query rows o_m and the keys of `listed_positions`, False where one does not exist, [BM, STEP].
 
     One load of [BM] words serves W keys: the words of neighbouring rows are neighbours in memory, or one word

@@ -195,7 +195,7 @@ def linear_rows(
 @triton.jit
 def _embed_rows_kernel(
     p_tokens, p_table, p_position, p_step, p_y, scale, C: tl.constexpr, BC: tl.constexpr, OVERLAP: tl.constexpr
-):  # fmt: skip
+):
     """One hypothesis."""
     wait_for_previous(OVERLAP)
     let_next_start(OVERLAP)  # so all tables of a step are there before its layers begin

@@ -11,13 +11,7 @@ from torch import Tensor
 from .api import block_sparse_attention
 from .layout import AttentionLayout, Layout
 from .offsets import SLOPE_BITS, OffsetLayout
-from .reference import (
-    attention_reference,
-    decode_reference,
-    dropout_keep,
-    linear_rows_reference,
-    visible_cells,
-)
+from .reference import attention_reference, decode_reference, dropout_keep, linear_rows_reference, visible_cells
 
 # Roundings, in units of machine epsilon, that the kernels may add to the error of the reference. Half precision: P
 # (or dS) and the output, half an epsilon each. float32: products of three tf32 terms keep 22 bits of each factor

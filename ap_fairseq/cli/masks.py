@@ -61,12 +61,7 @@ def _held(validation: Mapping[str, float], name: str) -> list[str]:
 
 
 def write_masks(
-    stats: AttentionStats,
-    spec: MaskSpec,
-    output,
-    overwrite: bool,
-    per_layer: bool = False,
-    share: float = 1.0,
+    stats: AttentionStats, spec: MaskSpec, output, overwrite: bool, per_layer: bool = False, share: float = 1.0
 ) -> None:
     """Build masks for a *share* of the budgets, save them, and print their effect on the recorded data."""
     built = build_masks(stats, spec, share)

@@ -20,10 +20,7 @@ import ap_fairseq.plugin  # noqa: F401  (registers with fairseq)
 from ap_fairseq.cli.common import add_output, command
 from ap_fairseq.cli.user_dir import add_user_dir, import_user_dir
 from ap_fairseq.files import ArtifactError, UserError
-from ap_fairseq.model.checkpoints import (
-    load_checkpoint,
-    stored_model,
-)
+from ap_fairseq.model.checkpoints import load_checkpoint, stored_model
 from ap_fairseq.provenance import dictionary_files, dictionary_sha256
 from ap_fairseq.recording.run import Recording, record_on_rank
 from ap_fairseq.recording.tasks import RecordedTask, recordable_architectures, recorded_task, stored_task

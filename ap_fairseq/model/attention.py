@@ -324,12 +324,7 @@ class PrunedMultiheadAttention(NotScriptable, MultiheadAttention):
     # -- decoding -----------------------------------------------------------------------------------------------------
 
     def _decode(
-        self,
-        query: Tensor,
-        key: Tensor | None,
-        key_padding: Tensor | None,
-        incremental_state: dict,
-        want_weights: bool,
+        self, query: Tensor, key: Tensor | None, key_padding: Tensor | None, incremental_state: dict, want_weights: bool
     ) -> tuple[Tensor, Tensor | None]:
         """One step: query (N, C) -> output (N, H, 1, D), and weights (N, H, 1, S) or None.
 

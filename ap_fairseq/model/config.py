@@ -5,9 +5,7 @@ from typing import Any, Optional  # fairseq's parser reads Optional[X], not X | 
 
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 from fairseq.dataclass.constants import StrEnum
-from fairseq.models.transformer import (
-    TransformerConfig,
-)
+from fairseq.models.transformer import TransformerConfig
 from fairseq.models.transformer.transformer_config import DecoderConfig, EncDecBaseConfig, QuantNoiseConfig
 from fairseq.models.transformer_lm import TransformerLanguageModelConfig
 from omegaconf import II
@@ -121,8 +119,7 @@ class PrunedTransformerConfig(DecoderOptions, InheritedConfig):
         },
     )
     alignment_heads: Optional[int] = dataclasses.field(
-        default=None,
-        metadata={"help": "how many heads of that layer learn alignments, from the first (default: all)"},
+        default=None, metadata={"help": "how many heads of that layer learn alignments, from the first (default: all)"}
     )
 
 

@@ -5,11 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from fairseq.models.transformer import (
-    TransformerConfig,
-    TransformerDecoderBase,
-    TransformerEncoderBase,
-)
+from fairseq.models.transformer import TransformerConfig, TransformerDecoderBase, TransformerEncoderBase
 from fairseq.modules import AdaptiveInput, transformer_layer
 from fairseq.modules.checkpoint_activations import checkpoint_wrapper
 from fairseq.modules.quant_noise import quant_noise
@@ -206,12 +202,7 @@ class PrunedTransformerDecoder(NotScriptable, TransformerDecoderBase):
         if whole_sentences and alignment_layer == self.num_layers and not self.cross_self_attention:
             return self._features(prev_output_tokens, encoder_out)
         x, extra = super().extract_features(
-            prev_output_tokens,
-            encoder_out,
-            incremental_state,
-            full_context_alignment,
-            alignment_layer,
-            alignment_heads,
+            prev_output_tokens, encoder_out, incremental_state, full_context_alignment, alignment_layer, alignment_heads
         )
         weights = extra["attn"][0]  # (B, T, S) over right-padded columns, or None
         if weights is not None and encoder_out is not None and encoder_out.get("source_shift"):
@@ -269,13 +260,7 @@ class PrunedTransformerDecoder(NotScriptable, TransformerDecoderBase):
         )
         states = [x]
         for layer in self.layers:
-            x = layer(
-                x,
-                source,
-                source_padding,
-                self_attn_mask=causal,
-                self_attn_padding_mask=padding,
-            )[0]
+            x = layer(x, source, source_padding, self_attn_mask=causal, self_attn_padding_mask=padding)[0]
             states.append(x)
         return self.finish(x).transpose(0, 1), {"attn": [None], "inner_states": states}
 

@@ -7,11 +7,7 @@ import logging
 
 from fairseq.dataclass.utils import gen_parser_from_dataclass
 from fairseq.models import register_model, register_model_architecture
-from fairseq.models.transformer import (
-    TransformerConfig,
-    TransformerModelBase,
-    transformer_legacy,
-)
+from fairseq.models.transformer import TransformerConfig, TransformerModelBase, transformer_legacy
 
 from ap_fairseq.files import UserError
 from ap_fairseq.model.config import PrunedTransformerConfig

@@ -90,9 +90,7 @@ def add_mask_options(parser: argparse.ArgumentParser) -> None:
         "(default: %(default)s)",
     )
     parser.add_argument(
-        "--scope",
-        choices=SCOPES,
-        help="what shares one threshold (default: kind; with --total: global)",
+        "--scope", choices=SCOPES, help="what shares one threshold (default: kind; with --total: global)"
     )
     parser.add_argument(
         "--granularity",

@@ -29,13 +29,7 @@ from ap_fairseq.artifacts import DIVERGED, AttentionStats
 from ap_fairseq.compat import drop_bettertransformer_copies
 from ap_fairseq.files import ArtifactError, UserError, file_sha256, refuse_existing
 from ap_fairseq.model.checkpoints import load_parameters, stored_model
-from ap_fairseq.recording.lengths import (
-    diagonal_slope,
-    lengths_of,
-    longest_sides,
-    sample_by_length,
-    validation_lengths,
-)
+from ap_fairseq.recording.lengths import diagonal_slope, lengths_of, longest_sides, sample_by_length, validation_lengths
 from ap_fairseq.recording.recorder import AttentionRecorder, data_parallel_group, gathered
 from ap_fairseq.recording.tasks import RECORDABLE, provenance, recorded_task, samples_of
 

@@ -107,11 +107,7 @@ class FusedLayer:
     """
 
     def __init__(
-        self,
-        layer: nn.Module,
-        own: StaticSelfAttentionCache,
-        cross: StaticCrossAttentionCache | None,
-        linear: Linear,
+        self, layer: nn.Module, own: StaticSelfAttentionCache, cross: StaticCrossAttentionCache | None, linear: Linear
     ):
         self.layer, self.own, self.cross, self.linear = layer, own, cross, linear
         self.activation = FUNCTIONS[layer.activation_fn]

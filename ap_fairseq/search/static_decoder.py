@@ -22,12 +22,7 @@ from torch import Tensor, nn
 
 from ap_fairseq.cuda_graphs import GraphPool
 from ap_fairseq.model.attention import PrunedMultiheadAttention
-from ap_fairseq.model.kv_cache import (
-    INITIAL_CAPACITY,
-    SourceSlots,
-    compact,
-    renumber_live,
-)
+from ap_fairseq.model.kv_cache import INITIAL_CAPACITY, SourceSlots, compact, renumber_live
 from ap_fairseq.model.language_model import PrunedLanguageModel
 from ap_fairseq.model.layers import left_padding, rotate_left
 from ap_fairseq.model.transformer import PrunedTransformerModel

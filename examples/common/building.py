@@ -134,12 +134,7 @@ def known_pieces(processor) -> frozenset[str]:
 
 
 def preprocess(
-    pair: Sequence[str],
-    folders: Mapping[str, Path],
-    dictionary: Path,
-    destination: Path,
-    logs: Path,
-    workers: int = 1,
+    pair: Sequence[str], folders: Mapping[str, Path], dictionary: Path, destination: Path, logs: Path, workers: int = 1
 ) -> None:
     """``fairseq-preprocess`` with one dictionary for all sides.
 

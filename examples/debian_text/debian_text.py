@@ -36,15 +36,7 @@ from building import (
     prepare,
     prepare_parser,
 )
-from parallel_text import (
-    Filter,
-    by_sentence,
-    encoding_steps,
-    english_texts,
-    fairseq_language,
-    filter_pages,
-    write_text,
-)
+from parallel_text import Filter, by_sentence, encoding_steps, english_texts, fairseq_language, filter_pages, write_text
 from segments import Page, Pair
 
 SHARES = {"test": 0.022, "valid": 0.01}  # of the pages
@@ -221,10 +213,7 @@ def steps_of(args: argparse.Namespace) -> list[Step]:
     limit = round(args.max_package_mb * 1e6)
     return [
         Step(
-            "packages",
-            ("packages",),
-            packages,
-            lambda work: build_packages(work, args.language, args.deb_dir, limit),
+            "packages", ("packages",), packages, lambda work: build_packages(work, args.language, args.deb_dir, limit)
         ),
         Step(
             "text",

@@ -23,14 +23,7 @@ import segments
 from building import SPLITS, PrepareError, Step, check_options, file_hash, one_line_errors, prepare, prepare_parser
 from help_packages import build_packages, package_language, packages_of
 from help_text import read_help, read_pair
-from parallel_text import (
-    build_data_bin,
-    build_sentencepiece,
-    fairseq_language,
-    split_pages,
-    unique_lines,
-    write_level,
-)
+from parallel_text import build_data_bin, build_sentencepiece, fairseq_language, split_pages, unique_lines, write_level
 from segments import Page, Pair
 
 PAIR = ("en", "many")

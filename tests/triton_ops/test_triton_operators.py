@@ -297,9 +297,7 @@ def test_lengths_beyond_the_tensor_are_clamped_on_a_gpu():
 def test_auto_takes_sdpa_for_what_the_kernels_do_not_take():
     layout, (q, k, v) = problem(8)
     x = [t.double() for t in (q, k, v)]
-    assert torch.equal(
-        block_sparse_attention(*x, layout), block_sparse_attention(*x, layout, backend="sdpa")
-    )  # fmt: skip
+    assert torch.equal(block_sparse_attention(*x, layout), block_sparse_attention(*x, layout, backend="sdpa"))
 
 
 @pytest.mark.skipif(DEVICE == "cuda" or not INTERPRETED, reason="about CPU tensors: run with CUDA_VISIBLE_DEVICES=")

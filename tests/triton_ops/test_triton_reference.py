@@ -26,7 +26,7 @@ def test_gradient_of_the_definition(causal, dropout_p):
     def outputs(q, k, v):
         out, lse, _ = attention_reference(
             q, k, v, keep, scale=0.7, causal=causal, dropout_p=dropout_p, seed=5, **lengths
-        )  # fmt: skip
+        )
         return out, torch.where(lse.isfinite(), lse, 0.0)
 
     assert torch.autograd.gradcheck(outputs, (q, k, v))
