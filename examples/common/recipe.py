@@ -144,14 +144,7 @@ class Recipe:
         if not self.gpus:  # the models are small: more threads wait for each other, and other jobs need the cores
             torch.set_num_threads(1)
 
-        program = load_module(folder / toml["prepare"] if "prepare" in toml else COMMON / "prepare_corpus.py")
-        options = [*shlex.split(self.size.prepare), *prepare_options]
-        if "prepare" in toml:  # its own, for any pair
-            options = [*(args.pair or (toml["source"], toml["target"])), *options]
-        elif args.pair:
-            raise UserError(f"--pair: {folder.name} has one pair of languages, {toml['source']} {toml['target']}")
-        else:
-            options = [str(folder), *(["--variant", args.variant] if args.variant else []), *options]
+        program, options = self._preparation(toml, prepare_options)
         self.prepare_data, (self.source, self.target) = program.main, program.languages(program.parse_args(options))
         names = [f"{self.source}-{self.target}", args.variant]
         self.data = args.data or folder / "data" / "-".join(filter(None, [*names, self.size.data]))
@@ -171,6 +164,16 @@ class Recipe:
         self.dense_updates = args.dense_updates or self.size.dense_updates
         self.tune_updates = args.tune_updates or self.size.tune_updates
         self.checkpoint = "average.pt" if self.size.average else "checkpoint_best.pt"
+
+    def _preparation(self, toml: dict[str, Any], given: list[str]) -> tuple[ModuleType, list[str]]:
+        """Return the program that makes the data, and its command line, of which *given* is the end."""
+        folder, args, options = self.folder, self.args, [*shlex.split(self.size.prepare), *given]
+        if "prepare" in toml:  # its own, for any pair
+            return load_module(folder / toml["prepare"]), [*(args.pair or (toml["source"], toml["target"])), *options]
+        if args.pair:
+            raise UserError(f"--pair: {folder.name} has one pair of languages, {toml['source']} {toml['target']}")
+        variant = ["--variant", args.variant] if args.variant else []
+        return load_module(COMMON / "prepare_corpus.py"), [str(folder), *variant, *options]
 
     # -- stages -------------------------------------------------------------------------------------------------------
 
