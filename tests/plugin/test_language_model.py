@@ -10,10 +10,20 @@ import torch
 from fairseq.criterions.adaptive_loss import AdaptiveLoss
 from fairseq.models.transformer_lm import TransformerLanguageModel
 from omegaconf import OmegaConf
-from plugin.builders import LM_SIZES, adaptive, batch, causal_masks, dictionary, language_models, random_masks
+from plugin.builders import (
+    LM_SIZES,
+    adaptive,
+    batch,
+    causal_masks,
+    dictionary,
+    language_models,
+    random_masks,
+    random_stats,
+)
 from plugin.commands import PLUGIN, assert_reads_as_stock, losses, run, train_on_text
+from plugin.searches import DEVICE
 
-from ap_fairseq.artifacts import AttentionStats
+from ap_fairseq.artifacts import AttentionStats, PruningMasks
 from ap_fairseq.cli import record
 from ap_fairseq.files import ArtifactError, UserError
 from ap_fairseq.model.checkpoints import load_checkpoint
@@ -22,6 +32,8 @@ from ap_fairseq.model.language_model import SCALES, PrunedLanguageModel
 from ap_fairseq.model.stock import convert_to_stock
 from ap_fairseq.model.training_graphs import TrainingGraphs
 from ap_fairseq.provenance import decode_provenance
+from ap_fairseq.pruning.build import build_masks
+from ap_fairseq.pruning.flags import parse_mask_flags, spec_from
 from ap_fairseq.sites import AttentionKind, architecture
 
 KIND = AttentionKind.DECODER_SELF
@@ -96,6 +108,38 @@ def test_a_token_depends_on_the_tokens_that_its_row_keeps():
     for row in range(12):
         (gradient,) = torch.autograd.grad(output[row].square().sum(), x, retain_graph=True)
         assert (gradient[:, 0].abs().sum(1) > 0).tolist() == keep[row, :12].tolist(), row
+
+
+@pytest.mark.parametrize("kernels", ["torch", "small", "block-sparse"])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--criterion importance --smooth 4",
+        "--criterion importance --granularity 8",
+        "--criterion importance --granularity diagonal",
+        "--criterion window --extrapolate keep",
+        "--criterion percentile",
+    ],
+)
+def test_later_tokens_change_no_earlier_logit(flags, kernels, monkeypatch):
+    """A leak would make pruned models look better than dense ones. The last rows lie beyond those of the masks."""
+    if kernels == "block-sparse":
+        monkeypatch.setattr("triton_ops.small.SMALL_TILES", ())  # those of longer blocks
+    stats = random_stats(longest=(16, 16))
+    built = build_masks(stats, spec_from(parse_mask_flags(["--decoder-self", "0.7", *flags.split()]), stats)).masks
+    sizes = dict(decoder_embed_dim=32, decoder_input_dim=32, decoder_output_dim=32, tokens_per_sample=40)
+    backend = "sdpa" if kernels == "torch" else "triton"
+    _, model = language_models(VOCAB, attention_backend=backend, **sizes)
+    model.set_masks(PruningMasks({KIND: built.keep[KIND]}, {KIND: built.extrapolation[KIND]}))
+    model.to(DEVICE)
+    tokens, others = (batch([40], VOCAB, left=False, seed=seed).to(DEVICE) for seed in (0, 1))
+    cuts = (1, 8, 15, 16, 17, 32, 38)
+    changed = torch.cat([torch.cat([tokens[:, :cut], others[:, cut:]], 1) for cut in cuts])
+    for training in (False, True):
+        logits, other_logits = (model.train(training)(rows)[0] for rows in (tokens.expand_as(changed), changed))
+        for cut, before, after in zip(cuts, logits, other_logits, strict=True):
+            assert torch.equal(after[:cut], before[:cut]), (training, cut)
+            assert not torch.equal(after[cut], before[cut])
 
 
 def test_decoding_step_by_step_is_the_full_pass():
