@@ -297,18 +297,29 @@ def kinds() -> str:
 
 
 def language_models(file: Path) -> str:
-    """Test perplexities of language models."""
+    """Test perplexities of language models: means over the seeds, and standard deviations where there are several."""
     ways = {"scratch": "under the masks from the start", "gradual": "pruned while training"}
     blocks = {"1": "cells", "64": "64-blocks", "diagonal": "diagonals"}
-    rows = []
-    for row in load(file)["rows"]:
-        way, masks = row["system"].replace(".dropout-", ", dropout "), ""
+
+    def over_seeds(rows: list[dict[str, Any]], key: str, form: str) -> str:
+        values = [row[key] for row in rows]
+        spread = f" ± {statistics.stdev(values):{form.lstrip('+z')}}" if len({*values}) > 1 else ""
+        return f"{statistics.fmean(values):{form}}{spread}"
+
+    document, systems = load(file), {}
+    for row in document["rows"]:
+        systems.setdefault(row["system"], []).append(row)
+    body = []
+    for system, rows in systems.items():
+        way, masks = system.replace(".dropout-", ", dropout "), ""
         if not way.startswith("dense"):
             criterion, percent, granularity, way = way.split(".")
             way, masks = ways[way], blocks[granularity.removeprefix("g")]
             masks += {"importance": "", "percentile": f", published percentile at nominal {percent}%"}[criterion]
-        rows.append([way, masks, f"{row['pruned']:.0%}", f"{row['perplexity']:.1f}", f"{row['change']:+z.1%}"])
-    return markdown(Table(["system", "masks", "pairs pruned", "perplexity", "change"], rows, align="llrrr"))
+        seeds = ", ".join(str(row.get("seed", document.get("seed"))) for row in rows)
+        scores = [over_seeds(rows, "perplexity", ".1f"), over_seeds(rows, "change", "+z.1%")]
+        body.append([way, masks, f"{rows[0]['pruned']:.0%}", seeds, *scores])
+    return markdown(Table(["system", "masks", "pairs pruned", "seeds", "perplexity", "change"], body, align="llrrrr"))
 
 
 def completed(line: dict[str, Any], dense_updates: int) -> dict[str, Any]:
@@ -382,7 +393,8 @@ def tables() -> dict[str, Callable[[], str]]:
         "cpu": lambda: format_markdown(load(RESULTS / "cpu.json")),
         "rivals.translation": rivals_translation,
     }
-    for path in sorted({*LM_RESULTS.glob("*.json")} - {LM_RESULTS / "corpus.json"}):
+    without_table = {LM_RESULTS / "corpus.json", LM_RESULTS / "cpu-updates.json"}
+    for path in sorted({*LM_RESULTS.glob("*.json")} - without_table):
         made[f"language-model.{path.stem}"] = lambda path=path: language_models(path)
     for path in sorted((ROOT / "examples" / "libreoffice_one_to_many" / "results").glob("*.jsonl")):
         made[f"one-to-many.{path.stem}"] = lambda path=path: sweep(path)
