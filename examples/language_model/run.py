@@ -255,8 +255,8 @@ def get_parser() -> argparse.ArgumentParser:
         "--systems",
         nargs="+",
         metavar="NAME",
-        default=[f"importance.{n}.g1.scratch" for n in (50, 80, 90)],
-        help="default: 50, 80 and 90%% of the pairs, cells by importance, from scratch",
+        default=[f"importance.{n}.g1.gradual" for n in (50, 80, 90)],
+        help="default: 50, 80 and 90%% of the pairs, cells by importance, pruned while training",
     )
     add(
         "--dropout",
