@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from enum import StrEnum
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ap_fairseq.files import UserError
 
 if TYPE_CHECKING:  # commands that only read files run without fairseq
     from fairseq.models import BaseFairseqModel
     from fairseq.modules import MultiheadAttention
+    from torch import nn
 
 
 class AttentionKind(StrEnum):
@@ -41,6 +42,12 @@ class AttentionSite(NamedTuple):
     layer: int
 
 
+def layers_of(part: nn.Module | None) -> list[Any]:
+    """Return all layers of an encoder or decoder: to iterate fairseq's list in training mode drops some at random."""
+    layers = getattr(part, "layers", ())
+    return [layers[i] for i in range(len(layers))]
+
+
 def attention_sites(model: BaseFairseqModel) -> Iterator[tuple[AttentionSite, MultiheadAttention]]:
     """Yield every attention module of a fairseq transformer, language model or RoBERTa with its site.
 
@@ -48,13 +55,9 @@ def attention_sites(model: BaseFairseqModel) -> Iterator[tuple[AttentionSite, Mu
     three kinds and are left out.
     """
     encoder, decoder = (getattr(model, part, None) for part in ("encoder", "decoder"))
-    encoder = getattr(encoder, "sentence_encoder", encoder)  # of RoBERTa
-    encoder_layers, decoder_layers = (getattr(part, "layers", ()) for part in (encoder, decoder))
-    # Indexing, because iterating a LayerDropModuleList in training mode drops layers at random.
-    for layer in range(len(encoder_layers)):
-        yield AttentionSite(AttentionKind.ENCODER_SELF, layer), encoder_layers[layer].self_attn
-    for layer in range(len(decoder_layers)):
-        module = decoder_layers[layer]
+    for layer, module in enumerate(layers_of(getattr(encoder, "sentence_encoder", encoder))):  # the former of RoBERTa
+        yield AttentionSite(AttentionKind.ENCODER_SELF, layer), module.self_attn
+    for layer, module in enumerate(layers_of(decoder)):
         if module.self_attn.self_attention:
             yield AttentionSite(AttentionKind.DECODER_SELF, layer), module.self_attn
         if module.encoder_attn is not None:

@@ -19,6 +19,7 @@ from ap_fairseq.model.attention import PrunedMultiheadAttention
 from ap_fairseq.model.kv_cache import PagedCache
 from ap_fairseq.model.layers import is_plain
 from ap_fairseq.search.static_cache import StaticCrossAttentionCache, StaticSelfAttentionCache
+from ap_fairseq.sites import layers_of
 from triton_ops import append_to_pool
 from triton_ops.norm import add_norm
 from triton_ops.rows import ACTIVATIONS, MAX_NORMALISED, MAX_ROWS, TYPES, Norm, Slots, embed_rows, linear_rows
@@ -31,7 +32,6 @@ def serves(decoder: nn.Module) -> bool:
     """Whether `FusedDecoder` does the steps of a decoder: half precision, layers without additions."""
     parameters = list(decoder.parameters())
     types = {parameter.dtype for parameter in parameters}
-    layers = [decoder.layers[i] for i in range(len(decoder.layers))]  # iterating draws random numbers for LayerDrop
     return (
         all(parameter.is_contiguous() for parameter in parameters)
         and len(types) == 1
@@ -49,7 +49,7 @@ def serves(decoder: nn.Module) -> bool:
                 decoder.layernorm_embedding,
             )
         )
-        and all(is_plain(layer) and layer.activation_fn in FUNCTIONS for layer in layers)
+        and all(is_plain(layer) and layer.activation_fn in FUNCTIONS for layer in layers_of(decoder))
     )
 
 
@@ -169,9 +169,9 @@ class FusedDecoder:
     ):
         self.decoder, self.positions, self.step = decoder, positions, step
         self.linear: Linear = linear_rows if n_hypotheses <= MAX_ROWS else linear_many
-        layers = (decoder.layers[i] for i in range(len(decoder.layers)))
         self.layers = [
-            FusedLayer(layer, caches[layer.self_attn], caches.get(layer.encoder_attn), self.linear) for layer in layers
+            FusedLayer(layer, caches[layer.self_attn], caches.get(layer.encoder_attn), self.linear)
+            for layer in layers_of(decoder)
         ]
 
     def __call__(self, tokens: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from ap_fairseq.model.layers import is_plain
 from ap_fairseq.search.beams import BeamSearchState
 from ap_fairseq.search.running import Batch, EncoderOuts, RunningSearch
 from ap_fairseq.search.static_decoder import LayerStep, Model, StaticDecoder, layer_step
+from ap_fairseq.sites import layers_of
 
 FIRST_SLOTS = 64  # of a sentence; slots are compacted, or their number doubled, when they are full
 MASK_ROWS_MEMO = 1 << 26  # bytes of mask rows that are remembered: all of searches up to 1,000 positions or so
@@ -359,8 +360,8 @@ class HostDecoder(StaticDecoder):
         for model, encoder_out in zip(self.models, encoder_outs or [None] * len(self.models), strict=True):
             self.layers.append([])
             source = None if encoder_out is None else encoder_out["encoder_out"][0].transpose(0, 1)
-            for index in range(len(model.decoder.layers)):
-                layer, cross = model.decoder.layers[index], None
+            for layer in layers_of(model.decoder):
+                cross = None
                 if layer.encoder_attn is not None:
                     kv = self._project_source(layer.encoder_attn, source)
                     cross = HostCrossAttention(columns, layer.encoder_attn, kv)

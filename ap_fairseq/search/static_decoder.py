@@ -14,7 +14,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -35,7 +35,7 @@ from ap_fairseq.search.source_pass import MAX_TOKENS, SourcePass
 from ap_fairseq.search.static_cache import StaticCrossAttentionCache, StaticSelfAttentionCache
 from ap_fairseq.search.stored_columns import StoredColumns
 from ap_fairseq.search.strategies import Sampling, Step
-from ap_fairseq.sites import AttentionKind, attention_sites
+from ap_fairseq.sites import AttentionKind, attention_sites, layers_of
 from triton_ops import Layout
 from triton_ops.beam_state import penalized_log_probs
 
@@ -110,9 +110,12 @@ class StaticDecoder:
             for module in self.self_sites
         }
 
+    def _values(self) -> Iterator[Tensor]:
+        """Yield the parameters as they are now; walking through the modules takes ten times as long."""
+        return (owner[name] for owner, name in self.parameters if owner[name] is not None)
+
     def _addresses(self) -> list[int]:
-        values = (owner[name] for owner, name in self.parameters)  # walking through the modules takes ten times as long
-        return [value.data_ptr() for value in values if value is not None]
+        return [value.data_ptr() for value in self._values()]
 
     def _layouts(self) -> list[Layout]:
         n, size = self.capacity.positions, self.capacity.source_length
@@ -127,8 +130,7 @@ class StaticDecoder:
 
         A change through a parameter's ``.data`` is not seen: torch does not count it.
         """
-        values = (owner[name] for owner, name in self.parameters)
-        versions = [value._version for value in values if value is not None and not value.is_inference()]
+        versions = [value._version for value in self._values() if not value.is_inference()]
         sites = (*self.encoder_sites, *self.self_sites, *self.cross_sites)
         return [torch.is_inference_mode_enabled(), *versions, *(module.built_layout for module in sites)]
 
@@ -387,8 +389,7 @@ class StaticDecoder:
         """Fill the pools of self-attention by the tokens *previous* (B, P); return features, (B, P, C)."""
         (n, size), decoder = previous.shape, model.decoder
         features, extra = decoder.extract_features(previous, encoder_out=encoder_out)
-        for index in range(len(decoder.layers)):
-            layer, x = decoder.layers[index], extra["inner_states"][index]
+        for layer, x in zip(layers_of(decoder), extra["inner_states"][:-1], strict=True):
             module = layer.self_attn
             if layer.normalize_before:
                 x = layer.self_attn_layer_norm(x)
@@ -433,7 +434,6 @@ class StaticDecoder:
                 caches[module] = StaticSelfAttentionCache(pool, self.beams, n_hypotheses, heads, projection)
             else:
                 caches[module] = StaticCrossAttentionCache(pool, self.beams, n, heads)
-        layers = [model.decoder.layers[i] for i in range(len(model.decoder.layers))]
         if self.beams.kernels:
             from ap_fairseq.search import fused_decoder  # imports triton
 
@@ -443,7 +443,7 @@ class StaticDecoder:
         state: dict = {}
         for module, cache in caches.items():
             module.set_incremental_state(state, "attn_state", {"cache": cache})
-        return self._module_step(index, [layer_step(layer, state) for layer in layers])
+        return self._module_step(index, [layer_step(layer, state) for layer in layers_of(model.decoder)])
 
     def _module_step(self, index: int, layers: list[LayerStep]) -> ModelStep:
         """Return the step of a model by fairseq's modules but for its *layers*."""
