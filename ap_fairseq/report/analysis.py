@@ -161,21 +161,18 @@ def concentration(stats: AttentionStats, kind: AttentionKind) -> Concentration:
     }
     if kind.causal:
         del places["next"]  # does not exist
-    uniform_head = uniform_mass(kind, support)
-    measured = {name: _per_head(mass, lambda head, at=place: head[at].sum()) for name, place in places.items()}
-    uniform = {name: float(uniform_head[place].sum()) for name, place in places.items()}
-    total = _per_head(mass, np.sum)
-    heads = {name: _ratio(value, total, 0.0) for name, value in measured.items()}
-    uniform = {name: value / float(uniform_head.sum()) for name, value in uniform.items()}
+    uniform_head, total = uniform_mass(kind, support), _per_head(mass, np.sum)
+    entropy, uniform_entropy = _per_head(mass, row_entropy), row_entropy(uniform_head)
+    # Where sentences have a single token, attention is as broad as it can be.
+    relative = _ratio(entropy, np.full_like(entropy, uniform_entropy), 1.0)
+    heads = {"entropy": entropy, "relative_entropy": relative}
+    uniform = {"entropy": uniform_entropy, "relative_entropy": 1.0}
+    for name, place in places.items():
+        heads[name] = _ratio(_per_head(mass, lambda head, at=place: head[at].sum()), total, 0.0)
+        uniform[name] = float(uniform_head[place].sum() / uniform_head.sum())
     if kind in stats.end_mass:
         heads["end"] = _ratio(stats.end_mass[kind], total, 0.0)
         uniform["end"] = _uniform_end_share(kind, support)
-    entropy = _per_head(mass, row_entropy)
-    uniform_entropy = row_entropy(uniform_head)
-    # Where sentences have a single token, attention is as broad as it can be.
-    relative = _ratio(entropy, np.full_like(entropy, uniform_entropy), 1.0)
-    heads = {"entropy": entropy, "relative_entropy": relative, **heads}
-    uniform = {"entropy": uniform_entropy, "relative_entropy": 1.0, **uniform}
     return Concentration(heads, uniform, _patterns(heads, uniform), total > 0)
 
 
