@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +111,11 @@ def read_results(path) -> dict[str, Any]:
     return document
 
 
+def knows_masks(result: Mapping[str, Any]) -> bool:
+    """Whether a system of a results file was scored with its checkpoint; else nothing is known of its masks."""
+    return bool({"checkpoint_sha256", "sparsity"} & result.keys())
+
+
 def is_number(value: Any) -> bool:
     """Whether a value of a JSON document is a finite number."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
@@ -129,15 +134,15 @@ def score_table(document: dict[str, Any]) -> Table:
     tested = document.get("significance", {})
     metrics = [metric for metric in METRICS if metric in tested.get("signatures", {})]
     header = ["system", *(title for _, title, _ in columns), *(f"p ({METRICS[metric].title})" for metric in metrics)]
-    described = [{"checkpoint_sha256", "sparsity"} & result.keys() for result in systems]
-    kinds = list(AttentionKind) if any(described) else []  # of a system without a checkpoint nothing is known
+    kinds = list(AttentionKind) if any(map(knows_masks, systems)) else []
     header += [f"{kind.value} pruned / kept" for kind in kinds]
     rows = []
-    for result, known in zip(systems, described, strict=True):
+    for result in systems:
         scores = [format(result[key], digits) if key in result else "-" for key, _, digits in columns]
         compared = [tested["systems"][result["system"]].get(metric, {}).get("p") for metric in metrics]
         p_values = ["-" if p is None else f"{p:.3f}" for p in compared]
-        parts, whole = [result.get("sparsity", {}).get(kind.value) for kind in kinds], "dense" if known else "-"
+        parts = [result.get("sparsity", {}).get(kind.value) for kind in kinds]
+        whole = "dense" if knows_masks(result) else "-"
         shares = [whole if part is None else "{effective:.1%} / {kept_mass:.1%}".format(**part) for part in parts]
         rows.append([result["system"], *scores, *p_values, *shares])
     return Table(header, rows)

@@ -13,7 +13,7 @@ from ap_fairseq.artifacts import AttentionStats, PruningMasks
 from ap_fairseq.pruning.summary import LayerSummary
 from ap_fairseq.report import analysis
 from ap_fairseq.report.figure import INK, KIND_COLOURS, Figure, percent_axis, styled, subplots
-from ap_fairseq.report.results import Measurements, System, curves
+from ap_fairseq.report.results import UNKNOWN, Measurements, System, curves
 from ap_fairseq.sites import AttentionKind
 
 SERIES_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
@@ -254,10 +254,10 @@ def quality(systems: list[System]) -> Figure:
     sources, texts = set(), []
     for axis, metric in zip(axes[0], metrics, strict=True):
         series = curves(systems, metric)
-        dense = series.pop(None, [])
-        for point in dense:
-            name = "dense" if len(dense) == 1 else f"dense, {point.name}"
-            axis.axhline(point.score, color=INK, lw=1, ls=":", label=name)
+        dense, unknown = series.pop(None, []), series.pop(UNKNOWN, [])
+        levels = [("dense" if len(dense) == 1 else f"dense, {point.name}", point, ":") for point in dense]
+        for name, point, dashes in levels + [(point.name, point, "-.") for point in unknown]:
+            axis.axhline(point.score, color=INK, lw=1, ls=dashes, label=name)
             texts.append(f"{name} {metric} {point.score:.1f}")
             if point.interval:
                 axis.axhspan(point.interval.low, point.interval.high, color=INK, alpha=0.08, lw=0)

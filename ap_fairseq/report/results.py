@@ -13,11 +13,12 @@ import numpy as np
 from scipy import stats as distributions
 
 from ap_fairseq.evaluation import scores
-from ap_fairseq.evaluation.results import is_number, parse_json, read_text
+from ap_fairseq.evaluation.results import is_number, knows_masks, parse_json, read_text
 from ap_fairseq.files import ArtifactError
 from ap_fairseq.sites import AttentionKind
 
 VARIANTS = {"untuned": "no fine-tuning", "tuned": "fine-tuned", "scratch": "from scratch"}
+UNKNOWN = "–"  # the series of systems that were scored without their checkpoints: dense or pruned
 METRICS = {scores.METRICS[key].title: key for key in ("bleu", "chrf")}  # title -> field of a results file
 
 
@@ -36,7 +37,8 @@ class System:
 
     Attributes:
         name: as in the results file.
-        series: the curve it belongs to: criterion, kinds, granularity and variant; None for a dense system.
+        series: the curve it belongs to: criterion, kinds, granularity and variant; None for a dense system,
+            :data:`UNKNOWN` for one without a checkpoint.
         variant: its schedule, or the part of its name after the last point (such as ``tuned``), or "".
         pruned: the kinds with a budget or, where no budgets are given, with pruned pairs.
         sparsity: effective sparsity of each kind, in [0, 1]; empty if the file only gives the total.
@@ -78,10 +80,10 @@ def read_results(path, pairs: Mapping[str, int]) -> list[System]:
 
     Accepts what ``ap-evaluate -o`` writes (an object with ``systems`` and perhaps ``significance``), a list of such
     systems, or JSON lines with one system each, as sweeps write them. A system has ``system``, either ``bleu`` and
-    ``chrf`` or ``scores: {"BLEU": {"score": ..., "ci": half of the 95% interval}, "chrF2": {...}}``, and unless it is
-    dense ``spec`` or ``criterion``, and ``sparsity`` ({kind: {"effective": ...}}, with ``total`` beside it) or
-    ``effective_sparsity`` (a number, or {kind: number, "total": number}). Criterion ``dense`` with a ``schedule`` other
-    than ``untuned`` is a dense system that was fine-tuned.
+    ``chrf`` or ``scores: {"BLEU": {"score": ..., "ci": half of the 95% interval}, "chrF2": {...}}``. A pruned one has
+    ``spec`` or ``criterion``, and ``sparsity`` ({kind: {"effective": ...}}, with ``total`` beside it) or
+    ``effective_sparsity`` (a number, or {kind: number, "total": number}); a dense one has ``checkpoint_sha256`` or
+    criterion ``dense``, which with a ``schedule`` other than ``untuned`` is a dense system that was fine-tuned.
 
     Args:
         pairs: recorded pairs of each kind over all heads, the weights of the kinds in the total.
@@ -195,12 +197,14 @@ def _pruned_kinds(record: dict, sparsity: Mapping[str, float]) -> list[str]:
 def _series(record: dict, sparsity: Mapping[str, float], pruned: list[str], variant: str) -> str | None:
     spec = _spec(record)
     criterion = spec.get("criterion")
-    if criterion is None or (criterion == "dense" and record.get("schedule", "untuned") == "untuned"):
+    if criterion is None and not pruned:
+        return None if knows_masks(record) else UNKNOWN
+    if criterion == "dense" and record.get("schedule", "untuned") == "untuned":
         return None
     if criterion == "dense" or (sparsity and not pruned):
         parts = ["no pruning"]
     else:
-        parts = [str(criterion)]
+        parts = [str(criterion or "unnamed criterion")]
         parts += ["global budget"] if record.get("kinds") == "global" else []
         parts += [] if len(pruned) == len(sparsity) else ["+".join(pruned) + " only"]
         granularity = spec.get("granularity", record.get("granularity", 1))
@@ -231,7 +235,7 @@ def curves(systems: Iterable[System], metric: str) -> dict[str | None, list[Poin
     """
     groups: dict[str | None, dict[tuple[str, ...], list[System]]] = defaultdict(lambda: defaultdict(list))
     for system in systems:
-        groups[system.series][system.settings if system.series else ()].append(system)
+        groups[system.series][system.settings if system.series not in (None, UNKNOWN) else ()].append(system)
     result: dict[str | None, list[Point]] = {}
     for series, by_settings in groups.items():
         shared = set.intersection(*map(set, by_settings))

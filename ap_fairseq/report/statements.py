@@ -8,7 +8,7 @@ import numpy as np
 
 from ap_fairseq.pruning.summary import LayerSummary
 from ap_fairseq.report.analysis import BROAD, PATTERNS, Concentration, KeptMass
-from ap_fairseq.report.results import System
+from ap_fairseq.report.results import UNKNOWN, System
 from ap_fairseq.sites import AttentionKind
 
 ALIKE = 0.02  # shares that differ by less are called alike
@@ -188,7 +188,7 @@ def _nominal(nominal_half: Mapping[AttentionKind, float]) -> str:
 
 def _scores(systems: list[System]) -> str:
     """Compare systems with one pruned kind with the same training and seed without masks, or else with dense."""
-    unpruned = {(s.variant, s.seed): s for s in systems if s.series is not None and not s.pruned}
+    unpruned = {(s.variant, s.seed): s for s in systems if s.series not in (None, UNKNOWN) and not s.pruned}
     dense = {system.seed: system for system in systems if system.series is None}
     parts = []
     for system in systems:

@@ -7,7 +7,7 @@ import pytest
 from plugin.commands import ROOT
 
 from ap_fairseq.files import ArtifactError
-from ap_fairseq.report import results, statements
+from ap_fairseq.report import plots, results, statements, tables
 from ap_fairseq.sites import AttentionKind
 
 ENCODER, DECODER, CROSS = AttentionKind
@@ -33,7 +33,8 @@ def test_results_of_the_committed_run():
 
 
 def test_lines_of_a_sweep_and_their_intervals(tmp_path):
-    lines = [{"system": "dense", "scores": {"BLEU": {"score": 30, "ci": 0.5}, "chrF2": {"score": 50}}}]
+    scores = {"BLEU": {"score": 30, "ci": 0.5}, "chrF2": {"score": 50}}
+    lines = [{"system": "dense", "criterion": "dense", "scores": scores}]
     for seed, bleu in enumerate((20.0, 22.0, 24.0)):
         scores = {"BLEU": {"score": bleu, "signature": "s"}, "chrF2": {"score": 40.0}}
         sparsity = {"encoder_self": 0.8, "decoder_self": 0.8, "cross": 0.801, "total": 0.8}
@@ -76,8 +77,8 @@ def test_only_systems_that_differ_in_their_seed_are_runs_of_one_point(tmp_path):
         line("b1", 30, **gradual, rounds=4, seed=1),
         line("pool", 40, spec={"criterion": "importance", "pool": 32, "seed": 1}),
         line("none", 42, spec={"criterion": "importance", "pool": 0, "seed": 1}),
-        {"system": "text", "bleu": 5, "chrf": 9},
-        {"system": "other", "bleu": 7, "chrf": 9},
+        {"system": "text", "checkpoint_sha256": "a", "bleu": 5, "chrf": 9},
+        {"system": "other", "checkpoint_sha256": "b", "bleu": 7, "chrf": 9},
     ]
     path = tmp_path / "lines.jsonl"
     path.write_text("\n".join(map(json.dumps, lines)))
@@ -90,6 +91,23 @@ def test_only_systems_that_differ_in_their_seed_are_runs_of_one_point(tmp_path):
         "importance": [(42, 1)],
         None: [(5, 1), (7, 1)],
     }
+
+
+def test_a_system_without_a_checkpoint_is_not_called_dense(tmp_path):
+    """It was the dense line of the figure, and what others were compared with."""
+    scores = {"bleu": 20, "chrf": 50}
+    lines = [
+        {"system": "text", **scores, "updates": 100},
+        {"system": "pruned", "criterion": "mean", "sparsity": {"cross": {"effective": 0.5}}, **scores},
+        {"system": "by hand", "sparsity": {"cross": {"effective": 0.5}}, **scores},
+    ]
+    path = tmp_path / "lines.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)))
+    systems = results.read_results(path, PAIRS)
+    assert [row[1] for row in tables.systems_table(systems).rows] == ["–", "mean", "unnamed criterion"]
+    figure = plots.quality(systems)
+    assert figure.alt.startswith("text BLEU 20.0; mean at 50% BLEU 20.0; unnamed criterion at 50%")
+    assert not statements._scores(systems)
 
 
 def test_a_kind_alone_is_compared_with_the_dense_model_of_its_seed():
