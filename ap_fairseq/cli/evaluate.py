@@ -13,7 +13,7 @@ from typing import NamedTuple
 from ap_fairseq.artifacts.storage import naming
 from ap_fairseq.cli.common import command
 from ap_fairseq.evaluation import scores as evaluation
-from ap_fairseq.evaluation.hypotheses import read_hypotheses
+from ap_fairseq.evaluation.hypotheses import hold_subwords, read_hypotheses
 from ap_fairseq.evaluation.results import format_latex, format_markdown, format_plain, read_results
 from ap_fairseq.experiments.stages import read_mark
 from ap_fairseq.files import ArtifactError, UserError, file_sha256, read_lines, refuse_existing, write_json
@@ -86,11 +86,6 @@ def get_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def is_subwords(line: str) -> bool:
-    """Whether a line has marks of SentencePiece or of subword-nmt."""
-    return "▁" in line or "@@ " in line
-
-
 # -- scoring ----------------------------------------------------------------------------------------------------------
 
 
@@ -117,7 +112,7 @@ def evaluate(args: argparse.Namespace) -> dict:
     systems = args.systems
     hypotheses = {system.name: read_hypotheses(system.files, references) for system in systems}
     for what, lines in (("the references", references), *hypotheses.items()):
-        if sum(map(is_subwords, lines)) > len(lines) / 2:
+        if hold_subwords(lines):
             logger.warning(
                 f"{what}: most lines hold subwords (▁ or @@), so the scores cannot be compared with others; translate "
                 "with --remove-bpe (for SentencePiece: --remove-bpe sentencepiece), and give plain references"

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from fairseq import options, utils
-from fairseq.data import encoders
+from fairseq.data import data_utils, encoders
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from omegaconf import OmegaConf
 
@@ -162,8 +162,12 @@ def _require_files(args: argparse.Namespace) -> None:
                 f"--lm-path {args.lm_path}: fairseq reads its dictionary from {folders[0]}/dict.txt, which does not "
                 "exist; copy that of the target language to there, with which the language model was trained"
             )
-    for flag in ("--source-lang", "--target-lang") if args.task in ("pruned_translation", "translation") else ():
-        language = getattr(args, flag[2:].replace("-", "_"))
+    languages = {}
+    if args.task in ("pruned_translation", "translation"):
+        languages = {"--source-lang": args.source_lang, "--target-lang": args.target_lang}
+    if None in languages.values() and data_utils.infer_language_pair(folders[0])[0] is None:
+        raise UserError(f"{folders[0]} has no text that names its languages; give --source-lang and --target-lang")
+    for flag, language in languages.items():
         if language is not None and not (Path(folders[0]) / f"dict.{language}.txt").exists():
             found = sorted(file.name.split(".")[1] for file in Path(folders[0]).glob("dict.*.txt"))
             raise UserError(f"{flag} {language}: {folders[0]} has dictionaries of {', '.join(found)}; name one of them")

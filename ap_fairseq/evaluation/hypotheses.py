@@ -14,6 +14,7 @@ from sacrebleu.metrics import CHRF
 from ap_fairseq.files import ArtifactError, read_lines
 
 _LOG_LINE = re.compile(r"^([STHDP])-(\d+)\t(.*)$")
+_SUBWORD = re.compile(r"▁|@@( |$)")  # of SentencePiece, of subword-nmt
 _FINISHED = re.compile(r"^Generate \S+ with beam=|samples have invalid sizes and will be skipped")
 
 
@@ -66,6 +67,11 @@ def read_hypotheses(files: Sequence[str | os.PathLike], references: Sequence[str
     if references is not None and len(references) == len(expected):
         _require_references(targets, references)
     return [found[number] for number in expected]
+
+
+def hold_subwords(lines: Sequence[str], share: float = 0.5) -> bool:
+    """Whether more than a *share* of lines, or of words, have marks of SentencePiece or of subword-nmt."""
+    return sum(map(bool, map(_SUBWORD.search, lines))) > share * len(lines)
 
 
 def _ends(file: str) -> bool:

@@ -21,6 +21,7 @@ from fairseq import checkpoint_utils, tasks, utils
 from fairseq.hub_utils import GeneratorHubInterface
 from fairseq_cli.generate import get_symbols_to_strip_from_output
 
+from ap_fairseq.evaluation.hypotheses import hold_subwords
 from ap_fairseq.experiments.stages import lines_of
 from ap_fairseq.files import ArtifactError, UserError, atomic_output, file_sha256, require_file, write_json, write_text
 from ap_fairseq.generation.loading import checkpoint_files
@@ -113,18 +114,30 @@ def translate_text(args, cfg, text: Text, ranks: int, folder: Path) -> list[Path
     Raises:
         UserError: if the parts in *folder* were made with other settings, or a process fails.
     """
-    _require_same(settings(args, cfg, text), folder)
+    task = tasks.setup_task(cfg.task)
+    _require_same(settings(args, cfg, text, task), folder)
     parts = [folder / f"part{number:06}.txt" for number in range(len(text.offsets))]
     todo = [number for number, part in enumerate(parts) if not part.exists()]
     if len(todo) < len(parts):
         logger.info(f"{len(parts) - len(todo)} of {len(parts)} parts were translated before")
     if todo:
+        if cfg.bpe is None and _lacks_subwords(text, task):
+            logger.warning(
+                f"the model reads subwords (▁ or @@), and {text.name} has none, so most of its words are unknown; say "
+                "how to make them, with --bpe sentencepiece --sentencepiece-model FILE or --bpe subword_nmt "
+                "--bpe-codes FILE"
+            )
         logs = [folder / f"rank{rank}.log" for rank in range(min(ranks, len(todo)))]
         run_ranks("translate", logs, cfg.common.cpu, translate_parts, cfg, text, folder, todo, len(logs))
         cut = sum(bool(_CUT.match(line)) for line in lines_of(*logs))
         if cut:
             logger.warning(f"{cut} lines were cut to the length that the model reads (--truncate-source)")
     return parts
+
+
+def _lacks_subwords(text: Text, task) -> bool:
+    """Whether a text is of words and the dictionary, in which one subword in ten is marked at least, is not."""
+    return hold_subwords(task.source_dictionary.symbols, 0.1) and not hold_subwords(text.part(0), 0.1)
 
 
 def translate_parts(rank: int, cfg, text: Text, folder: Path, todo: list[int], ranks: int) -> None:
@@ -239,7 +252,7 @@ class Translator:
 # -- what the parts were made with ------------------------------------------------------------------------------------
 
 
-def settings(args, cfg, text: Text) -> dict[str, Any]:
+def settings(args, cfg, text: Text, task) -> dict[str, Any]:
     """Return everything that a translation depends on: files count by their contents, wherever they are."""
     options = {name: value for name, value in vars(args).items() if name not in _IMMATERIAL}
     for name, value in options.items():
@@ -250,7 +263,7 @@ def settings(args, cfg, text: Text) -> dict[str, Any]:
     document = {
         **options,
         "path": [file_sha256(file) for file in files],
-        "dictionaries": dictionary_hashes(tasks.setup_task(cfg.task)),
+        "dictionaries": dictionary_hashes(task),
         "input": hashlib.sha256("".join(text.digests).encode()).hexdigest(),
         "buffer_size": text.part_lines,
         "versions": versions(),

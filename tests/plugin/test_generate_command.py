@@ -276,6 +276,28 @@ def test_a_text_keeps_its_lines(data_bin, dense, toy_text, tmp_path):
     assert "9 lines translated" in done.stderr
 
 
+def test_a_text_of_words_for_a_model_of_subwords_is_warned_of(data_bin, dense, toy_text, tmp_path):
+    """A forgotten --bpe translated unknown words."""
+    folder, words = tmp_path / "data-bin", tmp_path / "in"
+    folder.mkdir()
+    for file in data_bin.glob("dict.*.txt"):
+        (folder / file.name).write_text("".join(f"▁{line}\n" for line in file.read_text("utf-8").splitlines()), "utf-8")
+    words.write_text("the page opens\n\n" * 2, "utf-8")
+    flags = [folder, "--path", dense, "--input", words, "--output", tmp_path / "out", "--buffer-size", 1]
+    assert "no text that names its languages; give --source-lang and --target" in ap_generate(*flags, expect=2)
+    log = ap_generate(*flags, "-s", "en", "-t", "de")
+    assert log.count(f"the model reads subwords (▁ or @@), and {words} has none") == 1
+    for symbols, line, lacking in (
+        (["▁the", "▁page"], "▁the ▁page", False),
+        (["the", "pa@@", "ge"], "the page", True),
+        (["the", "pa@@", "ge"], "the pa@@ ge", False),
+        (["the", "page"], "the page", False),
+    ):
+        words.write_text(f"{line}\n", "utf-8")
+        task = SimpleNamespace(source_dictionary=SimpleNamespace(symbols=symbols))
+        assert generation_text._lacks_subwords(Text.scan(words, "in", 1), task) == lacking
+
+
 def test_a_text_that_was_cut_goes_on(data_bin, dense, toy_text, tmp_path):
     """Sampled by two processes that are killed with their parent, then resumed: the text that one run samples."""
     flags = [data_bin, "--path", dense, "--input", toy_text / "test.en", "--buffer-size", 10]
@@ -393,10 +415,11 @@ def _print_bytes(rank, cfg, text, folder, todo, ranks):
 def test_bytes_in_a_log_that_are_no_text_end_no_translation(tmp_path, monkeypatch, caplog):
     """A library may print any: the text was translated, and then a UnicodeDecodeError ended the program."""
     monkeypatch.setattr(generation_text, "settings", lambda *_: {})
+    monkeypatch.setattr(generation_text.tasks, "setup_task", lambda _: None)
     monkeypatch.setattr(generation_text, "translate_parts", _print_bytes)
     (tmp_path / "in").write_text("one\n")
     text = Text.scan(tmp_path / "in", "in", 2)
-    cfg = argparse.Namespace(common=argparse.Namespace(cpu=True))
+    cfg = argparse.Namespace(common=argparse.Namespace(cpu=True), task=None, bpe="characters")
     assert generation_text.translate_text(None, cfg, text, 1, tmp_path) == [tmp_path / "part000000.txt"]
     assert "1 lines were cut" in caplog.text
 
