@@ -3,6 +3,8 @@
 A Python program that uses fairseq's functions imports this module; ``--user-dir`` imports it through the package.
 """
 
+import argparse
+import dataclasses
 import functools
 import os
 import sys
@@ -30,6 +32,9 @@ patch_user_dir()
 patch_alignment_generators()
 
 from fairseq import checkpoint_utils  # noqa: E402
+from fairseq.dataclass import FairseqDataclass  # noqa: E402
+from fairseq.models import ARCH_MODEL_REGISTRY  # noqa: E402
+from fairseq.tasks import TASK_DATACLASS_REGISTRY  # noqa: E402
 
 import ap_fairseq.model.language_model  # noqa: E402  (registration needs a checked fairseq)
 import ap_fairseq.model.roberta  # noqa: E402
@@ -37,6 +42,7 @@ import ap_fairseq.model.transformer  # noqa: E402
 import ap_fairseq.tasks  # noqa: E402, F401
 from ap_fairseq.files import UserError  # noqa: E402
 from ap_fairseq.model.checkpoints import load_checkpoint  # noqa: E402
+from ap_fairseq.model.config import DecoderOptions  # noqa: E402
 
 
 def report_user_errors() -> None:
@@ -68,5 +74,38 @@ def report_unreadable_checkpoints() -> None:
     checkpoint_utils.load_checkpoint_to_cpu = load_checkpoint_to_cpu
 
 
+def own_flags(config: type[FairseqDataclass], stock: type[FairseqDataclass]) -> set[str]:
+    """Return the flags that *config* adds to *stock*, without those of fairseq's other groups, which it only reads."""
+    known = {field.name for field in dataclasses.fields(stock)}
+    added = [field for field in dataclasses.fields(config) if field.name not in known]
+    return {f"--{field.name.replace('_', '-')}" for field in added if not str(field.default).startswith("${")}
+
+
+def require_own_task_and_architecture() -> None:
+    """Name the task or the architecture whose flag is given without it, which fairseq only calls unrecognized.
+
+    fairseq reads its command line after it has imported its plugins.
+
+    Raises:
+        UserError: where the task or the architecture is fairseq's own, and there is a pruned one of it.
+    """
+    if os.path.basename(sys.argv[0]) not in ("fairseq-train", "fairseq-generate", "fairseq-interactive"):
+        return
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--task", default="translation")
+    parser.add_argument("--arch", "-a")
+    given, others = parser.parse_known_args()
+    stock, ours = (TASK_DATACLASS_REGISTRY.get(name, FairseqDataclass) for name in (given.task, f"pruned_{given.task}"))
+    model = DecoderOptions if f"pruned_{given.arch}" in ARCH_MODEL_REGISTRY else FairseqDataclass
+    for flag in (word.split("=")[0] for word in others):
+        for option, name, flags in (
+            ("--task", given.task, own_flags(ours, stock)),
+            ("--arch", given.arch, own_flags(model, FairseqDataclass)),
+        ):
+            if flag in flags:
+                raise UserError(f"{flag} is a flag of {option} pruned_{name}; give that in place of {name}")
+
+
 report_user_errors()
 report_unreadable_checkpoints()
+require_own_task_and_architecture()

@@ -9,9 +9,10 @@ import types
 import pytest
 import torch
 from fairseq import checkpoint_utils
+from plugin.commands import PLUGIN, run_process
 
-from ap_fairseq import compat
-from ap_fairseq.files import ArtifactError
+from ap_fairseq import compat, plugin
+from ap_fairseq.files import ArtifactError, UserError
 
 
 @pytest.mark.parametrize("broken", ["missing", "old"])
@@ -67,3 +68,34 @@ def test_fairseq_names_the_checkpoint_that_it_cannot_read(tmp_path):
         checkpoint_utils.load_checkpoint_to_cpu(str(whole))
     with pytest.raises(FileNotFoundError):
         checkpoint_utils.load_checkpoint_to_cpu(str(tmp_path / "missing.pt"))
+
+
+@pytest.mark.parametrize(
+    ("program", "flags", "expected"),
+    [
+        ("fairseq-train", "--attention-sparsity 0.8", "--attention-sparsity is a flag of --task pruned_translation; "),
+        ("fairseq-train", "--prune-flags=-x --task language_modeling", "--task pruned_language_modeling; give that in"),
+        ("fairseq-generate", "--cpu-int8 --beam 5", "--cpu-int8 is a flag of --task pruned_translation; give that in"),
+        ("fairseq-train", "-a transformer --attention-masks m", "--attention-masks is a flag of --arch pruned_trans"),
+        ("fairseq-train", "--arch=roberta_base --task masked_lm --attention-masks m", "--arch pruned_roberta_base; "),
+        ("fairseq-train", "--task pruned_translation --attention-sparsity 0.8 --arch pruned_transformer", None),
+        ("fairseq-train", "--arch transformer --max-tokens 9 --update-freq 1 --share-all-embeddings", None),
+        ("fairseq-train", "--task of_the_user --attention-sparsity 0.8 --arch of_the_user --attention-masks m", None),
+        ("fairseq-validate", "--attention-sparsity 0.8", None),
+    ],
+)
+def test_flags_name_the_task_and_the_architecture_that_they_need(monkeypatch, program, flags, expected):
+    """They ended in argparse's "unrecognized arguments", after 300 lines of usage."""
+    monkeypatch.setattr(sys, "argv", [f"/bin/{program}", "data-bin", *flags.split()])
+    if expected is None:
+        plugin.require_own_task_and_architecture()
+    else:
+        with pytest.raises(UserError) as error:
+            plugin.require_own_task_and_architecture()
+        assert expected in str(error.value)
+
+
+def test_a_flag_without_its_task_ends_a_training_in_one_line():
+    printed = run_process("fairseq-train", "data-bin", *PLUGIN, "--attention-sparsity", 0.8, expect=1)
+    assert printed.splitlines()[-1].startswith("fairseq-train: error: --attention-sparsity is a flag of --task")
+    assert "Traceback" not in printed and "usage" not in printed
