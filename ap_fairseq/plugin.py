@@ -81,20 +81,19 @@ def own_flags(config: type[FairseqDataclass], stock: type[FairseqDataclass]) -> 
     return {f"--{field.name.replace('_', '-')}" for field in added if not str(field.default).startswith("${")}
 
 
-def require_own_task_and_architecture() -> None:
+def require_own_task_and_architecture(argv: list[str]) -> None:
     """Name the task or the architecture whose flag is given without it, which fairseq only calls unrecognized.
 
-    fairseq reads its command line after it has imported its plugins.
+    Args:
+        argv: the command line of a command of fairseq, which reads it after it has imported its plugins.
 
     Raises:
         UserError: where the task or the architecture is fairseq's own, and there is a pruned one of it.
     """
-    if os.path.basename(sys.argv[0]) not in ("fairseq-train", "fairseq-generate", "fairseq-interactive"):
-        return
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--task", default="translation")
     parser.add_argument("--arch", "-a")
-    given, others = parser.parse_known_args()
+    given, others = parser.parse_known_args(argv)
     stock, ours = (TASK_DATACLASS_REGISTRY.get(name, FairseqDataclass) for name in (given.task, f"pruned_{given.task}"))
     model = DecoderOptions if f"pruned_{given.arch}" in ARCH_MODEL_REGISTRY else FairseqDataclass
     for flag in (word.split("=")[0] for word in others):
@@ -108,4 +107,5 @@ def require_own_task_and_architecture() -> None:
 
 report_user_errors()
 report_unreadable_checkpoints()
-require_own_task_and_architecture()
+if os.path.basename(sys.argv[0]) in ("fairseq-train", "fairseq-generate", "fairseq-interactive"):
+    require_own_task_and_architecture(sys.argv[1:])

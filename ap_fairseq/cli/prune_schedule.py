@@ -10,15 +10,15 @@ from pathlib import Path
 from fairseq import options, tasks, utils
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 
-import ap_fairseq.plugin  # noqa: F401  (registers with fairseq)
-from ap_fairseq.artifacts import AttentionStats
+from ap_fairseq.artifacts import AttentionStats, PruningMasks
 from ap_fairseq.cli.common import command
 from ap_fairseq.cli.masks import write_masks
 from ap_fairseq.cli.user_dir import import_user_dir, user_dir_of
 from ap_fairseq.experiments.stages import PLUGIN, Stages
 from ap_fairseq.files import UserError, require_file
 from ap_fairseq.model.conversion import open_with_masks
-from ap_fairseq.provenance import dictionary_files
+from ap_fairseq.plugin import require_own_task_and_architecture
+from ap_fairseq.provenance import describe_sparsity, dictionary_files
 from ap_fairseq.pruning.flags import (
     allow_flag_values,
     budget_flags,
@@ -115,6 +115,7 @@ def require_flags(data: str, checkpoint: str, mask_flags: Sequence[str], train_f
     Args:
         user_dir: the user's own plugin, if the checkpoint needs one.
     """
+    require_own_task_and_architecture([*train_flags, "--attention-masks", "none"])
     parser = options.get_training_parser()
 
     def refuse(message: str):
@@ -165,7 +166,7 @@ def main(argv: list[str]) -> None:
         *(args.data, args.path, args.output, mask_flags, train_flags, record_flags),
         *(args.rounds, args.updates, args.shape),
     )
-    logger.info(f"checkpoint {checkpoint}, masks {masks}")
+    logger.info(f"{describe_sparsity(PruningMasks.load(masks).metadata)} -> {checkpoint}, masks {masks}")
 
 
 if __name__ == "__main__":

@@ -428,6 +428,15 @@ def test_rounds_can_start_from_a_model_that_was_trained_under_masks(corpus, dens
         assert not (masks.keep[kind] & ~first.keep[kind])[..., stats.support[kind] > 0].any()
 
 
+def test_the_schedule_as_a_command_says_what_it_pruned(dense, data_bin, tmp_path):
+    """Alone among the commands that prune, it only named its files."""
+    words = ["ap-prune-schedule", data_bin, "--path", dense, "--rounds", 1, "--updates", 2, "-o", tmp_path]
+    words += ["--masks", "--total 0.5", "--record", "--cpu --max-tokens 3000 --num-workers 0"]
+    said = run(*words, "--", "--arch", ARCH, *TRAINING.split()).splitlines()[-1]
+    shares = r"cross [\d.]+%, decoder_self [\d.]+%, encoder_self [\d.]+% \(mean, granularity 1\)"
+    assert re.search(rf"effective sparsity {shares} -> {tmp_path}/round-1/checkpoint_last.pt, masks {tmp_path}", said)
+
+
 def test_the_schedule_as_a_command_names_what_is_wrong(dense, data_bin, tmp_path, capsys):
     """Without a budget, all rounds trained and nothing was pruned; other faults showed after the first recording."""
     common = [data_bin, "--path", dense, "-o", tmp_path, "--updates", 4, "--masks", "--total 0.5"]
@@ -458,7 +467,7 @@ def test_the_schedule_as_a_command_names_what_is_wrong(dense, data_bin, tmp_path
         ([*common, "--", "--arch", ARCH], f"not that of {dense}: encoder.embed_tokens.weight is ["),
         ([*common[:-1], "--total=0.5", "--record", "--cpu", "--", "--arch", "x"], "invalid choice: 'x'"),
         ([tmp_path, *common[1:], "--", "--arch", ARCH, *TINY], f"{tmp_path} holds no dictionaries (dict.*.txt)"),
-        ([*common, "--", "--arch", "transformer"], "unrecognized arguments: --attention-masks none"),
+        ([*common, "--", "--arch", "transformer"], "--arch pruned_transformer; give that in place of transformer"),
     ):
         with pytest.raises(SystemExit) as stop:
             prune_schedule.main([str(argument) for argument in arguments])
