@@ -177,6 +177,9 @@ def describe_vanished(masks: PruningMasks, kind: AttentionKind, heads: Sequence[
     """Say which *heads* of :func:`vanished_heads` keep nothing, or nothing but guaranteed cells."""
     but = " but the guaranteed cells (one in each row)" if masks.guarantees(kind) else ""
     total = masks.keep[kind][:, :, 0, 0].size
+    if len(heads) == total:
+        remedy = "--min-kept SHARE leaves each that share of its pairs"
+        return f"nothing{but} is kept by any head of {kind.value}; {remedy}"
     listed = ", ".join(f"{layer}.{head}" for layer, head in heads)
     return f"nothing{but} is kept by {len(heads)} of {total} heads of {kind.value} (layer.head): {listed}"
 

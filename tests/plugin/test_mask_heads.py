@@ -91,9 +91,14 @@ def test_heads_that_keep_nothing_are_named():
     built.masks.keep[kind][0, 1] = False
     built.masks.keep[kind][0, 1, :, 0] = True
     assert vanished_heads(built.masks, stats) == {"cross": [[0, 0]]}  # column 0 is like others
-    anchored = build(stats, 0.9, kinds=[kind], granularity="scaled-diagonal", empty_rows=True)
-    left = "nothing but the guaranteed cells (one in each row) is kept by 2 of 2 heads of cross (layer.head): 0.0, 0.1"
-    assert anchored.warnings[-1] == left
+    lost, remedy = "is kept by any head of cross", "--min-kept SHARE leaves each that share of its pairs"
+    most = dict(kinds=[kind], empty_rows=True)
+    for options, share, but in (
+        (dict(granularity="scaled-diagonal"), 0.9, " but the guaranteed cells (one in each row)"),
+        (dict(), 1, ""),
+    ):
+        assert build(stats, share, **most, **options).warnings[-1] == f"nothing{but} {lost}; {remedy}"
+        assert not any(lost in text for text in build(stats, share, **most, **options, min_kept=0.3).warnings)
 
 
 def test_rows_of_one_cell_or_none_are_rows_that_sentences_have():
