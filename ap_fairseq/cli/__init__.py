@@ -1,5 +1,16 @@
 """The console commands: one module each."""
 
+import multiprocessing
+import os
+import signal
+import sys
+
 from ap_fairseq.cli.deferred import defer_metrics
 
 defer_metrics()  # here, as the modules of the commands begin by importing fairseq
+
+own_program = os.path.basename(sys.argv[0]).startswith("ap-") and multiprocessing.parent_process() is None
+if own_program and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    # While they are imported, which takes seconds, Ctrl-C ends the command: without a traceback of whatever is imported
+    # now, some of which even tries again. `common.command` takes it from there.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)

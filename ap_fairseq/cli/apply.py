@@ -6,7 +6,7 @@ import argparse
 import logging
 
 import ap_fairseq.plugin  # noqa: F401  (registers with fairseq)
-from ap_fairseq.cli.common import add_output, command
+from ap_fairseq.cli.common import add_output, command, without_usage
 from ap_fairseq.cli.user_dir import add_user_dir, import_user_dir
 from ap_fairseq.files import UserError
 from ap_fairseq.model.conversion import apply_masks
@@ -38,7 +38,7 @@ def get_parser() -> argparse.ArgumentParser:
 
 @command
 def main(argv: list[str]) -> None:
-    args = get_parser().parse_args(argv)
+    args = without_usage(get_parser()).parse_args(argv)
     if args.attention_masks is None and not args.to_stock:
         raise UserError("--attention-masks is missing; name a file of ap-masks, or none to keep every pair")
     if args.to_stock and args.attention_masks not in (None, "none"):

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 import ap_fairseq.plugin  # noqa: F401  (registers with fairseq)
-from ap_fairseq.cli.common import add_output, command
+from ap_fairseq.cli.common import add_output, command, without_usage
 from ap_fairseq.files import ArtifactError, UserError
 from ap_fairseq.model.checkpoints import average_checkpoints
 
@@ -58,7 +58,7 @@ def last_checkpoints(folder: str, count: int) -> list[Path]:
 
 @command
 def main(argv: list[str]) -> None:
-    args = get_parser().parse_args(argv)
+    args = without_usage(get_parser()).parse_args(argv)
     paths = args.checkpoints
     if args.last is not None:
         if len(paths) > 1:

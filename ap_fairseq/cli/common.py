@@ -109,6 +109,8 @@ def command(main: Callable[[list[str]], None]) -> Callable[[], None]:
             force=True,  # importing fairseq sets up logging in its own format
         )
         exit_on_sigterm()
+        if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # since the imports
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         logger.info(f"ap_fairseq {__version__}: {shlex.join([program, *argv])}")
         with _without_reader():
             try:
@@ -125,6 +127,16 @@ def command(main: Callable[[list[str]], None]) -> Callable[[], None]:
                 sys.exit(128 + signal.SIGINT)
 
     return entry_point
+
+
+def without_usage(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Let a parser's errors be a :class:`UserError` each, not one below its usage: with fairseq's flags 130 lines."""
+
+    def error(message: str) -> NoReturn:
+        raise UserError(f"{message}; all flags: {parser.prog} --help")
+
+    parser.error = error  # type: ignore[method-assign]
+    return parser
 
 
 def add_output(parser: argparse.ArgumentParser, what: str) -> None:

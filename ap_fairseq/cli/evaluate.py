@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ap_fairseq.artifacts.storage import naming
-from ap_fairseq.cli.common import command
+from ap_fairseq.cli.common import command, without_usage
 from ap_fairseq.evaluation import scores as evaluation
 from ap_fairseq.evaluation.hypotheses import hold_subwords, read_hypotheses
 from ap_fairseq.evaluation.results import format_latex, format_markdown, format_plain, read_results
@@ -232,7 +232,7 @@ def _check(args: argparse.Namespace) -> None:
 
 @command
 def main(argv: list[str]) -> None:
-    args = get_parser().parse_args(argv)
+    args = without_usage(get_parser()).parse_args(argv)
     if args.markdown:
         print(format_markdown(read_results(args.markdown)))
         return

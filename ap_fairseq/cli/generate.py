@@ -19,7 +19,7 @@ from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from omegaconf import OmegaConf
 
 import ap_fairseq.plugin  # noqa: F401  (registers with fairseq)
-from ap_fairseq.cli.common import command, drop_stdout
+from ap_fairseq.cli.common import command, drop_stdout, without_usage
 from ap_fairseq.cli.user_dir import import_user_dir, user_dir_of
 from ap_fairseq.files import ArtifactError, UserError, atomic_output, refuse_existing, require_file, write_text
 from ap_fairseq.generation.binarised import translate_subset
@@ -91,7 +91,7 @@ def main(argv: list[str]) -> None:
     given = {word.split("=")[0] if word.startswith("--") else word[:2] for word in argv}
     import_user_dir(user_dir_of(argv))
     # Before the caller's flags, which win. With its default of 8, fairseq main drops an incomplete last batch.
-    args = options.parse_args_and_arch(get_parser(), ["--required-batch-size-multiple", "1", *argv])
+    args = options.parse_args_and_arch(without_usage(get_parser()), ["--required-batch-size-multiple", "1", *argv])
     is_text = args.input is not None
     for refused in (REFUSED, REFUSED_FOR_TEXT if is_text else REFUSED_FOR_DATA):
         for flag in [flag for flag in refused if flag in given]:

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Mapping
 
 from ap_fairseq.artifacts import AttentionStats
-from ap_fairseq.cli.common import add_output, command
+from ap_fairseq.cli.common import add_output, command, without_usage
 from ap_fairseq.evaluation.tables import Table, plain
 from ap_fairseq.files import refuse_existing
 from ap_fairseq.pruning.build import BuiltMasks, build_masks
@@ -74,7 +74,7 @@ def write_masks(
 
 @command
 def main(argv: list[str]) -> None:
-    args = get_parser().parse_args(argv)
+    args = without_usage(get_parser()).parse_args(argv)
     refuse_existing(args.output, args.overwrite, filter(None, [*args.stats, args.like]))
     stats = AttentionStats.load_merged(args.stats)
     write_masks(stats, spec_from(args, stats), args.output, args.overwrite, args.per_layer)

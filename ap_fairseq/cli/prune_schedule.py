@@ -11,7 +11,7 @@ from fairseq import options, tasks, utils
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 
 from ap_fairseq.artifacts import AttentionStats, PruningMasks
-from ap_fairseq.cli.common import command
+from ap_fairseq.cli.common import command, without_usage
 from ap_fairseq.cli.masks import write_masks
 from ap_fairseq.cli.user_dir import import_user_dir, user_dir_of
 from ap_fairseq.experiments.stages import PLUGIN, Stages
@@ -144,7 +144,7 @@ def require_flags(data: str, checkpoint: str, mask_flags: Sequence[str], train_f
 def main(argv: list[str]) -> None:
     split = argv.index("--") if "--" in argv else len(argv)
     own, train_flags = argv[:split], argv[split + 1 :]
-    args = get_parser().parse_args(own)
+    args = without_usage(get_parser()).parse_args(own)
     require_file(args.path, "a fairseq checkpoint")
     if not 1 <= args.rounds <= args.updates:
         raise UserError(f"--rounds {args.rounds} and --updates {args.updates}: each round needs an update")

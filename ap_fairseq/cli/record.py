@@ -17,7 +17,7 @@ from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException, get_context
 
 import ap_fairseq.plugin  # noqa: F401  (registers with fairseq)
-from ap_fairseq.cli.common import add_output, command
+from ap_fairseq.cli.common import add_output, command, without_usage
 from ap_fairseq.cli.user_dir import add_user_dir, import_user_dir
 from ap_fairseq.files import ArtifactError, UserError
 from ap_fairseq.model.checkpoints import load_checkpoint, stored_model
@@ -75,7 +75,7 @@ def get_parser() -> argparse.ArgumentParser:
 
 @command
 def main(argv: list[str]) -> None:
-    args, fairseq_argv = get_parser().parse_known_args(argv)
+    args, fairseq_argv = without_usage(get_parser()).parse_known_args(argv)
     _require_data(args.data, args.subset)
     import_user_dir(args.user_dir)
     state = load_checkpoint(args.path)
@@ -132,7 +132,9 @@ def _fairseq_configuration(args: argparse.Namespace, argv: list[str], task: Reco
     argv = [args.data, "--path", args.path, "--required-batch-size-multiple", "1", *task.flags, *argv]
     if args.user_dir is not None:
         argv += ["--user-dir", args.user_dir]
-    fairseq_args = options.parse_args_and_arch(options.get_validation_parser(default_task=task.name), argv)
+    fairseq_args = options.parse_args_and_arch(
+        without_usage(options.get_validation_parser(default_task=task.name)), argv
+    )
     if fairseq_args.task not in (task.name, f"pruned_{task.name}"):
         raise UserError(
             f"--task {fairseq_args.task}: {args.path} is recorded under fairseq's task {task.name}; leave the flag out"

@@ -6,7 +6,7 @@ import argparse
 import logging
 
 from ap_fairseq.artifacts import AttentionStats
-from ap_fairseq.cli.common import add_output, command
+from ap_fairseq.cli.common import add_output, command, without_usage
 from ap_fairseq.files import refuse_existing
 from ap_fairseq.report import build
 from ap_fairseq.report.export import FORMATS, export
@@ -83,14 +83,14 @@ def get_export_parser() -> argparse.ArgumentParser:
 
 
 def _export(argv: list[str]) -> None:
-    args = get_export_parser().parse_args(argv)
+    args = without_usage(get_export_parser()).parse_args(argv)
     refuse_existing(args.output, args.overwrite, args.stats)
     export(AttentionStats.load_merged(args.stats), args.output, args.format, args.positions, args.overwrite)
     logger.info(f"mean attention -> {args.output}")
 
 
 def _figures(argv: list[str]) -> None:
-    args = get_figures_parser().parse_args(argv)
+    args = without_usage(get_figures_parser()).parse_args(argv)
     report = build.load(args.stats, args.masks, args.results, args.benchmark)
     figures = report.figures()
     names = [f"{figure.name}.{ending}" for figure in figures for ending in ("png", "svg")]
@@ -100,7 +100,7 @@ def _figures(argv: list[str]) -> None:
 
 
 def _report(argv: list[str]) -> None:
-    args = get_parser().parse_args(argv)
+    args = without_usage(get_parser()).parse_args(argv)
     folder = build.check_folder(args.output, _REPORT_FILES, args.overwrite)
     report = build.load(args.stats, args.masks, args.results, args.benchmark)
     build.write_report(report, folder)

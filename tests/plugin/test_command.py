@@ -1,5 +1,7 @@
 """What a console command does with an error, and without a reader."""
 
+import importlib
+import signal
 import subprocess
 import sys
 
@@ -67,6 +69,37 @@ def test_an_interrupt_is_one_line():
     done = run("raise KeyboardInterrupt")
     assert done.returncode == 130 and done.stderr.splitlines()[-1].endswith(": interrupted")
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("begun", [False, True], ids=["while it is imported", "while it runs"])
+def test_an_interrupt_ends_a_command_without_a_traceback(begun):
+    """In the seconds of its imports, it printed the traceback of one of them."""
+    interrupt = "import os, signal, time; os.kill(os.getpid(), signal.SIGINT); time.sleep(9)"
+    imported = "import sys; sys.argv[0] = '/bin/ap-masks'; import ap_fairseq.cli"
+    done = subprocess.run(
+        [sys.executable, "-c", f"{imported}\n{PROGRAM if begun else interrupt}", interrupt],
+        text=True,
+        stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell ignores it in what it starts with &
+    )
+    if begun:
+        assert done.returncode == 130 and done.stderr.splitlines()[-1] == "ap-masks: interrupted"
+    else:
+        assert done.returncode == -signal.SIGINT and not done.stderr  # which a shell calls 130
+
+
+@pytest.mark.parametrize("name", "apply average evaluate generate masks prune_schedule record report".split())
+def test_a_mistyped_call_is_one_line(name, capsys):
+    """It was the last of up to 130 lines of usage."""
+    words = ["a", "b", "--path", "c", "--output", "d", "--updates", "1", "--masks", "e", "--no-such-flag"]
+    if name == "record":  # which leaves the others to fairseq
+        words.remove("--path")
+    with pytest.raises(SystemExit) as stop:
+        importlib.import_module(f"ap_fairseq.cli.{name}").main(words)
+    printed = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and "usage:" not in printed
+    _, error = printed  # after the call
+    assert ": error: " in error and error.endswith(" --help")
 
 
 def test_metrics_of_classification_are_imported_where_they_are_called():
