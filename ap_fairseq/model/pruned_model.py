@@ -27,7 +27,6 @@ from ap_fairseq.provenance import (
     OTHER_MASKS,
     decode_provenance,
     describe_sparsity,
-    dictionary_hashes,
     dictionary_sha256,
     effective_sparsity,
     encode_provenance,
@@ -98,12 +97,12 @@ class PrunedModel(NotScriptable):
             sides["target"] = task.target_dictionary
         self._dictionaries = {side: dictionary_sha256(x) for side, x in sides.items() if x is not None}
         if path == "none":
-            self.set_masks(PruningMasks.all_ones(architecture(self), dictionary_hashes(task)))
+            self.set_masks(PruningMasks.all_ones(architecture(self), self._dictionaries))
             self.prefer_checkpoint_masks()
             logger.info("attention masks: none; every cell is kept, unless a checkpoint brings masks")
         elif path:
             masks = PruningMasks.load(path)
-            masks.require_model(architecture(self), dictionary_hashes(task), path)
+            masks.require_model(architecture(self), self._dictionaries, path)
             self.set_masks(masks, file_sha256(path))
             logger.info(f"attention masks {path}: {describe_sparsity(self.masks_provenance())}")
 

@@ -59,9 +59,13 @@ def test_all_ones_masks_give_the_outputs_and_gradients_of_fairseq(options):
 
 
 @pytest.mark.parametrize("target", [None, dictionary(3)], ids=["none", "labels"])
-def test_a_checkpoint_loads_whatever_the_target_of_the_task_is(target):
+def test_masks_are_taken_whatever_the_target_of_the_task_is(target, tmp_path):
     masks, sha = encoder_masks(0.5), dictionary_sha256(VOCAB)
     masks.metadata["dictionaries"] = {"source": sha, "target": sha}
+    masks.save(tmp_path / "m.safetensors")
+    for start in ("none", str(tmp_path / "m.safetensors")):
+        begun = build(PrunedRobertaModel, target, attention_masks=start)
+        assert begun.masks_provenance()["dictionaries"]["source"] == sha
     pretrained = build(PrunedRobertaModel)
     pretrained.set_masks(masks)
     model = build(PrunedRobertaModel, target)
