@@ -29,7 +29,7 @@ from fairseq_cli import generate
 from sacrebleu.metrics import BLEU
 
 from ap_fairseq.files import write_json
-from ap_fairseq.generation.lines import Batch, BatchLines
+from ap_fairseq.generation.lines import BatchLines, TranslatedBatch
 from ap_fairseq.generation.ranks import run_ranks
 from ap_fairseq.generation.workers import Workers, spare_processes
 from ap_fairseq.search.generator import PrunedSequenceGenerator
@@ -155,7 +155,7 @@ def translate_share(rank: int, cfg, folder: Path) -> None:
             if not lines:
                 paths = [folder / f"rank{rank}" / LINES.format(k) for k in range(len(writers))]
                 lines.extend(BatchLines(plain, self, generator, scorer, path) for path in paths)
-            next(turns).submit("write", Batch.collect(sample, found, nbest))
+            next(turns).submit("write", TranslatedBatch.collect(sample, found, nbest))
             sample["nsentences"], sample["id"] = len(found), sample["id"][:0]  # nothing is left for fairseq's loop
         return found
 

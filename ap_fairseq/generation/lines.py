@@ -21,7 +21,7 @@ from fairseq_cli.generate import get_symbols_to_strip_from_output
 from torch import Tensor
 
 
-class Batch(NamedTuple):
+class TranslatedBatch(NamedTuple):
     """What is printed of the B sentences of a batch, in few arrays, which go to another process in no time.
 
     Attributes:
@@ -44,7 +44,7 @@ class Batch(NamedTuple):
     positional_scores: np.ndarray
 
     @classmethod
-    def collect(cls, sample: dict[str, Any], found: list[list[dict[str, Tensor]]], nbest: int) -> Batch:
+    def collect(cls, sample: dict[str, Any], found: list[list[dict[str, Tensor]]], nbest: int) -> TranslatedBatch:
         """Collect it from a batch of fairseq's and the hypotheses of each sentence, best first."""
         printed = [hypotheses[:nbest] for hypotheses in found]
         flat = [hypothesis for hypotheses in printed for hypothesis in hypotheses]
@@ -86,7 +86,7 @@ class BatchLines:
         others = options.replace_unk, options.print_alignment, options.print_step, options.retain_iter_history
         return all(option in (None, False) for option in others)
 
-    def write(self, batch: Batch) -> None:
+    def write(self, batch: TranslatedBatch) -> None:
         """Append the lines of a batch to the file, and add it to the score."""
         ends = batch.lengths.cumsum().tolist()
         hypotheses = zip(

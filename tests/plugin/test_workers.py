@@ -15,7 +15,7 @@ from plugin.commands import run, wait_for
 from ap_fairseq.cli.common import exit_on_sigterm
 from ap_fairseq.files import UserError
 from ap_fairseq.generation import binarised
-from ap_fairseq.generation.lines import Batch, BatchLines
+from ap_fairseq.generation.lines import BatchLines, TranslatedBatch
 from ap_fairseq.generation.workers import MAX_PENDING, Workers, spare_processes
 
 
@@ -206,7 +206,7 @@ def test_writers_of_one_search_share_its_lines_and_score(batch_size, data_bin, d
 def test_a_search_does_not_wait_for_its_lines(data_bin, dense, tmp_path, monkeypatch, caplog):
     """They were printed between searches: here the first are written when all four batches have been searched."""
     expected = translate(data_bin, dense, tmp_path / "expected")
-    write, collect, searched = BatchLines.write, Batch.collect, []
+    write, collect, searched = BatchLines.write, TranslatedBatch.collect, []
 
     def counted(*arguments):
         searched.append(1)
@@ -217,7 +217,7 @@ def test_a_search_does_not_wait_for_its_lines(data_bin, dense, tmp_path, monkeyp
         wait_for((tmp_path / "searched4").exists)
         write(self, batch)
 
-    monkeypatch.setattr(Batch, "collect", counted)
+    monkeypatch.setattr(TranslatedBatch, "collect", counted)
     monkeypatch.setattr(BatchLines, "write", late)
     with caplog.at_level("INFO"):
         assert translate(data_bin, dense, tmp_path / "late") == expected
@@ -239,14 +239,14 @@ def test_lines_that_cannot_be_written_end_the_run(data_bin, dense, tmp_path, mon
 @pytest.mark.parametrize("nbest", [1, 2])
 def test_a_command_reads_out_what_it_prints(data_bin, dense, tmp_path, monkeypatch, nbest):
     """fairseq's generators return all hypotheses; it took long to read out those that nobody prints."""
-    seen, collect = tmp_path / "seen", Batch.collect
+    seen, collect = tmp_path / "seen", TranslatedBatch.collect
 
     def noting(sample, found, nbest):
         with seen.open("a") as stream:
             stream.write(f"{ {len(hypotheses) for hypotheses in found} }\n")
         return collect(sample, found, nbest)
 
-    monkeypatch.setattr(Batch, "collect", noting)
+    monkeypatch.setattr(TranslatedBatch, "collect", noting)
     run("ap-apply", dense, "--attention-masks", "none", "-o", tmp_path / "ones.pt")
     lines = translate(data_bin, tmp_path / "ones.pt", tmp_path / "lines", "--beam", 3, "--nbest", nbest)
     assert seen.read_text() == f"{ {nbest} }\n" * 4 and len(lines.splitlines()) == (2 + 3 * nbest) * 60 + 1
