@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ap_fairseq.artifacts import AttentionStats, PruningMasks
 from ap_fairseq.files import ArtifactError, atomic_output, file_sha256, write_json, write_text
-from ap_fairseq.report import page, results, tables
+from ap_fairseq.report import benchmarks, page, results, tables
 from ap_fairseq.report.content import Report
 from ap_fairseq.report.figure import Figure
 
@@ -31,7 +31,7 @@ def load(stats_files: list[str], mask_files: list[str], result_files: list[str],
     pairs = {kind.value: stats.pairs(kind) for kind in stats.kinds}
     systems: dict[tuple, tuple[str, results.System]] = {}
     for path in result_files:
-        for system in results.read_results(path, pairs):
+        for system in results.read_systems(path, pairs):
             key = (system.name, system.seed, system.settings)
             if key in systems:
                 raise ArtifactError(
@@ -42,7 +42,7 @@ def load(stats_files: list[str], mask_files: list[str], result_files: list[str],
     read = [*stats_files, *mask_files, *result_files, *([benchmark] if benchmark else [])]
     hashes = {str(path): file_sha256(path) for path in read}
     scored = [system for _, system in systems.values()]
-    return Report(stats, masks, scored, results.read_benchmark(benchmark) if benchmark else None, hashes)
+    return Report(stats, masks, scored, benchmarks.read(benchmark) if benchmark else None, hashes)
 
 
 def mask_name(path) -> str:

@@ -11,8 +11,9 @@ import numpy as np
 from ap_fairseq.artifacts import AttentionStats, PruningMasks
 from ap_fairseq.provenance import mask_spec, versions
 from ap_fairseq.pruning.summary import LayerSummary, describe_vanished, summarize, total_of, vanished_heads
-from ap_fairseq.report import analysis, heat_maps, plots, results, statements, tables
+from ap_fairseq.report import analysis, benchmarks, heat_maps, plots, statements, tables
 from ap_fairseq.report.figure import Figure
+from ap_fairseq.report.results import System
 from ap_fairseq.sites import AttentionKind
 
 FORMAT = "ap-report-1"
@@ -39,7 +40,7 @@ class Report:
         self,
         stats: AttentionStats,
         masks: Mapping[str, PruningMasks],
-        systems: list[results.System],
+        systems: list[System],
         benchmark: Mapping[str, Any] | None = None,
         files: Mapping[str, str] | None = None,
     ):
@@ -174,8 +175,8 @@ class Report:
         if self.benchmark:
             device = self.benchmark.get("device", "an unnamed device")
             for name, title, label, problems in (
-                ("speed", "Speed over effective sparsity", "milliseconds", results.times(self.benchmark)),
-                ("memory", "Memory over effective sparsity", "MiB", results.memory(self.benchmark)),
+                ("speed", "Speed over effective sparsity", "milliseconds", benchmarks.times(self.benchmark)),
+                ("memory", "Memory over effective sparsity", "MiB", benchmarks.memory(self.benchmark)),
             ):
                 if problems:
                     drawn.append(plots.measurements(name, title, label, problems, device))

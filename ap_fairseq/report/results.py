@@ -1,4 +1,4 @@
-"""Translation scores (ap-evaluate, sweeps) and kernel benchmarks, read and grouped."""
+"""Translation scores (ap-evaluate, sweeps), read and grouped into curves."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class Point:
     name: str
 
 
-def read_results(path, pairs: Mapping[str, int]) -> list[System]:
+def read_systems(path, pairs: Mapping[str, int]) -> list[System]:
     """Read the systems of a results file.
 
     Accepts what ``ap-evaluate -o`` writes (an object with ``systems`` and perhaps ``significance``), a list of such
@@ -139,13 +139,13 @@ def _system(record: Any, where: str, pairs: Mapping[str, int]) -> System:
     scores, half_widths, signatures = {}, {}, {}
     for metric, key in METRICS.items():
         nested = _object(_object(record, "scores", where), metric, where)
-        scores[metric] = _number(record.get(key, nested.get("score")), f"{where}: {key}", 100)
+        scores[metric] = read_number(record.get(key, nested.get("score")), f"{where}: {key}", 100)
         signature = record.get(f"{key}_signature", nested.get("signature"))
         if signature is not None:
             signatures[metric] = str(signature)
         half_width = record.get(f"{key}_ci", nested.get("ci"))
         if half_width is not None:
-            half_widths[metric] = _number(half_width, f"{where}: {key}_ci", 100)
+            half_widths[metric] = read_number(half_width, f"{where}: {key}_ci", 100)
     sparsity, given_total = _sparsity(record, where)
     pruned = _pruned_kinds(record, sparsity)
     weights = {kind: pairs[kind] for kind in pruned if kind in pairs}
@@ -161,7 +161,8 @@ def _system(record: Any, where: str, pairs: Mapping[str, int]) -> System:
     return System(name, series, variant, pruned, sparsity, total, scores, half_widths, signatures, seed, settings)
 
 
-def _number(value: Any, where: str, most: float) -> float:
+def read_number(value: Any, where: str, most: float) -> float:
+    """Return *value*, which must be a number from 0 to *most*; the error begins with *where*."""
     if not is_number(value) or not 0 <= value <= most:
         raise ArtifactError(f"{where} is {value!r}, expected a number from 0 to {most:g}")
     return float(value)
@@ -174,13 +175,13 @@ def _sparsity(record: dict, where: str) -> tuple[dict[str, float], float]:
         parts = {**_object(record, "sparsity", where), "total": record.get("total") or 0.0}
         given = {name: part.get("effective") if isinstance(part, dict) else part for name, part in parts.items()}
     if not isinstance(given, dict):
-        return {}, _number(given, f"{where}: effective_sparsity", 1)
+        return {}, read_number(given, f"{where}: effective_sparsity", 1)
     sparsity = {
-        kind.value: _number(given[kind.value], f"{where}: effective sparsity of {kind.value}", 1)
+        kind.value: read_number(given[kind.value], f"{where}: effective sparsity of {kind.value}", 1)
         for kind in AttentionKind
         if given.get(kind.value) is not None
     }
-    return sparsity, _number(given.get("total", 0.0), f"{where}: total effective sparsity", 1)
+    return sparsity, read_number(given.get("total", 0.0), f"{where}: total effective sparsity", 1)
 
 
 def _spec(record: dict) -> dict[str, Any]:
@@ -273,73 +274,3 @@ def _point(runs: list[System], metric: str) -> Point:
         half = runs[0].half_widths[metric]
         interval = Interval(mean - half, mean + half, "bootstrap over test sentences")
     return Point(float(np.mean([run.total for run in runs])), mean, interval, len(runs), runs[0].name)
-
-
-# -- benchmarks -------------------------------------------------------------------------------------------------------
-
-
-def read_benchmark(path) -> dict[str, Any]:
-    """Read the JSON of ``scripts/bench_attention.py``: provenance and ``rows`` with ``case``, ``method`` and times.
-
-    Raises:
-        ArtifactError: if the file is anything else.
-    """
-    document = parse_json(read_text(path), path)
-    rows = document.get("rows") if isinstance(document, dict) else None
-    if not isinstance(rows, list) or not rows:
-        raise ArtifactError(f"{path} holds no 'rows'; give a file that scripts/bench_attention.py --out wrote")
-    for number, row in enumerate(rows, 1):
-        if not isinstance(row, dict):
-            raise ArtifactError(f"{path}, row {number} is {row!r}, expected an object")
-        missing = [key for key in ("case", "method") if key not in row]
-        # A rival that could not run has an error; host times are not of a problem. Neither is drawn.
-        if missing or not ({"median_ms", "peak_bytes", "error", "median_us"} & row.keys()):
-            needed = ", ".join(missing) or "median_ms or peak_bytes"
-            raise ArtifactError(f"{path}, row {number} lacks {needed}; give a file of scripts/bench_attention.py")
-        for key in ("median_ms", "peak_bytes", "sparsity"):
-            if row.get(key) is not None:
-                _number(row[key], f"{path}, row {number}: {key}", math.inf)
-        for part, size in _object(row, "layout_bytes", f"{path}, row {number}").items():
-            _number(size, f"{path}, row {number}: layout_bytes of {part}", math.inf)
-    return document
-
-
-@dataclass(frozen=True)
-class Measurements:
-    """Measured values of one problem: per method [(effective sparsity or None for a dense method, value), ...]."""
-
-    title: str
-    methods: dict[str, list[tuple[float | None, float]]]
-
-
-def times(benchmark: Mapping[str, Any]) -> list[Measurements]:
-    """Return the median milliseconds of each problem that was measured at some sparsity."""
-    return _measurements(benchmark["rows"], "median_ms", 1.0)
-
-
-def memory(benchmark: Mapping[str, Any]) -> list[Measurements]:
-    """Return the memory of each problem in MiB: peak above the inputs where measured, else the mask layout's size."""
-    peaks = _measurements(benchmark["rows"], "peak_bytes", 2.0**-20)
-    rows = [
-        {**row, "bytes": sum(row["layout_bytes"].values()), "direction": "mask layout"}
-        for row in benchmark["rows"]
-        if row.get("layout_bytes") and row["case"] != "memory" and row.get("direction", "forward") == "forward"
-    ]
-    return peaks + _measurements(rows, "bytes", 2.0**-20)
-
-
-def _measurements(rows: Iterable[Mapping[str, Any]], key: str, scale: float) -> list[Measurements]:
-    problems: dict[str, dict[str, list]] = defaultdict(lambda: defaultdict(list))
-    for row in rows:
-        if row.get(key) is None:
-            continue
-        shape = ", ".join(f"{name} {row[name]}" for name in ("batch", "heads", "size") if name in row)
-        title = " ".join(filter(None, [row["case"], row.get("direction", ""), f"({shape})"]))
-        masked = row.get("block") is not None
-        method = f"{row['method']}, {row['block']}-blocks" if masked and row["block"] > 1 else row["method"]
-        problems[title][method].append((row.get("sparsity") if masked else None, float(row[key]) * scale))
-    return [
-        Measurements(title, {name: sorted(points, key=lambda p: p[0] or 0.0) for name, points in methods.items()})
-        for title, methods in problems.items()
-        if any(sparsity is not None for points in methods.values() for sparsity, _ in points)
-    ]

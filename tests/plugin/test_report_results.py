@@ -7,7 +7,7 @@ import pytest
 from plugin.commands import ROOT
 
 from ap_fairseq.files import ArtifactError
-from ap_fairseq.report import plots, results, statements, tables
+from ap_fairseq.report import benchmarks, plots, results, statements, tables
 from ap_fairseq.sites import AttentionKind
 
 ENCODER, DECODER, CROSS = AttentionKind
@@ -17,7 +17,7 @@ PAIRS = {"encoder_self": 100, "decoder_self": 60, "cross": 100}
 
 
 def test_results_of_the_committed_run():
-    systems = {s.name: s for s in results.read_results(ROOT / "tests/plugin/scored_run.json", PAIRS)}
+    systems = {s.name: s for s in results.read_systems(ROOT / "tests/plugin/scored_run.json", PAIRS)}
     assert systems["dense"].series is None and systems["dense"].total == 0
     assert (
         systems["per-kind.tuned"].series == "mean, fine-tuned"
@@ -49,7 +49,7 @@ def test_lines_of_a_sweep_and_their_intervals(tmp_path):
     lines.append({"system": "c", **one_budget, "bleu": 6, "chrf": 9})
     path = tmp_path / "sweep.jsonl"
     path.write_text("\n".join(json.dumps(line) for line in lines) + "\n")
-    curves = results.curves(results.read_results(path, PAIRS), "BLEU")
+    curves = results.curves(results.read_systems(path, PAIRS), "BLEU")
     (point,) = curves["mean, gradual"]
     # Student's t with 2 degrees of freedom: 4.303 standard errors of 2 / sqrt(3).
     assert (point.score, point.runs) == (22, 3)
@@ -82,7 +82,7 @@ def test_only_systems_that_differ_in_their_seed_are_runs_of_one_point(tmp_path):
     ]
     path = tmp_path / "lines.jsonl"
     path.write_text("\n".join(map(json.dumps, lines)))
-    curves = results.curves(results.read_results(path, PAIRS), "BLEU")
+    curves = results.curves(results.read_systems(path, PAIRS), "BLEU")
     found = {name: [(point.score, point.runs) for point in points] for name, points in curves.items()}
     assert found == {
         "importance, gradual, rounds 2": [(21, 2)],
@@ -103,7 +103,7 @@ def test_a_system_without_a_checkpoint_is_not_called_dense(tmp_path):
     ]
     path = tmp_path / "lines.jsonl"
     path.write_text("\n".join(map(json.dumps, lines)))
-    systems = results.read_results(path, PAIRS)
+    systems = results.read_systems(path, PAIRS)
     assert [row[1] for row in tables.systems_table(systems).rows] == ["–", "mean", "unnamed criterion"]
     figure = plots.quality(systems)
     assert figure.alt.startswith("text BLEU 20.0; mean at 50% BLEU 20.0; unnamed criterion at 50%")
@@ -113,7 +113,7 @@ def test_a_system_without_a_checkpoint_is_not_called_dense(tmp_path):
 def test_a_kind_alone_is_compared_with_the_dense_model_of_its_seed():
     lines = ROOT / "examples/libreoffice_help/results/h100-converged.jsonl"
     expected = {r["system"]: r for r in map(json.loads, lines.read_text().splitlines())}
-    text = statements._scores(results.read_results(lines, PAIRS))
+    text = statements._scores(results.read_systems(lines, PAIRS))
     for kind in ("encoder_self", "decoder_self", "cross"):
         name = f"importance.{kind}.90.g1.smooth-32.one-shot.s1"
         change = expected[name]["against_dense_tuned"]["bleu"]["difference"]
@@ -144,24 +144,24 @@ def test_broken_results_are_named(tmp_path, text, message):
     path = tmp_path / "results.json"
     path.write_text(text)
     with pytest.raises(ArtifactError, match=message) as error:
-        results.read_results(path, PAIRS)
+        results.read_systems(path, PAIRS)
     assert "results.json" in str(error.value)
 
 
 def test_benchmark_of_the_committed_run():
-    benchmark = results.read_benchmark(ROOT / "scripts/bench_attention.h100.json")
+    benchmark = benchmarks.read(ROOT / "scripts/bench_attention.h100.json")
     (ours,) = (
         row["median_ms"]
         for row in benchmark["rows"]
         if row.items() >= dict(method="ours", size=4096, block=128, nominal_sparsity=0.9, direction="forward").items()
     )
-    problems = {problem.title: problem.methods for problem in results.times(benchmark)}
+    problems = {problem.title: problem.methods for problem in benchmarks.times(benchmark)}
     methods = problems["square forward (batch 4, heads 16, size 4096)"]
     assert methods["ours, 128-blocks"][-1] == (pytest.approx(0.8988, abs=1e-4), ours)
     assert methods["sdpa cudnn"][0][0] is None
-    assert results.memory({"rows": [dict(case="memory", method="ours", peak_bytes=2**20, block=64, sparsity=0.5)]}) == [
-        results.Measurements("memory ()", {"ours, 64-blocks": [(0.5, 1.0)]})
-    ]
+    rows = [dict(case="memory", method="ours", peak_bytes=2**20, block=64, sparsity=0.5)]
+    problem = benchmarks.Measurements("memory ()", {"ours, 64-blocks": [(0.5, 1.0)]})
+    assert benchmarks.memory({"rows": rows}) == [problem]
 
 
 def test_rivals_that_could_not_run_and_host_times_are_left_out(tmp_path):
@@ -170,7 +170,7 @@ def test_rivals_that_could_not_run_and_host_times_are_left_out(tmp_path):
     rows = [{**ours, "median_ms": 2.0}, {**ours, "method": "flex", "error": "no"}]
     rows.append({"case": "host", "method": "ours", "direction": "forward", "median_us": 50.0})
     path.write_text(json.dumps({"rows": rows}))
-    (problem,) = results.times(results.read_benchmark(path))
+    (problem,) = benchmarks.times(benchmarks.read(path))
     assert problem.methods == {"ours, 16-blocks": [(0.5, 2.0)]}
 
 
@@ -183,8 +183,9 @@ def test_broken_benchmarks_are_named(tmp_path):
         ('{"rows": [{"case": "a", "method": "b", "median_ms": -Infinity}]}', "holds -Infinity"),
         ("{}", "holds no 'rows'"),
         ('{"rows": [{"case": "a", "median_ms": 1}]}', "row 1 lacks method"),
+        ('{"rows": [{"case": "a", "method": "b", "error": "", "layout_bytes": 1}]}', "row 1: layout_bytes is 1"),
         ('{"rows": [{"case": "a", "method": "b"}]}', "row 1 lacks median_ms or peak_bytes"),
     ]:
         path.write_text(text)
         with pytest.raises(ArtifactError, match=f"bench.json.*{message}"):
-            results.read_benchmark(path)
+            benchmarks.read(path)
