@@ -67,8 +67,13 @@ def use_gpu(number: int) -> None:
 
 
 def start_cuda() -> None:
-    """Start CUDA, its library of products and Triton in a thread, which take a second before a first batch."""
-    threading.Thread(target=_first_kernels).start()
+    """Start CUDA, its library of products and Triton in a thread, which take a second before a first batch.
+
+    Forks wait for it: a copy of this process would have the locks that the thread holds, and never get them.
+    """
+    thread = threading.Thread(target=_first_kernels)
+    thread.start()
+    os.register_at_fork(before=thread.join)
 
 
 def _first_kernels() -> None:

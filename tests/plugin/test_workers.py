@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import re
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from plugin.commands import run, wait_for
 
 from ap_fairseq.cli.common import exit_on_sigterm
 from ap_fairseq.files import UserError
-from ap_fairseq.generation import binarised
+from ap_fairseq.generation import binarised, loading
 from ap_fairseq.generation.lines import BatchLines, TranslatedBatch
 from ap_fairseq.generation.workers import MAX_PENDING, Workers, spare_processes
 
@@ -250,3 +251,22 @@ def test_a_command_reads_out_what_it_prints(data_bin, dense, tmp_path, monkeypat
     run("ap-apply", dense, "--attention-masks", "none", "-o", tmp_path / "ones.pt")
     lines = translate(data_bin, tmp_path / "ones.pt", tmp_path / "lines", "--beam", 3, "--nbest", nbest)
     assert seen.read_text() == f"{ {nbest} }\n" * 4 and len(lines.splitlines()) == (2 + 3 * nbest) * 60 + 1
+
+
+def _fork_while_cuda_starts(statuses):
+    started = []
+    loading._first_kernels = lambda: (time.sleep(0.3), started.append(True))
+    loading.start_cuda()
+    if not (child := os.fork()):
+        os._exit(len(started))
+    statuses.put(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+
+
+def test_a_fork_waits_until_cuda_has_started():
+    """A copy of the process has the locks of the thread, and no thread that gives them back."""
+    fork = multiprocessing.get_context("fork")
+    statuses = fork.SimpleQueue()
+    process = fork.Process(target=_fork_while_cuda_starts, args=(statuses,))
+    process.start()
+    process.join(60)
+    assert process.exitcode == 0 and statuses.get() == 1
