@@ -37,12 +37,12 @@ from fairseq.models import ARCH_MODEL_REGISTRY  # noqa: E402
 from fairseq.tasks import TASK_DATACLASS_REGISTRY  # noqa: E402
 
 import ap_fairseq.model.language_model  # noqa: E402  (registration needs a checked fairseq)
-import ap_fairseq.model.roberta  # noqa: E402
 import ap_fairseq.model.transformer  # noqa: E402
 import ap_fairseq.tasks  # noqa: E402, F401
 from ap_fairseq.files import UserError  # noqa: E402
 from ap_fairseq.model.checkpoints import load_checkpoint  # noqa: E402
-from ap_fairseq.model.config import DecoderOptions  # noqa: E402
+from ap_fairseq.model.config import DecoderOptions, PruningOptions  # noqa: E402
+from ap_fairseq.model.roberta import PrunedRobertaModel  # noqa: E402
 
 
 def report_user_errors() -> None:
@@ -95,7 +95,9 @@ def require_own_task_and_architecture(argv: list[str]) -> None:
     parser.add_argument("--arch", "-a")
     given, others = parser.parse_known_args(argv)
     stock, ours = (TASK_DATACLASS_REGISTRY.get(name, FairseqDataclass) for name in (given.task, f"pruned_{given.task}"))
-    model = DecoderOptions if f"pruned_{given.arch}" in ARCH_MODEL_REGISTRY else FairseqDataclass
+    model: type[FairseqDataclass] = FairseqDataclass
+    if (pruned := ARCH_MODEL_REGISTRY.get(f"pruned_{given.arch}")) is not None:
+        model = PruningOptions if pruned is PrunedRobertaModel else DecoderOptions
     for flag in (word.split("=")[0] for word in others):
         for option, name, flags in (
             ("--task", given.task, own_flags(ours, stock)),

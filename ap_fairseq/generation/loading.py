@@ -13,9 +13,6 @@ from torch import Tensor
 from torch.nn import init
 from torch.overrides import TorchFunctionMode
 
-from triton_ops.norm import add_norm
-from triton_ops.rows import Norm
-
 
 class _NoRandomValues(TorchFunctionMode):
     """Leaves new parameters as they are where they would become random."""
@@ -60,10 +57,18 @@ def load_faster(on_gpu: bool) -> None:
         checkpoint_utils.load_model_ensemble_and_task = load
 
 
-def use_gpu(number: int) -> None:
-    """Let this process see only one of the GPUs that it sees, counted from 0; CUDA may not have started in it yet."""
+def use_gpu(number: int) -> bool:
+    """Let this process use one of the GPUs that it sees, counted from 0, and see no other.
+
+    Returns:
+        Whether CUDA has yet to start. It has where GPUs were counted without NVML, and then all are seen.
+    """
     seen = os.environ.get("CUDA_VISIBLE_DEVICES")
     os.environ["CUDA_VISIBLE_DEVICES"] = str(number) if seen is None else seen.split(",")[number].strip()
+    if torch.cuda.device_count() == 1:
+        return True
+    torch.cuda.set_device(number)
+    return False
 
 
 def start_cuda() -> None:
@@ -77,5 +82,8 @@ def start_cuda() -> None:
 
 
 def _first_kernels() -> None:
+    from triton_ops.norm import add_norm  # imports triton, which the command itself, that only waits, does without
+    from triton_ops.rows import Norm
+
     x = torch.ones(16, 16, dtype=torch.float16, device="cuda")
     add_norm(x @ x, None, Norm(x[0], x[0], 1.0))

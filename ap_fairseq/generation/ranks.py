@@ -81,8 +81,8 @@ def _run(rank: int, ranks: int, cpu: bool, function: Callable, args: tuple) -> N
     gpus = 0 if cpu else torch.cuda.device_count()
     load_faster(on_gpu=gpus > 0)
     if gpus:
-        use_gpu(rank % gpus)
-        start_cuda()
+        if use_gpu(rank % gpus):
+            start_cuda()
     else:
         torch.set_num_threads(max(1, torch.get_num_threads() // ranks))
     try:

@@ -78,6 +78,7 @@ def test_fairseq_names_the_checkpoint_that_it_cannot_read(tmp_path):
         ("--cpu-int8 --beam 5", "--cpu-int8 is a flag of --task pruned_translation; give that in"),
         ("-a transformer --attention-masks m", "--attention-masks is a flag of --arch pruned_trans"),
         ("--arch=roberta_base --task masked_lm --attention-masks m", "--arch pruned_roberta_base; "),
+        ("--arch roberta_base --task masked_lm --cuda-graphs off", None),  # no flag of pruned_roberta_base
         ("--task pruned_translation --attention-sparsity 0.8 --arch pruned_transformer", None),
         ("--arch transformer --max-tokens 9 --update-freq 1 --share-all-embeddings", None),
         ("--task of_the_user --attention-sparsity 0.8 --arch of_the_user --attention-masks m", None),

@@ -552,16 +552,31 @@ def test_processes_are_as_many_as_gpus_or_share_them(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert generate.count_ranks(None, cpu=False) == 2 and generate.count_ranks(None, cpu=True) == 1
     assert generate.count_ranks(3, cpu=False) == generate.count_ranks(3, cpu=True) == 3
-    for name in ("threading.Thread", "gc.freeze", "load_faster", "start_cuda"):
+    for name in ("threading.Thread", "gc.freeze", "load_faster"):
         monkeypatch.setattr(f"ap_fairseq.generation.ranks.{name}", Mock())
-    seen = []
+    started, devices, seen = [], [], []
+    monkeypatch.setattr(ranks, "start_cuda", lambda: started.append(True))
+    monkeypatch.setattr(torch.cuda, "set_device", devices.append)
     for visible, rank in ((None, 0), (None, 1), (None, 2), ("3, GPU-8f", 0), ("3, GPU-8f", 1)):
         with monkeypatch.context() as process:
             process.delenv("CUDA_VISIBLE_DEVICES", raising=False)  # and is again what it was
             if visible is not None:
                 process.setenv("CUDA_VISIBLE_DEVICES", visible)
+            count = Mock(side_effect=[2, 1])  # the second time of those that this process sees
+            process.setattr(torch.cuda, "device_count", count)
             ranks._run(rank, 3, False, lambda _: seen.append(os.environ["CUDA_VISIBLE_DEVICES"]), ())
-    assert seen == ["0", "1", "0", "3", "GPU-8f"]
+    assert seen == ["0", "1", "0", "3", "GPU-8f"] and len(started) == 5 and devices == []
+    for rank in range(3):  # without NVML, counting starts CUDA, which sees both from then on
+        with monkeypatch.context() as process:
+            process.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+            ranks._run(rank, 3, False, Mock(), ())
+    assert devices == [0, 1, 0] and len(started) == 5
+
+
+def test_the_command_itself_does_without_triton(data_bin, dense):
+    """Its end was thirty lines about leaks, since it froze objects of a library that looks for them."""
+    done = ap_generate_process(data_bin, "--path", dense, "--gen-subset", "valid", "--beam", 1, "--num-processes", 1)
+    assert "translated 60 sentences" in done.stderr.splitlines()[-1]
 
 
 def test_parts_of_a_text_are_its_lines(tmp_path):
