@@ -6,6 +6,7 @@ import functools
 import os
 import threading
 import zipfile
+from collections.abc import Callable
 
 import torch
 from fairseq import checkpoint_utils, utils
@@ -76,14 +77,13 @@ def start_cuda() -> None:
 
     Forks wait for it: a copy of this process would have the locks that the thread holds, and never get them.
     """
-    thread = threading.Thread(target=_first_kernels)
+    from triton_ops import norm, rows  # imports triton, which the command itself, that only waits, does without
+
+    thread = threading.Thread(target=_first_kernels, args=(norm.add_norm, rows.Norm))
     thread.start()
     os.register_at_fork(before=thread.join)
 
 
-def _first_kernels() -> None:
-    from triton_ops.norm import add_norm  # imports triton, which the command itself, that only waits, does without
-    from triton_ops.rows import Norm
-
+def _first_kernels(add_norm: Callable, norm: Callable) -> None:
     x = torch.ones(16, 16, dtype=torch.float16, device="cuda")
-    add_norm(x @ x, None, Norm(x[0], x[0], 1.0))
+    add_norm(x @ x, None, norm(x[0], x[0], 1.0))

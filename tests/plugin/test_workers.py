@@ -255,7 +255,7 @@ def test_a_command_reads_out_what_it_prints(data_bin, dense, tmp_path, monkeypat
 
 def _fork_while_cuda_starts(statuses):
     started = []
-    loading._first_kernels = lambda: (time.sleep(0.3), started.append(True))
+    loading._first_kernels = lambda *_: (time.sleep(0.3), started.append(True))
     loading.start_cuda()
     if not (child := os.fork()):
         os._exit(len(started))
