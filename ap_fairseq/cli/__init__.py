@@ -9,7 +9,9 @@ from ap_fairseq.cli.deferred import defer_metrics
 
 defer_metrics()  # here, as the modules of the commands begin by importing fairseq
 
-own_program = os.path.basename(sys.argv[0]).startswith("ap-") and multiprocessing.parent_process() is None
+by_module = sys.argv[0] == "-m" and any(word.startswith(f"{__name__}.") for word in sys.orig_argv)
+by_command = os.path.basename(sys.argv[0]).startswith("ap-")
+own_program = (by_command or by_module) and multiprocessing.parent_process() is None
 if own_program and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     # While they are imported, which takes seconds, Ctrl-C ends the command: without a traceback of whatever is imported
     # now, some of which even tries again. `common.command` takes it from there.

@@ -149,7 +149,8 @@ def main(argv: list[str]) -> None:
     if not 1 <= args.rounds <= args.updates:
         raise UserError(f"--rounds {args.rounds} and --updates {args.updates}: each round needs an update")
     given = {flag.split("=")[0] for flag in train_flags}
-    taken = {"--save-dir", "--max-update", "--attention-masks", "--finetune-from-model"} & given
+    taken = {"--save-dir", "--max-update", "--attention-masks", "--finetune-from-model", "--attention-sparsity"} & given
+    taken |= {flag for flag in given if flag.startswith("--prune-")}  # masks of its own would replace those of a round
     if taken or not {"--arch", "-a"} & given:
         fault = f"{', '.join(sorted(taken))} given" if taken else "no --arch given"
         raise UserError(f"fairseq-train flags after --: {fault}; give --arch, and leave the others to the rounds")

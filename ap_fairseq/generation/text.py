@@ -121,12 +121,7 @@ def translate_text(args, cfg, text: Text, ranks: int, folder: Path) -> list[Path
     if len(todo) < len(parts):
         logger.info(f"{len(parts) - len(todo)} of {len(parts)} parts were translated before")
     if todo:
-        if cfg.bpe is None and _lacks_subwords(text, task):
-            logger.warning(
-                f"the model reads subwords (▁ or @@), and {text.name} has none, so most of its words are unknown; say "
-                "how to make them, with --bpe sentencepiece --sentencepiece-model FILE or --bpe subword_nmt "
-                "--bpe-codes FILE"
-            )
+        _warn_of_subwords(text, task, cfg.bpe is not None)
         logs = [folder / f"rank{rank}.log" for rank in range(min(ranks, len(todo)))]
         run_ranks("translate", logs, cfg.common.cpu, translate_parts, cfg, text, folder, todo, len(logs))
         cut = sum(bool(_CUT.match(line)) for line in lines_of(*logs))
@@ -135,9 +130,18 @@ def translate_text(args, cfg, text: Text, ranks: int, folder: Path) -> list[Path
     return parts
 
 
-def _lacks_subwords(text: Text, task) -> bool:
-    """Whether a text is of words and the dictionary, in which one subword in ten is marked at least, is not."""
-    return hold_subwords(task.source_dictionary.symbols, 0.1) and not hold_subwords(text.part(0), 0.1)
+def _warn_of_subwords(text: Text, task, has_bpe: bool) -> None:
+    """Warn of words that nothing splits for a dictionary of subwords, and of subwords that are split again."""
+    lines = text.part(0)
+    if has_bpe and hold_subwords(lines):
+        logger.warning(f"{text.name} has subwords (▁ or @@), of which --bpe makes subwords again; leave --bpe out")
+    # One subword in ten of a dictionary is marked at least.
+    if not has_bpe and hold_subwords(task.source_dictionary.symbols, 0.1) and not hold_subwords(lines, 0.1):
+        logger.warning(
+            f"the model reads subwords (▁ or @@), and {text.name} has none, so most of its words are unknown; say "
+            "how to make them, with --bpe sentencepiece --sentencepiece-model FILE or --bpe subword_nmt "
+            "--bpe-codes FILE"
+        )
 
 
 def translate_parts(rank: int, cfg, text: Text, folder: Path, todo: list[int], ranks: int) -> None:

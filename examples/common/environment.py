@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,7 +13,10 @@ from building import PrepareError, make_absolute
 
 @contextmanager
 def required_modules() -> Iterator[None]:
-    """Ends the program with one line if a module that is imported within is missing."""
+    """Ends the program with one line if a module that is imported within is missing, and without any on Ctrl-C."""
+    interrupted = signal.getsignal(signal.SIGINT)
+    if interrupted is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         yield
     except ModuleNotFoundError as missing:
@@ -20,6 +24,8 @@ def required_modules() -> Iterator[None]:
             f"run.sh: error: {sys.executable} has no module {missing.name}: run scripts/setup.sh in the repository and "
             "activate its environment (source .venv/bin/activate)"
         )
+    finally:
+        signal.signal(signal.SIGINT, interrupted)
 
 
 def run_example(run: Callable[[argparse.Namespace], Any], args: argparse.Namespace) -> None:
@@ -32,6 +38,9 @@ def run_example(run: Callable[[argparse.Namespace], Any], args: argparse.Namespa
     logging.getLogger().setLevel(logging.WARNING)  # hydra, which fairseq loads, lets through what others debug
     try:
         run(args)
+    except KeyboardInterrupt:
+        print("run.sh: interrupted; the same command goes on", file=sys.stderr)
+        sys.exit(130)
     except (UserError, PrepareError) as error:
         sys.exit(f"run.sh: error: {error}")
     except OSError as error:

@@ -1,11 +1,13 @@
 """The recipes: every stage of every data set, on a mirror of archives with the real names and layout, on the CPU."""
 
+import argparse
 import hashlib
 import http.server
 import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -15,6 +17,7 @@ from pathlib import Path
 import building
 import corpora
 import downloads
+import environment
 import forked
 import mirror
 import pytest
@@ -443,3 +446,16 @@ def test_known_checksums_hold_for_mirrors_too(data_mirror, tmp_path, use_mirror)
     assert done.returncode == 1
     assert "expected a8cd784e006feb32ac6f3d9ec7eb389a" in done.stderr and "test-full.tgz" in done.stderr
     assert downloads.CHECKSUMS in done.stderr
+
+
+def test_ctrl_c_ends_an_example_in_one_line(capsys):
+    def interrupted(args):
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as ended:
+        environment.run_example(interrupted, argparse.Namespace())
+    assert ended.value.code == 130 and capsys.readouterr().err == "run.sh: interrupted; the same command goes on\n"
+    handler = signal.getsignal(signal.SIGINT)
+    with environment.required_modules():
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL  # of imports, too
+    assert signal.getsignal(signal.SIGINT) is handler

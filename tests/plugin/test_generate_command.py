@@ -276,8 +276,8 @@ def test_a_text_keeps_its_lines(data_bin, dense, toy_text, tmp_path):
     assert "9 lines translated" in done.stderr
 
 
-def test_a_text_of_words_for_a_model_of_subwords_is_warned_of(data_bin, dense, toy_text, tmp_path):
-    """A forgotten --bpe translated unknown words."""
+def test_subwords_that_are_missing_or_made_twice_are_warned_of(data_bin, dense, toy_text, tmp_path, caplog):
+    """A forgotten --bpe translated unknown words, and one too many subwords of subwords."""
     folder, words = tmp_path / "data-bin", tmp_path / "in"
     folder.mkdir()
     for file in data_bin.glob("dict.*.txt"):
@@ -287,15 +287,19 @@ def test_a_text_of_words_for_a_model_of_subwords_is_warned_of(data_bin, dense, t
     assert "no text that names its languages; give --source-lang and --target" in ap_generate(*flags, expect=2)
     log = ap_generate(*flags, "-s", "en", "-t", "de")
     assert log.count(f"the model reads subwords (▁ or @@), and {words} has none") == 1
-    for symbols, line, lacking in (
-        (["▁the", "▁page"], "▁the ▁page", False),
-        (["the", "pa@@", "ge"], "the page", True),
-        (["the", "pa@@", "ge"], "the pa@@ ge", False),
-        (["the", "page"], "the page", False),
+    for symbols, line, has_bpe, warning in (
+        (["▁the", "▁page"], "▁the ▁page", False, None),
+        (["the", "pa@@", "ge"], "the page", False, "the model reads subwords (▁ or @@), and in has none"),
+        (["the", "pa@@", "ge"], "the pa@@ ge", False, None),
+        (["the", "page"], "the page", False, None),
+        (["the", "pa@@", "ge"], "the page", True, None),
+        (["the", "pa@@", "ge"], "the pa@@ ge", True, "in has subwords (▁ or @@), of which --bpe makes subwords"),
     ):
         words.write_text(f"{line}\n", "utf-8")
         task = SimpleNamespace(source_dictionary=SimpleNamespace(symbols=symbols))
-        assert generation_text._lacks_subwords(Text.scan(words, "in", 1), task) == lacking
+        caplog.clear()
+        generation_text._warn_of_subwords(Text.scan(words, "in", 1), task, has_bpe)
+        assert [message.startswith(warning or " ") for message in caplog.messages] == [True] * (warning is not None)
 
 
 def test_a_text_that_was_cut_goes_on(data_bin, dense, toy_text, tmp_path):

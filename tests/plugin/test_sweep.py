@@ -442,6 +442,10 @@ def test_the_schedule_as_a_command_names_what_is_wrong(dense, data_bin, tmp_path
     common = [data_bin, "--path", dense, "-o", tmp_path, "--updates", 4, "--masks", "--total 0.5"]
     for arguments, message in (
         ([*common, "--", "--arch", "pruned_transformer", "--save-dir", "x"], "--save-dir given"),
+        (
+            [*common, "--", "--arch", "pruned_transformer", "--prune-end=9", "--attention-sparsity", "0.3"],
+            "--attention-sparsity, --prune-end given",
+        ),
         ([*common, "--", "-a", "pruned_transformer", "--max-update=5"], "--max-update given"),
         (common, "no --arch given"),
         ([*common, "--rounds", 5, "--", "--arch", "x"], "each round needs an update"),
