@@ -98,11 +98,9 @@ def require_own_task_and_architecture(argv: list[str]) -> None:
     model: type[FairseqDataclass] = FairseqDataclass
     if (pruned := ARCH_MODEL_REGISTRY.get(f"pruned_{given.arch}")) is not None:
         model = PruningOptions if pruned is PrunedRobertaModel else DecoderOptions
+    task_flags, model_flags = own_flags(ours, stock), own_flags(model, FairseqDataclass)
     for flag in (word.split("=")[0] for word in others):
-        for option, name, flags in (
-            ("--task", given.task, own_flags(ours, stock)),
-            ("--arch", given.arch, own_flags(model, FairseqDataclass)),
-        ):
+        for option, name, flags in (("--task", given.task, task_flags), ("--arch", given.arch, model_flags)):
             if flag in flags:
                 raise UserError(f"{flag} is a flag of {option} pruned_{name}; give that in place of {name}")
 

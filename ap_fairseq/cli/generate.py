@@ -113,8 +113,7 @@ def main(argv: list[str]) -> None:
     args.log_format, args.tpu = "simple", False  # fairseq's parser sets the latter for --bf16
     ranks = count_ranks(args.num_processes, args.cpu)
     if args.num_workers is None:
-        # On a GPU one may be slower than the search: fairseq collates sentence by sentence.
-        args.num_workers = 1 if args.cpu or not torch.cuda.device_count() else spare_processes(ranks, most=4)
+        args.num_workers = spare_processes(ranks, 4, args.cpu)
     if args.tokenizer == "moses" and None in (args.source_lang, args.target_lang):  # in place of hydra's traceback
         raise UserError("--tokenizer moses needs --source-lang and --target-lang")
     cfg = convert_namespace_to_omegaconf(argparse.Namespace(**{**vars(args), "input": args.input or "-"}))

@@ -115,7 +115,6 @@ def translate_share(rank: int, cfg, folder: Path) -> None:
     """Run ``fairseq-generate`` on the shard of one process; write what it prints and how many sentences there are."""
     cfg.distributed_training.distributed_rank = rank
     cfg.common_eval.results_path = str(folder / f"rank{rank}")
-    on_gpu = torch.cuda.device_count() > 0 and not cfg.common.cpu
     share: dict[str, Any] = {"seconds": 0.0, "tokens": 0}
     task_class = TASK_REGISTRY[cfg.task._name]  # some tasks make their batches themselves
     stock = task_class.get_batch_iterator
@@ -127,7 +126,7 @@ def translate_share(rank: int, cfg, folder: Path) -> None:
             raise _NoBatch  # fairseq divides by the time and the length of what it has translated
         if rank:  # each process samples with random numbers of its own, the first with those of fairseq-generate
             utils.set_torch_seed(torch.initial_seed() + rank)
-        if on_gpu:  # else nothing searches while the host reads
+        if torch.cuda.is_available() and not cfg.common.cpu:  # else nothing searches while the host reads
             iterator.next_epoch_itr = functools.partial(_look_ahead, iterator.next_epoch_itr)
         return iterator
 
@@ -167,7 +166,7 @@ def translate_share(rank: int, cfg, folder: Path) -> None:
     scoring.build_scorer = build_scorer
     # A writer is a copy of this process from its first call on: it has the lines and the scorer that are there then.
     with ExitStack() as stack:
-        for k in range(count_writers(cfg, on_gpu) if by_batch else 1):
+        for k in range(count_writers(cfg) if by_batch else 1):
             worker = Workers(1, write=lambda batch, k=k: lines[k].write(batch), statistics=statistics)
             writers.append(stack.enter_context(worker))
         turns = itertools.cycle(writers)
@@ -178,9 +177,9 @@ def translate_share(rank: int, cfg, folder: Path) -> None:
     write_json(folder / f"rank{rank}.json", share, overwrite=True)
 
 
-def count_writers(cfg, on_gpu: bool) -> int:
-    """Return how many processes write the lines of each search: on a GPU one may be slower than it."""
-    return spare_processes(cfg.distributed_training.distributed_world_size, most=2) if on_gpu else 1
+def count_writers(cfg) -> int:
+    """Return how many processes write the lines of each search."""
+    return spare_processes(cfg.distributed_training.distributed_world_size, 2, cfg.common.cpu)
 
 
 def _look_ahead(next_epoch_itr: Callable, *args, **options) -> CountingIterator:

@@ -24,8 +24,13 @@ Item = TypeVar("Item")
 _functions: dict[str, Callable] = {}  # of this process, if it is a worker
 
 
-def spare_processes(searches: int, most: int) -> int:
-    """Return how many processes may read, or write, for each of the *searches* of this machine, at most *most*."""
+def spare_processes(searches: int, most: int, cpu: bool) -> int:
+    """Return how many processes may read, or write, for each of the *searches* of this machine: on a CPU one.
+
+    On a GPU one may be slower than the search, so there are up to *most*, as cores allow.
+    """
+    if cpu or not torch.cuda.device_count():
+        return 1
     cores = len(os.sched_getaffinity(0)) // searches
     return max(1, min(most, (cores - 1) // 2))
 

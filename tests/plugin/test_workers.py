@@ -45,7 +45,9 @@ def test_submitted_calls_are_made_in_order_while_this_process_goes_on(tmp_path):
 )
 def test_processes_beside_a_search_are_as_many_as_cores_allow(cores, searches, most, spare, monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
-    assert spare_processes(searches, most) == spare
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert spare_processes(searches, most, cpu=False) == spare
+    assert spare_processes(searches, most, cpu=True) == 1
 
 
 def test_results_are_prefetched_and_come_in_order(tmp_path):
