@@ -175,6 +175,9 @@ def get_parser() -> argparse.ArgumentParser:
         "--only-ap-generate", action="store_true", help="without fairseq-generate: text that stock takes hours for"
     )
     parser.add_argument(
+        "--kinds", nargs="+", choices=["subset", "text"], default=["subset", "text"], help="of commands; default: both"
+    )
+    parser.add_argument(
         "--rivals", nargs="+", choices=["ctranslate2"], default=[], help="also measure these, if installed"
     )
     parser.add_argument("--workers", nargs="+", type=int, default=[1, 4], help="of CTranslate2; default: 1 4")
@@ -212,7 +215,8 @@ def main() -> None:
     try:
         refuse_existing(args.out, overwrite=True)
         with stock_checkpoint(args.path, args.data) as stock:
-            for row in itertools.chain(subset_rows(args, stock), text_rows(args, stock)):
+            kinds = {"subset": subset_rows, "text": text_rows}
+            for row in itertools.chain.from_iterable(kinds[kind](args, stock) for kind in args.kinds):
                 report["rows"].append(row)
                 print(json.dumps(row), file=sys.stderr, flush=True)
                 write_json(args.out, report, overwrite=True)  # a run that is cut short keeps what it measured

@@ -33,6 +33,7 @@ from ap_fairseq.generation.lines import BatchLines, TranslatedBatch
 from ap_fairseq.generation.ranks import run_ranks
 from ap_fairseq.generation.workers import Workers, spare_processes
 from ap_fairseq.search.generator import PrunedSequenceGenerator
+from ap_fairseq.search.hypotheses import Hypotheses
 from ap_fairseq.search.running import look_ahead
 
 logger = logging.getLogger(__name__)
@@ -149,13 +150,17 @@ def translate_share(rank: int, cfg, folder: Path) -> None:
             generator.nbest = nbest
         found = stock_step(self, generator, models, sample, *args, **options)
         share["seconds"] += time.perf_counter() - begin
-        share["tokens"] += sum(len(best["tokens"]) for best, *_ in found)
         if by_batch:
+            found = Hypotheses.of(found, nbest)
+            n_tokens = found.best_lengths().sum()
             if not lines:
                 paths = [folder / f"rank{rank}" / LINES.format(k) for k in range(len(writers))]
                 lines.extend(BatchLines(plain, self, generator, scorer, path) for path in paths)
-            next(turns).submit("write", TranslatedBatch.collect(sample, found, nbest))
-            sample["nsentences"], sample["id"] = len(found), sample["id"][:0]  # nothing is left for fairseq's loop
+            next(turns).submit("write", TranslatedBatch.collect(sample, found))
+            # Nothing is left for fairseq's loop but tokens to count.
+            sample["nsentences"], sample["id"] = len(found), sample["id"][:0]
+            found = [[{"tokens": range(n_tokens)}]]
+        share["tokens"] += sum(len(best["tokens"]) for best, *_ in found)
         return found
 
     def statistics() -> list[int] | None:

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from fairseq.scoring.bleu import Scorer
 from fairseq_cli.generate import get_symbols_to_strip_from_output
-from torch import Tensor
+
+from ap_fairseq.search.hypotheses import Hypotheses
 
 
 class TranslatedBatch(NamedTuple):
@@ -27,37 +27,23 @@ class TranslatedBatch(NamedTuple):
     Attributes:
         ids: of the sentences.
         sources, targets: int64 (B, T), padded; None: there are none.
-        n_hypotheses: of each sentence, those that are printed; N of all.
-        scores: float32 (N,), in base 2.
-        lengths: int64 (N,), tokens of each hypothesis.
-        tokens: int64 (sum of lengths,).
-        positional_scores: float32 (sum of lengths,), in base 2.
+        found: the hypotheses that are printed of each sentence.
     """
 
     ids: list[int]
     sources: np.ndarray | None
     targets: np.ndarray | None
-    n_hypotheses: list[int]
-    scores: np.ndarray
-    lengths: np.ndarray
-    tokens: np.ndarray
-    positional_scores: np.ndarray
+    found: Hypotheses
 
     @classmethod
-    def collect(cls, sample: dict[str, Any], found: list[list[dict[str, Tensor]]], nbest: int) -> TranslatedBatch:
-        """Collect it from a batch of fairseq's and the hypotheses of each sentence, best first."""
-        printed = [hypotheses[:nbest] for hypotheses in found]
-        flat = [hypothesis for hypotheses in printed for hypothesis in hypotheses]
+    def collect(cls, sample: dict[str, Any], found: Hypotheses) -> TranslatedBatch:
+        """Collect it from a batch of fairseq's and the hypotheses of its sentences."""
         sources, targets = sample["net_input"].get("src_tokens"), sample["target"]
         return cls(
             ids=sample["id"].tolist(),
             sources=None if sources is None else sources.cpu().numpy(),
             targets=None if targets is None else targets.cpu().numpy(),
-            n_hypotheses=[len(hypotheses) for hypotheses in printed],
-            scores=(torch.stack([hypothesis["score"] for hypothesis in flat]) / math.log(2)).cpu().numpy(),
-            lengths=np.array([len(hypothesis["tokens"]) for hypothesis in flat]),
-            tokens=torch.cat([hypothesis["tokens"] for hypothesis in flat]).cpu().numpy(),
-            positional_scores=(torch.cat([h["positional_scores"] for h in flat]) / math.log(2)).cpu().numpy(),
+            found=found,
         )
 
 
@@ -88,13 +74,13 @@ class BatchLines:
 
     def write(self, batch: TranslatedBatch) -> None:
         """Append the lines of a batch to the file, and add it to the score."""
-        ends = batch.lengths.cumsum().tolist()
-        hypotheses = zip(
-            batch.scores.tolist(), _split(batch.tokens, ends), _split(batch.positional_scores, ends), strict=True
-        )
+        found = batch.found
+        scores, positional_scores = (x / math.log(2) for x in (found.scores, found.positional_scores))
+        parts = (split(x, found.lengths) for x in (found.tokens, positional_scores))
+        hypotheses = zip(scores.tolist(), *parts, strict=True)
         sources, targets = self._rows(batch.sources), self._rows(batch.targets)
         lines = []
-        for i, (number, n) in enumerate(zip(batch.ids, batch.n_hypotheses, strict=True)):
+        for i, (number, n) in enumerate(zip(batch.ids, found.counts.tolist(), strict=True)):
             if self.source is not None:
                 lines.append(f"S-{number}\t{self._decode(self.source.string(sources[i], self.post_process))}\n")
             if targets:
@@ -132,9 +118,9 @@ class BatchLines:
         return [*map(self.indices.__getitem__, text.split()), self.target.eos()]
 
 
-def _split(values: np.ndarray, ends: list[int]) -> Iterator[list]:
-    """Yield the parts of *values* that end there."""
-    whole = values.tolist()
+def split(values: np.ndarray, lengths: np.ndarray) -> Iterator[list]:
+    """Yield the parts of *values* that have these lengths, one after the other."""
+    whole, ends = values.tolist(), lengths.cumsum().tolist()
     return (whole[begin:end] for begin, end in zip([0, *ends[:-1]], ends, strict=True))
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import hashlib
-import inspect
 import json
 import logging
 import math
@@ -12,10 +11,13 @@ import os
 import re
 import shutil
 import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from fairseq import checkpoint_utils, tasks, utils
 from fairseq.hub_utils import GeneratorHubInterface
@@ -24,16 +26,19 @@ from fairseq_cli.generate import get_symbols_to_strip_from_output
 from ap_fairseq.evaluation.hypotheses import hold_subwords
 from ap_fairseq.experiments.stages import lines_of
 from ap_fairseq.files import ArtifactError, UserError, atomic_output, file_sha256, require_file, write_json, write_text
+from ap_fairseq.generation.lines import split
 from ap_fairseq.generation.loading import checkpoint_files
 from ap_fairseq.generation.ranks import run_ranks
-from ap_fairseq.generation.workers import Workers
+from ap_fairseq.generation.workers import Workers, spare_processes
 from ap_fairseq.provenance import dictionary_hashes, versions
 from ap_fairseq.search.generator import PrunedSequenceGenerator
+from ap_fairseq.search.hypotheses import Hypotheses
 from ap_fairseq.search.running import look_ahead
 
 logger = logging.getLogger(__name__)
 
 PART_LINES = 2000
+MAX_HELPERS = 5  # of a search on a GPU, besides one: to read lines and write them takes two to three times as long
 SETTINGS = "translation.json"
 
 # Options that do not change a translation, and the paths of what counts by its contents.
@@ -148,18 +153,60 @@ def translate_parts(rank: int, cfg, text: Text, folder: Path, todo: list[int], r
     """Translate the parts *todo*[rank::ranks] in one process, each into a file of *folder*."""
     translator, mine = Translator(cfg), todo[rank::ranks]
 
-    def read(number: int) -> list[list[int]]:
-        return translator.encode(text.part(number), text.name, 1 + number * text.part_lines)
+    def read(number: int) -> list[LineBatch]:
+        sources = translator.encode(text.part(number), text.name, 1 + number * text.part_lines)
+        batches = translator.batches(number, sources)
+        if not batches:  # all lines are empty
+            write(number, len(sources), [])
+        return batches
 
-    def write(number: int, hypotheses: list[list[int]]) -> None:
-        lines = translator.decode(hypotheses)
+    def write(number: int, n_lines: int, found: list[tuple[np.ndarray, Hypotheses]]) -> None:
+        lines = translator.decode(n_lines, found)
         write_text(folder / f"part{number:06}.txt", "".join(f"{line}\n" for line in lines))
         print(f"progress: {mine.index(number) + 1} / {len(mine)} parts", flush=True)
 
-    with Workers(2, read=read, write=write) as workers:
-        for number, sources in workers.prefetch("read", mine):
-            utils.set_torch_seed(cfg.common.seed + number)  # sampling does not depend on what this process did before
-            workers.submit("write", number, translator.search(sources))
+    waiting: deque[LineBatch] = deque()
+
+    def samples() -> Iterator[dict[str, Any]]:
+        for _, batches in workers.prefetch("read", mine):
+            for batch in batches:
+                waiting.append(batch)
+                yield convert(batch.sample, np.ndarray, torch.from_numpy)
+
+    with Workers(1 + spare_processes(ranks, MAX_HELPERS, cfg.common.cpu), read=read, write=write) as workers:
+        found: list[tuple[np.ndarray, Hypotheses]] = []  # of a part
+        for sample in translator.look_ahead(samples()):
+            batch = waiting.popleft()
+            if not found:  # sampling does not depend on what this process did before
+                utils.set_torch_seed(cfg.common.seed + batch.part)
+            found.append((batch.lines, translator.search(sample)))
+            if batch.last:
+                workers.submit("write", batch.part, batch.n_lines, found)
+                found = []
+
+
+class LineBatch(NamedTuple):
+    """Lines of a part that are searched together.
+
+    Attributes:
+        part, n_lines: the part, and how many lines it has.
+        last: whether no batch of the part follows.
+        lines: int64 (B,), their numbers in the part.
+        sample: a batch of fairseq's, with arrays for tensors: these would pass to another process as open files.
+    """
+
+    part: int
+    n_lines: int
+    last: bool
+    lines: np.ndarray
+    sample: dict[str, Any]
+
+
+def convert(value: Any, kind: type, function: Callable[[Any], Any]) -> Any:
+    """Return dictionaries, in each other, with what is of a kind in them replaced by its *function*."""
+    if isinstance(value, dict):
+        return {key: convert(x, kind, function) for key, x in value.items()}
+    return function(value) if isinstance(value, kind) else value
 
 
 class Translator:
@@ -175,29 +222,19 @@ class Translator:
             strict=cfg.checkpoint.checkpoint_shard_count == 1,
             num_shards=cfg.checkpoint.checkpoint_shard_count,
         )
-        self.build_generator, task.build_generator = task.build_generator, self._build_generator
-        self.stripped: set[int] = set()
         device = "cuda" if torch.cuda.is_available() and not cfg.common.cpu else "cpu"
         for model in models:
             model.to(device, torch.float16 if cfg.common.fp16 else None)
         # Looked up once, which takes OmegaConf as long as the rest of a line.
         self.max_tokens, self.post_process = cfg.dataset.max_tokens, cfg.common_eval.post_process
-        self.cfg, self.beam = cfg, cfg.generation.beam
+        self.cfg, self.on_gpu = cfg, device == "cuda"
         self.hub = GeneratorHubInterface(cfg, task, models).to(device)
-        if device == "cuda":  # else nothing searches while the host reads
-            build_batches = self.hub._build_batches
-            self.hub._build_batches = lambda *args: look_ahead(build_batches(*args), on_gpu=True)
+        self.generator = task.build_generator(models, cfg.generation)
+        if isinstance(self.generator, PrunedSequenceGenerator):
+            self.generator.nbest = 1
+        self.stripped = get_symbols_to_strip_from_output(self.generator)  # such as the tokens of languages
         longest = self.hub.max_positions
         self.longest = longest if isinstance(longest, int) else longest[0]  # a language model has one side
-
-    def _build_generator(self, models, args, **options):
-        """As the task's, which the hub calls; some tasks lack the option that the hub passes, without a value."""
-        known = inspect.signature(self.build_generator).parameters
-        generator = self.build_generator(models, args, **{name: x for name, x in options.items() if name in known})
-        if isinstance(generator, PrunedSequenceGenerator):
-            generator.nbest = 1
-        self.stripped = get_symbols_to_strip_from_output(generator)  # such as the tokens of languages
-        return generator
 
     def encode(self, lines: list[str], name: str, first: int) -> list[list[int]]:
         """Return the tokens of each line, ending in EOS; of an empty line none.
@@ -212,24 +249,40 @@ class Translator:
         """
         return [self._encode(line, name, first + number).tolist() if line else [] for number, line in enumerate(lines)]
 
-    def search(self, sources: list[list[int]]) -> list[list[int]]:
-        """Return the tokens of the best hypothesis of each source that has any, without what fairseq does not print."""
-        found: list[list[int]] = [[] for _ in sources]
-        if filled := [number for number, source in enumerate(sources) if source]:
-            tokens = torch.tensor([token for source in sources for token in source])  # of each alone takes longer
-            hypotheses = self.hub.generate([*tokens.split([len(sources[i]) for i in filled])], beam=self.beam)
-            for number, (best, *_) in zip(filled, hypotheses, strict=True):
-                found[number] = [token for token in best["tokens"].tolist() if token not in self.stripped]
-        return found
+    def batches(self, part: int, sources: list[list[int]]) -> list[LineBatch]:
+        """Return the batches of a part, whose lines have these tokens; of empty lines none."""
+        filled = np.array([number for number, source in enumerate(sources) if source], dtype=np.int64)
+        if not len(filled):
+            return []
+        tokens = torch.tensor([token for source in sources for token in source])  # of each alone takes longer
+        samples = [*self.hub._build_batches([*tokens.split([len(sources[i]) for i in filled])], False)]
+        samples = [convert(sample, torch.Tensor, torch.Tensor.numpy) for sample in samples]
+        last = len(samples) - 1
+        return [
+            LineBatch(part, len(sources), number == last, filled[sample["id"]], sample)
+            for number, sample in enumerate(samples)
+        ]
 
-    def decode(self, hypotheses: list[list[int]]) -> list[str]:
-        """Return the lines of hypotheses, detokenised; an empty one stays empty."""
-        return [self._decode(tokens) if tokens else "" for tokens in hypotheses]
+    def look_ahead(self, samples: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """Yield batches of fairseq's where the search takes them from."""
+        return look_ahead(samples, on_gpu=True) if self.on_gpu else iter(samples)  # nothing searches while a CPU reads
+
+    def search(self, sample: dict[str, Any]) -> Hypotheses:
+        """Return the best hypothesis of each sentence of a batch of fairseq's."""
+        return Hypotheses.of(self.hub.task.inference_step(self.generator, self.hub.models, sample), 1)
+
+    def decode(self, n_lines: int, found: list[tuple[np.ndarray, Hypotheses]]) -> list[str]:
+        """Return the lines of a part, detokenised, from those of each batch; others are empty."""
+        lines = [""] * n_lines
+        for numbers, hypotheses in found:
+            for number, tokens in zip(numbers.tolist(), split(hypotheses.tokens, hypotheses.lengths), strict=True):
+                lines[number] = self._decode(tokens)
+        return lines
 
     def _decode(self, tokens: list[int]) -> str:
         # Not fairseq's post_process_prediction, which adds the words of the text to the dictionary. A list, as fairseq
         # goes through a tensor element by element: eight times as slow.
-        text = self.hub.tgt_dict.string(tokens, self.post_process)
+        text = self.hub.tgt_dict.string(tokens, self.post_process, extra_symbols_to_ignore=self.stripped)
         text = self.hub.detokenize(self.hub.remove_bpe(text))
         return text.replace("\n", " ")  # which a BPE of bytes may spell
 

@@ -6,15 +6,14 @@ can do a step.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ap_fairseq.files import UserError
+from ap_fairseq.search.hypotheses import Hypotheses, read_out
 from ap_fairseq.search.running import host_copy
 from triton_ops.api import advance_beams, continue_beams
 from triton_ops.beam_state import BeamState
@@ -131,7 +130,7 @@ class BeamSearchState:
         len_penalty: float,
         longest: Tensor | None = None,
         nbest: int | None = None,
-    ) -> Callable[[], list[list[dict[str, Tensor]]]]:
+    ) -> Callable[[], Hypotheses]:
         """Start reading the ended hypotheses of the first *n* sentences of the search.
 
         Args:
@@ -141,15 +140,15 @@ class BeamSearchState:
             nbest: so many of each sentence at most; None: all.
 
         Returns:
-            What waits for them and returns them as fairseq does, on the CPU, best first. It raises UserError if a
-            sentence has none. Another search may begin before.
+            What waits for them and returns them. It raises UserError if a sentence has none. Another search may
+            begin before.
         """
         state, sentences = self.state, slice(n)
         ends = _on_host(sentences, slice(state.beam), state.final_step, state.final_beam, state.final_score)
         steps = _on_host(slice(n_steps), sentences, state.chosen_beam, state.chosen_token, state.chosen_score)
         limits = None if longest is None else host_copy(longest)
 
-        def wait() -> list[list[dict[str, Tensor]]]:
+        def wait() -> Hypotheses:
             final_step, final_beam, final_score = ends()
             endless = (final_step < 0).all(1)
             if endless.any():
@@ -179,65 +178,3 @@ def _on_host(
         return first, second, scores.view(torch.float32)
 
     return wait
-
-
-def read_out(
-    parents: np.ndarray,
-    tokens: np.ndarray,
-    sums: np.ndarray,
-    last: np.ndarray,
-    last_step: np.ndarray,
-    last_sum: np.ndarray,
-    scores: np.ndarray,
-    eos: int,
-    nbest: int | None = None,
-) -> list[list[dict[str, Tensor]]]:
-    """Return the hypotheses of each sentence as fairseq does, by falling scores, from the back-pointers of a search.
-
-    It takes time by their tokens, not by that of the longest one: few sentences take many steps.
-
-    Args:
-        parents: int32 (T, B * beam), which hypothesis of its sentence each one continued in each step.
-        tokens: int32, sums: float32, likewise; of log-probabilities up to each step.
-        last: int32 (B, beam), the one that each hypothesis ended from.
-        last_step: int32 (B, beam), when; negative where there is none.
-        last_sum, scores: float32 (B, beam).
-        eos: the token of the last step.
-        nbest: hypotheses of a sentence at most; None: all.
-    """
-    missing, (n_steps, n_places) = last_step < 0, parents.shape
-    n_sentences, beam = last_step.shape
-    number = (beam - missing.sum(1)).clip(max=beam if nbest is None else nbest)  # numpy < 2.1 refuses None
-    rank = np.lexsort((-scores, missing))  # those that are missing come last
-    ranked = (np.arange(n_sentences)[:, None] * beam + rank)[np.arange(beam) < number[:, None]]
-    sizes = last_step.ravel()[ranked] + 1
-    ends = sizes.cumsum()
-    begins = ends - sizes
-
-    # Steps before the last, of the hypotheses that are longer, which come first.
-    order = np.argsort(-sizes, kind="stable")
-    first, begin = ranked[order] // beam * beam, begins[order]  # of the sentence, of the result
-    place = first + last.ravel()[ranked[order]]
-    longer = np.searchsorted(-sizes[order], -1 - np.arange(n_steps))
-    source, target = np.empty((2, ends[-1] - len(sizes)), dtype=np.int64)
-    filled = 0
-    for step in reversed(range(n_steps)):
-        n = longer[step]
-        part = slice(filled, filled := filled + n)
-        source[part] = place[:n] + step * n_places
-        target[part] = begin[:n] + step
-        place[:n] = first[:n] + parents[step, place[:n]]
-
-    chosen, totals = np.full(ends[-1], eos, dtype=np.int64), np.empty(ends[-1], dtype=np.float32)
-    chosen[target] = tokens.ravel()[source]
-    totals[target], totals[ends - 1] = sums.ravel()[source], last_sum.ravel()[ranked]
-    with np.errstate(invalid="ignore"):  # from one hypothesis to the next
-        per_position = np.diff(totals, prepend=np.float32(0))
-    per_position[begins] = totals[begins]
-    nothing = torch.empty(0)
-    parts = (torch.from_numpy(x).split(sizes.tolist()) for x in (chosen, per_position))
-    hypotheses = (
-        {"tokens": x, "score": score, "attention": nothing, "alignment": nothing, "positional_scores": positional}
-        for x, positional, score in zip(*parts, torch.from_numpy(scores.ravel()[ranked]), strict=True)
-    )
-    return [list(itertools.islice(hypotheses, n)) for n in number.tolist()]

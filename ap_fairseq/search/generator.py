@@ -20,6 +20,7 @@ from ap_fairseq.model.pruned_model import PrunedModel
 from ap_fairseq.model.transformer import PrunedTransformerModel
 from ap_fairseq.search.capacity import Capacity, bucket
 from ap_fairseq.search.host_decoder import HostDecoder
+from ap_fairseq.search.hypotheses import Hypotheses
 from ap_fairseq.search.restrictions import NGramBlock
 from ap_fairseq.search.rules import SearchRules
 from ap_fairseq.search.running import FOLLOWING, Batch, EncoderOuts, RunningSearch
@@ -62,7 +63,7 @@ class PrunedSequenceGenerator(SequenceGenerator):
 
     Attributes:
         nbest: hypotheses of a sentence that a search on the device returns at most; None, as at first: all, as
-            fairseq's does. To read out five takes as long as half of the search, and fairseq's commands print --nbest.
+            fairseq's does, of whose commands each prints --nbest.
     """
 
     def __init__(self, models, tgt_dict, cpu_int8=False, **kwargs):
@@ -169,14 +170,14 @@ class PrunedSequenceGenerator(SequenceGenerator):
 
     def search_on_device(
         self, sample: dict, prefix_tokens: Tensor | None, bos_token: int | None, following: dict | None = None
-    ) -> tuple[list[list[dict[str, Tensor]]], EncoderOuts | None]:
+    ) -> tuple[Hypotheses, EncoderOuts | None]:
         """Translate a batch that needs no fallback.
 
         Args:
             following: the batch after this one, whose search begins while the hypotheses of this one are read.
 
         Returns:
-            Its hypotheses, on the CPU, and the encoders' outputs, which the search after it may overwrite.
+            Its hypotheses and the encoders' outputs, which the search after it may overwrite.
 
         Raises:
             UserError: if translations may not be as long as they must be, or a sentence has none.

@@ -20,6 +20,7 @@ from ap_fairseq.model.cpu_linear import Product, Products, can_pack
 from ap_fairseq.model.kv_cache import HostCache
 from ap_fairseq.model.layers import is_plain
 from ap_fairseq.search.beams import BeamSearchState
+from ap_fairseq.search.hypotheses import Hypotheses
 from ap_fairseq.search.running import Batch, EncoderOuts, RunningSearch
 from ap_fairseq.search.static_decoder import LayerStep, Model, StaticDecoder, layer_step
 from ap_fairseq.sites import layers_of
@@ -334,7 +335,7 @@ class HostDecoder(StaticDecoder):
         super().launch(search, n_steps)
 
     @torch.inference_mode()
-    def finish(self, search: RunningSearch, nbest: int | None = None) -> Callable[[], list[list[dict[str, Tensor]]]]:
+    def finish(self, search: RunningSearch, nbest: int | None = None) -> Callable[[], Hypotheses]:
         return super().finish(search, nbest)
 
     def _mask_rows(self) -> list[MaskRows]:

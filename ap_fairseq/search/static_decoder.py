@@ -28,6 +28,7 @@ from ap_fairseq.model.layers import left_padding, rotate_left
 from ap_fairseq.model.transformer import PrunedTransformerModel
 from ap_fairseq.search.beams import BeamSearchState
 from ap_fairseq.search.capacity import Capacity, bucket
+from ap_fairseq.search.hypotheses import Hypotheses
 from ap_fairseq.search.restrictions import Restrictions
 from ap_fairseq.search.rules import WITHIN_PREFIX, SearchRules
 from ap_fairseq.search.running import Batch, EncoderOuts, RunningSearch, host_copy
@@ -184,15 +185,15 @@ class StaticDecoder:
         for _ in range(min(n_steps, search.batch.max_len + 1 - search.step)):
             self._next_step(search)
 
-    def finish(self, search: RunningSearch, nbest: int | None = None) -> Callable[[], list[list[dict[str, Tensor]]]]:
+    def finish(self, search: RunningSearch, nbest: int | None = None) -> Callable[[], Hypotheses]:
         """Run a search to its end.
 
         Args:
             nbest: so many hypotheses of each sentence at most; None: all.
 
         Returns:
-            What waits for the results and returns those of ``SequenceGenerator.generate``, on the CPU. The next search
-            may begin before.
+            What waits for the results, those of ``SequenceGenerator.generate``, and returns them. The next search may
+            begin before.
         """
         counts: deque[Callable[[], Tensor]] = deque()
         lag = HOST_LAG_STEPS if self.beams.state.unfinished.is_cuda else 0

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
 
+import numpy as np
 import pytest
 import sentencepiece
 import torch
@@ -29,6 +30,7 @@ from ap_fairseq.generation.lines import BatchLines
 from ap_fairseq.generation.loading import load_faster
 from ap_fairseq.generation.text import Text, Translator
 from ap_fairseq.model.checkpoints import load_checkpoint
+from ap_fairseq.search.hypotheses import Hypotheses
 
 AP_GENERATE = [sys.executable, "-m", "ap_fairseq.cli.generate"]
 TWO = ["--cpu", "--num-processes", "2", "--num-workers", "0"]
@@ -605,9 +607,8 @@ def test_parts_of_a_text_are_its_lines(tmp_path):
 def test_a_line_that_a_bpe_of_bytes_spells_stays_in_one_line():
     """A line feed in one translation shifted all lines after it."""
     translator = Translator.__new__(Translator)
-    translator.beam, translator.longest, translator.max_tokens, translator.post_process = 1, 10, None, None
-    translator.hub, translator.stripped = Mock(), set()
-    translator.hub.encode.return_value = torch.tensor([4, 2])
-    translator.hub.generate.return_value = [[{"tokens": torch.tensor([4, 2])}]]
+    translator.hub, translator.stripped, translator.post_process = Mock(), set(), None
     translator.hub.detokenize.return_value = "one\ntwo"
-    assert translator.decode(translator.search(translator.encode(["x", ""], "in", 1))) == ["one two", ""]
+    numbers = np.array([4, 2])
+    best = Hypotheses(counts=np.array([1]), scores=None, lengths=np.array([2]), tokens=numbers, positional_scores=None)
+    assert translator.decode(2, [(np.array([0]), best)]) == ["one two", ""]

@@ -40,6 +40,7 @@ from ap_fairseq.model import cpu_linear
 from ap_fairseq.search import alignment, beams, generator, host_decoder, static_decoder
 from ap_fairseq.search.alignment import PrunedSequenceGeneratorWithAlignment
 from ap_fairseq.search.generator import PrunedSequenceGenerator
+from ap_fairseq.search.hypotheses import Hypotheses, read_out
 from ap_fairseq.search.running import FOLLOWING, look_ahead
 from ap_fairseq.search.task import ListDictionary, SearchOnDevice
 from ap_fairseq.sites import AttentionKind
@@ -824,7 +825,7 @@ def test_hypotheses_are_read_out_along_their_back_pointers(n_steps):
     last_step[0] = 0
     last_sum, scores = draw.standard_normal((2, 5, 3)).astype(np.float32)
     scores[0, 1], last_sum[1, 0] = -np.inf, -np.inf
-    found = beams.read_out(parents, tokens, sums, last, last_step, last_sum, scores, eos=7)
+    found = read_out(parents, tokens, sums, last, last_step, last_sum, scores, eos=7)
     for b, hypotheses in enumerate(found):
         ended = sorted((k for k in range(3) if last_step[b, k] >= 0), key=lambda k: -scores[b, k])
         assert [float(h["score"]) for h in hypotheses] == [scores[b, k] for k in ended]
@@ -836,6 +837,10 @@ def test_hypotheses_are_read_out_along_their_back_pointers(n_steps):
                 place = parents[step, b * 3 + place]
             assert hypothesis["tokens"].tolist() == words[::-1]
             assert hypothesis["positional_scores"].tolist() == np.diff(totals[::-1], prepend=np.float32(0)).tolist()
+    again = Hypotheses.of(list(found), nbest=3)
+    for name in ("counts", "scores", "lengths", "tokens", "positional_scores"):
+        assert np.array_equal(getattr(again, name), getattr(found, name)), name
+    assert found.best_lengths().tolist() == [len(best["tokens"]) for best, *_ in found]
 
 
 @pytest.mark.parametrize("nbest", [1, 2, 9])

@@ -16,8 +16,11 @@ from plugin.commands import run, wait_for
 from ap_fairseq.cli.common import exit_on_sigterm
 from ap_fairseq.files import UserError
 from ap_fairseq.generation import binarised, loading
+from ap_fairseq.generation import text as generation_text
 from ap_fairseq.generation.lines import BatchLines, TranslatedBatch
+from ap_fairseq.generation.text import Translator
 from ap_fairseq.generation.workers import MAX_PENDING, Workers, spare_processes
+from ap_fairseq.search.running import FOLLOWING, look_ahead
 
 
 def test_submitted_calls_are_made_in_order_while_this_process_goes_on(tmp_path):
@@ -184,12 +187,16 @@ def test_a_worker_that_cannot_be_started_ends_the_work():
 by_forks = pytest.mark.skipif(torch.cuda.is_available(), reason="ranks fork from a process that has used CUDA")
 
 
+def parse(data_bin, model, *more):
+    flags = [data_bin, "--task", "pruned_translation", "--path", model, "--max-len-b", 9, "--cpu", *more]
+    return options.parse_args_and_arch(options.get_generation_parser(), list(map(str, flags)))
+
+
 def translate(data_bin, model, folder, *more) -> str:
     """Return the lines about the subset, which makes four batches."""
     folder.mkdir()
-    flags = [data_bin, "--task", "pruned_translation", "--path", model, "--gen-subset", "valid", "--batch-size", 16]
-    flags += ["--required-batch-size-multiple", 1, "--max-len-b", 9, "--cpu", "--num-workers", 0, *more]
-    args = options.parse_args_and_arch(options.get_generation_parser(), list(map(str, flags)))
+    flags = ["--gen-subset", "valid", "--batch-size", 16, "--required-batch-size-multiple", 1, "--num-workers", 0]
+    args = parse(data_bin, model, *flags, *more)
     joined = binarised.translate_subset(convert_namespace_to_omegaconf(args), 1, folder)
     return joined.text(quiet=False)
 
@@ -241,18 +248,47 @@ def test_lines_that_cannot_be_written_end_the_run(data_bin, dense, tmp_path, mon
 @by_forks
 @pytest.mark.parametrize("nbest", [1, 2])
 def test_a_command_reads_out_what_it_prints(data_bin, dense, tmp_path, monkeypatch, nbest):
-    """fairseq's generators return all hypotheses; it took long to read out those that nobody prints."""
+    """fairseq's generators return all hypotheses, each as tensors; that took half as long as the search."""
     seen, collect = tmp_path / "seen", TranslatedBatch.collect
 
-    def noting(sample, found, nbest):
+    def noting(sample, found):
         with seen.open("a") as stream:
-            stream.write(f"{ {len(hypotheses) for hypotheses in found} }\n")
-        return collect(sample, found, nbest)
+            stream.write(f"{ {*found.counts.tolist()} } {'_lists' in vars(found)}\n")
+        return collect(sample, found)
 
     monkeypatch.setattr(TranslatedBatch, "collect", noting)
     run("ap-apply", dense, "--attention-masks", "none", "-o", tmp_path / "ones.pt")
     lines = translate(data_bin, tmp_path / "ones.pt", tmp_path / "lines", "--beam", 3, "--nbest", nbest)
-    assert seen.read_text() == f"{ {nbest} }\n" * 4 and len(lines.splitlines()) == (2 + 3 * nbest) * 60 + 1
+    assert seen.read_text() == f"{ {nbest} } False\n" * 4 and len(lines.splitlines()) == (2 + 3 * nbest) * 60 + 1
+
+
+def translate_lines(data_bin, model, folder, path: Path) -> list[str]:
+    """Return the parts of a text, of two lines each, in batches of one."""
+    folder.mkdir()
+    args = parse(data_bin, model, "--batch-size", 1)
+    text = generation_text.Text.scan(path, path.name, 2)
+    parts = generation_text.translate_text(args, convert_namespace_to_omegaconf(args), text, 1, folder)
+    return [part.read_text() for part in parts]
+
+
+@by_forks
+def test_a_text_is_searched_across_its_parts(data_bin, dense, toy_text, tmp_path, monkeypatch):
+    """A search does not wait where a part ends: the batch after each is announced, and all lines stay in their part."""
+    one, two, three, four, *_ = (toy_text / "test.en").read_text().splitlines()
+    path, seen, search = tmp_path / "in", tmp_path / "seen", Translator.search
+    path.write_text("\n".join([one, "", "", "", two, three, four]) + "\n")
+    expected = translate_lines(data_bin, dense, tmp_path / "expected", path)
+    assert [part.count("\n") for part in expected] == [2, 2, 2, 1] and expected[1] == "\n\n" != expected[0]
+
+    def noting(self, sample):
+        with seen.open("a") as stream:
+            stream.write(f"{sample['net_input']['src_tokens'].numel() > 1} {FOLLOWING in sample}\n")
+        return search(self, sample)
+
+    monkeypatch.setattr(Translator, "look_ahead", lambda self, samples: look_ahead(samples, on_gpu=False))
+    monkeypatch.setattr(Translator, "search", noting)
+    assert translate_lines(data_bin, dense, tmp_path / "found", path) == expected
+    assert seen.read_text() == "True True\n" * 3 + "True False\n"
 
 
 def _fork_while_cuda_starts(statuses):

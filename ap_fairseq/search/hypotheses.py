@@ -1,0 +1,124 @@
+"""What a search found, in few arrays: of all hypotheses of a batch at once."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(eq=False)
+class Hypotheses(Sequence):
+    """The hypotheses of B sentences: as fairseq has them, a list of dictionaries of tensors for each, best first.
+
+    The lists are made when one is asked for: they take as long as half of the search on a GPU.
+
+    Attributes:
+        counts: int64 (B,), hypotheses of each sentence; N of all.
+        scores: float32 (N,).
+        lengths: int64 (N,), tokens of each hypothesis.
+        tokens: int64 (sum of lengths,).
+        positional_scores: float32 (sum of lengths,), log-probabilities.
+    """
+
+    counts: np.ndarray
+    scores: np.ndarray
+    lengths: np.ndarray
+    tokens: np.ndarray
+    positional_scores: np.ndarray
+
+    @classmethod
+    def of(cls, found: Sequence[list[dict[str, Tensor]]], nbest: int) -> Hypotheses:
+        """Return those of a search, at most *nbest* of each sentence, if fairseq's generator found them."""
+        if isinstance(found, cls):  # which has no more of them
+            return found
+        printed = [hypotheses[:nbest] for hypotheses in found]
+        flat = [hypothesis for hypotheses in printed for hypothesis in hypotheses]
+        return cls(
+            counts=np.array([*map(len, printed)]),
+            scores=torch.stack([hypothesis["score"] for hypothesis in flat]).cpu().numpy(),
+            lengths=np.array([len(hypothesis["tokens"]) for hypothesis in flat]),
+            tokens=torch.cat([hypothesis["tokens"] for hypothesis in flat]).cpu().numpy(),
+            positional_scores=torch.cat([hypothesis["positional_scores"] for hypothesis in flat]).cpu().numpy(),
+        )
+
+    def best_lengths(self) -> np.ndarray:
+        """Return the tokens of each sentence's best hypothesis, int64 (B,)."""
+        return self.lengths[self.counts.cumsum() - self.counts]
+
+    def __len__(self) -> int:
+        return len(self.counts)
+
+    def __getitem__(self, index):
+        return self._lists[index]
+
+    @cached_property
+    def _lists(self) -> list[list[dict[str, Tensor]]]:
+        nothing, sizes = torch.empty(0), self.lengths.tolist()
+        parts = (torch.from_numpy(x).split(sizes) for x in (self.tokens, self.positional_scores))
+        hypotheses = (
+            {"tokens": x, "score": score, "attention": nothing, "alignment": nothing, "positional_scores": positional}
+            for x, positional, score in zip(*parts, torch.from_numpy(self.scores), strict=True)
+        )
+        return [list(itertools.islice(hypotheses, n)) for n in self.counts.tolist()]
+
+
+def read_out(
+    parents: np.ndarray,
+    tokens: np.ndarray,
+    sums: np.ndarray,
+    last: np.ndarray,
+    last_step: np.ndarray,
+    last_sum: np.ndarray,
+    scores: np.ndarray,
+    eos: int,
+    nbest: int | None = None,
+) -> Hypotheses:
+    """Return the hypotheses of each sentence, by falling scores, from the back-pointers of a search.
+
+    It takes time by their tokens, not by that of the longest one: few sentences take many steps.
+
+    Args:
+        parents: int32 (T, B * beam), which hypothesis of its sentence each one continued in each step.
+        tokens: int32, sums: float32, likewise; of log-probabilities up to each step.
+        last: int32 (B, beam), the one that each hypothesis ended from.
+        last_step: int32 (B, beam), when; negative where there is none.
+        last_sum, scores: float32 (B, beam).
+        eos: the token of the last step.
+        nbest: hypotheses of a sentence at most; None: all.
+    """
+    missing, (n_steps, n_places) = last_step < 0, parents.shape
+    n_sentences, beam = last_step.shape
+    number = (beam - missing.sum(1)).clip(max=beam if nbest is None else nbest)  # numpy < 2.1 refuses None
+    rank = np.lexsort((-scores, missing))  # those that are missing come last
+    ranked = (np.arange(n_sentences)[:, None] * beam + rank)[np.arange(beam) < number[:, None]]
+    sizes = last_step.ravel()[ranked] + 1
+    ends = sizes.cumsum()
+    begins = ends - sizes
+
+    # Steps before the last, of the hypotheses that are longer, which come first.
+    order = np.argsort(-sizes, kind="stable")
+    first, begin = ranked[order] // beam * beam, begins[order]  # of the sentence, of the result
+    place = first + last.ravel()[ranked[order]]
+    longer = np.searchsorted(-sizes[order], -1 - np.arange(n_steps))
+    source, target = np.empty((2, ends[-1] - len(sizes)), dtype=np.int64)
+    filled = 0
+    for step in reversed(range(n_steps)):
+        n = longer[step]
+        part = slice(filled, filled := filled + n)
+        source[part] = place[:n] + step * n_places
+        target[part] = begin[:n] + step
+        place[:n] = first[:n] + parents[step, place[:n]]
+
+    chosen, totals = np.full(ends[-1], eos, dtype=np.int64), np.empty(ends[-1], dtype=np.float32)
+    chosen[target] = tokens.ravel()[source]
+    totals[target], totals[ends - 1] = sums.ravel()[source], last_sum.ravel()[ranked]
+    with np.errstate(invalid="ignore"):  # from one hypothesis to the next
+        per_position = np.diff(totals, prepend=np.float32(0))
+    per_position[begins] = totals[begins]
+    return Hypotheses(number, scores.ravel()[ranked], sizes, chosen, per_position)
