@@ -226,7 +226,8 @@ class Translator:
         for model in models:
             model.to(device, torch.float16 if cfg.common.fp16 else None)
         # Looked up once, which takes OmegaConf as long as the rest of a line.
-        self.max_tokens, self.post_process = cfg.dataset.max_tokens, cfg.common_eval.post_process
+        self.max_tokens, self.max_sentences = cfg.dataset.max_tokens, cfg.dataset.batch_size
+        self.post_process = cfg.common_eval.post_process
         self.cfg, self.on_gpu = cfg, device == "cuda"
         self.hub = GeneratorHubInterface(cfg, task, models).to(device)
         self.generator = task.build_generator(models, cfg.generation)
@@ -255,7 +256,17 @@ class Translator:
         if not len(filled):
             return []
         tokens = torch.tensor([token for source in sources for token in source])  # of each alone takes longer
-        samples = [*self.hub._build_batches([*tokens.split([len(sources[i]) for i in filled])], False)]
+        lengths = [len(sources[number]) for number in filled]
+        dataset = self.hub.task.build_dataset_for_inference([*tokens.split(lengths)], torch.tensor(lengths))
+        iterator = self.hub.task.get_batch_iterator(
+            dataset,
+            max_tokens=self.max_tokens,
+            max_sentences=self.max_sentences,
+            max_positions=self.hub.max_positions,
+            disable_iterator_cache=True,
+        )
+        # Not by fairseq's loader, which puts batches where a GPU reads them, and workers may use none.
+        samples = [iterator.collate_fn([dataset[i] for i in batch]) for batch in iterator.frozen_batches]
         samples = [convert(sample, torch.Tensor, torch.Tensor.numpy) for sample in samples]
         last = len(samples) - 1
         return [
