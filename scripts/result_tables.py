@@ -82,21 +82,26 @@ def quality_digest() -> str:
     """The rows of the main README: dense models and pruned ones of the same recipe and updates, on two corpora."""
     header = ["training text", "pairs", "pruned", "seeds", "BLEU", "chrF2", "length ratio"]
     scores = (("bleu", ".2f"), ("chrf", ".2f"), ("length_ratio", ".3f"))
-    pairs = load(RESULTS / "corpus.json")["pairs"]["en-de"]["train pairs"]
-    rows = [("LibreOffice's help", pairs, f"{s['pruned']['total']:.0%}", [s]) for s in one_command_systems()[:3]]
+    rows = []
     names = {"global": ""} | {kind.value: f" of {kind.flag}" for kind in AttentionKind}
     kinds = "|".join(kind.value for kind in AttentionKind)
-    for name, wanted in (
-        ("longer", r"dense\.scratch\.dropout-0\.2-|importance\.(global)\.([89]0)\."),
-        ("masks", rf"importance\.({kinds})\.(90)\.g1\.smooth-32\.while"),  # with attention dropout
+    for text, path, wanted in (
+        ("LibreOffice's help", RESULTS / "seeds.jsonl", r"dense\.|importance\.(global)\.([89]0)\."),
+        (
+            "Debian text",
+            DEBIAN_RESULTS / "longer.jsonl",
+            r"dense\.scratch\.dropout-0\.2-|importance\.(global)\.([89]0)\.",
+        ),
+        # with attention dropout
+        ("Debian text", DEBIAN_RESULTS / "masks.jsonl", rf"importance\.({kinds})\.(90)\.g1\.smooth-32\.while"),
     ):
         groups: dict[str, list[dict[str, Any]]] = {}
-        for line in load(DEBIAN_RESULTS / f"{name}.jsonl"):
+        for line in load(path):
             groups.setdefault(line["group"], []).append(line)
         for group, lines in groups.items():
             if found := re.match(wanted, group):
                 pruned = f"{found[2] or 0}%{names[found[1] or 'global']}"
-                rows.append(("Debian text", lines[0]["training_pairs"], pruned, lines))
+                rows.append((text, lines[0]["training_pairs"], pruned, lines))
     body = [
         [text, f"{pairs:,}", pruned, str(len(lines))]
         + [f"{statistics.fmean(line[key] for line in lines):{form}}" for key, form in scores]
@@ -371,6 +376,7 @@ def tables() -> dict[str, Callable[[], str]]:
         "en-es": lambda: quality("en-es"),
         "digest": quality_digest,
         "one-command": one_command,
+        "help-seeds": lambda: sweep(RESULTS / "seeds.jsonl"),
         "cross-masks": cross_masks,
         "cross-heads": cross_heads,
         "dropout": dropout,
@@ -393,7 +399,7 @@ def tables() -> dict[str, Callable[[], str]]:
         "cpu": lambda: format_markdown(load(RESULTS / "cpu.json")),
         "rivals.translation": rivals_translation,
     }
-    without_table = {LM_RESULTS / "corpus.json", LM_RESULTS / "cpu-updates.json"}
+    without_table = {LM_RESULTS / f"{name}.json" for name in ("corpus", "cpu-updates", "h200-dense")}
     for path in sorted({*LM_RESULTS.glob("*.json")} - without_table):
         made[f"language-model.{path.stem}"] = lambda path=path: language_models(path)
     for path in sorted((ROOT / "examples" / "libreoffice_one_to_many" / "results").glob("*.jsonl")):
