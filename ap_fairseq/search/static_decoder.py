@@ -104,8 +104,12 @@ class StaticDecoder:
 
         n_slots = self.capacity.sentences * self.rules.beam * min(INITIAL_CAPACITY, self.capacity.positions)
         self.kv_pools = {module: empty(n_slots * module.num_heads, 2, module.head_dim) for module in self.self_sites}
-        # Those of cross-attention get the size of the first batch.
-        self.kv_pools |= {module: empty(0, 2, module.head_dim) for module in self.cross_sites}
+        # Those of cross-attention get the size of the first batch, but have room for any SourcePass: to grow costs the
+        # graphs of all batches before.
+        n_columns = min(MAX_TOKENS, self.capacity.sentences * self.capacity.source_length)
+        self.kv_pools |= {
+            module: empty(n_columns * module.num_heads, 2, module.head_dim) for module in self.cross_sites
+        }
         self.projections = {
             module: (empty(3 * module.embed_dim, module.embed_dim), empty(3 * module.embed_dim))
             for module in self.self_sites
