@@ -41,12 +41,20 @@ def sentence_pairs(n: int, seed: int) -> list[tuple[str, str]]:
     return list(pairs.items())
 
 
-def run(*command, expect: int = 0, input: str = "") -> str:
+def run(*command, expect: int = 0, input: str = "", kernels: bool = False) -> str:
     """Run a console command and return its output; fail with it on another exit status.
 
     It runs in a fork that has imported fairseq and the plugin already, which saves five seconds. With a GPU it is a
     process of its own.
+
+    Args:
+        kernels: the command runs Triton's kernels. Where they are not interpreted it does without its flag ``--cpu``.
     """
+    if kernels and torch.cuda.is_available():
+        gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
+        one = {"CUDA_VISIBLE_DEVICES": gpus.split(",")[0]}  # fairseq trains on all that it sees
+        command = [word for word in command if word != "--cpu"]
+        return run_process(*command, expect=expect, environment=one, input=input)
     if torch.cuda.is_available() or not forked.is_command(command[0]):
         return run_process(*command, expect=expect, input=input)
     with tempfile.NamedTemporaryFile("r", suffix=".log") as log:
@@ -91,8 +99,8 @@ TINY = (
 ).split()
 
 
-def train(data, save_dir, *flags, arch="transformer", updates=200, expect=0) -> str:
-    """Train a tiny model on the CPU with fairseq-train."""
+def train(data, save_dir, *flags, arch="transformer", updates=200, expect=0, kernels=False) -> str:
+    """Train a tiny model with fairseq-train, on the CPU but for *kernels* (see `run`)."""
     return run(
         *["fairseq-train", data, *PLUGIN, "--arch", arch, *TINY, "--save-dir", save_dir, "--max-update", updates],
         *"--optimizer adam --lr 3e-3 --lr-scheduler inverse_sqrt --warmup-updates 40 --clip-norm 1.0".split(),
@@ -100,6 +108,7 @@ def train(data, save_dir, *flags, arch="transformer", updates=200, expect=0) -> 
         *"--no-epoch-checkpoints --log-format json --log-interval 1 --num-workers 0".split(),
         *flags,
         expect=expect,
+        kernels=kernels,
     )
 
 
@@ -127,12 +136,13 @@ def losses(log: str) -> list[str]:
     return re.findall(r'"(?:loss|valid_loss)": "([\d.]+)"', log)
 
 
-def generate(data, path, *flags, subset="test", expect=0) -> str:
-    """Translate on the CPU with fairseq-generate."""
+def generate(data, path, *flags, subset="test", expect=0, kernels=False) -> str:
+    """Translate with fairseq-generate, on the CPU but for *kernels* (see `run`)."""
     return run(
         *["fairseq-generate", data, *PLUGIN, "--path", path, "--gen-subset", subset, "--cpu", "--beam", 3],
         *["--max-tokens", 1500, "--required-batch-size-multiple", 1, "--num-workers", 0, *flags],
         expect=expect,
+        kernels=kernels,
     )
 
 

@@ -214,12 +214,13 @@ def continuations(data, path, *flags) -> list[str]:
 PROMPTS = "the new cell opens the last window and the\nthe first page closes the empty list and\nthe\n"
 
 
-def prompted(data, path, *flags) -> tuple[list[str], list[float], str]:
+def prompted(data, path, *flags, kernels=False) -> tuple[list[str], list[float], str]:
     """What fairseq-interactive makes of prompts: texts, scores of texts and tokens, and its log."""
     log = run(
         *["fairseq-interactive", data, *PLUGIN, "--path", path, "--cpu", "--buffer-size", 3, "--batch-size", 3],
         *["--tokens-per-sample", BLOCK, "--beam", 2, "--max-len-b", 14, *flags],
         input=PROMPTS,
+        kernels=kernels,
     )
     texts = re.findall(r"^H-\d\t\S+\t(.*)", log, re.MULTILINE)
     scores = re.findall(r"^[HP]-\d\t([-. \d]+)", log, re.MULTILINE)
@@ -307,9 +308,9 @@ def test_masks_applied_without_training(text_bin, dense_lm, lm_masks, tmp_path):
         assert evaluate(text_bin, half, *window) != stock
     sampled = ["--beam", 1, "--sampling", "--sampling-topk", 5, "--seed", 3]  # the same in fairseq's own search
     assert continuations(text_bin, ones, *sampled) == continuations(text_bin, dense_lm[0], *sampled)
-    kernels = ["--task", "pruned_language_modeling", "--model-overrides", "{'attention_backend': 'triton'}"]
+    by_kernels = ["--task", "pruned_language_modeling", "--model-overrides", "{'attention_backend': 'triton'}"]
     expected, expected_scores, _ = prompted(text_bin, dense_lm[0], "--task", "language_modeling")
-    texts, scores, log = prompted(text_bin, ones, *kernels)  # interpreted
+    texts, scores, log = prompted(text_bin, ones, *by_kernels, kernels=True)
     assert texts == expected and "fairseq's own generator" not in log
     assert scores == pytest.approx(expected_scores, abs=2e-4)
 

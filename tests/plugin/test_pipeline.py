@@ -104,13 +104,14 @@ def test_all_ones_masks_translate_as_stock_fairseq_does(data_bin, toy_text, dens
 
 
 def test_the_task_pruned_translation_translates_as_stock_fairseq_does(data_bin, dense, all_ones):
-    """On a CPU by the kernels, interpreted, and without them."""
+    """By the kernels, and on a CPU without them."""
     task, short = ["--task", "pruned_translation"], ["--beam", 2, "--max-len-a", 0, "--max-len-b", 4, *FEW]
-    kernels = [*task, "--model-overrides", "{'attention_backend': 'triton'}"]
-    for search, backends in (([], (kernels, task)), (["--prefix-size", 2, "--print-alignment"], (kernels,))):
+    by_kernels = [*task, "--model-overrides", "{'attention_backend': 'triton'}"]
+    for search, backends in (([], (by_kernels, task)), (["--prefix-size", 2, "--print-alignment"], (by_kernels,))):
         stock = generate(data_bin, dense, *short, *search, subset="valid")
         for flags in backends:
-            log = generate(data_bin, all_ones, *short, *search, *flags, subset="valid")
+            kernels = flags is by_kernels
+            log = generate(data_bin, all_ones, *short, *search, *flags, subset="valid", kernels=kernels)
             expected, found = hypotheses(stock), hypotheses(log)
             assert {n: h for n, (_, h) in found.items()} == {n: h for n, (_, h) in expected.items()}
             assert len(found) == 12

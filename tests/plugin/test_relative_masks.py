@@ -502,23 +502,24 @@ def test_from_recording_to_translation(data_bin, dense, tmp_path):
     )
     assert texts[0] == texts[1] != []
     np.testing.assert_allclose(*(np.array(log, dtype=float) for log in scores), atol=1e-5)
-    # The kernels, interpreted: in translation, and in training from scratch.
+    # The kernels: in translation, and in training from scratch.
     short = ["--beam", 2, "--max-len-a", 0, "--max-len-b", 4, *FEW]
-    kernels = ["--task", "pruned_translation", "--model-overrides", "{'attention_backend': 'triton'}"]
-    expected, found = (
-        re.findall(r"^H-\d+\t(\S+)\t(.*)", generate(data_bin, pruned, *short, *flags, subset="valid"), re.M)
-        for flags in ([], kernels)
-    )
+    by_kernels = ["--task", "pruned_translation", "--model-overrides", "{'attention_backend': 'triton'}"]
+    logs = [
+        generate(data_bin, pruned, *short, subset="valid"),
+        generate(data_bin, pruned, *short, *by_kernels, subset="valid", kernels=True),
+    ]
+    expected, found = (re.findall(r"^H-\d+\t(\S+)\t(.*)", log, re.M) for log in logs)
     assert [text for _, text in found] == [text for _, text in expected] != []
     np.testing.assert_allclose([float(x) for x, _ in found], [float(x) for x, _ in expected], atol=1e-4)
     flags = ["--attention-masks", masks, "--max-tokens", 80, "--disable-validation", "--dropout", 0]
-    logs = {}
+    losses = {}
     for backend in ("sdpa", "triton"):
         options = [*flags, "--attention-backend", backend]
-        log = train(data_bin, tmp_path / backend, *options, arch="pruned_transformer", updates=3)
-        logs[backend] = [float(x) for x in re.findall(r'"loss": "([\d.]+)"', log)]
-    assert len(logs["triton"]) >= 3
-    np.testing.assert_allclose(logs["triton"], logs["sdpa"], atol=0.002)  # printed with three digits
+        log = train(data_bin, tmp_path / backend, *options, arch="pruned_transformer", updates=3, kernels=True)
+        losses[backend] = [float(x) for x in re.findall(r'"loss": "([\d.]+)"', log)]
+    assert len(losses["triton"]) >= 3
+    np.testing.assert_allclose(losses["triton"], losses["sdpa"], atol=0.002)  # printed with three digits
 
 
 def test_pruning_while_training_by_offsets(data_bin, tmp_path):
