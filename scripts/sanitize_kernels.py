@@ -140,7 +140,7 @@ def few_rows() -> Cases:
 
     for n in (1, 9, MAX_ROWS):
         yield f"{n}: embedding, normalisation, queries, keys and values", functools.partial(projections, n)
-        for k_size, m, activation in ((100, 128, "relu"), (1100, 128, "gelu"), (128, 101, None)):
+        for k_size, m, activation in ((100, 128, "relu"), (1100, 128, "gelu"), (128, 101, None), (128, 4101, None)):
             yield f"{n}: {k_size} x {m}, {activation}", functools.partial(product, n, k_size, m, activation)
 
 

@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from triton_ops.config import rows_config
 from triton_ops.decode import number
 from triton_ops.reference import linear_rows_reference
 from triton_ops.rows import ACTIVATIONS, MAX_ROWS, TYPES, Norm, Slots, embed_rows, linear_rows
@@ -62,6 +63,12 @@ def test_rows_longer_than_a_tile_are_summed_up():
     x, weight, residual = random(torch.float16, 5, 2500), random(torch.float16, 40, 2500), random(torch.float16, 5, 40)
     options = dict(bias=None, residual=residual, activation="relu")
     assert_linear_rows_within_budget(linear_rows(x, weight, **options), x, weight, **options)
+
+
+def test_programs_of_large_vocabularies_take_more_columns():
+    assert rows_config(4101, 128, normalised=True).block_n > rows_config(128, 128, normalised=True).block_n
+    wanted = dict(norm=True, bias=True, residual=True)
+    check(torch.float16, (9, 128, 4101, wanted, None, 1))  # the last program has five of its columns
 
 
 @pytest.mark.parametrize("heads, dim", [(3, 16), (2, 64)])
