@@ -65,11 +65,18 @@ class RunningSearch:
 
 
 def look_ahead(batches: Iterable[dict[str, Any]], on_gpu: bool) -> Iterator[dict[str, Any]]:
-    """Yield batches of fairseq's, moved to the GPU if *on_gpu*, each with the next as :data:`FOLLOWING`."""
+    """Yield batches of fairseq's, moved to the GPU if *on_gpu*, each with the next as :data:`FOLLOWING`.
+
+    What *batches* raise is raised after the batches before it.
+    """
     moved = map(utils.move_to_cuda, batches) if on_gpu else iter(batches)
     batch = next(moved, None)
     while batch is not None:
-        after = next(moved, None)
+        try:
+            after = next(moved, None)
+        except Exception:
+            yield batch
+            raise
         if batch and after:  # fairseq has empty ones, too
             batch[FOLLOWING] = after
         yield batch

@@ -737,6 +737,20 @@ def test_batches_know_the_next_one():
     assert list(look_ahead([], on_gpu=False)) == []
 
 
+def test_an_error_of_reading_comes_after_the_batches_before_it():
+    """The last part of a text before a line that is too long was lost on a GPU, where the next batch is read early."""
+
+    def batches():
+        yield from [{"id": 1}, {"id": 2}]
+        raise UserError("line 9 has 41 tokens")
+
+    seen = []
+    with pytest.raises(UserError, match="line 9 has 41 tokens"):
+        for batch in look_ahead(batches(), on_gpu=False):
+            seen.append(batch["id"])
+    assert seen == [1, 2]
+
+
 def test_threads_that_share_a_generator_take_turns():
     """The hub gives all threads one generator: they wrote into each other's buffers, and got wrong translations."""
     systems, switch = models(), sys.getswitchinterval()
