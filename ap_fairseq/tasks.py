@@ -2,8 +2,9 @@
 
 import contextlib
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Optional  # fairseq's parser reads Optional[X], not X | None
+from typing import Any, Optional  # fairseq's parser reads Optional[X], not X | None
 
 from fairseq.tasks import register_task
 from fairseq.tasks.language_modeling import LanguageModelingConfig, LanguageModelingTask
@@ -13,6 +14,8 @@ from ap_fairseq.files import UserError
 from ap_fairseq.model.head_masking import HeadMasking
 from ap_fairseq.model.pruned_model import PrunedModel
 from ap_fairseq.provenance import decode_provenance
+from ap_fairseq.search.alignment import PrunedSequenceGeneratorWithAlignment
+from ap_fairseq.search.generator import PrunedSequenceGenerator
 from ap_fairseq.search.task import SearchOnDevice, SearchOnDeviceConfig
 from ap_fairseq.training.task import PruningWhileTraining, PruningWhileTrainingConfig
 
@@ -89,3 +92,17 @@ class PrunedLanguageModelingConfig(SearchOnDeviceConfig, PruningWhileTrainingCon
 @register_task("pruned_language_modeling", dataclass=PrunedLanguageModelingConfig)
 class PrunedLanguageModelingTask(SearchOnDevice, PruningWhileTraining, LanguageModelingTask):
     """``language_modeling`` that prunes a ``pruned_transformer_lm`` while it trains, and searches on the device."""
+
+
+_OWN_STEPS = PrunedTranslationTask.inference_step, PrunedLanguageModelingTask.inference_step
+
+
+def return_what_is_printed(step: Callable, generator: Any, nbest: int, in_arrays: bool = True) -> None:
+    """Let searches return no more than a command prints, unless code of others works on what they return.
+
+    Args:
+        step: ``inference_step`` of the task's class.
+        nbest, in_arrays: as attributes of `PrunedSequenceGenerator`.
+    """
+    if step in _OWN_STEPS and type(generator) in (PrunedSequenceGenerator, PrunedSequenceGeneratorWithAlignment):
+        generator.nbest, generator.in_arrays = nbest, in_arrays

@@ -7,6 +7,7 @@ import functools
 import itertools
 import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -32,9 +33,9 @@ from ap_fairseq.files import write_json
 from ap_fairseq.generation.lines import BatchLines, TranslatedBatch
 from ap_fairseq.generation.ranks import run_ranks
 from ap_fairseq.generation.workers import Workers, spare_processes
-from ap_fairseq.search.generator import PrunedSequenceGenerator
 from ap_fairseq.search.hypotheses import Hypotheses
 from ap_fairseq.search.running import look_ahead
+from ap_fairseq.tasks import return_what_is_printed
 
 logger = logging.getLogger(__name__)
 
@@ -146,19 +147,18 @@ def translate_share(rank: int, cfg, folder: Path) -> None:
 
     def inference_step(self, generator, models, sample, *args, **options):
         begin = time.perf_counter()
-        if isinstance(generator, PrunedSequenceGenerator):
-            generator.nbest = nbest
+        return_what_is_printed(stock_step, generator, nbest, in_arrays=by_batch)
         found = stock_step(self, generator, models, sample, *args, **options)
         share["seconds"] += time.perf_counter() - begin
         if by_batch:
-            found = Hypotheses.of(found, nbest)
+            found = Hypotheses.of(found, nbest, unit=math.log(2))  # fairseq prints bits
             n_tokens = found.best_lengths().sum()
             if not lines:
                 paths = [folder / f"rank{rank}" / LINES.format(k) for k in range(len(writers))]
                 lines.extend(BatchLines(plain, self, generator, scorer, path) for path in paths)
             next(turns).submit("write", TranslatedBatch.collect(sample, found))
             # Nothing is left for fairseq's loop but tokens to count.
-            sample["nsentences"], sample["id"] = len(found), sample["id"][:0]
+            sample["nsentences"], sample["id"] = len(found.counts), sample["id"][:0]
             found = [[{"tokens": range(n_tokens)}]]
         share["tokens"] += sum(len(best["tokens"]) for best, *_ in found)
         return found

@@ -7,7 +7,6 @@ options that :meth:`BatchLines.covers` accepts is made here in the same words; a
 from __future__ import annotations
 
 import ctypes
-import math
 from collections import defaultdict
 from collections.abc import Iterator
 from itertools import count, islice
@@ -27,7 +26,7 @@ class TranslatedBatch(NamedTuple):
     Attributes:
         ids: of the sentences.
         sources, targets: int64 (B, T), padded; None: there are none.
-        found: the hypotheses that are printed of each sentence.
+        found: the hypotheses that are printed of each sentence, with scores in bits.
     """
 
     ids: list[int]
@@ -75,9 +74,8 @@ class BatchLines:
     def write(self, batch: TranslatedBatch) -> None:
         """Append the lines of a batch to the file, and add it to the score."""
         found = batch.found
-        scores, positional_scores = (x / math.log(2) for x in (found.scores, found.positional_scores))
-        parts = (split(x, found.lengths) for x in (found.tokens, positional_scores))
-        hypotheses = zip(scores.tolist(), *parts, strict=True)
+        parts = (split(x, found.lengths) for x in (found.tokens, found.positional_scores))
+        hypotheses = zip(found.scores.tolist(), *parts, strict=True)
         sources, targets = self._rows(batch.sources), self._rows(batch.targets)
         lines = []
         for i, (number, n) in enumerate(zip(batch.ids, found.counts.tolist(), strict=True)):

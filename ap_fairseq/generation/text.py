@@ -31,9 +31,9 @@ from ap_fairseq.generation.loading import checkpoint_files
 from ap_fairseq.generation.ranks import run_ranks
 from ap_fairseq.generation.workers import Workers, spare_processes
 from ap_fairseq.provenance import dictionary_hashes, versions
-from ap_fairseq.search.generator import PrunedSequenceGenerator
 from ap_fairseq.search.hypotheses import Hypotheses
 from ap_fairseq.search.running import look_ahead
+from ap_fairseq.tasks import return_what_is_printed
 
 logger = logging.getLogger(__name__)
 
@@ -231,8 +231,7 @@ class Translator:
         self.cfg, self.on_gpu = cfg, device == "cuda"
         self.hub = GeneratorHubInterface(cfg, task, models).to(device)
         self.generator = task.build_generator(models, cfg.generation)
-        if isinstance(self.generator, PrunedSequenceGenerator):
-            self.generator.nbest = 1
+        return_what_is_printed(type(task).inference_step, self.generator, nbest=1)
         self.stripped = get_symbols_to_strip_from_output(self.generator)  # such as the tokens of languages
         longest = self.hub.max_positions
         self.longest = longest if isinstance(longest, int) else longest[0]  # a language model has one side

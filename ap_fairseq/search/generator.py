@@ -64,6 +64,7 @@ class PrunedSequenceGenerator(SequenceGenerator):
     Attributes:
         nbest: hypotheses of a sentence that a search on the device returns at most; None, as at first: all, as
             fairseq's does, of whose commands each prints --nbest.
+        in_arrays: such a search returns :class:`Hypotheses` instead of fairseq's lists.
     """
 
     def __init__(self, models, tgt_dict, cpu_int8=False, **kwargs):
@@ -72,6 +73,7 @@ class PrunedSequenceGenerator(SequenceGenerator):
         if cpu_int8:
             use_int8(self.model)
         self.nbest: int | None = None
+        self.in_arrays = False
         self._decoder: StaticDecoder | None = None
         self._begun: RunningSearch | None = None  # of the batch that comes next, in the buffers of the decoder
         on_gpu = next(self.model.parameters()).is_cuda
@@ -146,7 +148,8 @@ class PrunedSequenceGenerator(SequenceGenerator):
     @torch.no_grad()
     def _generate(self, sample, prefix_tokens=None, constraints=None, bos_token=None):
         if self.fallback_reason(constraints) is None:
-            return self.search_on_device(sample, prefix_tokens, bos_token, sample.get(FOLLOWING))[0]
+            found, _ = self.search_on_device(sample, prefix_tokens, bos_token, sample.get(FOLLOWING))
+            return found if self.in_arrays else found.lists()
         if isinstance(self.search, DiverseBeamSearch):
             sample = {**sample, "id": None}  # by which fairseq would look up sentences of the batch
         with TURN:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -13,10 +11,10 @@ from torch import Tensor
 
 
 @dataclass(eq=False)
-class Hypotheses(Sequence):
-    """The hypotheses of B sentences: as fairseq has them, a list of dictionaries of tensors for each, best first.
+class Hypotheses:
+    """The hypotheses of B sentences, those of each best first.
 
-    The lists are made when one is asked for: they take as long as half of the search on a GPU.
+    fairseq's are lists of dictionaries of tensors; to make them takes as long as half of the search on a GPU.
 
     Attributes:
         counts: int64 (B,), hypotheses of each sentence; N of all.
@@ -33,32 +31,32 @@ class Hypotheses(Sequence):
     positional_scores: np.ndarray
 
     @classmethod
-    def of(cls, found: Sequence[list[dict[str, Tensor]]], nbest: int) -> Hypotheses:
-        """Return those of a search, at most *nbest* of each sentence, if fairseq's generator found them."""
-        if isinstance(found, cls):  # which has no more of them
-            return found
+    def of(cls, found: Hypotheses | list[list[dict[str, Tensor]]], nbest: int, unit: float = 1.0) -> Hypotheses:
+        """Return what a search returned.
+
+        Args:
+            found: the same, of *nbest* at most, or fairseq's lists.
+            nbest: hypotheses of each sentence at most.
+            unit: of the scores, which are divided by it where they are: a GPU rounds quotients in its own way.
+        """
+        if isinstance(found, cls):
+            return replace(found, scores=found.scores / unit, positional_scores=found.positional_scores / unit)
         printed = [hypotheses[:nbest] for hypotheses in found]
         flat = [hypothesis for hypotheses in printed for hypothesis in hypotheses]
         return cls(
             counts=np.array([*map(len, printed)]),
-            scores=torch.stack([hypothesis["score"] for hypothesis in flat]).cpu().numpy(),
+            scores=torch.stack([hypothesis["score"] for hypothesis in flat]).div(unit).cpu().numpy(),
             lengths=np.array([len(hypothesis["tokens"]) for hypothesis in flat]),
             tokens=torch.cat([hypothesis["tokens"] for hypothesis in flat]).cpu().numpy(),
-            positional_scores=torch.cat([hypothesis["positional_scores"] for hypothesis in flat]).cpu().numpy(),
+            positional_scores=torch.cat([h["positional_scores"] for h in flat]).div(unit).cpu().numpy(),
         )
 
     def best_lengths(self) -> np.ndarray:
         """Return the tokens of each sentence's best hypothesis, int64 (B,)."""
         return self.lengths[self.counts.cumsum() - self.counts]
 
-    def __len__(self) -> int:
-        return len(self.counts)
-
-    def __getitem__(self, index):
-        return self._lists[index]
-
-    @cached_property
-    def _lists(self) -> list[list[dict[str, Tensor]]]:
+    def lists(self) -> list[list[dict[str, Tensor]]]:
+        """Return them as fairseq does, on the CPU."""
         nothing, sizes = torch.empty(0), self.lengths.tolist()
         parts = (torch.from_numpy(x).split(sizes) for x in (self.tokens, self.positional_scores))
         hypotheses = (

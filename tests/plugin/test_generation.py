@@ -524,7 +524,7 @@ def test_what_a_search_returns_may_be_trained_on(monkeypatch):
     )
     with torch.no_grad():
         hypotheses, encoder_outs = generator.search_on_device(sample(LENGTHS), None, None)
-    found = [x for sentence in hypotheses for one in sentence for x in one.values()]
+    found = [x for sentence in hypotheses.lists() for one in sentence for x in one.values()]
     found += [x for outs in encoder_outs for values in outs.values() for x in values]
     assert not any(x.is_inference() for x in found)
     assert modes == ({True} if DEVICE == "cpu" else set())
@@ -840,7 +840,7 @@ def test_hypotheses_are_read_out_along_their_back_pointers(n_steps):
     last_sum, scores = draw.standard_normal((2, 5, 3)).astype(np.float32)
     scores[0, 1], last_sum[1, 0] = -np.inf, -np.inf
     found = read_out(parents, tokens, sums, last, last_step, last_sum, scores, eos=7)
-    for b, hypotheses in enumerate(found):
+    for b, hypotheses in enumerate(found.lists()):
         ended = sorted((k for k in range(3) if last_step[b, k] >= 0), key=lambda k: -scores[b, k])
         assert [float(h["score"]) for h in hypotheses] == [scores[b, k] for k in ended]
         for k, hypothesis in zip(ended, hypotheses, strict=True):
@@ -851,10 +851,32 @@ def test_hypotheses_are_read_out_along_their_back_pointers(n_steps):
                 place = parents[step, b * 3 + place]
             assert hypothesis["tokens"].tolist() == words[::-1]
             assert hypothesis["positional_scores"].tolist() == np.diff(totals[::-1], prepend=np.float32(0)).tolist()
-    again = Hypotheses.of(list(found), nbest=3)
+    again = Hypotheses.of(found.lists(), nbest=3)
     for name in ("counts", "scores", "lengths", "tokens", "positional_scores"):
         assert np.array_equal(getattr(again, name), getattr(found, name)), name
-    assert found.best_lengths().tolist() == [len(best["tokens"]) for best, *_ in found]
+    assert found.best_lengths().tolist() == [len(best["tokens"]) for best, *_ in found.lists()]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_scores_are_divided_as_fairseq_divides_them(dtype):
+    """By torch, where they are: numpy rounds half precision in another way, and so does a GPU single precision."""
+    scores = -10 * torch.rand(2, 999, dtype=dtype)
+    words = torch.arange(999)
+    found = [[{"tokens": words, "score": x.sum(), "positional_scores": x}] for x in scores]
+    made = Hypotheses.of(found, nbest=1, unit=math.log(2))
+    assert torch.equal(torch.from_numpy(made.positional_scores), torch.cat([*(scores / math.log(2))]))
+    assert torch.equal(torch.from_numpy(made.scores), torch.stack([x.sum() / math.log(2) for x in scores]))
+
+
+@pytest.mark.parametrize("kind", [PrunedSequenceGenerator, PrunedSequenceGeneratorWithAlignment])
+def test_a_search_returns_fairseqs_lists_unless_it_is_asked_for_arrays(kind):
+    """A sequence that is no list breaks what users do with the result: ``found + more``, ``found[0] = ...``."""
+    generator = kind(by_torch(models()), VOCAB, beam_size=2, max_len_b=5)
+    found = generator.generate([], sample(LENGTHS))
+    assert type(found) is list and {type(sentence) for sentence in found} == {list}
+    generator.in_arrays = True
+    again = generator.generate([], sample(LENGTHS))
+    assert_same(again.lists() if kind is PrunedSequenceGenerator else again, found)
 
 
 @pytest.mark.parametrize("nbest", [1, 2, 9])

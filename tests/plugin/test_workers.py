@@ -11,6 +11,7 @@ import pytest
 import torch
 from fairseq import options
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+from fairseq.tasks import register_task
 from plugin.commands import run, wait_for
 
 from ap_fairseq.cli.common import exit_on_sigterm
@@ -20,7 +21,9 @@ from ap_fairseq.generation import text as generation_text
 from ap_fairseq.generation.lines import BatchLines, TranslatedBatch
 from ap_fairseq.generation.text import Translator
 from ap_fairseq.generation.workers import MAX_PENDING, Workers, spare_processes
+from ap_fairseq.search.hypotheses import Hypotheses
 from ap_fairseq.search.running import FOLLOWING, look_ahead
+from ap_fairseq.tasks import PrunedTranslationConfig, PrunedTranslationTask
 
 
 def test_submitted_calls_are_made_in_order_while_this_process_goes_on(tmp_path):
@@ -253,19 +256,20 @@ def test_a_command_reads_out_what_it_prints(data_bin, dense, tmp_path, monkeypat
 
     def noting(sample, found):
         with seen.open("a") as stream:
-            stream.write(f"{ {*found.counts.tolist()} } {'_lists' in vars(found)}\n")
+            stream.write(f"{ {*found.counts.tolist()} }\n")
         return collect(sample, found)
 
     monkeypatch.setattr(TranslatedBatch, "collect", noting)
+    monkeypatch.setattr(Hypotheses, "lists", None)
     run("ap-apply", dense, "--attention-masks", "none", "-o", tmp_path / "ones.pt")
     lines = translate(data_bin, tmp_path / "ones.pt", tmp_path / "lines", "--beam", 3, "--nbest", nbest)
-    assert seen.read_text() == f"{ {nbest} } False\n" * 4 and len(lines.splitlines()) == (2 + 3 * nbest) * 60 + 1
+    assert seen.read_text() == f"{ {nbest} }\n" * 4 and len(lines.splitlines()) == (2 + 3 * nbest) * 60 + 1
 
 
-def translate_lines(data_bin, model, folder, path: Path) -> list[str]:
+def translate_lines(data_bin, model, folder, path: Path, *more) -> list[str]:
     """Return the parts of a text, of two lines each, in batches of one."""
     folder.mkdir()
-    args = parse(data_bin, model, "--batch-size", 1)
+    args = parse(data_bin, model, "--batch-size", 1, *more)
     text = generation_text.Text.scan(path, path.name, 2)
     parts = generation_text.translate_text(args, convert_namespace_to_omegaconf(args), text, 1, folder)
     return [part.read_text() for part in parts]
@@ -291,6 +295,31 @@ def test_a_text_is_searched_across_its_parts(data_bin, dense, toy_text, tmp_path
     monkeypatch.setattr(Translator, "search", noting)
     assert translate_lines(data_bin, dense, tmp_path / "found", path) == expected
     assert seen.read_text() == "True True\n" * 3 + "True False\n"
+
+
+@register_task("pruned_translation_worst_first", dataclass=PrunedTranslationConfig)
+class WorstFirst(PrunedTranslationTask):
+    """A user's task, which works on what a search returns as on fairseq's lists."""
+
+    def inference_step(self, *args, **options):
+        found = super().inference_step(*args, **options)
+        for hypotheses in found:
+            hypotheses.reverse()
+        return found[:1] + found[1:]
+
+
+@by_forks
+def test_what_a_task_of_a_user_makes_of_hypotheses_is_printed(data_bin, dense, toy_text, tmp_path):
+    """ap-generate printed what the search had found, and of that no more was there than it prints."""
+    run("ap-apply", dense, "--attention-masks", "none", "-o", tmp_path / "ones.pt")
+    path, own = tmp_path / "in", ["--task", "pruned_translation_worst_first", "--beam", 2]
+    path.write_text((toy_text / "valid.en").read_text())
+    both = translate(data_bin, tmp_path / "ones.pt", tmp_path / "both", "--beam", 2, "--nbest", 2)
+    second = re.findall(r"^H-.*\n(?:[DP]-.*\n)+?(H-.*)", both, re.MULTILINE)
+    worst = translate(data_bin, tmp_path / "ones.pt", tmp_path / "worst", *own)
+    assert re.findall(r"^H-.*", worst, re.MULTILINE) == second and len(second) == 60
+    lines = "".join(translate_lines(data_bin, tmp_path / "ones.pt", tmp_path / "lines", path, *own)).splitlines()
+    assert lines == [line.split("\t")[2] for line in second]
 
 
 def _fork_while_cuda_starts(statuses):
