@@ -163,7 +163,6 @@ def translate_parts(rank: int, cfg, text: Text, folder: Path, todo: list[int], r
     def write(number: int, n_lines: int, found: list[tuple[np.ndarray, Hypotheses]]) -> None:
         lines = translator.decode(n_lines, found)
         write_text(folder / f"part{number:06}.txt", "".join(f"{line}\n" for line in lines))
-        print(f"progress: {mine.index(number) + 1} / {len(mine)} parts", flush=True)
 
     waiting: deque[LineBatch] = deque()
 
@@ -179,10 +178,13 @@ def translate_parts(rank: int, cfg, text: Text, folder: Path, todo: list[int], r
             batch = waiting.popleft()
             if not found:  # sampling does not depend on what this process did before
                 utils.set_torch_seed(cfg.common.seed + batch.part)
+                torch.empty((), dtype=torch.int64).random_()  # as fairseq's loader: a seed samples what it always did
             found.append((batch.lines, translator.search(sample)))
             if batch.last:
                 workers.submit("write", batch.part, batch.n_lines, found)
                 found = []
+                print(f"progress: {mine.index(batch.part) + 1} / {len(mine)} parts", flush=True)
+    print(f"progress: {len(mine)} / {len(mine)} parts", flush=True)  # the last may be empty
 
 
 class LineBatch(NamedTuple):

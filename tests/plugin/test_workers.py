@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from fairseq import options
+from fairseq import options, utils
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq.tasks import register_task
 from plugin.commands import run, wait_for
@@ -295,6 +295,24 @@ def test_a_text_is_searched_across_its_parts(data_bin, dense, toy_text, tmp_path
     monkeypatch.setattr(Translator, "search", noting)
     assert translate_lines(data_bin, dense, tmp_path / "found", path) == expected
     assert seen.read_text() == "True True\n" * 3 + "True False\n"
+    for folder in ("expected", "found"):  # parts without text are read, and written, before others are searched
+        log = (tmp_path / folder / "rank0.log").read_text()
+        assert re.findall(r"progress: (\d) / 4 parts", log) == ["1", "3", "4", "4"]
+
+
+@by_forks
+def test_a_part_is_sampled_as_fairseqs_hub_samples(data_bin, dense, toy_text, tmp_path):
+    """With the seed of the part. fairseq's loader draws a number before, without which a seed gave another text."""
+    path = tmp_path / "in"
+    path.write_text("".join((toy_text / "test.en").read_text().splitlines(keepends=True)[:6]))
+    flags = ["--sampling", "--beam", 1, "--seed", 5]
+    found = translate_lines(data_bin, dense, tmp_path / "found", path, *flags)
+    hub = Translator(convert_namespace_to_omegaconf(parse(data_bin, dense, "--batch-size", 1, *flags))).hub
+    expected, lines = [], path.read_text().splitlines()
+    for part in range(3):
+        utils.set_torch_seed(5 + part)
+        expected.append("".join(f"{line}\n" for line in hub.sample(lines[2 * part : 2 * part + 2])))
+    assert found == expected
 
 
 @register_task("pruned_translation_worst_first", dataclass=PrunedTranslationConfig)
