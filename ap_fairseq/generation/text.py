@@ -2,38 +2,32 @@
 
 from __future__ import annotations
 
-import ast
 import hashlib
 import json
 import logging
-import math
 import os
 import re
 import shutil
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-from fairseq import checkpoint_utils, tasks, utils
-from fairseq.hub_utils import GeneratorHubInterface
-from fairseq_cli.generate import get_symbols_to_strip_from_output
+from fairseq import tasks, utils
 
 from ap_fairseq.evaluation.hypotheses import hold_subwords
 from ap_fairseq.experiments.stages import lines_of
 from ap_fairseq.files import ArtifactError, UserError, atomic_output, file_sha256, require_file, write_json, write_text
-from ap_fairseq.generation.lines import split
 from ap_fairseq.generation.loading import checkpoint_files
 from ap_fairseq.generation.ranks import run_ranks
+from ap_fairseq.generation.translator import LineBatch, Translator, convert
 from ap_fairseq.generation.workers import Workers, spare_processes
 from ap_fairseq.provenance import dictionary_hashes, versions
 from ap_fairseq.search.hypotheses import Hypotheses
-from ap_fairseq.search.running import look_ahead
-from ap_fairseq.tasks import return_what_is_printed
 
 logger = logging.getLogger(__name__)
 
@@ -185,137 +179,6 @@ def translate_parts(rank: int, cfg, text: Text, folder: Path, todo: list[int], r
                 found = []
                 print(f"progress: {mine.index(batch.part) + 1} / {len(mine)} parts", flush=True)
     print(f"progress: {len(mine)} / {len(mine)} parts", flush=True)  # the last may be empty
-
-
-class LineBatch(NamedTuple):
-    """Lines of a part that are searched together.
-
-    Attributes:
-        part, n_lines: the part, and how many lines it has.
-        last: whether no batch of the part follows.
-        lines: int64 (B,), their numbers in the part.
-        sample: a batch of fairseq's, with arrays for tensors: these would pass to another process as open files.
-    """
-
-    part: int
-    n_lines: int
-    last: bool
-    lines: np.ndarray
-    sample: dict[str, Any]
-
-
-def convert(value: Any, kind: type, function: Callable[[Any], Any]) -> Any:
-    """Return dictionaries, in each other, with what is of a kind in them replaced by its *function*."""
-    if isinstance(value, dict):
-        return {key: convert(x, kind, function) for key, x in value.items()}
-    return function(value) if isinstance(value, kind) else value
-
-
-class Translator:
-    """Models that translate lines as ``fairseq-interactive`` does with the same configuration."""
-
-    def __init__(self, cfg):
-        task = tasks.setup_task(cfg.task)
-        models, _ = checkpoint_utils.load_model_ensemble(
-            utils.split_paths(cfg.common_eval.path),
-            arg_overrides=ast.literal_eval(cfg.common_eval.model_overrides),
-            task=task,
-            suffix=cfg.checkpoint.checkpoint_suffix,
-            strict=cfg.checkpoint.checkpoint_shard_count == 1,
-            num_shards=cfg.checkpoint.checkpoint_shard_count,
-        )
-        device = "cuda" if torch.cuda.is_available() and not cfg.common.cpu else "cpu"
-        for model in models:
-            model.to(device, torch.float16 if cfg.common.fp16 else None)
-        # Looked up once, which takes OmegaConf as long as the rest of a line.
-        self.max_tokens, self.max_sentences = cfg.dataset.max_tokens, cfg.dataset.batch_size
-        self.post_process = cfg.common_eval.post_process
-        self.cfg, self.on_gpu = cfg, device == "cuda"
-        self.hub = GeneratorHubInterface(cfg, task, models).to(device)
-        self.generator = task.build_generator(models, cfg.generation)
-        return_what_is_printed(type(task).inference_step, self.generator, nbest=1)
-        self.stripped = get_symbols_to_strip_from_output(self.generator)  # such as the tokens of languages
-        longest = self.hub.max_positions
-        self.longest = longest if isinstance(longest, int) else longest[0]  # a language model has one side
-
-    def encode(self, lines: list[str], name: str, first: int) -> list[list[int]]:
-        """Return the tokens of each line, ending in EOS; of an empty line none.
-
-        Args:
-            name: of the text, for messages.
-            first: number of the first line, likewise.
-
-        Raises:
-            UserError: for a line that is longer than the model reads, unless ``--truncate-source`` allows to cut it,
-                or longer than a batch may be.
-        """
-        return [self._encode(line, name, first + number).tolist() if line else [] for number, line in enumerate(lines)]
-
-    def batches(self, part: int, sources: list[list[int]]) -> list[LineBatch]:
-        """Return the batches of a part, whose lines have these tokens; of empty lines none."""
-        filled = np.array([number for number, source in enumerate(sources) if source], dtype=np.int64)
-        if not len(filled):
-            return []
-        tokens = torch.tensor([token for source in sources for token in source])  # of each alone takes longer
-        lengths = [len(sources[number]) for number in filled]
-        dataset = self.hub.task.build_dataset_for_inference([*tokens.split(lengths)], torch.tensor(lengths))
-        iterator = self.hub.task.get_batch_iterator(
-            dataset,
-            max_tokens=self.max_tokens,
-            max_sentences=self.max_sentences,
-            max_positions=self.hub.max_positions,
-            disable_iterator_cache=True,
-        )
-        # Not by fairseq's loader, which puts batches where a GPU reads them, and workers may use none.
-        samples = [iterator.collate_fn([dataset[i] for i in batch]) for batch in iterator.frozen_batches]
-        samples = [convert(sample, torch.Tensor, torch.Tensor.numpy) for sample in samples]
-        last = len(samples) - 1
-        return [
-            LineBatch(part, len(sources), number == last, filled[sample["id"]], sample)
-            for number, sample in enumerate(samples)
-        ]
-
-    def look_ahead(self, samples: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        """Yield batches of fairseq's where the search takes them from."""
-        return look_ahead(samples, on_gpu=True) if self.on_gpu else iter(samples)  # nothing searches while a CPU reads
-
-    def search(self, sample: dict[str, Any]) -> Hypotheses:
-        """Return the best hypothesis of each sentence of a batch of fairseq's."""
-        return Hypotheses.of(self.hub.task.inference_step(self.generator, self.hub.models, sample), 1)
-
-    def decode(self, n_lines: int, found: list[tuple[np.ndarray, Hypotheses]]) -> list[str]:
-        """Return the lines of a part, detokenised, from those of each batch; others are empty."""
-        lines = [""] * n_lines
-        for numbers, hypotheses in found:
-            for number, tokens in zip(numbers.tolist(), split(hypotheses.tokens, hypotheses.lengths), strict=True):
-                lines[number] = self._decode(tokens)
-        return lines
-
-    def _decode(self, tokens: list[int]) -> str:
-        # Not fairseq's post_process_prediction, which adds the words of the text to the dictionary. A list, as fairseq
-        # goes through a tensor element by element: eight times as slow.
-        text = self.hub.tgt_dict.string(tokens, self.post_process, extra_symbols_to_ignore=self.stripped)
-        text = self.hub.detokenize(self.hub.remove_bpe(text))
-        return text.replace("\n", " ")  # which a BPE of bytes may spell
-
-    def _encode(self, line: str, name: str, number: int) -> torch.Tensor:
-        """Return the tokens of a line, int64 (T,), ending in EOS."""
-        tokens = self.hub.encode(line)
-        if len(tokens) > self.longest:
-            cut = getattr(self.cfg.task, "truncate_source", None)  # which tasks of language models have not
-            if not cut:
-                raise UserError(
-                    f"{name} line {number} has {len(tokens)} tokens, the model reads at most {self.longest}; split the "
-                    f"line{'' if cut is None else ', or cut all such lines with --truncate-source'}"
-                )
-            print(f"line {number} was cut from {len(tokens)} to {self.longest} tokens", flush=True)
-            tokens = torch.cat([tokens[: self.longest - 1], tokens[-1:]])
-        if len(tokens) > (self.max_tokens or math.inf):
-            raise UserError(
-                f"{name} line {number} has {len(tokens)} tokens, a batch at most --max-tokens "
-                f"{self.max_tokens}; raise it"
-            )
-        return tokens
 
 
 # -- what the parts were made with ------------------------------------------------------------------------------------

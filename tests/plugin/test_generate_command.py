@@ -28,7 +28,8 @@ from ap_fairseq.generation import binarised, ranks
 from ap_fairseq.generation import text as generation_text
 from ap_fairseq.generation.lines import BatchLines
 from ap_fairseq.generation.loading import load_faster
-from ap_fairseq.generation.text import Text, Translator
+from ap_fairseq.generation.text import Text
+from ap_fairseq.generation.translator import Translator
 from ap_fairseq.model.checkpoints import load_checkpoint
 from ap_fairseq.search.hypotheses import Hypotheses
 

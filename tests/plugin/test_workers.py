@@ -19,7 +19,7 @@ from ap_fairseq.files import UserError
 from ap_fairseq.generation import binarised, loading
 from ap_fairseq.generation import text as generation_text
 from ap_fairseq.generation.lines import BatchLines, TranslatedBatch
-from ap_fairseq.generation.text import Translator
+from ap_fairseq.generation.translator import Translator
 from ap_fairseq.generation.workers import MAX_PENDING, Workers, spare_processes
 from ap_fairseq.search.hypotheses import Hypotheses
 from ap_fairseq.search.running import FOLLOWING, look_ahead
