@@ -143,7 +143,7 @@ def search_flags(args: argparse.Namespace) -> list[str]:
 
 
 def scored(pairs: list[tuple[str, str]]) -> dict:
-    """The number of *pairs*, hypotheses and references, and the score of up to `MAX_SCORED`, for which none waits."""
+    """The number of *pairs*, hypotheses and references, and the score of at most `MAX_SCORED`, not timed."""
     hypotheses, references = zip(*pairs[:: math.ceil(len(pairs) / MAX_SCORED)], strict=True)
     return dict(sentences=len(pairs), score=sacrebleu.corpus_bleu(hypotheses, [references]).format())
 
@@ -177,7 +177,11 @@ def get_parser() -> argparse.ArgumentParser:
         "--only-ap-generate", action="store_true", help="without fairseq-generate: text that stock takes hours for"
     )
     parser.add_argument(
-        "--kinds", nargs="+", choices=["subset", "text"], default=["subset", "text"], help="of commands; default: both"
+        "--kinds",
+        nargs="+",
+        choices=["subset", "text"],
+        default=["subset", "text"],
+        help="commands to time: on a subset of DATA, on a text; default: both",
     )
     parser.add_argument(
         "--rivals", nargs="+", choices=["ctranslate2"], default=[], help="also measure these, if installed"

@@ -32,7 +32,7 @@ from ap_fairseq.search.hypotheses import Hypotheses
 logger = logging.getLogger(__name__)
 
 PART_LINES = 2000
-MAX_HELPERS = 5  # of a search on a GPU, besides one: to read lines and write them takes two to three times as long
+MAX_HELPERS = 5  # on a GPU, beside the first worker: to read and write takes two to three times as long as to search
 SETTINGS = "translation.json"
 
 # Options that do not change a translation, and the paths of what counts by its contents.

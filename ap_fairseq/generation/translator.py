@@ -27,7 +27,7 @@ class LineBatch(NamedTuple):
         part, n_lines: the part, and how many lines it has.
         last: whether no batch of the part follows.
         lines: int64 (B,), their numbers in the part.
-        sample: a batch of fairseq's, with arrays for tensors: these would pass to another process as open files.
+        sample: a batch of fairseq's, with arrays for tensors, which would pass to another process as open files.
     """
 
     part: int
@@ -38,7 +38,7 @@ class LineBatch(NamedTuple):
 
 
 def convert(value: Any, kind: type, function: Callable[[Any], Any]) -> Any:
-    """Return dictionaries, in each other, with what is of a kind in them replaced by its *function*."""
+    """Return nested dictionaries with the *function* of each value of this *kind* in its place."""
     if isinstance(value, dict):
         return {key: convert(x, kind, function) for key, x in value.items()}
     return function(value) if isinstance(value, kind) else value

@@ -47,8 +47,8 @@ class PrunedSequenceGeneratorWithAlignment(SequenceGeneratorWithAlignment, Prune
             return self._search_and_align(sample, prefix, kwargs.get("bos_token"))
 
     def _search_and_align(self, sample: dict, prefix: Tensor | None, bos_token: int | None) -> list[list[dict]]:
-        in_arrays, encoder_outs = self.search_on_device(sample, prefix, bos_token)
-        found = in_arrays.lists()
+        arrays, encoder_outs = self.search_on_device(sample, prefix, bos_token)
+        found = arrays.lists()
         source, first_token = sample["net_input"]["src_tokens"], self.eos if bos_token is None else bos_token
         hypotheses = [(number, h) for number, sentence in enumerate(found) for h in sentence]
         longest = max(h["tokens"].numel() for _, h in hypotheses)

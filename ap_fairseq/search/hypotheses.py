@@ -32,10 +32,10 @@ class Hypotheses:
 
     @classmethod
     def of(cls, found: Hypotheses | list[list[dict[str, Tensor]]], nbest: int, unit: float = 1.0) -> Hypotheses:
-        """Return what a search returned.
+        """Return what a search returned, in arrays on the CPU.
 
         Args:
-            found: the same, of *nbest* at most, or fairseq's lists.
+            found: hypotheses of this kind, which are *nbest* at most already, or fairseq's lists.
             nbest: hypotheses of each sentence at most.
             unit: of the scores, which are divided by it where they are: a GPU rounds quotients in its own way.
         """

@@ -104,8 +104,8 @@ class StaticDecoder:
 
         n_slots = self.capacity.sentences * self.rules.beam * min(INITIAL_CAPACITY, self.capacity.positions)
         self.kv_pools = {module: empty(n_slots * module.num_heads, 2, module.head_dim) for module in self.self_sites}
-        # Those of cross-attention get the size of the first batch, but have room for any SourcePass: to grow costs the
-        # graphs of all batches before.
+        # Those of cross-attention grow to the size of the first batch. They have room for any SourcePass before that:
+        # growing costs the graphs of all batches so far.
         n_columns = min(MAX_TOKENS, self.capacity.sentences * self.capacity.source_length)
         self.kv_pools |= {
             module: empty(n_columns * module.num_heads, 2, module.head_dim) for module in self.cross_sites
