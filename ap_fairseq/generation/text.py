@@ -18,13 +18,14 @@ from typing import Any
 import numpy as np
 import torch
 from fairseq import tasks, utils
+from torch.utils.data import default_convert
 
 from ap_fairseq.evaluation.hypotheses import hold_subwords
 from ap_fairseq.experiments.stages import lines_of
 from ap_fairseq.files import ArtifactError, UserError, atomic_output, file_sha256, require_file, write_json, write_text
 from ap_fairseq.generation.loading import checkpoint_files
 from ap_fairseq.generation.ranks import run_ranks
-from ap_fairseq.generation.translator import LineBatch, Translator, convert
+from ap_fairseq.generation.translator import LineBatch, Translator
 from ap_fairseq.generation.workers import Workers, spare_processes
 from ap_fairseq.provenance import dictionary_hashes, versions
 from ap_fairseq.search.hypotheses import Hypotheses
@@ -164,7 +165,7 @@ def translate_parts(rank: int, cfg, text: Text, folder: Path, todo: list[int], r
         for _, batches in workers.prefetch("read", mine):
             for batch in batches:
                 waiting.append(batch)
-                yield convert(batch.sample, np.ndarray, torch.from_numpy)
+                yield default_convert(batch.sample)
 
     with Workers(1 + spare_processes(ranks, MAX_HELPERS, cfg.common.cpu), read=read, write=write) as workers:
         found: list[tuple[np.ndarray, Hypotheses]] = []  # of a part

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -35,13 +35,6 @@ class LineBatch(NamedTuple):
     last: bool
     lines: np.ndarray
     sample: dict[str, Any]
-
-
-def convert(value: Any, kind: type, function: Callable[[Any], Any]) -> Any:
-    """Return nested dictionaries with the *function* of each value of this *kind* in its place."""
-    if isinstance(value, dict):
-        return {key: convert(x, kind, function) for key, x in value.items()}
-    return function(value) if isinstance(value, kind) else value
 
 
 class Translator:
@@ -101,7 +94,7 @@ class Translator:
         )
         # Not by fairseq's loader, which puts batches where a GPU reads them, and workers may use none.
         samples = [iterator.collate_fn([dataset[i] for i in batch]) for batch in iterator.frozen_batches]
-        samples = [convert(sample, torch.Tensor, torch.Tensor.numpy) for sample in samples]
+        samples = [utils.apply_to_sample(torch.Tensor.numpy, sample) for sample in samples]
         last = len(samples) - 1
         return [
             LineBatch(part, len(sources), number == last, filled[sample["id"]], sample)

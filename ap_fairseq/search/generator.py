@@ -64,8 +64,8 @@ class PrunedSequenceGenerator(SequenceGenerator):
     Attributes:
         nbest: hypotheses of a sentence that a search on the device returns at most; None, as at first: all, as
             fairseq's does, whose commands print --nbest of them.
-        in_arrays: such a search returns :class:`Hypotheses` instead of fairseq's lists, but with
-            alignments.
+        in_arrays: such a search returns :class:`Hypotheses`, not fairseq's lists; one with alignments returns lists
+            all the same.
     """
 
     def __init__(self, models, tgt_dict, cpu_int8=False, **kwargs):
