@@ -7,7 +7,7 @@ Each case is named before it runs, with the seconds since the start. The referen
 every kernel, those of torch as well, and racecheck every access to shared memory, of which products in float64 make far
 more than our kernels. Sections, and parts of them by --only, can run in processes side by side:
 
-for section in attention long_lists decoding few_rows sums beam_search; do
+for section in attention hopper decoding few_rows sums beam_search; do
     compute-sanitizer --tool racecheck python scripts/sanitize_kernels.py $section > $section.txt 2>&1 &
 done; wait
 
@@ -17,19 +17,16 @@ is read past the end of a tensor.
 
 import argparse
 import functools
-import math
 import os
 import time
 from collections.abc import Callable, Iterator
-from unittest import mock
 
 os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # torch reads it when it first allocates
 
 import torch
 import torch.nn.functional as F
 
-from ap_fairseq.search.beams import BeamSearchState
-from triton_ops import AttentionLayout, append_to_pool, backward, decode_attention, launch
+from triton_ops import AttentionLayout, append_to_pool, config, decode_attention, launch
 from triton_ops.layout import TILES
 from triton_ops.norm import add_norm
 from triton_ops.rows import MAX_ROWS, Norm, Slots, embed_rows, linear_rows
@@ -79,28 +76,30 @@ def attention() -> Cases:
         yield f"offsets, sentences of {size}", functools.partial(attend, **case)
 
 
-def attend_to_long_lists(**case) -> None:
+def attend_on_hopper(**case) -> None:
     launch.forget()
-    with mock.patch("triton_ops.layout.LONG_LIST", -math.inf):
-        attend(batch=2, tile=128, **case)
+    attend(batch=2, **case)
     launched = {kernel.kernel.__name__ for kernels in launch._kept.values() for kernel in kernels}
-    expected = backward.HOPPER and torch.cuda.get_device_capability() == (9, 0)
-    if expected != ("_hopper_dkdv_kernel" in launched):
-        raise AssertionError(f"expected the kernel of hopper.py {'to run' if expected else 'nowhere'}, got {launched}")
+    expected = set()
+    if config.HOPPER and torch.cuda.get_device_capability() == (9, 0):
+        expected = {"_hopper_forward_kernel", "_hopper_dq_kernel", "_hopper_dkdv_kernel"}
+    if expected != {name for name in launched if "hopper" in name}:
+        raise AssertionError(f"expected of the kernels in Gluon {expected} to run, got {launched}")
 
 
-def long_lists() -> Cases:
-    """dK and dV of `hopper.py` where it runs: full blocks, partial ones, both, and padded positions.
+def hopper() -> Cases:
+    """The kernels in Gluon where they run: full blocks, partial ones, both, and padded positions.
 
-    A list has up to three full blocks, one, or none: six tiles, twice as many as its ring has stages, two, or none.
+    A list has up to three full blocks, one, or none: six tiles, twice as many as a ring has stages, two, or none.
     """
-    for number, (q_size, k_size) in enumerate([(640, 256), (280, 300), (150, 140)]):
-        keep = block_mask(2, q_size, k_size, 128, 0.3, seed=number)
+    for number, (q_size, k_size) in enumerate([(640, 256), (280, 300), (150, 140), (200, 500)]):
+        tile = 128 if number < 3 else 64
+        keep = block_mask(2, q_size, k_size, tile, 0.3, seed=number)
         keep[:, q_size - 140 :] &= random(2, 140, k_size) < 0.9
         lengths = dict(q_lengths=torch.tensor([q_size, 137]), k_lengths=torch.tensor([90, k_size]))
         for what, padding in (("", {}), (", padded", lengths)):
-            case = dict(q_size=q_size, k_size=k_size, keep=keep, **padding)
-            yield f"{q_size} x {k_size}{what}", functools.partial(attend_to_long_lists, **case)
+            case = dict(q_size=q_size, k_size=k_size, keep=keep, tile=tile, **padding)
+            yield f"{q_size} x {k_size}, tiles of {tile}{what}", functools.partial(attend_on_hopper, **case)
 
 
 def decoding() -> Cases:
@@ -157,6 +156,8 @@ def sums() -> Cases:
 
 
 def beam_search() -> Cases:
+    from ap_fairseq.search.beams import BeamSearchState  # needs fairseq, the other sections do not
+
     def search(device: str, kernels: bool) -> torch.Tensor:
         beams = BeamSearchState((4, 40, 8), 5, [2, 3], [2], torch.device(device), kernels)
         beams.begin(torch.ones(3, dtype=torch.int64, device=device), 30, 2)
@@ -174,7 +175,7 @@ def beam_search() -> Cases:
     yield "four steps", lambda: torch.testing.assert_close(search(DEVICE, True), search("cpu", False))
 
 
-SECTIONS = {section.__name__: section for section in (attention, long_lists, decoding, few_rows, sums, beam_search)}
+SECTIONS = {section.__name__: section for section in (attention, hopper, decoding, few_rows, sums, beam_search)}
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -62,8 +62,8 @@ class Search:
         module, function = self.name
         launch.forget()
         with contextlib.ExitStack() as stack:
-            if function == "dkdv_config":
-                stack.enter_context(mock.patch("triton_ops.backward.HOPPER", False))  # which takes no configuration
+            if function in ("forward_config", "dkdv_config"):
+                stack.enter_context(mock.patch("triton_ops.config.HOPPER", False))  # what takes no configuration
             if config is not None:
                 stack.enter_context(mock.patch(f"triton_ops.{module}.{function}", lambda *_: config))
             yield

@@ -328,7 +328,7 @@ def block_sparse_attention(
     tables = [] if small else read.tables(_wants_grad(q, k, v))
     mask = read.words, read.row_shift, tables, *read.tile
     alike: dict | None = None if key is None else {}
-    how = dropout_p, scale, read.slope, read.anchor, read.long_lists(q_size)
+    how = dropout_p, scale, read.slope, read.anchor
     call = Call(*mask, None, None, None, *how, alike)
     if key is not None and probs is None:
         layout.remember(key, (attend, call))

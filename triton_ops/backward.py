@@ -11,7 +11,6 @@ element is written by one program in a fixed order of additions: no atomics, the
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import torch
@@ -20,8 +19,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .call import Call
-from .config import INTERPRETED, TRITON, ceil_div, dkdv_config, dq_config, int32_offsets, power_of_two, precision
-from .descriptors import aligned, aligned_row, tile_block
+from .config import ceil_div, dkdv_config, dq_config, int32_offsets, power_of_two, precision
+from .descriptors import aligned, aligned_row, on_hopper, tile_block
 from .launch import Launch, launches_of, strides
 from .primitives import (
     LOG2E,
@@ -40,9 +39,6 @@ from .primitives import (
     positions,
     sequence_length,
 )
-
-# Whether `hopper.py` may take the place of `_dkdv_kernel`. Changed later, it holds after `launch.forget`.
-HOPPER = TRITON >= (3, 6) and not INTERPRETED and os.environ.get("TRITON_OPS_HOPPER") != "0"
 
 
 @triton.jit
@@ -296,20 +292,6 @@ def _block(a: Tensor, b: Tensor, step: int, inner: int) -> list[int] | None:
     return tile_block(a, b, step, inner) if inner >= 64 else None
 
 
-def _on_hopper(q: Tensor, k: Tensor, v: Tensor, grad_out: Tensor, call: Call) -> bool:
-    """Whether `hopper.py` computes dK and dV: it can, and was measured to be faster."""
-    return (
-        HOPPER
-        and call.long_lists
-        and call.tile_q == call.tile_k == 128
-        and call.seed is None
-        and q.size(3) == 64
-        and q.size(0) * q.size(1) * aligned_row(q.size(2)) < 2**31  # rows are counted in int32
-        and all(tile_block(a, b, 64, 64) is not None for a, b in ((q, grad_out), (k, v)))
-        and triton.runtime.driver.active.get_current_target().arch == 90
-    )
-
-
 def backward(
     grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, call: Call
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -324,6 +306,10 @@ def backward(
         )  # fmt: skip
 
     def dq_launches() -> list[Launch]:
+        if on_hopper(call, (q, grad_out), (k, v), (out, dq)):
+            from . import hopper_dq  # needs Gluon
+
+            return hopper_dq.launches(q, k, delta.size(2), call)
         config = dq_config(queries, q.size(3), q.dtype)
         numbers = dict(
             **strides(o=out, dq=dq), TR=delta.size(2), NO=queries.entries.size(1), NI=queries.entries.size(2),
@@ -335,10 +321,11 @@ def backward(
         return launches_of(_dq_kernel, n_tiles, q.size(1), q.size(0), numbers, config, blocks)
 
     def dkdv_launches() -> list[Launch]:
-        if _on_hopper(q, k, v, grad_out, call):
-            from . import hopper  # needs Gluon
+        counted = q.size(0) * q.size(1) * aligned_row(q.size(2))  # in int32
+        if counted < 2**31 and on_hopper(call, (q, grad_out), (k, v), (dk, dv)):
+            from . import hopper_dkdv  # needs Gluon
 
-            return hopper.launches(q, k, v, grad_out, dk, dv, call)
+            return hopper_dkdv.launches(q, k, call)
         config = dkdv_config(keys, q.size(3), q.dtype)
         numbers = dict(
             **strides(dk=dk, dv=dv), NO=keys.entries.size(1), NI=keys.entries.size(2),
@@ -349,28 +336,34 @@ def backward(
         n_tiles = ceil_div(k.size(2), config.block_k)
         return launches_of(_dkdv_kernel, n_tiles, q.size(1), q.size(0), numbers, config, blocks)
 
-    at_16_bytes = aligned(k, v)
-    for_dkdv = call.launches(("dkdv", aligned(q, grad_out), at_16_bytes), dkdv_launches, q, k, v, grad_out)
-    on_hopper = for_dkdv[0].kernel is not _dkdv_kernel
+    at_16_bytes = aligned(k, v), aligned(q, grad_out)
+    for_dkdv = call.launches(("dkdv", *at_16_bytes), dkdv_launches, q, k, v, grad_out)
+    in_gluon = for_dkdv[0].kernel is not _dkdv_kernel
     delta, pivot = torch.empty_like(lse), None
-    if on_hopper:
+    if in_gluon:
         delta, pivot = lse.new_empty(2, *q.shape[:2], aligned_row(q.size(2))).unbind()
-    for launch in call.launches(("dq", at_16_bytes, grad_lse is None, on_hopper), dq_launches, q, k, v, grad_out, out):
+    rows = dict(p_lse=lse, p_dlse=grad_lse, p_delta=delta, p_pivot=pivot)
+    lists = dict(p_words=call.words, p_entries=queries.entries, p_counts=queries.counts)
+    lengths = dict(p_q_lengths=call.q_lengths, p_k_lengths=call.k_lengths)
+    kind = "dq", *at_16_bytes, grad_lse is None, in_gluon
+    for launch in call.launches(kind, dq_launches, q, k, v, grad_out, out):
+        if launch.kernel is not _dq_kernel:
+            launch(**rows, **lists, **lengths, d_q=q, d_k=k, d_v=v, d_o=out, d_do=grad_out, d_dq=dq)
+            continue
         launch(
             p_q=q, p_k=k, p_v=v, p_o=out, p_do=grad_out, p_lse=lse, p_dlse=grad_lse, p_dq=dq, p_delta=delta,
-            p_pivot=pivot, p_words=call.words, p_entries=queries.entries, p_counts=queries.counts, **call.tensors(),
-            d_k=k, d_v=v,
+            p_pivot=pivot, **lists, **call.tensors(), d_k=k, d_v=v,
         )  # fmt: skip
+    lists = dict(p_words=call.words, p_entries=keys.entries, p_counts=keys.counts)
     for launch in for_dkdv:
         if pivot is not None:
             launch(
-                p_q=q, p_do=grad_out, p_pivot=pivot, p_delta=delta, p_dk=dk, p_dv=dv, p_words=call.words,
-                p_entries=keys.entries, p_counts=keys.counts, p_q_lengths=call.q_lengths, p_k_lengths=call.k_lengths,
-                d_q=q, d_k=k, d_v=v, d_do=grad_out, d_pivot=pivot.view(-1), d_delta=delta.view(-1),
+                **lists, **lengths, d_q=q, d_k=k, d_v=v,
+                d_do=grad_out, d_dk=dk, d_dv=dv, d_pivot=pivot.view(-1), d_delta=delta.view(-1),
             )  # fmt: skip
             continue
         launch(
             p_q=q, p_k=k, p_v=v, p_do=grad_out, p_lse=lse, p_delta=delta, p_dk=dk, p_dv=dv,
-            p_words=call.words, p_entries=keys.entries, p_counts=keys.counts, **call.tensors(), d_q=q, d_do=grad_out,
+            **lists, **call.tensors(), d_q=q, d_do=grad_out,
         )  # fmt: skip
     return dq, dk, dv

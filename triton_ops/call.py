@@ -22,7 +22,7 @@ class Call(NamedTuple):
         sentence kernels run.
     q_lengths, k_lengths: (B,) or None.
     seed: int64 (1,); None without dropout.
-    slope, anchor, long_lists: as in `layout.Layout`.
+    slope, anchor: as in `layout.Layout`.
     alike: launches of calls that differ in nothing but addresses from this one; None: look for them by all the rest.
         Not an argument of the operators.
     """
@@ -39,14 +39,13 @@ class Call(NamedTuple):
     scale: float
     slope: int = 0
     anchor: Tensor | None = None
-    long_lists: bool = False
     alike: dict[Hashable, list[Launch]] | None = None
 
     def on(self, q_lengths: Tensor | None, k_lengths: Tensor | None, seed: Tensor | None) -> Call:
         """Return this call with other tensors of the same kinds."""
-        words, row_shift, tables, tile_q, tile_k, _, _, _, dropout_p, scale, slope, anchor, long_lists, alike = self
+        words, row_shift, tables, tile_q, tile_k, _, _, _, dropout_p, scale, slope, anchor, alike = self
         mask, tensors = (words, row_shift, tables, tile_q, tile_k), (q_lengths, k_lengths, seed)
-        return Call(*mask, *tensors, dropout_p, scale, slope, anchor, long_lists, alike)
+        return Call(*mask, *tensors, dropout_p, scale, slope, anchor, alike)
 
     def operands(self) -> tuple:
         """Return the arguments of the operators."""
@@ -81,7 +80,7 @@ class Call(NamedTuple):
         shapes = [x.shape for x in (self.words, *self.tables)]
         kinds = [(x.shape, x.stride(), x.dtype, x.device) for x in inputs]
         numbers = self.row_shift, self.tile_q, self.tile_k, self.seed is None, self.dropout_p, self.scale
-        return *kinds, *shapes, *lengths, *numbers, self.slope, self.anchor is None, self.long_lists
+        return *kinds, *shapes, *lengths, *numbers, self.slope, self.anchor is None
 
     def tensors(self) -> dict[str, Tensor | None]:
         """Return the tensors that all forward and backward kernels take, by the names of `primitives.py`."""

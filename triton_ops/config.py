@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -25,6 +26,8 @@ SMALL_TILES = (32, 64, 128)  # sizes of the kernels in `small.py`: both sequence
 MAX_GRID_YZ = 65535  # most programs along the second and third axis of a launch grid
 MAX_INT32_OFFSET = 2**31  # elements that 32-bit offsets reach
 TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
+# Whether kernels in Gluon may run on Hopper. Changed later, it holds after `launch.forget`.
+HOPPER = TRITON >= (3, 6) and not INTERPRETED and os.environ.get("TRITON_OPS_HOPPER") != "0"
 LEAST_COLUMNS = 8 if TRITON >= (3, 5) else 16  # of a product
 MAX_SENTENCE = 256  # positions of a cache that holds sentences
 SMALL_BYTES = 128 * 64 * 2  # most that one of their operands may take, so that a head's backward fits on chip

@@ -8,6 +8,8 @@ import torch
 import triton
 from torch import Tensor
 
+from . import config
+from .call import Call
 from .config import INTERPRETED, ceil_div
 
 
@@ -21,6 +23,18 @@ def tile_block(a: Tensor, b: Tensor, step: int, inner: int) -> list[int] | None:
     if step > inner or not (_describable(a) and _describable(b)):
         return None
     return [1, 1, step, a.size(3)]
+
+
+def on_hopper(call: Call, *pairs: tuple[Tensor, Tensor]) -> bool:
+    """Whether the kernels in Gluon compute this call, of which they read and write tiles of each pair of tensors."""
+    return (
+        config.HOPPER
+        and call.tile_q == call.tile_k >= 64
+        and call.seed is None
+        and call.anchor is None
+        and all(a.size(3) == 64 and tile_block(a, b, 64, 64) is not None for a, b in pairs)
+        and triton.runtime.driver.active.get_current_target().arch == 90
+    )
 
 
 def aligned(*tensors: Tensor) -> bool:

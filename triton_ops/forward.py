@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .call import Call
 from .config import ceil_div, forward_config, int32_offsets, power_of_two, precision
-from .descriptors import aligned, tile_block
+from .descriptors import aligned, on_hopper, tile_block
 from .launch import Launch, launches_of, strides
 from .primitives import (
     LN2,
@@ -144,6 +144,10 @@ def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor
     lse = torch.empty(batch, heads, q_size, dtype=torch.float32, device=q.device)
 
     def build() -> list[Launch]:
+        if on_hopper(call, (q, out), (k, v)):
+            from . import hopper_forward  # needs Gluon
+
+            return hopper_forward.launches(q, k, call)
         config = forward_config(table, dim, q.dtype)
         numbers = dict(
             **strides(q=q, k=k, v=v, o=out),
@@ -154,9 +158,11 @@ def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor
         blocks = dict.fromkeys(("d_k", "d_v"), tile_block(k, v, config.block_k, table.inner))
         return launches_of(_forward_kernel, ceil_div(q_size, config.block_q), heads, batch, numbers, config, blocks)
 
-    for launch in call.launches(("forward", aligned(k, v)), build, q, k, v):
-        launch(
-            p_q=q, p_k=k, p_v=v, p_o=out, p_lse=lse, p_words=call.words, p_entries=table.entries, p_counts=table.counts,
-            **call.tensors(), d_k=k, d_v=v,
-        )  # fmt: skip
+    lists = dict(p_words=call.words, p_entries=table.entries, p_counts=table.counts)
+    for launch in call.launches(("forward", aligned(k, v), aligned(q)), build, q, k, v):
+        if launch.kernel is _forward_kernel:
+            launch(p_q=q, p_k=k, p_v=v, p_o=out, p_lse=lse, **lists, **call.tensors(), d_k=k, d_v=v)
+        else:
+            lengths = dict(p_q_lengths=call.q_lengths, p_k_lengths=call.k_lengths)
+            launch(p_lse=lse, **lists, **lengths, d_q=q, d_k=k, d_v=v, d_o=out)
     return out, lse

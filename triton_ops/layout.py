@@ -24,7 +24,6 @@ COLUMN_GROUP = 64  # keys per step of the row pointers
 MOST_LISTED = 2**31 - 1 - 2 * COLUMN_GROUP  # int32 pointers; a decode step may count a group past the last cell
 MOST_BLOCKS = (1 << 15) - 1  # numbers of full and of partial blocks share an int32
 MOST_LAST_USES = 16  # kept: searches ask for a few numbers of rows again and again
-LONG_LIST = 4  # full blocks, less partial ones: from as many on `hopper.py` was measured to be faster
 MOST_CALLS = 512  # of other sizes that are remembered, some 3 KB each
 
 # Time per cell of a full tile relative to 128 x 128 tiles: small tiles load keys and values for fewer rows. Forward
@@ -169,12 +168,6 @@ def _choose_row_group(words: Tensor) -> int:
     return max([1] + [group for group, same in zip(TILE_SIZES, torch.stack(alike).tolist(), strict=True) if same])
 
 
-def _full_blocks(words: Tensor, k_size: int, tile: tuple[int, int]) -> float:
-    """Full blocks of a key tile less partial ones, on average. One host synchronisation."""
-    some, every = _tile_status(words, k_size, *key_tile(tile))
-    return float(2 * every.sum() - some.sum()) / (some.size(0) * some.size(2))
-
-
 def list_rows(keep: Tensor) -> RowLists:
     """The lists of a keep mask (M, Tq, Tk). One host synchronisation."""
     columns = keep.nonzero()[:, 2].to(torch.int16 if keep.size(2) <= 2**15 else torch.int32)
@@ -206,7 +199,6 @@ class Layout(ABC):
     q_size, k_size: queries and keys that it covers. A call may use any Tq <= q_size and Tk <= k_size.
     tile: queries and keys of the tiles of the kernels, one of TILES.
     slope, anchor: as in `offsets.OffsetLayout`; 0 and None for a mask of cells.
-    full_blocks: full blocks of a key tile less partial ones, on average; 0 where nobody counted.
 
     Its tensors must not change in place. Nothing notices: eager calls do not hand them to autograd, whose check of what
     changed before the backward pass covers q, k, v, lengths and seed alone, and tables are built once.
@@ -219,7 +211,6 @@ class Layout(ABC):
     row_group: int
     slope: int
     anchor: Tensor | None
-    full_blocks: float = 0.0
 
     def __post_init__(self) -> None:
         self._row_lists: RowLists | None = None
@@ -246,10 +237,6 @@ class Layout(ABC):
         if len(self.known_calls) >= MOST_CALLS:
             self.known_calls.clear()
         self.known_calls[key] = call
-
-    def long_lists(self, q_size: int) -> bool:
-        """Whether lists of the key table are long and full in calls of so many queries; reads no tensor."""
-        return self.full_blocks * q_size >= LONG_LIST * self.q_size
 
     @abstractmethod
     def to(self, device) -> Layout:
@@ -294,7 +281,6 @@ class AttentionLayout(Layout):
     is_causal: bool = False
     slope: int = 0
     anchor: Tensor | None = None
-    full_blocks: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -329,10 +315,9 @@ class AttentionLayout(Layout):
         words = pack_cells(keep.tril() if causal else keep).transpose(1, 2).contiguous()
         if pair is None:
             pair = _choose_tile(words, keep.size(2))
-        full_blocks = _full_blocks(words, keep.size(2), pair)
         row_group = _choose_row_group(words)
         words = words[..., ::row_group].contiguous()
-        return cls(words, keep.size(1), keep.size(2), pair, row_group, causal, full_blocks=full_blocks)
+        return cls(words, keep.size(1), keep.size(2), pair, row_group, causal)
 
     @torch.inference_mode(False)
     def to(self, device) -> AttentionLayout:
@@ -341,7 +326,7 @@ class AttentionLayout(Layout):
         if words is self.words:
             return self
         sizes = self.q_size, self.k_size, self.tile, self.row_group, self.is_causal
-        return AttentionLayout(words, *sizes, full_blocks=self.full_blocks)
+        return AttentionLayout(words, *sizes)
 
     def causal(self) -> AttentionLayout:
         """This layout with the cells j > i removed: kept after the first call, with words of its own, row by row."""
@@ -354,9 +339,7 @@ class AttentionLayout(Layout):
                 visible = (rows[None, :] + 1 - first_key[:, None]).clamp(0, WORD)  # keys of the word with j <= i
                 triangle = torch.where(visible == WORD, -1, (1 << visible) - 1).to(torch.int32)
                 words = _spread(self.words, self.row_group, self.q_size) & triangle
-                # About half of the blocks, one of them partial: to count them would wait for the device.
-                sizes, full_blocks = (self.q_size, self.k_size, self.tile), self.full_blocks / 2 - 1
-                self._causal = AttentionLayout(words, *sizes, is_causal=True, full_blocks=full_blocks)
+                self._causal = AttentionLayout(words, self.q_size, self.k_size, self.tile, is_causal=True)
         return self._causal
 
     def _status(self, rows: int, cols: int) -> tuple[Tensor, Tensor]:

@@ -104,7 +104,7 @@ def _save(ctx, inputs, output) -> None:
     tensors = call.words, call.q_lengths, call.k_lengths, call.seed, call.anchor
     ctx.save_for_backward(q, k, v, *output, *tensors, *call.tables)
     ctx.numbers = dict(row_shift=call.row_shift, tile_q=call.tile_q, tile_k=call.tile_k)
-    ctx.numbers |= dict(dropout_p=call.dropout_p, scale=call.scale, slope=call.slope, long_lists=call.long_lists)
+    ctx.numbers |= dict(dropout_p=call.dropout_p, scale=call.scale, slope=call.slope)
 
 
 def _gradients(grad_out, grad_lse, q, k, v, out, lse, call, backward_of=_backward):
@@ -120,8 +120,7 @@ def _gradients(grad_out, grad_lse, q, k, v, out, lse, call, backward_of=_backwar
 # Schemas are written out: what torch infers from annotations depends on its version. The fields of a `Call`:
 _CALL = (
     "Tensor words, int row_shift, Tensor[] tables, int tile_q, int tile_k, "
-    "Tensor? q_lengths, Tensor? k_lengths, Tensor? seed, float dropout_p, float scale, int slope, Tensor? anchor, "
-    "bool long_lists"
+    "Tensor? q_lengths, Tensor? k_lengths, Tensor? seed, float dropout_p, float scale, int slope, Tensor? anchor"
 )
 
 attention_op = torch.library.custom_op(

@@ -1,4 +1,4 @@
-"""Compile for an H200 what `hopper.py` computes from triton 3.6 on, as under triton 3.4, and print the kernels' names.
+"""Compile for an H200, as under triton 3.4, what kernels in Gluon compute from triton 3.6 on; print the kernels' names.
 
 Run by test_triton_compilation.py in a process of its own, as compile_offline.py is.
 """

@@ -80,7 +80,7 @@ def attend(dtype, dim, tile, dropout_p, size, batch):
     lengths = torch.ones(batch, dtype=torch.int64)
     seed = torch.ones(1, dtype=torch.int64) if dropout_p else None
     mask = layout.words, layout.row_shift, layout.tables(training=True), *layout.tile
-    rest = (*mask, lengths, lengths, seed, dropout_p, 0.1, layout.slope, layout.anchor, layout.long_lists(600))
+    rest = (*mask, lengths, lengths, seed, dropout_p, 0.1, layout.slope, layout.anchor)
     out, lse = ops.attention_op(q, k, v, *rest)
     ops.attention_backward_op(torch.empty_like(out), None, q, k, v, out, lse, *rest)
 
@@ -95,7 +95,7 @@ def repeated(size, tile):
     tables = [*layout.query_table()[:2], *layout.key_table()[:2]] if size > 128 else []
     lengths = torch.full((3,), size)
     mask = layout.words, layout.row_shift, tables, *layout.tile
-    call = Call(*mask, lengths, lengths, None, 0.0, 0.125, long_lists=layout.long_lists(size))
+    call = Call(*mask, lengths, lengths, None, 0.0, 0.125)
     bound, tensors, others, vectors, whole = [], [], [], [], []
     run_launch = launch.Launch.__call__
 

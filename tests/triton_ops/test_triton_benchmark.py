@@ -16,7 +16,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from triton_ops import backward, small
+from triton_ops import config, small
 from triton_ops.config import Config
 from triton_ops.reference import attention_reference
 
@@ -220,16 +220,16 @@ def test_tuning_launches_the_candidate_and_puts_the_choice_back(monkeypatch):
     assert candidate not in launched and small.small_forward_config is chosen
 
 
-@pytest.mark.parametrize("name, elsewhere", [("dkdv 128", False), ("dq 128", True)])
-def test_tuning_dk_and_dv_leaves_out_the_kernel_that_takes_no_configuration(monkeypatch, name, elsewhere):
-    """Candidates would all have timed the same: that of `hopper.py`, which computes dK and dV in their place."""
+@pytest.mark.parametrize("name, elsewhere", [("forward 128", False), ("dkdv 128", False), ("dq 128", True)])
+def test_tuning_leaves_out_the_kernels_that_take_no_configuration(monkeypatch, name, elsewhere):
+    """Candidates would all have timed the same: those in Gluon, which take their place."""
     tuning = script("tune_attention", monkeypatch)
-    monkeypatch.setattr("triton_ops.backward.HOPPER", True)
+    monkeypatch.setattr(config, "HOPPER", True)
     search = tuning.searches()[name]
-    for config in (search.candidates[0], None):
-        with search.using(config):
-            assert backward.HOPPER == elsewhere
-        assert backward.HOPPER
+    for candidate in (search.candidates[0], None):
+        with search.using(candidate):
+            assert config.HOPPER == elsewhere
+        assert config.HOPPER
 
 
 def test_tuning_covers_every_kernel_with_candidates_that_can_launch(monkeypatch):
@@ -290,7 +290,7 @@ def test_a_run_of_the_sanitizers_cases_that_is_cut_off_says_where_it_stood():
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["sums", "decode"], "unknown section decode; choose from attention, long_lists, decoding, few_rows, sums, "),
+        (["sums", "decode"], "unknown section decode; choose from attention, hopper, decoding, few_rows, sums, "),
         (["sums", "--only", "of 49"], "no case of these sections has 'of 49' in its name"),
     ],
 )

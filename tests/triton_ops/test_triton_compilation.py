@@ -11,7 +11,8 @@ import triton
 
 ROOT = Path(__file__).resolve().parents[2]
 GLUON = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 6)
-HOPPER = "_hopper_dkdv_kernel"
+# Kernels in Gluon, and how many programs are to share a multiprocessor.
+HOPPER = {"_hopper_forward_kernel": 4, "_hopper_dq_kernel": 4, "_hopper_dkdv_kernel": 2}
 SHARED_MEMORY = 227 * 1024  # bytes a block may use on an H100 or H200
 
 
@@ -37,7 +38,7 @@ def test_fifty_random_lengths_compile_nothing_after_one_of_each_size_class(repor
 
 
 def test_every_kernel_fits_in_shared_memory(report):
-    assert len({kernel["name"] for kernel in report["kernels"]}) == (14 if GLUON else 13)
+    assert len({kernel["name"] for kernel in report["kernels"]}) == (16 if GLUON else 13)
     assert all(kernel["shared"] <= SHARED_MEMORY for kernel in report["kernels"])
 
 
@@ -73,9 +74,8 @@ def test_triton_binds_the_arguments_of_launches_alike_once(report, size, kernels
     assert repetition["same"]
 
 
-def test_launches_that_repeat_pass_addresses_but_for_gluon(report):
-    whole = {size: repetition["whole"] for size, repetition in report["repetitions"].items()}
-    assert whole == dict(sentence=[], lists=[], hopper=[HOPPER] if GLUON else [])
+def test_launches_that_repeat_pass_addresses(report):
+    assert not any(repetition["whole"] for repetition in report["repetitions"].values())
 
 
 @pytest.mark.skipif(not GLUON, reason="needs triton 3.6")
@@ -87,11 +87,11 @@ def test_rows_of_numbers_begin_where_hopper_can_read_tiles(report):
 @pytest.mark.skipif(not GLUON, reason="needs triton 3.6")
 def test_products_on_hopper_run_asynchronously(report):
     """ptxas runs them one by one when registers do not suffice, or when it cannot see that a result is waited for."""
-    hopper = [kernel for kernel in report["kernels"] if kernel["name"] == HOPPER]
-    assert hopper and all(k["wgmma"] and k["shared"] <= SHARED_MEMORY // 2 for k in hopper)
-    entry = "Compiling entry function '{}'"
-    assert any(entry.format(HOPPER) in line for line in report["log"])  # it does report
-    assert not [line for line in report["log"] if "serialized" in line and HOPPER in line]
+    for name, programs in HOPPER.items():
+        hopper = [kernel for kernel in report["kernels"] if kernel["name"] == name]
+        assert hopper and all(k["wgmma"] and k["shared"] <= SHARED_MEMORY // programs for k in hopper)
+        assert any(f"Compiling entry function '{name}'" in line for line in report["log"])  # it does report
+        assert not [line for line in report["log"] if "serialized" in line and name in line]
 
 
 def test_triton_without_gluon_computes_the_same_gradients_by_its_own_kernels(tmp_path):

@@ -7,7 +7,7 @@ import pytest
 import torch
 import triton
 
-from triton_ops import AttentionLayout, api, backward, block_sparse_attention, config, launch
+from triton_ops import AttentionLayout, api, backward, block_sparse_attention, config, forward, launch
 from triton_ops import layout as layout_module
 from triton_ops.testing import assert_within_budget, block_mask, make_case
 
@@ -54,7 +54,8 @@ def test_a_call_like_an_earlier_one_is_neither_checked_nor_bound_again(size, mon
 
     monkeypatch.setattr(api, "_check_kinds", again)
     monkeypatch.setattr(launch.Launch, "__init__", again)
-    monkeypatch.setattr(backward, "_on_hopper", again)
+    for module in (forward, backward):
+        monkeypatch.setattr(module, "on_hopper", again)
     for seed, results in zip((1, 2), expected, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(run(layout, seed), results, strict=True))
 

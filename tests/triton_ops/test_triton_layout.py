@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from triton_ops import AttentionLayout, block_sparse_attention
 from triton_ops import layout as layout_module
 from triton_ops.layout import COLUMN_GROUP, TILE_SIZES, TILES, WORD, key_tile
-from triton_ops.testing import block_mask, random_offsets
+from triton_ops.testing import block_mask
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -152,28 +152,6 @@ def test_a_layout_built_in_inference_mode_can_be_trained_with():
 def test_moving_to_the_same_device_keeps_the_layout():
     layout = AttentionLayout.from_keep_mask(torch.ones(1, WORD, WORD, dtype=torch.bool))
     assert layout.to("cpu") is layout
-
-
-def test_lists_are_long_where_key_tiles_have_four_full_blocks_on_average():
-    """Each partial one, which `hopper.py` computes less fast, makes up for a full one."""
-    keep = torch.ones(2, 5 * 128 - 1, 200, dtype=torch.bool)  # 5 and 5 blocks in each head, the last ones ragged
-    assert AttentionLayout.from_keep_mask(keep, tile=128).full_blocks == 5
-    keep[0, :128] = False  # 4 and 4, 5 and 5
-    layout = AttentionLayout.from_keep_mask(keep, tile=128)
-    assert layout.full_blocks == 4.5 and layout.long_lists(639)
-    assert layout.long_lists(570) and not layout.long_lists(560)  # eight ninths of the queries
-    keep[0, 130, 0] = False  # 3 and a partial one
-    assert AttentionLayout.from_keep_mask(keep, tile=128).full_blocks == 4
-    keep[1, 130, 0] = False
-    layout = AttentionLayout.from_keep_mask(keep, tile=128)
-    assert layout.full_blocks == 3.5 and not layout.long_lists(639)
-    assert not random_offsets(2, 64).long_lists(2**20)
-
-
-def test_causal_layouts_count_on_half_of_the_blocks():
-    layout = AttentionLayout.from_keep_mask(torch.ones(1, 16 * 64, 16 * 64, dtype=torch.bool), tile=64)
-    causal = AttentionLayout.from_keep_mask(layout.keep_mask(), tile=64, causal=True)
-    assert layout.causal().full_blocks == 7.0 and causal.full_blocks == 6.5  # 0 to 15 full ones, one partial
 
 
 def test_building_tables_does_not_wait_for_the_device():

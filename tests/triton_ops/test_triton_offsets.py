@@ -211,7 +211,7 @@ def test_operators_take_offsets(n_keys=132):
     lengths = torch.tensor([n_keys, 9], device=DEVICE)
     mask, diagonal = (layout.words, 0, layout.tables(True), *layout.tile), (layout.slope, layout.anchor)
     torch.library.opcheck(
-        attention_op, (q, k, k, *mask, None, lengths, None, 0.0, 0.25, *diagonal, False), rtol=1e-4, atol=1e-5
+        attention_op, (q, k, k, *mask, None, lengths, None, 0.0, 0.25, *diagonal), rtol=1e-4, atol=1e-5
     )
     step, cache = torch.tensor([7], device=DEVICE), k.detach()
     arguments = *layout.row_lists(), step, n_keys, lengths, None, None, None, 0.25, *diagonal

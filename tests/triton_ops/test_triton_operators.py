@@ -31,7 +31,7 @@ def test_opcheck_attention(size, dropout_p):
     tables = [*layout.query_table()[:2], *layout.key_table()[:2]]
     lengths = torch.tensor([size, size // 2], device=DEVICE)
     seed = torch.tensor([3], device=DEVICE) if dropout_p else None
-    mask, numbers = (layout.words, layout.row_shift, tables, *layout.tile), (dropout_p, 0.25, 0, None, True)
+    mask, numbers = (layout.words, layout.row_shift, tables, *layout.tile), (dropout_p, 0.25, 0, None)
     arguments = (q, k, v, *mask, lengths, lengths, seed, *numbers)
     torch.library.opcheck(attention_op, arguments, rtol=1e-4, atol=1e-5)
 

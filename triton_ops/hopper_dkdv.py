@@ -1,0 +1,249 @@
+"""dK and dV on Hopper, in Gluon (triton 3.6 and later): `backward._dkdv_kernel` for blocks of 64 and 128.
+
+A warp of its own loads tiles of Q and dO into a ring of shared memory, and the products run asynchronously: scores of
+the next tile while those of this one become probabilities. Scores are transposed, [keys, queries]: P and dS leave the
+first products in the registers from which the second ones take them, and K and V stay in registers. Two programs share
+a multiprocessor.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_init,
+    warpgroup_mma_wait,
+)
+
+from .call import Call
+from .config import Config, ceil_div
+from .descriptors import aligned_row
+from .hopper import HopperLaunch, load_tile, next_stage, store_tile, tile_start
+from .launch import Launch, launches_of
+from .primitives import RUN_TIME, list_lengths, sequence_length
+
+KEYS, QUERIES, STAGES = 64, 64, 3
+# Half of the registers of a multiprocessor. Those that the loading warp leaves go to the others.
+CONFIG = Config(QUERIES, KEYS, 4, STAGES, 128)
+LOADING_REGISTERS = gl.constexpr(24)
+THREADS = gl.constexpr(160)  # of the five warps
+FIRST_BARRIER = gl.constexpr(9)  # named barriers of the stages; Triton has the first few
+
+
+@gluon.jit
+def _release(slot, pred):
+    """Let the loading warp have a stage, without waiting: around an `mbarrier.arrive` all four warps would."""
+    gl.inline_asm_elementwise(
+        "{ .reg .pred some; setp.ne.u32 some, $3, 0; @some bar.arrive $1, $2; mov.u32 $0, 0; }", "=r,r,r,r",
+        [slot + FIRST_BARRIER, THREADS, pred.to(gl.int32)], gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def _await_release(slot, pred):
+    gl.inline_asm_elementwise(
+        "{ .reg .pred some; setp.ne.u32 some, $3, 0; @some bar.sync $1, $2; mov.u32 $0, 0; }", "=r,r,r,r",
+        [slot + FIRST_BARRIER, THREADS, pred.to(gl.int32)], gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def _load(run, lists, BM: gl.constexpr, G: gl.constexpr, STAGES: gl.constexpr):
+    """Fill the ring with tiles of all listed queries, a part that is not there with zeros."""
+    d_q, d_do, d_pivot, d_delta, q_ring, do_ring, pivot_ring, delta_ring, full, i_b, i_h, i_row = run
+    p_entries, n_full, n_total, NI = lists
+    BYTES: gl.constexpr = d_q.block_type.nbytes + d_do.block_type.nbytes + 8 * BM
+    slot = 0
+    phase = 0
+    for j in range(n_total * (G // BM)):
+        start = tile_start(p_entries, j, n_full, n_total, NI, BM, G)
+        _await_release(slot, j >= STAGES)
+        bar = full.index(slot)
+        mbarrier.expect(bar, BYTES)
+        load_tile(d_q, [i_b, i_h, start, 0], bar, q_ring.index(slot))
+        load_tile(d_do, [i_b, i_h, start, 0], bar, do_ring.index(slot))
+        load_tile(d_pivot, [i_row + start], bar, pivot_ring.index(slot))
+        load_tile(d_delta, [i_row + start], bar, delta_ring.index(slot))
+        slot, phase = next_stage(slot, phase, STAGES)
+
+
+@gluon.jit
+def _add(
+    run, lists, tail, out, D: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, G: gl.constexpr, STAGES: gl.constexpr
+):
+    """Add what all listed queries contribute to dK and dV of BN keys, and write them."""
+    q_ring, do_ring, pivot_ring, delta_ring, k_own, v_own, full, own, n_tiles, scale_log2 = run
+    p_entries, n_full, n_total, NI = lists
+    p_words, q_length, LQ, RS = tail
+    d_dk, d_dv, i_b, i_h, i_n, k_length, scale = out
+    wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BM, 16])
+    tall: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    left: gl.constexpr = gl.DotOperandLayout(0, tall, 2)
+    k_left: gl.constexpr = gl.DotOperandLayout(0, wide, 2)
+    columns: gl.constexpr = gl.SliceLayout(0, wide)
+    dtype: gl.constexpr = q_ring.dtype
+    n_all = n_total * (G // BM)
+    no_s = gl.zeros([BN, BM], gl.float32, wide)
+    dk = warpgroup_mma_init(gl.zeros([BN, D], gl.float32, tall))
+    dv = warpgroup_mma_init(gl.zeros([BN, D], gl.float32, tall))
+    mbarrier.wait(own, 0)
+    k = k_own.reshape([BN, D]).load(k_left)
+    v = v_own.reshape([BN, D]).load(k_left)
+    slot = 0
+    phase = 0
+    if n_tiles > 0:
+        mbarrier.wait(full.index(0), 0)
+    b_s = warpgroup_mma(k, q_ring.index(0).reshape([BM, D]).permute((1, 0)), no_s, use_acc=False)
+    for j in range(n_tiles - 1):
+        next_slot, next_phase = next_stage(slot, phase, STAGES)
+        q = q_ring.index(slot).reshape([BM, D])
+        do = do_ring.index(slot).reshape([BM, D])
+        dp = warpgroup_mma(v, do.permute((1, 0)), no_s, use_acc=False, is_async=True)
+        pivot = pivot_ring.index(slot).load(columns)
+        p = gl.exp2(b_s * scale_log2 - pivot[None, :])
+        p_left = gl.convert_layout(p.to(dtype), left)
+        mbarrier.wait(full.index(next_slot), next_phase)
+        q_next = q_ring.index(next_slot).reshape([BM, D])
+        s = warpgroup_mma(k, q_next.permute((1, 0)), no_s, use_acc=False, is_async=True)
+        dv = warpgroup_mma(p_left, do, dv, is_async=True)
+        delta = delta_ring.index(slot).load(columns)
+        b_dp = warpgroup_mma_wait(2, deps=[dp])
+        ds = p * (b_dp - delta[None, :])
+        dk = warpgroup_mma(gl.convert_layout(ds.to(dtype), left), q, dk, is_async=True)
+        # ptxas runs products one by one if one whose result is read is still on its way into the next step.
+        b_s, b_dk, b_dv = warpgroup_mma_wait(0, deps=[s, dk, dv])
+        dk = warpgroup_mma_init(b_dk)
+        dv = warpgroup_mma_init(b_dv)
+        _release(slot, j + STAGES < n_all)
+        slot = next_slot
+        phase = next_phase
+    b_dk, b_dv = warpgroup_mma_wait(0, deps=[dk, dv])
+    if n_tiles > 0:
+        q = q_ring.index(slot).reshape([BM, D])
+        do = do_ring.index(slot).reshape([BM, D])
+        b_dp = warpgroup_mma(v, do.permute((1, 0)), no_s, use_acc=False)
+        pivot = pivot_ring.index(slot).load(columns)
+        delta = delta_ring.index(slot).load(columns)
+        p = gl.exp2(b_s * scale_log2 - pivot[None, :])
+        ds = p * (b_dp - delta[None, :])
+        b_dv = warpgroup_mma(gl.convert_layout(p.to(dtype), left), do, b_dv)
+        b_dk = warpgroup_mma(gl.convert_layout(ds.to(dtype), left), q, b_dk)
+        _release(slot, n_tiles - 1 + STAGES < n_all)
+        slot, phase = next_stage(slot, phase, STAGES)
+
+    # What is left: full blocks that reach past the last query, and partial blocks.
+    o_n = i_n + gl.arange(0, BN, gl.SliceLayout(1, wide))
+    o_x = gl.arange(0, BM, columns)
+    o_row = gl.arange(0, BM, gl.SliceLayout(1, tall))
+    for j in range(n_tiles, n_all):
+        start = tile_start(p_entries, j, n_full, n_total, NI, BM, G)
+        b_word = gl.zeros([BN, BM], gl.int32, wide)
+        for i in gl.static_range(BN // 32):
+            i_word = (i_n // 32 + i).to(gl.int64)
+            m_x = (start + o_x < q_length) & (i_n + i * 32 < k_length)
+            b_w = gl.load(p_words + i_word * LQ + ((start + o_x) >> RS), mask=m_x, other=0)
+            b_word = gl.where(((o_n - i_n) // 32 == i)[:, None], b_w[None, :], b_word)
+        m_s = (((b_word >> (o_n % 32)[:, None]) & 1) != 0) & (o_n < k_length)[:, None]
+        mbarrier.wait(full.index(slot), phase)
+        q = q_ring.index(slot).reshape([BM, D])
+        do = do_ring.index(slot).reshape([BM, D])
+        if start + BM > q_length:  # padded queries: not 0 · q, which is NaN if they are not finite
+            m_row = (start + o_row < q_length)[:, None]
+            q.store(gl.where(m_row, q.load(tall), 0.0))
+            do.store(gl.where(m_row, do.load(tall), 0.0))
+            fence_async_shared()
+        s = warpgroup_mma(k, q.permute((1, 0)), no_s, use_acc=False, is_async=True)
+        dp = warpgroup_mma(v, do.permute((1, 0)), no_s, use_acc=False, is_async=True)
+        pivot = pivot_ring.index(slot).load(columns)
+        delta = delta_ring.index(slot).load(columns)
+        b_s, b_dp = warpgroup_mma_wait(0, deps=[s, dp])
+        p = gl.where(m_s, gl.exp2(b_s * scale_log2 - pivot[None, :]), 0.0)
+        ds = gl.where(m_s, p * (b_dp - delta[None, :]), 0.0)
+        p_left = gl.convert_layout(p.to(dtype), left)
+        ds_left = gl.convert_layout(ds.to(dtype), left)
+        dv = warpgroup_mma(p_left, do, warpgroup_mma_init(b_dv), is_async=True)
+        dk = warpgroup_mma(ds_left, q, warpgroup_mma_init(b_dk), is_async=True)
+        b_dv, b_dk = warpgroup_mma_wait(0, deps=[dv, dk])
+        _release(slot, j + STAGES < n_all)
+        slot, phase = next_stage(slot, phase, STAGES)
+
+    m_n = (i_n + gl.arange(0, BN, gl.SliceLayout(1, tall)) < k_length)[:, None]
+    k_own.reshape([BN, D]).store(gl.where(m_n, b_dk * scale, 0.0).to(dtype))
+    v_own.reshape([BN, D]).store(gl.where(m_n, b_dv, 0.0).to(dtype))
+    fence_async_shared()
+    store_tile(d_dk, [i_b, i_h, i_n, 0], k_own)
+    store_tile(d_dv, [i_b, i_h, i_n, 0], v_own)
+    tma.store_wait(0)
+
+
+@gluon.jit(do_not_specialize=RUN_TIME)
+def _hopper_dkdv_kernel(
+    p_words, p_entries, p_counts, p_q_lengths, p_k_lengths,
+    d_q, d_k, d_v, d_do, d_dk, d_dv, d_pivot, d_delta, scale, scale_log2,
+    H, MH, TQ, TK, TR, LQ, RS, KW, NO, NI, first_h, first_b,
+    D: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, G: gl.constexpr, GO: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """dK and dV of BN keys of one head of one sentence: as `backward._dkdv_kernel`.
+
+    d_q ... d_delta  descriptors of tiles of these tensors
+    pivot, delta     float32 (B * H * TR,): what `backward._dq_kernel` writes; TR as of `descriptors.aligned_row`
+    """
+    i_n = gl.program_id(0) * BN
+    i_h, i_b = first_h + gl.program_id(1), first_b + gl.program_id(2)
+    i_row = (i_b * H + i_h) * TR
+    k_length = sequence_length(p_k_lengths, i_b, TK)
+    # A tile of padded keys visits no query and writes zeros.
+    q_length = gl.where(i_n < k_length, sequence_length(p_q_lengths, i_b, TQ), 0)
+    i_mh = gl.where(MH > 1, i_h, 0)
+    i_list = (i_mh * NO + i_n // GO).to(gl.int64)
+    p_entries += i_list * NI
+    p_counts += i_list * (NI + 1)
+    n_inside, n_full, n_total = list_lengths(p_counts, q_length, G)
+    n_tiles = n_inside * (G // BM)
+
+    q_ring = gl.allocate_shared_memory(d_q.dtype, [STAGES, 1, 1, BM, D], d_q.layout)
+    do_ring = gl.allocate_shared_memory(d_q.dtype, [STAGES, 1, 1, BM, D], d_do.layout)
+    k_own = gl.allocate_shared_memory(d_q.dtype, [1, 1, BN, D], d_k.layout)
+    v_own = gl.allocate_shared_memory(d_q.dtype, [1, 1, BN, D], d_v.layout)
+    pivot_ring = gl.allocate_shared_memory(gl.float32, [STAGES, BM], d_pivot.layout)
+    delta_ring = gl.allocate_shared_memory(gl.float32, [STAGES, BM], d_delta.layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    own = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=1)
+    mbarrier.init(own, count=1)
+    fence_async_shared()
+    mbarrier.expect(own, 2 * d_k.block_type.nbytes)
+    load_tile(d_k, [i_b, i_h, i_n, 0], own, k_own)
+    load_tile(d_v, [i_b, i_h, i_n, 0], own, v_own)
+    lists = p_entries, n_full, n_total, NI
+    loads = d_q, d_do, d_pivot, d_delta, q_ring, do_ring, pivot_ring, delta_ring, full, i_b, i_h, i_row
+    run = q_ring, do_ring, pivot_ring, delta_ring, k_own, v_own, full, own, n_tiles, scale_log2
+    tail = p_words + i_mh.to(gl.int64) * KW * LQ, q_length, LQ, RS
+    out = d_dk, d_dv, i_b, i_h, i_n, k_length, scale
+    gl.warp_specialize(
+        [(_add, (run, lists, tail, out, D, BM, BN, G, STAGES)), (_load, (loads, lists, BM, G, STAGES))],
+        [1],
+        [LOADING_REGISTERS],
+    )
+
+
+def launches(q: Tensor, k: Tensor, call: Call) -> list[Launch]:
+    """Launches that write dK and dV, of the tensors that `_hopper_dkdv_kernel` names."""
+    table = call.key_table()
+    names = ("MH", "KW", "LQ", "RS", "scale_log2")
+    numbers = dict(
+        H=q.size(1), TQ=q.size(2), TK=k.size(2), TR=aligned_row(q.size(2)), scale=call.scale, D=q.size(3),
+        NO=table.entries.size(1), NI=table.entries.size(2), BM=QUERIES, BN=KEYS, G=table.inner, GO=table.outer,
+        STAGES=STAGES, **{name: call.numbers()[name] for name in names},
+    )  # fmt: skip
+    tiles = [1, 1, QUERIES, q.size(3)], [1, 1, KEYS, q.size(3)]
+    blocks = dict.fromkeys(("d_q", "d_do"), tiles[0]) | dict.fromkeys(("d_k", "d_v", "d_dk", "d_dv"), tiles[1])
+    blocks |= dict.fromkeys(("d_pivot", "d_delta"), [QUERIES])
+    n_tiles = ceil_div(k.size(2), KEYS)
+    return launches_of(_hopper_dkdv_kernel, n_tiles, q.size(1), q.size(0), numbers, CONFIG, blocks, HopperLaunch)
