@@ -66,7 +66,9 @@ class Call(NamedTuple):
         kernel: its name, and what else `build` looks at beside sizes, strides and types.
         others: further tensors whose sizes follow from those of q, k and v.
         """
-        key = (*kernel, epoch(), precision(q.dtype), *[x.stride() for x in others])
+        # Of calls that are alike, too: hooks of autograd may give the backward pass copies that are laid out otherwise.
+        strides = [x.stride() for x in (q, k, v, *others)]
+        key = (*kernel, epoch(), precision(q.dtype), *strides)
         found = None if self.alike is None else self.alike.get(key)
         if found is None:
             found = kept((*key, *self._description(q, k, v)), build)

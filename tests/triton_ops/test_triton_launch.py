@@ -116,6 +116,22 @@ def test_addresses_may_change_from_multiples_of_16_bytes_to_others_and_back(size
         torch.testing.assert_close(other, results[0])
 
 
+@BOTH_SIZES
+def test_hooks_of_autograd_may_lay_out_anew_what_the_backward_pass_reads(size):
+    """As `save_on_cpu` into pinned memory does; gradients of keys and values were those of scrambled rows, unsaid."""
+    layout, grad = random_layout(size), small_problem(size, 1)[0].detach()
+    leaves = [x.detach().permute(2, 0, 1, 3).contiguous().requires_grad_() for x in small_problem(size)]
+
+    def gradients():
+        out = block_sparse_attention(*[x.permute(1, 2, 0, 3) for x in leaves], layout, backend="triton")
+        return torch.autograd.grad(out, leaves, grad)
+
+    expected = gradients()
+    with torch.autograd.graph.saved_tensors_hooks(torch.Tensor.contiguous, lambda x: x):
+        torch.testing.assert_close(gradients(), expected)
+    torch.testing.assert_close(gradients(), expected)
+
+
 def test_a_layout_that_was_attended_with_can_be_copied():
     """Fairseq copies models for their moving average; compiled kernels cannot be copied."""
     layout, (q, k, v) = random_layout(20), small_problem(20)
