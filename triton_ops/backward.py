@@ -345,7 +345,7 @@ def backward(
     rows = dict(p_lse=lse, p_dlse=grad_lse, p_delta=delta, p_pivot=pivot)
     lists = dict(p_words=call.words, p_entries=queries.entries, p_counts=queries.counts)
     lengths = dict(p_q_lengths=call.q_lengths, p_k_lengths=call.k_lengths)
-    kind = "dq", *at_16_bytes, grad_lse is None, in_gluon
+    kind = "dq", *at_16_bytes, aligned(out), grad_lse is None, in_gluon
     for launch in call.launches(kind, dq_launches, q, k, v, grad_out, out):
         if launch.kernel is not _dq_kernel:
             launch(**rows, **lists, **lengths, d_q=q, d_k=k, d_v=v, d_o=out, d_do=grad_out, d_dq=dq)

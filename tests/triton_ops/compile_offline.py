@@ -124,6 +124,36 @@ def repeated(size, tile):
     return dict(bound=bound, same=same, vectors=vectors, whole=whole)
 
 
+def misplaced(size, tile):
+    """The descriptors of tensors at no multiple of 16 bytes, which the driver refuses, as (kernel, parameter).
+
+    Of forward and backward with one tensor after another moved there; launches are kept from a run with none.
+    """
+    layout = AttentionLayout.from_keep_mask(torch.ones(2, size, size, dtype=torch.bool), tile=tile)
+    tables = [*layout.query_table()[:2], *layout.key_table()[:2]]
+    call = Call(layout.words, layout.row_shift, tables, *layout.tile, None, None, None, 0.0, 0.125)
+    q, k, v, grad = (torch.zeros(3, 2, size, 64, dtype=torch.bfloat16) for _ in range(4))
+    out, lse = ops._forward(q, k, v, call)
+    arguments = [grad, q, k, v, out, lse]
+    found = []
+    run_launch = launch.Launch.__call__
+
+    def watched(self, **named):
+        described = [name for name, block in self.blocks.items() if block is not None]
+        found.extend((self.kernel.__name__, name) for name in described if named[name].data_ptr() % 16 != 0)
+        run_launch(self, **dict(named))
+
+    with mock.patch.object(launch.Launch, "__call__", watched):
+        for i in (None, *range(len(arguments))):
+            some = list(arguments)
+            if i is not None:
+                some[i] = some[i].new_zeros(some[i].numel() + 1)[1:].view_as(some[i])
+            grad, q, k, v, out, lse = some
+            ops._forward(q, k, v, call)
+            ops._backward(grad, None, q, k, v, out, lse, call)
+    return found
+
+
 def stands_for(argument, named):
     """Whether a compiled kernel is given a tensor, by itself, by address or by descriptor; where there is one."""
     name, x = named
@@ -198,6 +228,7 @@ def many_rows(n):
 def main():
     triton.runtime.driver.set_active(Driver())
     repetitions = dict(sentence=repeated(100, 64), lists=repeated(150, 64), hopper=repeated(401, 128))
+    refused = misplaced(401, 128)
     JITFunction.__getitem__ = compile_only
     launch.forget()
     attend(torch.bfloat16, 64, 64, 0.0, 300, 2)
@@ -227,8 +258,9 @@ def main():
     for _ in range(50):
         lengths_seen(draw.randint(1, 600), draw.randint(1, 8))
     report = dict(
-        kernels=list(compiled.values()), warm=warm - before_lengths, new=len(compiled) - warm, repetitions=repetitions
-    )
+        kernels=list(compiled.values()), warm=warm - before_lengths, new=len(compiled) - warm, repetitions=repetitions,
+        refused=refused,
+    )  # fmt: skip
     print(json.dumps(report))
 
 
