@@ -62,8 +62,7 @@ class Search:
         module, function = self.name
         launch.forget()
         with contextlib.ExitStack() as stack:
-            if function in ("forward_config", "dkdv_config"):
-                stack.enter_context(mock.patch("triton_ops.config.HOPPER", False))  # what takes no configuration
+            stack.enter_context(mock.patch("triton_ops.config.HOPPER", False))  # kernels that take no configuration
             if config is not None:
                 stack.enter_context(mock.patch(f"triton_ops.{module}.{function}", lambda *_: config))
             yield

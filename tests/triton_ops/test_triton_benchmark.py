@@ -220,15 +220,15 @@ def test_tuning_launches_the_candidate_and_puts_the_choice_back(monkeypatch):
     assert candidate not in launched and small.small_forward_config is chosen
 
 
-@pytest.mark.parametrize("name, elsewhere", [("forward 128", False), ("dkdv 128", False), ("dq 128", True)])
-def test_tuning_leaves_out_the_kernels_that_take_no_configuration(monkeypatch, name, elsewhere):
+@pytest.mark.parametrize("name", ["forward 128", "dq 128", "dkdv 128"])
+def test_tuning_leaves_out_the_kernels_that_take_no_configuration(monkeypatch, name):
     """Candidates would all have timed the same: those in Gluon, which take their place."""
     tuning = script("tune_attention", monkeypatch)
     monkeypatch.setattr(config, "HOPPER", True)
     search = tuning.searches()[name]
     for candidate in (search.candidates[0], None):
         with search.using(candidate):
-            assert config.HOPPER == elsewhere
+            assert not config.HOPPER
         assert config.HOPPER
 
 
