@@ -24,7 +24,10 @@ logger = logging.getLogger(__name__)
 
 
 def exit_on_sigterm() -> None:
-    """On SIGTERM, which schedulers send, end the program's child processes and leave no unfinished file."""
+    """On SIGTERM, which schedulers send, end the program's child processes and leave no unfinished file.
+
+    From then on neither SIGTERM nor SIGINT is lost where Python drops exceptions.
+    """
     if threading.current_thread() is not threading.main_thread():  # no other thread may set it
         return
     if signal.getsignal(signal.SIGTERM) is _end:
@@ -34,11 +37,11 @@ def exit_on_sigterm() -> None:
 
     def again(dropped) -> None:
         # In a finalizer or a callback of a weak reference Python only reports what is raised: try outside of it.
-        if dropped.exc_type is _Terminated:
-            signal.signal(signal.SIGALRM, _end)
-            signal.setitimer(signal.ITIMER_REAL, 0.01)
-        else:
-            report(dropped)
+        handler = {_Terminated: _end, KeyboardInterrupt: signal.default_int_handler}.get(dropped.exc_type)
+        if handler is None:
+            return report(dropped)
+        signal.signal(signal.SIGALRM, handler)
+        signal.setitimer(signal.ITIMER_REAL, 0.01)
 
     sys.unraisablehook = again
 

@@ -6,7 +6,6 @@ import torch
 import torch.nn.functional as F
 from fairseq.modules import MultiheadAttention
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 from ap_fairseq.artifacts import grown
 from ap_fairseq.files import ArtifactError, UserError
@@ -472,13 +471,11 @@ def upgrade_masks(parameters: dict[str, Tensor]) -> None:
 def real_lengths(padding: Tensor) -> Tensor:
     """Count the real tokens of right-padded rows: bool (B, T), True = padded -> int64 (B,).
 
-    All layers of a model get the same mask, so the count is kept as long as the mask lives.
+    All layers of a model get the same mask, so the count is kept as long as the mask lives: as an attribute of it. A
+    weak dictionary would run Python when the mask goes, during the backward pass, where an interrupt is dropped.
     """
     version = None if padding.is_inference() else padding._version
-    known = _LENGTHS.get(padding)
+    known = padding.__dict__.get("real_lengths")
     if known is None or known[0] != version:
-        known = _LENGTHS[padding] = (version, padding.size(1) - padding.sum(1))
+        known = padding.__dict__["real_lengths"] = (version, padding.size(1) - padding.sum(1))
     return known[1]
-
-
-_LENGTHS: WeakIdKeyDictionary = WeakIdKeyDictionary()

@@ -1,5 +1,8 @@
 """Pruned attention computes what its mask says: full forward, step by step, padded, reordered, beyond its range."""
 
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -373,6 +376,20 @@ def test_kernels_and_sdpa_agree_in_outputs_and_gradients(layers, lengths, sparsi
     for name, gradient in results[0][1].items():
         difference = (gradient - results[1][1][name]).abs().max()
         assert difference <= 1e-5 + 1e-3 * gradient.abs().max(), name
+
+
+def test_a_backward_pass_runs_no_callbacks_of_weak_references():
+    """Most interrupts arrive during it, and Python drops what is raised in such a callback: training went on."""
+    model = pruned_model(random_masks(0.5), VOCAB).to(DEVICE).train()
+    source = batch([5, 2], VOCAB, left=True).to(DEVICE)
+    loss = model(source, source.ne(PAD).sum(1), targets([4, 6]).to(DEVICE))[0].sum()
+    called = []
+    sys.setprofile(lambda frame, event, _: called.append(frame.f_code.co_filename) if event == "call" else None)
+    try:
+        loss.backward()
+    finally:
+        sys.setprofile(None)
+    assert called and not [name for name in called if Path(name).name in ("weak.py", "weakref.py")]
 
 
 def test_a_checkpoint_of_version_0_1_that_names_the_back_end_eager_loads_as_sdpa():

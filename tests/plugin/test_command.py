@@ -88,6 +88,14 @@ def test_an_interrupt_ends_a_command_without_a_traceback(begun):
         assert done.returncode == -signal.SIGINT and not done.stderr  # which a shell calls 130
 
 
+@pytest.mark.parametrize(("number", "status"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_a_signal_that_arrives_in_a_finalizer_ends_the_command(number, status):
+    """Python drops exceptions there: after SIGINT the command went on."""
+    finalizer = f"weakref.finalize(set(), os.kill, os.getpid(), signal.{number})"
+    done = run(f"import os, signal, time, weakref; {finalizer}; time.sleep(9); sys.exit(7)")
+    assert done.returncode == status and "Traceback" not in done.stderr
+
+
 @pytest.mark.parametrize("name", "apply average evaluate generate masks prune_schedule record report".split())
 def test_a_mistyped_call_is_one_line(name, capsys):
     """It was the last of up to 130 lines of usage."""
