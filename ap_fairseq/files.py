@@ -116,10 +116,10 @@ def atomic_output(path: str | os.PathLike, overwrite: bool = False) -> Iterator[
     target = Path(path).resolve()
     temporary = target.with_name(f".{target.name[:40]}.{secrets.token_hex(4)}.tmp")
     os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+    permissions = temporary.stat().st_mode
     try:
         yield temporary
-        if target.exists():
-            shutil.copymode(target, temporary)
+        temporary.chmod(target.stat().st_mode if target.exists() else permissions)  # safetensors 0.8 makes another file
         os.replace(temporary, target)
     except BaseException as error:
         full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
