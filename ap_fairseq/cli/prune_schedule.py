@@ -73,7 +73,7 @@ def get_parser() -> argparse.ArgumentParser:
 def write_round_masks(stats_file: str, output: str, flags: Sequence[str], share: float) -> None:
     """Build the masks of one round: those of the ap-masks *flags* for a *share* of their budgets."""
     stats = AttentionStats.load(stats_file)
-    write_masks(stats, spec_from(parse_mask_flags(flags), stats), output, overwrite=True, share=share)
+    write_masks(stats, spec_from(parse_mask_flags(flags, "--masks"), stats), output, overwrite=True, share=share)
 
 
 def prune_gradually(
@@ -121,7 +121,7 @@ def require_flags(data: str, checkpoint: str, mask_flags: Sequence[str], train_f
     def refuse(message: str):
         raise UserError(f"fairseq-train flags after --: {message}")
 
-    parser.error = refuse
+    parser.error = lambda message: refuse(f"{message}; all flags: fairseq-train --help")
     train = options.parse_args_and_arch(parser, [data, *PLUGIN, *train_flags, "--attention-masks", "none"])
     import_user_dir(user_dir)
     if not dictionary_files(utils.split_paths(data)[0]):
@@ -137,7 +137,7 @@ def require_flags(data: str, checkpoint: str, mask_flags: Sequence[str], train_f
         )
     sizes = architecture(model)
     held_out = AttentionKind.CROSS in sizes and any(Path(data).glob("valid.*"))
-    require_fitting(parse_mask_flags(mask_flags), sizes, held_out)
+    require_fitting(parse_mask_flags(mask_flags, "--masks"), sizes, held_out)
 
 
 @command
@@ -155,7 +155,7 @@ def main(argv: list[str]) -> None:
         fault = f"{', '.join(sorted(taken))} given" if taken else "no --arch given"
         raise UserError(f"fairseq-train flags after --: {fault}; give --arch, and leave the others to the rounds")
     mask_flags, record_flags = split_flags("--masks", args.masks), split_flags("--record", args.record)
-    parsed = parse_mask_flags(mask_flags)
+    parsed = parse_mask_flags(mask_flags, "--masks")
     if len(budget_flags(parsed)) != 1:
         raise UserError(
             f"--masks '{args.masks}' must give one kind of budget: --total, --like, or those of attention kinds"

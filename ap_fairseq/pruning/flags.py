@@ -9,6 +9,7 @@ import math
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
+from typing import NoReturn
 
 import numpy as np
 
@@ -194,9 +195,18 @@ def split_flags(name: str, flags: str) -> list[str]:
 
 
 def parse_mask_flags(flags: Sequence[str], of: str = "ap-masks") -> argparse.Namespace:
-    """Read flags of :func:`add_mask_options` alone, as another command's flag *of* holds them."""
-    parser = argparse.ArgumentParser(prog=of, usage="flags of ap-masks", add_help=False)
+    """Read flags of :func:`add_mask_options` alone, as another command's flag *of* holds them.
+
+    Raises:
+        UserError: for what ap-masks does not understand.
+    """
+    parser = argparse.ArgumentParser(add_help=False)
     add_mask_options(parser)
+
+    def refuse(message: str) -> NoReturn:
+        raise UserError(f"{of} {shlex.join(flags)!r}: {message}; flags that choose masks: ap-masks --help")
+
+    parser.error = refuse  # type: ignore[method-assign]
     return parser.parse_args(list(flags))
 
 

@@ -449,7 +449,7 @@ def test_the_schedule_as_a_command_names_what_is_wrong(dense, data_bin, tmp_path
         ([*common, "--", "-a", "pruned_transformer", "--max-update=5"], "--max-update given"),
         (common, "no --arch given"),
         ([*common, "--rounds", 5, "--", "--arch", "x"], "each round needs an update"),
-        ([*common[:-1], "--sparsity 0.5", "--", "--arch", "x"], "unrecognized arguments: --sparsity"),
+        ([*common[:-1], "--sparsity 0.5", "--", "--arch", "x"], "--masks '--sparsity 0.5': unrecognized arguments"),
         (
             [*common, "--record", "--user-dir 'x", "--", "--arch", "x"],
             "cannot be split into flags: No closing quotation",

@@ -228,12 +228,19 @@ def test_mask_flags_that_do_not_fit_are_refused_before_the_first_update(flags, m
         pruner.require_fitting(pruned_model())
 
 
-def test_mask_flags_that_do_not_parse_name_the_flag_that_holds_them(capsys):
-    """They named ap-masks, which nobody had called."""
-    cfg = argparse.Namespace(prune_flags="--criterion nothing", attention_sparsity=None)
-    with pytest.raises(SystemExit):
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--criterion nothing", "argument --criterion: invalid choice: 'nothing'"),
+        ("--smoth 3", "unrecognized arguments: --smoth 3"),
+        ("--total 80", "argument --total: '80' is not a share"),
+    ],
+)
+def test_mask_flags_that_do_not_parse_name_the_flag_that_holds_them(flags, message):
+    """They named ap-masks, which nobody had called, below a usage, and no remedy."""
+    cfg = argparse.Namespace(prune_flags=flags, attention_sparsity=None)
+    with pytest.raises(UserError, match=f"^--prune-flags '{flags}': {message}.*; flags .*: ap-masks --help$"):
         build_pruner(None, cfg)
-    assert "--prune-flags: error: argument --criterion: invalid choice" in capsys.readouterr().err
 
 
 def test_mask_flags_that_only_data_can_refuse_are_left_to_them():
