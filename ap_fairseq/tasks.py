@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Optional  # fairseq's parser reads Optional[X], not X | None
 
+from fairseq.models import ARCH_MODEL_REGISTRY, MODEL_REGISTRY, FairseqEncoderDecoderModel, FairseqLanguageModel
+from fairseq.models.roberta import RobertaModel
 from fairseq.tasks import register_task
 from fairseq.tasks.language_modeling import LanguageModelingConfig, LanguageModelingTask
 from fairseq.tasks.translation import TranslationConfig, TranslationTask
@@ -22,6 +24,23 @@ from ap_fairseq.training.task import PruningWhileTraining, PruningWhileTrainingC
 logger = logging.getLogger(__name__)
 
 OTHER_DIRECTION = "the masks were recorded in another direction: "  # and which
+
+TASK_OF = {
+    FairseqEncoderDecoderModel: "pruned_translation",
+    FairseqLanguageModel: "pruned_language_modeling",
+    RobertaModel: "masked_lm or sentence_prediction",
+}
+
+
+def require_model_of(task: str, cfg: Any) -> None:
+    """Raise UserError if *cfg*, of a model to build, names one that another task of :data:`TASK_OF` has."""
+    name = getattr(cfg, "arch", None) or getattr(cfg, "_name", None)
+    model = ARCH_MODEL_REGISTRY.get(name) or MODEL_REGISTRY.get(name) or object
+    for kind, other in TASK_OF.items():
+        if issubclass(model, kind) and other != task:
+            raise UserError(
+                f"--task {task}: {name} is no model for it; give --task {other} and data for that, or another model"
+            )
 
 
 @dataclass
@@ -49,6 +68,10 @@ class PrunedTranslationTask(SearchOnDevice, PruningWhileTraining, TranslationTas
         super().__init__(cfg, *args, **kwargs)
         options = (getattr(cfg, name, None) for name in ("head_masking", "masked_heads"))  # fairseq's own has neither
         self.head_masking = HeadMasking.from_options(*options)
+
+    def build_model(self, cfg, from_checkpoint=False):
+        require_model_of("pruned_translation", cfg)
+        return super().build_model(cfg, from_checkpoint)
 
     def load_dataset(self, split, *args, **kwargs):
         super().load_dataset(split, *args, **kwargs)
@@ -92,6 +115,10 @@ class PrunedLanguageModelingConfig(SearchOnDeviceConfig, PruningWhileTrainingCon
 @register_task("pruned_language_modeling", dataclass=PrunedLanguageModelingConfig)
 class PrunedLanguageModelingTask(SearchOnDevice, PruningWhileTraining, LanguageModelingTask):
     """``language_modeling`` that prunes a ``pruned_transformer_lm`` while it trains, and searches on the device."""
+
+    def build_model(self, cfg, from_checkpoint=False):
+        require_model_of("pruned_language_modeling", cfg)
+        return super().build_model(cfg, from_checkpoint)
 
 
 _OWN_STEPS = PrunedTranslationTask.inference_step, PrunedLanguageModelingTask.inference_step

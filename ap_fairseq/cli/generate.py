@@ -176,7 +176,14 @@ def _require_files(args: argparse.Namespace) -> None:
 
 
 def _require_encoders(cfg) -> None:
-    """Raise UserError unless the processes can build what --bpe and --tokenizer name."""
+    """Raise UserError unless the processes can build what --bpe and --tokenizer name, and know --remove-bpe's."""
+    try:
+        data_utils.post_process("", cfg.common_eval.post_process)
+    except NotImplementedError as error:
+        raise UserError(
+            f"--remove-bpe {cfg.common_eval.post_process}: fairseq joins the tokens of sentencepiece, subword_nmt (or "
+            "'@@ '), wordpiece, letter, silence and _EOW, or none; name one of them"
+        ) from error
     for flag, build in (("bpe", encoders.build_bpe), ("tokenizer", encoders.build_tokenizer)):
         chosen = cfg[flag]
         if chosen is not None and (missing := OmegaConf.missing_keys(chosen)):

@@ -96,7 +96,7 @@ def main(argv: list[str]) -> None:
         log_interval=cfg.common.log_interval if "--log-interval" in given else None,
     )
     job.require_valid()
-    _require_dictionaries(state, args)
+    _require_dictionaries(task, state, args)
     _require_settings(task, state, args.path, given, cfg.task)
     try:
         distributed_utils.infer_init_method(cfg.distributed_training)
@@ -193,14 +193,27 @@ def _require_settings(task: RecordedTask, state: dict[str, Any], path: str, give
             )
 
 
-def _require_dictionaries(state: dict[str, Any], args: argparse.Namespace) -> None:
+def _require_dictionaries(recorded: RecordedTask, state: dict[str, Any], args: argparse.Namespace) -> None:
     """Compare the dictionaries of the data with those of the training data, if that is still where it was.
 
     Dictionaries of another size do not fit the model; others of the same size would be recorded without a trace.
     """
     if not dictionary_files(args.data):
         raise ArtifactError(f"{args.data} has no dictionary dict*.txt; name a folder made by fairseq-preprocess")
-    task = stored_task(state)
+    task, missing = stored_task(state), None
+    if (
+        recorded.name == "translation"
+        and not task.get("source_lang")
+        and None in data_utils.infer_language_pair(args.data)
+    ):
+        missing = "no text in two languages"
+    elif recorded.name in ("language_modeling", "masked_lm") and not (Path(args.data) / "dict.txt").is_file():
+        missing = "no dictionary dict.txt, as text of one language has"
+    if missing:
+        raise ArtifactError(
+            f"{args.data} has {missing}, but {args.path} is recorded under fairseq's task {recorded.name}; record on "
+            "the data-bin that it was trained with"
+        )
     for side in ("source_lang", "target_lang"):
         if task.get(side) and not (Path(args.data) / f"dict.{task[side]}.txt").is_file():
             raise ArtifactError(

@@ -494,6 +494,7 @@ def test_a_signal_ends_all_processes(running, tmp_path, number):
         (["--target-lang", "fr"], "--target-lang fr: "),
         (["--user-dir", "missing"], "--user-dir missing: there is no such folder"),
         (["--beam", "0"], "--beam 0: a search keeps and returns at least 1 hypothesis"),
+        (["--remove-bpe", "bpe"], "--remove-bpe bpe: fairseq joins the tokens of sentencepiece, subword_nmt"),
         (["--nbest", "0"], "--nbest 0: a search keeps and returns at least 1 hypothesis"),
         (["--constraints"], "--constraints has no meaning for ap-generate; fairseq-interactive reads them"),
         (

@@ -292,6 +292,24 @@ def test_what_a_language_model_cannot_record_is_refused(text_bin, dense_lm, tmp_
     assert f"--max-tokens 6: a block of subset 'train' has {BLOCK} tokens" in refused("--max-tokens", 6)
 
 
+def test_a_model_or_data_of_another_task_is_one_line(data_bin, dense, text_bin, dense_lm, tmp_path, capsys):
+    """They ended in tracebacks of fairseq: a missing attribute, a size mismatch, a missing language pair."""
+    with pytest.raises(SystemExit):
+        record.main([str(x) for x in (data_bin, "--path", dense_lm[0], "-o", tmp_path / "stats", "--cpu")])
+    assert "data-bin has no dictionary dict.txt, as text of one language has" in capsys.readouterr().err
+    translate, continue_text = "pruned_translation", "pruned_language_modeling"
+    for data, model, name, task, other in (
+        (text_bin, dense, "transformer", continue_text, translate),
+        (data_bin, dense_lm[0], "transformer_lm", translate, continue_text),
+    ):
+        message = f"error: --task {task}: {name} is no model for it; give --task {other}"
+        log = run("fairseq-generate", data, *PLUGIN, "--task", task, "--path", model, "--cpu", expect=1)
+        assert message in log.splitlines()[-1] and "Traceback" not in log
+    flags = ["--arch", "pruned_roberta_tiny", "--criterion", "cross_entropy"]
+    log = train_on_text(text_bin, tmp_path, "--task", continue_text, *flags, updates=1, expect=1)
+    assert "pruned_roberta_tiny is no model for it; give --task masked_lm" in log.splitlines()[-1]
+
+
 def test_masks_applied_without_training(text_bin, dense_lm, lm_masks, tmp_path):
     ones, half = tmp_path / "ones.pt", tmp_path / "half.pt"
     run("ap-apply", dense_lm[0], "--attention-masks", "none", "-o", ones)

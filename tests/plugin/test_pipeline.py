@@ -402,7 +402,9 @@ def test_bf16_and_fp16_weights_translate_close_to_fp32(data_bin, all_ones):
             assert (rough.float()[real].argmax(-1) == exact[real].argmax(-1)).float().mean() > 0.9
 
 
-def test_errors_name_the_fault_and_write_nothing(data_bin, dense, stats_file, masks_file, tmp_path, toy_text, capsys):
+def test_errors_name_the_fault_and_write_nothing(
+    data_bin, text_bin, dense, stats_file, masks_file, tmp_path, toy_text, capsys
+):
     """Bad input of each command: one line that names what is wrong and what to do, exit status 2, no output file."""
     out = tmp_path / "out.safetensors"
     cut = tmp_path / "cut.pt"
@@ -418,6 +420,7 @@ def test_errors_name_the_fault_and_write_nothing(data_bin, dense, stats_file, ma
             [data_bin, "--path", dense, "-o", out, "--cpu", "-s", "de"],
             "--source-lang de: .* trained with en",
         ),
+        (record.main, [text_bin, "--path", dense, "-o", out], "text-bin.* has no text in two languages"),
         (record.main, [data_bin, "--path", dense, "-o", out, "--frobnicate"], "unrecognized arguments: --frobnicate"),
         (
             record.main,
