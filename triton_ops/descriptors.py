@@ -1,4 +1,7 @@
-"""Tiles of a head's rows for the tensor memory accelerator (TMA) of Hopper and later."""
+"""What the tensor memory accelerator (TMA) of Hopper and later can read, and where the kernels in Gluon run.
+
+A descriptor holds a tensor's address, shape and strides, and the shape of the tiles that are copied through it.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,12 @@ def tile_block(a: Tensor, b: Tensor, step: int, inner: int) -> list[int] | None:
 
 
 def on_hopper(call: Call, *pairs: tuple[Tensor, Tensor]) -> bool:
-    """Whether the kernels in Gluon compute this call, of which they read and write tiles of each pair of tensors."""
+    """Whether the kernels in Gluon compute this call, on a GPU of compute capability 9.0.
+
+    They take half precision, heads of 64 elements, square tiles of 64 and 128, masks of cells, and no dropout.
+
+    pairs: the tensors (B, H, T, D) of which they read or write tiles; both of a pair by the same blocks.
+    """
     return (
         config.HOPPER
         and call.tile_q == call.tile_k >= 64

@@ -145,7 +145,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor
 
     def build() -> list[Launch]:
         if on_hopper(call, (q, out), (k, v)):
-            from . import hopper_forward  # needs Gluon
+            from . import hopper_forward  # needs Gluon, which is not in triton before 3.6
 
             return hopper_forward.launches(q, k, call)
         config = forward_config(table, dim, q.dtype)

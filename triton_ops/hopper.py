@@ -1,6 +1,19 @@
-"""What the kernels in Gluon for Hopper share (triton 3.6 and later)."""
+"""What the kernels in Gluon for Hopper share (triton 3.6 and later).
+
+A program reads tiles through *rings*: STAGES tiles in shared memory, which the tensor memory accelerator fills ahead.
+Each *slot* of a ring has a barrier, `full`. Who asks for a tile tells the barrier how many bytes to expect; who needs
+it waits for the barrier's *phase*, 0 the first time, 1 the next, and so on in turns: `next_stage` moves both on. A
+tile is asked for only when all warps are done with what the slot held: they meet (`await_warps`), or tell a warp that
+does nothing but load (`hopper_dkdv.py`).
+
+Layouts say which thread holds which elements: `wide` those of scores [BM, BN] (transposed in `hopper_dkdv.py`), `tall`
+those of results [BM, D], `left` those of a factor that a product takes from registers. A product with is_async returns
+at once: its result may be read, and its factors overwritten, after `warpgroup_mma_wait`.
+"""
 
 from __future__ import annotations
+
+from typing import Any
 
 from torch import Tensor
 from triton.experimental import gluon
@@ -8,7 +21,10 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from .launch import Launch
+from .call import Call
+from .config import Config
+from .launch import Launch, launches_of
+from .layout import TileTable
 from .primitives import listed_start
 
 # Their names from triton 3.8 on, and before.
@@ -33,7 +49,7 @@ def tile_start(p_entries, j, n_full, n_total, NI, STEP: gl.constexpr, G: gl.cons
 
 @gluon.jit
 def ask(d_x, ring, full, slot, i_b, i_h, start, pred):
-    """Ask for a tile, where pred is set; `full` says when it is there."""
+    """Ask for the tile of BN positions from `start` on, where pred is set; `full` of the slot says when it is there."""
     mbarrier.expect(full.index(slot), d_x.block_type.nbytes, pred=pred)
     load_tile(d_x, [i_b, i_h, start, 0], full.index(slot), ring.index(slot), pred=pred)
 
@@ -50,7 +66,7 @@ def ask_pair(d_k, d_v, k_ring, v_ring, full, slot, i_b, i_h, start, pred):
 def keep_bits(
     p_words, start, o_m, q_length, k_length, LQ, RS, BM: gl.constexpr, BN: gl.constexpr, layout: gl.constexpr
 ):
-    """As `primitives.keep_bits`, of the keys from `start` on."""
+    """As `primitives.keep_bits`, of the BN keys from `start` on, in the layout of the scores: [BM, BN]."""
     o_n = gl.arange(0, BN, gl.SliceLayout(0, layout))
     b_bits = gl.zeros([BM, BN], gl.int32, layout)
     for i in gl.static_range(BN // 32):
@@ -64,9 +80,37 @@ def keep_bits(
 
 
 class HopperLaunch(Launch):
-    """A launch whose descriptors say how tiles lie in shared memory."""
+    """A launch with descriptors of Gluon, which also say how tiles lie in shared memory: as products read them."""
 
     def _descriptor(self, x: Tensor, block: list[int]) -> TensorDescriptor:
         swizzle = 0 if len(block) == 1 else min(128, block[-1] * x.element_size())
         layout = gl.NVMMASharedLayout(swizzle, 8 * x.element_size(), len(block))
         return TensorDescriptor(x, list(x.shape), list(x.stride()), block, layout)
+
+
+def hopper_launches(
+    kernel: Any,
+    q: Tensor,
+    k: Tensor,
+    call: Call,
+    table: TileTable,
+    n_tiles: int,
+    config: Config,
+    blocks: dict[str, list[int]],
+    **numbers: Any,
+) -> list[Launch]:
+    """Launches of a kernel in Gluon over all tiles of all heads.
+
+    table: of the lists that it follows.
+    n_tiles: of a head, each for one program.
+    blocks: shapes of the tiles that it reads or writes, by the names of the descriptors.
+    numbers: arguments that not all of these kernels take.
+    """
+    batch, heads, q_size, dim = q.shape
+    of_call = call.numbers()  # of which dropout and masks of offsets have no part here
+    numbers |= {name: of_call[name] for name in ("MH", "KW", "LQ", "RS", "scale_log2")}
+    numbers |= dict(
+        H=heads, TQ=q_size, TK=k.size(2), D=dim, NO=table.entries.size(1), NI=table.entries.size(2),
+        BM=config.block_q, BN=config.block_k, G=table.inner, GO=table.outer, STAGES=config.stages,
+    )  # fmt: skip
+    return launches_of(kernel, n_tiles, heads, batch, numbers, config, blocks, HopperLaunch)

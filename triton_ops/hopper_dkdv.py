@@ -23,13 +23,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from .call import Call
 from .config import Config, ceil_div
 from .descriptors import aligned_row
-from .hopper import HopperLaunch, load_tile, next_stage, store_tile, tile_start
-from .launch import Launch, launches_of
+from .hopper import hopper_launches, load_tile, next_stage, store_tile, tile_start
+from .launch import Launch
 from .primitives import RUN_TIME, list_lengths, sequence_length
 
-KEYS, QUERIES, STAGES = 64, 64, 3
 # Half of the registers of a multiprocessor. Those that the loading warp leaves go to the others.
-CONFIG = Config(QUERIES, KEYS, 4, STAGES, 128)
+CONFIG = Config(64, 64, 4, 3, 128)
 LOADING_REGISTERS = gl.constexpr(24)
 THREADS = gl.constexpr(160)  # of the five warps
 FIRST_BARRIER = gl.constexpr(9)  # named barriers of the stages; Triton has the first few
@@ -46,6 +45,7 @@ def _release(slot, pred):
 
 @gluon.jit
 def _await_release(slot, pred):
+    """Wait, where pred is set, until all four warps have let a stage go."""
     gl.inline_asm_elementwise(
         "{ .reg .pred some; setp.ne.u32 some, $3, 0; @some bar.sync $1, $2; mov.u32 $0, 0; }", "=r,r,r,r",
         [slot + FIRST_BARRIER, THREADS, pred.to(gl.int32)], gl.int32, is_pure=False, pack=1,
@@ -53,9 +53,12 @@ def _await_release(slot, pred):
 
 
 @gluon.jit
-def _load(run, lists, BM: gl.constexpr, G: gl.constexpr, STAGES: gl.constexpr):
-    """Fill the ring with tiles of all listed queries, a part that is not there with zeros."""
-    d_q, d_do, d_pivot, d_delta, q_ring, do_ring, pivot_ring, delta_ring, full, i_b, i_h, i_row = run
+def _load(loads, lists, BM: gl.constexpr, G: gl.constexpr, STAGES: gl.constexpr):
+    """Fill the rings with tiles of all listed queries, and with zeros where a tile reaches past the last query.
+
+    This is what the loading warp does. Arguments come in tuples, as `warp_specialize` passes them on.
+    """
+    d_q, d_do, d_pivot, d_delta, q_ring, do_ring, pivot_ring, delta_ring, full, i_b, i_h, i_row = loads
     p_entries, n_full, n_total, NI = lists
     BYTES: gl.constexpr = d_q.block_type.nbytes + d_do.block_type.nbytes + 8 * BM
     slot = 0
@@ -76,7 +79,13 @@ def _load(run, lists, BM: gl.constexpr, G: gl.constexpr, STAGES: gl.constexpr):
 def _add(
     run, lists, tail, out, D: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, G: gl.constexpr, STAGES: gl.constexpr
 ):
-    """Add what all listed queries contribute to dK and dV of BN keys, and write them."""
+    """Add what all listed queries contribute to dK and dV of BN keys, and write them: what the other four warps do.
+
+    run      rings, K and V of the program, the barriers of both, the number of tiles without a mask
+    lists    as of `_load`
+    tail     what else the tiles after them need
+    out      where dK and dV go
+    """
     q_ring, do_ring, pivot_ring, delta_ring, k_own, v_own, full, own, n_tiles, scale_log2 = run
     p_entries, n_full, n_total, NI = lists
     p_words, q_length, LQ, RS = tail
@@ -235,15 +244,8 @@ def _hopper_dkdv_kernel(
 
 def launches(q: Tensor, k: Tensor, call: Call) -> list[Launch]:
     """Launches that write dK and dV, of the tensors that `_hopper_dkdv_kernel` names."""
-    table = call.key_table()
-    names = ("MH", "KW", "LQ", "RS", "scale_log2")
-    numbers = dict(
-        H=q.size(1), TQ=q.size(2), TK=k.size(2), TR=aligned_row(q.size(2)), scale=call.scale, D=q.size(3),
-        NO=table.entries.size(1), NI=table.entries.size(2), BM=QUERIES, BN=KEYS, G=table.inner, GO=table.outer,
-        STAGES=STAGES, **{name: call.numbers()[name] for name in names},
-    )  # fmt: skip
-    tiles = [1, 1, QUERIES, q.size(3)], [1, 1, KEYS, q.size(3)]
-    blocks = dict.fromkeys(("d_q", "d_do"), tiles[0]) | dict.fromkeys(("d_k", "d_v", "d_dk", "d_dv"), tiles[1])
-    blocks |= dict.fromkeys(("d_pivot", "d_delta"), [QUERIES])
-    n_tiles = ceil_div(k.size(2), KEYS)
-    return launches_of(_hopper_dkdv_kernel, n_tiles, q.size(1), q.size(0), numbers, CONFIG, blocks, HopperLaunch)
+    queries, keys = [1, 1, CONFIG.block_q, q.size(3)], [1, 1, CONFIG.block_k, q.size(3)]
+    blocks = dict.fromkeys(("d_q", "d_do"), queries) | dict.fromkeys(("d_k", "d_v", "d_dk", "d_dv"), keys)
+    blocks |= dict.fromkeys(("d_pivot", "d_delta"), [CONFIG.block_q])
+    kernel, n_tiles, row = _hopper_dkdv_kernel, ceil_div(k.size(2), CONFIG.block_k), aligned_row(q.size(2))
+    return hopper_launches(kernel, q, k, call, call.key_table(), n_tiles, CONFIG, blocks, TR=row, scale=call.scale)

@@ -20,12 +20,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from .call import Call
 from .config import Config, ceil_div
-from .hopper import HopperLaunch, ask_pair, await_warps, keep_bits, load_tile, next_stage, store_tile, tile_start
-from .launch import Launch, launches_of
+from .hopper import ask_pair, await_warps, hopper_launches, keep_bits, load_tile, next_stage, store_tile, tile_start
+from .launch import Launch
 from .primitives import LOG2E, RUN_TIME, list_lengths, sequence_length
 
-QUERIES, KEYS, STAGES = 64, 64, 2
-CONFIG = Config(QUERIES, KEYS, 4, STAGES, 128)
+CONFIG = Config(64, 64, 4, 2, 128)
 
 
 @gluon.jit(do_not_specialize=RUN_TIME)
@@ -37,7 +36,7 @@ def _hopper_dq_kernel(
 ):  # fmt: skip
     """dQ of BM queries of one head of one sentence, δ and pivots: as `backward._dq_kernel`.
 
-    d_q ... d_dq  descriptors of tiles of these tensors
+    d_q ... d_dq  descriptors of tiles of these tensors; dQ is written through its own
     """
     wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
     tall: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
@@ -168,14 +167,7 @@ def _hopper_dq_kernel(
 
 def launches(q: Tensor, k: Tensor, row: int, call: Call) -> list[Launch]:
     """Launches that write dQ, δ and pivots, in rows of *row* numbers, of the tensors that `_hopper_dq_kernel` names."""
-    table = call.query_table()
-    names = ("MH", "KW", "LQ", "RS", "scale_log2")
-    numbers = dict(
-        H=q.size(1), TQ=q.size(2), TK=k.size(2), TR=row, scale=call.scale, D=q.size(3), NO=table.entries.size(1),
-        NI=table.entries.size(2), BM=QUERIES, BN=KEYS, G=table.inner, GO=table.outer, STAGES=STAGES,
-        **{name: call.numbers()[name] for name in names},
-    )  # fmt: skip
-    queries, keys = [1, 1, QUERIES, q.size(3)], [1, 1, KEYS, q.size(3)]
+    queries, keys = [1, 1, CONFIG.block_q, q.size(3)], [1, 1, CONFIG.block_k, q.size(3)]
     blocks = dict.fromkeys(("d_q", "d_o", "d_do", "d_dq"), queries) | dict.fromkeys(("d_k", "d_v"), keys)
-    n_tiles = ceil_div(q.size(2), QUERIES)
-    return launches_of(_hopper_dq_kernel, n_tiles, q.size(1), q.size(0), numbers, CONFIG, blocks, HopperLaunch)
+    kernel, n_tiles = _hopper_dq_kernel, ceil_div(q.size(2), CONFIG.block_q)
+    return hopper_launches(kernel, q, k, call, call.query_table(), n_tiles, CONFIG, blocks, TR=row, scale=call.scale)

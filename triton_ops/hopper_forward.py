@@ -21,12 +21,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from .call import Call
 from .config import Config, ceil_div
-from .hopper import HopperLaunch, ask, await_warps, keep_bits, load_tile, next_stage, store_tile, tile_start
-from .launch import Launch, launches_of
+from .hopper import ask, await_warps, hopper_launches, keep_bits, load_tile, next_stage, store_tile, tile_start
+from .launch import Launch
 from .primitives import LN2, NO_KEY, RUN_TIME, list_lengths, sequence_length
 
-QUERIES, KEYS, STAGES = 64, 64, 2
-CONFIG = Config(QUERIES, KEYS, 4, STAGES, 128)
+CONFIG = Config(64, 64, 4, 2, 128)
 
 
 @gluon.jit
@@ -56,7 +55,7 @@ def _hopper_forward_kernel(
 ):  # fmt: skip
     """O and the log-sum-exp of BM queries of one head of one sentence: as `forward._forward_kernel`.
 
-    d_q ... d_o  descriptors of tiles of these tensors
+    d_q ... d_o  descriptors of tiles of these tensors; O is written through its own
     """
     wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
     tall: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
@@ -180,14 +179,7 @@ def _hopper_forward_kernel(
 
 def launches(q: Tensor, k: Tensor, call: Call) -> list[Launch]:
     """Launches that write the output and lse, of the tensors that `_hopper_forward_kernel` names."""
-    table = call.query_table()
-    names = ("MH", "KW", "LQ", "RS", "scale_log2")
-    numbers = dict(
-        H=q.size(1), TQ=q.size(2), TK=k.size(2), D=q.size(3), NO=table.entries.size(1), NI=table.entries.size(2),
-        BM=QUERIES, BN=KEYS, G=table.inner, GO=table.outer, STAGES=STAGES,
-        **{name: call.numbers()[name] for name in names},
-    )  # fmt: skip
-    queries, keys = [1, 1, QUERIES, q.size(3)], [1, 1, KEYS, q.size(3)]
+    queries, keys = [1, 1, CONFIG.block_q, q.size(3)], [1, 1, CONFIG.block_k, q.size(3)]
     blocks = dict(d_q=queries, d_k=keys, d_v=keys, d_o=queries)
-    n_tiles = ceil_div(q.size(2), QUERIES)
-    return launches_of(_hopper_forward_kernel, n_tiles, q.size(1), q.size(0), numbers, CONFIG, blocks, HopperLaunch)
+    n_tiles = ceil_div(q.size(2), CONFIG.block_q)
+    return hopper_launches(_hopper_forward_kernel, q, k, call, call.query_table(), n_tiles, CONFIG, blocks)
