@@ -305,25 +305,10 @@ def backward(
             D=q.size(3), BD=power_of_two(q.size(3)), PRECISION=precision(q.dtype), **call.numbers(),
         )  # fmt: skip
 
-    def dq_launches() -> list[Launch]:
-        if on_hopper(call, (q, grad_out), (k, v), (out, dq)):
-            from . import hopper_dq  # needs Gluon
-
-            return hopper_dq.launches(q, k, delta.size(2), call)
-        config = dq_config(queries, q.size(3), q.dtype)
-        numbers = dict(
-            **strides(o=out, dq=dq), TR=delta.size(2), NO=queries.entries.size(1), NI=queries.entries.size(2),
-            BM=config.block_q, BN=config.block_k, G=queries.inner, GO=queries.outer,
-            INT32_OFFSETS=int32_offsets(k, v), **shared(),
-        )  # fmt: skip
-        blocks = dict.fromkeys(("d_k", "d_v"), _block(k, v, config.block_k, queries.inner))
-        n_tiles = ceil_div(q.size(2), config.block_q)
-        return launches_of(_dq_kernel, n_tiles, q.size(1), q.size(0), numbers, config, blocks)
-
     def dkdv_launches() -> list[Launch]:
         counted = q.size(0) * q.size(1) * aligned_row(q.size(2))  # in int32
         if counted < 2**31 and on_hopper(call, (q, grad_out), (k, v), (dk, dv)):
-            from . import hopper_dkdv  # needs Gluon
+            from . import hopper_dkdv  # needs Gluon, which is not in triton before 3.6
 
             return hopper_dkdv.launches(q, k, call)
         config = dkdv_config(keys, q.size(3), q.dtype)
@@ -336,34 +321,55 @@ def backward(
         n_tiles = ceil_div(k.size(2), config.block_k)
         return launches_of(_dkdv_kernel, n_tiles, q.size(1), q.size(0), numbers, config, blocks)
 
+    # The kernel of dK and dV is chosen first, as what it reads decides what that of dQ writes. It runs last.
     at_16_bytes = aligned(k, v), aligned(q, grad_out)
     for_dkdv = call.launches(("dkdv", *at_16_bytes), dkdv_launches, q, k, v, grad_out)
-    in_gluon = for_dkdv[0].kernel is not _dkdv_kernel
-    delta, pivot = torch.empty_like(lse), None
-    if in_gluon:
+    pivot: Tensor | None = None
+    if for_dkdv[0].kernel is _dkdv_kernel:
+        delta = torch.empty_like(lse)
+    else:  # in Gluon: it reads tiles of both
         delta, pivot = lse.new_empty(2, *q.shape[:2], aligned_row(q.size(2))).unbind()
-    rows = dict(p_lse=lse, p_dlse=grad_lse, p_delta=delta, p_pivot=pivot)
+
+    def dq_launches() -> list[Launch]:
+        if on_hopper(call, (q, grad_out), (k, v), (out, dq)):
+            from . import hopper_dq  # likewise
+
+            return hopper_dq.launches(q, k, delta.size(2), call)
+        config = dq_config(queries, q.size(3), q.dtype)
+        numbers = dict(
+            **strides(o=out, dq=dq), TR=delta.size(2), NO=queries.entries.size(1), NI=queries.entries.size(2),
+            BM=config.block_q, BN=config.block_k, G=queries.inner, GO=queries.outer,
+            INT32_OFFSETS=int32_offsets(k, v), **shared(),
+        )  # fmt: skip
+        blocks = dict.fromkeys(("d_k", "d_v"), _block(k, v, config.block_k, queries.inner))
+        n_tiles = ceil_div(q.size(2), config.block_q)
+        return launches_of(_dq_kernel, n_tiles, q.size(1), q.size(0), numbers, config, blocks)
+
     lists = dict(p_words=call.words, p_entries=queries.entries, p_counts=queries.counts)
     lengths = dict(p_q_lengths=call.q_lengths, p_k_lengths=call.k_lengths)
-    kind = "dq", *at_16_bytes, aligned(out), grad_lse is None, in_gluon
+    kind = "dq", *at_16_bytes, aligned(out), grad_lse is None, pivot is None
     for launch in call.launches(kind, dq_launches, q, k, v, grad_out, out):
-        if launch.kernel is not _dq_kernel:
-            launch(**rows, **lists, **lengths, d_q=q, d_k=k, d_v=v, d_o=out, d_do=grad_out, d_dq=dq)
-            continue
-        launch(
-            p_q=q, p_k=k, p_v=v, p_o=out, p_do=grad_out, p_lse=lse, p_dlse=grad_lse, p_dq=dq, p_delta=delta,
-            p_pivot=pivot, **lists, **call.tensors(), d_k=k, d_v=v,
-        )  # fmt: skip
+        if launch.kernel is _dq_kernel:
+            launch(
+                p_q=q, p_k=k, p_v=v, p_o=out, p_do=grad_out, p_lse=lse, p_dlse=grad_lse, p_dq=dq, p_delta=delta,
+                p_pivot=pivot, **lists, **call.tensors(), d_k=k, d_v=v,
+            )  # fmt: skip
+        else:
+            launch(
+                p_lse=lse, p_dlse=grad_lse, p_delta=delta, p_pivot=pivot, **lists, **lengths,
+                d_q=q, d_k=k, d_v=v, d_o=out, d_do=grad_out, d_dq=dq,
+            )  # fmt: skip
+
     lists = dict(p_words=call.words, p_entries=keys.entries, p_counts=keys.counts)
     for launch in for_dkdv:
-        if pivot is not None:
+        if pivot is None:
+            launch(
+                p_q=q, p_k=k, p_v=v, p_do=grad_out, p_lse=lse, p_delta=delta, p_dk=dk, p_dv=dv,
+                **lists, **call.tensors(), d_q=q, d_do=grad_out,
+            )  # fmt: skip
+        else:
             launch(
                 **lists, **lengths, d_q=q, d_k=k, d_v=v,
                 d_do=grad_out, d_dk=dk, d_dv=dv, d_pivot=pivot.view(-1), d_delta=delta.view(-1),
             )  # fmt: skip
-            continue
-        launch(
-            p_q=q, p_k=k, p_v=v, p_do=grad_out, p_lse=lse, p_delta=delta, p_dk=dk, p_dv=dv,
-            **lists, **call.tensors(), d_q=q, d_do=grad_out,
-        )  # fmt: skip
     return dq, dk, dv
