@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,6 +14,9 @@ from .beam_state import BeamState
 from .dense import attend_dense, draw_seed
 from .layout import AttentionLayout, Layout
 from .reference import decode_reference, laid_out_as, without_padding
+
+if TYPE_CHECKING:
+    from .call import Call
 
 HEAD_SIZES = (16, 32, 64, 96, 128)
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -217,6 +221,20 @@ def _call_key(
     return shapes, strides, types, devices, *kinds, _wants_grad(q, k, v), *options
 
 
+def _kernel_call(
+    q: Tensor, k: Tensor, v: Tensor, layout: Layout, dropout_p: float, scale: float, *, remembered: bool
+) -> Call:
+    """What the kernels read beside q, k and v, but for lengths and seed, which `Call.on` adds."""
+    from .call import Call
+    from .small import small_size
+
+    small = small_size(q.size(2), k.size(2), q.size(3), q.dtype) is not None
+    tables = [] if small else layout.tables(_wants_grad(q, k, v))
+    mask = layout.words, layout.row_shift, tables, *layout.tile
+    alike: dict | None = {} if remembered else None
+    return Call(*mask, None, None, None, dropout_p, scale, layout.slope, layout.anchor, alike)
+
+
 def block_sparse_attention(
     q: Tensor,
     k: Tensor,
@@ -273,20 +291,19 @@ def block_sparse_attention(
     if q.dim() != 4 or k.dim() != 4 or v.dim() != 4:
         raise ValueError(f"q, k, v must be (B, H, T, D), got {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}")
     q, k, v = _autocast(q, k, v)
-    key: tuple | None = None
-    if not torch.compiler.is_compiling():
-        options = causal, dropout_p, scale, backend, return_lse, return_probs
-        key = _call_key((q, k, v, q_lengths, k_lengths), seed, options)
-        known = None if key is None else layout.known_calls.get(key)
-        if known is not None:
-            attend, call = known
-            for name, lengths, size in (("q_lengths", q_lengths, q.size(2)), ("k_lengths", k_lengths, k.size(2))):
-                if lengths is not None and not lengths.is_cuda:
-                    check_length_values(name, lengths, size)
-            if dropout_p > 0 and seed is None:
-                seed = draw_seed(q.device)
-            out, lse = attend(q, k, v, call.on(q_lengths, k_lengths, seed if dropout_p > 0 else None))
-            return (out, lse) if return_lse else out
+    options = causal, dropout_p, scale, backend, return_lse, return_probs
+    key = None if torch.compiler.is_compiling() else _call_key((q, k, v, q_lengths, k_lengths), seed, options)
+    known = None if key is None else layout.known_calls.get(key)
+    if known is not None:  # like an earlier call: no function of its own, whose call would cost each of them time
+        attend, call = known
+        for name, values, size in (("q_lengths", q_lengths, q.size(2)), ("k_lengths", k_lengths, k.size(2))):
+            if values is not None and not values.is_cuda:
+                check_length_values(name, values, size)
+        if dropout_p > 0 and seed is None:
+            seed = draw_seed(q.device)
+        out, lse = attend(q, k, v, call.on(q_lengths, k_lengths, seed if dropout_p > 0 else None))
+        return (out, lse) if return_lse else out
+
     _check_sizes(q, k, v, layout)
     (batch, _, q_size, dim), k_size = q.shape, k.size(2)
     if not 0.0 <= dropout_p < 1.0:
@@ -317,19 +334,12 @@ def block_sparse_attention(
         if not kernels:
             return _results(out, lse if return_lse else None, probs if return_probs else None)
 
-    from .call import Call
     from .ops import attend  # imports triton, which sdpa does not need
-    from .small import small_size
 
     if dropout_p > 0 and seed is None:
         seed = draw_seed(q.device)
     read = layout.causal() if causal and isinstance(layout, AttentionLayout) else layout
-    small = small_size(q_size, k_size, dim, q.dtype) is not None
-    tables = [] if small else read.tables(_wants_grad(q, k, v))
-    mask = read.words, read.row_shift, tables, *read.tile
-    alike: dict | None = None if key is None else {}
-    how = dropout_p, scale, read.slope, read.anchor
-    call = Call(*mask, None, None, None, *how, alike)
+    call = _kernel_call(q, k, v, read, dropout_p, scale, remembered=key is not None)
     if key is not None and probs is None:
         layout.remember(key, (attend, call))
     rows = tuple(_rows(x) for x in (q, k, v))

@@ -9,7 +9,7 @@ device of the mask, once per attention site.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -325,8 +325,7 @@ class AttentionLayout(Layout):
         words = self.words.to(device)
         if words is self.words:
             return self
-        sizes = self.q_size, self.k_size, self.tile, self.row_group, self.is_causal
-        return AttentionLayout(words, *sizes)
+        return replace(self, words=words)
 
     def causal(self) -> AttentionLayout:
         """This layout with the cells j > i removed: kept after the first call, with words of its own, row by row."""

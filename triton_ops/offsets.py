@@ -78,8 +78,7 @@ class OffsetLayout(Layout):
         """The same layout on another device (itself when it is there already)."""
         if self.words.device == torch.device(device):
             return self
-        moved = (x.to(device) for x in (self.words, self.anchor, self.keep))
-        words, anchor, keep = moved
+        words, anchor, keep = (x.to(device) for x in (self.words, self.anchor, self.keep))
         return OffsetLayout(words, self.k_size, self.slope, anchor, keep)
 
     def tables(self, training: bool) -> list[Tensor]:
