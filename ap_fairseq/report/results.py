@@ -42,7 +42,7 @@ class System:
         variant: its schedule, or the part of its name after the last point (such as ``tuned``), or "".
         pruned: the kinds with a budget or, where no budgets are given, with pruned pairs.
         sparsity: effective sparsity of each kind, in [0, 1]; empty if the file only gives the total.
-        total: effective sparsity over the kinds that the system prunes, in [0, 1].
+        total: effective sparsity over the kinds that the system prunes, in [0, 1]; None where nothing is known of it.
         scores: {"BLEU": ..., "chrF2": ...}, 0 to 100.
         half_widths: half of the 95% bootstrap interval over test sentences, where the file holds it (``ap-evaluate
             --significance bootstrap``).
@@ -56,7 +56,7 @@ class System:
     variant: str
     pruned: list[str]
     sparsity: dict[str, float]
-    total: float
+    total: float | None
     scores: dict[str, float]
     half_widths: dict[str, float] = field(default_factory=dict)
     signatures: dict[str, str] = field(default_factory=dict)
@@ -146,13 +146,13 @@ def _system(record: Any, where: str, pairs: Mapping[str, int]) -> System:
         half_width = record.get(f"{key}_ci", nested.get("ci"))
         if half_width is not None:
             half_widths[metric] = read_number(half_width, f"{where}: {key}_ci", 100)
-    sparsity, given_total = _sparsity(record, where)
+    sparsity, total = _sparsity(record, where)
     pruned = _pruned_kinds(record, sparsity)
     weights = {kind: pairs[kind] for kind in pruned if kind in pairs}
     if weights:
         total = sum(weight * sparsity[kind] for kind, weight in weights.items()) / sum(weights.values())
-    else:
-        total = given_total
+    elif total is None and (knows_masks(record) or _spec(record).get("criterion") == "dense"):
+        total = 0.0
     variant = str(record.get("schedule") or (name.rpartition(".")[2] if "." in name else ""))
     series = _series(record, sparsity, pruned, variant)
     seed, settings = record.get("seed"), _settings(record)
@@ -168,11 +168,11 @@ def read_number(value: Any, where: str, most: float) -> float:
     return float(value)
 
 
-def _sparsity(record: dict, where: str) -> tuple[dict[str, float], float]:
-    """Return the effective sparsity of each kind, where given, and the total, 0 if it is not given."""
+def _sparsity(record: dict, where: str) -> tuple[dict[str, float], float | None]:
+    """Return the effective sparsity of each kind, and the total, as far as they are given."""
     given = record.get("effective_sparsity")
     if given is None:
-        parts = {**_object(record, "sparsity", where), "total": record.get("total") or 0.0}
+        parts = {**_object(record, "sparsity", where), "total": record.get("total")}
         given = {name: part.get("effective") if isinstance(part, dict) else part for name, part in parts.items()}
     if not isinstance(given, dict):
         return {}, read_number(given, f"{where}: effective_sparsity", 1)
@@ -181,7 +181,8 @@ def _sparsity(record: dict, where: str) -> tuple[dict[str, float], float]:
         for kind in AttentionKind
         if given.get(kind.value) is not None
     }
-    return sparsity, read_number(given.get("total", 0.0), f"{where}: total effective sparsity", 1)
+    total = given.get("total")
+    return sparsity, None if total is None else read_number(total, f"{where}: total effective sparsity", 1)
 
 
 def _spec(record: dict) -> dict[str, Any]:
@@ -250,11 +251,11 @@ def curves(systems: Iterable[System], metric: str) -> dict[str | None, list[Poin
 def _points(systems: Iterable[System]) -> list[list[System]]:
     """Put systems of different seeds and nearly the same sparsity together, in ascending order of sparsity."""
     points: list[list[System]] = []
-    for system in sorted(systems, key=lambda system: system.total):
+    for system in sorted(systems, key=_place):
         others = [
             runs
             for runs in points
-            if system.total - runs[0].total <= 0.005 and all(run.seed not in (None, system.seed) for run in runs)
+            if _place(system) - _place(runs[0]) <= 0.005 and all(run.seed not in (None, system.seed) for run in runs)
         ]
         if others and system.seed is not None:
             others[-1].append(system)
@@ -273,4 +274,9 @@ def _point(runs: list[System], metric: str) -> Point:
     elif metric in runs[0].half_widths:
         half = runs[0].half_widths[metric]
         interval = Interval(mean - half, mean + half, "bootstrap over test sentences")
-    return Point(float(np.mean([run.total for run in runs])), mean, interval, len(runs), runs[0].name)
+    return Point(float(np.mean([_place(run) for run in runs])), mean, interval, len(runs), runs[0].name)
+
+
+def _place(system: System) -> float:
+    """Where a system lies along its series: those of unknown sparsity are lines that have no place."""
+    return 0.0 if system.total is None else system.total

@@ -104,6 +104,7 @@ def test_a_system_without_a_checkpoint_is_not_called_dense(tmp_path):
     path = tmp_path / "lines.jsonl"
     path.write_text("\n".join(map(json.dumps, lines)))
     systems = results.read_systems(path, PAIRS)
+    assert [system.total for system in systems] == [None, 0.5, 0.5]  # in summary.json: not 0, which says dense
     assert [row[1] for row in tables.systems_table(systems).rows] == ["–", "mean", "unnamed criterion"]
     figure = plots.quality(systems)
     assert figure.alt.startswith("text BLEU 20.0; mean at 50% BLEU 20.0; unnamed criterion at 50%")
