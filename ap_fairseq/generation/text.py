@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from fairseq import tasks, utils
 from torch.utils.data import default_convert
@@ -25,10 +24,9 @@ from ap_fairseq.experiments.stages import lines_of
 from ap_fairseq.files import ArtifactError, UserError, atomic_output, file_sha256, require_file, write_json, write_text
 from ap_fairseq.generation.loading import checkpoint_files
 from ap_fairseq.generation.ranks import run_ranks
-from ap_fairseq.generation.translator import LineBatch, Translator
+from ap_fairseq.generation.translator import Found, LineBatch, Translator
 from ap_fairseq.generation.workers import Workers, spare_processes
 from ap_fairseq.provenance import dictionary_hashes, versions
-from ap_fairseq.search.hypotheses import Hypotheses
 
 logger = logging.getLogger(__name__)
 
@@ -155,7 +153,7 @@ def translate_parts(rank: int, cfg, text: Text, folder: Path, todo: list[int], r
             write(number, len(sources), [])
         return batches
 
-    def write(number: int, n_lines: int, found: list[tuple[np.ndarray, Hypotheses]]) -> None:
+    def write(number: int, n_lines: int, found: list[Found]) -> None:
         lines = translator.decode(n_lines, found)
         write_text(folder / f"part{number:06}.txt", "".join(f"{line}\n" for line in lines))
 
@@ -168,18 +166,22 @@ def translate_parts(rank: int, cfg, text: Text, folder: Path, todo: list[int], r
                 yield default_convert(batch.sample)
 
     with Workers(1 + spare_processes(ranks, MAX_HELPERS, cfg.common.cpu), read=read, write=write) as workers:
-        found: list[tuple[np.ndarray, Hypotheses]] = []  # of a part
+        found: list[Found] = []  # of a part
+        done = 0
         for sample in translator.look_ahead(samples()):
             batch = waiting.popleft()
             if not found:  # sampling does not depend on what this process did before
                 utils.set_torch_seed(cfg.common.seed + batch.part)
                 torch.empty((), dtype=torch.int64).random_()  # as fairseq's loader: a seed samples what it always did
-            found.append((batch.lines, translator.search(sample)))
+            hypotheses = translator.search(sample)
+            found.append(Found(batch.lines, hypotheses.tokens, hypotheses.lengths))
             if batch.last:
                 workers.submit("write", batch.part, batch.n_lines, found)
                 found = []
-                print(f"progress: {mine.index(batch.part) + 1} / {len(mine)} parts", flush=True)
-    print(f"progress: {len(mine)} / {len(mine)} parts", flush=True)  # the last may be empty
+                done = mine.index(batch.part) + 1
+                print(f"progress: {done} / {len(mine)} parts", flush=True)
+    if done < len(mine):  # the last parts are empty
+        print(f"progress: {len(mine)} / {len(mine)} parts", flush=True)
 
 
 # -- what the parts were made with ------------------------------------------------------------------------------------

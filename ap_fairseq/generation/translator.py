@@ -37,6 +37,20 @@ class LineBatch(NamedTuple):
     sample: dict[str, Any]
 
 
+class Found(NamedTuple):
+    """The translations of a batch, without scores, which nothing writes.
+
+    Attributes:
+        lines: int64 (B,), their numbers in the part.
+        tokens: int64 (sum of lengths,), of all, one after the other.
+        lengths: int64 (B,), tokens of each.
+    """
+
+    lines: np.ndarray
+    tokens: np.ndarray
+    lengths: np.ndarray
+
+
 class Translator:
     """Models that translate lines as ``fairseq-interactive`` does with the same configuration."""
 
@@ -109,11 +123,11 @@ class Translator:
         """Return the best hypothesis of each sentence of a batch of fairseq's."""
         return Hypotheses.of(self.hub.task.inference_step(self.generator, self.hub.models, sample), 1)
 
-    def decode(self, n_lines: int, found: list[tuple[np.ndarray, Hypotheses]]) -> list[str]:
+    def decode(self, n_lines: int, found: list[Found]) -> list[str]:
         """Return the lines of a part, detokenised, from those of each batch; others are empty."""
         lines = [""] * n_lines
-        for numbers, hypotheses in found:
-            for number, tokens in zip(numbers.tolist(), split(hypotheses.tokens, hypotheses.lengths), strict=True):
+        for batch in found:
+            for number, tokens in zip(batch.lines.tolist(), split(batch.tokens, batch.lengths), strict=True):
                 lines[number] = self._decode(tokens)
         return lines
 

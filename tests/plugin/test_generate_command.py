@@ -29,9 +29,8 @@ from ap_fairseq.generation import text as generation_text
 from ap_fairseq.generation.lines import BatchLines
 from ap_fairseq.generation.loading import load_faster
 from ap_fairseq.generation.text import Text
-from ap_fairseq.generation.translator import Translator
+from ap_fairseq.generation.translator import Found, Translator
 from ap_fairseq.model.checkpoints import load_checkpoint
-from ap_fairseq.search.hypotheses import Hypotheses
 
 AP_GENERATE = [sys.executable, "-m", "ap_fairseq.cli.generate"]
 TWO = ["--cpu", "--num-processes", "2", "--num-workers", "0"]
@@ -611,6 +610,5 @@ def test_a_line_that_a_bpe_of_bytes_spells_stays_in_one_line():
     translator = Translator.__new__(Translator)
     translator.hub, translator.stripped, translator.post_process = Mock(), set(), None
     translator.hub.detokenize.return_value = "one\ntwo"
-    numbers = np.array([4, 2])
-    best = Hypotheses(counts=np.array([1]), scores=None, lengths=np.array([2]), tokens=numbers, positional_scores=None)
-    assert translator.decode(2, [(np.array([0]), best)]) == ["one two", ""]
+    found = Found(lines=np.array([0]), tokens=np.array([4, 2]), lengths=np.array([2]))
+    assert translator.decode(2, [found]) == ["one two", ""]

@@ -297,7 +297,10 @@ def test_a_text_is_searched_across_its_parts(data_bin, dense, toy_text, tmp_path
     assert seen.read_text() == "True True\n" * 3 + "True False\n"
     for folder in ("expected", "found"):  # parts without text are read, and written, before others are searched
         log = (tmp_path / folder / "rank0.log").read_text()
-        assert re.findall(r"progress: (\d) / 4 parts", log) == ["1", "3", "4", "4"]
+        assert re.findall(r"progress: (\d) / 4 parts", log) == ["1", "3", "4"]
+    path.write_text(f"{one}\n\n\n")
+    assert translate_lines(data_bin, dense, tmp_path / "empty", path)[1] == "\n"
+    assert re.findall(r"progress: (\d) / 2 parts", (tmp_path / "empty" / "rank0.log").read_text()) == ["1", "2"]
 
 
 @by_forks
