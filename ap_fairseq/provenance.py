@@ -137,14 +137,6 @@ def dictionary_hashes(task) -> dict[str, str]:
     return {"source": dictionary_sha256(task.source_dictionary), "target": dictionary_sha256(task.target_dictionary)}
 
 
-def device_name(cpu: bool = False) -> str:
-    """Return the name of the GPU, or such as ``CPU (x86_64), 2 threads`` where there is none or *cpu* asks for that."""
-    if torch.cuda.is_available() and not cpu:
-        return torch.cuda.get_device_name()
-    n = torch.get_num_threads()
-    return f"CPU ({platform.machine()}), {n} thread{'s' if n > 1 else ''}"
-
-
 def versions() -> dict[str, str]:
     """Return the versions of everything that can change a number."""
     return {

@@ -35,15 +35,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import sacrebleu
-import torch
 from dense_checkpoint import stock_checkpoint
 from fairseq.data import data_utils
 from provenance import git_commit
 
+from ap_fairseq.devices import count_gpus, device_name
 from ap_fairseq.evaluation.tables import Table, markdown
 from ap_fairseq.experiments.stages import PLUGIN
 from ap_fairseq.files import UserError, refuse_existing, write_json
-from ap_fairseq.provenance import device_name, versions
+from ap_fairseq.provenance import versions
 from ap_fairseq.tasks import PrunedTranslationConfig, PrunedTranslationTask
 
 MAX_SCORED = 40_000  # pairs, evenly spread: sacreBLEU takes as long as a command
@@ -207,7 +207,7 @@ def main() -> None:
     if not (args.data and args.path and args.out):
         parser.error("name DATA_BIN, --path and --out, or a result file with --table")
     args.places = args.places or [(int(not args.cpu), 1)]
-    most = 0 if args.cpu else torch.cuda.device_count()
+    most = count_gpus(args.cpu)
     if wrong := [gpus for gpus, _ in args.places if gpus > most or (not gpus and not args.cpu)]:
         parser.error(f"--places: {wrong[0]} GPUs, {most} are here{'' if args.cpu else '; for none, add --cpu'}")
     report = dict(

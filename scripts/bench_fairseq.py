@@ -369,7 +369,7 @@ def main() -> None:
 
 def run(options: argparse.Namespace, arch: str, parameters: str = "random") -> None:
     """Measure all systems, write the report and print it; the status is 1 if a process failed."""
-    from ap_fairseq.provenance import device_name
+    from ap_fairseq.devices import device_name
 
     report = dict(
         device=device_name(cpu=options.device == "cpu"),

@@ -15,7 +15,7 @@ import networkx
 
 FLOORS = (
     {"triton_ops"},
-    {"version", "files", "compat", "cuda_graphs"},
+    {"version", "files", "compat", "cuda_graphs", "devices"},
     {"sites", "provenance"},
     {"lengths"},
     {"relative"},

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
 from fairseq import options, utils
 from fairseq.data import data_utils, encoders
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
@@ -21,6 +20,7 @@ from omegaconf import OmegaConf
 import ap_fairseq.plugin  # noqa: F401  (registers with fairseq)
 from ap_fairseq.cli.common import command, drop_stdout, without_usage
 from ap_fairseq.cli.user_dir import import_user_dir, user_dir_of
+from ap_fairseq.devices import count_gpus
 from ap_fairseq.files import ArtifactError, UserError, atomic_output, refuse_existing, require_file, write_text
 from ap_fairseq.generation.binarised import translate_subset
 from ap_fairseq.generation.loading import checkpoint_files
@@ -131,7 +131,7 @@ def count_ranks(wanted: int | None, cpu: bool) -> int:
         UserError: if none is wanted.
     """
     if wanted is None:
-        return max(1, 0 if cpu else torch.cuda.device_count())
+        return max(1, count_gpus(cpu))
     if wanted < 1:
         raise UserError(f"--num-processes {wanted}: at least one process translates")
     return wanted

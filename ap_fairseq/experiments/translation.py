@@ -19,6 +19,7 @@ from fairseq_cli.generate import get_symbols_to_strip_from_output
 
 import ap_fairseq.plugin  # noqa: F401  (registers with fairseq)
 from ap_fairseq.artifacts import PruningMasks
+from ap_fairseq.devices import uses_gpu
 from ap_fairseq.evaluation.scores import score
 from ap_fairseq.files import ArtifactError, file_sha256, write_json, write_text
 from ap_fairseq.model.checkpoints import load_checkpoint
@@ -96,7 +97,7 @@ def translate(systems: Iterable[Translation], data: str, search: Search, subset:
     if isinstance(task, PrunedTranslationTask):  # it keeps its generator, whose graphs hold the masks of one system
         task = TranslationTask(task.cfg, task.source_dictionary, task.target_dictionary)
     loaded = first.checkpoint if first.masks else None  # else without the masks of the checkpoint
-    device = torch.device("cpu" if search.cpu or not torch.cuda.is_available() else "cuda")
+    device = torch.device("cuda" if uses_gpu(search.cpu) else "cpu")
     model = model.to(device, torch.float16 if search.fp16 else torch.float32).eval()
     model.make_generation_fast_(beamable_mm_beam_size=None, need_attn=False)
     batches, validation_batches = (_batches(model, task, name, search.max_tokens) for name in (subset, VALIDATION))

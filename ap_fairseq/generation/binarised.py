@@ -29,6 +29,7 @@ from fairseq.tasks import TASK_REGISTRY
 from fairseq_cli import generate
 from sacrebleu.metrics import BLEU
 
+from ap_fairseq.devices import uses_gpu
 from ap_fairseq.files import write_json
 from ap_fairseq.generation.lines import BatchLines, TranslatedBatch
 from ap_fairseq.generation.ranks import run_ranks
@@ -128,7 +129,7 @@ def translate_share(rank: int, cfg, folder: Path) -> None:
             raise _NoBatch  # fairseq divides by the time and the length of what it has translated
         if rank:  # each process samples with random numbers of its own, the first with those of fairseq-generate
             utils.set_torch_seed(torch.initial_seed() + rank)
-        if torch.cuda.is_available() and not cfg.common.cpu:  # else nothing searches while the host reads
+        if uses_gpu(cfg.common.cpu):  # else nothing searches while the host reads
             iterator.next_epoch_itr = functools.partial(_look_ahead, iterator.next_epoch_itr)
         return iterator
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from ap_fairseq.devices import count_gpus
 from ap_fairseq.experiments.progress import Progress
 from ap_fairseq.experiments.stages import POLL_SECONDS, PROCESSES, call_logged, end_of, lines_of
 from ap_fairseq.files import UserError
@@ -78,7 +79,7 @@ def run_ranks(name: str, logs: list[Path], cpu: bool, function: Callable, *args:
 def _run(rank: int, ranks: int, cpu: bool, function: Callable, args: tuple) -> None:
     end_with_parent()
     gc.freeze()  # what was imported stays; full collections that look through it take longer than reading hypotheses
-    gpus = 0 if cpu else torch.cuda.device_count()
+    gpus = count_gpus(cpu)
     load_faster(on_gpu=gpus > 0)
     if gpus:
         if use_gpu(rank % gpus):

@@ -13,6 +13,7 @@ from fairseq import checkpoint_utils, tasks, utils
 from fairseq.hub_utils import GeneratorHubInterface
 from fairseq_cli.generate import get_symbols_to_strip_from_output
 
+from ap_fairseq.devices import uses_gpu
 from ap_fairseq.files import UserError
 from ap_fairseq.generation.lines import split
 from ap_fairseq.search.hypotheses import Hypotheses
@@ -64,7 +65,7 @@ class Translator:
             strict=cfg.checkpoint.checkpoint_shard_count == 1,
             num_shards=cfg.checkpoint.checkpoint_shard_count,
         )
-        device = "cuda" if torch.cuda.is_available() and not cfg.common.cpu else "cpu"
+        device = "cuda" if uses_gpu(cfg.common.cpu) else "cpu"
         for model in models:
             model.to(device, torch.float16 if cfg.common.fp16 else None)
         # Looked up once, which takes OmegaConf as long as the rest of a line.

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from ap_fairseq.devices import count_gpus
 from ap_fairseq.files import UserError
 from ap_fairseq.generation.ranks import end_with_parent
 
@@ -29,7 +30,7 @@ def spare_processes(searches: int, most: int, cpu: bool) -> int:
 
     On a GPU one may be slower than the search, so there are up to *most*, as cores allow.
     """
-    if cpu or not torch.cuda.device_count():
+    if not count_gpus(cpu):
         return 1
     cores = len(os.sched_getaffinity(0)) // searches
     return max(1, min(most, (cores - 1) // 2))

@@ -27,6 +27,7 @@ from omegaconf import OmegaConf, open_dict
 
 from ap_fairseq.artifacts import DIVERGED, AttentionStats
 from ap_fairseq.compat import drop_bettertransformer_copies
+from ap_fairseq.devices import uses_gpu
 from ap_fairseq.files import ArtifactError, UserError, file_sha256, refuse_existing
 from ap_fairseq.model.checkpoints import load_parameters, stored_model
 from ap_fairseq.recording.lengths import diagonal_slope, lengths_of, longest_sides, sample_by_length, validation_lengths
@@ -142,7 +143,7 @@ def record(cfg, job: Recording) -> AttentionStats:
 
 def _place(model: BaseFairseqModel, cfg) -> bool:
     """Convert *model* to the precision of *cfg* and move it to its device; return whether that is a GPU."""
-    cuda = torch.cuda.is_available() and not cfg.common.cpu
+    cuda = uses_gpu(cfg.common.cpu)
     if cfg.common.fp16 or cfg.common.bf16:
         model.to(torch.float16 if cfg.common.fp16 else torch.bfloat16)
     if cuda:

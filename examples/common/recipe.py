@@ -32,6 +32,7 @@ with required_modules():
     import torch
 
     import ap_fairseq.plugin  # noqa: F401  (loaded once for all stages)
+    from ap_fairseq.devices import count_gpus
     from ap_fairseq.evaluation.results import format_latex, format_markdown, read_results
     from ap_fairseq.experiments.stages import PLUGIN, Stages, call, run_together
     from ap_fairseq.files import UserError
@@ -132,7 +133,7 @@ class Recipe:
         if unknown:
             raise UserError(f"--systems {unknown[0]} is unknown; known are {' '.join(SYSTEMS)}")
 
-        visible = 0 if self.size.cpu else torch.cuda.device_count()
+        visible = count_gpus(self.size.cpu)
         self.gpus = args.gpus if args.gpus is not None else visible and math.gcd(visible, self.size.batches)
         self.ranks = max(1, self.gpus)
         if self.size.batches % self.ranks:

@@ -31,11 +31,12 @@ with required_modules():
     import torch
 
     import ap_fairseq.plugin  # noqa: F401  (loaded once for all stages)
+    from ap_fairseq.devices import device_name
     from ap_fairseq.evaluation.tables import Table, markdown
     from ap_fairseq.experiments.stages import PLUGIN, Stages, run_together
     from ap_fairseq.files import UserError, write_json
     from ap_fairseq.model.checkpoints import load_checkpoint
-    from ap_fairseq.provenance import decode_provenance, device_name, versions
+    from ap_fairseq.provenance import decode_provenance, versions
     from ap_fairseq.pruning.flags import parse_mask_flags, require_fitting
 
 HERE = Path(__file__).resolve().parent
