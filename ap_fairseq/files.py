@@ -51,6 +51,15 @@ def write_json(path: str | os.PathLike, document: Any, overwrite: bool = False) 
     write_text(path, json.dumps(document, indent=2, sort_keys=True) + "\n", overwrite)
 
 
+def read_json(path: str | os.PathLike) -> Any:
+    """Return the document of a JSON file that :func:`write_json` wrote.
+
+    Raises:
+        OSError, ValueError: if it is missing or damaged.
+    """
+    return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
 def require_file(path: str | os.PathLike, expected: str) -> None:
     """Raise :class:`ArtifactError` unless *path* is a readable file and not a Git LFS pointer.
 

@@ -27,7 +27,7 @@ from typing import Any
 
 import ap_fairseq
 from ap_fairseq.experiments.progress import Progress
-from ap_fairseq.files import ArtifactError, UserError, write_json
+from ap_fairseq.files import ArtifactError, UserError, read_json, write_json
 
 # Asking whether there is a GPU must not open it: an opened GPU cannot be used after a fork.
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
@@ -148,7 +148,7 @@ def read_mark(mark: Path) -> tuple[list[Any], float]:
         ArtifactError: if the file is not a stage mark.
     """
     try:
-        document = json.loads(mark.read_text(encoding="utf-8"))
+        document = read_json(mark)
         return document["command"], float(document["seconds"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ArtifactError(

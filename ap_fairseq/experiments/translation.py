@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import time
 from collections.abc import Iterable, Iterator
@@ -21,7 +20,7 @@ import ap_fairseq.plugin  # noqa: F401  (registers with fairseq)
 from ap_fairseq.artifacts import PruningMasks
 from ap_fairseq.devices import uses_gpu
 from ap_fairseq.evaluation.scores import score
-from ap_fairseq.files import ArtifactError, file_sha256, write_json, write_text
+from ap_fairseq.files import ArtifactError, file_sha256, read_json, write_json, write_text
 from ap_fairseq.model.checkpoints import load_checkpoint
 from ap_fairseq.model.conversion import open_with_masks
 from ap_fairseq.model.dynamic import DynamicPruning
@@ -176,7 +175,7 @@ def _is_done(system: Translation, request: dict[str, Any]) -> bool:
     path = Path(system.output).with_suffix(".json")
     if not path.exists():
         return False
-    made = json.loads(path.read_text(encoding="utf-8"))
+    made = read_json(path)
     dynamic = {name: value for name, value in made.get("dynamic", {}).items() if name != "sparsity"}
     asked = {key: made.get(key) for key in request}
     asked["search"] = dataclasses.asdict(Search(**asked["search"]))  # with the settings that it did not know then

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
-import json
 import logging
 import math
 import os
@@ -30,7 +29,7 @@ from fairseq_cli import generate
 from sacrebleu.metrics import BLEU
 
 from ap_fairseq.devices import uses_gpu
-from ap_fairseq.files import write_json
+from ap_fairseq.files import read_json, write_json
 from ap_fairseq.generation.lines import BatchLines, TranslatedBatch
 from ap_fairseq.generation.ranks import run_ranks
 from ap_fairseq.generation.workers import Workers, spare_processes
@@ -96,7 +95,7 @@ def translate_subset(cfg, ranks: int, folder: Path) -> Joined:
         shutil.rmtree(left)
     logs = [folder / f"rank{rank}.log" for rank in range(ranks)]
     run_ranks(f"generate {cfg.dataset.gen_subset}", logs, cfg.common.cpu, translate_share, cfg, folder)
-    shares = [json.loads((folder / f"rank{rank}.json").read_text(encoding="utf-8")) for rank in range(ranks)]
+    shares = [read_json(folder / f"rank{rank}.json") for rank in range(ranks)]
     names = f"generate-{cfg.dataset.gen_subset}.txt", LINES.format("*")
     sentences = join(path for rank in range(ranks) for name in names for path in (folder / f"rank{rank}").glob(name))
     if missing := shares[0]["sentences"] - len(sentences):

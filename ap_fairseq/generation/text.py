@@ -21,7 +21,16 @@ from torch.utils.data import default_convert
 
 from ap_fairseq.evaluation.hypotheses import hold_subwords
 from ap_fairseq.experiments.stages import lines_of
-from ap_fairseq.files import ArtifactError, UserError, atomic_output, file_sha256, require_file, write_json, write_text
+from ap_fairseq.files import (
+    ArtifactError,
+    UserError,
+    atomic_output,
+    file_sha256,
+    read_json,
+    require_file,
+    write_json,
+    write_text,
+)
 from ap_fairseq.generation.loading import checkpoint_files
 from ap_fairseq.generation.ranks import run_ranks
 from ap_fairseq.generation.translator import Found, LineBatch, Translator
@@ -218,7 +227,7 @@ def _require_same(now: dict[str, Any], folder: Path) -> None:
             "to begin anew"
         )
     try:
-        then = dict(json.loads(path.read_text(encoding="utf-8")))
+        then = dict(read_json(path))
     except (TypeError, ValueError) as error:
         raise ArtifactError(f"{path} is damaged ({error}); remove {folder} to begin anew") from error
     if now.get("truncate_source") and then.get("truncate_source") is False:

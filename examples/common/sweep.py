@@ -67,7 +67,7 @@ from ap_fairseq.cli.prune_schedule import prune_gradually
 from ap_fairseq.evaluation.scores import compare_systems, score, score_documents, score_parts
 from ap_fairseq.experiments.stages import PLUGIN, Stages, run_together
 from ap_fairseq.experiments.translation import Search, Translation, translate
-from ap_fairseq.files import ArtifactError, UserError, file_sha256, read_lines, write_json, write_text
+from ap_fairseq.files import ArtifactError, UserError, file_sha256, read_json, read_lines, write_json, write_text
 from ap_fairseq.model.dynamic import top_k_for
 
 STEPS = ("dense", "masks", "train", "translate", "score")
@@ -300,9 +300,9 @@ class Sweep:
         inputs["reference"] = file_sha256(self.reference)
         if self.parts_end:
             inputs["pages"] = file_sha256(self.reference.with_suffix(".pages"))
-        if output.exists() and json.loads(output.read_text(encoding="utf-8"))["inputs"] == inputs:
+        if output.exists() and read_json(output)["inputs"] == inputs:
             return
-        made = json.loads(self.translation(system).with_suffix(".json").read_text(encoding="utf-8"))
+        made = read_json(self.translation(system).with_suffix(".json"))
         provenance = made.pop("masks")
         result = {
             "system": system.name,
@@ -376,7 +376,7 @@ class Sweep:
 
     def valid_nll(self, system: System) -> float:
         made = self.translation(system).with_suffix(".json")
-        return json.loads(made.read_text(encoding="utf-8"))["valid_nll"] if made.exists() else math.inf
+        return read_json(made)["valid_nll"] if made.exists() else math.inf
 
     def compared(self, baseline: System, system: System) -> dict[str, Any]:
         """sacreBLEU's paired bootstrap of BLEU and chrF."""
@@ -391,7 +391,7 @@ class Sweep:
     def report(self) -> None:
         """Write and print the scores of all listed systems, not only of those that ran now."""
         files = [self.out / "scores" / f"{system.name}.json" for system in self.listed]
-        results = [json.loads(file.read_text(encoding="utf-8")) for file in files if file.exists()]
+        results = [read_json(file) for file in files if file.exists()]
         lines = "".join(json.dumps(result, sort_keys=True) + "\n" for result in results)
         write_text(self.out / "results.jsonl", lines, overwrite=True)
         print(format_table(results))

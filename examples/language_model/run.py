@@ -34,7 +34,7 @@ with required_modules():
     from ap_fairseq.devices import device_name
     from ap_fairseq.evaluation.tables import Table, markdown
     from ap_fairseq.experiments.stages import PLUGIN, Stages, run_together
-    from ap_fairseq.files import UserError, write_json
+    from ap_fairseq.files import UserError, read_json, write_json
     from ap_fairseq.model.checkpoints import load_checkpoint
     from ap_fairseq.provenance import decode_provenance, versions
     from ap_fairseq.pruning.flags import parse_mask_flags, require_fitting
@@ -234,7 +234,7 @@ class Experiment:
         if not self.result(baseline).exists():
             return ""
         names = [baseline, *(name for name in self.dense if name != baseline), *(s.name for s in self.systems)]
-        results = [json.loads(self.result(name).read_text("utf-8")) for name in names if self.result(name).exists()]
+        results = [read_json(self.result(name)) for name in names if self.result(name).exists()]
         for result in results:
             result["change"] = result["perplexity"] / results[0]["perplexity"] - 1
         record = {"size": self.name, "block": self.block, "updates": self.updates, "seed": self.args.seed}

@@ -10,7 +10,6 @@ and compare masks there with sweeps/pages.yaml.
 """
 
 import argparse
-import json
 import shlex
 import sys
 from collections.abc import Sequence
@@ -20,7 +19,7 @@ import page_mix
 
 from ap_fairseq.cli.common import exit_on_sigterm
 from ap_fairseq.experiments.stages import PLUGIN, Stages
-from ap_fairseq.files import UserError
+from ap_fairseq.files import UserError, read_json
 
 TRAINING = """--arch transformer_iwslt_de_en --share-all-embeddings --dropout 0.3 --optimizer adam
   --adam-betas '(0.9, 0.98)' --weight-decay 1e-4 --lr 5e-4 --lr-scheduler inverse_sqrt --warmup-updates 400
@@ -31,7 +30,7 @@ def run(args: argparse.Namespace) -> None:
     stages = Stages(args.out)
     device = "--cpu" if args.cpu else "--fp16"
     stages.run("mix", page_mix.main, [str(args.data)])
-    options = json.loads((args.data / "counts.json").read_text("utf-8"))["options"]
+    options = read_json(args.data / "counts.json")["options"]
     source, target = (options[side].replace("-", "_") for side in ("source", "target"))
     pair = ["--source-lang", source, "--target-lang", target]
     data_bin, mixed = args.data / "data-bin" / "mix", args.out / "mixed"
@@ -63,7 +62,7 @@ def run(args: argparse.Namespace) -> None:
         # fmt: on
     print(f"{'system':<20}{'lines':>7}{'d-BLEU':>8}{'d-chrF2':>9}{'s-BLEU':>8}{'equal segments':>16}")
     for name, *_ in systems:
-        result = json.loads((args.out / f"{name}.json").read_text("utf-8"))["systems"][0]
+        result = read_json(args.out / f"{name}.json")["systems"][0]
         print(
             f"{name:<20}{result['sentences']:>7}{result['d_bleu']:>8.2f}{result['d_chrf']:>9.2f}"
             f"{result['s_bleu']:>8.2f}{result['lines_with_equal_segments']:>16.1%}"
