@@ -89,6 +89,11 @@ def effective_sparsity(provenance: dict[str, Any] | None) -> dict[str, float]:
     return {kind: value["effective"] for kind, value in (provenance or {}).get("sparsity", {}).items()}
 
 
+def total_sparsity(provenance: dict[str, Any] | None) -> float:
+    """Return the effective sparsity over all kinds, in [0, 1]; 0 without masks."""
+    return (provenance or {}).get("total", {}).get("effective", 0.0)
+
+
 _RENAMED = {
     "procedure": "criterion",
     "pool": "smooth",

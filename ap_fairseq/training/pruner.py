@@ -19,7 +19,7 @@ from torch import nn
 from ap_fairseq.artifacts import AttentionStats
 from ap_fairseq.files import UserError
 from ap_fairseq.model.pruned_model import PrunedModel
-from ap_fairseq.provenance import mask_spec
+from ap_fairseq.provenance import mask_spec, total_sparsity
 from ap_fairseq.pruning.build import build_masks
 from ap_fairseq.pruning.flags import require_fitting, spec_from
 from ap_fairseq.recording.lengths import diagonal_slope, longest_sides, sample_by_length, validation_lengths
@@ -116,7 +116,7 @@ class TrainingPruner:
     def prune(self, model: PrunedModel, criterion: nn.Module, update: int) -> None:
         """Derive masks for the share that is due after *update* and give them to *model*."""
         started = time.monotonic()
-        before = (model.masks_provenance() or {}).get("total", {}).get("effective", 0.0)
+        before = total_sparsity(model.masks_provenance())
         stats = self.record(model, criterion)
         recorded = time.monotonic()
         share = self.schedule.share(update)

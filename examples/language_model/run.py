@@ -36,7 +36,7 @@ with required_modules():
     from ap_fairseq.experiments.stages import PLUGIN, Stages, run_together
     from ap_fairseq.files import UserError, read_json, write_json
     from ap_fairseq.model.checkpoints import load_checkpoint
-    from ap_fairseq.provenance import decode_provenance, versions
+    from ap_fairseq.provenance import decode_provenance, total_sparsity, versions
     from ap_fairseq.pruning.flags import parse_mask_flags, require_fitting
 
 HERE = Path(__file__).resolve().parent
@@ -193,8 +193,7 @@ class Experiment:
         log = self.stages.log(f"{name}.evaluate").read_text("utf-8")
         loss, perplexity = map(float, re.findall(r"Loss \(base 2\): ([\d.]+), Perplexity: ([\d.]+)", log)[-1])
         provenance = decode_provenance(load_checkpoint(self.checkpoint(name))["model"].get("mask_metadata"))
-        pruned = provenance["total"]["effective"] if provenance else 0.0
-        result = {"system": name, "pruned": pruned, "loss": loss, "perplexity": perplexity}
+        result = {"system": name, "pruned": total_sparsity(provenance), "loss": loss, "perplexity": perplexity}
         write_json(self.result(name), result, overwrite=True)
         print(json.dumps(result), flush=True)
 

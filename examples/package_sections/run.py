@@ -27,7 +27,7 @@ with required_modules():
     from ap_fairseq.experiments.stages import PLUGIN, Stages, run_together
     from ap_fairseq.files import UserError, require_file, write_json
     from ap_fairseq.model.checkpoints import load_checkpoint
-    from ap_fairseq.provenance import decode_provenance, versions
+    from ap_fairseq.provenance import decode_provenance, total_sparsity, versions
 
 HERE = Path(__file__).resolve().parent
 MODEL = """--arch pruned_roberta --encoder-layers 2 --encoder-embed-dim 128 --encoder-ffn-embed-dim 512
@@ -94,8 +94,8 @@ class Experiment:
         log = self.stages.log(f"{system}.{seed}.train").read_text("utf-8")
         accuracy = [float(re.findall(rf'"{subset}_accuracy": "([\d.]+)"', log)[-1]) for subset in ("valid", "test")]
         provenance = decode_provenance(load_checkpoint(self.checkpoint(f"{system}.{seed}"))["model"]["mask_metadata"])
-        pruned = provenance["total"]["effective"] if provenance else 0.0
-        return {"system": system, "seed": seed, "pruned": pruned, "valid": accuracy[0], "test": accuracy[1]}
+        scores = {"valid": accuracy[0], "test": accuracy[1]}
+        return {"system": system, "seed": seed, "pruned": total_sparsity(provenance), **scores}
 
     def run(self) -> None:
         if self.args.data is None:
