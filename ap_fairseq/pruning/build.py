@@ -25,6 +25,7 @@ from ap_fairseq.pruning.summary import (
     LayerSummary,
     describe_vanished,
     missed_budgets,
+    of_kinds,
     pairs_beyond,
     pairs_on,
     sparsity_on,
@@ -125,7 +126,7 @@ def _build(stats: AttentionStats, spec: MaskSpec, wanted: MaskSpec, growing: boo
     summary = summarize(masks, stats)
     vanished = vanished_heads(masks, stats)
     validation = sparsity_on(masks, stats.validation_lengths) if len(stats.validation_lengths) else {}
-    kinds = [row for row in summary if row.layer is None]
+    kinds = of_kinds(summary)
     masks.metadata = {
         **{key: value for key, value in stats.metadata.items() if key not in ("format", "architecture")},
         "spec": _plain(wanted),

@@ -137,6 +137,11 @@ def pairs_beyond(stats: AttentionStats) -> dict[str, float]:
     return shares
 
 
+def of_kinds(summary: Iterable[LayerSummary]) -> list[LayerSummary]:
+    """Return the rows of a summary that are of whole kinds, over all layers."""
+    return [row for row in summary if row.layer is None]
+
+
 def total_of(kinds: Sequence[LayerSummary]) -> dict[str, float]:
     """Return effective sparsity and kept mass over all pairs of several rows of a summary."""
     pairs, mass = sum(row.pairs for row in kinds), sum(row.mass for row in kinds)
@@ -195,7 +200,7 @@ def missed_budgets(
     """
     if spec.criterion == "percentile":
         return []  # its budgets are nominal
-    found = validation or {row.kind: (row.effective, row.pairs, 0.0) for row in summary if row.layer is None}
+    found = validation or {row.kind: (row.effective, row.pairs, 0.0) for row in of_kinds(summary)}
     checks = [(kind.value, found[kind][0], budget, found[kind][2]) for kind, budget in spec.budgets.items()]
     if spec.scope == "global" and checks:
         weights = [found[name][1] for name, *_ in checks]

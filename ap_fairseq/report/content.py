@@ -10,7 +10,7 @@ import numpy as np
 
 from ap_fairseq.artifacts import AttentionStats, PruningMasks
 from ap_fairseq.provenance import mask_spec, versions
-from ap_fairseq.pruning.summary import LayerSummary, describe_vanished, summarize, total_of, vanished_heads
+from ap_fairseq.pruning.summary import LayerSummary, describe_vanished, of_kinds, summarize, total_of, vanished_heads
 from ap_fairseq.report import analysis, benchmarks, heat_maps, plots, statements, tables
 from ap_fairseq.report.figure import Figure
 from ap_fairseq.report.results import System
@@ -112,7 +112,7 @@ class Report:
         """The report in about ten lines, for terminals."""
         lines = [self.lead, *(f"{kind.value}: {text}" for kind, text in self.overview.items())]
         for name, summary in self.summaries.items():
-            total = total_of([row for row in summary if row.layer is None])
+            total = total_of(of_kinds(summary))
             lines.append("{}: effective sparsity {effective:.1%}, kept mass {kept_mass:.1%}".format(name, **total))
         if self.systems:
             by_bleu = sorted(self.systems, key=lambda system: system.scores["BLEU"])

@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.colors import Normalize
 
 from ap_fairseq.artifacts import AttentionStats, PruningMasks
-from ap_fairseq.pruning.summary import LayerSummary
+from ap_fairseq.pruning.summary import LayerSummary, of_kinds
 from ap_fairseq.report import analysis
 from ap_fairseq.report.benchmarks import Measurements
 from ap_fairseq.report.figure import INK, KIND_COLOURS, Figure, percent_axis, styled, subplots
@@ -55,7 +55,7 @@ def kept_mass(kept: dict[AttentionKind, analysis.KeptMass], summaries: dict[str,
         axis.plot(curve.kind.sparsity, curve.kind.kept, color=colour, lw=2.4, label="kind")
         axis.plot(curve.even.sparsity, curve.even.kept, color=INK, lw=1, ls=":", label="uniform attention")
         for marker, (name, rows) in zip(itertools.cycle(MARKERS), summaries.items()):
-            row = next(row for row in rows if row.kind == kind.value and row.layer is None)
+            row = next(row for row in of_kinds(rows) if row.kind == kind.value)
             axis.plot(row.effective, row.kept_mass, marker, color=INK, mfc="none", ms=6, label=name)
         axis.set(title=kind.value, xlim=(0, 1), ylim=(0, 1.02))
         percent_axis(axis.xaxis, "effective sparsity")
@@ -85,7 +85,7 @@ def nominal(
         axis.plot(nominal, values, color=KIND_COLOURS[kind], ls=dash, lw=2, label=f"{kind.value}, percentile")
         texts.append(f"{kind.value} {np.interp(0.5, nominal, values):.1%}")
     for marker, (name, rows) in zip(itertools.cycle(MARKERS), summaries.items()):
-        totals = [row for row in rows if row.layer is None]
+        totals = of_kinds(rows)
         colours = [KIND_COLOURS[AttentionKind(row.kind)] for row in totals]
         axis.scatter(
             [row.nominal for row in totals],

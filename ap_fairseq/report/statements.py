@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-from ap_fairseq.pruning.summary import LayerSummary
+from ap_fairseq.pruning.summary import LayerSummary, of_kinds
 from ap_fairseq.report.analysis import BROAD, PATTERNS, Concentration, KeptMass
 from ap_fairseq.report.results import UNKNOWN, System
 from ap_fairseq.sites import AttentionKind
@@ -26,7 +26,7 @@ def overview(
     Args:
         masks: name of the masks that *summary* is about, or None.
     """
-    rows = {row.kind: row for row in summary if row.layer is None}
+    rows = {row.kind: row for row in of_kinds(summary)}
     sentences = {}
     for kind, c in measured.items():
         half, limit = kept[kind].kind.at(0.5), kept[kind].kind.sparsity[-1]

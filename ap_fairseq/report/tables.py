@@ -8,7 +8,7 @@ import numpy as np
 
 from ap_fairseq.evaluation import tables as render
 from ap_fairseq.evaluation.tables import Table
-from ap_fairseq.pruning.summary import LayerSummary
+from ap_fairseq.pruning.summary import LayerSummary, of_kinds
 from ap_fairseq.report.analysis import Concentration, KeptMass
 from ap_fairseq.report.results import METRICS, System
 from ap_fairseq.sites import AttentionKind
@@ -53,7 +53,7 @@ def masks_table(summaries: Mapping[str, list[LayerSummary]], nominal: Collection
     header = ["masks", "kind", "effective", *["nominal"] * bool(nominal), "kept mass", "rows of one cell or none"]
     rows = []
     for name, summary in summaries.items():
-        for row in (row for row in summary if row.layer is None):
+        for row in of_kinds(summary):
             shares = [f"{row.effective:.1%}"]
             if nominal:
                 shares.append(f"{row.nominal:.1%}" if name in nominal else "–")
