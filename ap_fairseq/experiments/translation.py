@@ -216,6 +216,7 @@ def _translated(model, task, batches, search: Search, lenpen: float, device) -> 
 @torch.inference_mode()
 def _hypotheses(model, task, batches, generator, device, remove_bpe):
     """Yield (index in the data set, text of the best hypothesis)."""
+    ignored = get_symbols_to_strip_from_output(generator)
     for sample in _samples(batches, device):
         for index, hypotheses in zip(
             sample["id"].tolist(), task.inference_step(generator, [model], sample), strict=True
@@ -224,7 +225,7 @@ def _hypotheses(model, task, batches, generator, device, remove_bpe):
             text = task.target_dictionary.string(
                 hypotheses[0]["tokens"].tolist(),  # fairseq goes through a tensor element by element
                 remove_bpe,
-                extra_symbols_to_ignore=get_symbols_to_strip_from_output(generator),
+                extra_symbols_to_ignore=ignored,
             )
             yield index, text
 
