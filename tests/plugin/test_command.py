@@ -20,6 +20,11 @@ main()
 """
 
 
+def heed_interrupts() -> None:
+    """In a new process: a shell lets what it starts with & ignore them."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def run(code: str, **options) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-c", PROGRAM, code], text=True, stderr=subprocess.PIPE, **options)
 
@@ -80,7 +85,7 @@ def test_an_interrupt_ends_a_command_without_a_traceback(begun):
         [sys.executable, "-c", f"{imported}\n{PROGRAM if begun else interrupt}", interrupt],
         text=True,
         stderr=subprocess.PIPE,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell ignores it in what it starts with &
+        preexec_fn=heed_interrupts,
     )
     if begun:
         assert done.returncode == 130 and done.stderr.splitlines()[-1] == "ap-masks: interrupted"
@@ -92,7 +97,7 @@ def test_an_interrupt_ends_a_command_without_a_traceback(begun):
 def test_a_signal_that_arrives_in_a_finalizer_ends_the_command(number, status):
     """Python drops exceptions there: after SIGINT the command went on."""
     finalizer = f"weakref.finalize(set(), os.kill, os.getpid(), signal.{number})"
-    done = run(f"import os, signal, time, weakref; {finalizer}; time.sleep(9); sys.exit(7)")
+    done = run(f"import os, signal, time, weakref; {finalizer}; time.sleep(9); sys.exit(7)", preexec_fn=heed_interrupts)
     assert done.returncode == status and "Traceback" not in done.stderr
 
 
