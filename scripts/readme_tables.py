@@ -8,7 +8,8 @@ A table stands between ``<!-- results: NAME -->`` and ``<!-- end -->``; `result_
 text stands in a span, ``<!-- n: FILE KEY [OP KEY] FORMAT -->31.6<!-- /n -->``:
 
     FILE    a .json or .jsonl file, relative to the repository's root
-    KEY     keys joined by /; KEY=VALUE (several joined by &) selects from a list; several results are averaged
+    KEY     keys joined by /; KEY=VALUE (several joined by &) selects from a list; where several rows match, the mean of
+            them is mean:KEY, the first of them first:KEY
     OP      - or /, between two keys of the file
     FORMAT  as of Python's format(), e.g. .1f or ,.0f
 """

@@ -49,19 +49,26 @@ def script(path: Path) -> Any:
 
 
 def lookup(document: Any, key: str) -> float:
-    """Return the mean of the numbers that *key* selects."""
+    """Return the number that *key* selects; ``mean:KEY`` is the mean of several, ``first:KEY`` the first of them.
+
+    Raises:
+        KeyError: if nothing matches, or several numbers where neither was asked for.
+    """
+    wanted = re.fullmatch(r"(?:(mean|first):)?(.*)", key)
     values = [document]
-    for part in key.split("/"):
+    for part in wanted[2].split("/"):
         if "=" in part:
-            wanted = dict(condition.split("=", 1) for condition in part.split("&"))
+            fields = dict(condition.split("=", 1) for condition in part.split("&"))
             values = [
-                item for value in values for item in value if all(str(item.get(k)) == v for k, v in wanted.items())
+                item for value in values for item in value if all(str(item.get(k)) == v for k, v in fields.items())
             ]
         else:
             values = [value[int(part)] if isinstance(value, list) else value[part] for value in values]
     if not values:
         raise KeyError(f"nothing matches {key}")
-    return statistics.fmean(values)
+    if len(values) > 1 and not wanted[1]:
+        raise KeyError(f"{len(values)} numbers match {key}; add conditions, or ask for mean:KEY or first:KEY")
+    return statistics.fmean(values) if wanted[1] == "mean" else values[0]
 
 
 def quality(pair: str) -> str:
@@ -139,7 +146,7 @@ def dropout() -> str:
     lines = load(RESULTS / "h100-converged.jsonl")
     groups = ("dense.untuned", "importance.global.80.g1.smooth-32.scratch")
     rows.append(
-        ("en-de", "0.2 / 0 / 0", "from scratch", 6000, *(lookup(lines, f"group={name}/bleu") for name in groups))
+        ("en-de", "0.2 / 0 / 0", "from scratch", 6000, *(lookup(lines, f"mean:group={name}/bleu") for name in groups))
     )
     corpora = {"LibreOffice's help": RESULTS / "regularisation.jsonl", "Debian text": DEBIAN_RESULTS / "tuned.jsonl"}
     dense, pruned, *_ = one_command_systems()

@@ -63,6 +63,16 @@ def test_stale_tables_and_numbers_are_rewritten():
         readme_tables.number('scripts/rivals.json "translation/rows/case=none/stock" .1f')
 
 
+def test_several_numbers_are_averaged_only_where_a_mark_says_so():
+    """Two measurements of cuDNN were averaged into a prose number that the table above it contradicted."""
+    rows = {"rows": [{"system": "dense", "seed": 1, "bleu": 1.0}, {"system": "dense", "seed": 2, "bleu": 2.0}]}
+    assert result_tables.lookup(rows, "rows/system=dense&seed=2/bleu") == 2.0
+    with pytest.raises(KeyError, match="2 numbers match rows/system=dense/bleu; add conditions"):
+        result_tables.lookup(rows, "rows/system=dense/bleu")
+    assert result_tables.lookup(rows, "mean:rows/system=dense/bleu") == 1.5
+    assert result_tables.lookup(rows, "first:rows/system=dense/bleu") == 1.0
+
+
 def test_parts_of_a_test_set_and_their_mean(tmp_path):
     """Systems in columns, the dense one first; seeds and other scores are in the table of the sweep."""
     common = {"schedule": "scratch", "granularity": 1, "options": "", "kinds": "global"}
