@@ -24,6 +24,7 @@ OTHER_MASKS = (
     "the masks in this checkpoint do not match the SHA-256 stored with them; it is damaged, or an average of "
     f"checkpoints with different masks; {_MASKS_REMEDY}"
 )
+OTHER_DIRECTION = "the masks were recorded in another direction: "  # and which
 NO_PROVENANCE = f"this checkpoint holds attention masks without their provenance (mask_metadata); {_MASKS_REMEDY}"
 
 

@@ -1,7 +1,6 @@
 """Tasks that prune while they train and search on the device: ``pruned_translation``, ``pruned_language_modeling``."""
 
 import contextlib
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Optional  # fairseq's parser reads Optional[X], not X | None
@@ -14,16 +13,11 @@ from fairseq.tasks.translation import TranslationConfig, TranslationTask
 
 from ap_fairseq.files import UserError
 from ap_fairseq.model.head_masking import HeadMasking
-from ap_fairseq.model.pruned_model import PrunedModel
-from ap_fairseq.provenance import decode_provenance
+from ap_fairseq.provenance import OTHER_DIRECTION  # noqa: F401  (ap_fairseq.generation repeats it)
 from ap_fairseq.search.alignment import PrunedSequenceGeneratorWithAlignment
 from ap_fairseq.search.generator import PrunedSequenceGenerator
 from ap_fairseq.search.task import SearchOnDevice, SearchOnDeviceConfig
 from ap_fairseq.training.task import PruningWhileTraining, PruningWhileTrainingConfig
-
-logger = logging.getLogger(__name__)
-
-OTHER_DIRECTION = "the masks were recorded in another direction: "  # and which
 
 TASK_OF = {
     FairseqEncoderDecoderModel: "pruned_translation",
@@ -77,17 +71,6 @@ class PrunedTranslationTask(SearchOnDevice, PruningWhileTraining, TranslationTas
         super().load_dataset(split, *args, **kwargs)
         if self.head_masking is not None:
             self.head_masking.require_sentences(split, len(self.datasets[split]))
-
-    def build_generator(self, models, *args, **kwargs):
-        """As fairseq's; says when the masks were recorded in another direction, which one dictionary does not show."""
-        built = self._built
-        generator, ours = super().build_generator(models, *args, **kwargs), [self.cfg.source_lang, self.cfg.target_lang]
-        for model in models if self._built is not built else ():
-            provenance = decode_provenance(model.mask_metadata) if isinstance(model, PrunedModel) else None
-            recorded = (provenance or {}).get("languages", ours)
-            if recorded != ours and set(ours) <= set(recorded):
-                logger.warning(f"{OTHER_DIRECTION}{' to '.join(recorded)}, this translates {' to '.join(ours)}")
-        return generator
 
     def inference_step(self, generator, models, sample, prefix_tokens=None, constraints=None):
         """As fairseq's; heads are masked meanwhile, if that was asked for.

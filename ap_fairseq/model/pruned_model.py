@@ -24,6 +24,7 @@ from ap_fairseq.model.dynamic import require_kinds
 from ap_fairseq.model.kv_cache import peak_share
 from ap_fairseq.provenance import (
     NO_PROVENANCE,
+    OTHER_DIRECTION,
     OTHER_MASKS,
     decode_provenance,
     describe_sparsity,
@@ -52,6 +53,7 @@ class PrunedModel(NotScriptable):
         self.register_buffer("mask_metadata", torch.zeros(0, dtype=torch.int64))
         self._masks_are_explicit = False
         self._dictionaries: dict[str, str] = {}  # SHA-256 of those of the task whose tokens attention sees
+        self._languages: list[str | None] = [None, None]  # source and target, of a task that translates
         self._logged_cache_savings = False
         self._logged_sparsity: dict[str, float] = {}  # effective sparsity of each kind, for the training logs
 
@@ -96,6 +98,7 @@ class PrunedModel(NotScriptable):
         if architecture(self).keys() != {AttentionKind.ENCODER_SELF.value}:  # else the target may be labels, or none
             sides["target"] = task.target_dictionary
         self._dictionaries = {side: dictionary_sha256(x) for side, x in sides.items() if x is not None}
+        self._languages = [getattr(task.cfg, name, None) for name in ("source_lang", "target_lang")]
         if path == "none":
             self.set_masks(PruningMasks.all_ones(architecture(self), self._dictionaries))
             self.prefer_checkpoint_masks()
@@ -105,6 +108,7 @@ class PrunedModel(NotScriptable):
             masks.require_model(architecture(self), self._dictionaries, path)
             self.set_masks(masks, file_sha256(path))
             logger.info(f"attention masks {path}: {describe_sparsity(self.masks_provenance())}")
+            self._warn_of_direction(masks.metadata)
 
     # -- masks --------------------------------------------------------------------------------------------------------
 
@@ -218,7 +222,9 @@ class PrunedModel(NotScriptable):
         """
         known = self._holds_same_masks(state_dict)
         if not (known or self._masks_are_explicit):  # before torch compares the sizes of the embeddings
-            self._require_dictionaries(decode_provenance(state_dict.get("mask_metadata")) or {})
+            provenance = decode_provenance(state_dict.get("mask_metadata")) or {}
+            self._require_dictionaries(provenance)
+            self._warn_of_direction(provenance)
         kept = {name: getattr(model_cfg, name, None) for name in LAYERS_TO_KEEP}  # fairseq erases them
         result = super().load_state_dict(state_dict, strict, model_cfg, args)
         if any(kept.values()) and not self._masks_are_explicit:
@@ -242,6 +248,12 @@ class PrunedModel(NotScriptable):
                         "none --data DIR"
                     )
                 logger.warning(fault)
+
+    def _warn_of_direction(self, provenance: dict[str, Any]) -> None:
+        """Log that masks were recorded in another direction, which one dictionary for all languages does not show."""
+        recorded = provenance.get("languages")
+        if recorded and None not in self._languages and recorded != self._languages:
+            logger.warning(f"{OTHER_DIRECTION}{' to '.join(recorded)}, the data are {' to '.join(self._languages)}")
 
     def _holds_same_masks(self, state_dict) -> bool:
         """Whether loading changes no mask: ``--store-ema`` loads after every update."""

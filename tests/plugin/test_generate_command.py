@@ -408,7 +408,7 @@ def test_masks_of_the_other_direction_are_announced(data_bin, dense, masks_file,
     (tmp_path / "in").write_text("the page opens\n", "utf-8")
     run("ap-apply", dense, "--attention-masks", masks_file, "-o", tmp_path / "pruned.pt")
     flags = [data_bin, "--path", tmp_path / "pruned.pt", "--input", tmp_path / "in"]
-    notice = "the masks were recorded in another direction: en to de, this translates de to en"
+    notice = "the masks were recorded in another direction: en to de, the data are de to en"
     assert ap_generate(*flags, "--source-lang", "de", "--target-lang", "en").count(notice) == 1
     assert "another direction" not in ap_generate(*flags)
 
