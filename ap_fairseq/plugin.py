@@ -56,6 +56,8 @@ def report_user_errors() -> None:
             stock(kind, error, traceback)
 
     sys.excepthook = report
+    if os.path.basename(sys.argv[0]) == "fairseq-hydra-train":
+        os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # else hydra prints a traceback of its own and asks no hook
 
 
 def report_unreadable_checkpoints() -> None:

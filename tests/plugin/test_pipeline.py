@@ -154,6 +154,16 @@ def test_recorded_statistics_cover_the_training_data(stats_file, toy_text):
         np.testing.assert_allclose(row_mass, 1000, rtol=1e-5)
 
 
+def test_training_in_another_direction_than_that_of_the_masks_is_announced(data_bin, masks_file, tuned, tmp_path):
+    """One dictionary for both languages let masks of en-de prune a de-en model without a word."""
+    notice = "the masks were recorded in another direction: en to de, the data are de to en"
+    other = ["-s", "de", "-t", "en", "--disable-validation"]
+    for start in (["--attention-masks", masks_file], ["--finetune-from-model", tuned / "checkpoint_30.pt"]):
+        log = train(data_bin, tmp_path / start[0], *other, *start, arch="pruned_transformer", updates=1)
+        assert log.count(notice) == 1
+    assert "another direction" not in (tuned / "resumed.log").read_text()
+
+
 def test_masks_meet_their_budget_on_recorded_data(masks_file):
     masks = PruningMasks.load(masks_file)
     for kind in AttentionKind:
@@ -337,11 +347,15 @@ def test_hydra_train_reads_model_and_pruning_from_yaml(data_bin, masks_file, tmp
         "distributed_training": {"distributed_world_size": 1},
     }
     (tmp_path / "pruned.yaml").write_text(json.dumps(config))  # JSON is YAML
-    run_process("fairseq-hydra-train", "--config-dir", tmp_path, "--config-name", "pruned", cwd=tmp_path)
+    command = ["fairseq-hydra-train", "--config-dir", tmp_path, "--config-name", "pruned"]
+    run_process(*command, cwd=tmp_path)
     state = load_checkpoint(tmp_path / "out" / "checkpoint_last.pt")
     assert state["cfg"]["model"]["encoder_layers"] == 2 and state["cfg"]["model"]["attention_masks"] is None
     provenance = decode_provenance(state["model"]["mask_metadata"])
     assert provenance["sentences"] == 50 and provenance["total"]["effective"] == pytest.approx(0.7, abs=0.01)
+    log = run_process(*command, "task.attention_sparsity=7", cwd=tmp_path, expect=1)
+    fault = "error: --attention-sparsity 7.0 is not a share of pairs between 0 and 1\n"
+    assert log.endswith(f"fairseq-hydra-train: {fault}") and "Traceback" not in log
 
 
 def with_bettertransformer_keys(path, output) -> None:
