@@ -46,6 +46,12 @@ def write_text(path: str | os.PathLike, text: str, overwrite: bool = False) -> N
         temporary.write_text(text, encoding="utf-8", newline="\n")
 
 
+def write_pieces(path: str | os.PathLike, pieces: Iterable[bytes], overwrite: bool = False) -> None:
+    """Write *pieces*, one after the other, as :func:`write_text` does."""
+    with atomic_output(path, overwrite) as temporary, open(temporary, "wb") as stream:
+        stream.writelines(pieces)
+
+
 def write_json(path: str | os.PathLike, document: Any, overwrite: bool = False) -> None:
     """Write *document* as indented JSON, as :func:`write_text` does."""
     write_text(path, json.dumps(document, indent=2, sort_keys=True) + "\n", overwrite)

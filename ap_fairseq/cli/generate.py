@@ -21,11 +21,11 @@ import ap_fairseq.plugin  # noqa: F401  (registers with fairseq)
 from ap_fairseq.cli.common import command, drop_stdout, without_usage
 from ap_fairseq.cli.user_dir import import_user_dir, user_dir_of
 from ap_fairseq.devices import count_gpus
-from ap_fairseq.files import ArtifactError, UserError, atomic_output, refuse_existing, require_file, write_text
+from ap_fairseq.files import ArtifactError, UserError, refuse_existing, require_file, write_pieces
 from ap_fairseq.generation.binarised import translate_subset
 from ap_fairseq.generation.loading import checkpoint_files
 from ap_fairseq.generation.ranks import locked
-from ap_fairseq.generation.text import PART_LINES, SETTINGS, Text, spool_stdin, translate_text, write_parts
+from ap_fairseq.generation.text import PART_LINES, SETTINGS, Text, spool_stdin, translate_text
 from ap_fairseq.generation.workers import spare_processes
 from ap_fairseq.provenance import dictionary_files
 
@@ -206,8 +206,8 @@ def _translate_subset(args: argparse.Namespace, cfg, ranks: int) -> None:
     with _work_folder(results / f"{name}.parts" if results else None) as folder:
         joined = translate_subset(cfg, ranks, folder)
         if results is None:
-            return _print(lambda: [joined.text(args.quiet).encode()], folder)
-    write_text(results / name, joined.text(args.quiet), overwrite=True)
+            return _print(lambda: joined.pieces(args.quiet), folder)
+    write_pieces(results / name, joined.pieces(args.quiet), overwrite=True)
 
 
 def _translate_text(args: argparse.Namespace, cfg, ranks: int) -> None:
@@ -227,9 +227,9 @@ def _translate_text(args: argparse.Namespace, cfg, ranks: int) -> None:
         text = Text.scan(path, "standard input" if args.input == "-" else args.input, args.buffer_size or PART_LINES)
         parts = translate_text(args, cfg, text, ranks, folder)
         if output is None:
-            _print(lambda: (part.read_bytes() for part in parts), folder)
+            _print(lambda: map(Path.read_bytes, parts), folder)
         else:
-            write_parts(parts, output, args.overwrite)
+            write_pieces(output, map(Path.read_bytes, parts), args.overwrite)
     lines = f"{text.lines:,} line{'s' * (text.lines != 1)}"
     logger.info(f"{lines} translated -> {output or 'standard output'}")
 
@@ -252,8 +252,7 @@ def _print(pieces: Callable[[], Iterable[bytes]], folder: Path) -> None:
         raise
     except OSError as error:
         drop_stdout()
-        with atomic_output(folder / UNPRINTED) as temporary, open(temporary, "wb") as stream:
-            stream.writelines(pieces())
+        write_pieces(folder / UNPRINTED, pieces())
         raise UserError(
             f"standard output could not be written ({error}); all that belongs there is in {folder / UNPRINTED}"
         ) from error

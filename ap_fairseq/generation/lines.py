@@ -17,6 +17,8 @@ import numpy as np
 from fairseq.scoring.bleu import Scorer
 from fairseq_cli.generate import get_symbols_to_strip_from_output
 
+from ap_fairseq.generation.joining import append_sentences
+from ap_fairseq.generation.scoring import SacrebleuSums, TokenSums
 from ap_fairseq.search.hypotheses import Hypotheses
 
 
@@ -52,11 +54,11 @@ class BatchLines:
     Args:
         cfg: fairseq's configuration of ``fairseq-generate``, of those that :meth:`covers` accepts.
         generator: that searches.
-        scorer: fairseq's BLEU of tokens; None for scores of the printed lines.
+        scorer: that counts here; None: there is none.
         path: of the file.
     """
 
-    def __init__(self, cfg, task, generator, scorer: Scorer | None, path: Path):
+    def __init__(self, cfg, task, generator, scorer: TokenSums | SacrebleuSums | None, path: Path):
         self.source, self.target = getattr(task, "source_dictionary", None), task.target_dictionary
         self.ignored = get_symbols_to_strip_from_output(generator)
         self.bpe, self.tokenizer = task.build_bpe(cfg.bpe), task.build_tokenizer(cfg.tokenizer)
@@ -77,8 +79,9 @@ class BatchLines:
         parts = (split(x, found.lengths) for x in (found.tokens, found.positional_scores))
         hypotheses = zip(found.scores.tolist(), *parts, strict=True)
         sources, targets = self._rows(batch.sources), self._rows(batch.targets)
-        lines = []
+        printed = []
         for i, (number, n) in enumerate(zip(batch.ids, found.counts.tolist(), strict=True)):
+            lines = []
             if self.source is not None:
                 lines.append(f"S-{number}\t{self._decode(self.source.string(sources[i], self.post_process))}\n")
             if targets:
@@ -90,13 +93,18 @@ class BatchLines:
                 lines.append(f"H-{number}\t{score}\t{text}\n")
                 lines.append(f"D-{number}\t{score}\t{detokenised}\n")
                 lines.append(f"P-{number}\t{' '.join([f'{part:.4f}' for part in positional])}\n")
-                if self.scorer is not None and targets and rank == 0:
-                    pair = targets[i], tokens
-                    if self.post_process is not None:  # BLEU of words, not of the tokens that were joined
-                        pair = self._encode(reference), self._encode(detokenised)
-                    add(self.scorer, *pair)
-        with open(self.path, "a", encoding="utf-8") as stream:
-            stream.write("".join(lines))
+                if targets and rank == 0:
+                    self._score((reference, targets[i]), (detokenised, tokens))
+            printed.append("".join(lines).encode())
+        append_sentences(self.path, batch.ids, printed)
+
+    def _score(self, *pair: tuple[str, list[int]]) -> None:
+        """Add a reference and a hypothesis to the score, each as a text and as tokens."""
+        texts, tokens = zip(*pair, strict=True)
+        if isinstance(self.scorer, SacrebleuSums):
+            self.scorer.add_string(*texts)
+        elif self.scorer is not None:  # of words, where tokens were joined
+            add(self.scorer, *(tokens if self.post_process is None else map(self._encode, texts)))
 
     def _rows(self, tokens: np.ndarray | None) -> list[list[int]]:
         """Return the tokens of each row, int64 (B, T), without padding; of None, no row."""

@@ -30,6 +30,7 @@ from ap_fairseq.tasks import OTHER_DIRECTION
 logger = logging.getLogger(__name__)
 
 GRACE_SECONDS = 10  # that a process has to end when it is asked to
+LEAST_FREE = 1 << 20  # bytes on the disk of a log that was written to its end
 
 
 def run_ranks(name: str, logs: list[Path], cpu: bool, function: Callable, *args: Any) -> None:
@@ -110,8 +111,11 @@ def _failure(rank: int, status: int, log: Path) -> str:
         return f"{last.removeprefix('error: ')} (process {rank}; its log is {log})"
     died = f"died of {signal.Signals(-status).name}" if status < 0 else f"failed with status {status}"
     hint = "; if memory ran out, lower --max-tokens" if status == -signal.SIGKILL else ""
-    if (free := shutil.disk_usage(log.parent).free) < 1 << 20:  # then the log may lack what went wrong
-        hint += f"; {free:,} bytes are free on the disk of its log"
+    if (free := shutil.disk_usage(log.parent).free) < LEAST_FREE:  # then the log lacks what went wrong
+        return (
+            f"process {rank} {died}, the others were ended: {free:,} bytes are free on the disk of {log.parent}, "
+            f"expected at least {LEAST_FREE:,}; make room there, or name a folder on another disk"
+        )
     return f"process {rank} {died}, the others were ended{hint}; the end of its log {log}:\n{end}"
 
 

@@ -255,11 +255,3 @@ def spool_stdin(folder: Path) -> Path:
     with atomic_output(path, overwrite=True) as temporary, open(temporary, "wb") as stream:
         shutil.copyfileobj(sys.stdin.buffer, stream)
     return path
-
-
-def write_parts(parts: list[Path], output: Path, overwrite: bool) -> None:
-    """Join the parts in *output*."""
-    with atomic_output(output, overwrite) as temporary, open(temporary, "wb") as whole:
-        for part in parts:
-            with open(part, "rb") as stream:
-                shutil.copyfileobj(stream, whole)

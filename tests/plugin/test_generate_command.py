@@ -24,10 +24,12 @@ from fairseq.scoring.bleu import SacrebleuConfig, SacrebleuScorer
 from plugin.commands import PLUGIN, ROOT, run, train, wait_for
 
 from ap_fairseq.cli import generate
-from ap_fairseq.generation import binarised, ranks
+from ap_fairseq.generation import binarised, ranks, scoring
 from ap_fairseq.generation import text as generation_text
+from ap_fairseq.generation.joining import append_sentences, join
 from ap_fairseq.generation.lines import BatchLines
 from ap_fairseq.generation.loading import load_faster
+from ap_fairseq.generation.scoring import SacrebleuSums
 from ap_fairseq.generation.text import Text
 from ap_fairseq.generation.translator import Found, Translator
 from ap_fairseq.model.checkpoints import load_checkpoint
@@ -88,33 +90,44 @@ def test_two_processes_print_what_fairseq_generate_prints(data_bin, dense, tmp_p
     assert [path.name for path in tmp_path.iterdir()] == ["generate-valid.txt"]
 
 
-@pytest.mark.parametrize("scoring", ["bleu", "sacrebleu"])
-def test_a_process_leaves_scoring_by_sacrebleu_to_the_joined_text(data_bin, dense, tmp_path, scoring):
-    """Each process scored its share by sacreBLEU, and nobody read that score: seconds of a test set."""
-    flags = [data_bin, "--task", "pruned_translation", "--path", dense, "--gen-subset", "valid", "--scoring", scoring]
-    flags += ["--batch-size", 16, "--required-batch-size-multiple", 1, "--max-len-b", 9, "--cpu", "--num-workers", 0]
+@pytest.mark.parametrize("flags", [["bleu"], ["sacrebleu"], ["chrf"], ["sacrebleu", "--print-alignment"]], ids=" ".join)
+def test_a_process_counts_for_the_score(data_bin, dense, tmp_path, flags):
+    """sacreBLEU counted all sentences when they had been searched: longer than the search of 700,000 had taken."""
+    common = [data_bin, "--task", "pruned_translation", "--path", dense, "--gen-subset", "valid", "--num-workers", 0]
+    common += ["--batch-size", 16, "--required-batch-size-multiple", 1, "--max-len-b", 9, "--cpu", "--scoring", *flags]
     parser = options.get_generation_parser()
-    cfg = convert_namespace_to_omegaconf(options.parse_args_and_arch(parser, list(map(str, flags))))
+    cfg = convert_namespace_to_omegaconf(options.parse_args_and_arch(parser, list(map(str, common))))
     joined = binarised.translate_subset(cfg, 2, tmp_path)
     shares = [(tmp_path / f"rank{rank}" / "generate-valid.txt").read_text("utf-8") for rank in range(2)]
-    assert [share.count("scored with the other processes") for share in shares] == [1, 1]
-    statistics = [json.loads((tmp_path / f"rank{rank}.json").read_text("utf-8"))["statistics"] for rank in range(2)]
-    assert [numbers is None for numbers in statistics] == [scoring == "sacrebleu"] * 2
-    assert len(joined.sentences) == 60 and "BLEU" in joined.score[0]
+    by_fairseq, is_bleu = "--print-alignment" in flags, flags[0] != "chrf"
+    assert [share.count("scored with the other processes") for share in shares] == [not by_fairseq] * 2
+    sums = [json.loads((tmp_path / f"rank{rank}.json").read_text("utf-8"))["sums"] for rank in range(2)]
+    assert [numbers is not None and sum(numbers) > 0 for numbers in sums] == [is_bleu] * 2
+    assert len(joined.sentences) == 60 and ("BLEU" if is_bleu else "chrF2") in joined.score[0]
 
 
 @pytest.mark.parametrize("n", [1, 3, 9])
-def test_sacrebleu_of_fewer_sentences_than_cores(n, monkeypatch):
-    """Where cores had nothing to count, an IndexError ended the command, after all had been translated.
+def test_sums_of_several_scorers_are_those_of_one(n, monkeypatch):
+    """Of texts that are counted two at a time; of one text the second scorer has none."""
+    monkeypatch.setattr(scoring, "_TOGETHER", 2)
+    stock, whole, *shares = (SacrebleuScorer(SacrebleuConfig()), *(SacrebleuSums(SacrebleuConfig()) for _ in range(3)))
+    for number in range(n):
+        pair = f"Page {number}, the last, opens.", f"Page {number}, the last one, opens."
+        for scorer in (stock, shares[number % 2]):
+            scorer.add_string(*pair)
+    whole.sums = [sum(numbers) for numbers in zip(*(share.sums for share in shares), strict=True)]
+    assert whole.result_string() == stock.result_string() and not any(share.ref for share in shares)
 
-    And of a few more, one that was fast counted its first ones twice.
-    """
-    monkeypatch.setattr(binarised.os, "sched_getaffinity", lambda _: range(4))
-    whole, shared = (SacrebleuScorer(SacrebleuConfig()) for _ in range(2))
-    pairs = [(f"Page {number}, the last, opens.", f"Page {number}, the last one, opens.") for number in range(n)]
-    for pair in pairs:
-        whole.add_string(*pair)
-    assert binarised._sacrebleu(shared, pairs) == whole.result_string()
+
+def test_lines_are_joined_in_the_order_of_their_sentences(tmp_path):
+    """Lines may hold anything, such as what looks like the next sentence; a process may have written none."""
+    paths = [tmp_path / name for name in ("lines0.txt", "lines1.txt")]
+    append_sentences(paths[0], [3, 0], ["S-3\tä\n".encode(), b"S-0\tS-1\n"])
+    append_sentences(paths[0], [], [])
+    append_sentences(paths[0], [10], [b"S-10\t\nT-10\t\n"])
+    append_sentences(paths[1], [2, 1], [b"S-2\t\nS-3\t\n", b"S-1\t\n"])
+    expected = [b"S-0\tS-1\n", b"S-1\t\n", b"S-2\t\nS-3\t\n", "S-3\tä\n".encode(), b"S-10\t\nT-10\t\n"]
+    assert join(paths) == join(paths[::-1]) == expected and join([]) == []
 
 
 @pytest.fixture(scope="module")
@@ -549,10 +562,11 @@ def test_files_that_cannot_be_used_are_named(data_bin, dense, tmp_path, capsys, 
 
 
 def test_a_log_on_a_full_disk_is_said_to_be_on_one(tmp_path, monkeypatch):
-    """The message ended with an empty log."""
+    """The message ended with an empty log, or one that was cut off, as if that had been at fault."""
     (tmp_path / "rank0.log").touch()
     monkeypatch.setattr(ranks.shutil, "disk_usage", lambda _: argparse.Namespace(free=4096))
-    assert "; 4,096 bytes are free on the disk of its log" in ranks._failure(0, 1, tmp_path / "rank0.log")
+    message = ranks._failure(0, 1, tmp_path / "rank0.log")
+    assert f": 4,096 bytes are free on the disk of {tmp_path}, expected at least 1,048,576; make room" in message
 
 
 def test_processes_are_as_many_as_gpus_or_share_them(monkeypatch):

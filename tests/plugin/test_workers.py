@@ -201,7 +201,7 @@ def translate(data_bin, model, folder, *more) -> str:
     flags = ["--gen-subset", "valid", "--batch-size", 16, "--required-batch-size-multiple", 1, "--num-workers", 0]
     args = parse(data_bin, model, *flags, *more)
     joined = binarised.translate_subset(convert_namespace_to_omegaconf(args), 1, folder)
-    return joined.text(quiet=False)
+    return b"".join(joined.pieces(quiet=False)).decode()
 
 
 @by_forks
