@@ -53,7 +53,7 @@ def half(*shape: int, seed: int = 1) -> torch.Tensor:
 
 def attend(**options) -> None:
     common = dict(heads=2, dim=64, dtype=torch.bfloat16, scale=0.125, use_lse=True)
-    assert_within_budget(make_case(**common, **options), DEVICE)
+    assert_within_budget(make_case(**common | options), DEVICE)
 
 
 def attention() -> Cases:
@@ -76,13 +76,14 @@ def attention() -> Cases:
         yield f"offsets, sentences of {size}", functools.partial(attend, **case)
 
 
-def attend_on_hopper(**case) -> None:
+def attend_on_hopper(dim: int, **case) -> None:
     launch.forget()
-    attend(batch=2, **case)
+    attend(batch=2, dim=dim, **case)
     launched = {kernel.kernel.__name__ for kernels in launch._kept.values() for kernel in kernels}
     expected = set()
     if config.HOPPER and torch.cuda.get_device_capability() == (9, 0):
-        expected = {"_hopper_forward_kernel", "_hopper_dq_kernel", "_hopper_dkdv_kernel"}
+        sizes = dict(forward=config.HOPPER_FORWARD, dq=config.HOPPER_DQ, dkdv=config.HOPPER_DKDV)
+        expected = {f"_hopper_{name}_kernel" for name in sizes if dim in sizes[name]}
     if expected != {name for name in launched if "hopper" in name}:
         raise AssertionError(f"expected of the kernels in Gluon {expected} to run, got {launched}")
 
@@ -99,7 +100,9 @@ def hopper() -> Cases:
         lengths = dict(q_lengths=torch.tensor([q_size, 137]), k_lengths=torch.tensor([90, k_size]))
         for what, padding in (("", {}), (", padded", lengths)):
             case = dict(q_size=q_size, k_size=k_size, keep=keep, tile=tile, **padding)
-            yield f"{q_size} x {k_size}, tiles of {tile}{what}", functools.partial(attend_on_hopper, **case)
+            for dim in (64,) if number > 1 else (64, 32, 96, 128):
+                name = f"{q_size} x {k_size}, tiles of {tile}{what}, heads of {dim}"
+                yield name, functools.partial(attend_on_hopper, dim, **case)
 
 
 def decoding() -> Cases:

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .call import Call
-from .config import ceil_div, dkdv_config, dq_config, int32_offsets, power_of_two, precision
+from .config import HOPPER_DKDV, HOPPER_DQ, ceil_div, dkdv_config, dq_config, int32_offsets, power_of_two, precision
 from .descriptors import aligned, aligned_row, on_hopper, tile_block
 from .launch import Launch, launches_of, strides
 from .primitives import (
@@ -307,7 +307,7 @@ def backward(
 
     def dkdv_launches() -> list[Launch]:
         counted = q.size(0) * q.size(1) * aligned_row(q.size(2))  # in int32
-        if counted < 2**31 and on_hopper(call, (q, grad_out), (k, v), (dk, dv)):
+        if counted < 2**31 and on_hopper(call, HOPPER_DKDV, (q, grad_out), (k, v), (dk, dv)):
             from . import hopper_dkdv  # needs Gluon, which is not in triton before 3.6
 
             return hopper_dkdv.launches(q, k, call)
@@ -331,7 +331,7 @@ def backward(
         delta, pivot = lse.new_empty(2, *q.shape[:2], aligned_row(q.size(2))).unbind()
 
     def dq_launches() -> list[Launch]:
-        if on_hopper(call, (q, grad_out), (k, v), (out, dq)):
+        if on_hopper(call, HOPPER_DQ, (q, grad_out), (k, v), (out, dq)):
             from . import hopper_dq  # likewise
 
             return hopper_dq.launches(q, k, delta.size(2), call)

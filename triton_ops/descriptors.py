@@ -6,6 +6,7 @@ A descriptor holds a tensor's address, shape and strides, and the shape of the t
 from __future__ import annotations
 
 import functools
+from collections.abc import Container
 
 import torch
 import triton
@@ -23,24 +24,26 @@ def tile_block(a: Tensor, b: Tensor, step: int, inner: int) -> list[int] | None:
     step gathers several blocks, and where the accelerator is missing or cannot read the rows: they must have a power of
     two of elements and begin at multiples of 16 bytes.
     """
-    if step > inner or not (_describable(a) and _describable(b)):
+    dim = a.size(3)
+    if step > inner or dim & (dim - 1) != 0 or not (_describable(a) and _describable(b)):
         return None
-    return [1, 1, step, a.size(3)]
+    return [1, 1, step, dim]
 
 
-def on_hopper(call: Call, *pairs: tuple[Tensor, Tensor]) -> bool:
-    """Whether the kernels in Gluon compute this call, on a GPU of compute capability 9.0.
+def on_hopper(call: Call, sizes: Container[int], *pairs: tuple[Tensor, Tensor]) -> bool:
+    """Whether a kernel in Gluon computes this call, on a GPU of compute capability 9.0.
 
-    They take half precision, heads of 64 elements, square tiles of 64 and 128, masks of cells, and no dropout.
+    They take half precision, square tiles of 64 and 128, masks of cells, and no dropout.
 
-    pairs: the tensors (B, H, T, D) of which they read or write tiles; both of a pair by the same blocks.
+    sizes: of heads that the kernel takes.
+    pairs: the tensors (B, H, T, D) of which it reads or writes tiles; both of a pair by the same blocks.
     """
     return (
         config.HOPPER
         and call.tile_q == call.tile_k >= 64
         and call.seed is None
         and call.anchor is None
-        and all(a.size(3) == 64 and tile_block(a, b, 64, 64) is not None for a, b in pairs)
+        and all(a.size(3) in sizes and _describable(a) and _describable(b) for a, b in pairs)
         and triton.runtime.driver.active.get_current_target().arch == 90
     )
 
@@ -63,13 +66,11 @@ def aligned_row(size: int) -> int:
 
 
 def _describable(x: Tensor) -> bool:
-    strides, dim = x.stride()[:3], x.size(3)
     return (
         x.element_size() == 2
         and x.numel() > 0
         and x.stride(3) == 1
-        and dim & (dim - 1) == 0
-        and all(0 < stride < 2**39 and stride % 8 == 0 for stride in strides)
+        and all(0 < stride < 2**39 and stride % 8 == 0 for stride in x.stride()[:3])
         and aligned(x)
         and (INTERPRETED or _accelerated(x.device))
     )

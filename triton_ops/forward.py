@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .call import Call
-from .config import ceil_div, forward_config, int32_offsets, power_of_two, precision
+from .config import HOPPER_FORWARD, ceil_div, forward_config, int32_offsets, power_of_two, precision
 from .descriptors import aligned, on_hopper, tile_block
 from .launch import Launch, launches_of, strides
 from .primitives import (
@@ -144,7 +144,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor
     lse = torch.empty(batch, heads, q_size, dtype=torch.float32, device=q.device)
 
     def build() -> list[Launch]:
-        if on_hopper(call, (q, out), (k, v)):
+        if on_hopper(call, HOPPER_FORWARD, (q, out), (k, v)):
             from . import hopper_forward  # needs Gluon, which is not in triton before 3.6
 
             return hopper_forward.launches(q, k, call)

@@ -6,6 +6,10 @@ it waits for the barrier's *phase*, 0 the first time, 1 the next, and so on in t
 tile is asked for only when all warps are done with what the slot held: they meet (`await_warps`), or tell a warp that
 does nothing but load (`hopper_dkdv.py`).
 
+Tiles have powers of two of columns, so those of heads of 96 elements come in three *parts* of 32; all others have one.
+A ring is a tuple of shared memory for each part, results [BM, D] are tuples of parts, and each part is a product of its
+own.
+
 Layouts say which thread holds which elements: `wide` those of scores [BM, BN] (transposed in `hopper_dkdv.py`), `tall`
 those of results [BM, D], `left` those of a factor that a product takes from registers. A product with is_async returns
 at once: its result may be read, and its factors overwritten, after `warpgroup_mma_wait`.
@@ -13,12 +17,19 @@ at once: its result may be read, and its factors overwritten, after `warpgroup_m
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .call import Call
@@ -48,18 +59,129 @@ def tile_start(p_entries, j, n_full, n_total, NI, STEP: gl.constexpr, G: gl.cons
 
 
 @gluon.jit
+def new_ring(d_x, D: gl.constexpr, STAGES: gl.constexpr):
+    """A ring of STAGES tiles of D columns."""
+    parts = ()  # type: Any
+    for _ in gl.static_range(D // d_x.block_type.shape[3]):
+        parts += (gl.allocate_shared_memory(d_x.dtype, [STAGES] + d_x.block_type.shape, d_x.layout),)
+    return parts
+
+
+@gluon.jit
+def tile(ring, slot):
+    """The tile in a slot of a ring: parts [rows, columns]."""
+    ROWS: gl.constexpr = ring[0].shape[3]
+    W: gl.constexpr = ring[0].shape[4]
+    return [part.index(slot).reshape([ROWS, W]) for part in ring]
+
+
+@gluon.jit
+def load(d_x, ring, bar, slot, i_b, i_h, start, pred=True):
+    """Load the tile of positions from `start` on, where pred is set: `bar` has been told to expect it."""
+    W: gl.constexpr = ring[0].shape[4]
+    for i in gl.static_range(len(ring)):
+        load_tile(d_x, [i_b, i_h, start, i * W], bar, ring[i].index(slot), pred=pred)
+
+
+@gluon.jit
 def ask(d_x, ring, full, slot, i_b, i_h, start, pred):
     """Ask for the tile of BN positions from `start` on, where pred is set; `full` of the slot says when it is there."""
-    mbarrier.expect(full.index(slot), d_x.block_type.nbytes, pred=pred)
-    load_tile(d_x, [i_b, i_h, start, 0], full.index(slot), ring.index(slot), pred=pred)
+    mbarrier.expect(full.index(slot), len(ring) * d_x.block_type.nbytes, pred=pred)
+    load(d_x, ring, full.index(slot), slot, i_b, i_h, start, pred)
 
 
 @gluon.jit
 def ask_pair(d_k, d_v, k_ring, v_ring, full, slot, i_b, i_h, start, pred):
     """As `ask`, for tiles of K and V that come together."""
-    mbarrier.expect(full.index(slot), 2 * d_k.block_type.nbytes, pred=pred)
-    load_tile(d_k, [i_b, i_h, start, 0], full.index(slot), k_ring.index(slot), pred=pred)
-    load_tile(d_v, [i_b, i_h, start, 0], full.index(slot), v_ring.index(slot), pred=pred)
+    mbarrier.expect(full.index(slot), 2 * len(k_ring) * d_k.block_type.nbytes, pred=pred)
+    load(d_k, k_ring, full.index(slot), slot, i_b, i_h, start, pred)
+    load(d_v, v_ring, full.index(slot), slot, i_b, i_h, start, pred)
+
+
+@gluon.jit
+def put(ring, b_x):
+    """Put a result into the first slot of a ring. After `fence_async_shared` it can be sent."""
+    x = tile(ring, 0)
+    for i in gl.static_range(len(x)):
+        x[i].store(b_x[i].to(x[i].dtype))
+
+
+@gluon.jit
+def send(d_x, ring, i_b, i_h, start):
+    """Write the first slot of a ring to memory. It has left after `tma.store_wait`."""
+    W: gl.constexpr = ring[0].shape[4]
+    for i in gl.static_range(len(ring)):
+        store_tile(d_x, [i_b, i_h, start, i * W], ring[i].index(0))
+
+
+@gluon.jit
+def zeros(ring, layout: gl.constexpr):
+    """Zeros for a result in parts as of the tiles of a ring."""
+    ROWS: gl.constexpr = ring[0].shape[3]
+    W: gl.constexpr = ring[0].shape[4]
+    return [gl.zeros([ROWS, W], gl.float32, layout) for _ in ring]
+
+
+@gluon.jit
+def in_registers(x, layout: gl.constexpr):
+    return [part.load(layout) for part in x]
+
+
+@gluon.jit
+def multiply(a, b, no_s, is_async: gl.constexpr = False):
+    """a · bᵀ, a sum over parts."""
+    s = no_s
+    for i in gl.static_range(len(a)):
+        s = warpgroup_mma(a[i], b[i].permute((1, 0)), s, use_acc=i > 0, is_async=is_async or i + 1 < len(a))
+    return s
+
+
+@gluon.jit
+def accumulate(a, b, acc):
+    """acc + a · b, where only b and acc have parts. It runs asynchronously, as len(b) products."""
+    parts = ()  # type: Any
+    for i in gl.static_range(len(b)):
+        parts += (warpgroup_mma(a, b[i], acc[i], is_async=True),)
+    return parts
+
+
+@gluon.jit
+def scaled(b_x, b_a):
+    """A result, of which rows are multiplied by b_a."""
+    return [part * b_a[:, None] for part in b_x]
+
+
+@gluon.jit
+def scaled_rows(b_x, scale, m_row):
+    """A result times a number, with zeros in rows that are not set in m_row."""
+    return [gl.where(m_row[:, None], part * scale, 0.0) for part in b_x]
+
+
+@gluon.jit
+def row_products(x, y, layout: gl.constexpr):
+    """Inner products of the rows of two tiles."""
+    b_sum = gl.sum(x[0].load(layout).to(gl.float32) * y[0].load(layout).to(gl.float32), 1)
+    for i in gl.static_range(1, len(x)):
+        b_sum += gl.sum(x[i].load(layout).to(gl.float32) * y[i].load(layout).to(gl.float32), 1)
+    return b_sum
+
+
+@gluon.jit
+def clear(x, m_row, layout: gl.constexpr):
+    """Put zeros into rows of a tile that are not set in m_row."""
+    for i in gl.static_range(len(x)):
+        x[i].store(gl.where(m_row[:, None], x[i].load(layout), 0.0))
+    fence_async_shared()
+
+
+@gluon.jit
+def wait_for(products):
+    """Wait for all products, and return the results of these."""
+    results = warpgroup_mma_wait(0, deps=products)
+    if len(products) == 1:
+        return (results,)
+    else:
+        return results
 
 
 @gluon.jit
@@ -77,6 +199,13 @@ def keep_bits(
         b_w = b_w & gl.where(n_keys == 32, -1, (1 << (n_keys % 32)) - 1)
         b_bits = gl.where((o_n // 32 == i)[None, :], b_w[:, None], b_bits)
     return ((b_bits >> (o_n % 8)[None, :]) & (1 << (o_n % 32 // 8 * 8))[None, :]) != 0
+
+
+def tile_blocks(config: Config, dim: int, queries: Iterable[str], keys: Iterable[str]) -> dict[str, list[int]]:
+    """Shapes of what descriptors of these names copy at a time: parts of tiles of queries, and of tiles of keys."""
+    columns = dim & -dim  # the largest power of two that divides it
+    blocks = dict.fromkeys(queries, [1, 1, config.block_q, columns])
+    return blocks | dict.fromkeys(keys, [1, 1, config.block_k, columns])
 
 
 class HopperLaunch(Launch):
@@ -103,7 +232,7 @@ def hopper_launches(
 
     table: of the lists that it follows.
     n_tiles: of a head, each for one program.
-    blocks: shapes of the tiles that it reads or writes, by the names of the descriptors.
+    blocks: of `tile_blocks`, and of other descriptors.
     numbers: arguments that not all of these kernels take.
     """
     batch, heads, q_size, dim = q.shape

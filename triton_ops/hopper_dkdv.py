@@ -15,41 +15,72 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
     tma,
-    warpgroup_mma,
-    warpgroup_mma_init,
     warpgroup_mma_wait,
 )
 
 from .call import Call
-from .config import Config, ceil_div
+from .config import HOPPER_DKDV, ceil_div
 from .descriptors import aligned_row
-from .hopper import hopper_launches, load_tile, next_stage, store_tile, tile_start
+from .hopper import (
+    accumulate,
+    clear,
+    hopper_launches,
+    in_registers,
+    load,
+    load_tile,
+    multiply,
+    new_ring,
+    next_stage,
+    put,
+    scaled_rows,
+    send,
+    tile,
+    tile_blocks,
+    tile_start,
+    wait_for,
+    zeros,
+)
 from .launch import Launch
 from .primitives import RUN_TIME, list_lengths, sequence_length
 
-# Half of the registers of a multiprocessor. Those that the loading warp leaves go to the others.
-CONFIG = Config(64, 64, 4, 3, 128)
+# A program takes half of the registers of a multiprocessor. Those that the loading warp leaves go to the others.
 LOADING_REGISTERS = gl.constexpr(24)
 THREADS = gl.constexpr(160)  # of the five warps
 FIRST_BARRIER = gl.constexpr(9)  # named barriers of the stages; Triton has the first few
 
 
 @gluon.jit
-def _release(slot, pred):
-    """Let the loading warp have a stage, without waiting: around an `mbarrier.arrive` all four warps would."""
+def _at_barrier(HOW: gl.constexpr, slot, pred):
     gl.inline_asm_elementwise(
-        "{ .reg .pred some; setp.ne.u32 some, $3, 0; @some bar.arrive $1, $2; mov.u32 $0, 0; }", "=r,r,r,r",
+        "{ .reg .pred some; setp.ne.u32 some, $3, 0; @some bar." + HOW + " $1, $2; mov.u32 $0, 0; }", "=r,r,r,r",
         [slot + FIRST_BARRIER, THREADS, pred.to(gl.int32)], gl.int32, is_pure=False, pack=1,
     )  # fmt: skip
 
 
 @gluon.jit
+def _release(slot, pred):
+    """Let the loading warp have a stage, without waiting: around an `mbarrier.arrive` all four warps would."""
+    _at_barrier("arrive", slot, pred)
+
+
+@gluon.jit
 def _await_release(slot, pred):
     """Wait, where pred is set, until all four warps have let a stage go."""
-    gl.inline_asm_elementwise(
-        "{ .reg .pred some; setp.ne.u32 some, $3, 0; @some bar.sync $1, $2; mov.u32 $0, 0; }", "=r,r,r,r",
-        [slot + FIRST_BARRIER, THREADS, pred.to(gl.int32)], gl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
+    _at_barrier("sync", slot, pred)
+
+
+@gluon.jit
+def _sums(dk, dv):
+    """Wait for all products; dK and dV."""
+    results = wait_for(dk + dv)
+    return results[: len(dk)], results[len(dk) :]
+
+
+@gluon.jit
+def _results(s, dk, dv):
+    """As `_sums`, and the scores before them."""
+    results = wait_for((s,) + dk + dv)
+    return results[0], results[1 : 1 + len(dk)], results[1 + len(dk) :]
 
 
 @gluon.jit
@@ -60,7 +91,7 @@ def _load(loads, lists, BM: gl.constexpr, G: gl.constexpr, STAGES: gl.constexpr)
     """
     d_q, d_do, d_pivot, d_delta, q_ring, do_ring, pivot_ring, delta_ring, full, i_b, i_h, i_row = loads
     p_entries, n_full, n_total, NI = lists
-    BYTES: gl.constexpr = d_q.block_type.nbytes + d_do.block_type.nbytes + 8 * BM
+    BYTES: gl.constexpr = 2 * len(q_ring) * d_q.block_type.nbytes + 8 * BM
     slot = 0
     phase = 0
     for j in range(n_total * (G // BM)):
@@ -68,8 +99,8 @@ def _load(loads, lists, BM: gl.constexpr, G: gl.constexpr, STAGES: gl.constexpr)
         _await_release(slot, j >= STAGES)
         bar = full.index(slot)
         mbarrier.expect(bar, BYTES)
-        load_tile(d_q, [i_b, i_h, start, 0], bar, q_ring.index(slot))
-        load_tile(d_do, [i_b, i_h, start, 0], bar, do_ring.index(slot))
+        load(d_q, q_ring, bar, slot, i_b, i_h, start)
+        load(d_do, do_ring, bar, slot, i_b, i_h, start)
         load_tile(d_pivot, [i_row + start], bar, pivot_ring.index(slot))
         load_tile(d_delta, [i_row + start], bar, delta_ring.index(slot))
         slot, phase = next_stage(slot, phase, STAGES)
@@ -91,57 +122,57 @@ def _add(
     p_words, q_length, LQ, RS = tail
     d_dk, d_dv, i_b, i_h, i_n, k_length, scale = out
     wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BM, 16])
-    tall: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    tall: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, d_dk.block_type.shape[3], 16])
     left: gl.constexpr = gl.DotOperandLayout(0, tall, 2)
     k_left: gl.constexpr = gl.DotOperandLayout(0, wide, 2)
     columns: gl.constexpr = gl.SliceLayout(0, wide)
-    dtype: gl.constexpr = q_ring.dtype
+    dtype: gl.constexpr = d_dk.dtype
     n_all = n_total * (G // BM)
     no_s = gl.zeros([BN, BM], gl.float32, wide)
-    dk = warpgroup_mma_init(gl.zeros([BN, D], gl.float32, tall))
-    dv = warpgroup_mma_init(gl.zeros([BN, D], gl.float32, tall))
+    b_dk = zeros(k_own, tall)
+    b_dv = zeros(v_own, tall)
     mbarrier.wait(own, 0)
-    k = k_own.reshape([BN, D]).load(k_left)
-    v = v_own.reshape([BN, D]).load(k_left)
+    k = tile(k_own, 0)
+    v = tile(v_own, 0)
+    if D <= 96:  # otherwise registers do not suffice
+        k = in_registers(k, k_left)
+        v = in_registers(v, k_left)
     slot = 0
     phase = 0
     if n_tiles > 0:
         mbarrier.wait(full.index(0), 0)
-    b_s = warpgroup_mma(k, q_ring.index(0).reshape([BM, D]).permute((1, 0)), no_s, use_acc=False)
+    b_s = multiply(k, tile(q_ring, 0), no_s)
     for j in range(n_tiles - 1):
         next_slot, next_phase = next_stage(slot, phase, STAGES)
-        q = q_ring.index(slot).reshape([BM, D])
-        do = do_ring.index(slot).reshape([BM, D])
-        dp = warpgroup_mma(v, do.permute((1, 0)), no_s, use_acc=False, is_async=True)
+        q = tile(q_ring, slot)
+        do = tile(do_ring, slot)
+        dp = multiply(v, do, no_s, is_async=True)
         pivot = pivot_ring.index(slot).load(columns)
         p = gl.exp2(b_s * scale_log2 - pivot[None, :])
         p_left = gl.convert_layout(p.to(dtype), left)
         mbarrier.wait(full.index(next_slot), next_phase)
-        q_next = q_ring.index(next_slot).reshape([BM, D])
-        s = warpgroup_mma(k, q_next.permute((1, 0)), no_s, use_acc=False, is_async=True)
-        dv = warpgroup_mma(p_left, do, dv, is_async=True)
+        s = multiply(k, tile(q_ring, next_slot), no_s, is_async=True)
+        dv = accumulate(p_left, do, b_dv)
         delta = delta_ring.index(slot).load(columns)
-        b_dp = warpgroup_mma_wait(2, deps=[dp])
+        b_dp = warpgroup_mma_wait(2 * len(dv), deps=[dp])
         ds = p * (b_dp - delta[None, :])
-        dk = warpgroup_mma(gl.convert_layout(ds.to(dtype), left), q, dk, is_async=True)
+        dk = accumulate(gl.convert_layout(ds.to(dtype), left), q, b_dk)
         # ptxas runs products one by one if one whose result is read is still on its way into the next step.
-        b_s, b_dk, b_dv = warpgroup_mma_wait(0, deps=[s, dk, dv])
-        dk = warpgroup_mma_init(b_dk)
-        dv = warpgroup_mma_init(b_dv)
+        b_s, b_dk, b_dv = _results(s, dk, dv)
         _release(slot, j + STAGES < n_all)
         slot = next_slot
         phase = next_phase
-    b_dk, b_dv = warpgroup_mma_wait(0, deps=[dk, dv])
     if n_tiles > 0:
-        q = q_ring.index(slot).reshape([BM, D])
-        do = do_ring.index(slot).reshape([BM, D])
-        b_dp = warpgroup_mma(v, do.permute((1, 0)), no_s, use_acc=False)
+        q = tile(q_ring, slot)
+        do = tile(do_ring, slot)
+        b_dp = multiply(v, do, no_s)
         pivot = pivot_ring.index(slot).load(columns)
         delta = delta_ring.index(slot).load(columns)
         p = gl.exp2(b_s * scale_log2 - pivot[None, :])
         ds = p * (b_dp - delta[None, :])
-        b_dv = warpgroup_mma(gl.convert_layout(p.to(dtype), left), do, b_dv)
-        b_dk = warpgroup_mma(gl.convert_layout(ds.to(dtype), left), q, b_dk)
+        dv = accumulate(gl.convert_layout(p.to(dtype), left), do, b_dv)
+        dk = accumulate(gl.convert_layout(ds.to(dtype), left), q, b_dk)
+        b_dk, b_dv = _sums(dk, dv)
         _release(slot, n_tiles - 1 + STAGES < n_all)
         slot, phase = next_stage(slot, phase, STAGES)
 
@@ -159,15 +190,12 @@ def _add(
             b_word = gl.where(((o_n - i_n) // 32 == i)[:, None], b_w[None, :], b_word)
         m_s = (((b_word >> (o_n % 32)[:, None]) & 1) != 0) & (o_n < k_length)[:, None]
         mbarrier.wait(full.index(slot), phase)
-        q = q_ring.index(slot).reshape([BM, D])
-        do = do_ring.index(slot).reshape([BM, D])
+        q = tile(q_ring, slot)
+        do = tile(do_ring, slot)
         if start + BM > q_length:  # padded queries: not 0 · q, which is NaN if they are not finite
-            m_row = (start + o_row < q_length)[:, None]
-            q.store(gl.where(m_row, q.load(tall), 0.0))
-            do.store(gl.where(m_row, do.load(tall), 0.0))
-            fence_async_shared()
-        s = warpgroup_mma(k, q.permute((1, 0)), no_s, use_acc=False, is_async=True)
-        dp = warpgroup_mma(v, do.permute((1, 0)), no_s, use_acc=False, is_async=True)
+            clear(q + do, start + o_row < q_length, tall)
+        s = multiply(k, q, no_s, is_async=True)
+        dp = multiply(v, do, no_s, is_async=True)
         pivot = pivot_ring.index(slot).load(columns)
         delta = delta_ring.index(slot).load(columns)
         b_s, b_dp = warpgroup_mma_wait(0, deps=[s, dp])
@@ -175,18 +203,18 @@ def _add(
         ds = gl.where(m_s, p * (b_dp - delta[None, :]), 0.0)
         p_left = gl.convert_layout(p.to(dtype), left)
         ds_left = gl.convert_layout(ds.to(dtype), left)
-        dv = warpgroup_mma(p_left, do, warpgroup_mma_init(b_dv), is_async=True)
-        dk = warpgroup_mma(ds_left, q, warpgroup_mma_init(b_dk), is_async=True)
-        b_dv, b_dk = warpgroup_mma_wait(0, deps=[dv, dk])
+        dv = accumulate(p_left, do, b_dv)
+        dk = accumulate(ds_left, q, b_dk)
+        b_dk, b_dv = _sums(dk, dv)
         _release(slot, j + STAGES < n_all)
         slot, phase = next_stage(slot, phase, STAGES)
 
-    m_n = (i_n + gl.arange(0, BN, gl.SliceLayout(1, tall)) < k_length)[:, None]
-    k_own.reshape([BN, D]).store(gl.where(m_n, b_dk * scale, 0.0).to(dtype))
-    v_own.reshape([BN, D]).store(gl.where(m_n, b_dv, 0.0).to(dtype))
+    m_n = i_n + gl.arange(0, BN, gl.SliceLayout(1, tall)) < k_length
+    put(k_own, scaled_rows(b_dk, scale, m_n))
+    put(v_own, scaled_rows(b_dv, 1.0, m_n))
     fence_async_shared()
-    store_tile(d_dk, [i_b, i_h, i_n, 0], k_own)
-    store_tile(d_dv, [i_b, i_h, i_n, 0], v_own)
+    send(d_dk, k_own, i_b, i_h, i_n)
+    send(d_dv, v_own, i_b, i_h, i_n)
     tma.store_wait(0)
 
 
@@ -215,10 +243,10 @@ def _hopper_dkdv_kernel(
     n_inside, n_full, n_total = list_lengths(p_counts, q_length, G)
     n_tiles = n_inside * (G // BM)
 
-    q_ring = gl.allocate_shared_memory(d_q.dtype, [STAGES, 1, 1, BM, D], d_q.layout)
-    do_ring = gl.allocate_shared_memory(d_q.dtype, [STAGES, 1, 1, BM, D], d_do.layout)
-    k_own = gl.allocate_shared_memory(d_q.dtype, [1, 1, BN, D], d_k.layout)
-    v_own = gl.allocate_shared_memory(d_q.dtype, [1, 1, BN, D], d_v.layout)
+    q_ring = new_ring(d_q, D, STAGES)
+    do_ring = new_ring(d_do, D, STAGES)
+    k_own = new_ring(d_k, D, 1)
+    v_own = new_ring(d_v, D, 1)
     pivot_ring = gl.allocate_shared_memory(gl.float32, [STAGES, BM], d_pivot.layout)
     delta_ring = gl.allocate_shared_memory(gl.float32, [STAGES, BM], d_delta.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -227,9 +255,9 @@ def _hopper_dkdv_kernel(
         mbarrier.init(full.index(i), count=1)
     mbarrier.init(own, count=1)
     fence_async_shared()
-    mbarrier.expect(own, 2 * d_k.block_type.nbytes)
-    load_tile(d_k, [i_b, i_h, i_n, 0], own, k_own)
-    load_tile(d_v, [i_b, i_h, i_n, 0], own, v_own)
+    mbarrier.expect(own, 2 * len(k_own) * d_k.block_type.nbytes)
+    load(d_k, k_own, own, 0, i_b, i_h, i_n)
+    load(d_v, v_own, own, 0, i_b, i_h, i_n)
     lists = p_entries, n_full, n_total, NI
     loads = d_q, d_do, d_pivot, d_delta, q_ring, do_ring, pivot_ring, delta_ring, full, i_b, i_h, i_row
     run = q_ring, do_ring, pivot_ring, delta_ring, k_own, v_own, full, own, n_tiles, scale_log2
@@ -244,8 +272,8 @@ def _hopper_dkdv_kernel(
 
 def launches(q: Tensor, k: Tensor, call: Call) -> list[Launch]:
     """Launches that write dK and dV, of the tensors that `_hopper_dkdv_kernel` names."""
-    queries, keys = [1, 1, CONFIG.block_q, q.size(3)], [1, 1, CONFIG.block_k, q.size(3)]
-    blocks = dict.fromkeys(("d_q", "d_do"), queries) | dict.fromkeys(("d_k", "d_v", "d_dk", "d_dv"), keys)
-    blocks |= dict.fromkeys(("d_pivot", "d_delta"), [CONFIG.block_q])
-    kernel, n_tiles, row = _hopper_dkdv_kernel, ceil_div(k.size(2), CONFIG.block_k), aligned_row(q.size(2))
-    return hopper_launches(kernel, q, k, call, call.key_table(), n_tiles, CONFIG, blocks, TR=row, scale=call.scale)
+    config = HOPPER_DKDV[q.size(3)]
+    blocks = tile_blocks(config, q.size(3), ("d_q", "d_do"), ("d_k", "d_v", "d_dk", "d_dv"))
+    blocks |= dict.fromkeys(("d_pivot", "d_delta"), [config.block_q])
+    kernel, n_tiles, row = _hopper_dkdv_kernel, ceil_div(k.size(2), config.block_k), aligned_row(q.size(2))
+    return hopper_launches(kernel, q, k, call, call.key_table(), n_tiles, config, blocks, TR=row, scale=call.scale)

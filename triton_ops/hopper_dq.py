@@ -13,18 +13,34 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
     tma,
-    warpgroup_mma,
-    warpgroup_mma_init,
     warpgroup_mma_wait,
 )
 
 from .call import Call
-from .config import Config, ceil_div
-from .hopper import ask_pair, await_warps, hopper_launches, keep_bits, load_tile, next_stage, store_tile, tile_start
+from .config import HOPPER_DQ, ceil_div
+from .hopper import (
+    accumulate,
+    ask_pair,
+    await_warps,
+    clear,
+    hopper_launches,
+    keep_bits,
+    load,
+    multiply,
+    new_ring,
+    next_stage,
+    put,
+    row_products,
+    scaled_rows,
+    send,
+    tile,
+    tile_blocks,
+    tile_start,
+    wait_for,
+    zeros,
+)
 from .launch import Launch
 from .primitives import LOG2E, RUN_TIME, list_lengths, sequence_length
-
-CONFIG = Config(64, 64, 4, 2, 128)
 
 
 @gluon.jit(do_not_specialize=RUN_TIME)
@@ -39,14 +55,14 @@ def _hopper_dq_kernel(
     d_q ... d_dq  descriptors of tiles of these tensors; dQ is written through its own
     """
     wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
-    tall: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    tall: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, d_q.block_type.shape[3], 16])
     left: gl.constexpr = gl.DotOperandLayout(0, tall, 2)
     by_row: gl.constexpr = gl.SliceLayout(1, wide)
     dtype: gl.constexpr = d_q.dtype
-    q_own = gl.allocate_shared_memory(dtype, [1, 1, BM, D], d_q.layout)
-    do_own = gl.allocate_shared_memory(dtype, [1, 1, BM, D], d_do.layout)
-    k_ring = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BN, D], d_k.layout)
-    v_ring = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BN, D], d_v.layout)
+    q_own = new_ring(d_q, D, 1)
+    do_own = new_ring(d_do, D, 1)
+    k_ring = new_ring(d_k, D, STAGES)
+    v_ring = new_ring(d_v, D, STAGES)
     own_full = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     mbarrier.init(own_full.index(0), count=1)
@@ -57,11 +73,11 @@ def _hopper_dq_kernel(
     # The last tiles first, as in `forward._forward_kernel`.
     i_m = (gl.num_programs(0) - 1 - gl.program_id(0)) * BM
     i_h, i_b = first_h + gl.program_id(1), first_b + gl.program_id(2)
-    mbarrier.expect(own_full.index(0), 3 * d_q.block_type.nbytes)
-    load_tile(d_q, [i_b, i_h, i_m, 0], own_full.index(0), q_own)
-    load_tile(d_do, [i_b, i_h, i_m, 0], own_full.index(0), do_own)
+    mbarrier.expect(own_full.index(0), 3 * len(q_own) * d_q.block_type.nbytes)
+    load(d_q, q_own, own_full.index(0), 0, i_b, i_h, i_m)
+    load(d_do, do_own, own_full.index(0), 0, i_b, i_h, i_m)
     # O waits where values will be that nobody has asked for yet.
-    load_tile(d_o, [i_b, i_h, i_m, 0], own_full.index(0), v_ring.index(STAGES - 1))
+    load(d_o, v_ring, own_full.index(0), STAGES - 1, i_b, i_h, i_m)
     i_bh = i_b * H + i_h
     i_mh = gl.where(MH > 1, i_h, 0)
     i_list = (i_mh * NO + i_m // GO).to(gl.int64)
@@ -84,10 +100,9 @@ def _hopper_dq_kernel(
     b_pivot = gl.load(p_lse + o_row, mask=o_m < q_length, other=float("-inf")) * LOG2E
     b_pivot = gl.where(b_pivot == float("-inf"), float("inf"), b_pivot)
     mbarrier.wait(own_full.index(0), 0)
-    q = q_own.reshape([BM, D])
-    do = do_own.reshape([BM, D])
-    b_o = v_ring.index(STAGES - 1).reshape([BM, D]).load(tall).to(gl.float32)
-    b_delta = gl.convert_layout(gl.sum(b_o * do.load(tall).to(gl.float32), 1), by_row)
+    q = tile(q_own, 0)
+    do = tile(do_own, 0)
+    b_delta = gl.convert_layout(row_products(tile(v_ring, STAGES - 1), do, tall), by_row)
     if p_dlse is not None:
         # Not where nothing is visible: -inf has no gradient, and merging parts by logaddexp makes it NaN.
         b_delta -= gl.load(p_dlse + o_row, mask=b_pivot < float("inf"), other=0.0)
@@ -100,36 +115,36 @@ def _hopper_dq_kernel(
         gl.store(p_pivot + o_written, b_pivot, mask=o_m < TQ)
 
     no_s = gl.zeros([BM, BN], gl.float32, wide)
-    b_dq = gl.zeros([BM, D], gl.float32, tall)
+    b_dq = zeros(q_own, tall)
     slot = 0
     phase = 0
     if inside > 0:
         mbarrier.wait(full.index(0), 0)
-        b_s = warpgroup_mma(q, k_ring.index(0).reshape([BN, D]).permute((1, 0)), no_s, use_acc=False)
+        b_s = multiply(q, tile(k_ring, 0), no_s)
         for j in range(inside - 1):
             start = tile_start(p_entries, j + STAGES, n_full, n_total, NI, BN, G)
-            v = v_ring.index(slot).reshape([BN, D])
-            dp = warpgroup_mma(do, v.permute((1, 0)), no_s, use_acc=False, is_async=True)
+            dp = multiply(do, tile(v_ring, slot), no_s, is_async=True)
             b_p = gl.exp2(b_s * scale_log2 - b_pivot[:, None])
             b_dp = warpgroup_mma_wait(0, deps=[dp])
             b_ds = b_p * (b_dp - b_delta[:, None])
             ds_left = gl.convert_layout(b_ds.to(dtype), left)
             next_slot, next_phase = next_stage(slot, phase, STAGES)
             mbarrier.wait(full.index(next_slot), next_phase)
-            k_next = k_ring.index(next_slot).reshape([BN, D])
-            s = warpgroup_mma(q, k_next.permute((1, 0)), no_s, use_acc=False, is_async=True)
-            dq = warpgroup_mma(ds_left, k_ring.index(slot).reshape([BN, D]), warpgroup_mma_init(b_dq), is_async=True)
+            s = multiply(q, tile(k_ring, next_slot), no_s, is_async=True)
+            dq = accumulate(ds_left, tile(k_ring, slot), b_dq)
             # ptxas runs products one by one if one whose result is read is still on its way into the next step.
-            b_s, b_dq = warpgroup_mma_wait(0, deps=[s, dq])
+            results = wait_for((s,) + dq)
+            b_s = results[0]
+            b_dq = results[1:]
             await_warps()
             ask_pair(d_k, d_v, k_ring, v_ring, full, slot, i_b, i_h, start, j + STAGES < steps)
             slot = next_slot
             phase = next_phase
         start = tile_start(p_entries, inside - 1 + STAGES, n_full, n_total, NI, BN, G)
-        b_dp = warpgroup_mma(do, v_ring.index(slot).reshape([BN, D]).permute((1, 0)), no_s, use_acc=False)
+        b_dp = multiply(do, tile(v_ring, slot), no_s)
         b_ds = gl.exp2(b_s * scale_log2 - b_pivot[:, None]) * (b_dp - b_delta[:, None])
         ds_left = gl.convert_layout(b_ds.to(dtype), left)
-        b_dq = warpgroup_mma(ds_left, k_ring.index(slot).reshape([BN, D]), b_dq)
+        b_dq = wait_for(accumulate(ds_left, tile(k_ring, slot), b_dq))
         await_warps()
         ask_pair(d_k, d_v, k_ring, v_ring, full, slot, i_b, i_h, start, inside - 1 + STAGES < steps)
         slot, phase = next_stage(slot, phase, STAGES)
@@ -141,33 +156,32 @@ def _hopper_dq_kernel(
         next_start = tile_start(p_entries, j + STAGES, n_full, n_total, NI, BN, G)
         m_s = keep_bits(p_words, start, o_m, q_length, k_length, LQ, RS, BM, BN, wide)
         mbarrier.wait(full.index(slot), phase)
-        k = k_ring.index(slot).reshape([BN, D])
-        v = v_ring.index(slot).reshape([BN, D])
-        s = warpgroup_mma(q, k.permute((1, 0)), no_s, use_acc=False, is_async=True)
-        dp = warpgroup_mma(do, v.permute((1, 0)), no_s, use_acc=False, is_async=True)
+        k = tile(k_ring, slot)
+        v = tile(v_ring, slot)
+        s = multiply(q, k, no_s, is_async=True)
+        dp = multiply(do, v, no_s, is_async=True)
         b_s, b_dp = warpgroup_mma_wait(0, deps=[s, dp])
         b_ds = gl.exp2(b_s * scale_log2 - b_pivot[:, None]) * (b_dp - b_delta[:, None])
         b_ds = gl.where(m_s, b_ds, 0.0)
         if start + BN > k_length:  # padded keys: not 0 · k, which is NaN if they are not finite
             o_n = start + gl.arange(0, BN, gl.SliceLayout(1, tall))
             await_warps()
-            k.store(gl.where((o_n < k_length)[:, None], k.load(tall), 0.0))
-            fence_async_shared()
-        b_dq = warpgroup_mma(gl.convert_layout(b_ds.to(dtype), left), k, b_dq)
+            clear(k, o_n < k_length, tall)
+        b_dq = wait_for(accumulate(gl.convert_layout(b_ds.to(dtype), left), k, b_dq))
         await_warps()
         ask_pair(d_k, d_v, k_ring, v_ring, full, slot, i_b, i_h, next_start, j + STAGES < steps)
         slot, phase = next_stage(slot, phase, STAGES)
 
     o_q = i_m + gl.arange(0, BM, gl.SliceLayout(1, tall))
-    q.store(gl.where((o_q < q_length)[:, None], b_dq * scale, 0.0).to(dtype))
+    put(q_own, scaled_rows(b_dq, scale, o_q < q_length))
     fence_async_shared()
-    store_tile(d_dq, [i_b, i_h, i_m, 0], q_own)
+    send(d_dq, q_own, i_b, i_h, i_m)
     tma.store_wait(0)
 
 
 def launches(q: Tensor, k: Tensor, row: int, call: Call) -> list[Launch]:
     """Launches that write dQ, δ and pivots, in rows of *row* numbers, of the tensors that `_hopper_dq_kernel` names."""
-    queries, keys = [1, 1, CONFIG.block_q, q.size(3)], [1, 1, CONFIG.block_k, q.size(3)]
-    blocks = dict.fromkeys(("d_q", "d_o", "d_do", "d_dq"), queries) | dict.fromkeys(("d_k", "d_v"), keys)
-    kernel, n_tiles = _hopper_dq_kernel, ceil_div(q.size(2), CONFIG.block_q)
-    return hopper_launches(kernel, q, k, call, call.query_table(), n_tiles, CONFIG, blocks, TR=row, scale=call.scale)
+    config = HOPPER_DQ[q.size(3)]
+    blocks = tile_blocks(config, q.size(3), ("d_q", "d_o", "d_do", "d_dq"), ("d_k", "d_v"))
+    kernel, n_tiles = _hopper_dq_kernel, ceil_div(q.size(2), config.block_q)
+    return hopper_launches(kernel, q, k, call, call.query_table(), n_tiles, config, blocks, TR=row, scale=call.scale)

@@ -14,18 +14,34 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
     tma,
-    warpgroup_mma,
-    warpgroup_mma_init,
     warpgroup_mma_wait,
 )
 
 from .call import Call
-from .config import Config, ceil_div
-from .hopper import ask, await_warps, hopper_launches, keep_bits, load_tile, next_stage, store_tile, tile_start
+from .config import HOPPER_FORWARD, ceil_div
+from .hopper import (
+    accumulate,
+    ask,
+    await_warps,
+    clear,
+    hopper_launches,
+    keep_bits,
+    load,
+    multiply,
+    new_ring,
+    next_stage,
+    put,
+    scaled,
+    scaled_rows,
+    send,
+    tile,
+    tile_blocks,
+    tile_start,
+    wait_for,
+    zeros,
+)
 from .launch import Launch
 from .primitives import LN2, NO_KEY, RUN_TIME, list_lengths, sequence_length
-
-CONFIG = Config(64, 64, 4, 2, 128)
 
 
 @gluon.jit
@@ -58,13 +74,13 @@ def _hopper_forward_kernel(
     d_q ... d_o  descriptors of tiles of these tensors; O is written through its own
     """
     wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
-    tall: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    tall: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, d_q.block_type.shape[3], 16])
     left: gl.constexpr = gl.DotOperandLayout(0, tall, 2)
     by_row: gl.constexpr = gl.SliceLayout(1, tall)
     dtype: gl.constexpr = d_q.dtype
-    q_own = gl.allocate_shared_memory(dtype, [1, 1, BM, D], d_q.layout)
-    k_ring = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BN, D], d_k.layout)
-    v_ring = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BN, D], d_v.layout)
+    q_own = new_ring(d_q, D, 1)
+    k_ring = new_ring(d_k, D, STAGES)
+    v_ring = new_ring(d_v, D, STAGES)
     q_full = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -77,8 +93,7 @@ def _hopper_forward_kernel(
     # The last tiles first, as in `forward._forward_kernel`.
     i_m = (gl.num_programs(0) - 1 - gl.program_id(0)) * BM
     i_h, i_b = first_h + gl.program_id(1), first_b + gl.program_id(2)
-    mbarrier.expect(q_full.index(0), d_q.block_type.nbytes)
-    load_tile(d_q, [i_b, i_h, i_m, 0], q_full.index(0), q_own)
+    ask(d_q, q_own, q_full, 0, i_b, i_h, i_m, True)
     i_mh = gl.where(MH > 1, i_h, 0)
     i_list = (i_mh * NO + i_m // GO).to(gl.int64)
     p_entries += i_list * NI
@@ -98,14 +113,14 @@ def _hopper_forward_kernel(
     no_s = gl.zeros([BM, BN], gl.float32, wide)
     b_m = gl.full([BM], NO_KEY, gl.float32, gl.SliceLayout(1, wide))
     b_l = _partial_sums(no_s)
-    b_o = gl.zeros([BM, D], gl.float32, tall)
-    q = q_own.reshape([BM, D])
+    b_o = zeros(q_own, tall)
+    q = tile(q_own, 0)
     slot = 0
     phase = 0
     mbarrier.wait(q_full.index(0), 0)
     if inside > 0:
         mbarrier.wait(k_full.index(0), 0)
-        b_s = warpgroup_mma(q, k_ring.index(0).reshape([BN, D]).permute((1, 0)), no_s, use_acc=False)
+        b_s = multiply(q, tile(k_ring, 0), no_s)
         await_warps()
         ask(d_k, k_ring, k_full, 0, i_b, i_h, start, steps > STAGES)
         b_p, b_m, b_l, b_a = _probabilities(b_s, b_m, b_l, scale_log2)
@@ -114,29 +129,28 @@ def _hopper_forward_kernel(
             p_left = gl.convert_layout(b_p.to(dtype), left)
             next_slot, next_phase = next_stage(slot, phase, STAGES)
             mbarrier.wait(k_full.index(next_slot), next_phase)
-            k_next = k_ring.index(next_slot).reshape([BN, D])
-            s = warpgroup_mma(q, k_next.permute((1, 0)), no_s, use_acc=False, is_async=True)
+            s = multiply(q, tile(k_ring, next_slot), no_s, is_async=True)
             mbarrier.wait(v_full.index(slot), phase)
-            o = warpgroup_mma(p_left, v_ring.index(slot).reshape([BN, D]), warpgroup_mma_init(b_o), is_async=True)
-            b_s = warpgroup_mma_wait(1, deps=[s])
+            o = accumulate(p_left, tile(v_ring, slot), b_o)
+            b_s = warpgroup_mma_wait(len(o), deps=[s])
             b_p, b_m, b_l, b_a = _probabilities(b_s, b_m, b_l, scale_log2)
             # ptxas runs products one by one if one whose result is read is still on its way into the next step.
-            b_o = warpgroup_mma_wait(0, deps=[o])
+            b_o = wait_for(o)
             await_warps()
             more_v = j + STAGES < steps
             more_k = j + STAGES + 1 < steps
             # Warps wait for one another between what is expected and the loads: once, not for each.
-            mbarrier.expect(v_full.index(slot), d_v.block_type.nbytes, pred=more_v)
-            mbarrier.expect(k_full.index(next_slot), d_k.block_type.nbytes, pred=more_k)
-            load_tile(d_v, [i_b, i_h, start, 0], v_full.index(slot), v_ring.index(slot), pred=more_v)
-            load_tile(d_k, [i_b, i_h, next_start, 0], k_full.index(next_slot), k_ring.index(next_slot), pred=more_k)
-            b_o = b_o * gl.convert_layout(b_a, by_row)[:, None]
+            mbarrier.expect(v_full.index(slot), len(v_ring) * d_v.block_type.nbytes, pred=more_v)
+            mbarrier.expect(k_full.index(next_slot), len(k_ring) * d_k.block_type.nbytes, pred=more_k)
+            load(d_v, v_ring, v_full.index(slot), slot, i_b, i_h, start, more_v)
+            load(d_k, k_ring, k_full.index(next_slot), next_slot, i_b, i_h, next_start, more_k)
+            b_o = scaled(b_o, gl.convert_layout(b_a, by_row))
             start = next_start
             slot = next_slot
             phase = next_phase
         p_left = gl.convert_layout(b_p.to(dtype), left)
         mbarrier.wait(v_full.index(slot), phase)
-        b_o = warpgroup_mma(p_left, v_ring.index(slot).reshape([BN, D]), b_o)
+        b_o = wait_for(accumulate(p_left, tile(v_ring, slot), b_o))
         await_warps()
         ask(d_v, v_ring, v_full, slot, i_b, i_h, start, inside - 1 + STAGES < steps)
         slot, phase = next_stage(slot, phase, STAGES)
@@ -150,16 +164,15 @@ def _hopper_forward_kernel(
         next_start = tile_start(p_entries, j + STAGES, n_full, n_total, NI, BN, G)
         m_s = keep_bits(p_words, start, o_m, q_length, k_length, LQ, RS, BM, BN, wide)
         mbarrier.wait(k_full.index(slot), phase)
-        b_s = warpgroup_mma(q, k_ring.index(slot).reshape([BN, D]).permute((1, 0)), no_s, use_acc=False)
+        b_s = multiply(q, tile(k_ring, slot), no_s)
         b_p, b_m, b_l, b_a = _probabilities(gl.where(m_s, b_s, float("-inf")), b_m, b_l, scale_log2)
         mbarrier.wait(v_full.index(slot), phase)
-        v = v_ring.index(slot).reshape([BN, D])
+        v = tile(v_ring, slot)
         if start + BN > k_length:  # padded values: not 0 · v, which is NaN if they are not finite
             o_n = start + gl.arange(0, BN, by_row)
-            v.store(gl.where((o_n < k_length)[:, None], v.load(tall), 0.0))
-            fence_async_shared()
-        b_o = b_o * gl.convert_layout(b_a, by_row)[:, None]
-        b_o = warpgroup_mma(gl.convert_layout(b_p.to(dtype), left), v, b_o)
+            clear(v, o_n < k_length, tall)
+        b_o = scaled(b_o, gl.convert_layout(b_a, by_row))
+        b_o = wait_for(accumulate(gl.convert_layout(b_p.to(dtype), left), v, b_o))
         await_warps()
         ask(d_k, k_ring, k_full, slot, i_b, i_h, next_start, j + STAGES < steps)
         ask(d_v, v_ring, v_full, slot, i_b, i_h, next_start, j + STAGES < steps)
@@ -170,16 +183,16 @@ def _hopper_forward_kernel(
     b_l = gl.where(m_seen, b_l, 1.0)
     b_lse = gl.where(m_seen & (o_m < q_length), (b_m + gl.log2(b_l)) * LN2, float("-inf"))
     gl.store(p_lse + (i_b * H + i_h).to(gl.int64) * TQ + o_m, b_lse, mask=o_m < TQ)
-    b_o = b_o * gl.convert_layout(1.0 / b_l, by_row)[:, None]
-    q.store(gl.where((o_row < q_length)[:, None], b_o, 0.0).to(dtype))
+    b_o = scaled(b_o, gl.convert_layout(1.0 / b_l, by_row))
+    put(q_own, scaled_rows(b_o, 1.0, o_row < q_length))
     fence_async_shared()
-    store_tile(d_o, [i_b, i_h, i_m, 0], q_own)
+    send(d_o, q_own, i_b, i_h, i_m)
     tma.store_wait(0)
 
 
 def launches(q: Tensor, k: Tensor, call: Call) -> list[Launch]:
     """Launches that write the output and lse, of the tensors that `_hopper_forward_kernel` names."""
-    queries, keys = [1, 1, CONFIG.block_q, q.size(3)], [1, 1, CONFIG.block_k, q.size(3)]
-    blocks = dict(d_q=queries, d_k=keys, d_v=keys, d_o=queries)
-    n_tiles = ceil_div(q.size(2), CONFIG.block_q)
-    return hopper_launches(_hopper_forward_kernel, q, k, call, call.query_table(), n_tiles, CONFIG, blocks)
+    config = HOPPER_FORWARD[q.size(3)]
+    blocks = tile_blocks(config, q.size(3), ("d_q", "d_o"), ("d_k", "d_v"))
+    n_tiles = ceil_div(q.size(2), config.block_q)
+    return hopper_launches(_hopper_forward_kernel, q, k, call, call.query_table(), n_tiles, config, blocks)

@@ -9,10 +9,16 @@ from pathlib import Path
 import pytest
 import triton
 
+from triton_ops import config
+
 ROOT = Path(__file__).resolve().parents[2]
 GLUON = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 6)
-# Kernels in Gluon, and how many programs are to share a multiprocessor.
-HOPPER = {"_hopper_forward_kernel": 4, "_hopper_dq_kernel": 4, "_hopper_dkdv_kernel": 2}
+# Kernels in Gluon, and how many programs are to share a multiprocessor, by elements of a head.
+HOPPER = {
+    "_hopper_forward_kernel": {32: 4, 64: 4, 96: 3, 128: 2},
+    "_hopper_dq_kernel": {32: 4, 64: 4, 96: 3, 128: 2},
+    "_hopper_dkdv_kernel": {32: 2, 64: 2, 96: 2, 128: 2},
+}
 SHARED_MEMORY = 227 * 1024  # bytes a block may use on an H100 or H200
 
 
@@ -92,9 +98,11 @@ def test_rows_of_numbers_begin_where_hopper_can_read_tiles(report):
 @pytest.mark.skipif(not GLUON, reason="needs triton 3.6")
 def test_products_on_hopper_run_asynchronously(report):
     """ptxas runs them one by one when registers do not suffice, or when it cannot see that a result is waited for."""
-    for name, programs in HOPPER.items():
+    sizes = dict(forward=config.HOPPER_FORWARD, dq=config.HOPPER_DQ, dkdv=config.HOPPER_DKDV)
+    for (name, programs), taken in zip(HOPPER.items(), sizes.values(), strict=True):
         hopper = [kernel for kernel in report["kernels"] if kernel["name"] == name]
-        assert hopper and all(k["wgmma"] and k["shared"] <= SHARED_MEMORY // programs for k in hopper)
+        assert {k["D"] for k in hopper} == set(taken)
+        assert all(k["wgmma"] and k["shared"] <= SHARED_MEMORY // programs[k["D"]] for k in hopper)
         assert any(f"Compiling entry function '{name}'" in line for line in report["log"])  # it does report
         assert not [line for line in report["log"] if "serialized" in line and name in line]
 
