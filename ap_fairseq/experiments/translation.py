@@ -18,7 +18,7 @@ from fairseq_cli.generate import get_symbols_to_strip_from_output
 
 import ap_fairseq.plugin  # noqa: F401  (registers with fairseq)
 from ap_fairseq.artifacts import PruningMasks
-from ap_fairseq.devices import uses_gpu
+from ap_fairseq.devices import device_name, uses_gpu
 from ap_fairseq.evaluation.scores import score
 from ap_fairseq.files import ArtifactError, file_sha256, read_json, write_json, write_text
 from ap_fairseq.model.checkpoints import load_checkpoint
@@ -126,7 +126,7 @@ def translate(systems: Iterable[Translation], data: str, search: Search, subset:
             "checkpoint_sha256": file_sha256(system.checkpoint),
             "masks": model.masks_provenance(),
             **request,
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+            "device": device_name(search.cpu),
             "versions": versions(),
             "seconds": round(time.monotonic() - started, 1),
         }

@@ -143,12 +143,13 @@ def test_links_to_pruned_cells_add_no_gradient():
     its_task = task(VOCAB)
     its_task.cfg.load_alignments = True
     model = PrunedTransformerModel.build_model(PrunedTransformerConfig(**SIZES), its_task)
-    model.set_masks(random_masks(0.9, longest=(7, 8)))
+    model.set_masks(random_masks(0.6, longest=(7, 8)))
     model.train()
     weights = model(**sentences(left=True)["net_input"])[1]["attn"][0]
     assert (weights > 0).all() and (weights < 1e-30).any()
     weights.log().sum().backward()
-    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    assert any(x.any() for x in gradients) and all(x.isfinite().all() for x in gradients)
 
 
 def test_alignments_of_a_converted_model_are_those_of_its_layer_and_heads():

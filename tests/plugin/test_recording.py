@@ -169,6 +169,7 @@ def test_mass_on_the_last_source_token_counts_within_the_limit():
     """Of the last tokens, only those below the limit of 3 source positions: sentences 1 and 2."""
     model = dense_model(VOCAB)
     stats, short = record(model, [[0, 1, 2, 3]], max_positions=(3, 6)), record(model, [[1, 2]])
+    assert stats.end_mass.keys() == {AttentionKind.ENCODER_SELF, AttentionKind.CROSS}
     for kind, on_end in stats.end_mass.items():
         np.testing.assert_allclose(on_end, short.end_mass[kind], atol=2e-6)
         assert (on_end <= stats.mass[kind].sum((2, 3))).all()
