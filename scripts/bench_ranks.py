@@ -25,6 +25,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from provenance import git_commit
 
 from ap_fairseq.artifacts import AttentionStats
 from ap_fairseq.evaluation.tables import Table, markdown
@@ -153,6 +154,7 @@ def main() -> None:
         "rows": rows,
         "device": device,
         "versions": versions(),
+        "commit": git_commit(),
         "arguments": {k: str(v) if k == "out" else v for k, v in vars(args).items() if k != "table"},
     }
     write_json(args.out, document, overwrite=True)

@@ -17,6 +17,8 @@ import argparse
 import json
 from pathlib import Path
 
+from provenance import git_commit
+
 from ap_fairseq.artifacts import AttentionStats
 from ap_fairseq.cli.common import command
 from ap_fairseq.evaluation.tables import Table, markdown, plain
@@ -93,8 +95,8 @@ def main(argv: list[str]) -> None:
             masses = f"{row['kept_mass']:.2%} ({row['kept_mass_of_whole']:.2%})"
             rows.append([f"{size:,}", kind, f"{row['overlap']:.2%}", f"{row['effective']:.2%}", masses])
     if args.out:
-        document = {"share": args.share, "granularity": args.granularity, "samples": samples, "versions": versions()}
-        write_json(args.out, {**document, "whole": full.metadata}, overwrite=True)
+        document = {"share": args.share, "granularity": args.granularity, "samples": samples, "whole": full.metadata}
+        write_json(args.out, {**document, "versions": versions(), "commit": git_commit()}, overwrite=True)
     print(plain(Table(["sentences", "kind", "overlap", "effective", "kept mass"], rows, align="rlrrr")))
 
 

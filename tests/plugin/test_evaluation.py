@@ -374,6 +374,15 @@ def test_a_reader_that_leaves_does_not_cost_the_results(tmp_path):
     assert results.read_results(output)["systems"][0]["bleu"] == pytest.approx(100)
 
 
+def with_buckets(document, *ends):
+    """Give the system of a results file a bucket of lengths, and add another system with a bucket of its own."""
+    (system,) = document["systems"]
+    buckets = [{"least": 0, "most": most, "sentences": 4, "bleu": 1.0} for most in ends]
+    document["systems"] = [
+        {**system, "system": name, "by_length": [bucket]} for name, bucket in zip("xy", buckets, strict=True)
+    ]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -387,6 +396,7 @@ def test_a_reader_that_leaves_does_not_cost_the_results(tmp_path):
         (lambda d: d["systems"][0].update(sparsity={"cross": {"effective": 1}}), "sparsity of cross lacks"),
         (lambda d: d["systems"][0].update(by_length=[{}]), "'by_length' is damaged"),
         (lambda d: d["systems"][0].update(by_length=5), "'by_length' is not a list"),
+        (lambda d: with_buckets(d, 10, 12), r"system 2 \(y\): 'by_length' has the buckets \[\(0, 12, 4\)\]"),
         (lambda d: d.pop("versions"), "lacks 'versions'"),
         (lambda d: d.update(significance={"systems": {}}), "'significance' does not cover every system"),
         (

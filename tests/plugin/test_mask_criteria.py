@@ -217,3 +217,11 @@ def test_fixed_heads_attend_to_what_their_pattern_names():
     assert min(offsets[0]) < -1 < max(offsets[0]) and -1 in offsets[0]
     assert max(offsets[3]) < 0 and min(offsets[4]) > 0  # left context, right context
     assert column[keep[5] & free].max() < 6  # start of the sentence
+
+
+def test_fixed_patterns_rank_nearer_tokens_first():
+    stats = random_stats(longest=(5, 5), sentences=200, heads=6)
+    previous, current, following, left, right, start = criteria.fixed_patterns(stats, AttentionKind.ENCODER_SELF)[0]
+    best_first = [np.argsort(-head[2], kind="stable").tolist() for head in (left, right, start)]
+    assert best_first == [[2, 1, 0, 3, 4], [2, 3, 4, 1, 0], [0, 1, 2, 3, 4]]
+    assert [head[2].argmax() for head in (previous, current, following)] == [1, 2, 3]

@@ -9,6 +9,7 @@ from plugin.mask_building import ALL, ap_masks, build
 
 from ap_fairseq.pruning.build import build_masks
 from ap_fairseq.pruning.spec import MaskSpec
+from ap_fairseq.pruning.summary import pairs_on
 from ap_fairseq.sites import AttentionKind
 
 
@@ -88,6 +89,13 @@ def test_one_budget_of_some_kinds_holds_on_their_validation_pairs():
         sum(budgets[kind] * n for kind, n in pairs.items()) / sum(pairs.values()), abs=1e-3
     )
     assert not built.warnings
+
+
+def test_pairs_are_counted_over_layers_and_heads():
+    """Of five sentences with two target and three source tokens, and one of one token each."""
+    lengths = np.array([[2, 3, 5], [1, 1, 1]])
+    sizes = {"encoder_self": [2, 3], "decoder_self": [1, 2], "cross": [4, 1]}
+    assert pairs_on(sizes, lengths) == {"encoder_self": 46 * 6, "decoder_self": 16 * 2, "cross": 31 * 4}
 
 
 def test_a_cap_that_allows_a_budget_allows_its_calibration():

@@ -65,6 +65,17 @@ def test_large_heads_are_thinned_out_without_changing_the_curve(monkeypatch):
         assert thinned.heads[0][1].at(sparsity) == pytest.approx(whole.heads[0][1].at(sparsity), abs=2e-3)
 
 
+def test_cells_of_one_score_go_together_and_few_knots_stand_for_many(monkeypatch):
+    support, mass = np.full((10, 10), 2), np.repeat(np.arange(50.0), 2).reshape(10, 10)
+    head = analysis._sort_head(mass, support, support > 0)
+    np.testing.assert_array_equal(head.score, np.arange(50) / 2)
+    np.testing.assert_array_equal(head.pairs, np.arange(51) * 4)
+    monkeypatch.setattr(analysis, "_KNOTS", 5)
+    thinned = analysis._sort_head(mass, support, support > 0)
+    np.testing.assert_array_equal(thinned.pairs, np.arange(6) * 40)
+    np.testing.assert_array_equal(thinned.mass, head.mass[::10])
+
+
 @pytest.mark.parametrize("nominal", [0.0, 0.5, 0.8, 0.97])
 def test_nominal_sparsity_agrees_with_the_percentile_criterion(nominal):
     stats = random_stats(seed=5)
