@@ -101,6 +101,9 @@ def command(main: Callable[[list[str]], None]) -> Callable[[], None]:
     @functools.wraps(main)
     def entry_point(argv: list[str] | None = None) -> None:
         argv = sys.argv[1:] if argv is None else argv
+        if not gc.isenabled():  # since the imports
+            gc.freeze()
+            gc.enable()
         program = os.path.basename(sys.argv[0])
         if sys.stderr is None:  # closed by the caller: 2>&-
             sys.stderr = open(os.devnull, "w")  # else messages go to standard output

@@ -24,7 +24,7 @@ from ap_fairseq.devices import count_gpus
 from ap_fairseq.files import ArtifactError, UserError, refuse_existing, require_file, write_pieces
 from ap_fairseq.generation.binarised import translate_subset
 from ap_fairseq.generation.loading import checkpoint_files
-from ap_fairseq.generation.ranks import locked
+from ap_fairseq.generation.ranks import Ranks, locked
 from ap_fairseq.generation.text import PART_LINES, SETTINGS, Text, spool_stdin, translate_text
 from ap_fairseq.generation.workers import spare_processes
 from ap_fairseq.provenance import dictionary_files
@@ -111,17 +111,15 @@ def main(argv: list[str]) -> None:
     if args.max_tokens is None and args.batch_size is None:
         args.max_tokens = 12000  # as fairseq-generate
     args.log_format, args.tpu = "simple", False  # fairseq's parser sets the latter for --bf16
-    ranks = count_ranks(args.num_processes, args.cpu)
+    args.num_processes = count_ranks(args.num_processes, args.cpu)
     if args.num_workers is None:
-        args.num_workers = spare_processes(ranks, 4, args.cpu)
+        args.num_workers = spare_processes(args.num_processes, 4, args.cpu)
     if args.tokenizer == "moses" and None in (args.source_lang, args.target_lang):  # in place of hydra's traceback
         raise UserError("--tokenizer moses needs --source-lang and --target-lang")
-    cfg = convert_namespace_to_omegaconf(argparse.Namespace(**{**vars(args), "input": args.input or "-"}))
-    _require_encoders(cfg)
     if is_text:
-        _translate_text(args, cfg, ranks)
+        _translate_text(args)
     else:
-        _translate_subset(args, cfg, ranks)
+        _translate_subset(args)
 
 
 def count_ranks(wanted: int | None, cpu: bool) -> int:
@@ -175,6 +173,17 @@ def _require_files(args: argparse.Namespace) -> None:
         raise UserError(f"--gen-subset {args.gen_subset}: {args.data} has {', '.join(subsets) or 'no subset'}")
 
 
+def _start_ranks(args: argparse.Namespace, folder: Path) -> Ranks:
+    return Ranks([folder / f"rank{rank}.log" for rank in range(args.num_processes)], args.cpu)
+
+
+def _configuration(args: argparse.Namespace):
+    """Return fairseq's configuration, which takes half a second: the processes start meanwhile."""
+    cfg = convert_namespace_to_omegaconf(argparse.Namespace(**{**vars(args), "input": args.input or "-"}))
+    _require_encoders(cfg)
+    return cfg
+
+
 def _require_encoders(cfg) -> None:
     """Raise UserError unless the processes can build what --bpe and --tokenizer name, and know --remove-bpe's."""
     try:
@@ -195,7 +204,7 @@ def _require_encoders(cfg) -> None:
             raise UserError(f"--{flag} {chosen._name}: {error}") from error
 
 
-def _translate_subset(args: argparse.Namespace, cfg, ranks: int) -> None:
+def _translate_subset(args: argparse.Namespace) -> None:
     name = f"generate-{args.gen_subset}.txt"
     results = Path(args.results_path) if args.results_path else None
     if results is None:
@@ -204,13 +213,14 @@ def _translate_subset(args: argparse.Namespace, cfg, ranks: int) -> None:
         results.mkdir(parents=True, exist_ok=True)
         refuse_existing(results / name, overwrite=True)
     with _work_folder(results / f"{name}.parts" if results else None) as folder:
-        joined = translate_subset(cfg, ranks, folder)
+        with _start_ranks(args, folder) as ranks:
+            joined = translate_subset(_configuration(args), ranks, folder)
         if results is None:
             return _print(lambda: joined.pieces(args.quiet), folder)
     write_pieces(results / name, joined.pieces(args.quiet), overwrite=True)
 
 
-def _translate_text(args: argparse.Namespace, cfg, ranks: int) -> None:
+def _translate_text(args: argparse.Namespace) -> None:
     if args.nbest > 1:
         raise UserError(f"--nbest {args.nbest}: with --input each line has one translation; leave the flag out")
     if args.sampling and args.beam > 1:
@@ -223,9 +233,12 @@ def _translate_text(args: argparse.Namespace, cfg, ranks: int) -> None:
     if args.input == "-" and sys.stdin is None:
         raise UserError("--input -: standard input is closed; name a text with --input FILE")
     with _work_folder(output.with_name(f"{output.name}.parts") if output else None, keep=(SETTINGS, "part")) as folder:
-        path = spool_stdin(folder) if args.input == "-" else Path(args.input)
-        text = Text.scan(path, "standard input" if args.input == "-" else args.input, args.buffer_size or PART_LINES)
-        parts = translate_text(args, cfg, text, ranks, folder)
+        with _start_ranks(args, folder) as ranks:
+            cfg = _configuration(args)
+            path = spool_stdin(folder) if args.input == "-" else Path(args.input)
+            name = "standard input" if args.input == "-" else args.input
+            text = Text.scan(path, name, args.buffer_size or PART_LINES)
+            parts = translate_text(args, cfg, text, ranks, folder)
         if output is None:
             _print(lambda: map(Path.read_bytes, parts), folder)
         else:
@@ -279,7 +292,7 @@ def _work_folder(path: Path | None, keep: tuple[str, ...] = ()) -> Iterator[Path
             for entry in path.iterdir():
                 if entry.is_dir():
                     shutil.rmtree(entry)
-                elif not entry.name.startswith(keep) and entry.suffix != ".log":
+                elif not entry.name.startswith(keep) and not (entry.suffix == ".log" and entry.stat().st_size):
                     entry.unlink()
             if not any(path.iterdir()) or (temporary and str(path) not in str(error)):
                 shutil.rmtree(path)

@@ -27,7 +27,7 @@ from ap_fairseq.devices import uses_gpu
 from ap_fairseq.files import read_json, write_json
 from ap_fairseq.generation.joining import append_sentences, join
 from ap_fairseq.generation.lines import BatchLines, TranslatedBatch
-from ap_fairseq.generation.ranks import run_ranks
+from ap_fairseq.generation.ranks import Ranks
 from ap_fairseq.generation.scoring import SacrebleuSums, ScoredLater, TokenSums, score_lines, summing
 from ap_fairseq.generation.workers import Workers, spare_processes
 from ap_fairseq.search.hypotheses import Hypotheses
@@ -57,12 +57,12 @@ class _NoBatch(Exception):
     """This process has no batch to translate."""
 
 
-def translate_subset(cfg, ranks: int, folder: Path) -> Joined:
-    """Translate ``cfg.dataset.gen_subset`` with *ranks* processes; each takes the batches that fairseq gives its shard.
+def translate_subset(cfg, ranks: Ranks, folder: Path) -> Joined:
+    """Translate ``cfg.dataset.gen_subset`` with *ranks*; each takes the batches that fairseq gives its shard.
 
     Args:
         cfg: fairseq's configuration of ``fairseq-generate``.
-        folder: for the logs and the output of each process (``rank0.log``, ``rank0/``).
+        folder: for the output of each process (``rank0/``).
 
     Raises:
         UserError: if a process fails.
@@ -70,12 +70,11 @@ def translate_subset(cfg, ranks: int, folder: Path) -> Joined:
     cfg = copy.deepcopy(cfg)
     cfg.common_eval.quiet = False  # they are joined, and scored, by what they print
     cfg.common.log_format, cfg.common.log_interval = "simple", 1
-    cfg.distributed_training.distributed_world_size = ranks
+    cfg.distributed_training.distributed_world_size = len(ranks)
     for left in folder.glob("rank*/"):  # by a run that was killed
         shutil.rmtree(left)
-    logs = [folder / f"rank{rank}.log" for rank in range(ranks)]
-    run_ranks(f"generate {cfg.dataset.gen_subset}", logs, cfg.common.cpu, translate_share, cfg, folder)
-    shares = [read_json(folder / f"rank{rank}.json") for rank in range(ranks)]
+    ranks.run(f"generate {cfg.dataset.gen_subset}", len(ranks), translate_share, cfg, folder)
+    shares = [read_json(folder / f"rank{rank}.json") for rank in range(len(ranks))]
     sentences = join(folder.glob(f"rank*/{LINES.format('*')}"))
     if missing := shares[0]["sentences"] - len(sentences):
         logger.warning(
@@ -86,8 +85,8 @@ def translate_subset(cfg, ranks: int, folder: Path) -> Joined:
     tokens, slowest = sum(share["tokens"] for share in shares), max(share["seconds"] for share in shares)
     if sentences:
         logger.info(
-            f"translated {len(sentences):,} sentences ({tokens:,} tokens); processes: {ranks}, the slowest searched "
-            f"for {slowest:.1f} s ({tokens / max(slowest, 0.1):,.0f} tokens/s in all)"
+            f"translated {len(sentences):,} sentences ({tokens:,} tokens); processes: {len(ranks)}, the slowest "
+            f"searched for {slowest:.1f} s ({tokens / max(slowest, 0.1):,.0f} tokens/s in all)"
         )
     has_references = any(share["references"] for share in shares)
     sums = [share["sums"] for share in shares if share["sums"] is not None]

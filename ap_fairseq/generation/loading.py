@@ -75,6 +75,8 @@ def use_gpu(number: int) -> bool:
 def start_cuda() -> None:
     """Start CUDA, its library of products and Triton in a thread, which take a second before a first batch.
 
+    This thread imports meanwhile what searches run.
+
     Forks wait for it: a copy of this process would have the locks that the thread holds, and never get them.
     """
     from triton_ops import norm, rows  # imports triton, which the command itself, that only waits, does without
@@ -82,6 +84,7 @@ def start_cuda() -> None:
     thread = threading.Thread(target=_first_kernels, args=(norm.add_norm, rows.Norm))
     thread.start()
     os.register_at_fork(before=thread.join)
+    from triton_ops import beam_search, ops  # noqa: F401
 
 
 def _first_kernels(add_norm: Callable, norm: Callable) -> None:

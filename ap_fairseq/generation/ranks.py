@@ -13,7 +13,9 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -33,28 +35,55 @@ GRACE_SECONDS = 10  # that a process has to end when it is asked to
 LEAST_FREE = 1 << 20  # bytes on the disk of a log that was written to its end
 
 
-def run_ranks(name: str, logs: list[Path], cpu: bool, function: Callable, *args: Any) -> None:
-    """Run ``function(rank, *args)`` in one process for each of *logs*, on the GPUs in turn if the machine has any.
+class Ranks(AbstractContextManager):
+    """Processes on the GPUs in turn, if the machine has any, which start before their work is known.
 
-    Everything that a process prints goes to its log. Their progress is shown added up. That a search falls back
-    to fairseq's own, or masks belong to another direction, is said once.
+    Everything that a process prints goes to its log. Those that have not ended are ended with the context.
 
     Args:
-        name: of the work, for its progress.
+        logs: of each process.
         cpu: use no GPU; the processes share the cores.
-
-    Raises:
-        UserError: if a process fails, after the others were ended; it names the log and shows its end.
     """
-    for log in logs:
-        log.unlink(missing_ok=True)
-    ranks = [
-        PROCESSES.Process(target=call_logged, args=(log, _run, (rank, len(logs), cpu, function, args)))
-        for rank, log in enumerate(logs)
-    ]
-    try:
-        for rank in ranks:
-            rank.start()
+
+    def __init__(self, logs: list[Path], cpu: bool):
+        self.logs, self.cpu, self.have_work = logs, cpu, False
+        self.processes: list[BaseProcess] = []
+        self.senders: list[Connection] = []  # of their work
+
+    def __enter__(self) -> Ranks:
+        for rank, log in enumerate(self.logs):
+            log.unlink(missing_ok=True)
+            receiver, sender = PROCESSES.Pipe(duplex=False)
+            arguments = log, _run, (rank, len(self.logs), self.cpu, receiver)
+            process = PROCESSES.Process(target=call_logged, args=arguments)
+            self.processes.append(process)
+            self.senders.append(sender)
+            process.start()
+            receiver.close()  # so that nothing can be sent to a process that has died
+        return self
+
+    def __len__(self) -> int:
+        return len(self.logs)
+
+    def run(self, name: str, most: int, function: Callable, *args: Any) -> None:
+        """Run ``function(rank, *args)`` in *most* processes, or in all if these are fewer.
+
+        Their progress is shown added up. That a search falls back to fairseq's own, or masks belong to another
+        direction, is said once.
+
+        Args:
+            name: of the work, for its progress.
+
+        Raises:
+            UserError: if a process fails; it names the log and shows its end.
+        """
+        logs, ranks = self.logs[:most], self.processes[:most]
+        for idle in self.processes[most:]:
+            idle.kill()
+        self.have_work = True
+        for sender in self.senders[:most]:
+            with suppress(BrokenPipeError):  # its process has failed, which is said below
+                sender.send((function, args))
         with Progress(name, (), logs) as progress:
             while running := [rank for rank in ranks if rank.exitcode is None]:
                 multiprocessing.connection.wait([rank.sentinel for rank in running], timeout=POLL_SECONDS)
@@ -64,20 +93,20 @@ def run_ranks(name: str, logs: list[Path], cpu: bool, function: Callable, *args:
         for number, (rank, log) in enumerate(zip(ranks, logs, strict=True)):
             if rank.exitcode:
                 raise UserError(_failure(number, rank.exitcode, log))
-    finally:
-        for rank in ranks:
-            if rank.pid is not None:
-                rank.terminate()
-        for rank in ranks:
-            if rank.pid is not None:
-                rank.join(GRACE_SECONDS)
-                rank.kill()
-    for notice, level in ((FALLBACK, logging.INFO), (OTHER_DIRECTION, logging.WARNING)):
-        for reason in sorted({line.partition(notice)[2] for line in lines_of(*logs)} - {""}):
-            logger.log(level, f"{notice}{reason}")
+        for notice, level in ((FALLBACK, logging.INFO), (OTHER_DIRECTION, logging.WARNING)):
+            for reason in sorted({line.partition(notice)[2] for line in lines_of(*logs)} - {""}):
+                logger.log(level, f"{notice}{reason}")
+
+    def __exit__(self, *error) -> None:
+        started = [rank for rank in self.processes if rank.pid is not None]
+        for rank in started:
+            rank.terminate() if self.have_work else rank.kill()
+        for rank in started:
+            rank.join(GRACE_SECONDS)
+            rank.kill()
 
 
-def _run(rank: int, ranks: int, cpu: bool, function: Callable, args: tuple) -> None:
+def _run(rank: int, ranks: int, cpu: bool, receiver: Connection) -> None:
     end_with_parent()
     gc.freeze()  # what was imported stays; full collections that look through it take longer than reading hypotheses
     gpus = count_gpus(cpu)
@@ -87,6 +116,7 @@ def _run(rank: int, ranks: int, cpu: bool, function: Callable, args: tuple) -> N
             start_cuda()
     else:
         torch.set_num_threads(max(1, torch.get_num_threads() // ranks))
+    function, args = receiver.recv()
     try:
         function(rank, *args)
     except UserError as error:

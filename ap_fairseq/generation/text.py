@@ -32,7 +32,7 @@ from ap_fairseq.files import (
     write_text,
 )
 from ap_fairseq.generation.loading import checkpoint_files
-from ap_fairseq.generation.ranks import run_ranks
+from ap_fairseq.generation.ranks import Ranks
 from ap_fairseq.generation.translator import Found, LineBatch, Translator
 from ap_fairseq.generation.workers import Workers, spare_processes
 from ap_fairseq.provenance import dictionary_hashes, versions
@@ -107,13 +107,13 @@ class Text:
         return [line.strip() for line in content.decode(encoding).removesuffix("\n").split("\n")]
 
 
-def translate_text(args, cfg, text: Text, ranks: int, folder: Path) -> list[Path]:
-    """Translate a text with *ranks* processes; parts that are in *folder* already are kept.
+def translate_text(args, cfg, text: Text, ranks: Ranks, folder: Path) -> list[Path]:
+    """Translate a text with *ranks*; parts that are in *folder* already are kept.
 
     Args:
         args: the options, as parsed by ``ap-generate``, which become the fingerprint of the parts.
         cfg: the same as fairseq's configuration.
-        folder: of the parts, the logs of the processes and the settings that the parts were made with.
+        folder: of the parts, and the settings that they were made with.
 
     Returns:
         The files of the parts, in order.
@@ -129,9 +129,9 @@ def translate_text(args, cfg, text: Text, ranks: int, folder: Path) -> list[Path
         logger.info(f"{len(parts) - len(todo)} of {len(parts)} parts were translated before")
     if todo:
         _warn_of_subwords(text, task, cfg.bpe is not None)
-        logs = [folder / f"rank{rank}.log" for rank in range(min(ranks, len(todo)))]
-        run_ranks("translate", logs, cfg.common.cpu, translate_parts, cfg, text, folder, todo, len(logs))
-        cut = sum(bool(_CUT.match(line)) for line in lines_of(*logs))
+        n = min(len(ranks), len(todo))
+        ranks.run("translate", n, translate_parts, cfg, text, folder, todo, n)
+        cut = sum(bool(_CUT.match(line)) for line in lines_of(*ranks.logs[:n]))
         if cut:
             logger.warning(f"{cut} lines were cut to the length that the model reads (--truncate-source)")
     return parts

@@ -24,6 +24,7 @@ from fairseq.scoring.bleu import SacrebleuConfig, SacrebleuScorer
 from plugin.commands import PLUGIN, ROOT, run, train, wait_for
 
 from ap_fairseq.cli import generate
+from ap_fairseq.experiments import stages
 from ap_fairseq.generation import binarised, ranks, scoring
 from ap_fairseq.generation import text as generation_text
 from ap_fairseq.generation.joining import append_sentences, join
@@ -97,7 +98,8 @@ def test_a_process_counts_for_the_score(data_bin, dense, tmp_path, flags):
     common += ["--batch-size", 16, "--required-batch-size-multiple", 1, "--max-len-b", 9, "--cpu", "--scoring", *flags]
     parser = options.get_generation_parser()
     cfg = convert_namespace_to_omegaconf(options.parse_args_and_arch(parser, list(map(str, common))))
-    joined = binarised.translate_subset(cfg, 2, tmp_path)
+    with ranks.Ranks([tmp_path / f"rank{rank}.log" for rank in range(2)], cpu=True) as two:
+        joined = binarised.translate_subset(cfg, two, tmp_path)
     shares = [(tmp_path / f"rank{rank}" / "generate-valid.txt").read_text("utf-8") for rank in range(2)]
     by_fairseq, is_bleu = "--print-alignment" in flags, flags[0] != "chrf"
     assert [share.count("scored with the other processes") for share in shares] == [not by_fairseq] * 2
@@ -439,7 +441,8 @@ def test_bytes_in_a_log_that_are_no_text_end_no_translation(tmp_path, monkeypatc
     (tmp_path / "in").write_text("one\n")
     text = Text.scan(tmp_path / "in", "in", 2)
     cfg = argparse.Namespace(common=argparse.Namespace(cpu=True), task=None, bpe="characters")
-    assert generation_text.translate_text(None, cfg, text, 1, tmp_path) == [tmp_path / "part000000.txt"]
+    with ranks.Ranks([tmp_path / "rank0.log"], cpu=True) as one:
+        assert generation_text.translate_text(None, cfg, text, one, tmp_path) == [tmp_path / "part000000.txt"]
     assert "1 lines were cut" in caplog.text
 
 
@@ -561,6 +564,33 @@ def test_files_that_cannot_be_used_are_named(data_bin, dense, tmp_path, capsys, 
     assert [path.name for left in (tmp_path / "temporary").iterdir() for path in left.iterdir()] == ["rank0.log"]
 
 
+def _note(rank, folder, *_):
+    (folder / f"ran{rank}").touch()
+
+
+def test_processes_start_before_their_work_is_known(tmp_path, monkeypatch):
+    """Those that have none by the end are ended at once; one that has died by then is reported as any other."""
+
+    def start(log, program, args):
+        (tmp_path / f"started{args[0]}").touch()
+        if args[0] == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        stages.call_logged(log, program, args)
+
+    monkeypatch.setattr(ranks, "call_logged", start)
+    logs = [tmp_path / f"rank{rank}.log" for rank in range(3)]
+    for work in (lambda _: None, lambda three: three.run("note", 2, _note, tmp_path)):
+        with ranks.Ranks(logs, cpu=True) as three:
+            wait_for(lambda: len(list(tmp_path.glob("started*"))) == 3)
+            assert not any(tmp_path.glob("ran?"))
+            work(three)
+        assert not any(process.is_alive() for process in three.processes)
+    assert sorted(path.name for path in tmp_path.glob("ran?")) == ["ran0", "ran1"]
+    with pytest.raises(generate.UserError, match="process 2 died of SIGKILL"), ranks.Ranks(logs, cpu=True) as three:
+        three.processes[2].join()
+        three.run("note", 3, _note, tmp_path, "x" * (1 << 20))
+
+
 def test_a_log_on_a_full_disk_is_said_to_be_on_one(tmp_path, monkeypatch):
     """The message ended with an empty log, or one that was cut off, as if that had been at fault."""
     (tmp_path / "rank0.log").touch()
@@ -585,12 +615,13 @@ def test_processes_are_as_many_as_gpus_or_share_them(monkeypatch):
                 process.setenv("CUDA_VISIBLE_DEVICES", visible)
             count = Mock(side_effect=[2, 1])  # the second time of those that this process sees
             process.setattr(torch.cuda, "device_count", count)
-            ranks._run(rank, 3, False, lambda _: seen.append(os.environ["CUDA_VISIBLE_DEVICES"]), ())
+            work = (lambda _: seen.append(os.environ["CUDA_VISIBLE_DEVICES"])), ()
+            ranks._run(rank, 3, False, Mock(recv=lambda work=work: work))
     assert seen == ["0", "1", "0", "3", "GPU-8f"] and len(started) == 5 and devices == []
     for rank in range(3):  # without NVML, counting starts CUDA, which sees both from then on
         with monkeypatch.context() as process:
             process.setenv("CUDA_VISIBLE_DEVICES", "0,1")
-            ranks._run(rank, 3, False, Mock(), ())
+            ranks._run(rank, 3, False, Mock(recv=lambda: (Mock(), ())))
     assert devices == [0, 1, 0] and len(started) == 5
 
 

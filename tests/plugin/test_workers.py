@@ -19,6 +19,7 @@ from ap_fairseq.files import UserError
 from ap_fairseq.generation import binarised, loading
 from ap_fairseq.generation import text as generation_text
 from ap_fairseq.generation.lines import BatchLines, TranslatedBatch
+from ap_fairseq.generation.ranks import Ranks
 from ap_fairseq.generation.translator import Translator
 from ap_fairseq.generation.workers import MAX_PENDING, Workers, spare_processes
 from ap_fairseq.search.hypotheses import Hypotheses
@@ -200,7 +201,8 @@ def translate(data_bin, model, folder, *more) -> str:
     folder.mkdir()
     flags = ["--gen-subset", "valid", "--batch-size", 16, "--required-batch-size-multiple", 1, "--num-workers", 0]
     args = parse(data_bin, model, *flags, *more)
-    joined = binarised.translate_subset(convert_namespace_to_omegaconf(args), 1, folder)
+    with Ranks([folder / "rank0.log"], cpu=True) as ranks:
+        joined = binarised.translate_subset(convert_namespace_to_omegaconf(args), ranks, folder)
     return b"".join(joined.pieces(quiet=False)).decode()
 
 
@@ -271,7 +273,8 @@ def translate_lines(data_bin, model, folder, path: Path, *more) -> list[str]:
     folder.mkdir()
     args = parse(data_bin, model, "--batch-size", 1, *more)
     text = generation_text.Text.scan(path, path.name, 2)
-    parts = generation_text.translate_text(args, convert_namespace_to_omegaconf(args), text, 1, folder)
+    with Ranks([folder / "rank0.log"], cpu=True) as ranks:
+        parts = generation_text.translate_text(args, convert_namespace_to_omegaconf(args), text, ranks, folder)
     return [part.read_text() for part in parts]
 
 
