@@ -91,83 +91,20 @@ def translate(systems: Iterable[Translation], data: str, search: Search, subset:
     systems = [system for system in systems if not _is_done(system, request)]
     if not systems:
         return
-    first = systems[0]
-    model, task, _ = open_with_masks(first.checkpoint, first.masks or "none", data)
-    if isinstance(task, PrunedTranslationTask):  # it keeps its generator, whose graphs hold the masks of one system
-        task = TranslationTask(task.cfg, task.source_dictionary, task.target_dictionary)
-    loaded = first.checkpoint if first.masks else None  # else without the masks of the checkpoint
-    device = torch.device("cuda" if uses_gpu(search.cpu) else "cpu")
-    model = model.to(device, torch.float16 if search.fp16 else torch.float32).eval()
-    model.make_generation_fast_(beamable_mm_beam_size=None, need_attn=False)
-    batches, validation_batches = (_batches(model, task, name, search.max_tokens) for name in (subset, VALIDATION))
+    translator = _Translator(systems[0], data, search, subset)
     for number, system in enumerate(systems):
         print(f"progress: {number} / {len(systems)} systems, {Path(system.output).stem}", flush=True)
         started = time.monotonic()
-        if system.masks is None:
-            model.prefer_checkpoint_masks()
-        if system.checkpoint != loaded or system.masks is None:
-            model.load_state_dict(load_checkpoint(system.checkpoint)["model"], strict=True)
-            loaded = system.checkpoint
-        _prune(model, system)
-        tuned = {}
-        if search.beam:
-            lenpen = search.lenpens[0]
-            if len(search.lenpens) > 1:
-                tuned["valid_bleu"] = _bleu_by_lenpen(model, task, validation_batches, search, device)
-                lenpen = max(search.lenpens, key=lambda lenpen: tuned["valid_bleu"][str(lenpen)])
-            tuned["lenpen"] = lenpen
-            texts = _translated(model, task, batches, search, lenpen, device)
-            lines = "".join(f"{texts[index]}\n" for index in range(len(task.dataset(subset))))
-            write_text(system.output, lines, overwrite=True)
-        decoded = _dynamic_sparsity(model) if search.beam else {}  # without the validation data, which come now
         document = {
-            "valid_nll": _nll(model, task, validation_batches, device),
-            **tuned,
+            **translator.measure(system),
             "checkpoint_sha256": file_sha256(system.checkpoint),
-            "masks": model.masks_provenance(),
+            "masks": translator.model.masks_provenance(),
             **request,
             "device": device_name(search.cpu),
             "versions": versions(),
             "seconds": round(time.monotonic() - started, 1),
         }
-        if system.dynamic:
-            document["dynamic"] = {**system.dynamic, "sparsity": decoded or _dynamic_sparsity(model)}
         write_json(Path(system.output).with_suffix(".json"), document, overwrite=True)
-
-
-def _prune(model, system: Translation) -> None:
-    """Give *model* the masks and the dynamic pruning of *system*."""
-    if system.masks is not None:
-        model.set_masks(PruningMasks.load(system.masks), file_sha256(system.masks))
-    for site, module in attention_sites(model):
-        options = {"top_k": None, "threshold": None, "log_bits": 0, **system.dynamic}
-        module.dynamic = DynamicPruning.from_options(site.kind, **options)
-
-
-def _batches(model, task, subset: str, max_tokens: int):
-    task.load_dataset(subset)
-    return task.get_batch_iterator(
-        dataset=task.dataset(subset),
-        max_tokens=max_tokens,
-        max_positions=utils.resolve_max_positions(task.max_positions(), model.max_positions()),
-        required_batch_size_multiple=1,
-    )
-
-
-def _samples(batches, device: torch.device) -> Iterator[dict[str, Any]]:
-    for sample in batches.next_epoch_itr(shuffle=False):
-        yield utils.move_to_cuda(sample, device) if device.type == "cuda" else sample
-
-
-@torch.inference_mode()
-def _nll(model, task, batches, device: torch.device) -> float:
-    loss = n_tokens = 0.0
-    for sample in _samples(batches, device):
-        log_probs = model.get_normalized_probs(model(**sample["net_input"]), log_probs=True)
-        real = sample["target"].ne(task.target_dictionary.pad())
-        loss -= float(log_probs.gather(2, sample["target"][..., None])[..., 0][real].double().sum())
-        n_tokens += int(real.sum())
-    return loss / n_tokens / math.log(2)
 
 
 def _is_done(system: Translation, request: dict[str, Any]) -> bool:
@@ -190,53 +127,119 @@ def _is_done(system: Translation, request: dict[str, Any]) -> bool:
     return True
 
 
-def _bleu_by_lenpen(model, task, batches, search: Search, device) -> dict[str, float]:
-    """Return the BLEU on the validation data, *batches*, with each length penalty."""
-    dictionary, dataset = task.target_dictionary, task.dataset(VALIDATION)
-    references = [
-        dictionary.string(dataset.tgt[k].tolist(), search.remove_bpe, escape_unk=True) for k in range(len(dataset))
-    ]
-    found = {}
-    for lenpen in search.lenpens:
-        texts = _translated(model, task, batches, search, lenpen, device)
-        found[str(lenpen)] = score([texts[k] for k in range(len(dataset))], references, ["bleu"])["bleu"]
-    return found
+class _Translator:
+    """A model of the sizes of *first* that is built once, and has the weights and masks of each system in turn."""
 
+    def __init__(self, first: Translation, data: str, search: Search, subset: str):
+        self.search, self.subset = search, subset
+        model, task, _ = open_with_masks(first.checkpoint, first.masks or "none", data)
+        if isinstance(task, PrunedTranslationTask):  # it keeps its generator, whose graphs hold the masks of one system
+            task = TranslationTask(task.cfg, task.source_dictionary, task.target_dictionary)
+        self.loaded = first.checkpoint if first.masks else None  # else without the masks of the checkpoint
+        self.device = torch.device("cuda" if uses_gpu(search.cpu) else "cpu")
+        self.model = model.to(self.device, torch.float16 if search.fp16 else torch.float32).eval()
+        self.model.make_generation_fast_(beamable_mm_beam_size=None, need_attn=False)
+        self.task, self.batches = task, {name: self._batches(task, name) for name in (subset, VALIDATION)}
 
-def _translated(model, task, batches, search: Search, lenpen: float, device) -> dict[int, str]:
-    """Return index in the data set -> text of the best hypothesis."""
-    options = GenerationConfig(beam=search.beam, lenpen=lenpen, max_len_a=search.max_len_a, max_len_b=search.max_len_b)
-    # Anew for each system: captured graphs hold the masks that they were captured with.
-    generator = task.build_generator([model], options, PrunedSequenceGenerator if search.on_device else None)
-    if search.on_device:
-        generator.nbest = 1
-    return dict(_hypotheses(model, task, batches, generator, device, search.remove_bpe))
+    def _batches(self, task: TranslationTask, subset: str):
+        task.load_dataset(subset)
+        return task.get_batch_iterator(
+            dataset=task.dataset(subset),
+            max_tokens=self.search.max_tokens,
+            max_positions=utils.resolve_max_positions(task.max_positions(), self.model.max_positions()),
+            required_batch_size_multiple=1,
+        )
 
+    def _samples(self, subset: str) -> Iterator[dict[str, Any]]:
+        for sample in self.batches[subset].next_epoch_itr(shuffle=False):
+            yield utils.move_to_cuda(sample, self.device) if self.device.type == "cuda" else sample
 
-@torch.inference_mode()
-def _hypotheses(model, task, batches, generator, device, remove_bpe):
-    """Yield (index in the data set, text of the best hypothesis)."""
-    ignored = get_symbols_to_strip_from_output(generator)
-    for sample in _samples(batches, device):
-        for index, hypotheses in zip(
-            sample["id"].tolist(), task.inference_step(generator, [model], sample), strict=True
-        ):
-            # Not fairseq's post_process_prediction, which adds the words of the text to the dictionary.
-            text = task.target_dictionary.string(
-                hypotheses[0]["tokens"].tolist(),  # fairseq goes through a tensor element by element
-                remove_bpe,
-                extra_symbols_to_ignore=ignored,
-            )
-            yield index, text
+    def measure(self, system: Translation) -> dict[str, Any]:
+        """Write the translations of a system, if it is to search, and return what is measured of it."""
+        self._become(system)
+        measured, sparsity = {}, None
+        if self.search.beam:
+            lenpens, lenpen = self.search.lenpens, self.search.lenpens[0]
+            if len(lenpens) > 1:
+                found = measured["valid_bleu"] = self._bleu_by_lenpen()
+                lenpen = max(lenpens, key=lambda lenpen: found[str(lenpen)])
+                self._prune_by_sentence(system)  # counts anew
+            measured["lenpen"] = lenpen
+            texts = self._translated(self.subset, lenpen)
+            lines = "".join(f"{texts[index]}\n" for index in range(len(self.task.dataset(self.subset))))
+            write_text(system.output, lines, overwrite=True)
+            sparsity = self._dynamic_sparsity()
+        measured["valid_nll"] = self._valid_nll()
+        if system.dynamic:
+            measured["dynamic"] = {**system.dynamic, "sparsity": sparsity or self._dynamic_sparsity()}
+        return measured
 
+    def _become(self, system: Translation) -> None:
+        """Give the model the weights, the masks and the dynamic pruning of *system*."""
+        if system.masks is None:
+            self.model.prefer_checkpoint_masks()
+        if system.checkpoint != self.loaded or system.masks is None:
+            self.model.load_state_dict(load_checkpoint(system.checkpoint)["model"], strict=True)
+            self.loaded = system.checkpoint
+        if system.masks is not None:
+            self.model.set_masks(PruningMasks.load(system.masks), file_sha256(system.masks))
+        self._prune_by_sentence(system)
 
-def _dynamic_sparsity(model) -> dict[str, dict[str, float]]:
-    """Return the effective sparsity of dynamic pruning per kind and over all, of the pairs computed so far."""
-    pairs: dict[str, list[int]] = {}
-    for site, module in attention_sites(model):
-        if module.dynamic is not None:
-            for name in (site.kind.value, "total"):
-                total = pairs.setdefault(name, [0, 0])
-                total[0] += int(module.dynamic.pairs)
-                total[1] += int(module.dynamic.kept)
-    return {name: {"effective": 1 - kept / seen} for name, (seen, kept) in pairs.items()}
+    def _prune_by_sentence(self, system: Translation) -> None:
+        for site, module in attention_sites(self.model):
+            options = {"top_k": None, "threshold": None, "log_bits": 0, **system.dynamic}
+            module.dynamic = DynamicPruning.from_options(site.kind, **options)
+
+    @torch.inference_mode()
+    def _valid_nll(self) -> float:
+        loss = n_tokens = 0.0
+        for sample in self._samples(VALIDATION):
+            log_probs = self.model.get_normalized_probs(self.model(**sample["net_input"]), log_probs=True)
+            real = sample["target"].ne(self.task.target_dictionary.pad())
+            loss -= float(log_probs.gather(2, sample["target"][..., None])[..., 0][real].double().sum())
+            n_tokens += int(real.sum())
+        return loss / n_tokens / math.log(2)
+
+    def _bleu_by_lenpen(self) -> dict[str, float]:
+        """Return the BLEU on the validation data with each length penalty."""
+        dataset = self.task.dataset(VALIDATION)
+        references = [
+            self.task.target_dictionary.string(dataset.tgt[k].tolist(), self.search.remove_bpe, escape_unk=True)
+            for k in range(len(dataset))
+        ]
+        found = {}
+        for lenpen in self.search.lenpens:
+            texts = self._translated(VALIDATION, lenpen)
+            found[str(lenpen)] = score([texts[k] for k in range(len(dataset))], references, ["bleu"])["bleu"]
+        return found
+
+    def _translated(self, subset: str, lenpen: float) -> dict[int, str]:
+        """Return index in the data set -> text of the best hypothesis."""
+        search, dictionary = self.search, self.task.target_dictionary
+        lengths = dict(max_len_a=search.max_len_a, max_len_b=search.max_len_b)
+        options = GenerationConfig(beam=search.beam, lenpen=lenpen, **lengths)
+        # Anew for each system: captured graphs hold the masks that they were captured with.
+        generator_class = PrunedSequenceGenerator if search.on_device else None
+        generator = self.task.build_generator([self.model], options, generator_class)
+        if search.on_device:
+            generator.nbest = 1
+        ignored, texts = get_symbols_to_strip_from_output(generator), {}
+        with torch.inference_mode():
+            for sample in self._samples(subset):
+                found = self.task.inference_step(generator, [self.model], sample)
+                for index, hypotheses in zip(sample["id"].tolist(), found, strict=True):
+                    # Not fairseq's post_process_prediction, which adds the words of the text to the dictionary.
+                    tokens = hypotheses[0]["tokens"].tolist()  # fairseq goes through a tensor element by element
+                    texts[index] = dictionary.string(tokens, search.remove_bpe, extra_symbols_to_ignore=ignored)
+        return texts
+
+    def _dynamic_sparsity(self) -> dict[str, dict[str, float]]:
+        """Return the effective sparsity of dynamic pruning per kind and over all, of the pairs computed so far."""
+        pairs: dict[str, list[int]] = {}
+        for site, module in attention_sites(self.model):
+            if module.dynamic is not None:
+                for name in (site.kind.value, "total"):
+                    total = pairs.setdefault(name, [0, 0])
+                    total[0] += int(module.dynamic.pairs)
+                    total[1] += int(module.dynamic.kept)
+        return {name: {"effective": 1 - kept / seen} for name, (seen, kept) in pairs.items()}

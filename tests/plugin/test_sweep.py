@@ -330,6 +330,16 @@ def test_a_length_penalty_that_validation_chose_is_that_of_fairseq(corpus, dense
     assert made["valid_bleu"]["3.0"] == pytest.approx(score(*valid, ["bleu"])["bleu"], abs=1e-6)
 
 
+def test_the_sparsity_of_top_k_is_that_of_the_test_set_whatever_was_searched_before(corpus, dense, tmp_path):
+    """Searches of the validation data, by which the length penalty is chosen, were counted too."""
+    data, shares = str(corpus / "data-bin" / "sentences"), []
+    for name, lenpens in (("one", [3.0]), ("several", [3.0, 3])):
+        system = Translation(str(tmp_path / f"{name}.txt"), str(dense), None, {"top_k": "4"})
+        translate([system], data, Search(beam=1, max_tokens=1500, cpu=True, lenpens=lenpens, max_len_b=20))
+        shares.append(json.loads((tmp_path / f"{name}.json").read_text())["dynamic"]["sparsity"])
+    assert shares[0] == shares[1]
+
+
 def read_hypotheses_of(log: str) -> tuple[list[str], list[str]]:
     """Hypotheses and references of a log of fairseq-generate, in the order of the data."""
     sides = [dict(re.findall(pattern, log, re.M)) for pattern in (r"^D-(\d+)\t\S+\t(.*)$", r"^T-(\d+)\t(.*)$")]
