@@ -88,6 +88,15 @@ def require_file(path: str | os.PathLike, expected: str) -> None:
             )
 
 
+@contextmanager
+def naming(path: str | os.PathLike) -> Iterator[None]:
+    """Put the file's name before what an :class:`ArtifactError` of the block says is wrong with its contents."""
+    try:
+        yield
+    except ArtifactError as error:
+        raise ArtifactError(f"{path}: {error}") from error
+
+
 def refuse_existing(path: str | os.PathLike, overwrite: bool, inputs: Iterable[str | os.PathLike] = ()) -> None:
     """Raise :class:`ArtifactError` if *path* exists and *overwrite* is not set, or if it cannot be written.
 

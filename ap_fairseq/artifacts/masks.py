@@ -10,7 +10,6 @@ import numpy as np
 
 from ap_fairseq.artifacts.storage import (
     CELLS_PER_WORD,
-    naming,
     pack_cells,
     read,
     require_architecture,
@@ -20,7 +19,7 @@ from ap_fairseq.artifacts.storage import (
     words_for,
     write,
 )
-from ap_fairseq.files import ArtifactError
+from ap_fairseq.files import ArtifactError, naming
 from ap_fairseq.relative import RelativeMask
 from ap_fairseq.sites import AttentionKind, describe_architecture
 

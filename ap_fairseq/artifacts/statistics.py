@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from ap_fairseq.artifacts.storage import CONTENTS, naming, read, require_architecture, stored_kinds, tensor_of, write
-from ap_fairseq.files import ArtifactError, file_sha256, require_file
+from ap_fairseq.artifacts.storage import CONTENTS, read, require_architecture, stored_kinds, tensor_of, write
+from ap_fairseq.files import ArtifactError, file_sha256, naming, require_file
 from ap_fairseq.lengths import counted
 from ap_fairseq.relative import RelativeStats, offset_support, rows_by_centre
 from ap_fairseq.sites import AttentionKind, describe_architecture
@@ -233,24 +233,9 @@ class AttentionStats:
             ArtifactError: if they belong to different models, dictionaries, languages or losses, or were cut at
                 different positions.
         """
-        if self.architecture != other.architecture:
-            raise ArtifactError(
-                f"different architectures: {describe_architecture(self.architecture)} and "
-                f"{describe_architecture(other.architecture)}; {ONE_MODEL}"
-            )
+        self._require_same_origin(other)
         both = self.metadata, other.metadata
-        outside = {k.value: sum(m.get("pairs_beyond_range", {}).get(k.value, 0) for m in both) for k in self.kinds}
-        same = ["checkpoint", "dictionaries"]
-        if any(outside.values()):  # pairs between the two limits would be counted in one recording alone
-            same.append("max_positions")
-        if self.importance and other.importance:
-            same.append("loss")
-        if all("languages" in metadata for metadata in both):
-            same.append("languages")
-        for key in same:
-            ours, theirs = (metadata.get(key) for metadata in both)
-            if ours != theirs:
-                raise ArtifactError(f"different {key}: {ours} and {theirs}; {ONE_MODEL}")
+        outside = {kind.value: _beyond(both, kind) for kind in self.kinds}
         mass = {kind: _added(self.mass[kind], other.mass[kind]) for kind in self.kinds}
         support = {kind: _added(self.support[kind], other.support[kind]) for kind in self.kinds}
         metadata = {**self.metadata, "pairs_beyond_range": outside}
@@ -277,6 +262,25 @@ class AttentionStats:
             relative=relative,
             validation_lengths=_together([self.validation_lengths, other.validation_lengths]),
         )
+
+    def _require_same_origin(self, other: AttentionStats) -> None:
+        """Raise :class:`ArtifactError` where the recordings cannot be added."""
+        if self.architecture != other.architecture:
+            raise ArtifactError(
+                f"different architectures: {describe_architecture(self.architecture)} and "
+                f"{describe_architecture(other.architecture)}; {ONE_MODEL}"
+            )
+        both, same = (self.metadata, other.metadata), ["checkpoint", "dictionaries"]
+        if any(_beyond(both, kind) for kind in self.kinds):  # pairs between two limits count in one recording alone
+            same.append("max_positions")
+        if self.importance and other.importance:
+            same.append("loss")
+        if all("languages" in metadata for metadata in both):
+            same.append("languages")
+        for key in same:
+            ours, theirs = (metadata.get(key) for metadata in both)
+            if ours != theirs:
+                raise ArtifactError(f"different {key}: {ours} and {theirs}; {ONE_MODEL}")
 
     def save(self, path, overwrite: bool = False) -> None:
         """Write the statistics; raises :class:`ArtifactError` for invalid ones, or if *path* may not be written."""
@@ -342,6 +346,11 @@ def _require_between(values: np.ndarray, most: np.ndarray | float, what: str) ->
         raise ArtifactError(f"{what} is {value}{where}: {DIVERGED}")
     limit = np.broadcast_to(most, values.shape)[tuple(cell)]
     raise ArtifactError(f"{what} is {value:g}{where}, expected 0 to {limit:g}; {AGAIN}")
+
+
+def _beyond(metadata: Sequence[Mapping[str, Any]], kind: AttentionKind) -> int:
+    """Count the pairs beyond the recorded positions in several recordings."""
+    return sum(one.get("pairs_beyond_range", {}).get(kind.value, 0) for one in metadata)
 
 
 def _added(one: np.ndarray, other: np.ndarray) -> np.ndarray:

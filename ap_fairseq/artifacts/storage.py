@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from contextlib import contextmanager
 from functools import partial
 from typing import Any, NoReturn
 
@@ -74,15 +73,6 @@ def read(path, *formats: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
 
 def _refuse_constant(path, constant: str) -> NoReturn:
     raise ArtifactError(f"the metadata of {path} holds {constant}, which is not a number; write the file again")
-
-
-@contextmanager
-def naming(path):
-    """Put the file's name before what is wrong with its contents."""
-    try:
-        yield
-    except ArtifactError as error:
-        raise ArtifactError(f"{path}: {error}") from error
 
 
 def stored_kinds(metadata: Mapping[str, Any]) -> list[AttentionKind]:

@@ -10,14 +10,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from ap_fairseq.artifacts.storage import naming
 from ap_fairseq.cli.common import command, without_usage
 from ap_fairseq.devices import device_name
 from ap_fairseq.evaluation import scores as evaluation
 from ap_fairseq.evaluation.hypotheses import hold_subwords, read_hypotheses
 from ap_fairseq.evaluation.results import format_latex, format_markdown, format_plain, read_results
 from ap_fairseq.experiments.stages import read_mark
-from ap_fairseq.files import ArtifactError, UserError, file_sha256, read_lines, refuse_existing, write_json
+from ap_fairseq.files import ArtifactError, UserError, file_sha256, naming, read_lines, refuse_existing, write_json
 from ap_fairseq.provenance import mask_spec, stored_provenance, versions
 
 logger = logging.getLogger(__name__)

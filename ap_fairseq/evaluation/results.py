@@ -11,7 +11,7 @@ from typing import Any
 from ap_fairseq.evaluation import tables
 from ap_fairseq.evaluation.scores import METRICS
 from ap_fairseq.evaluation.tables import Table
-from ap_fairseq.files import ArtifactError, require_file
+from ap_fairseq.files import ArtifactError, naming, require_file
 from ap_fairseq.sites import AttentionKind
 
 SCORES = {key: (metric.title, ".2f") for key, metric in METRICS.items()} | {
@@ -66,49 +66,62 @@ def read_results(path) -> dict[str, Any]:
         ArtifactError: naming file, system and entry, if ``ap-evaluate -o`` did not write it or it was damaged since.
     """
     document = parse_json(read_text(path), path)
-
-    def require(condition: object, fault: str) -> None:
-        if not condition:
-            raise ArtifactError(f"{path}{fault}; give a file that ap-evaluate -o wrote")
-
-    require(isinstance(document, dict) and document.get("systems"), " has no entry 'systems'")
-    require(isinstance(document["systems"], list), ": 'systems' is not a list")
-    lengths: list[tuple] = []
-    for number, result in enumerate(document["systems"], 1):
-        require(isinstance(result, dict) and isinstance(result.get("system"), str), f": system {number} has no name")
-        where = f": system {number} ({result['system']})"
-        require(is_number(result.get("sentences")), f"{where} has no number of 'sentences'")
-        for key in SCORES.keys() & result.keys():
-            require(is_number(result[key]), f"{where}: {key} is {result[key]!r}, not a number")
-        shares = result.get("sparsity", {})
-        require(isinstance(shares, dict), f"{where}: 'sparsity' is not an object")
-        for kind, share in shares.items():
-            complete = isinstance(share, dict) and all(is_number(share.get(k)) for k in ("effective", "kept_mass"))
-            require(complete, f"{where}: the sparsity of {kind} lacks 'effective' or 'kept_mass'")
-        buckets = result.get("by_length", [])
-        require(isinstance(buckets, list), f"{where}: 'by_length' is not a list")
-        for bucket in buckets:
-            complete = isinstance(bucket, dict) and {"least", "most", "sentences", "bleu"} <= bucket.keys()
-            require(complete and is_number(bucket["bleu"]), f"{where}: 'by_length' is damaged")
-        if buckets:
-            spans = [(bucket["least"], bucket["most"], bucket["sentences"]) for bucket in buckets]
-            lengths = lengths or spans
-            require(spans == lengths, f"{where}: 'by_length' has the buckets {spans}, another system {lengths}")
-    names = [result["system"] for result in document["systems"]]
-    require(len(set(names)) == len(names), " has two systems of one name")
-    versions = document.get("versions")
-    require(isinstance(versions, dict) and {"torch", "fairseq"} <= versions.keys(), " lacks 'versions'")
-    require(isinstance(document.get("device"), str), " lacks 'device'")
-    if "significance" in document:
-        tested = document["significance"]
-        parts = [tested.get(key) for key in ("signatures", "systems")] if isinstance(tested, dict) else [None]
-        complete = all(isinstance(part, dict) for part in parts) and set(names) <= parts[1].keys()
-        require(complete, ": 'significance' does not cover every system")
-        for name, compared in parts[1].items():
-            values = list(compared.values()) if isinstance(compared, dict) else [None]
-            complete = all(isinstance(value, dict) and is_number(value.get("p", 0)) for value in values)
-            require(complete, f": the 'significance' of {name} is damaged")
+    with naming(path):
+        _require(isinstance(document, dict) and document.get("systems"), "it has no entry 'systems'")
+        _require(isinstance(document["systems"], list), "'systems' is not a list")
+        lengths: list[tuple] = []
+        for number, result in enumerate(document["systems"], 1):
+            named = isinstance(result, dict) and isinstance(result.get("system"), str)
+            _require(named, f"system {number} has no name")
+            where = f"system {number} ({result['system']})"
+            _require_scores(result, where)
+            if spans := _buckets(result, where):
+                lengths = lengths or spans
+                _require(spans == lengths, f"{where}: 'by_length' has the buckets {spans}, another system {lengths}")
+        names = [result["system"] for result in document["systems"]]
+        _require(len(set(names)) == len(names), "it has two systems of one name")
+        versions = document.get("versions")
+        _require(isinstance(versions, dict) and {"torch", "fairseq"} <= versions.keys(), "it lacks 'versions'")
+        _require(isinstance(document.get("device"), str), "it lacks 'device'")
+        if "significance" in document:
+            _require_significance(document["significance"], names)
     return document
+
+
+def _require(condition: object, fault: str) -> None:
+    if not condition:
+        raise ArtifactError(f"{fault}; give a file that ap-evaluate -o wrote")
+
+
+def _require_scores(result: Mapping[str, Any], where: str) -> None:
+    _require(is_number(result.get("sentences")), f"{where} has no number of 'sentences'")
+    for key in SCORES.keys() & result.keys():
+        _require(is_number(result[key]), f"{where}: {key} is {result[key]!r}, not a number")
+    shares = result.get("sparsity", {})
+    _require(isinstance(shares, dict), f"{where}: 'sparsity' is not an object")
+    for kind, share in shares.items():
+        complete = isinstance(share, dict) and all(is_number(share.get(k)) for k in ("effective", "kept_mass"))
+        _require(complete, f"{where}: the sparsity of {kind} lacks 'effective' or 'kept_mass'")
+
+
+def _buckets(result: Mapping[str, Any], where: str) -> list[tuple]:
+    """Return least and most words and the sentences of each bucket of a system; none if it was not scored by length."""
+    buckets = result.get("by_length", [])
+    _require(isinstance(buckets, list), f"{where}: 'by_length' is not a list")
+    for bucket in buckets:
+        complete = isinstance(bucket, dict) and {"least", "most", "sentences", "bleu"} <= bucket.keys()
+        _require(complete and is_number(bucket["bleu"]), f"{where}: 'by_length' is damaged")
+    return [(bucket["least"], bucket["most"], bucket["sentences"]) for bucket in buckets]
+
+
+def _require_significance(tested: Any, names: Iterable[str]) -> None:
+    parts = [tested.get(key) for key in ("signatures", "systems")] if isinstance(tested, dict) else [None]
+    complete = all(isinstance(part, dict) for part in parts) and set(names) <= parts[1].keys()
+    _require(complete, "'significance' does not cover every system")
+    for name, compared in parts[1].items():
+        values = list(compared.values()) if isinstance(compared, dict) else [None]
+        complete = all(isinstance(value, dict) and is_number(value.get("p", 0)) for value in values)
+        _require(complete, f"the 'significance' of {name} is damaged")
 
 
 def knows_masks(result: Mapping[str, Any]) -> bool:

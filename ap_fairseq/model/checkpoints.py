@@ -14,9 +14,8 @@ from fairseq import utils
 from fairseq.models import ARCH_MODEL_REGISTRY, MODEL_REGISTRY
 from torch import nn
 
-from ap_fairseq.artifacts.storage import naming
 from ap_fairseq.compat import allow_fairseq_checkpoints
-from ap_fairseq.files import ArtifactError, atomic_output, not_written, refuse_existing, require_file
+from ap_fairseq.files import ArtifactError, atomic_output, naming, not_written, refuse_existing, require_file
 from ap_fairseq.model.attention import upgrade_masks
 from ap_fairseq.model.pruned_model import MASK_ENTRIES
 
@@ -87,39 +86,47 @@ def average_checkpoints(paths: Sequence, output, overwrite: bool = False) -> Non
     state: dict[str, Any] = {}
     for path in paths:
         state = load_checkpoint(path)
-        parameters = state["model"]
-        upgrade_masks(parameters)
-        if totals and parameters.keys() != totals.keys():
-            name = min(parameters.keys() ^ totals.keys())
-            has, lacks = (path, paths[0]) if name in parameters else (paths[0], path)
-            dense = name.endswith(MASK_ENTRIES)
-            raise ArtifactError(
-                f"{has} and {lacks} hold different parameters, e.g. {name}, which {lacks} lacks; "
-                + ("give that one the same masks with ap-apply" if dense else "average checkpoints of one training")
-            )
-        for name, value in parameters.items():
-            if not value.is_floating_point():
-                if not torch.equal(totals.setdefault(name, value), value):
-                    raise ArtifactError(
-                        f"{name} differs between {path} and {paths[0]}: do they have the same masks? Average "
-                        "checkpoints of one training, after its last pruning"
-                    )
-                continue
-            if not value.isfinite().all():
-                raise ArtifactError(f"{path}: {name} is not finite: the model diverged; leave that checkpoint out")
-            total = totals.setdefault(name, torch.zeros_like(value, dtype=torch.float64))
-            if total.shape != value.shape:
-                raise ArtifactError(
-                    f"{name} has shape {tuple(value.shape)} in {path}, {tuple(total.shape)} in {paths[0]}; average "
-                    "checkpoints of one training"
-                )
-            total += value
+        upgrade_masks(state["model"])
+        _add(totals, state["model"], path, paths[0])
     dtypes = {name: value.dtype for name, value in state["model"].items()}
     state["model"] = collections.OrderedDict(
         (name, (total / len(paths)).to(dtypes[name]) if total.is_floating_point() else total)
         for name, total in totals.items()
     )
     save_checkpoint(state, output, overwrite)
+
+
+def _add(totals: dict[str, torch.Tensor], parameters: dict[str, torch.Tensor], path, first) -> None:
+    """Add the parameters of the checkpoint *path* to *totals*, which are as yet empty for the *first* one.
+
+    Raises:
+        ArtifactError: as :func:`average_checkpoints`.
+    """
+    if totals and parameters.keys() != totals.keys():
+        name = min(parameters.keys() ^ totals.keys())
+        has, lacks = (path, first) if name in parameters else (first, path)
+        dense = name.endswith(MASK_ENTRIES)
+        raise ArtifactError(
+            f"{has} and {lacks} hold different parameters, e.g. {name}, which {lacks} lacks; "
+            + ("give that one the same masks with ap-apply" if dense else "average checkpoints of one training")
+        )
+    for name, value in parameters.items():
+        if not value.is_floating_point():
+            if not torch.equal(totals.setdefault(name, value), value):
+                raise ArtifactError(
+                    f"{name} differs between {path} and {first}: do they have the same masks? Average checkpoints of "
+                    "one training, after its last pruning"
+                )
+            continue
+        if not value.isfinite().all():
+            raise ArtifactError(f"{path}: {name} is not finite: the model diverged; leave that checkpoint out")
+        total = totals.setdefault(name, torch.zeros_like(value, dtype=torch.float64))
+        if total.shape != value.shape:
+            raise ArtifactError(
+                f"{name} has shape {tuple(value.shape)} in {path}, {tuple(total.shape)} in {first}; average "
+                "checkpoints of one training"
+            )
+        total += value
 
 
 def load_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
