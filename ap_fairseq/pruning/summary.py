@@ -206,18 +206,7 @@ def missed_budgets(
         weights = [found[name][1] for name, *_ in checks]
         shares = (np.average(share, weights=weights) for share in list(zip(*checks, strict=True))[1:])
         checks = [("all kinds together", *shares)]
-    granularities = {spec.granularity_of(kind) for kind in spec.budgets}
-    if granularities == {1}:
-        reason = "every row keeps one guaranteed cell, and rows of short sentences have few others"
-        if spec.empty_rows:
-            reason = "a cell is pruned in every sentence that has it, and the first cells are in all"
-        if spec.min_kept or spec.min_heads or spec.keep_first or spec.keep_diagonal is not None:
-            reason += "; cells kept by --min-kept, --min-heads, --keep-first and --keep-diagonal are not pruned either"
-    else:
-        blocks = {granularity: block_shape(granularity) for granularity in granularities - {1}}
-        names = ["diagonals" if size is None else f"{size[0]}x{size[1]} blocks" for size in blocks.values()]
-        units = " or ".join(names)
-        reason = f"the recorded pairs fall into few {units}, and a unit is pruned whole; use a finer --granularity"
+    reason = _coarseness(spec)
     return [
         f"{name}: effective sparsity {reached:.1%} instead of {target:.1%}: "
         + (
@@ -229,3 +218,18 @@ def missed_budgets(
         for name, reached, target, beyond in checks
         if abs(reached - target) > 0.01
     ]
+
+
+def _coarseness(spec: MaskSpec) -> str:
+    """Say why a threshold cannot meet every budget."""
+    granularities = {spec.granularity_of(kind) for kind in spec.budgets}
+    if granularities != {1}:
+        blocks = map(block_shape, sorted(granularities - {1}, key=str))
+        units = " or ".join("diagonals" if size is None else f"{size[0]}x{size[1]} blocks" for size in blocks)
+        return f"the recorded pairs fall into few {units}, and a unit is pruned whole; use a finer --granularity"
+    reason = "every row keeps one guaranteed cell, and rows of short sentences have few others"
+    if spec.empty_rows:
+        reason = "a cell is pruned in every sentence that has it, and the first cells are in all"
+    if spec.min_kept or spec.min_heads or spec.keep_first or spec.keep_diagonal is not None:
+        reason += "; cells kept by --min-kept, --min-heads, --keep-first and --keep-diagonal are not pruned either"
+    return reason

@@ -42,6 +42,11 @@ def test_a_budget_that_cannot_be_met_is_explained():
     assert len(missed) == 3 and "0.0% instead of 50.0%" in missed[0] and "guaranteed" in missed[0]
     missed = build(random_stats(longest=(20, 20)), 0.5, granularity=128).warnings
     assert sum("128x128 blocks" in message for message in missed) == 3
+    mixed = dict.fromkeys(SELF, "diagonal") | {AttentionKind.CROSS: 128}
+    missed = build(random_stats(longest=(20, 20)), 0.5, granularity=mixed).warnings
+    assert any("fall into few 128x128 blocks or diagonals," in message for message in missed)
+    missed = build(random_stats(longest=(20, 20)), 0.9, keep_first=10).warnings
+    assert "; cells kept by --min-kept, --min-heads, --keep-first" in missed[0]
 
 
 @pytest.mark.parametrize("criterion", CRITERIA)
