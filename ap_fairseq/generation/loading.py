@@ -7,6 +7,7 @@ import os
 import threading
 import zipfile
 from collections.abc import Callable
+from queue import SimpleQueue
 
 import torch
 from fairseq import checkpoint_utils, utils
@@ -75,18 +76,21 @@ def use_gpu(number: int) -> bool:
 def start_cuda() -> None:
     """Start CUDA, its library of products and Triton in a thread, which take a second before a first batch.
 
-    This thread imports meanwhile what searches run.
-
     Forks wait for it: a copy of this process would have the locks that the thread holds, and never get them.
     """
-    from triton_ops import norm, rows  # imports triton, which the command itself, that only waits, does without
-
-    thread = threading.Thread(target=_first_kernels, args=(norm.add_norm, rows.Norm))
+    kernels: SimpleQueue[tuple[Callable, Callable]] = SimpleQueue()
+    # A daemon, for which a process that fails meanwhile need not wait.
+    thread = threading.Thread(target=_first_kernels, args=(kernels,), daemon=True)
     thread.start()
     os.register_at_fork(before=thread.join)
-    from triton_ops import beam_search, ops  # noqa: F401
+    # Meanwhile triton is imported, which the command itself, that only waits, does without, and what searches run.
+    from triton_ops import beam_search, norm, ops, rows  # noqa: F401
+
+    kernels.put((norm.add_norm, rows.Norm))
 
 
-def _first_kernels(add_norm: Callable, norm: Callable) -> None:
+def _first_kernels(kernels: SimpleQueue[tuple[Callable, Callable]]) -> None:
     x = torch.ones(16, 16, dtype=torch.float16, device="cuda")
-    add_norm(x @ x, None, norm(x[0], x[0], 1.0))
+    product = x @ x
+    add_norm, norm = kernels.get()  # imported by now: not here, as threads that import the same wait for each other
+    add_norm(product, None, norm(x[0], x[0], 1.0))

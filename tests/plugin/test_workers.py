@@ -348,7 +348,7 @@ def test_what_a_task_of_a_user_makes_of_hypotheses_is_printed(data_bin, dense, t
 
 def _fork_while_cuda_starts(statuses):
     started = []
-    loading._first_kernels = lambda *_: (time.sleep(0.3), started.append(True))
+    loading._first_kernels = lambda kernels: (started.append(kernels.get(timeout=60)), time.sleep(0.3))
     loading.start_cuda()
     if not (child := os.fork()):
         os._exit(len(started))
