@@ -6,13 +6,12 @@ it waits for the barrier's *phase*, 0 the first time, 1 the next, and so on in t
 tile is asked for only when all warps are done with what the slot held: they meet (`await_warps`), or tell a warp that
 does nothing but load (`hopper_dkdv.py`).
 
-Tiles have powers of two of columns, so those of heads of 96 elements come in three *parts* of 32; all others have one.
-A ring is a tuple of shared memory for each part, results [BM, D] are tuples of parts, and each part is a product of its
-own.
+Tensors have powers of two of columns, so tiles of heads of 96 elements come in *parts* of 64 and 32, and others in one.
+Descriptors, rings, tiles and results [BM, D] are tuples of parts, and each part of a result is a product of its own.
 
 Layouts say which thread holds which elements: `wide` those of scores [BM, BN] (transposed in `hopper_dkdv.py`), `tall`
-those of results [BM, D], `left` those of a factor that a product takes from registers. A product with is_async returns
-at once: its result may be read, and its factors overwritten, after `warpgroup_mma_wait`.
+those of results [BM, D]. A product with is_async returns at once: its result may be read, and its factors overwritten,
+after `warpgroup_mma_wait`.
 """
 
 from __future__ import annotations
@@ -58,21 +57,40 @@ def tile_start(p_entries, j, n_full, n_total, NI, STEP: gl.constexpr, G: gl.cons
     return listed_start(p_entries, j * STEP, n_full, n_total, NI, G)
 
 
+@gluon.constexpr_function
+def tall(columns):
+    """The layout of a part of a result."""
+    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, columns, 16])
+
+
+@gluon.constexpr_function
+def matrix(part):
+    """The shape of a part of a tile of a ring: rows, columns."""
+    return part.shape[3:]
+
+
 @gluon.jit
-def new_ring(d_x, D: gl.constexpr, STAGES: gl.constexpr):
-    """A ring of STAGES tiles of D columns."""
-    parts = ()  # type: Any
-    for _ in gl.static_range(D // d_x.block_type.shape[3]):
-        parts += (gl.allocate_shared_memory(d_x.dtype, [STAGES] + d_x.block_type.shape, d_x.layout),)
-    return parts
+def parts_of(d_x, d_rest):
+    """Descriptors of the parts of tiles, from those of the first part and of the rest, or None."""
+    if d_rest is None:
+        return (d_x,)
+    else:
+        return d_x, d_rest
+
+
+@gluon.jit
+def new_ring(d_x, STAGES: gl.constexpr):
+    """A ring of STAGES tiles."""
+    return [gl.allocate_shared_memory(d.dtype, [STAGES] + d.block_type.shape, d.layout) for d in d_x]
 
 
 @gluon.jit
 def tile(ring, slot):
     """The tile in a slot of a ring: parts [rows, columns]."""
-    ROWS: gl.constexpr = ring[0].shape[3]
-    W: gl.constexpr = ring[0].shape[4]
-    return [part.index(slot).reshape([ROWS, W]) for part in ring]
+    parts = ()  # type: Any
+    for i in gl.static_range(len(ring)):
+        parts += (ring[i].index(slot).reshape(matrix(ring[i])),)
+    return parts
 
 
 @gluon.jit
@@ -80,20 +98,26 @@ def load(d_x, ring, bar, slot, i_b, i_h, start, pred=True):
     """Load the tile of positions from `start` on, where pred is set: `bar` has been told to expect it."""
     W: gl.constexpr = ring[0].shape[4]
     for i in gl.static_range(len(ring)):
-        load_tile(d_x, [i_b, i_h, start, i * W], bar, ring[i].index(slot), pred=pred)
+        load_tile(d_x[i], [i_b, i_h, start, i * W], bar, ring[i].index(slot), pred=pred)
+
+
+@gluon.constexpr_function
+def tile_bytes(d_x):
+    """Bytes of a tile."""
+    return sum(d.block_type.nbytes for d in d_x)
 
 
 @gluon.jit
 def ask(d_x, ring, full, slot, i_b, i_h, start, pred):
     """Ask for the tile of BN positions from `start` on, where pred is set; `full` of the slot says when it is there."""
-    mbarrier.expect(full.index(slot), len(ring) * d_x.block_type.nbytes, pred=pred)
+    mbarrier.expect(full.index(slot), tile_bytes(d_x), pred=pred)
     load(d_x, ring, full.index(slot), slot, i_b, i_h, start, pred)
 
 
 @gluon.jit
 def ask_pair(d_k, d_v, k_ring, v_ring, full, slot, i_b, i_h, start, pred):
     """As `ask`, for tiles of K and V that come together."""
-    mbarrier.expect(full.index(slot), 2 * len(k_ring) * d_k.block_type.nbytes, pred=pred)
+    mbarrier.expect(full.index(slot), 2 * tile_bytes(d_k), pred=pred)
     load(d_k, k_ring, full.index(slot), slot, i_b, i_h, start, pred)
     load(d_v, v_ring, full.index(slot), slot, i_b, i_h, start, pred)
 
@@ -111,15 +135,16 @@ def send(d_x, ring, i_b, i_h, start):
     """Write the first slot of a ring to memory. It has left after `tma.store_wait`."""
     W: gl.constexpr = ring[0].shape[4]
     for i in gl.static_range(len(ring)):
-        store_tile(d_x, [i_b, i_h, start, i * W], ring[i].index(0))
+        store_tile(d_x[i], [i_b, i_h, start, i * W], ring[i].index(0))
 
 
 @gluon.jit
-def zeros(ring, layout: gl.constexpr):
+def zeros(ring):
     """Zeros for a result in parts as of the tiles of a ring."""
-    ROWS: gl.constexpr = ring[0].shape[3]
-    W: gl.constexpr = ring[0].shape[4]
-    return [gl.zeros([ROWS, W], gl.float32, layout) for _ in ring]
+    parts = ()  # type: Any
+    for i in gl.static_range(len(ring)):
+        parts += (gl.zeros(matrix(ring[i]), gl.float32, tall(ring[i].shape[4])),)
+    return parts
 
 
 @gluon.jit
@@ -141,37 +166,47 @@ def accumulate(a, b, acc):
     """acc + a · b, where only b and acc have parts. It runs asynchronously, as len(b) products."""
     parts = ()  # type: Any
     for i in gl.static_range(len(b)):
-        parts += (warpgroup_mma(a, b[i], acc[i], is_async=True),)
+        a_left = gl.convert_layout(a, gl.DotOperandLayout(0, tall(b[i].shape[1]), 2))
+        parts += (warpgroup_mma(a_left, b[i], acc[i], is_async=True),)
     return parts
 
 
 @gluon.jit
 def scaled(b_x, b_a):
-    """A result, of which rows are multiplied by b_a."""
-    return [part * b_a[:, None] for part in b_x]
+    """A result with its rows multiplied by b_a."""
+    return [part * gl.convert_layout(b_a, gl.SliceLayout(1, tall(part.shape[1])))[:, None] for part in b_x]
 
 
 @gluon.jit
-def scaled_rows(b_x, scale, m_row):
-    """A result times a number, with zeros in rows that are not set in m_row."""
-    return [gl.where(m_row[:, None], part * scale, 0.0) for part in b_x]
+def rows_below(part, n):
+    """Whether rows of a part of a tile or of a result come before the n-th: [rows, 1]."""
+    return (gl.arange(0, part.shape[0], gl.SliceLayout(1, tall(part.shape[1]))) < n)[:, None]
+
+
+@gluon.jit
+def finished(b_x, scale, n):
+    """A result multiplied by a number, with zeros from the n-th row on."""
+    return [gl.where(rows_below(part, n), part * scale, 0.0) for part in b_x]
+
+
+@gluon.jit
+def clear(x, n):
+    """Put zeros into a tile from the n-th row on."""
+    for i in gl.static_range(len(x)):
+        x[i].store(gl.where(rows_below(x[i], n), x[i].load(tall(x[i].shape[1])), 0.0))
+    fence_async_shared()
 
 
 @gluon.jit
 def row_products(x, y, layout: gl.constexpr):
-    """Inner products of the rows of two tiles."""
-    b_sum = gl.sum(x[0].load(layout).to(gl.float32) * y[0].load(layout).to(gl.float32), 1)
-    for i in gl.static_range(1, len(x)):
-        b_sum += gl.sum(x[i].load(layout).to(gl.float32) * y[i].load(layout).to(gl.float32), 1)
-    return b_sum
-
-
-@gluon.jit
-def clear(x, m_row, layout: gl.constexpr):
-    """Put zeros into rows of a tile that are not set in m_row."""
+    """Inner products of the rows of two tiles, in a layout."""
+    ROWS: gl.constexpr = x[0].shape[0]
+    b_sum = gl.zeros([ROWS], gl.float32, layout)
     for i in gl.static_range(len(x)):
-        x[i].store(gl.where(m_row[:, None], x[i].load(layout), 0.0))
-    fence_async_shared()
+        b_x = x[i].load(tall(x[i].shape[1])).to(gl.float32)
+        b_y = y[i].load(tall(y[i].shape[1])).to(gl.float32)
+        b_sum += gl.convert_layout(gl.sum(b_x * b_y, 1), layout)
+    return b_sum
 
 
 @gluon.jit
@@ -202,14 +237,29 @@ def keep_bits(
 
 
 def tile_blocks(config: Config, dim: int, queries: Iterable[str], keys: Iterable[str]) -> dict[str, list[int]]:
-    """Shapes of what descriptors of these names copy at a time: parts of tiles of queries, and of tiles of keys."""
-    columns = dim & -dim  # the largest power of two that divides it
-    blocks = dict.fromkeys(queries, [1, 1, config.block_q, columns])
-    return blocks | dict.fromkeys(keys, [1, 1, config.block_k, columns])
+    """Shapes of the parts of tiles of queries, and of tiles of keys, by the names of the descriptors.
+
+    Those of second parts are named d_x_rest.
+    """
+    rows = dict.fromkeys(queries, config.block_q) | dict.fromkeys(keys, config.block_k)
+    first = 1 << (dim.bit_length() - 1)
+    blocks = {name: [1, 1, n, first] for name, n in rows.items()}
+    if first < dim:
+        blocks |= {f"{name}_rest": [1, 1, n, dim - first] for name, n in rows.items()}
+    return blocks
 
 
 class HopperLaunch(Launch):
     """A launch with descriptors of Gluon, which also say how tiles lie in shared memory: as products read them."""
+
+    def __init__(self, *arguments: Any):
+        super().__init__(*arguments)
+        self._split = [name for name in self.kernel.arg_names if f"{name}_rest" in self.blocks]
+
+    def __call__(self, **tensors: Tensor | None) -> None:
+        for name in self._split:  # its tiles have a second part
+            tensors[f"{name}_rest"] = tensors[name]
+        super().__call__(**tensors)
 
     def _descriptor(self, x: Tensor, block: list[int]) -> TensorDescriptor:
         swizzle = 0 if len(block) == 1 else min(128, block[-1] * x.element_size())
@@ -242,4 +292,5 @@ def hopper_launches(
         H=heads, TQ=q_size, TK=k.size(2), D=dim, NO=table.entries.size(1), NI=table.entries.size(2),
         BM=config.block_q, BN=config.block_k, G=table.inner, GO=table.outer, STAGES=config.stages,
     )  # fmt: skip
+    numbers |= {name: None for name in kernel.arg_names if name.endswith("_rest") and name not in blocks}
     return launches_of(kernel, n_tiles, heads, batch, numbers, config, blocks, HopperLaunch)

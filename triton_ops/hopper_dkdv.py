@@ -24,6 +24,7 @@ from .descriptors import aligned_row
 from .hopper import (
     accumulate,
     clear,
+    finished,
     hopper_launches,
     in_registers,
     load,
@@ -31,11 +32,12 @@ from .hopper import (
     multiply,
     new_ring,
     next_stage,
+    parts_of,
     put,
-    scaled_rows,
     send,
     tile,
     tile_blocks,
+    tile_bytes,
     tile_start,
     wait_for,
     zeros,
@@ -91,14 +93,13 @@ def _load(loads, lists, BM: gl.constexpr, G: gl.constexpr, STAGES: gl.constexpr)
     """
     d_q, d_do, d_pivot, d_delta, q_ring, do_ring, pivot_ring, delta_ring, full, i_b, i_h, i_row = loads
     p_entries, n_full, n_total, NI = lists
-    BYTES: gl.constexpr = 2 * len(q_ring) * d_q.block_type.nbytes + 8 * BM
     slot = 0
     phase = 0
     for j in range(n_total * (G // BM)):
         start = tile_start(p_entries, j, n_full, n_total, NI, BM, G)
         _await_release(slot, j >= STAGES)
         bar = full.index(slot)
-        mbarrier.expect(bar, BYTES)
+        mbarrier.expect(bar, 2 * tile_bytes(d_q) + 8 * BM)
         load(d_q, q_ring, bar, slot, i_b, i_h, start)
         load(d_do, do_ring, bar, slot, i_b, i_h, start)
         load_tile(d_pivot, [i_row + start], bar, pivot_ring.index(slot))
@@ -122,15 +123,13 @@ def _add(
     p_words, q_length, LQ, RS = tail
     d_dk, d_dv, i_b, i_h, i_n, k_length, scale = out
     wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BM, 16])
-    tall: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, d_dk.block_type.shape[3], 16])
-    left: gl.constexpr = gl.DotOperandLayout(0, tall, 2)
     k_left: gl.constexpr = gl.DotOperandLayout(0, wide, 2)
     columns: gl.constexpr = gl.SliceLayout(0, wide)
-    dtype: gl.constexpr = d_dk.dtype
+    dtype: gl.constexpr = k_own[0].dtype
     n_all = n_total * (G // BM)
     no_s = gl.zeros([BN, BM], gl.float32, wide)
-    b_dk = zeros(k_own, tall)
-    b_dv = zeros(v_own, tall)
+    b_dk = zeros(k_own)
+    b_dv = zeros(v_own)
     mbarrier.wait(own, 0)
     k = tile(k_own, 0)
     v = tile(v_own, 0)
@@ -149,14 +148,14 @@ def _add(
         dp = multiply(v, do, no_s, is_async=True)
         pivot = pivot_ring.index(slot).load(columns)
         p = gl.exp2(b_s * scale_log2 - pivot[None, :])
-        p_left = gl.convert_layout(p.to(dtype), left)
+        p_left = p.to(dtype)
         mbarrier.wait(full.index(next_slot), next_phase)
         s = multiply(k, tile(q_ring, next_slot), no_s, is_async=True)
         dv = accumulate(p_left, do, b_dv)
         delta = delta_ring.index(slot).load(columns)
         b_dp = warpgroup_mma_wait(2 * len(dv), deps=[dp])
         ds = p * (b_dp - delta[None, :])
-        dk = accumulate(gl.convert_layout(ds.to(dtype), left), q, b_dk)
+        dk = accumulate(ds.to(dtype), q, b_dk)
         # ptxas runs products one by one if one whose result is read is still on its way into the next step.
         b_s, b_dk, b_dv = _results(s, dk, dv)
         _release(slot, j + STAGES < n_all)
@@ -170,8 +169,8 @@ def _add(
         delta = delta_ring.index(slot).load(columns)
         p = gl.exp2(b_s * scale_log2 - pivot[None, :])
         ds = p * (b_dp - delta[None, :])
-        dv = accumulate(gl.convert_layout(p.to(dtype), left), do, b_dv)
-        dk = accumulate(gl.convert_layout(ds.to(dtype), left), q, b_dk)
+        dv = accumulate(p.to(dtype), do, b_dv)
+        dk = accumulate(ds.to(dtype), q, b_dk)
         b_dk, b_dv = _sums(dk, dv)
         _release(slot, n_tiles - 1 + STAGES < n_all)
         slot, phase = next_stage(slot, phase, STAGES)
@@ -179,7 +178,6 @@ def _add(
     # What is left: full blocks that reach past the last query, and partial blocks.
     o_n = i_n + gl.arange(0, BN, gl.SliceLayout(1, wide))
     o_x = gl.arange(0, BM, columns)
-    o_row = gl.arange(0, BM, gl.SliceLayout(1, tall))
     for j in range(n_tiles, n_all):
         start = tile_start(p_entries, j, n_full, n_total, NI, BM, G)
         b_word = gl.zeros([BN, BM], gl.int32, wide)
@@ -193,7 +191,7 @@ def _add(
         q = tile(q_ring, slot)
         do = tile(do_ring, slot)
         if start + BM > q_length:  # padded queries: not 0 · q, which is NaN if they are not finite
-            clear(q + do, start + o_row < q_length, tall)
+            clear(q + do, q_length - start)
         s = multiply(k, q, no_s, is_async=True)
         dp = multiply(v, do, no_s, is_async=True)
         pivot = pivot_ring.index(slot).load(columns)
@@ -201,17 +199,16 @@ def _add(
         b_s, b_dp = warpgroup_mma_wait(0, deps=[s, dp])
         p = gl.where(m_s, gl.exp2(b_s * scale_log2 - pivot[None, :]), 0.0)
         ds = gl.where(m_s, p * (b_dp - delta[None, :]), 0.0)
-        p_left = gl.convert_layout(p.to(dtype), left)
-        ds_left = gl.convert_layout(ds.to(dtype), left)
+        p_left = p.to(dtype)
+        ds_left = ds.to(dtype)
         dv = accumulate(p_left, do, b_dv)
         dk = accumulate(ds_left, q, b_dk)
         b_dk, b_dv = _sums(dk, dv)
         _release(slot, j + STAGES < n_all)
         slot, phase = next_stage(slot, phase, STAGES)
 
-    m_n = i_n + gl.arange(0, BN, gl.SliceLayout(1, tall)) < k_length
-    put(k_own, scaled_rows(b_dk, scale, m_n))
-    put(v_own, scaled_rows(b_dv, 1.0, m_n))
+    put(k_own, finished(b_dk, scale, k_length - i_n))
+    put(v_own, finished(b_dv, 1.0, k_length - i_n))
     fence_async_shared()
     send(d_dk, k_own, i_b, i_h, i_n)
     send(d_dv, v_own, i_b, i_h, i_n)
@@ -221,7 +218,8 @@ def _add(
 @gluon.jit(do_not_specialize=RUN_TIME)
 def _hopper_dkdv_kernel(
     p_words, p_entries, p_counts, p_q_lengths, p_k_lengths,
-    d_q, d_k, d_v, d_do, d_dk, d_dv, d_pivot, d_delta, scale, scale_log2,
+    d_q, d_k, d_v, d_do, d_dk, d_dv, d_pivot, d_delta,
+    d_q_rest, d_k_rest, d_v_rest, d_do_rest, d_dk_rest, d_dv_rest, scale, scale_log2,
     H, MH, TQ, TK, TR, LQ, RS, KW, NO, NI, first_h, first_b,
     D: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, G: gl.constexpr, GO: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
@@ -243,10 +241,16 @@ def _hopper_dkdv_kernel(
     n_inside, n_full, n_total = list_lengths(p_counts, q_length, G)
     n_tiles = n_inside * (G // BM)
 
-    q_ring = new_ring(d_q, D, STAGES)
-    do_ring = new_ring(d_do, D, STAGES)
-    k_own = new_ring(d_k, D, 1)
-    v_own = new_ring(d_v, D, 1)
+    d_q = parts_of(d_q, d_q_rest)
+    d_k = parts_of(d_k, d_k_rest)
+    d_v = parts_of(d_v, d_v_rest)
+    d_do = parts_of(d_do, d_do_rest)
+    d_dk = parts_of(d_dk, d_dk_rest)
+    d_dv = parts_of(d_dv, d_dv_rest)
+    q_ring = new_ring(d_q, STAGES)
+    do_ring = new_ring(d_do, STAGES)
+    k_own = new_ring(d_k, 1)
+    v_own = new_ring(d_v, 1)
     pivot_ring = gl.allocate_shared_memory(gl.float32, [STAGES, BM], d_pivot.layout)
     delta_ring = gl.allocate_shared_memory(gl.float32, [STAGES, BM], d_delta.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -255,7 +259,7 @@ def _hopper_dkdv_kernel(
         mbarrier.init(full.index(i), count=1)
     mbarrier.init(own, count=1)
     fence_async_shared()
-    mbarrier.expect(own, 2 * len(k_own) * d_k.block_type.nbytes)
+    mbarrier.expect(own, 2 * tile_bytes(d_k))
     load(d_k, k_own, own, 0, i_b, i_h, i_n)
     load(d_v, v_own, own, 0, i_b, i_h, i_n)
     lists = p_entries, n_full, n_total, NI

@@ -23,18 +23,20 @@ from .hopper import (
     ask_pair,
     await_warps,
     clear,
+    finished,
     hopper_launches,
     keep_bits,
     load,
     multiply,
     new_ring,
     next_stage,
+    parts_of,
     put,
     row_products,
-    scaled_rows,
     send,
     tile,
     tile_blocks,
+    tile_bytes,
     tile_start,
     wait_for,
     zeros,
@@ -46,7 +48,8 @@ from .primitives import LOG2E, RUN_TIME, list_lengths, sequence_length
 @gluon.jit(do_not_specialize=RUN_TIME)
 def _hopper_dq_kernel(
     p_lse, p_dlse, p_delta, p_pivot, p_words, p_entries, p_counts, p_q_lengths, p_k_lengths,
-    d_q, d_k, d_v, d_o, d_do, d_dq, scale, scale_log2,
+    d_q, d_k, d_v, d_o, d_do, d_dq,
+    d_q_rest, d_k_rest, d_v_rest, d_o_rest, d_do_rest, d_dq_rest, scale, scale_log2,
     H, MH, TQ, TK, TR, LQ, RS, KW, NO, NI, first_h, first_b,
     D: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, G: gl.constexpr, GO: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
@@ -55,14 +58,18 @@ def _hopper_dq_kernel(
     d_q ... d_dq  descriptors of tiles of these tensors; dQ is written through its own
     """
     wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
-    tall: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, d_q.block_type.shape[3], 16])
-    left: gl.constexpr = gl.DotOperandLayout(0, tall, 2)
     by_row: gl.constexpr = gl.SliceLayout(1, wide)
     dtype: gl.constexpr = d_q.dtype
-    q_own = new_ring(d_q, D, 1)
-    do_own = new_ring(d_do, D, 1)
-    k_ring = new_ring(d_k, D, STAGES)
-    v_ring = new_ring(d_v, D, STAGES)
+    d_q = parts_of(d_q, d_q_rest)
+    d_k = parts_of(d_k, d_k_rest)
+    d_v = parts_of(d_v, d_v_rest)
+    d_o = parts_of(d_o, d_o_rest)
+    d_do = parts_of(d_do, d_do_rest)
+    d_dq = parts_of(d_dq, d_dq_rest)
+    q_own = new_ring(d_q, 1)
+    do_own = new_ring(d_do, 1)
+    k_ring = new_ring(d_k, STAGES)
+    v_ring = new_ring(d_v, STAGES)
     own_full = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     mbarrier.init(own_full.index(0), count=1)
@@ -73,7 +80,7 @@ def _hopper_dq_kernel(
     # The last tiles first, as in `forward._forward_kernel`.
     i_m = (gl.num_programs(0) - 1 - gl.program_id(0)) * BM
     i_h, i_b = first_h + gl.program_id(1), first_b + gl.program_id(2)
-    mbarrier.expect(own_full.index(0), 3 * len(q_own) * d_q.block_type.nbytes)
+    mbarrier.expect(own_full.index(0), 3 * tile_bytes(d_q))
     load(d_q, q_own, own_full.index(0), 0, i_b, i_h, i_m)
     load(d_do, do_own, own_full.index(0), 0, i_b, i_h, i_m)
     # O waits where values will be that nobody has asked for yet.
@@ -102,7 +109,7 @@ def _hopper_dq_kernel(
     mbarrier.wait(own_full.index(0), 0)
     q = tile(q_own, 0)
     do = tile(do_own, 0)
-    b_delta = gl.convert_layout(row_products(tile(v_ring, STAGES - 1), do, tall), by_row)
+    b_delta = row_products(tile(v_ring, STAGES - 1), do, by_row)
     if p_dlse is not None:
         # Not where nothing is visible: -inf has no gradient, and merging parts by logaddexp makes it NaN.
         b_delta -= gl.load(p_dlse + o_row, mask=b_pivot < float("inf"), other=0.0)
@@ -115,7 +122,7 @@ def _hopper_dq_kernel(
         gl.store(p_pivot + o_written, b_pivot, mask=o_m < TQ)
 
     no_s = gl.zeros([BM, BN], gl.float32, wide)
-    b_dq = zeros(q_own, tall)
+    b_dq = zeros(q_own)
     slot = 0
     phase = 0
     if inside > 0:
@@ -127,7 +134,7 @@ def _hopper_dq_kernel(
             b_p = gl.exp2(b_s * scale_log2 - b_pivot[:, None])
             b_dp = warpgroup_mma_wait(0, deps=[dp])
             b_ds = b_p * (b_dp - b_delta[:, None])
-            ds_left = gl.convert_layout(b_ds.to(dtype), left)
+            ds_left = b_ds.to(dtype)
             next_slot, next_phase = next_stage(slot, phase, STAGES)
             mbarrier.wait(full.index(next_slot), next_phase)
             s = multiply(q, tile(k_ring, next_slot), no_s, is_async=True)
@@ -143,7 +150,7 @@ def _hopper_dq_kernel(
         start = tile_start(p_entries, inside - 1 + STAGES, n_full, n_total, NI, BN, G)
         b_dp = multiply(do, tile(v_ring, slot), no_s)
         b_ds = gl.exp2(b_s * scale_log2 - b_pivot[:, None]) * (b_dp - b_delta[:, None])
-        ds_left = gl.convert_layout(b_ds.to(dtype), left)
+        ds_left = b_ds.to(dtype)
         b_dq = wait_for(accumulate(ds_left, tile(k_ring, slot), b_dq))
         await_warps()
         ask_pair(d_k, d_v, k_ring, v_ring, full, slot, i_b, i_h, start, inside - 1 + STAGES < steps)
@@ -164,16 +171,14 @@ def _hopper_dq_kernel(
         b_ds = gl.exp2(b_s * scale_log2 - b_pivot[:, None]) * (b_dp - b_delta[:, None])
         b_ds = gl.where(m_s, b_ds, 0.0)
         if start + BN > k_length:  # padded keys: not 0 · k, which is NaN if they are not finite
-            o_n = start + gl.arange(0, BN, gl.SliceLayout(1, tall))
             await_warps()
-            clear(k, o_n < k_length, tall)
-        b_dq = wait_for(accumulate(gl.convert_layout(b_ds.to(dtype), left), k, b_dq))
+            clear(k, k_length - start)
+        b_dq = wait_for(accumulate(b_ds.to(dtype), k, b_dq))
         await_warps()
         ask_pair(d_k, d_v, k_ring, v_ring, full, slot, i_b, i_h, next_start, j + STAGES < steps)
         slot, phase = next_stage(slot, phase, STAGES)
 
-    o_q = i_m + gl.arange(0, BM, gl.SliceLayout(1, tall))
-    put(q_own, scaled_rows(b_dq, scale, o_q < q_length))
+    put(q_own, finished(b_dq, scale, q_length - i_m))
     fence_async_shared()
     send(d_dq, q_own, i_b, i_h, i_m)
     tma.store_wait(0)

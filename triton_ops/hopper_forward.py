@@ -24,18 +24,20 @@ from .hopper import (
     ask,
     await_warps,
     clear,
+    finished,
     hopper_launches,
     keep_bits,
     load,
     multiply,
     new_ring,
     next_stage,
+    parts_of,
     put,
     scaled,
-    scaled_rows,
     send,
     tile,
     tile_blocks,
+    tile_bytes,
     tile_start,
     wait_for,
     zeros,
@@ -65,7 +67,8 @@ def _probabilities(b_s, b_m, b_l, scale_log2):
 
 @gluon.jit(do_not_specialize=RUN_TIME)
 def _hopper_forward_kernel(
-    p_lse, p_words, p_entries, p_counts, p_q_lengths, p_k_lengths, d_q, d_k, d_v, d_o, scale_log2,
+    p_lse, p_words, p_entries, p_counts, p_q_lengths, p_k_lengths, d_q, d_k, d_v, d_o,
+    d_q_rest, d_k_rest, d_v_rest, d_o_rest, scale_log2,
     H, MH, TQ, TK, LQ, RS, KW, NO, NI, first_h, first_b,
     D: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, G: gl.constexpr, GO: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
@@ -74,13 +77,14 @@ def _hopper_forward_kernel(
     d_q ... d_o  descriptors of tiles of these tensors; O is written through its own
     """
     wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
-    tall: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, d_q.block_type.shape[3], 16])
-    left: gl.constexpr = gl.DotOperandLayout(0, tall, 2)
-    by_row: gl.constexpr = gl.SliceLayout(1, tall)
     dtype: gl.constexpr = d_q.dtype
-    q_own = new_ring(d_q, D, 1)
-    k_ring = new_ring(d_k, D, STAGES)
-    v_ring = new_ring(d_v, D, STAGES)
+    d_q = parts_of(d_q, d_q_rest)
+    d_k = parts_of(d_k, d_k_rest)
+    d_v = parts_of(d_v, d_v_rest)
+    d_o = parts_of(d_o, d_o_rest)
+    q_own = new_ring(d_q, 1)
+    k_ring = new_ring(d_k, STAGES)
+    v_ring = new_ring(d_v, STAGES)
     q_full = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -113,7 +117,7 @@ def _hopper_forward_kernel(
     no_s = gl.zeros([BM, BN], gl.float32, wide)
     b_m = gl.full([BM], NO_KEY, gl.float32, gl.SliceLayout(1, wide))
     b_l = _partial_sums(no_s)
-    b_o = zeros(q_own, tall)
+    b_o = zeros(q_own)
     q = tile(q_own, 0)
     slot = 0
     phase = 0
@@ -126,7 +130,7 @@ def _hopper_forward_kernel(
         b_p, b_m, b_l, b_a = _probabilities(b_s, b_m, b_l, scale_log2)
         for j in range(inside - 1):
             next_start = tile_start(p_entries, j + STAGES + 1, n_full, n_total, NI, BN, G)
-            p_left = gl.convert_layout(b_p.to(dtype), left)
+            p_left = b_p.to(dtype)
             next_slot, next_phase = next_stage(slot, phase, STAGES)
             mbarrier.wait(k_full.index(next_slot), next_phase)
             s = multiply(q, tile(k_ring, next_slot), no_s, is_async=True)
@@ -140,15 +144,15 @@ def _hopper_forward_kernel(
             more_v = j + STAGES < steps
             more_k = j + STAGES + 1 < steps
             # Warps wait for one another between what is expected and the loads: once, not for each.
-            mbarrier.expect(v_full.index(slot), len(v_ring) * d_v.block_type.nbytes, pred=more_v)
-            mbarrier.expect(k_full.index(next_slot), len(k_ring) * d_k.block_type.nbytes, pred=more_k)
+            mbarrier.expect(v_full.index(slot), tile_bytes(d_v), pred=more_v)
+            mbarrier.expect(k_full.index(next_slot), tile_bytes(d_k), pred=more_k)
             load(d_v, v_ring, v_full.index(slot), slot, i_b, i_h, start, more_v)
             load(d_k, k_ring, k_full.index(next_slot), next_slot, i_b, i_h, next_start, more_k)
-            b_o = scaled(b_o, gl.convert_layout(b_a, by_row))
+            b_o = scaled(b_o, b_a)
             start = next_start
             slot = next_slot
             phase = next_phase
-        p_left = gl.convert_layout(b_p.to(dtype), left)
+        p_left = b_p.to(dtype)
         mbarrier.wait(v_full.index(slot), phase)
         b_o = wait_for(accumulate(p_left, tile(v_ring, slot), b_o))
         await_warps()
@@ -158,7 +162,6 @@ def _hopper_forward_kernel(
     # What is left: full blocks that reach past the last key, and partial blocks.
     p_words += i_mh.to(gl.int64) * KW * LQ
     o_m = i_m + gl.arange(0, BM, gl.SliceLayout(1, wide))
-    o_row = i_m + gl.arange(0, BM, by_row)
     for j in range(inside, steps):
         start = tile_start(p_entries, j, n_full, n_total, NI, BN, G)
         next_start = tile_start(p_entries, j + STAGES, n_full, n_total, NI, BN, G)
@@ -169,10 +172,9 @@ def _hopper_forward_kernel(
         mbarrier.wait(v_full.index(slot), phase)
         v = tile(v_ring, slot)
         if start + BN > k_length:  # padded values: not 0 · v, which is NaN if they are not finite
-            o_n = start + gl.arange(0, BN, by_row)
-            clear(v, o_n < k_length, tall)
-        b_o = scaled(b_o, gl.convert_layout(b_a, by_row))
-        b_o = wait_for(accumulate(gl.convert_layout(b_p.to(dtype), left), v, b_o))
+            clear(v, k_length - start)
+        b_o = scaled(b_o, b_a)
+        b_o = wait_for(accumulate(b_p.to(dtype), v, b_o))
         await_warps()
         ask(d_k, k_ring, k_full, slot, i_b, i_h, next_start, j + STAGES < steps)
         ask(d_v, v_ring, v_full, slot, i_b, i_h, next_start, j + STAGES < steps)
@@ -183,8 +185,8 @@ def _hopper_forward_kernel(
     b_l = gl.where(m_seen, b_l, 1.0)
     b_lse = gl.where(m_seen & (o_m < q_length), (b_m + gl.log2(b_l)) * LN2, float("-inf"))
     gl.store(p_lse + (i_b * H + i_h).to(gl.int64) * TQ + o_m, b_lse, mask=o_m < TQ)
-    b_o = scaled(b_o, gl.convert_layout(1.0 / b_l, by_row))
-    put(q_own, scaled_rows(b_o, 1.0, o_row < q_length))
+    b_o = scaled(b_o, 1.0 / b_l)
+    put(q_own, finished(b_o, 1.0, q_length - i_m))
     fence_async_shared()
     send(d_o, q_own, i_b, i_h, i_m)
     tma.store_wait(0)

@@ -74,7 +74,7 @@ def test_output_and_gradients_are_within_the_error_budget(launched, dtype, kind,
 @pytest.mark.parametrize("dim", [32, 96, 128])
 @pytest.mark.parametrize("tile", [64, 128])
 def test_heads_of_other_sizes_are_within_the_error_budget(launched, dtype, kind, dim, tile):
-    """Heads of 96 elements come in three parts. Padded positions hold NaN."""
+    """Tiles of heads of 96 elements come in two parts. Padded positions hold NaN."""
     shape = dict(batch=3, heads=2, q_size=700, k_size=500, dim=dim, scale=dim**-0.5)
     lengths = dict(q_lengths=torch.tensor([700, 351, 0]), k_lengths=torch.tensor([166, 500, 5]))
     for number, options in enumerate([dict(time_first=True, use_lse=True), dict(time_first=False, **lengths)]):
