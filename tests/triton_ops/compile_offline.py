@@ -85,7 +85,7 @@ def attend(dtype, dim, tile, dropout_p, size, batch):
     ops.attention_backward_op(torch.empty_like(out), None, q, k, v, out, lse, *rest)
 
 
-def repeated(size, tile):
+def repeated(size, tile, dim=64):
     """Forward and backward four times, first at multiples of 16 bytes, then elsewhere, launches and all.
 
     Returns how many launches Triton bound in each, whether all passed the tensors, and beside them the same, the sizes
@@ -110,8 +110,8 @@ def repeated(size, tile):
             whole.append(self.kernel.__name__)
 
     for shift in (0, 0, 1, 1):
-        store = [torch.zeros(3 * 2 * size * 64 + 1, dtype=torch.bfloat16) for _ in range(4)]
-        q, k, v, grad = (x[shift : x.numel() - 1 + shift].view(3, 2, size, 64) for x in store)
+        store = [torch.zeros(3 * 2 * size * dim + 1, dtype=torch.bfloat16) for _ in range(4)]
+        q, k, v, grad = (x[shift : x.numel() - 1 + shift].view(3, 2, size, dim) for x in store)
         others.append([])
         with (
             mock.patch.object(JITFunction, "run", autospec=True, side_effect=JITFunction.run) as run,
@@ -228,6 +228,7 @@ def many_rows(n):
 def main():
     triton.runtime.driver.set_active(Driver())
     repetitions = dict(sentence=repeated(100, 64), lists=repeated(150, 64), hopper=repeated(401, 128))
+    repetitions["hopper, two parts"] = repeated(401, 128, 96)
     refused = misplaced(401, 128)
     JITFunction.__getitem__ = compile_only
     launch.forget()

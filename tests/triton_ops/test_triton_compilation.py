@@ -72,7 +72,7 @@ def test_masks_of_offsets_are_compiled_for_every_attention_kernel(report):
     assert all(k["wgmma"] for k in offsets if k.get("BM", 0) >= 64 and k["PRECISION"] == "ieee")
 
 
-@pytest.mark.parametrize("size, kernels", [("sentence", 2), ("lists", 3), ("hopper", 3)])
+@pytest.mark.parametrize("size, kernels", [("sentence", 2), ("lists", 3), ("hopper", 3), ("hopper, two parts", 3)])
 def test_triton_binds_the_arguments_of_launches_alike_once(report, size, kernels):
     """And always where addresses are no multiples of 16 bytes: kernels are compiled for these, too."""
     repetition = report["repetitions"][size]
