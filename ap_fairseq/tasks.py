@@ -33,7 +33,8 @@ def require_model_of(task: str, cfg: Any) -> None:
     for kind, other in TASK_OF.items():
         if issubclass(model, kind) and other != task:
             raise UserError(
-                f"--task {task}: {name} is no model for it; give --task {other} and data for that, or another model"
+                f"--task {task}: {name} is not one of its models; give --task {other} and data for that, or another "
+                "model"
             )
 
 

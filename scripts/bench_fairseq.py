@@ -80,7 +80,7 @@ RIVALS = {"ctranslate2": ("ctranslate2", "ctranslate2 int8")}  # package: system
 PRECISIONS = ("fp16", "bf16", "fp32")
 TRAIN_TOKENS = 16384
 
-# kind, tokens per page (0: sentences as they are), max-tokens (0: one sentence at a time), at most so many examples.
+# kind, tokens per page (0: sentences as they are), max-tokens (0: one sentence at a time), at most this many examples.
 # A step of stock fairseq takes about 9 ms on an H200 whatever the batch, so long pages take long: 4096 tokens 40 s.
 CASES = {
     "sentences": ("translate", 0, 12000, 2000),
@@ -298,7 +298,7 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, default=3, help="of all systems in turns (default: 3)")
     parser.add_argument("--repeats", type=int, default=1, help="timed passes of each round (default: 1)")
     parser.add_argument("--subset", default="test", help="whose sentences are translated (default: test)")
-    parser.add_argument("--limit", type=int, help="at most so many sentences or pages in every case")
+    parser.add_argument("--limit", type=int, help="at most this many sentences or pages in every case")
     parser.add_argument(
         "--max-tokens", type=int, help=f"of batches (default: 12000 or more; in training {TRAIN_TOKENS})"
     )

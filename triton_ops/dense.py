@@ -59,7 +59,7 @@ def attend_dense(
 def _aligned(x: Tensor) -> Tensor:
     """*x*, copied unless its rows begin at multiples of 16 bytes.
 
-    torch's cuDNN attention takes other rows of half precision without a word and returns wrong values (torch 2.11,
+    torch's cuDNN attention takes other rows of half precision silently and returns wrong values (torch 2.11,
     cuDNN 9, H200: off by more than 1 where the values are below 4).
     """
     aligned = 16 // x.element_size()

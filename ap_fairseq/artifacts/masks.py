@@ -129,6 +129,7 @@ class PruningMasks:
 
     @property
     def kinds(self) -> list[AttentionKind]:
+        """The kinds of attention that it holds, in the order of :class:`AttentionKind`."""
         return [kind for kind in AttentionKind if kind in self.keep]
 
     @property

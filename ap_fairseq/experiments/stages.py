@@ -95,6 +95,7 @@ class Stages:
         self._mark(name).unlink(missing_ok=True)
 
     def log(self, name: str) -> Path:
+        """Return the log of a stage."""
         return self.folder / "logs" / f"{name}.log"
 
     def _mark(self, name: str) -> Path:

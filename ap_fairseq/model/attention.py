@@ -60,8 +60,8 @@ class PrunedMultiheadAttention(NotScriptable, MultiheadAttention):
             ``auto``, which takes the kernels for half and single precision on a GPU and else sdpa. ``triton`` raises
             UserError where the kernels cannot run.
         dynamic: pruning per sentence, on top of the mask; not with ``triton``.
-        max_steps: decoding takes at most so many steps. The caches drop what no mask row below keeps; None: unknown, so
-            they keep all. A search that knows better says so (see :func:`ap_fairseq.model.kv_cache.limit_steps`).
+        max_steps: of decoding, at most. The caches drop what no mask row below keeps; None: unknown, so they keep all.
+            A search that knows better says so (see :func:`ap_fairseq.model.kv_cache.limit_steps`).
 
     Attributes:
         selected: bool (B, heads, S), the source tokens of a batch that heads may attend to within the mask, True =
@@ -397,7 +397,7 @@ class PrunedMultiheadAttention(NotScriptable, MultiheadAttention):
         return self.keep_mask(row + 1, size)[:, row]
 
     def keeps_all(self, n_queries: int, n_keys: int) -> bool:
-        """Whether the mask keeps every attendable cell of so many queries and keys; False of a relative one."""
+        """Whether the mask keeps every attendable cell of its first queries and keys; False of a relative one."""
         if self.is_relative:
             return False
         keep = self.keep_mask(n_queries, n_keys)

@@ -18,7 +18,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from ap_fairseq.files import UserError
 
 USUAL_ROWS = 40  # for which weights are laid out: it serves 2 to 500 rows as well as a layout of their own does
-SMALL = 1 << 16  # elements of a weight: up to so many, oneDNN's calls take longer than its products save
+SMALL = 1 << 16  # elements of a weight: up to this many, oneDNN's calls take longer than its products save
 
 
 class Product(ABC):
@@ -197,6 +197,7 @@ def use_int8(model: nn.Module) -> None:
 
 
 def is_int8(linear: nn.Linear) -> bool:
+    """Whether `use_int8` was called for a model of the layer."""
     return getattr(linear, "int8", False)
 
 

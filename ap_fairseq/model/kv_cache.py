@@ -156,8 +156,8 @@ class SelfAttentionCache(PagedSelfAttention):
     """The cache of fairseq's search loop, which grows, and whose steps are counted on the host.
 
     Attributes:
-        last_use: returns the last of the first *rows* mask rows that keeps each of so many columns, int64 (H, columns).
-        max_steps: at most so many steps come; None: unknown, so that nothing is dropped that a hypothesis refers to.
+        last_use: of numbers of rows and columns: the last of the rows that keeps each column, int64 (H, columns).
+        max_steps: at most this many steps come; None: unknown, so that nothing is dropped that a hypothesis refers to.
         length: cached positions.
         used: slots taken so far, from the start of the pool.
     """

@@ -47,7 +47,7 @@ class Recording:
         subset: for example ``train``.
         output: file of the statistics.
         max_positions: positions from here on are counted and reported, not recorded.
-        sample: record so many sentences, drawn evenly over all lengths (seed: fairseq's ``--seed``); None: all.
+        sample: record this many sentences, drawn evenly over all lengths (seed: fairseq's ``--seed``); None: all.
         importance: also record how much the training loss depends on each cell.
         overwrite: replace an existing output file.
         model_overrides: of the checkpoint's configuration, as fairseq's ``--model-overrides``.

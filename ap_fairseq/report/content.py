@@ -58,6 +58,7 @@ class Report:
 
     @property
     def title(self) -> str:
+        """The title of the page, with the languages where they are known."""
         languages = [language for language in self.stats.metadata.get("languages", []) if language]
         return "Attention report" + (f": {' to '.join(languages)}" if languages else "")
 
@@ -123,6 +124,7 @@ class Report:
 
     @property
     def provenance(self) -> dict[str, Any]:
+        """What the inputs were made from, and the versions of this program and of others."""
         specs = {name: masks.metadata.get("spec") for name, masks in self.masks.items()}
         benchmark = {key: value for key, value in (self.benchmark or {}).items() if key != "rows"}
         return {
@@ -135,6 +137,7 @@ class Report:
 
     @property
     def masks_table(self) -> tables.Table:
+        """The effect of each of the masks."""
         specs = {name: mask_spec(masks.metadata) for name, masks in self.masks.items()}
         return tables.masks_table(
             self.summaries, [name for name, spec in specs.items() if spec.get("criterion") == "percentile"]
@@ -142,6 +145,7 @@ class Report:
 
     @property
     def tables(self) -> list[tables.Table]:
+        """All tables for which there are data."""
         found = [tables.kinds_table(self.attended, self.kept)]
         found += [self.masks_table] if self.masks else []
         return found + ([tables.systems_table(self.systems)] if self.systems else [])

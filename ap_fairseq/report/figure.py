@@ -102,5 +102,6 @@ def styled(draw):
 
 
 def percent_axis(axis, label: str) -> None:
+    """Label an axis of shares, which are shown in percent."""
     axis.set_label_text(label)
     axis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0, decimals=0))

@@ -25,7 +25,7 @@ PRUNED_MAP = matplotlib.colors.LinearSegmentedColormap.from_list("pruned", ["#ed
 
 
 def _heat_map(axis, values: np.ndarray, colours, norm, rows: int, columns: int, first: int = 0):
-    """Draw *values* over so many rows, the first one above, and the columns *first* to *columns* - 1."""
+    """Draw *values* over *rows* rows, the first one above, and the columns *first* to *columns* - 1."""
     extent = (first - 0.5, columns - 0.5, rows - 0.5, -0.5)
     return axis.imshow(values, cmap=colours, norm=norm, extent=extent, interpolation="nearest", aspect="auto")
 

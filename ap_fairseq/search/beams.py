@@ -137,7 +137,7 @@ class BeamSearchState:
             n_steps: of the search.
             len_penalty: scores are divided by the length to the power of it.
             longest: int64 (n,), tokens before *eos*, beyond which a hypothesis of the sentence has the score -inf.
-            nbest: so many of each sentence at most; None: all.
+            nbest: at most this many of each sentence; None: all.
 
         Returns:
             What waits for them and returns them. It raises UserError if a sentence has none. Another search may

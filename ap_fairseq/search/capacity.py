@@ -20,9 +20,11 @@ class Capacity:
     positions: int
 
     def covers(self, other: Capacity) -> bool:
+        """Whether buffers of this capacity serve a batch that needs *other*."""
         return all(getattr(self, name) >= getattr(other, name) for name in self.__dataclass_fields__)
 
     def joined(self, other: Capacity) -> Capacity:
+        """Return the smallest capacity that covers both."""
         return Capacity(*(max(getattr(self, name), getattr(other, name)) for name in self.__dataclass_fields__))
 
     def rows(self, max_len: int) -> int:

@@ -39,7 +39,7 @@ class SourceDecoder(Protocol):
 
 
 class SourcePass:
-    """What comes before the steps of a search, for so many sources of so many tokens at most.
+    """What comes before the steps of a search, for *n* sources of at most *size* tokens.
 
     Columns beyond a sentence's end have slots, too, so that slots are the same for all sources; attention looks at the
     lengths.

@@ -185,7 +185,7 @@ class StaticDecoder:
         return [model.encoder.forward_torchscript(net_input) for model in self.models]
 
     def launch(self, search: RunningSearch, n_steps: int) -> None:
-        """Launch steps of a search, and wait for none: so many more than needed are run if it ends before the last."""
+        """Launch steps of a search, and wait for none; those after the end of the search are run in vain."""
         for _ in range(min(n_steps, search.batch.max_len + 1 - search.step)):
             self._next_step(search)
 
@@ -193,7 +193,7 @@ class StaticDecoder:
         """Run a search to its end.
 
         Args:
-            nbest: so many hypotheses of each sentence at most; None: all.
+            nbest: at most this many hypotheses of each sentence; None: all.
 
         Returns:
             What waits for the results, those of ``SequenceGenerator.generate``, and returns them. The next search may
@@ -228,7 +228,7 @@ class StaticDecoder:
         search.step += 1
 
     def _places(self, n_sentences: int) -> int:
-        """Return how many places a batch has for so many sentences: few numbers, of which each has a graph."""
+        """Return how many places a batch has for *n_sentences*: one of few numbers, each of which has a graph."""
         return bucket(n_sentences)
 
     def _reserve_step(self, n: int, step: int, max_len: int) -> None:

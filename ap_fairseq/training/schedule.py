@@ -55,7 +55,7 @@ class PruningSchedule:
         """Return what a training of *updates* (0: without end) leaves out of the schedule; None: nothing.
 
         Args:
-            flag: that gives it so many.
+            flag: that gives it this many.
         """
         if not 0 < updates <= self.end:
             return None

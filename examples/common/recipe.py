@@ -61,8 +61,8 @@ class Size:
         model: architecture and sizes, for fairseq-train.
         training: further flags of every training.
         dense, tune, warm: learning rates and the like of the dense model, of fine-tuning, and of the training on
-            sentences with which a dense model of documents starts; each trains for so many updates.
-        batch_tokens, batches: an update has so many batches of so many tokens on either side, shared by the GPUs.
+            sentences with which a dense model of documents starts; each trains for the updates of that name.
+        batch_tokens, batches: tokens of a batch on either side, and batches of an update, which the GPUs share.
         average: how many of the last checkpoints are averaged; 0: the best one is taken.
         record, search: further flags of ap-record and fairseq-generate.
         prepare: flags of the preparation, whose data go to a folder that ends in `data`.

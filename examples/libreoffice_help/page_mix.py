@@ -3,7 +3,7 @@
 
 A transformer trained from scratch on two thousand pages does not learn to translate pages; one trained on sentences,
 chunks and pages together does better (multi-resolution training, Sun et al. 2022, arXiv 2010.08961). Chunks are runs of
-segments of one page, joined by ``<sep>``, of at most so many tokens on either side.
+segments of one page, joined by ``<sep>``, of at most this many tokens on either side.
 
     train        sentences, pages, and the training pages cut at each of --lengths
     valid        pages

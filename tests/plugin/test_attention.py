@@ -305,7 +305,7 @@ def test_masks_for_another_model_or_dictionary_stop_the_build(tmp_path):
 
 @pytest.mark.parametrize("n_words", [20, 21])
 def test_a_checkpoint_whose_masks_are_of_another_dictionary_is_refused(n_words, caplog):
-    """One of as many words translated and trained on without a word; of more, torch compared sizes of embeddings."""
+    """One of as many words translated and trained on silently; of more, torch compared sizes of embeddings."""
     masks, sha = random_masks(0.5), dictionary_sha256(VOCAB)
     masks.metadata["dictionaries"] = {"source": sha, "target": sha}
     state = pruned_model(masks, VOCAB).state_dict()

@@ -52,7 +52,7 @@ def test_a_bug_keeps_its_traceback(code):
 
 @pytest.mark.parametrize("code", ["print('word ' * 10**6)", "print('x'); sys.exit(0)"], ids=["while", "at the end"])
 def test_a_reader_that_leaves_ends_the_command_silently(code):
-    """`| head -1` ended in a BrokenPipeError; other tools die of SIGPIPE without a word."""
+    """`| head -1` ended in a BrokenPipeError; other tools die of SIGPIPE silently."""
     with subprocess.Popen(["true"], stdin=subprocess.PIPE) as gone:
         gone.wait()
         done = run(code, stdout=gone.stdin)

@@ -302,12 +302,12 @@ def test_a_model_or_data_of_another_task_is_one_line(data_bin, dense, text_bin, 
         (text_bin, dense, "transformer", continue_text, translate),
         (data_bin, dense_lm[0], "transformer_lm", translate, continue_text),
     ):
-        message = f"error: --task {task}: {name} is no model for it; give --task {other}"
+        message = f"error: --task {task}: {name} is not one of its models; give --task {other}"
         log = run("fairseq-generate", data, *PLUGIN, "--task", task, "--path", model, "--cpu", expect=1)
         assert message in log.splitlines()[-1] and "Traceback" not in log
     flags = ["--arch", "pruned_roberta_tiny", "--criterion", "cross_entropy"]
     log = train_on_text(text_bin, tmp_path, "--task", continue_text, *flags, updates=1, expect=1)
-    assert "pruned_roberta_tiny is no model for it; give --task masked_lm" in log.splitlines()[-1]
+    assert "pruned_roberta_tiny is not one of its models; give --task masked_lm" in log.splitlines()[-1]
 
 
 def test_masks_applied_without_training(text_bin, dense_lm, lm_masks, tmp_path):

@@ -99,7 +99,7 @@ def test_masks_that_are_loaded_again_are_not_hashed(monkeypatch):
 
 
 def test_masks_are_said_to_be_dropped_where_they_prune(dense, data_bin, masks_file, tmp_path, caplog):
-    """ap-apply --attention-masks none dropped those of a pruned checkpoint without a word."""
+    """ap-apply --attention-masks none silently dropped those of a pruned checkpoint."""
     paths = [tmp_path / name for name in ("ones.pt", "half.pt", "again.pt", "from-half.pt")]
     apply_masks(dense, "none", paths[0], str(data_bin))
     apply_masks(dense, masks_file, paths[1], str(data_bin))

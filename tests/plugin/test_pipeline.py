@@ -155,7 +155,7 @@ def test_recorded_statistics_cover_the_training_data(stats_file, toy_text):
 
 
 def test_training_in_another_direction_than_that_of_the_masks_is_announced(data_bin, masks_file, tuned, tmp_path):
-    """One dictionary for both languages let masks of en-de prune a de-en model without a word."""
+    """One dictionary for both languages silently let masks of en-de prune a de-en model."""
     notice = "the masks were recorded in another direction: en to de, the data are de to en"
     other = ["-s", "de", "-t", "en", "--disable-validation"]
     for start in (["--attention-masks", masks_file], ["--finetune-from-model", tuned / "checkpoint_30.pt"]):

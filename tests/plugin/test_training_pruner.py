@@ -97,7 +97,7 @@ def test_a_resumed_training_ends_as_it_would_have_ended(trained, data_bin, tmp_p
 
 
 def test_a_training_that_goes_on_after_the_last_pruning_has_its_masks(trained, data_bin, tmp_path):
-    """Resumed later than --prune-end, a dense or half-pruned model trained on as it was, without a word."""
+    """Resumed later than --prune-end, a dense or half-pruned model trained on as it was, silently."""
     folder, _ = trained
     (half,) = folder.glob("checkpoint_*_26.pt")
     flags = [*ONE_COMMAND, "--prune-end", 24, "--restore-file", half]
@@ -110,7 +110,7 @@ def test_a_training_that_goes_on_after_the_last_pruning_has_its_masks(trained, d
 
 
 def test_a_pruning_that_a_resumed_training_does_not_go_on_with_is_announced(trained, data_bin, tmp_path):
-    """Resumed without --attention-sparsity, a training kept the masks of the middle of its schedule without a word."""
+    """Resumed without --attention-sparsity, a training kept the masks of the middle of its schedule silently."""
     folder, log = trained
     middle = next(folder.glob("checkpoint_*_26.pt"))
     assert "is not pruned further" not in log
@@ -123,7 +123,7 @@ def test_a_pruning_that_a_resumed_training_does_not_go_on_with_is_announced(trai
 
 
 def test_masks_that_prune_less_than_those_before_are_announced(trained, data_bin, tmp_path):
-    """A model that was pruned already got back most of its attention at the first pruning, without a word."""
+    """A model that was pruned already got back most of its attention at the first pruning, silently."""
     folder, _ = trained
     flags = ["--task", "pruned_translation", "--attention-masks", "none", "--attention-sparsity", 0.7]
     flags += ["--prune-start", 1, "--prune-end", 3, "--prune-every", 1, "--prune-shape", "linear"]
