@@ -185,7 +185,8 @@ def main(argv):
     with atomic_output(argv[0]) as temporary:
         temporary.write_text("half")
         print("writing", flush=True)
-        time.sleep(60)
+        while True:  # a signal that comes just before a sleep is heeded after it
+            time.sleep(0.1)
 
 main()
 """
