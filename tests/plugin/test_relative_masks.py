@@ -269,7 +269,7 @@ def test_recordings_merge_where_the_slope_is_the_same():
 # -- recording --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("limits", [(20, 20), (5, 7)])
+@pytest.mark.parametrize("limits", [(20, 20), (5, 7), (5, 6), (5, 5), (4, 9)])  # of sources and targets
 def test_recorded_offsets_are_those_of_each_sentence(limits):
     model = dense_model(VOCAB)
 
