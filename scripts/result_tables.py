@@ -93,7 +93,7 @@ def quality_digest() -> str:
     names = {"global": ""} | {kind.value: f" of {kind.flag}" for kind in AttentionKind}
     kinds = "|".join(kind.value for kind in AttentionKind)
     for text, path, wanted in (
-        ("LibreOffice's help", RESULTS / "seeds.jsonl", r"dense\.|importance\.(global)\.([89]0)\."),
+        ("LibreOffice's help", RESULTS / "longer.jsonl", r"dense\.|importance\.(global)\.(90)\."),
         (
             "Debian text",
             DEBIAN_RESULTS / "longer.jsonl",
@@ -383,6 +383,7 @@ def tables() -> dict[str, Callable[[], str]]:
         "en-es": lambda: quality("en-es"),
         "digest": quality_digest,
         "one-command": one_command,
+        "help-longer": lambda: sweep(RESULTS / "longer.jsonl"),
         "help-seeds": lambda: sweep(RESULTS / "seeds.jsonl"),
         "cross-masks": cross_masks,
         "cross-heads": cross_heads,
@@ -406,7 +407,7 @@ def tables() -> dict[str, Callable[[], str]]:
         "cpu": lambda: format_markdown(load(RESULTS / "cpu.json")),
         "rivals.translation": rivals_translation,
     }
-    without_table = {LM_RESULTS / f"{name}.json" for name in ("corpus", "cpu-updates", "h200-dense")}
+    without_table = {LM_RESULTS / f"{name}.json" for name in ("corpus", "cpu-updates")}
     for path in sorted({*LM_RESULTS.glob("*.json")} - without_table):
         made[f"language-model.{path.stem}"] = lambda path=path: language_models(path)
     for path in sorted((ROOT / "examples" / "libreoffice_one_to_many" / "results").glob("*.jsonl")):

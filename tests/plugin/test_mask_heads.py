@@ -111,17 +111,6 @@ def test_rows_of_one_cell_or_none_are_rows_that_sentences_have():
     assert total.guaranteed_rows == total.rows == 2 * 10
 
 
-@pytest.mark.parametrize("empty_rows", [False, True])
-def test_rows_of_one_cell_or_none_are_counted_head_by_head(empty_rows):
-    stats = random_stats(longest=(14, 16), sentences=200)
-    masks = build(stats, 0.8, empty_rows=empty_rows).masks
-    for row in (row for row in summarize(masks, stats) if row.layer is not None):
-        observed = stats.support[row.kind] > 0
-        kept, exist = (masks.keep[row.kind][row.layer] & observed).sum(-1), observed.sum(-1)
-        assert row.guaranteed_rows == (((kept == 0) | ((kept == 1) & (exist > 1))) & (exist > 0)).sum() > 0
-        assert row.rows == len(kept) * (exist > 0).sum()
-
-
 def test_a_first_row_that_lost_its_only_cell_is_a_row_of_none():
     """Row 0 of decoder self-attention has one cell, and was counted neither with it nor without."""
     stats, kind = random_stats(longest=(6, 6), layers=1, heads=2), AttentionKind.DECODER_SELF
