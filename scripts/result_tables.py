@@ -265,35 +265,29 @@ def rivals_translation() -> str:
 
 
 def head_sizes() -> str:
-    """Our kernels and FlashAttention-4's on heads of other sizes, beside their rates at 64 elements."""
-    sizes, rivals = (load(SCRIPTS / f"bench_attention.h200-{name}.json") for name in ("heads", "rivals"))
+    """Our kernels on heads of several sizes, and rivals of an earlier run, against our kernels in Triton of each run."""
+    sizes, earlier = load(SCRIPTS / "kernels.h200.json")["sizes"], load(SCRIPTS / "bench_attention.h200-heads.json")
 
     def case(row: dict[str, Any]) -> tuple:
-        return tuple(row.get(name) for name in ("method", "dim", "size", "block", "nominal_sparsity", "direction"))
+        return tuple(row.get(name) for name in ("method", "dim", "block", "nominal_sparsity", "direction"))
 
-    measured = {case(row): row for row in rivals["rows"] + sizes["rows"]}
-
-    def of(row: dict[str, Any], method: str, dim: int, key: str) -> float | None:
-        """What was measured of *method* on the problem of *row*, with heads of *dim* elements."""
-        return measured.get(case(row | dict(method=method, dim=dim)), {}).get(key)
-
+    times = {case(row): row.get("median_ms") for row in earlier["rows"]}
+    rates = {}
     body = []
-    for row in sizes["rows"]:
-        if row["method"] != "ours":
-            continue
+    for row in sorted(sizes["rows"], key=lambda row: row["dim"] != 64):
+        problem = row["block"], round(row["sparsity"], 1), row["direction"]
+        usual = rates.setdefault(problem, row["tflops"])
         cells = [str(row["dim"]), f"{row['sparsity']:.1%}", str(row["block"]), row["direction"]]
-        cells += [f"{row['median_ms']:.3g}", f"{row['tflops']:.0f}"]
-        for method in ("ours", "fa4"):
-            rate, usual = (of(row, method, dim, "tflops") for dim in (row["dim"], 64))
-            cells.append(f"{rate / usual:.2f}" if rate and usual else "")
+        cells += [f"{row['ms']:.3g}", f"{row['tflops']:.0f}", f"{row['tflops'] / usual:.2f}", f"{row['gluon']:.2f}"]
         for method in ("fa4", "cudnn sparse"):
-            time = of(row, method, row["dim"], "median_ms")
-            cells.append(f"{time / row['median_ms']:.2f}" if time else "")
-        body.append(cells)
-    header = ["elements", "sparsity", "block", "direction", "ours, ms", "TFLOP/s", "share of the rate at 64"]
-    header += ["FlashAttention-4's share of its own", "FlashAttention-4", "cuDNN, block-sparse"]
+            rival, ours = (times.get((name, row["dim"], *problem)) for name in (method, "ours"))
+            cells.append(f"{rival / ours:.2f}" if rival and ours else "")
+        body.append((row["dim"], cells))
+    header = ["elements", "sparsity", "block", "direction", "ours, ms", "TFLOP/s", "share of the rate at 64", "Gluon"]
+    header += ["FlashAttention-4", "cuDNN, block-sparse"]
+    body = [cells for _, cells in sorted(body, key=lambda pair: pair[0])]
     table = markdown(Table(header, body, align="rrrl" + "r" * 6))
-    return f"{sizes['device']}, commit {sizes['commit']}: `{sizes['command']}`\n{sizes['note']}\n\n{table}"
+    return f"{sizes['device']}, torch {sizes['torch']}, triton {sizes['triton']}, commit {sizes['commit']}\n\n{table}"
 
 
 def kinds() -> str:
