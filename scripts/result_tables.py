@@ -265,7 +265,7 @@ def rivals_translation() -> str:
 
 
 def head_sizes() -> str:
-    """Our kernels on heads of several sizes, and rivals of an earlier run, against our kernels in Triton of each run."""
+    """Our kernels on heads of several sizes, and rivals of an earlier run, against our Triton kernels of each run."""
     sizes, earlier = load(SCRIPTS / "kernels.h200.json")["sizes"], load(SCRIPTS / "bench_attention.h200-heads.json")
 
     def case(row: dict[str, Any]) -> tuple:
