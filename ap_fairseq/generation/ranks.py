@@ -51,15 +51,19 @@ class Ranks(AbstractContextManager):
         self.senders: list[Connection] = []  # of their work
 
     def __enter__(self) -> Ranks:
-        for rank, log in enumerate(self.logs):
-            log.unlink(missing_ok=True)
-            receiver, sender = PROCESSES.Pipe(duplex=False)
-            arguments = log, _run, (rank, len(self.logs), self.cpu, receiver)
-            process = PROCESSES.Process(target=call_logged, args=arguments)
-            self.processes.append(process)
-            self.senders.append(sender)
-            process.start()
-            receiver.close()  # so that nothing can be sent to a process that has died
+        try:
+            for rank, log in enumerate(self.logs):
+                log.unlink(missing_ok=True)
+                receiver, sender = PROCESSES.Pipe(duplex=False)
+                arguments = log, _run, (rank, len(self.logs), self.cpu, receiver)
+                process = PROCESSES.Process(target=call_logged, args=arguments)
+                self.processes.append(process)
+                self.senders.append(sender)
+                process.start()
+                receiver.close()  # so that nothing can be sent to a process that has died
+        except BaseException:  # those that wait for work would keep this program from ending
+            self.__exit__()
+            raise
         return self
 
     def __len__(self) -> int:

@@ -591,6 +591,24 @@ def test_processes_start_before_their_work_is_known(tmp_path, monkeypatch):
         three.run("note", 3, _note, tmp_path, "x" * (1 << 20))
 
 
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+def test_processes_are_ended_where_not_all_of_them_start(tmp_path, monkeypatch, error):
+    """Those that had started waited for work for ever, and the command for their end."""
+    started, stock = [], stages.PROCESSES.Process.start
+
+    def start(process):
+        if started:
+            raise error
+        started.append(process)
+        stock(process)
+
+    monkeypatch.setattr(stages.PROCESSES.Process, "start", start)
+    with pytest.raises(error), ranks.Ranks([tmp_path / f"rank{rank}.log" for rank in range(3)], cpu=True):
+        pass
+    (process,) = started
+    assert process.exitcode == -signal.SIGKILL
+
+
 def test_a_log_on_a_full_disk_is_said_to_be_on_one(tmp_path, monkeypatch):
     """The message ended with an empty log, or one that was cut off, as if that had been at fault."""
     (tmp_path / "rank0.log").touch()
