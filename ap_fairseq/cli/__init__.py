@@ -13,7 +13,9 @@ defer_metrics()  # here, as the modules of the commands begin by importing fairs
 by_module = sys.argv[0] == "-m" and any(word.startswith(f"{__name__}.") for word in sys.orig_argv)
 by_command = os.path.basename(sys.argv[0]).startswith("ap-")
 own_program = (by_command or by_module) and multiprocessing.parent_process() is None
-if own_program:
+# A process that a command spawns imports its program, too, before it knows its parent, and calls no command.
+spawned = "--multiprocessing-fork" in sys.orig_argv
+if own_program and not spawned:
     gc.disable()  # nothing that is imported is garbage, and an eighth of the time went into looking
 if own_program and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     # While they are imported, which takes seconds, Ctrl-C ends the command: without a traceback of whatever is imported

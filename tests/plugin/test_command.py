@@ -125,6 +125,20 @@ def test_a_command_looks_for_no_garbage_among_its_imports():
         assert done.stdout == expected
 
 
+def test_processes_that_a_command_spawns_collect_garbage(tmp_path):
+    """They import its program, as it did, and nobody turned it on again: with AP_START_METHOD=spawn they never did."""
+    program = tmp_path / "ap-masks"
+    program.write_text(
+        "import ap_fairseq.cli\n"
+        "if __name__ == '__main__':\n"
+        "    import gc, multiprocessing\n"
+        "    with multiprocessing.get_context('spawn').Pool(1) as pool:\n"
+        "        print(gc.isenabled(), pool.apply(gc.isenabled))\n"
+    )
+    done = subprocess.run([sys.executable, program], text=True, stdout=subprocess.PIPE)
+    assert done.stdout == "False True\n"
+
+
 def test_metrics_of_classification_are_imported_where_they_are_called():
     """fairseq imports scikit-learn and SciPy for two modules: five of the seconds that a cold start took."""
     code = """
