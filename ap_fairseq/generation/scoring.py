@@ -86,10 +86,10 @@ class SacrebleuSums(SacrebleuScorer):
 
 
 def summing(scorer) -> TokenSums | SacrebleuSums | None:
-    """Return a scorer in the place of one of fairseq's; None if it is none of BLEU."""
-    if isinstance(scorer, SacrebleuScorer):
+    """Return a scorer in the place of one of fairseq's; None if it is none of BLEU, or a user's, which may differ."""
+    if type(scorer) is SacrebleuScorer:
         return SacrebleuSums(scorer.cfg)
-    return TokenSums(scorer) if isinstance(scorer, Scorer) else None  # it takes a few attributes that the other has
+    return TokenSums(scorer) if type(scorer) is Scorer else None  # it takes a few attributes that the other has
 
 
 def score_lines(cfg, sentences: list[bytes], sums: list[list[int]]) -> list[str]:

@@ -121,6 +121,17 @@ def test_sums_of_several_scorers_are_those_of_one(n, monkeypatch):
     assert whole.result_string() == stock.result_string() and not any(share.ref for share in shares)
 
 
+def test_a_scorer_of_a_user_counts_for_itself():
+    """One derived from fairseq's was taken for that, whatever it changed: the score was sacreBLEU's under its name."""
+
+    class Scorer(SacrebleuScorer):
+        def result_string(self, order=4):
+            return "mine"
+
+    assert scoring.summing(Scorer(SacrebleuConfig())) is None
+    assert isinstance(scoring.summing(SacrebleuScorer(SacrebleuConfig())), SacrebleuSums)
+
+
 def test_lines_are_joined_in_the_order_of_their_sentences(tmp_path):
     """Lines may hold anything, such as what looks like the next sentence; a process may have written none."""
     paths = [tmp_path / name for name in ("lines0.txt", "lines1.txt")]
