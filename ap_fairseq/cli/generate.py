@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import logging
 import shutil
 import sys
@@ -12,8 +13,8 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from fairseq import options, utils
-from fairseq.data import data_utils, encoders
+from fairseq import options, scoring, utils
+from fairseq.data import Dictionary, data_utils, encoders
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from omegaconf import OmegaConf
 
@@ -180,12 +181,12 @@ def _start_ranks(args: argparse.Namespace, folder: Path) -> Ranks:
 def _configuration(args: argparse.Namespace):
     """Return fairseq's configuration, which takes half a second: the processes start meanwhile."""
     cfg = convert_namespace_to_omegaconf(argparse.Namespace(**{**vars(args), "input": args.input or "-"}))
-    _require_encoders(cfg)
+    _require_parts(cfg)
     return cfg
 
 
-def _require_encoders(cfg) -> None:
-    """Raise UserError unless the processes can build what --bpe and --tokenizer name, and know --remove-bpe's."""
+def _require_parts(cfg) -> None:
+    """Raise UserError unless the processes can build --bpe, --tokenizer and --scoring, and know --remove-bpe's."""
     try:
         data_utils.post_process("", cfg.common_eval.post_process)
     except NotImplementedError as error:
@@ -193,7 +194,9 @@ def _require_encoders(cfg) -> None:
             f"--remove-bpe {cfg.common_eval.post_process}: fairseq joins the tokens of sentencepiece, subword_nmt (or "
             "'@@ '), wordpiece, letter, silence and _EOW, or none; name one of them"
         ) from error
-    for flag, build in (("bpe", encoders.build_bpe), ("tokenizer", encoders.build_tokenizer)):
+    build_scorer = functools.partial(scoring.build_scorer, tgt_dict=Dictionary())
+    builders = {"bpe": encoders.build_bpe, "tokenizer": encoders.build_tokenizer, "scoring": build_scorer}
+    for flag, build in builders.items():
         chosen = cfg[flag]
         if chosen is not None and (missing := OmegaConf.missing_keys(chosen)):
             names = sorted(name.rpartition(".")[2].replace("_", "-") for name in missing)
@@ -201,7 +204,7 @@ def _require_encoders(cfg) -> None:
         try:
             build(chosen)
         except (ImportError, OSError, RuntimeError, ValueError) as error:  # no package, no file, or a wrong one
-            raise UserError(f"--{flag} {chosen._name}: {error}") from error
+            raise UserError(f"--{flag} {chosen._name}: {' '.join(str(error).split())}") from error
 
 
 def _translate_subset(args: argparse.Namespace) -> None:

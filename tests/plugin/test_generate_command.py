@@ -536,6 +536,7 @@ def test_a_signal_ends_all_processes(running, tmp_path, number):
         (["--bpe", "sentencepiece", "--sentencepiece-model", "no.model"], "--bpe sentencepiece: file no.model not"),
         (["--bpe", "sentencepiece", "--sentencepiece-model", __file__], "--bpe sentencepiece: "),
         (["--tokenizer", "moses"], "--tokenizer moses needs --source-lang and --target-lang"),
+        (["--scoring", "bert_score"], "--scoring bert_score: Please install BERTScore: pip install bert-score"),
     ],
 )
 def test_what_has_no_meaning_is_refused(data_bin, dense, capsys, flags, message):
