@@ -252,7 +252,7 @@ class PrunedModel(NotScriptable):
     def _warn_of_direction(self, provenance: dict[str, Any]) -> None:
         """Log that masks were recorded in another direction, which one dictionary for all languages does not show."""
         recorded = provenance.get("languages")
-        if recorded and None not in self._languages and recorded != self._languages:
+        if recorded and None not in [*recorded, *self._languages] and recorded != self._languages:
             logger.warning(f"{OTHER_DIRECTION}{' to '.join(recorded)}, the data are {' to '.join(self._languages)}")
 
     def _holds_same_masks(self, state_dict) -> bool:

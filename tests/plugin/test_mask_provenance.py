@@ -147,3 +147,13 @@ def test_what_does_not_average_is_said_with_the_remedy(tmp_path):
         with pytest.raises(ArtifactError, match=message):
             average_checkpoints([tmp_path / first, tmp_path / second], tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_masks_of_languages_that_are_not_known_are_of_no_other_direction(caplog):
+    """They could not be loaded, as the warning could not be written."""
+    model = pruned_model()
+    model._languages = ["de", "en"]
+    model._warn_of_direction({"languages": [None, None]})
+    assert not caplog.messages
+    model._warn_of_direction({"languages": ["en", "de"]})
+    assert "in another direction: en to de, the data are de to en" in caplog.text
