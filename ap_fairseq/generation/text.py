@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from fairseq import tasks, utils
@@ -33,14 +33,15 @@ from ap_fairseq.files import (
 )
 from ap_fairseq.generation.loading import checkpoint_files
 from ap_fairseq.generation.ranks import Ranks
-from ap_fairseq.generation.translator import Found, LineBatch, Translator
-from ap_fairseq.generation.workers import Workers, spare_processes
+from ap_fairseq.generation.translator import Encoded, Found, LineBatch, Translator
+from ap_fairseq.generation.workers import MAX_PENDING, Workers, spare_processes
 from ap_fairseq.provenance import dictionary_hashes, versions
 
 logger = logging.getLogger(__name__)
 
 PART_LINES = 2000
 MAX_HELPERS = 5  # on a GPU, beside the first worker: to read and write takes two to three times as long as to search
+FIRST_SHARES = MAX_PENDING + 1  # of the first part of a process: calls that are made at once
 SETTINGS = "translation.json"
 
 # Options that do not change a translation, and the paths of what counts by its contents.
@@ -107,6 +108,21 @@ class Text:
         return [line.strip() for line in content.decode(encoding).removesuffix("\n").split("\n")]
 
 
+class Share(NamedTuple):
+    """What a worker reads of a part: one of equal shares.
+
+    Attributes:
+        part: its number.
+        number, of: of the share, counted from 0, and how many there are.
+        encoded: the lines of the whole part; None: nobody has encoded them.
+    """
+
+    part: int
+    number: int = 0
+    of: int = 1
+    encoded: Encoded | None = None
+
+
 def translate_text(args, cfg, text: Text, ranks: Ranks, folder: Path) -> list[Path]:
     """Translate a text with *ranks*; parts that are in *folder* already are kept.
 
@@ -155,12 +171,16 @@ def translate_parts(rank: int, cfg, text: Text, folder: Path, todo: list[int], r
     """Translate the parts *todo*[rank::ranks] in one process, each into a file of *folder*."""
     translator, mine = Translator(cfg), todo[rank::ranks]
 
-    def read(number: int) -> list[LineBatch]:
-        sources = translator.encode(text.part(number), text.name, 1 + number * text.part_lines)
-        batches = translator.batches(number, sources)
-        if not batches:  # all lines are empty
-            write(number, len(sources), [])
-        return batches
+    def encode(share: Share) -> Encoded:
+        lines = text.part(share.part)
+        begin, end = (len(lines) * k // share.of for k in (share.number, share.number + 1))
+        return translator.encode(lines[begin:end], text.name, 1 + share.part * text.part_lines + begin)
+
+    def read(share: Share) -> list[LineBatch]:
+        encoded = encode(share) if share.encoded is None else share.encoded
+        if share.number == 0 and not len(encoded.tokens):  # all lines are empty
+            write(share.part, len(encoded.lengths), [])
+        return translator.batches(share.part, encoded, share.number, share.of)
 
     def write(number: int, n_lines: int, found: list[Found]) -> None:
         lines = translator.decode(n_lines, found)
@@ -169,12 +189,17 @@ def translate_parts(rank: int, cfg, text: Text, folder: Path, todo: list[int], r
     waiting: deque[LineBatch] = deque()
 
     def samples() -> Iterator[dict[str, Any]]:
-        for _, batches in workers.prefetch("read", mine):
+        # Nothing is searched while the first part is read, so that all workers share it.
+        shares = [Share(mine[0], number, FIRST_SHARES) for number in range(FIRST_SHARES)]
+        encoded = Encoded.join(piece for _, piece in workers.prefetch("encode", shares))
+        shares = [share._replace(encoded=encoded) for share in shares]
+        for _, batches in workers.prefetch("read", [*shares, *map(Share, mine[1:])]):
             for batch in batches:
                 waiting.append(batch)
                 yield default_convert(batch.sample)
 
-    with Workers(1 + spare_processes(ranks, MAX_HELPERS, cfg.common.cpu), read=read, write=write) as workers:
+    processes = 1 + spare_processes(ranks, MAX_HELPERS, cfg.common.cpu)
+    with Workers(processes, encode=encode, read=read, write=write) as workers:
         found: list[Found] = []  # of a part
         done = 0
         for sample in translator.look_ahead(samples()):

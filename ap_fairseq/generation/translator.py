@@ -21,6 +21,23 @@ from ap_fairseq.search.running import look_ahead
 from ap_fairseq.tasks import return_what_is_printed
 
 
+class Encoded(NamedTuple):
+    """Lines as tokens, in two arrays, which go to another process in no time.
+
+    Attributes:
+        tokens: int64 (sum of lengths,), of all lines, one after the other.
+        lengths: int64 (L,), tokens of each line, with EOS; of an empty line 0.
+    """
+
+    tokens: np.ndarray
+    lengths: np.ndarray
+
+    @classmethod
+    def join(cls, pieces: Iterable[Encoded]) -> Encoded:
+        """Return the lines of all pieces, of which there is one at least, in order."""
+        return cls(*map(np.concatenate, zip(*pieces, strict=True)))
+
+
 class LineBatch(NamedTuple):
     """Lines of a part that are searched together.
 
@@ -79,7 +96,7 @@ class Translator:
         longest = self.hub.max_positions
         self.longest = longest if isinstance(longest, int) else longest[0]  # a language model has one side
 
-    def encode(self, lines: list[str], name: str, first: int) -> list[list[int]]:
+    def encode(self, lines: list[str], name: str, first: int) -> Encoded:
         """Return the tokens of each line, ending in EOS; of an empty line none.
 
         Args:
@@ -90,16 +107,22 @@ class Translator:
             UserError: for a line that is longer than the model reads, unless ``--truncate-source`` allows to cut it,
                 or longer than a batch may be.
         """
-        return [self._encode(line, name, first + number).tolist() if line else [] for number, line in enumerate(lines)]
+        empty = torch.empty(0, dtype=torch.int64)
+        tokens = [self._encode(line, name, first + number) if line else empty for number, line in enumerate(lines)]
+        return Encoded(torch.cat([empty, *tokens]).numpy(), np.array([len(line) for line in tokens], dtype=np.int64))
 
-    def batches(self, part: int, sources: list[list[int]]) -> list[LineBatch]:
-        """Return the batches of a part, whose lines have these tokens; of empty lines none."""
-        filled = np.array([number for number, source in enumerate(sources) if source], dtype=np.int64)
+    def batches(self, part: int, encoded: Encoded, share: int = 0, shares: int = 1) -> list[LineBatch]:
+        """Return the batches of a part, whose lines have these tokens; of empty lines none.
+
+        Args:
+            share: which of equal *shares* of them, counted from 0; all shares, one after the other, are all batches.
+        """
+        filled = encoded.lengths.nonzero()[0]
         if not len(filled):
             return []
-        tokens = torch.tensor([token for source in sources for token in source])  # of each alone takes longer
-        lengths = [len(sources[number]) for number in filled]
-        dataset = self.hub.task.build_dataset_for_inference([*tokens.split(lengths)], torch.tensor(lengths))
+        lengths = torch.from_numpy(encoded.lengths[filled])
+        tokens = torch.from_numpy(encoded.tokens).split(lengths.tolist())
+        dataset = self.hub.task.build_dataset_for_inference([*tokens], lengths)
         iterator = self.hub.task.get_batch_iterator(
             dataset,
             max_tokens=self.max_tokens,
@@ -107,13 +130,14 @@ class Translator:
             max_positions=self.hub.max_positions,
             disable_iterator_cache=True,
         )
+        last = len(iterator.frozen_batches) - 1
+        numbers = range(*((last + 1) * k // shares for k in (share, share + 1)))
         # Not by fairseq's loader, which puts batches where a GPU reads them, and workers may use none.
-        samples = [iterator.collate_fn([dataset[i] for i in batch]) for batch in iterator.frozen_batches]
+        samples = [iterator.collate_fn([dataset[i] for i in iterator.frozen_batches[number]]) for number in numbers]
         samples = [utils.apply_to_sample(torch.Tensor.numpy, sample) for sample in samples]
-        last = len(samples) - 1
         return [
-            LineBatch(part, len(sources), number == last, filled[sample["id"]], sample)
-            for number, sample in enumerate(samples)
+            LineBatch(part, len(encoded.lengths), number == last, filled[sample["id"]], sample)
+            for number, sample in zip(numbers, samples, strict=True)
         ]
 
     def look_ahead(self, samples: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:

@@ -268,11 +268,11 @@ def test_a_command_reads_out_what_it_prints(data_bin, dense, tmp_path, monkeypat
     assert seen.read_text() == f"{ {nbest} }\n" * 4 and len(lines.splitlines()) == (2 + 3 * nbest) * 60 + 1
 
 
-def translate_lines(data_bin, model, folder, path: Path, *more) -> list[str]:
-    """Return the parts of a text, of two lines each, in batches of one."""
+def translate_lines(data_bin, model, folder, path: Path, *more, part_lines=2) -> list[str]:
+    """Return the parts of a text, in batches of one."""
     folder.mkdir()
     args = parse(data_bin, model, "--batch-size", 1, *more)
-    text = generation_text.Text.scan(path, path.name, 2)
+    text = generation_text.Text.scan(path, path.name, part_lines)
     with Ranks([folder / "rank0.log"], cpu=True) as ranks:
         parts = generation_text.translate_text(args, convert_namespace_to_omegaconf(args), text, ranks, folder)
     return [part.read_text() for part in parts]
@@ -304,6 +304,38 @@ def test_a_text_is_searched_across_its_parts(data_bin, dense, toy_text, tmp_path
     path.write_text(f"{one}\n\n\n")
     assert translate_lines(data_bin, dense, tmp_path / "empty", path)[1] == "\n"
     assert re.findall(r"progress: (\d) / 2 parts", (tmp_path / "empty" / "rank0.log").read_text()) == ["1", "2"]
+
+
+@by_forks
+def test_workers_share_the_first_part(data_bin, dense, toy_text, tmp_path, monkeypatch):
+    """One read all of it, while the others had nothing to do and the search waited."""
+    path, seen = tmp_path / "in", tmp_path / "seen"
+    one, two, *others = (toy_text / "test.en").read_text().splitlines()[:12]
+    path.write_text("\n".join([one, "", two, *others]) + "\n")
+    encode, batches = Translator.encode, Translator.batches
+
+    def side_by_side(work: str, part: int, note: str) -> None:
+        (seen / f"{work} {note}").touch()
+        wait_for(lambda: part > 0 or len(list(seen.glob(f"{work} *"))) > 1)
+
+    def encode_noting(self, lines, name, first):
+        side_by_side("encode", first // 10, f"{first}-{first + len(lines) - 1}")
+        return encode(self, lines, name, first)
+
+    def batches_noting(self, part, encoded, share, shares):
+        side_by_side("batches", part, f"{part}: {share + 1} of {shares}")
+        return batches(self, part, encoded, share, shares)
+
+    with monkeypatch.context() as whole:
+        whole.setattr(generation_text, "FIRST_SHARES", 1)
+        expected = translate_lines(data_bin, dense, tmp_path / "expected", path, part_lines=10)
+    seen.mkdir()
+    monkeypatch.setattr(Translator, "encode", encode_noting)
+    monkeypatch.setattr(Translator, "batches", batches_noting)
+    assert translate_lines(data_bin, dense, tmp_path / "found", path, part_lines=10) == expected
+    shares = [f"batches 0: {number} of 5" for number in range(1, 6)]
+    pieces = [f"encode {lines}" for lines in ("1-2", "11-13", "3-4", "5-6", "7-8", "9-10")]
+    assert sorted(file.name for file in seen.iterdir()) == [*shares, "batches 1: 1 of 1", *pieces]
 
 
 @by_forks
