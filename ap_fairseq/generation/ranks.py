@@ -55,7 +55,7 @@ class Ranks(AbstractContextManager):
             for rank, log in enumerate(self.logs):
                 log.unlink(missing_ok=True)
                 receiver, sender = PROCESSES.Pipe(duplex=False)
-                arguments = log, _run, (rank, len(self.logs), self.cpu, receiver)
+                arguments = log, _run, (rank, self.cpu, receiver)
                 process = PROCESSES.Process(target=call_logged, args=arguments)
                 self.processes.append(process)
                 self.senders.append(sender)
@@ -87,7 +87,7 @@ class Ranks(AbstractContextManager):
         self.have_work = True
         for sender in self.senders[:most]:
             with suppress(BrokenPipeError):  # its process has failed, which is said below
-                sender.send((function, args))
+                sender.send((len(ranks), function, args))
         with Progress(name, (), logs) as progress:
             while running := [rank for rank in ranks if rank.exitcode is None]:
                 multiprocessing.connection.wait([rank.sentinel for rank in running], timeout=POLL_SECONDS)
@@ -110,17 +110,16 @@ class Ranks(AbstractContextManager):
             rank.kill()
 
 
-def _run(rank: int, ranks: int, cpu: bool, receiver: Connection) -> None:
+def _run(rank: int, cpu: bool, receiver: Connection) -> None:
     end_with_parent()
     gc.freeze()  # what was imported stays; full collections that look through it take longer than reading hypotheses
     gpus = count_gpus(cpu)
     load_faster(on_gpu=gpus > 0)
-    if gpus:
-        if use_gpu(rank % gpus):
-            start_cuda()
-    else:
+    if gpus and use_gpu(rank % gpus):
+        start_cuda()
+    ranks, function, args = receiver.recv()
+    if not gpus:  # those that have work share the cores
         torch.set_num_threads(max(1, torch.get_num_threads() // ranks))
-    function, args = receiver.recv()
     try:
         function(rank, *args)
     except UserError as error:

@@ -645,14 +645,31 @@ def test_processes_are_as_many_as_gpus_or_share_them(monkeypatch):
                 process.setenv("CUDA_VISIBLE_DEVICES", visible)
             count = Mock(side_effect=[2, 1])  # the second time of those that this process sees
             process.setattr(torch.cuda, "device_count", count)
-            work = (lambda _: seen.append(os.environ["CUDA_VISIBLE_DEVICES"])), ()
-            ranks._run(rank, 3, False, Mock(recv=lambda work=work: work))
+            work = 3, (lambda _: seen.append(os.environ["CUDA_VISIBLE_DEVICES"])), ()
+            ranks._run(rank, False, Mock(recv=lambda work=work: work))
     assert seen == ["0", "1", "0", "3", "GPU-8f"] and len(started) == 5 and devices == []
     for rank in range(3):  # without NVML, counting starts CUDA, which sees both from then on
         with monkeypatch.context() as process:
             process.setenv("CUDA_VISIBLE_DEVICES", "0,1")
-            ranks._run(rank, 3, False, Mock(recv=lambda: (Mock(), ())))
+            ranks._run(rank, False, Mock(recv=lambda: (3, Mock(), ())))
     assert devices == [0, 1, 0] and len(started) == 5
+
+
+def _note_threads(_, file):
+    file.write_text(str(torch.get_num_threads()))
+
+
+def test_processes_that_have_work_share_the_cores(tmp_path):
+    """A text of one part had a third of the threads where three processes had been asked for."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(6)
+    try:
+        for n, expected in ((1, "6"), (3, "2")):
+            with ranks.Ranks([tmp_path / f"rank{rank}.log" for rank in range(3)], cpu=True) as three:
+                three.run("note", n, _note_threads, tmp_path / "threads")
+            assert (tmp_path / "threads").read_text() == expected
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_the_command_itself_does_without_triton(data_bin, dense):
