@@ -13,7 +13,6 @@ from fairseq.tasks.translation import TranslationConfig, TranslationTask
 
 from ap_fairseq.files import UserError
 from ap_fairseq.model.head_masking import HeadMasking
-from ap_fairseq.provenance import OTHER_DIRECTION  # noqa: F401  (ap_fairseq.generation repeats it)
 from ap_fairseq.search.alignment import PrunedSequenceGeneratorWithAlignment
 from ap_fairseq.search.generator import PrunedSequenceGenerator
 from ap_fairseq.search.task import SearchOnDevice, SearchOnDeviceConfig

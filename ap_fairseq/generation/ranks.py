@@ -26,8 +26,8 @@ from ap_fairseq.experiments.progress import Progress
 from ap_fairseq.experiments.stages import POLL_SECONDS, PROCESSES, call_logged, end_of, lines_of
 from ap_fairseq.files import UserError
 from ap_fairseq.generation.loading import load_faster, start_cuda, use_gpu
+from ap_fairseq.provenance import OTHER_DIRECTION
 from ap_fairseq.search.generator import FALLBACK
-from ap_fairseq.tasks import OTHER_DIRECTION
 
 logger = logging.getLogger(__name__)
 
