@@ -158,7 +158,10 @@ def test_the_readme_is_one_page():
 
 # -- commands ---------------------------------------------------------------------------------------------------------
 
-SOURCES = [path for folder in ("scripts", "examples", "ap_fairseq") for path in (ROOT / folder).rglob("*.py")]
+SOURCES = [  # not those in the data of the examples
+    path for folder in ("scripts", "examples", "ap_fairseq") for name in ("*.py", "*/*.py")
+    for path in (ROOT / folder).glob(name)
+]  # fmt: skip
 OTHERS = {"pip", "python3", "apt-get", "compute-sanitizer", "torchrun", "srun"}  # not of fairseq or of this package
 PROGRAMS = [
     path for path in (ROOT / "ap_fairseq/cli").glob("*.py") if "\ndef main(" in path.read_text(encoding="utf-8")
