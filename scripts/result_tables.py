@@ -271,21 +271,22 @@ def head_sizes() -> str:
     def case(row: dict[str, Any]) -> tuple:
         return tuple(row.get(name) for name in ("method", "dim", "block", "nominal_sparsity", "direction"))
 
+    def problem(row: dict[str, Any]) -> tuple:
+        return row["block"], round(row["sparsity"], 1), row["direction"]
+
     times = {case(row): row.get("median_ms") for row in earlier["rows"]}
-    rates = {}
+    usual = {problem(row): row["tflops"] for row in sizes["rows"] if row["dim"] == 64}
     body = []
-    for row in sorted(sizes["rows"], key=lambda row: row["dim"] != 64):
-        problem = row["block"], round(row["sparsity"], 1), row["direction"]
-        usual = rates.setdefault(problem, row["tflops"])
+    for row in sorted(sizes["rows"], key=lambda row: row["dim"]):
+        share = row["tflops"] / usual[problem(row)]
         cells = [str(row["dim"]), f"{row['sparsity']:.1%}", str(row["block"]), row["direction"]]
-        cells += [f"{row['ms']:.3g}", f"{row['tflops']:.0f}", f"{row['tflops'] / usual:.2f}", f"{row['gluon']:.2f}"]
+        cells += [f"{row['ms']:.3g}", f"{row['tflops']:.0f}", f"{share:.2f}", f"{row['gluon']:.2f}"]
         for method in ("fa4", "cudnn sparse"):
-            rival, ours = (times.get((name, row["dim"], *problem)) for name in (method, "ours"))
+            rival, ours = (times.get((name, row["dim"], *problem(row))) for name in (method, "ours"))
             cells.append(f"{rival / ours:.2f}" if rival and ours else "")
-        body.append((row["dim"], cells))
+        body.append(cells)
     header = ["elements", "sparsity", "block", "direction", "ours, ms", "TFLOP/s", "share of the rate at 64", "Gluon"]
     header += ["FlashAttention-4", "cuDNN, block-sparse"]
-    body = [cells for _, cells in sorted(body, key=lambda pair: pair[0])]
     table = markdown(Table(header, body, align="rrrl" + "r" * 6))
     return f"{sizes['device']}, torch {sizes['torch']}, triton {sizes['triton']}, commit {sizes['commit']}\n\n{table}"
 
