@@ -31,6 +31,7 @@ from triton_ops.layout import TILES
 from triton_ops.norm import add_norm
 from triton_ops.rows import MAX_ROWS, Norm, Slots, embed_rows, linear_rows
 from triton_ops.testing import (
+    HOPPER_KERNELS,
     assert_linear_rows_within_budget,
     assert_within_budget,
     block_mask,
@@ -82,8 +83,7 @@ def attend_on_hopper(dim: int, **case) -> None:
     launched = {kernel.kernel.__name__ for kernels in launch._kept.values() for kernel in kernels}
     expected = set()
     if config.HOPPER and torch.cuda.get_device_capability() == (9, 0):
-        sizes = dict(forward=config.HOPPER_FORWARD, dq=config.HOPPER_DQ, dkdv=config.HOPPER_DKDV)
-        expected = {f"_hopper_{name}_kernel" for name in sizes if dim in sizes[name]}
+        expected = {name for name, sizes in HOPPER_KERNELS.items() if dim in sizes}
     if expected != {name for name in launched if "hopper" in name}:
         raise AssertionError(f"expected of the kernels in Gluon {expected} to run, got {launched}")
 

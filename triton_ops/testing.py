@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from . import config
 from .api import block_sparse_attention
 from .layout import AttentionLayout, Layout
 from .offsets import SLOPE_BITS, OffsetLayout
@@ -17,6 +18,13 @@ from .reference import attention_reference, decode_reference, dropout_keep, line
 # (or dS) and the output, half an epsilon each. float32: products of three tf32 terms keep 22 bits of each factor
 # and drop the product of the low parts, 3 · 2^-22 in all, on top of the output's rounding.
 ROUNDING_BAND = {torch.float16: 1.0, torch.bfloat16: 1.0, torch.float32: 6.5}
+
+# Kernels in Gluon, and the sizes of heads that each takes.
+HOPPER_KERNELS = {
+    "_hopper_forward_kernel": config.HOPPER_FORWARD,
+    "_hopper_dq_kernel": config.HOPPER_DQ,
+    "_hopper_dkdv_kernel": config.HOPPER_DKDV,
+}
 
 
 def block_mask(

@@ -13,11 +13,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from triton_ops import AttentionLayout, config, decode, launch, norm, ops, rows
+from triton_ops import AttentionLayout, decode, launch, norm, ops, rows
 from triton_ops.api import advance_beams, continue_beams
 from triton_ops.beam_state import BeamState
 from triton_ops.call import Call
-from triton_ops.testing import random_offsets
+from triton_ops.testing import HOPPER_KERNELS, random_offsets
 
 compiled = {}
 
@@ -235,7 +235,7 @@ def main():
     attend(torch.bfloat16, 64, 64, 0.0, 300, 2)
     attend(torch.bfloat16, 64, 128, 0.1, 300, 2)
     attend(torch.bfloat16, 128, 128, 0.1, 300, 2)
-    for dim in {*config.HOPPER_FORWARD, *config.HOPPER_DQ, *config.HOPPER_DKDV} - {64}:
+    for dim in set().union(*HOPPER_KERNELS.values()) - {64}:
         attend(torch.bfloat16, dim, 128, 0.0, 300, 2)
     attend(torch.float16, 64, 128, 0.0, 300, 2)
     attend(torch.float16, 64, 128, 0.0, 300, 2)

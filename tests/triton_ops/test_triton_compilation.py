@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import triton
 
-from triton_ops import config
+from triton_ops.testing import HOPPER_KERNELS
 
 ROOT = Path(__file__).resolve().parents[2]
 GLUON = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 6)
-# Kernels in Gluon, and how many programs are to share a multiprocessor, by elements of a head.
-HOPPER = {
-    "_hopper_forward_kernel": {32: 4, 64: 4, 96: 3, 128: 2},
+# How many programs of kernels in Gluon are to share a multiprocessor, by elements of a head.
+PROGRAMS = {
+    "_hopper_forward_kernel": {64: 4, 96: 3, 128: 2},
     "_hopper_dq_kernel": {32: 4, 64: 4, 96: 3, 128: 2},
     "_hopper_dkdv_kernel": {32: 2, 64: 2, 96: 2, 128: 2},
 }
@@ -98,10 +98,10 @@ def test_rows_of_numbers_begin_where_hopper_can_read_tiles(report):
 @pytest.mark.skipif(not GLUON, reason="needs triton 3.6")
 def test_products_on_hopper_run_asynchronously(report):
     """ptxas runs them one by one when registers do not suffice, or when it cannot see that a result is waited for."""
-    sizes = dict(forward=config.HOPPER_FORWARD, dq=config.HOPPER_DQ, dkdv=config.HOPPER_DKDV)
-    for (name, programs), taken in zip(HOPPER.items(), sizes.values(), strict=True):
+    assert PROGRAMS.keys() == HOPPER_KERNELS.keys()
+    for name, programs in PROGRAMS.items():
         hopper = [kernel for kernel in report["kernels"] if kernel["name"] == name]
-        assert {k["D"] for k in hopper} == set(taken)
+        assert {k["D"] for k in hopper} == set(HOPPER_KERNELS[name])
         assert all(k["wgmma"] and k["shared"] <= SHARED_MEMORY // programs[k["D"]] for k in hopper)
         assert any(f"Compiling entry function '{name}'" in line for line in report["log"])  # it does report
         assert not [line for line in report["log"] if "serialized" in line and name in line]

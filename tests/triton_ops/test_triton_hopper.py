@@ -6,20 +6,15 @@ import pytest
 import torch
 
 from triton_ops import AttentionLayout, block_sparse_attention, config, launch
-from triton_ops.testing import assert_within_budget, block_mask, make_case
+from triton_ops.testing import HOPPER_KERNELS, assert_within_budget, block_mask, make_case
 
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0) and config.HOPPER
 pytestmark = pytest.mark.skipif(not HOPPER, reason="needs compute capability 9.0 and triton 3.6")
-KERNELS = {
-    "_hopper_forward_kernel": config.HOPPER_FORWARD,
-    "_hopper_dq_kernel": config.HOPPER_DQ,
-    "_hopper_dkdv_kernel": config.HOPPER_DKDV,
-}
 
 
 def each(times, dim=64):
     """Launches of the kernels that take heads of this size."""
-    return {name: times for name, sizes in KERNELS.items() if dim in sizes}
+    return {name: times for name, sizes in HOPPER_KERNELS.items() if dim in sizes}
 
 
 @pytest.fixture
@@ -138,9 +133,9 @@ def test_what_they_do_not_cover_takes_the_kernels_in_triton(launched, tile, dim,
 
 
 @pytest.mark.parametrize("dim", config.HOPPER_DQ)
-@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("name", HOPPER_KERNELS)
 def test_sizes_of_heads_can_be_taken_from_each_of_them(launched, monkeypatch, name, dim):
-    monkeypatch.delitem(KERNELS[name], dim, raising=False)
+    monkeypatch.delitem(HOPPER_KERNELS[name], dim, raising=False)
     sizes = dict(batch=1, heads=2, q_size=512, k_size=512, dim=dim, tile=128, scale=0.125)
     assert_within_budget(make_case(dtype=torch.bfloat16, keep=mask("full", 512, 512), device="cuda", **sizes))
     assert launched == each(1, dim) and name not in launched
