@@ -473,15 +473,15 @@ def ceiling_case(repeats: int) -> list[dict]:
     return rows
 
 
-def host_case(batch: int, heads: int, size: int, repeats: int) -> list[dict]:
-    """What a call costs the host, in microseconds: dropout 0.1, sizes at which nobody waits for the device."""
+def host_case(batch: int, heads: int, size: int, dropout_p: float, repeats: int) -> list[dict]:
+    """What a call costs the host, in microseconds, at sizes for which nobody waits for the device."""
     torch.manual_seed(0)
     q, k, v, grad = (torch.randn(batch, heads, size, 64, device=DEVICE, dtype=BFLOAT16) for _ in range(4))
     layout = AttentionLayout.from_keep_mask(torch.ones(heads, size, size, dtype=torch.bool, device=DEVICE))
     float_mask = torch.zeros(batch, heads, size, size, device=DEVICE, dtype=BFLOAT16)
     methods = {
-        "ours": lambda q, k, v: block_sparse_attention(q, k, v, layout, dropout_p=0.1, backend="triton"),
-        "sdpa dense mask": dense_mask(float_mask, 0.1),
+        "ours": lambda q, k, v: block_sparse_attention(q, k, v, layout, dropout_p=dropout_p, backend="triton"),
+        "sdpa dense mask": dense_mask(float_mask, dropout_p),
     }
     rows = []
     for direction in BOTH:
@@ -496,7 +496,8 @@ def host_case(batch: int, heads: int, size: int, repeats: int) -> list[dict]:
                 times.append((time.perf_counter() - start) / 20)
             torch.cuda.synchronize()
             median_us = statistics.median(times[3:]) * 1e6
-            rows.append(dict(case="host", size=size, direction=direction, method=name, median_us=median_us))
+            row = dict(case="host", size=size, dropout=dropout_p, direction=direction, method=name)
+            rows.append(row | dict(median_us=median_us))
     return rows
 
 
@@ -525,7 +526,11 @@ def sections(repeats: int, without: tuple[str, ...] = ()) -> dict[str, list[Call
         ]
         + [functools.partial(relative_decode_case, 64, 5, 8, size, repeats) for size in (30, 1000)],
         "memory": [lambda: memory_case(2, 16, 8192)],
-        "host": [lambda: host_case(4, 8, 32, repeats), lambda: host_case(1, 4, 512, repeats)],
+        "host": [
+            functools.partial(host_case, batch, heads, size, dropout_p, repeats)
+            for batch, heads, size in [(4, 8, 32), (1, 4, 512)]
+            for dropout_p in (0.1, 0.0)
+        ],
         "ceilings": [lambda: ceiling_case(repeats)],
         "long": square(4096, 4, 16, long_cases),
         "flat": square(4096, 4, 16, flat_cases),
@@ -644,8 +649,8 @@ def details(report: dict) -> str:
             rate = f"{row['tflops']:.0f} TFLOP/s" if "tflops" in row else f"{row['gathered']:.1f} TB/s"
             lines.append(f"Ceiling, {row['method']}: {rate}.")
         if row["case"] == "host":
-            which = f"{row.get('size', 32)} positions, {row['direction']}, {row['method']}"
-            lines.append(f"Host time of a call, {which}: {row['median_us']:.0f} us.")
+            which = f"{row.get('size', 32)} positions, dropout {row.get('dropout', 0.1)}, {row['direction']}"
+            lines.append(f"Host time of a call, {which}, {row['method']}: {row['median_us']:.0f} us.")
     return "\n".join(lines)
 
 
