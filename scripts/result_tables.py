@@ -306,7 +306,7 @@ def kinds() -> str:
 def language_models(file: Path) -> str:
     """Test perplexities of language models: means over the seeds, and standard deviations where there are several."""
     ways = {"scratch": "under the masks from the start", "gradual": "pruned while training"}
-    blocks = {"1": "cells", "64": "64-blocks", "diagonal": "diagonals"}
+    blocks = {"1": "cells", "64": "64-blocks", "diagonal": "diagonals", "head": "heads"}
 
     def over_seeds(rows: list[dict[str, Any]], key: str, form: str) -> str:
         values = [row[key] for row in rows]

@@ -35,7 +35,8 @@ class PruningMasks:
             are False. The diagonal of self-attention and column 0 of cross-attention are True: they exist in every
             sentence, so no row is empty; unless the specification in the metadata has ``empty_rows``.
         extrapolation: per kind bool (layers, heads, Tq + Tk - 1), True = kept: what happens at offset j - i =
-            d - (Tq - 1) outside the recorded range. Offsets outside this table are kept.
+            d - (Tq - 1) outside the recorded range. Offsets outside this table are kept, but by heads that keep nothing
+            (:func:`grown`).
         metadata: provenance of the statistics, the specification of the masks and the resulting sparsity.
         relative: what cross-attention keeps by offset from a scaled diagonal, on top of ``keep``, which then keeps all.
             A file with it has a format of its own, which version 0.2 refuses.
@@ -236,8 +237,8 @@ def _read_relative(tensors: Mapping[str, np.ndarray]) -> RelativeMask:
 def grown(keep: np.ndarray, pattern: np.ndarray, kind: AttentionKind, shape: tuple[int, int]) -> np.ndarray:
     """Continue keep masks beyond the recorded range by their patterns over offsets.
 
-    A head of self-attention that keeps the diagonal in all its rows keeps it in later rows, too. Column 0 of later rows
-    lies outside the pattern, so all heads keep it.
+    A head that keeps the guaranteed cell (the diagonal, or column 0 of cross-attention) in all its rows keeps it in
+    later rows, too. A head that keeps nothing else, nor any offset of its pattern, keeps none outside the pattern.
 
     Args:
         keep: bool (..., Tq, Tk), True = kept.
@@ -248,9 +249,10 @@ def grown(keep: np.ndarray, pattern: np.ndarray, kind: AttentionKind, shape: tup
     """
     recorded_queries, recorded_keys = keep.shape[-2:]
     cells = extrapolated(pattern, recorded_queries, shape)
-    if kind is not AttentionKind.CROSS:
-        row = np.arange(min(shape))
-        cells[..., row, row] |= np.diagonal(keep, axis1=-2, axis2=-1).all(-1, keepdims=True)
+    guaranteed = keep[..., 0] if kind is AttentionKind.CROSS else np.diagonal(keep, axis1=-2, axis2=-1)
+    cells[~pattern.any(-1) & (keep.sum((-2, -1)) == guaranteed.sum(-1))] = False
+    row = np.arange(shape[0] if kind is AttentionKind.CROSS else min(shape))
+    cells[..., row, 0 if kind is AttentionKind.CROSS else row] |= guaranteed.all(-1, keepdims=True)
     if kind.causal:
         cells &= np.tri(*shape, dtype=np.bool_)
     n_queries, n_keys = min(shape[0], recorded_queries), min(shape[1], recorded_keys)

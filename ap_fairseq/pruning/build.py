@@ -1,9 +1,9 @@
 """AttentionStats -> PruningMasks: pure functions.
 
 Every criterion scores *units*, and those of lowest score are pruned. A unit is pruned as a whole: one cell, one block
-of cells, or one diagonal. The budget is *effective sparsity*: the share of the attendable pairs of the recorded data
-that the mask removes. Pruning in ascending order of mean attention s/n under a budget on n keeps the most attention
-mass that the budget allows: the fractional-knapsack greedy, with s as value and n as weight. The scores
+of cells, one diagonal, or one head. The budget is *effective sparsity*: the share of the attendable pairs of the
+recorded data that the mask removes. Pruning in ascending order of mean attention s/n under a budget on n keeps the most
+attention mass that the budget allows: the fractional-knapsack greedy, with s as value and n as weight. The scores
 themselves are in :mod:`ap_fairseq.pruning.criteria`.
 """
 
@@ -233,7 +233,8 @@ def _ranked(
             else:
                 cells[:] = whole[..., units[kind].cell_unit]
             thresholds = np.where(units[kind].offset_surplus[index], surplus_threshold, threshold)
-            extrapolation[kind][index] = units[kind].offset_score[index] > thresholds
+            decided = whole if spec.of_heads(kind) else units[kind].offset_score[index] > thresholds
+            extrapolation[kind][index] = decided
     return keep, extrapolation, units
 
 
@@ -290,7 +291,7 @@ def _finish(keep, extrapolation, stats: AttentionStats, kind: AttentionKind, spe
     if spec.in_offsets(kind):
         keep[..., (support == 0) | always_kept(stats, kind, spec)] = True
         return
-    if spec.extrapolate == "keep":
+    if spec.extrapolate == "keep" and not spec.of_heads(kind):
         extrapolation[:] = True
     if spec.keep_diagonal is not None and kind is not AttentionKind.CROSS:
         middle = support.shape[0] - 1

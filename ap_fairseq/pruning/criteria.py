@@ -105,7 +105,7 @@ class Criterion:
         score: the score function; None where each unit draws its own.
         smoothable: the score is an estimate from the single cell's recordings, which its neighbours can improve.
         ties: many scores are equal; a seed decides their order.
-        relative: also scores the offsets of cross-attention from a scaled diagonal.
+        relative: also scores the offsets of cross-attention from a scaled diagonal, and whole heads.
     """
 
     score: Callable[[AttentionStats, AttentionKind], np.ndarray] | None

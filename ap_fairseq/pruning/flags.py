@@ -97,10 +97,10 @@ def add_mask_options(parser: argparse.ArgumentParser) -> None:
         "--granularity",
         type=_granularity,
         default=1,
-        metavar="{N,QxK,diagonal,scaled-diagonal}",
-        help="what the mask is decided for: blocks of N x N cells, or of Q queries x K keys, or whole diagonals; in "
-        "cross-attention scaled-diagonal counts them from a diagonal scaled to source and target; one for all kinds, "
-        "or for some, e.g. encoder_self=64x16,cross=scaled-diagonal (default: %(default)s, single cells)",
+        metavar="{N,QxK,diagonal,scaled-diagonal,head}",
+        help="what the mask is decided for: blocks of N x N cells, or of Q queries x K keys, whole diagonals, or whole "
+        "heads; in cross-attention scaled-diagonal counts diagonals from one scaled to source and target; one for all "
+        "kinds, or for some, e.g. encoder_self=64x16,cross=scaled-diagonal (default: %(default)s, single cells)",
     )
     parser.add_argument(
         "--extrapolate",

@@ -15,23 +15,23 @@ SCOPES = ("kind", "layer", "head", "global")
 EXTRAPOLATIONS = ("diagonal", "keep")
 HEAD_GROUPS = ("layer", "kind")
 
-Granularity = int | str  # N for N x N blocks (1: cells), "QxK", "diagonal", "scaled-diagonal"
-DIAGONALS = ("diagonal", "scaled-diagonal")
+Granularity = int | str  # N for N x N blocks (1: cells), "QxK", or one of NAMED
+NAMED = ("diagonal", "scaled-diagonal", "head")
 
 
 def block_shape(granularity: Granularity) -> tuple[int, int] | None:
-    """Return the queries and keys of a block, (1, 1) for cells; None for diagonals of either kind.
+    """Return the queries and keys of a block, (1, 1) for cells; None for diagonals and heads.
 
     Raises:
         UserError: for anything that is no granularity.
     """
-    if granularity in DIAGONALS:
+    if granularity in NAMED:
         return None
     size = re.fullmatch(r"([1-9][0-9]*)(?:x([1-9][0-9]*))?", str(granularity), re.ASCII)
     if size is None:
         raise UserError(
             f"--granularity {granularity} is not N (N x N blocks, 1 for cells), QxK (Q queries x K keys) or one of "
-            f"{', '.join(DIAGONALS)}"
+            f"{', '.join(NAMED)}"
         )
     return int(size[1]), int(size[2] or size[1])
 
@@ -52,9 +52,10 @@ class MaskSpec:
             together (``global``; the budget is then the sum of the kinds' budgets in pairs, and kinds, layers and heads
             that are cheap to prune pay for the others). ``percentile`` has its own scope.
         granularity: N (square blocks, 1 for cells), ``QxK`` (blocks of Q queries x K keys), ``diagonal`` (offsets
-            j - i) or ``scaled-diagonal`` (in cross-attention offsets from the clamped, scaled diagonal of
-            :mod:`ap_fairseq.relative`, in self-attention the same as ``diagonal``); or one for each kind, where kinds
-            without an entry have cells.
+            j - i), ``scaled-diagonal`` (in cross-attention offsets from the clamped, scaled diagonal of
+            :mod:`ap_fairseq.relative`, in self-attention the same as ``diagonal``) or ``head`` (all cells of a head at
+            any length, whatever *extrapolate* and *smooth* say); or one for each kind, where kinds without an entry
+            have cells.
         extrapolate: for cells that no recorded sentence reaches, ``diagonal`` compares the head's mean score along
             their diagonal with the same threshold, ``keep`` keeps them.
         min_kept: the share of its attendable pairs, the best of them, that every head keeps at least, in [0, 1].
@@ -116,6 +117,8 @@ class MaskSpec:
         self._require_head_counts()
         if self.in_offsets(AttentionKind.CROSS):
             self._require_offset_options()
+        if any(map(self.of_heads, self.budgets)):
+            self._require_head_options()
         if self.criterion == "percentile":
             self._require_no_options()
 
@@ -151,17 +154,37 @@ class MaskSpec:
                     f"{kind.value}={most:g} spreads them; choose one for {kind.value}"
                 )
 
-    def _require_offset_options(self) -> None:
+    def _require_relative(self, granularity: str, units: str) -> None:
         if not CRITERIA[self.criterion].relative and self.criterion != "percentile":
             relative = ", ".join(name for name, criterion in CRITERIA.items() if criterion.relative)
             raise UserError(
-                f"--criterion {self.criterion} scores cells, --granularity scaled-diagonal decides for offsets in "
-                f"cross-attention; choose one of {relative}"
+                f"--criterion {self.criterion} scores cells, --granularity {granularity} decides for {units}; choose "
+                f"one of {relative}"
             )
+
+    def _require_offset_options(self) -> None:
+        self._require_relative("scaled-diagonal", "offsets in cross-attention")
         if self.keep_first:
             raise UserError(
                 f"--keep-first {self.keep_first} keeps columns, which --granularity scaled-diagonal does not know "
                 "in cross-attention; leave it out, or choose another granularity for cross"
+            )
+
+    def _require_head_options(self) -> None:
+        self._require_relative("head", "whole heads")
+        if self.empty_rows and self.criterion in ("mean", "diagonal-mean"):
+            raise UserError(
+                f"--criterion {self.criterion} scores all heads of a kind alike with --granularity head and "
+                "--empty-rows, as every row of attention sums to 1; choose importance, normalised or random"
+            )
+        given = ["--scope head"] if self.scope == "head" else []
+        given += [f"--min-kept {self.min_kept}"] if self.min_kept else []
+        given += [f"--keep-first {self.keep_first}"] if self.keep_first else []
+        given += [f"--keep-diagonal {self.keep_diagonal}"] if self.keep_diagonal is not None else []
+        if given:
+            raise UserError(
+                f"--granularity head keeps or prunes whole heads; leave out {', '.join(given)} (--min-heads keeps a "
+                "number of heads)"
             )
 
     def _require_no_options(self) -> None:
@@ -181,6 +204,10 @@ class MaskSpec:
         """Whether the masks of *kind* are relative to the scaled diagonal."""
         scaled = self.granularity_of(kind) == "scaled-diagonal"
         return scaled and kind is AttentionKind.CROSS and kind in self.budgets
+
+    def of_heads(self, kind: AttentionKind) -> bool:
+        """Whether the heads of *kind* are kept or pruned whole."""
+        return self.granularity_of(kind) == "head" and kind in self.budgets
 
     def granularity_of(self, kind: AttentionKind) -> Granularity:
         """Return the granularity of one kind."""

@@ -10,7 +10,7 @@ import numpy as np
 from ap_fairseq.artifacts import AttentionStats, PruningMasks
 from ap_fairseq.lengths import support_of
 from ap_fairseq.pruning import criteria
-from ap_fairseq.pruning.spec import MaskSpec, block_shape
+from ap_fairseq.pruning.spec import Granularity, MaskSpec, block_shape
 from ap_fairseq.relative import RelativeMask, kept_in_row, offset_support, rows_by_centre
 from ap_fairseq.sites import AttentionKind
 
@@ -183,7 +183,7 @@ def describe_vanished(masks: PruningMasks, kind: AttentionKind, heads: Sequence[
     but = " but the guaranteed cells (one in each row)" if masks.guarantees(kind) else ""
     total = masks.keep[kind][:, :, 0, 0].size
     if len(heads) == total:
-        remedy = "--min-kept SHARE leaves each that share of its pairs"
+        remedy = "--min-kept SHARE leaves each that share of its pairs, --min-heads N leaves each pair to N heads"
         return f"nothing{but} is kept by any head of {kind.value}; {remedy}"
     listed = ", ".join(f"{layer}.{head}" for layer, head in heads)
     return f"nothing{but} is kept by {len(heads)} of {total} heads of {kind.value} (layer.head): {listed}"
@@ -224,8 +224,7 @@ def _coarseness(spec: MaskSpec) -> str:
     """Say why a threshold cannot meet every budget."""
     granularities = {spec.granularity_of(kind) for kind in spec.budgets}
     if granularities != {1}:
-        blocks = map(block_shape, sorted(granularities - {1}, key=str))
-        units = " or ".join("diagonals" if size is None else f"{size[0]}x{size[1]} blocks" for size in blocks)
+        units = " or ".join(map(_plural, sorted(granularities - {1}, key=str)))
         return f"the recorded pairs fall into few {units}, and a unit is pruned whole; use a finer --granularity"
     reason = "every row keeps one guaranteed cell, and rows of short sentences have few others"
     if spec.empty_rows:
@@ -233,3 +232,9 @@ def _coarseness(spec: MaskSpec) -> str:
     if spec.min_kept or spec.min_heads or spec.keep_first or spec.keep_diagonal is not None:
         reason += "; cells kept by --min-kept, --min-heads, --keep-first and --keep-diagonal are not pruned either"
     return reason
+
+
+def _plural(granularity: Granularity) -> str:
+    if size := block_shape(granularity):
+        return f"{size[0]}x{size[1]} blocks"
+    return "heads" if granularity == "head" else "diagonals"

@@ -1,4 +1,4 @@
-"""The prunable units of a kind: cells, blocks or diagonals, with scores, weights and what the specification keeps."""
+"""The prunable units of a kind (cells, blocks, diagonals or heads): scores, weights, what the specification keeps."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def _scores(
         offset_score[..., criteria.unseen_offsets(support)] = np.inf
     else:
         cells = criterion.score(stats, kind)
-        if spec.smooth and not spec.in_offsets(kind):  # an offset is a whole diagonal
+        if spec.smooth and not (spec.in_offsets(kind) or spec.of_heads(kind)):  # these are means over many cells
             cells = criteria.smoothed(cells, support, spec.smooth)
         offset_score = criteria.offset_scores(cells, support)
         score = criteria.sum_by(cell_unit, cells * prunable) / np.maximum(pairs, 1)
@@ -220,6 +220,8 @@ def always_kept(stats: AttentionStats, kind: AttentionKind, spec: MaskSpec) -> n
 
 def _number_units(shape: tuple[int, int], granularity: Granularity) -> np.ndarray:
     """Return the number of each cell's unit: int64 (Tq, Tk)."""
+    if granularity == "head":
+        return np.zeros(shape, dtype=np.int64)
     block = block_shape(granularity)
     if block is None:  # diagonals
         return criteria.cell_offset(shape)

@@ -3,7 +3,7 @@
 A pruned system is named CRITERION.PERCENT.gGRANULARITY.WAY, for example importance.90.g64.gradual:
 
     criterion    importance, mean, window, or percentile, whose PERCENT is nominal
-    granularity  as ap-masks takes it: 1 for cells, 64 for blocks, diagonal
+    granularity  as ap-masks takes it: 1 for cells, 64 for blocks, diagonal, head
     way          scratch: trained under masks that come from the dense model;
                  gradual: starts dense and is pruned while it trains
 

@@ -55,7 +55,7 @@ def test_the_table_has_a_row_for_each_kind_and_nominal_sparsity_only_where_it_is
         (dict(budgets={AttentionKind.CROSS: math.nan}), "--cross nan is not a share"),
         (dict(budgets={}, scope="site"), "--scope site is not one of kind, layer, head, global"),
         (dict(budgets={}, criterion="best"), "--criterion best is not one of mean, normalised"),
-        (dict(budgets={}, granularity="8x"), "--granularity 8x is not N .*, QxK .* or one of diagonal, scaled"),
+        (dict(budgets={}, granularity="8x"), "--granularity 8x is not N .*, QxK .* or one of diagonal, .*, head"),
         (dict(budgets={}, min_kept=1.2), "--min-kept 1.2 is not a share"),
         (dict(budgets={}, min_kept=math.nan), "--min-kept nan is not a share"),
         (dict(budgets={}, min_heads={AttentionKind.CROSS: math.inf}), "--min-heads cross=inf is not a number of heads"),

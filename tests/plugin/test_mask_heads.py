@@ -91,7 +91,8 @@ def test_heads_that_keep_nothing_are_named():
     built.masks.keep[kind][0, 1] = False
     built.masks.keep[kind][0, 1, :, 0] = True
     assert vanished_heads(built.masks, stats) == {"cross": [[0, 0]]}  # column 0 is like others
-    lost, remedy = "is kept by any head of cross", "--min-kept SHARE leaves each that share of its pairs"
+    lost = "is kept by any head of cross"
+    remedy = "--min-kept SHARE leaves each that share of its pairs, --min-heads N leaves each pair to N heads"
     most = dict(kinds=[kind], empty_rows=True)
     for options, share, but in (
         (dict(granularity="scaled-diagonal"), 0.9, " but the guaranteed cells (one in each row)"),
