@@ -27,6 +27,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from environment import required_modules, run_example
+from segments import SEPARATOR
 
 with required_modules():
     import torch
@@ -299,7 +300,7 @@ class Recipe:
         reference, options = self.data / ("text" if (self.data / "text").is_dir() else "sentences"), ["--by-length"]
         if self.level == "documents":
             reference = self.data / "documents"
-            options += ["100", "200", "300", "400", "--separator", "<sep>", "--documents", reference / "test.talks"]
+            options += ["100", "200", "300", "400", "--separator", SEPARATOR, "--documents", reference / "test.talks"]
         if self.args.tokenized_bleu:
             options += ["--tokenized-bleu", self.tokenized_bleu, "--language", self.target]
         # fmt: off

@@ -58,6 +58,7 @@ from typing import Any
 
 import yaml
 from fairseq.data.data_utils import load_indexed_dataset
+from segments import SEPARATOR
 from sweep_table import format_table
 from systems import System, expand
 
@@ -73,7 +74,6 @@ from ap_fairseq.model.dynamic import top_k_for
 STEPS = ("dense", "masks", "train", "translate", "score")
 KEYS = set("pair training dense dense_updates dense_seeds tune tune_updates record search systems".split())
 OPTIONAL = {"level", "subset", "prune", "parts"}
-SEPARATOR = "<sep>"
 
 
 class Sweep:

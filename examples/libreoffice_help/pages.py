@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import page_mix
+from segments import SEPARATOR
 
 from ap_fairseq.cli.common import exit_on_sigterm
 from ap_fairseq.experiments.stages import PLUGIN, Stages
@@ -57,7 +58,7 @@ def run(args: argparse.Namespace) -> None:
             f"{name}.evaluate", "ap-evaluate", f"{name}={stages.log(f'{name}.generate')},{checkpoint}",
             "--reference", args.data / "mix" / f"{subset}.{target}",
             "--documents", args.data / "mix" / f"{subset}.pages",
-            "--separator", "<sep>", "--metrics", "bleu", "chrf", "-o", args.out / f"{name}.json", "--overwrite",
+            "--separator", SEPARATOR, "--metrics", "bleu", "chrf", "-o", args.out / f"{name}.json", "--overwrite",
         )
         # fmt: on
     print(f"{'system':<20}{'lines':>7}{'d-BLEU':>8}{'d-chrF2':>9}{'s-BLEU':>8}{'equal segments':>16}")
