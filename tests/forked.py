@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from ap_fairseq.experiments.stages import call_logged
+from ap_fairseq.processes import run_logged
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
@@ -69,7 +69,7 @@ def _run(function: Callable, words: list[str], output: str, environment: dict[st
     sys.stdin = io.StringIO(text)
     os.environ.update(environment)
     torch.set_num_threads(1)
-    call_logged(Path(output), function, words)
+    run_logged(Path(output), function, words)
 
 
 def recipe(*words: str) -> None:

@@ -15,8 +15,8 @@ import networkx
 
 FLOORS = (
     {"triton_ops"},
-    {"version", "files", "compat", "cuda_graphs", "devices"},
-    {"sites", "provenance"},
+    {"version", "files", "logs", "compat", "cuda_graphs", "devices"},
+    {"processes", "progress", "sites", "provenance"},
     {"lengths"},
     {"relative"},
     {"artifacts"},  # statistics and masks: what the stages hand to each other

@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from typing import NoReturn
 
 from ap_fairseq.files import UserError
+from ap_fairseq.logs import set_up_logging
 from ap_fairseq.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -107,13 +108,7 @@ def command(main: Callable[[list[str]], None]) -> Callable[[], None]:
         program = os.path.basename(sys.argv[0])
         if sys.stderr is None:  # closed by the caller: 2>&-
             sys.stderr = open(os.devnull, "w")  # else messages go to standard output
-        logging.basicConfig(
-            format="%(asctime)s | %(levelname)s | %(name)s | %(message)s",
-            datefmt="%Y-%m-%d %H:%M:%S",
-            level=os.environ.get("LOGLEVEL", "INFO").upper(),
-            stream=sys.stderr,
-            force=True,  # importing fairseq sets up logging in its own format
-        )
+        set_up_logging(sys.stderr)
         exit_on_sigterm()
         if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # since the imports
             signal.signal(signal.SIGINT, signal.default_int_handler)

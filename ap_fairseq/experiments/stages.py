@@ -9,13 +9,9 @@ everything again.
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import fcntl
-import importlib.metadata
 import json
-import logging
-import multiprocessing
 import multiprocessing.connection
 import os
 import shlex
@@ -26,19 +22,14 @@ from pathlib import Path
 from typing import Any
 
 import ap_fairseq
-from ap_fairseq.experiments.progress import Progress
 from ap_fairseq.files import ArtifactError, UserError, read_json, write_json
-
-# Asking whether there is a GPU must not open it: an opened GPU cannot be used after a fork.
-os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+from ap_fairseq.logs import end_of
+from ap_fairseq.processes import POLL_SECONDS, PROCESSES, load_command, run_logged, run_program
+from ap_fairseq.progress import Progress
 
 PLUGIN = ("--user-dir", str(Path(ap_fairseq.__file__).parent))
 """The flags with which fairseq's commands load this package."""
 
-POLL_SECONDS = 0.25
-
-# Forked processes unless the user chooses otherwise.
-PROCESSES = multiprocessing.get_context(os.environ.get("AP_START_METHOD", "fork"))
 _slot = 0  # of a process of run_together: the line of the terminal that its progress bars take
 
 
@@ -114,10 +105,10 @@ class Stages:
         words = [str(arg) for arg in args]
         if isinstance(program, str):
             log.write_text(f"$ {shlex.join([program, *words])}\n", encoding="utf-8")
-            _load(program)  # here, so that all stages share the import
+            load_command(program)  # here, so that all stages share the import
         started = time.monotonic()
         _say(f"{name}: running, log in {log}")
-        child = PROCESSES.Process(target=call_logged, args=(log, program, args))
+        child = PROCESSES.Process(target=run_logged, args=(log, program, args))
         child.start()
         with Progress(name, words, [log], _slot) as progress:
             while child.is_alive():
@@ -128,18 +119,6 @@ class Stages:
         seconds = round(time.monotonic() - started, 1)
         _say(f"{name}: {seconds} s")
         return seconds
-
-
-def lines_of(*logs: Path) -> Iterator[str]:
-    """Yield the lines of logs, which may hold all translations of a test set, and bytes that are no text."""
-    for log in logs:
-        with log.open(encoding="utf-8", errors="replace") as lines:
-            yield from (line.rstrip("\n") for line in lines)
-
-
-def end_of(log: Path) -> str:
-    """Return the last lines of a log, for a message."""
-    return "\n".join(collections.deque(lines_of(log), maxlen=12))
 
 
 def read_mark(mark: Path) -> tuple[list[Any], float]:
@@ -179,58 +158,18 @@ def _name(program: str | Callable) -> str:
     return program if isinstance(program, str) else program.__qualname__
 
 
-def _load(program: str) -> Callable[[], Any]:
-    """Return the function of an installed console command."""
-    found = importlib.metadata.entry_points(group="console_scripts", name=program)
-    if not found:
-        raise StageError(f"no command {program} is installed in the environment of {sys.executable}")
-    return next(iter(found)).load()
-
-
 def call(program: str, *args: Any) -> None:
     """Run a console command in a child process that prints where this one does.
 
     Raises:
         StageError: if it fails.
     """
-    _load(program)
-    child = PROCESSES.Process(target=_run, args=(program, args))
+    load_command(program)
+    child = PROCESSES.Process(target=run_program, args=(program, args))
     child.start()
     child.join()
     if child.exitcode != 0:
         raise StageError(f"{program} failed with status {child.exitcode}")
-
-
-def _run(program: str | Callable, args: Sequence[Any]) -> None:
-    if isinstance(program, str):
-        sys.argv = [program, *map(str, args)]
-        _load(program)()
-    else:
-        program(*args)
-
-
-def call_logged(log: Path, program: str | Callable, args: Sequence[Any]) -> None:
-    """Run a command or a function in a child process: what it prints goes to the log, faults as of a program.
-
-    That is one line for what the user can mend (:func:`ap_fairseq.plugin.report_user_errors`), else a traceback.
-    """
-    sys.stdout = sys.stderr = stream = open(log, "a", encoding="utf-8", buffering=1)
-    os.dup2(stream.fileno(), 1)
-    os.dup2(stream.fileno(), 2)
-    logging.basicConfig(  # as fairseq's commands do where they are first imported, which may have been in the parent
-        format="%(asctime)s | %(levelname)s | %(name)s | %(message)s",
-        datefmt="%Y-%m-%d %H:%M:%S",
-        level=os.environ.get("LOGLEVEL", "INFO").upper(),
-        stream=stream,
-        force=True,
-    )
-    try:
-        _run(program, args)
-    except SystemExit:
-        raise
-    except BaseException:
-        sys.excepthook(*sys.exc_info())
-        sys.exit(1)
 
 
 def run_together(jobs: int, tasks: Iterable[tuple[Callable, Sequence[Any]]]) -> None:

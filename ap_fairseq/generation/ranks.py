@@ -22,10 +22,11 @@ from typing import Any
 import torch
 
 from ap_fairseq.devices import count_gpus
-from ap_fairseq.experiments.progress import Progress
-from ap_fairseq.experiments.stages import POLL_SECONDS, PROCESSES, call_logged, end_of, lines_of
 from ap_fairseq.files import UserError
 from ap_fairseq.generation.loading import load_faster, start_cuda, use_gpu
+from ap_fairseq.logs import end_of, lines_of
+from ap_fairseq.processes import POLL_SECONDS, PROCESSES, run_logged
+from ap_fairseq.progress import Progress
 from ap_fairseq.provenance import OTHER_DIRECTION
 from ap_fairseq.search.generator import FALLBACK
 
@@ -56,7 +57,7 @@ class Ranks(AbstractContextManager):
                 log.unlink(missing_ok=True)
                 receiver, sender = PROCESSES.Pipe(duplex=False)
                 arguments = log, _run, (rank, self.cpu, receiver)
-                process = PROCESSES.Process(target=call_logged, args=arguments)
+                process = PROCESSES.Process(target=run_logged, args=arguments)
                 self.processes.append(process)
                 self.senders.append(sender)
                 process.start()

@@ -20,7 +20,6 @@ from fairseq import tasks, utils
 from torch.utils.data import default_convert
 
 from ap_fairseq.evaluation.hypotheses import hold_subwords
-from ap_fairseq.experiments.stages import lines_of
 from ap_fairseq.files import (
     ArtifactError,
     UserError,
@@ -35,6 +34,7 @@ from ap_fairseq.generation.loading import checkpoint_files
 from ap_fairseq.generation.ranks import Ranks
 from ap_fairseq.generation.translator import Encoded, Found, LineBatch, Translator
 from ap_fairseq.generation.workers import MAX_PENDING, Workers, spare_processes
+from ap_fairseq.logs import lines_of
 from ap_fairseq.provenance import dictionary_hashes, versions
 
 logger = logging.getLogger(__name__)

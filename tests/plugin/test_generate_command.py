@@ -23,8 +23,8 @@ from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq.scoring.bleu import SacrebleuConfig, SacrebleuScorer
 from plugin.commands import PLUGIN, ROOT, run, train, wait_for
 
+from ap_fairseq import processes
 from ap_fairseq.cli import generate
-from ap_fairseq.experiments import stages
 from ap_fairseq.generation import binarised, ranks, scoring
 from ap_fairseq.generation import text as generation_text
 from ap_fairseq.generation.joining import append_sentences, join
@@ -587,9 +587,9 @@ def test_processes_start_before_their_work_is_known(tmp_path, monkeypatch):
         (tmp_path / f"started{args[0]}").touch()
         if args[0] == 2:
             os.kill(os.getpid(), signal.SIGKILL)
-        stages.call_logged(log, program, args)
+        processes.run_logged(log, program, args)
 
-    monkeypatch.setattr(ranks, "call_logged", start)
+    monkeypatch.setattr(ranks, "run_logged", start)
     logs = [tmp_path / f"rank{rank}.log" for rank in range(3)]
     for work in (lambda _: None, lambda three: three.run("note", 2, _note, tmp_path)):
         with ranks.Ranks(logs, cpu=True) as three:
@@ -606,7 +606,7 @@ def test_processes_start_before_their_work_is_known(tmp_path, monkeypatch):
 @pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
 def test_processes_are_ended_where_not_all_of_them_start(tmp_path, monkeypatch, error):
     """Those that had started waited for work for ever, and the command for their end."""
-    started, stock = [], stages.PROCESSES.Process.start
+    started, stock = [], processes.PROCESSES.Process.start
 
     def start(process):
         if started:
@@ -614,7 +614,7 @@ def test_processes_are_ended_where_not_all_of_them_start(tmp_path, monkeypatch, 
         started.append(process)
         stock(process)
 
-    monkeypatch.setattr(stages.PROCESSES.Process, "start", start)
+    monkeypatch.setattr(processes.PROCESSES.Process, "start", start)
     with pytest.raises(error), ranks.Ranks([tmp_path / f"rank{rank}.log" for rank in range(3)], cpu=True):
         pass
     (process,) = started

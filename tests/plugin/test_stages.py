@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from plugin.commands import ROOT, TINY
 
-from ap_fairseq.experiments.progress import Progress, State, read_state
 from ap_fairseq.experiments.stages import PLUGIN, StageError, Stages, read_mark, run_together
 from ap_fairseq.files import ArtifactError, UserError
+from ap_fairseq.progress import Progress, State, read_state
 
 
 def read(path):
@@ -71,7 +71,7 @@ def test_a_command_leaves_its_command_line_in_log_and_mark(tmp_path):
     assert command == ["ap-masks", "--help"] and seconds >= 0
     with pytest.raises(StageError, match="status 2(.|\n)*unrecognized arguments: --frobnicate"):
         stages.run("bad", "ap-masks", "x", "--frobnicate", "-o", "y")
-    with pytest.raises(StageError, match="no command ap-nothing is installed"):
+    with pytest.raises(UserError, match="no command ap-nothing is installed"):
         stages.run("nothing", "ap-nothing")
     assert [path.name for path in (tmp_path / "stages").iterdir()] == ["help.json"]
 

@@ -19,9 +19,9 @@ from ap_fairseq.artifacts import AttentionStats, PruningMasks
 from ap_fairseq.cli import prune_schedule
 from ap_fairseq.evaluation.scores import score
 from ap_fairseq.experiments import translation
-from ap_fairseq.experiments.progress import last_value
 from ap_fairseq.experiments.translation import Search, Translation, translate
 from ap_fairseq.files import ArtifactError
+from ap_fairseq.progress import last_value
 from ap_fairseq.pruning.flags import budget_flags, parse_mask_flags
 from ap_fairseq.training.schedule import share_of_round
 

@@ -1,4 +1,4 @@
-"""Live progress of a stage, read from the log that fairseq writes: a bar in a terminal, else a line now and then."""
+"""Live progress of other processes, by the logs that they write: a bar in a terminal, else a line now and then."""
 
 from __future__ import annotations
 
