@@ -94,75 +94,103 @@ def translate_subset(cfg, ranks: Ranks, folder: Path) -> Joined:
 
 
 def translate_share(rank: int, cfg, folder: Path) -> None:
-    """Run ``fairseq-generate`` on the shard of one process; write what it prints and how many sentences there are."""
+    """Run ``fairseq-generate`` on the shard of one process; write what it prints and what it counted."""
     cfg.distributed_training.distributed_rank = rank
     cfg.common_eval.results_path = str(folder / f"rank{rank}")
-    share: dict[str, Any] = {"seconds": 0.0, "tokens": 0, "references": False}
-    task_class = TASK_REGISTRY[cfg.task._name]  # some tasks make their batches themselves
-    stock = task_class.get_batch_iterator
+    write_json(folder / f"rank{rank}.json", _Share(rank, cfg).translate(), overwrite=True)
 
-    def get_batch_iterator(self, dataset, *args, **options):
-        iterator = stock(self, dataset, *args, **options)
-        share["sentences"] = len(dataset)
-        if rank >= len(iterator.frozen_batches):
+
+class _Share:
+    """``fairseq-generate`` on the shard of this process, which does nothing else; its lines are made by writers.
+
+    A writer is a copy of this process from its first batch on, with the lines and the scorer that are there then. Where
+    :meth:`BatchLines.covers` says no, fairseq's own loop makes the lines, and there is no writer.
+    """
+
+    def __init__(self, rank: int, cfg):
+        self.rank, self.cfg, self.plain = rank, cfg, _plain(cfg)
+        self.folder = Path(cfg.common_eval.results_path)
+        self.task_class = TASK_REGISTRY[cfg.task._name]  # some tasks make their batches themselves
+        self.stock_iterator, self.stock_step = self.task_class.get_batch_iterator, self.task_class.inference_step
+        self.stock_build_scorer = scoring.build_scorer
+        self.nbest, self.by_batch = self.plain.generation.nbest, BatchLines.covers(self.plain.generation)
+        self.scorer: TokenSums | SacrebleuSums | None = None  # of this process, or a copy in each of its writers
+        self.lines: list[BatchLines] = []  # of each writer
+        n_writers = count_writers(cfg) if self.by_batch else 0
+        self.writers = [Workers(1, write=functools.partial(self.write, k), sums=self.sums) for k in range(n_writers)]
+        self.turns = itertools.cycle(self.writers)
+        self.counted: dict[str, Any] = {"seconds": 0.0, "tokens": 0, "references": False}
+
+    def translate(self) -> dict[str, Any]:
+        """Translate the shard.
+
+        Returns:
+            The seconds of its searches, their tokens, the sentences of the whole subset, whether these have references,
+            and the ``sums`` of its scorer, None without one.
+        """
+        self.task_class.get_batch_iterator = lambda task, *args, **options: self.get_batches(task, *args, **options)
+        self.task_class.inference_step = lambda task, *args, **options: self.search(task, *args, **options)
+        scoring.build_scorer = self.build_scorer
+        with ExitStack() as stack:
+            for writer in self.writers:
+                stack.enter_context(writer)
+            with suppress(_NoBatch):
+                generate.main(self.plain)
+            sums = [writer.call("sums") for writer in self.writers] or [self.sums()]
+        self.counted["sums"] = None if self.scorer is None else [sum(numbers) for numbers in zip(*sums, strict=True)]
+        if not self.by_batch:
+            found = sentences_of(self.folder / f"generate-{self.cfg.dataset.gen_subset}.txt")
+            append_sentences(self.folder / LINES.format(0), [*found], [*found.values()])
+        return self.counted
+
+    # -- in the places of fairseq's own -------------------------------------------------------------------------------
+
+    def get_batches(self, task, dataset, *args, **options):
+        iterator = self.stock_iterator(task, dataset, *args, **options)
+        self.counted["sentences"] = len(dataset)
+        if self.rank >= len(iterator.frozen_batches):
             raise _NoBatch  # fairseq divides by the time and the length of what it has translated
-        if rank:  # each process samples with random numbers of its own, the first with those of fairseq-generate
-            utils.set_torch_seed(torch.initial_seed() + rank)
-        if uses_gpu(cfg.common.cpu):  # else nothing searches while the host reads
+        if self.rank:  # each process samples with random numbers of its own, the first with those of fairseq-generate
+            utils.set_torch_seed(torch.initial_seed() + self.rank)
+        if uses_gpu(self.cfg.common.cpu):  # else nothing searches while the host reads
             iterator.next_epoch_itr = functools.partial(_look_ahead, iterator.next_epoch_itr)
         return iterator
 
-    stock_build, stock_step = scoring.build_scorer, task_class.inference_step
-    plain = _plain(cfg)
-    nbest, by_batch = plain.generation.nbest, BatchLines.covers(plain.generation)
-    scorer: TokenSums | SacrebleuSums | None = None  # of this process, or a copy in each of its writers
-    writers: list[Workers] = []
-    lines: list[BatchLines] = []  # of each writer
+    def build_scorer(self, *args) -> scoring.BaseScorer:
+        self.scorer = summing(self.stock_build_scorer(*args))
+        return ScoredLater() if self.scorer is None or self.by_batch else self.scorer
 
-    def build_scorer(*args):
-        nonlocal scorer
-        scorer = summing(stock_build(*args))
-        return ScoredLater() if scorer is None or by_batch else scorer
-
-    def inference_step(self, generator, models, sample, *args, **options):
+    def search(self, task, generator, models, sample, *args, **options) -> list[list[dict[str, Any]]]:
         begin = time.perf_counter()
-        return_what_is_printed(stock_step, generator, nbest, in_arrays=by_batch)
-        found = stock_step(self, generator, models, sample, *args, **options)
-        share["seconds"] += time.perf_counter() - begin
-        share["references"] = sample["target"] is not None
-        if by_batch:
-            found = Hypotheses.of(found, nbest, unit=math.log(2))  # fairseq prints bits
-            n_tokens = found.best_lengths().sum()
-            if not lines:
-                paths = [folder / f"rank{rank}" / LINES.format(k) for k in range(len(writers))]
-                lines.extend(BatchLines(plain, self, generator, scorer, path) for path in paths)
-            next(turns).submit("write", TranslatedBatch.collect(sample, found))
+        return_what_is_printed(self.stock_step, generator, self.nbest, in_arrays=self.by_batch)
+        found = self.stock_step(task, generator, models, sample, *args, **options)
+        self.counted["seconds"] += time.perf_counter() - begin
+        self.counted["references"] = sample["target"] is not None
+        if self.by_batch:
+            found = Hypotheses.of(found, self.nbest, unit=math.log(2))  # fairseq prints bits
+            self.hand_over(task, generator, TranslatedBatch.collect(sample, found))
             # Nothing is left for fairseq's loop but tokens to count.
             sample["nsentences"], sample["id"] = len(found.counts), sample["id"][:0]
-            found = [[{"tokens": range(n_tokens)}]]
-        share["tokens"] += sum(len(best["tokens"]) for best, *_ in found)
+            found = [[{"tokens": range(found.best_lengths().sum())}]]
+        self.counted["tokens"] += sum(len(best["tokens"]) for best, *_ in found)
         return found
 
-    def sums() -> list[int] | None:
-        return None if scorer is None else scorer.sums
+    # -- writers ------------------------------------------------------------------------------------------------------
 
-    # This process does nothing else.
-    task_class.get_batch_iterator, task_class.inference_step = get_batch_iterator, inference_step
-    scoring.build_scorer = build_scorer
-    # A writer is a copy of this process from its first call on: it has the lines and the scorer that are there then.
-    with ExitStack() as stack:
-        for k in range(count_writers(cfg) if by_batch else 0):
-            worker = Workers(1, write=lambda batch, k=k: lines[k].write(batch), sums=sums)
-            writers.append(stack.enter_context(worker))
-        turns = itertools.cycle(writers)
-        with suppress(_NoBatch):
-            generate.main(plain)
-        counted = [worker.call("sums") for worker in writers] or [sums()]
-    share["sums"] = None if scorer is None else [sum(numbers) for numbers in zip(*counted, strict=True)]
-    if not by_batch:
-        found = sentences_of(folder / f"rank{rank}" / f"generate-{cfg.dataset.gen_subset}.txt")
-        append_sentences(folder / f"rank{rank}" / LINES.format(0), [*found], [*found.values()])
-    write_json(folder / f"rank{rank}.json", share, overwrite=True)
+    def hand_over(self, task, generator, batch: TranslatedBatch) -> None:
+        """Let the writer whose turn it is make the lines of a batch."""
+        if not self.lines:
+            paths = [self.folder / LINES.format(k) for k in range(len(self.writers))]
+            self.lines = [BatchLines(self.plain, task, generator, self.scorer, path) for path in paths]
+        next(self.turns).submit("write", batch)
+
+    def write(self, k: int, batch: TranslatedBatch) -> None:
+        """In writer *k*: write the lines of a batch."""
+        self.lines[k].write(batch)
+
+    def sums(self) -> list[int] | None:
+        """In a writer, or here without one: return what was counted for the score."""
+        return None if self.scorer is None else self.scorer.sums
 
 
 def count_writers(cfg) -> int:
