@@ -169,53 +169,75 @@ def _warn_of_subwords(text: Text, task, has_bpe: bool) -> None:
 
 def translate_parts(rank: int, cfg, text: Text, folder: Path, todo: list[int], ranks: int) -> None:
     """Translate the parts *todo*[rank::ranks] in one process, each into a file of *folder*."""
-    translator, mine = Translator(cfg), todo[rank::ranks]
+    parts = _Parts(cfg, text, folder)
+    processes = 1 + spare_processes(ranks, MAX_HELPERS, cfg.common.cpu)
+    with Workers(processes, encode=parts.encode, read=parts.read, write=parts.write) as workers:
+        parts.translate(todo[rank::ranks], workers)
 
-    def encode(share: Share) -> Encoded:
-        lines = text.part(share.part)
+
+class _Parts:
+    """Parts of a text, which workers read and write, and this process searches."""
+
+    def __init__(self, cfg, text: Text, folder: Path):
+        self.translator, self.text, self.folder, self.seed = Translator(cfg), text, folder, cfg.common.seed
+
+    # -- in workers ---------------------------------------------------------------------------------------------------
+
+    def encode(self, share: Share) -> Encoded:
+        """Return the tokens of the lines of a share."""
+        lines = self.text.part(share.part)
         begin, end = (len(lines) * k // share.of for k in (share.number, share.number + 1))
-        return translator.encode(lines[begin:end], text.name, 1 + share.part * text.part_lines + begin)
+        first = 1 + share.part * self.text.part_lines + begin
+        return self.translator.encode(lines[begin:end], self.text.name, first)
 
-    def read(share: Share) -> list[LineBatch]:
-        encoded = encode(share) if share.encoded is None else share.encoded
-        if share.number == 0 and not len(encoded.tokens):  # all lines are empty
-            write(share.part, len(encoded.lengths), [])
-        return translator.batches(share.part, encoded, share.number, share.of)
+    def read(self, share: Share) -> list[LineBatch]:
+        """Return the batches of a share; a part of empty lines has none, and is written at once."""
+        encoded = self.encode(share) if share.encoded is None else share.encoded
+        if share.number == 0 and not len(encoded.tokens):
+            self.write(share.part, len(encoded.lengths), [])
+        return self.translator.batches(share.part, encoded, share.number, share.of)
 
-    def write(number: int, n_lines: int, found: list[Found]) -> None:
-        lines = translator.decode(n_lines, found)
-        write_text(folder / f"part{number:06}.txt", "".join(f"{line}\n" for line in lines))
+    def write(self, number: int, n_lines: int, found: list[Found]) -> None:
+        """Write the file of a part."""
+        lines = self.translator.decode(n_lines, found)
+        write_text(self.folder / f"part{number:06}.txt", "".join(f"{line}\n" for line in lines))
 
-    waiting: deque[LineBatch] = deque()
+    # -- here ---------------------------------------------------------------------------------------------------------
 
-    def samples() -> Iterator[dict[str, Any]]:
-        # Nothing is searched while the first part is read, so that all workers share it.
-        shares = [Share(mine[0], number, FIRST_SHARES) for number in range(FIRST_SHARES)]
-        encoded = Encoded.join(piece for _, piece in workers.prefetch("encode", shares))
-        shares = [share._replace(encoded=encoded) for share in shares]
-        for _, batches in workers.prefetch("read", [*shares, *map(Share, mine[1:])]):
-            for batch in batches:
+    def translate(self, numbers: list[int], workers: Workers) -> None:
+        """Search the batches of the parts with these numbers, and let workers write each part that is done."""
+        waiting: deque[LineBatch] = deque()  # whose samples the search has taken, and not yet searched
+
+        def samples() -> Iterator[dict[str, Any]]:
+            for batch in _batches(numbers, workers):
                 waiting.append(batch)
                 yield default_convert(batch.sample)
 
-    processes = 1 + spare_processes(ranks, MAX_HELPERS, cfg.common.cpu)
-    with Workers(processes, encode=encode, read=read, write=write) as workers:
         found: list[Found] = []  # of a part
         done = 0
-        for sample in translator.look_ahead(samples()):
+        for sample in self.translator.look_ahead(samples()):
             batch = waiting.popleft()
             if not found:  # sampling does not depend on what this process did before
-                utils.set_torch_seed(cfg.common.seed + batch.part)
+                utils.set_torch_seed(self.seed + batch.part)
                 torch.empty((), dtype=torch.int64).random_()  # as fairseq's loader: a seed samples what it always did
-            hypotheses = translator.search(sample)
+            hypotheses = self.translator.search(sample)
             found.append(Found(batch.lines, hypotheses.tokens, hypotheses.lengths))
             if batch.last:
                 workers.submit("write", batch.part, batch.n_lines, found)
                 found = []
-                done = mine.index(batch.part) + 1
-                print(f"progress: {done} / {len(mine)} parts", flush=True)
-    if done < len(mine):  # the last parts are empty
-        print(f"progress: {len(mine)} / {len(mine)} parts", flush=True)
+                done = numbers.index(batch.part) + 1
+                print(f"progress: {done} / {len(numbers)} parts", flush=True)
+        if done < len(numbers):  # the last parts are empty
+            print(f"progress: {len(numbers)} / {len(numbers)} parts", flush=True)
+
+
+def _batches(numbers: list[int], workers: Workers) -> Iterator[LineBatch]:
+    """Yield the batches of parts in order; nothing is searched while the first is read, so all workers share it."""
+    shares = [Share(numbers[0], number, FIRST_SHARES) for number in range(FIRST_SHARES)]
+    encoded = Encoded.join(piece for _, piece in workers.prefetch("encode", shares))
+    shares = [share._replace(encoded=encoded) for share in shares]
+    for _, batches in workers.prefetch("read", [*shares, *map(Share, numbers[1:])]):
+        yield from batches
 
 
 # -- what the parts were made with ------------------------------------------------------------------------------------
