@@ -89,54 +89,36 @@ def get_parser() -> argparse.ArgumentParser:
 
 @command
 def main(argv: list[str]) -> None:
-    given = {word.split("=")[0] if word.startswith("--") else word[:2] for word in argv}
     import_user_dir(user_dir_of(argv))
     # Before the caller's flags, which win. With its default of 8, fairseq main drops an incomplete last batch.
     args = options.parse_args_and_arch(without_usage(get_parser()), ["--required-batch-size-multiple", "1", *argv])
-    is_text = args.input is not None
-    for refused in (REFUSED, REFUSED_FOR_TEXT if is_text else REFUSED_FOR_DATA):
-        for flag in [flag for flag in refused if flag in given]:
-            raise UserError(f"{flag} has no meaning for ap-generate{' --input' * is_text}; {refused[flag]}")
-    _require_files(args)
-    for flag, number in (("--beam", args.beam), ("--nbest", args.nbest)):
-        if number < 1:
-            raise UserError(f"{flag} {number}: a search keeps and returns at least 1 hypothesis")
-    if args.temperature <= 0:
-        raise UserError(f"--temperature {args.temperature}: scores are divided by it; give a number above 0")
-    if args.sampling and not is_text and args.nbest != args.beam:
-        raise UserError(
-            f"--sampling --beam {args.beam} --nbest {args.nbest}: each hypothesis is a sample; give both one number"
-        )
-    if args.buffer_size < 0:
-        raise UserError(f"--buffer-size {args.buffer_size} is not a number of lines")
+    _refuse_flags(argv, args.input is not None)
+    _require_checkpoints(args)
+    _require_data(args)
+    _require_settings(args)
     if args.max_tokens is None and args.batch_size is None:
         args.max_tokens = 12000  # as fairseq-generate
     args.log_format, args.tpu = "simple", False  # fairseq's parser sets the latter for --bf16
     args.num_processes = count_ranks(args.num_processes, args.cpu)
     if args.num_workers is None:
         args.num_workers = spare_processes(args.num_processes, 4, args.cpu)
-    if args.tokenizer == "moses" and None in (args.source_lang, args.target_lang):  # in place of hydra's traceback
-        raise UserError("--tokenizer moses needs --source-lang and --target-lang")
-    if is_text:
-        _translate_text(args)
-    else:
+    if args.input is None:
         _translate_subset(args)
+    else:
+        _translate_text(args)
 
 
-def count_ranks(wanted: int | None, cpu: bool) -> int:
-    """Return how many processes share the work: more than GPUs share these.
-
-    Raises:
-        UserError: if none is wanted.
-    """
-    if wanted is None:
-        return max(1, count_gpus(cpu))
-    if wanted < 1:
-        raise UserError(f"--num-processes {wanted}: at least one process translates")
-    return wanted
+# -- the command line is checked before processes start ---------------------------------------------------------------
 
 
-def _require_files(args: argparse.Namespace) -> None:
+def _refuse_flags(argv: list[str], is_text: bool) -> None:
+    given = {word.split("=")[0] if word.startswith("--") else word[:2] for word in argv}
+    for refused in (REFUSED, REFUSED_FOR_TEXT if is_text else REFUSED_FOR_DATA):
+        for flag in [flag for flag in refused if flag in given]:
+            raise UserError(f"{flag} has no meaning for ap-generate{' --input' * is_text}; {refused[flag]}")
+
+
+def _require_checkpoints(args: argparse.Namespace) -> None:
     if args.path is None:
         raise UserError("--path is missing; name a checkpoint, or several joined by colons")
     for path in checkpoint_files(args.path, args.checkpoint_suffix, args.checkpoint_shard_count):
@@ -145,6 +127,10 @@ def _require_files(args: argparse.Namespace) -> None:
             begin = stream.read(2)
         if not begin or (begin == b"PK" and not zipfile.is_zipfile(path)):
             raise ArtifactError(f"{path} is empty or cut off, expected a fairseq checkpoint; copy it again")
+
+
+def _require_data(args: argparse.Namespace) -> None:
+    """Raise UserError unless the data-bin folders have the dictionaries of the languages, and the subset."""
     folders = utils.split_paths(args.data)
     if not dictionary_files(folders[0]):
         raise UserError(f"{folders[0]} has no dictionary dict*.txt; name a folder made by fairseq-preprocess")
@@ -160,29 +146,38 @@ def _require_files(args: argparse.Namespace) -> None:
                 f"--lm-path {args.lm_path}: fairseq reads its dictionary from {folders[0]}/dict.txt, which does not "
                 "exist; copy that of the target language to there, with which the language model was trained"
             )
-    languages = {}
     if args.task in ("pruned_translation", "translation"):
-        languages = {"--source-lang": args.source_lang, "--target-lang": args.target_lang}
-    if None in languages.values() and data_utils.infer_language_pair(folders[0])[0] is None:
-        raise UserError(f"{folders[0]} has no text that names its languages; give --source-lang and --target-lang")
-    for flag, language in languages.items():
-        if language is not None and not (Path(folders[0]) / f"dict.{language}.txt").exists():
-            found = sorted(file.name.split(".")[1] for file in Path(folders[0]).glob("dict.*.txt"))
-            raise UserError(f"{flag} {language}: {folders[0]} has dictionaries of {', '.join(found)}; name one of them")
+        _require_languages(folders[0], {"--source-lang": args.source_lang, "--target-lang": args.target_lang})
     if args.input is None and not any(list(Path(folder).glob(f"{args.gen_subset}.*")) for folder in folders):
         subsets = sorted({file.name.split(".")[0] for folder in folders for file in Path(folder).glob("*.idx")})
         raise UserError(f"--gen-subset {args.gen_subset}: {args.data} has {', '.join(subsets) or 'no subset'}")
 
 
-def _start_ranks(args: argparse.Namespace, folder: Path) -> Ranks:
-    return Ranks([folder / f"rank{rank}.log" for rank in range(args.num_processes)], args.cpu)
+def _require_languages(folder: str, languages: dict[str, str | None]) -> None:
+    """Raise UserError unless *languages*, by flag, have dictionaries in *folder*, or its text names those left out."""
+    if None in languages.values() and data_utils.infer_language_pair(folder)[0] is None:
+        raise UserError(f"{folder} has no text that names its languages; give --source-lang and --target-lang")
+    for flag, language in languages.items():
+        if language is not None and not (Path(folder) / f"dict.{language}.txt").exists():
+            found = sorted(file.name.split(".")[1] for file in Path(folder).glob("dict.*.txt"))
+            raise UserError(f"{flag} {language}: {folder} has dictionaries of {', '.join(found)}; name one of them")
 
 
-def _configuration(args: argparse.Namespace):
-    """Return fairseq's configuration, which takes half a second: the processes start meanwhile."""
-    cfg = convert_namespace_to_omegaconf(argparse.Namespace(**{**vars(args), "input": args.input or "-"}))
-    _require_parts(cfg)
-    return cfg
+def _require_settings(args: argparse.Namespace) -> None:
+    """Raise UserError for numbers that fairseq takes and cannot use, and for what leads hydra to a traceback."""
+    for flag, number in (("--beam", args.beam), ("--nbest", args.nbest)):
+        if number < 1:
+            raise UserError(f"{flag} {number}: a search keeps and returns at least 1 hypothesis")
+    if args.temperature <= 0:
+        raise UserError(f"--temperature {args.temperature}: scores are divided by it; give a number above 0")
+    if args.sampling and args.input is None and args.nbest != args.beam:
+        raise UserError(
+            f"--sampling --beam {args.beam} --nbest {args.nbest}: each hypothesis is a sample; give both one number"
+        )
+    if args.buffer_size < 0:
+        raise UserError(f"--buffer-size {args.buffer_size} is not a number of lines")
+    if args.tokenizer == "moses" and None in (args.source_lang, args.target_lang):
+        raise UserError("--tokenizer moses needs --source-lang and --target-lang")
 
 
 def _require_parts(cfg) -> None:
@@ -205,6 +200,33 @@ def _require_parts(cfg) -> None:
             build(chosen)
         except (ImportError, OSError, RuntimeError, ValueError) as error:  # no package, no file, or a wrong one
             raise UserError(f"--{flag} {chosen._name}: {' '.join(str(error).split())}") from error
+
+
+# -- translation ------------------------------------------------------------------------------------------------------
+
+
+def count_ranks(wanted: int | None, cpu: bool) -> int:
+    """Return how many processes share the work: more than GPUs share these.
+
+    Raises:
+        UserError: if none is wanted.
+    """
+    if wanted is None:
+        return max(1, count_gpus(cpu))
+    if wanted < 1:
+        raise UserError(f"--num-processes {wanted}: at least one process translates")
+    return wanted
+
+
+def _start_ranks(args: argparse.Namespace, folder: Path) -> Ranks:
+    return Ranks([folder / f"rank{rank}.log" for rank in range(args.num_processes)], args.cpu)
+
+
+def _configuration(args: argparse.Namespace):
+    """Return fairseq's configuration, which takes half a second: the processes start meanwhile."""
+    cfg = convert_namespace_to_omegaconf(argparse.Namespace(**{**vars(args), "input": args.input or "-"}))
+    _require_parts(cfg)
+    return cfg
 
 
 def _translate_subset(args: argparse.Namespace) -> None:
