@@ -61,7 +61,7 @@ def measure(system, vocab: Dictionary, n: int, fused: bool, repeats: int) -> dic
     source[:, -1] = vocab.eos()
     batch = {"net_input": {"src_tokens": source, "src_lengths": torch.full((n,), SOURCE, device="cuda")}}
     generator.generate([], batch)
-    decoder = generator._decoder
+    decoder = generator.decoder
     if not fused:
         decoder.repeats_sources = False
     for _ in range(3):

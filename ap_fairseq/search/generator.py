@@ -66,6 +66,7 @@ class PrunedSequenceGenerator(SequenceGenerator):
             fairseq's does, whose commands print --nbest of them.
         in_arrays: such a search returns :class:`Hypotheses`, not fairseq's lists; one with alignments returns lists
             all the same.
+        decoder: the buffers and graphs of searches on the device; None before the first.
     """
 
     def __init__(self, models, tgt_dict, cpu_int8=False, **kwargs):
@@ -75,7 +76,7 @@ class PrunedSequenceGenerator(SequenceGenerator):
             use_int8(self.model)
         self.nbest: int | None = None
         self.in_arrays = False
-        self._decoder: StaticDecoder | None = None
+        self.decoder: StaticDecoder | None = None
         self._begun: RunningSearch | None = None  # of the batch that comes next, in the buffers of the decoder
         on_gpu = next(self.model.parameters()).is_cuda
         if on_gpu and self._not_covered(None) is None and self._runs_kernels():
@@ -189,23 +190,16 @@ class PrunedSequenceGenerator(SequenceGenerator):
         self._log_cache_savings()
         first_token = self.eos if bos_token is None else bos_token
         with TURN:
-            begun, self._begun = self._begun, None
             batch, rules = self._batch(sample, first_token, prefix_tokens), SearchRules.from_generator(self)
             if self.min_len > batch.max_len:
                 raise UserError(
                     f"--min-len {self.min_len} is above the maximum length {batch.max_len} of this batch; lower "
                     "it, or raise --max-len-b"
                 )
-            needed = self._capacity(batch)
-            if self._decoder is None or not self._decoder.serves(rules, needed):
-                capacity = needed if self._decoder is None else needed.joined(self._decoder.capacity)
-                begun = self._decoder = None  # its memory is free before the next one is made
-                device = batch.tokens.device
-                with torch.inference_mode(False):  # a later batch may come outside of it
-                    self._decoder = self._decoder_class(device)(self.model.models, rules, capacity, device)
-            decoder = self._decoder
-            if begun is None or not begun.batch.is_same(batch) or begun.marks != decoder.marks():
-                begun = decoder.begin(batch)
+            decoder = self._decoder_for(batch, rules)
+            search, self._begun = self._begun, None  # nothing goes on with a search that was interrupted
+            if search is None or not search.batch.is_same(batch) or search.marks != decoder.marks():
+                search = decoder.begin(batch)
             # Random numbers belong to batches in turn; prefixes, and errors, come with their batch.
             ahead = following is not None and rules.strategy is None and prefix_tokens is None
             next_batch = self._batch(following, first_token) if ahead else None
@@ -214,15 +208,30 @@ class PrunedSequenceGenerator(SequenceGenerator):
                 or self.min_len > next_batch.max_len
                 or not decoder.serves(rules, self._capacity(next_batch))
             ):
-                return decoder.finish(begun, self.nbest)(), begun.encoder_outs
-            decoder.launch(begun, _unwatched(batch))
-            encoder_outs = decoder.encode_early(next_batch)
-            read = decoder.finish(begun, self.nbest)
-            early_search = decoder.begin(next_batch, encoder_outs)
-            decoder.launch(early_search, _unwatched(next_batch))
-            early_search.marks = decoder.marks()
-            self._begun = early_search  # nothing goes on with a search that was interrupted
-            return read(), begun.encoder_outs
+                return decoder.finish(search, self.nbest)(), search.encoder_outs
+            return self._finish_beside(decoder, search, next_batch), search.encoder_outs
+
+    def _decoder_for(self, batch: Batch, rules: SearchRules) -> StaticDecoder:
+        """Return a decoder with room for a batch: the last one, if that serves it."""
+        needed = self._capacity(batch)
+        if self.decoder is None or not self.decoder.serves(rules, needed):
+            capacity = needed if self.decoder is None else needed.joined(self.decoder.capacity)
+            self._begun = self.decoder = None  # its memory is free before the next one is made
+            device = batch.tokens.device
+            with torch.inference_mode(False):  # a later batch may come outside of it
+                self.decoder = self._decoder_class(device)(self.model.models, rules, capacity, device)
+        return self.decoder
+
+    def _finish_beside(self, decoder: StaticDecoder, search: RunningSearch, next_batch: Batch) -> Hypotheses:
+        """Return what a search finds, and begin that of the batch after it on the way."""
+        decoder.launch(search, _unwatched(search.batch))
+        encoder_outs = decoder.encode_early(next_batch)
+        read = decoder.finish(search, self.nbest)
+        begun = decoder.begin(next_batch, encoder_outs)
+        decoder.launch(begun, _unwatched(next_batch))
+        begun.marks = decoder.marks()
+        self._begun = begun
+        return read()
 
     def _batch(self, sample: dict, first_token: int, prefix: Tensor | None = None) -> Batch:
         max_len, lengths = self._limits(sample)

@@ -442,7 +442,7 @@ def test_prompts_are_continued_as_by_fairseq(case, sparsity, monkeypatch, caplog
                 prefix[0, :5] = VOCAB.unk()
             expected = fairseqs.generate([], inputs, prefix_tokens=prefix, bos_token=bos)
             assert_same(generator.generate([], inputs, prefix_tokens=prefix, bos_token=bos), expected)
-            for pool in generator._decoder.kv_pools.values():
+            for pool in generator.decoder.kv_pools.values():
                 pool.fill_(torch.nan)
     assert "fairseq's own generator" not in caplog.text
 
@@ -576,7 +576,7 @@ def test_a_search_on_a_cpu_remembers_mask_rows_up_to_a_limit(monkeypatch):
     ours, theirs = (made(systems, VOCAB, **options) for made in (PrunedSequenceGenerator, SequenceGenerator))
     for seed in (0, 1):
         assert_same(ours.generate([], sample(LENGTHS, seed)), theirs.generate([], sample(LENGTHS, seed)))
-        for rows in ours._decoder.mask_rows:
+        for rows in ours.decoder.mask_rows:
             assert 0 < sum(row.numel() for row in rows._common.values()) <= 20_000
 
 
@@ -895,7 +895,7 @@ def test_the_best_hypotheses_alone_are_read_out(nbest):
 def test_buffers_on_the_device_go_with_the_generator():
     generator = PrunedSequenceGenerator(models(), VOCAB, beam_size=3, max_len_b=5)
     generator.generate([], sample([3, 4]))
-    decoder = weakref.ref(generator._decoder)
+    decoder = weakref.ref(generator.decoder)
     gc.disable()  # no cycle keeps them until the next collection
     try:
         del generator
@@ -981,8 +981,8 @@ def test_sentences_leave_a_batch_by_a_graph(monkeypatch, paged):
         assert_same(found[seed], direct.generate([], sample(LENGTHS, seed)))
     moves = [graph for graph in graphs if graph.name == "_shrink"]
     assert collections.Counter(graph.name for graph in graphs) == {
-        "_run": len(repeating._decoder.graphs),
-        "_shrink": len(repeating._decoder.moves),
+        "_run": len(repeating.decoder.graphs),
+        "_shrink": len(repeating.decoder.moves),
         "__call__": 1,
     }
     assert len(moves) >= 2 and sum(graph.replays for graph in moves) >= 2

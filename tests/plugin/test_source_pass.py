@@ -82,9 +82,9 @@ def test_new_masks_make_a_new_pass(passes):
     (other,) = models(sparsity=0.9, attention_backend=BACKEND)
     system.load_state_dict(other.state_dict())
     expected = PrunedSequenceGenerator([system], VOCAB, beam_size=2, max_len_b=9).generate([], sample([9], 7))
-    before = [*generator._decoder.source_passes.values()]
+    before = [*generator.decoder.source_passes.values()]
     assert_same(generator.generate([], sample([9], 7)), expected)
-    assert [*generator._decoder.source_passes.values()] != before
+    assert [*generator.decoder.source_passes.values()] != before
 
 
 def test_long_or_many_sources_are_encoded_directly(passes):
@@ -100,10 +100,10 @@ def test_buffers_go_with_the_generator(passes):
     generator = PrunedSequenceGenerator(models(attention_backend=BACKEND), VOCAB, beam_size=2, max_len_b=9)
     for seed in range(3):
         generator.generate([], sample([9], seed))
-    decoder, made = weakref.ref(generator._decoder), [weakref.ref(x) for x in generator._decoder.source_passes.values()]
+    decoder, made = weakref.ref(generator.decoder), [weakref.ref(x) for x in generator.decoder.source_passes.values()]
     gc.disable()
     try:
-        generator._decoder = None
+        generator.decoder = None
         assert passes and decoder() is None and all(x() is None for x in made)
     finally:
         gc.enable()
