@@ -106,31 +106,15 @@ def describe_checkpoint(checkpoint: str) -> dict:
 def evaluate(args: argparse.Namespace) -> dict:
     """Return the scores of all systems as ``{"systems": [...]}``, with ``"significance"`` if asked for."""
     references = read_lines(args.reference)
-    documents = None
-    if args.documents:
-        documents = [line.partition("\t")[0] for line in read_lines(args.documents)]
-    systems = args.systems
-    hypotheses = {system.name: read_hypotheses(system.files, references) for system in systems}
+    documents = [line.partition("\t")[0] for line in read_lines(args.documents)] if args.documents else None
+    hypotheses = {system.name: read_hypotheses(system.files, references) for system in args.systems}
     for what, lines in (("the references", references), *hypotheses.items()):
         if hold_subwords(lines):
             logger.warning(
                 f"{what}: most lines hold subwords (▁ or @@), so the scores cannot be compared with others; translate "
                 "with --remove-bpe (for SentencePiece: --remove-bpe sentencepiece), and give plain references"
             )
-    results = []
-    for name, _, checkpoint in systems:
-        evaluation.require_parallel(name, hypotheses[name], references)
-        result = {"system": name, **evaluation.score(hypotheses[name], references, args.metrics)}
-        if args.by_length is not None:
-            edges = args.by_length or evaluation.LENGTH_BUCKETS
-            result["by_length"] = evaluation.score_by_length(hypotheses[name], references, edges)
-        if documents is not None or args.separator is not None:
-            result |= evaluation.score_documents(hypotheses[name], references, documents, args.separator)
-        if args.tokenized_bleu:
-            result |= evaluation.tokenized_bleu(hypotheses[name], references, args.tokenized_bleu, args.language)
-        if checkpoint:
-            result |= describe_checkpoint(checkpoint)
-        results.append(result)
+    results = [_scores(system, hypotheses[system.name], references, documents, args) for system in args.systems]
     document = {"systems": results}
     if args.significance:
         document["significance"] = evaluation.compare_systems(
@@ -143,6 +127,27 @@ def evaluate(args: argparse.Namespace) -> dict:
             result["comet"] = scores[result["system"]]
             result["comet_model"] = Path(args.comet).resolve().parent.parent.name
     return document
+
+
+def _scores(
+    system: System, hypotheses: list[str], references: list[str], documents: list[str] | None, args: argparse.Namespace
+) -> dict:
+    """Return the scores of one system that need no other, and what its checkpoint adds."""
+    evaluation.require_parallel(system.name, hypotheses, references)
+    result = {"system": system.name, **evaluation.score(hypotheses, references, args.metrics)}
+    if args.by_length is not None:
+        edges = args.by_length or evaluation.LENGTH_BUCKETS
+        result["by_length"] = evaluation.score_by_length(hypotheses, references, edges)
+    if documents is not None or args.separator is not None:
+        result |= evaluation.score_documents(hypotheses, references, documents, args.separator)
+    if args.tokenized_bleu:
+        result |= evaluation.tokenized_bleu(hypotheses, references, args.tokenized_bleu, args.language)
+    if system.checkpoint:
+        result |= describe_checkpoint(system.checkpoint)
+    return result
+
+
+# -- the command line -------------------------------------------------------------------------------------------------
 
 
 class System(NamedTuple):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import logging
 from collections.abc import Mapping
 
@@ -35,29 +36,34 @@ def get_parser() -> argparse.ArgumentParser:
 
 def format_summary(built: BuiltMasks, per_layer: bool = False) -> str:
     """Render the effect of masks as a table for terminals: one row for each kind, or also for each layer, and all."""
-    spec = built.masks.metadata["spec"]
-    nominal = spec["criterion"] == "percentile"
-    validation = {} if per_layer else built.masks.metadata.get("validation", {})
-    header = ["kind", *(["layer"] if per_layer else []), "effective", *(["nominal"] if nominal else []), "kept mass"]
-    header += ["effective on validation"] if validation else []
+    metadata = built.masks.metadata
+    nominal = metadata["spec"]["criterion"] == "percentile"
+    validation = {} if per_layer else metadata.get("validation", {})
+    shown = {
+        "kind": True,
+        "layer": per_layer,
+        "effective": True,
+        "nominal": nominal,
+        "kept mass": True,
+        "effective on validation": bool(validation),
+        "rows of one cell or none": per_layer,
+    }
     rows = []
     for row in built.summary:
         if row.layer is None or per_layer:
-            layer = ["all" if row.layer is None else str(row.layer)] if per_layer else []
-            square = [f"{row.nominal:.1%}" if row.kind in spec["budgets"] else ""] if nominal else []
-            cells = [row.kind, *layer, f"{row.effective:.1%}", *square, f"{row.kept_mass:.1%}"]
-            rows.append(
-                [*cells, f"{row.guaranteed_rows}/{row.rows}"] if per_layer else [*cells, *_held(validation, row.kind)]
-            )
-    total = built.masks.metadata["total"]
-    shares = [f"{total['effective']:.1%}", *([""] if nominal else []), f"{total['kept_mass']:.1%}"]
-    shares += [""] if per_layer else _held(validation, "total")
-    rows.append(["all kinds", *(["all"] if per_layer else []), *shares])
-    return plain(Table([*header, *(["rows of one cell or none"] if per_layer else [])], rows))
+            layer = "all" if row.layer is None else str(row.layer)
+            square = f"{row.nominal:.1%}" if nominal and row.kind in metadata["spec"]["budgets"] else ""
+            shares = [f"{row.effective:.1%}", square, f"{row.kept_mass:.1%}", _share(validation, row.kind)]
+            rows.append([row.kind, layer, *shares, f"{row.guaranteed_rows}/{row.rows}"])
+    total = metadata["total"]
+    shares = [f"{total['effective']:.1%}", "", f"{total['kept_mass']:.1%}", _share(validation, "total")]
+    rows.append(["all kinds", "all", *shares, ""])
+    header, *rows = [[*itertools.compress(cells, shown.values())] for cells in ([*shown], *rows)]
+    return plain(Table(header, rows))
 
 
-def _held(validation: Mapping[str, float], name: str) -> list[str]:
-    return [f"{validation[name]:.1%}"] if validation else []
+def _share(shares: Mapping[str, float], name: str) -> str:
+    return f"{shares[name]:.1%}" if shares else ""
 
 
 def write_masks(

@@ -97,7 +97,17 @@ def main(argv: list[str]) -> None:
     )
     job.require_valid()
     _require_dictionaries(task, state, args)
+    _require_training_dictionaries(state, args)
     _require_settings(task, state, args.path, given, cfg.task)
+    _record(cfg, job)
+
+
+def _record(cfg, job: Recording) -> None:
+    """Record on all ranks.
+
+    Raises:
+        UserError: what a rank raises, and where one dies or cannot be started.
+    """
     try:
         distributed_utils.infer_init_method(cfg.distributed_training)
     except AssertionError as error:  # such as "world size is 2 but have 0 available devices"
@@ -114,7 +124,7 @@ def main(argv: list[str]) -> None:
         raise UserError(errors.get()) from error
     except ProcessExitedException as error:
         raise UserError(
-            f"rank {error.error_index} of the recording died ({error}); the others were stopped, {args.output} was not "
+            f"rank {error.error_index} of the recording died ({error}); the others were stopped, {job.output} was not "
             "written. If it ran out of memory, lower --max-tokens or --max-positions; then run again"
         ) from error
 
@@ -194,10 +204,7 @@ def _require_settings(task: RecordedTask, state: dict[str, Any], path: str, give
 
 
 def _require_dictionaries(recorded: RecordedTask, state: dict[str, Any], args: argparse.Namespace) -> None:
-    """Compare the dictionaries of the data with those of the training data, if that is still where it was.
-
-    Dictionaries of another size do not fit the model; others of the same size would be recorded without a trace.
-    """
+    """Raise ArtifactError unless the data have the dictionaries that the task of a checkpoint reads."""
     if not dictionary_files(args.data):
         raise ArtifactError(f"{args.data} has no dictionary dict*.txt; name a folder made by fairseq-preprocess")
     task, missing = stored_task(state), None
@@ -220,7 +227,14 @@ def _require_dictionaries(recorded: RecordedTask, state: dict[str, Any], args: a
                 f"{args.data} has no dictionary dict.{task[side]}.txt, but {args.path} was trained with "
                 f"{task[side]!r}; record on the data-bin that it was trained with"
             )
-    trained_on = str(task.get("data") or "").split(os.pathsep)[0]
+
+
+def _require_training_dictionaries(state: dict[str, Any], args: argparse.Namespace) -> None:
+    """Compare the dictionaries of the data with those of the training data, if that is still where it was.
+
+    Dictionaries of another size do not fit the model; others of the same size would be recorded without a trace.
+    """
+    trained_on = str(stored_task(state).get("data") or "").split(os.pathsep)[0]
     for file in dictionary_files(args.data):
         original = Path(trained_on) / file.relative_to(args.data)
         ours = _dictionary_sha256(file)
