@@ -183,6 +183,25 @@ def gate() -> None:
     assert_decode_within_budget(ours, *tensors, row, k_lengths=lengths, scale=0.125)
 
 
+def square_methods(
+    keep: Tensor, layout: AttentionLayout, block: tuple[int, int], batch: int, dim: int, rivals: bool
+) -> tuple[dict[str, Method], dict[str, Method]]:
+    """Ours and those rivals that know of the mask; and those that do not, if *rivals* are asked for."""
+    size = keep.size(1)
+    methods: dict[str, Method] = {"ours": lambda q, k, v: block_sparse_attention(q, k, v, layout, backend="triton")}
+    if rivals and size <= DENSE_MASK_LIMIT:  # the mask alone takes heads x size² elements, scores batch times that
+        float_mask = torch.zeros(keep.shape, device=DEVICE, dtype=BFLOAT16).masked_fill_(~keep, -torch.inf)
+        methods["sdpa dense mask"] = dense_mask(float_mask[None])
+        methods["reference"] = lambda q, k, v: attention_reference(q, k, v, keep, scale=dim**-0.5)[0]
+    if block == (128, 128):
+        methods["flex 128"] = flex(keep, 128, autotune=False)
+    if block == (64, 64) and rivals and size > DENSE_MASK_LIMIT:  # minutes of compilation: once
+        methods["flex 64 autotuned"] = flex(keep, 64, autotune=True)
+    methods |= block_sparse(keep, block, batch)
+    without_mask = {name: dense(backend) for name, backend in DENSE.items()} | flash_attention_4_dense()
+    return methods, without_mask if rivals else {}
+
+
 def square_case(
     batch: int,
     heads: int,
@@ -204,47 +223,24 @@ def square_case(
     keep = block_mask(heads, size, size, block, sparsity, seed=1, device=DEVICE)
     layout = AttentionLayout.from_keep_mask(keep).prepare()
     kept = int(keep.sum()) * batch
-    methods: dict[str, Method] = {"ours": lambda q, k, v: block_sparse_attention(q, k, v, layout, backend="triton")}
-    without_mask: dict[str, Method] = {}
-    if rivals:
-        without_mask = {name: dense(backend) for name, backend in DENSE.items()} | flash_attention_4_dense()
-        if size <= DENSE_MASK_LIMIT:  # the mask alone takes heads x size² elements, scores batch times that
-            float_mask = torch.zeros(keep.shape, device=DEVICE, dtype=BFLOAT16).masked_fill_(~keep, -torch.inf)
-            methods["sdpa dense mask"] = dense_mask(float_mask[None])
-            methods["reference"] = lambda q, k, v: attention_reference(q, k, v, keep, scale=dim**-0.5)[0]
-    if block == 128:
-        methods["flex 128"] = flex(keep, 128, autotune=False)
-    if block == 64 and rivals and size > DENSE_MASK_LIMIT:  # minutes of compilation: once
-        methods["flex 64 autotuned"] = flex(keep, 64, autotune=True)
-    rows = []
     shape, label = ((block, block), block) if isinstance(block, int) else (block, f"{block[0]}x{block[1]}")
-    methods |= block_sparse(keep, shape, batch)
+    methods, without_mask = square_methods(keep, layout, shape, batch, dim, rivals)
+    case = dict(case="square", batch=batch, heads=heads, size=size, dim=dim, dtype="bfloat16")
     masked = dict(block=label, nominal_sparsity=sparsity, sparsity=1 - float(keep.float().mean()))
+    rows = []
     for direction in directions:
         results = None
+        other = BACKWARD_ONLY if direction == "forward" else FORWARD_ONLY
         for name, method in {**methods, **without_mask}.items():
-            if name.startswith(without):
-                continue
-            if name in FORWARD_ONLY and direction != "forward" or name in BACKWARD_ONLY and direction == "forward":
+            if name.startswith(without) or name in other:
                 continue
             run = directed(direction, method, q, k, v, grad)
             timing = measure(run, repeats)
             if "median_ms" in timing and name in methods:
                 results = results or run()
                 timing["difference"] = difference(run(), results)
-            row = dict(
-                case="square",
-                batch=batch,
-                heads=heads,
-                size=size,
-                dim=dim,
-                dtype="bfloat16",
-                direction=direction,
-                method=name,
-                tile=list(layout.tile) if name == "ours" else None,
-                **(masked if name in methods else {}),
-                **timing,
-            )
+            row = dict(case, direction=direction, method=name, tile=list(layout.tile) if name == "ours" else None)
+            row |= (masked if name in methods else {}) | timing
             if "median_ms" in timing:
                 computed = kept if name in methods else batch * keep.numel()
                 flop = computed * dim * (4 if direction == "forward" else 14)
@@ -267,6 +263,17 @@ def sentence_problem(batch: int, heads: int, size: int) -> tuple[list[Tensor], T
     return tensors, lengths, keep | torch.eye(size, dtype=torch.bool, device=DEVICE)
 
 
+def both_directions(
+    case: dict[str, object], methods: dict[str, Method], tensors: list[Tensor], repeats: int
+) -> list[dict]:
+    """Time methods forward and forward + backward on q, k, v and a gradient; the rows have the items of *case*."""
+    return [
+        dict(case, direction=direction, method=name, **measure(directed(direction, method, *tensors), repeats))
+        for direction in BOTH
+        for name, method in methods.items()
+    ]
+
+
 def sentence_case(batch: int, heads: int, size: int, repeats: int) -> list[dict]:
     """Element masks, random lengths, dropout 0.1, forward + backward: SDPA gets them as one dense float mask."""
     dropout_p = 0.1
@@ -283,28 +290,9 @@ def sentence_case(batch: int, heads: int, size: int, repeats: int) -> list[dict]
         "sdpa dense mask": dense_mask(float_mask, dropout_p),
         "reference": lambda q, k, v: attention_reference(q, k, v, keep, scale=64**-0.5, **options)[0],
     }
-    rows = []
-    for direction in BOTH:
-        for name, method in methods.items():
-            run = directed(direction, method, q, k, v, grad)
-            rows.append(
-                dict(
-                    case="sentence",
-                    batch=batch,
-                    heads=heads,
-                    size=size,
-                    dim=q.size(-1),
-                    dtype="bfloat16",
-                    block=1,
-                    sparsity=1 - float(keep.float().mean()),
-                    direction=direction,
-                    method=name,
-                    mean_length=float(lengths.float().mean()),
-                    dropout=dropout_p,
-                    **measure(run, repeats),
-                )
-            )
-    return rows
+    case = dict(case="sentence", batch=batch, heads=heads, size=size, dim=q.size(-1), dtype="bfloat16", block=1)
+    case |= dict(sparsity=1 - float(keep.float().mean()), mean_length=float(lengths.float().mean()), dropout=dropout_p)
+    return both_directions(case, methods, [q, k, v, grad], repeats)
 
 
 def decode_case(batch: int, beam: int, heads: int, size: int, sparsity: float, repeats: int) -> list[dict]:
@@ -340,21 +328,9 @@ def decode_case(batch: int, beam: int, heads: int, size: int, sparsity: float, r
             methods["ours, pool of rows"] = functools.partial(
                 decode_attention, q, *pool, layout, step, block_table=pool_rows, backend="triton"
             )
-        for name, run in methods.items():
-            rows.append(
-                dict(
-                    case=f"decode {kind}",
-                    batch=batch,
-                    beam=beam,
-                    heads=heads,
-                    size=size,
-                    dim=dim,
-                    dtype="bfloat16",
-                    sparsity=1 - float(keep.float().mean()),
-                    method=name,
-                    **measure(run, repeats),
-                )
-            )
+        case = dict(case=f"decode {kind}", batch=batch, beam=beam, heads=heads, size=size, dim=dim, dtype="bfloat16")
+        case |= dict(sparsity=1 - float(keep.float().mean()))
+        rows += [dict(case, method=name, **measure(run, repeats)) for name, run in methods.items()]
     return rows
 
 
@@ -371,14 +347,9 @@ def relative_case(batch: int, heads: int, size: int, repeats: int) -> list[dict]
         ),
         "sdpa, mask built": functools.partial(block_sparse_attention, layout=layout, k_lengths=lengths, backend="sdpa"),
     }
-    shape = dict(case="relative", batch=batch, heads=heads, size=size, dim=q.size(-1), dtype="bfloat16")
-    shape |= dict(sparsity=1 - float(keep.float().mean()), mean_length=float(lengths.float().mean()))
-    rows = []
-    for direction in BOTH:
-        for name, method in methods.items():
-            run = directed(direction, method, q, k, v, grad)
-            rows.append(dict(**shape, direction=direction, method=name, **measure(run, repeats)))
-    return rows
+    case = dict(case="relative", batch=batch, heads=heads, size=size, dim=q.size(-1), dtype="bfloat16")
+    case |= dict(sparsity=1 - float(keep.float().mean()), mean_length=float(lengths.float().mean()))
+    return both_directions(case, methods, [q, k, v, grad], repeats)
 
 
 def relative_decode_case(batch: int, beam: int, heads: int, size: int, repeats: int) -> list[dict]:
@@ -422,17 +393,8 @@ def memory_case(batch: int, heads: int, size: int) -> list[dict]:
         torch.cuda.reset_peak_memory_stats()
         run()
         peak = torch.cuda.max_memory_allocated() - before
-        rows.append(
-            dict(
-                case="memory",
-                batch=batch,
-                heads=heads,
-                size=size,
-                method=name,
-                peak_bytes=peak,
-                layout_bytes=layout.memory() if name == "ours" else None,
-            )
-        )
+        row = dict(case="memory", batch=batch, heads=heads, size=size, method=name, peak_bytes=peak)
+        rows.append(row | dict(layout_bytes=layout.memory() if name == "ours" else None))
     return rows
 
 
