@@ -80,7 +80,7 @@ def attention() -> Cases:
 def attend_on_hopper(dim: int, **case) -> None:
     launch.forget()
     attend(batch=2, dim=dim, **case)
-    launched = {kernel.kernel.__name__ for kernels in launch._kept.values() for kernel in kernels}
+    launched = launch.kept_kernels()
     expected = set()
     if config.HOPPER and torch.cuda.get_device_capability() == (9, 0):
         expected = {name for name, sizes in HOPPER_KERNELS.items() if dim in sizes}

@@ -173,6 +173,11 @@ def kept(key: Hashable, build: Callable[[], list[Launch]]) -> list[Launch]:
     return launches
 
 
+def kept_kernels() -> set[str]:
+    """Return the names of the kernels whose launches are kept."""
+    return {launch.kernel.__name__ for launches in _kept.values() for launch in launches}
+
+
 def epoch() -> int:
     """Return how often all launches were forgotten: a part of the keys under which they are kept."""
     return _epoch
