@@ -124,48 +124,56 @@ class Recipe:
         self.folder, self.args = folder, args
         self.level: str = toml.get("level", "sentences")
         self.tokenized_bleu: str = toml["tokenized_bleu"]
-        name = (
-            args.size or (toml.get("cpu_size") if not torch.cuda.is_available() else None) or next(iter(toml["sizes"]))
-        )
-        if name not in (*toml["sizes"], "tiny"):
-            raise UserError(f"--size {name} is unknown; {folder.name} has {' '.join(toml['sizes'])} tiny")
+        name = self._size_name(toml)
         self.size = TINY if name == "tiny" else Size(**toml["sizes"][name])
-        unknown = [system for system in args.systems if system not in SYSTEMS]
-        if unknown:
+        if unknown := [system for system in args.systems if system not in SYSTEMS]:
             raise UserError(f"--systems {unknown[0]} is unknown; known are {' '.join(SYSTEMS)}")
+        self._use_devices(name)
+        program, options = self._preparation(toml, prepare_options)
+        self.prepare_data, (self.source, self.target) = program.main, program.languages(program.parse_args(options))
+        self._name_folders(name)
+        self.prepare_options = [*options, "--out", str(self.data)]
+        self.stages = Stages(self.run)
+        self.pair = ["--source-lang", self.source, "--target-lang", self.target]
+        self.dense_updates = args.dense_updates or self.size.dense_updates
+        self.tune_updates = args.tune_updates or self.size.tune_updates
+        self.checkpoint = "average.pt" if self.size.average else "checkpoint_best.pt"
 
+    def _size_name(self, toml: dict[str, Any]) -> str:
+        """Return the size to train, as asked for or as the recipe says for this machine."""
+        default = toml.get("cpu_size") if not torch.cuda.is_available() else None
+        name = self.args.size or default or next(iter(toml["sizes"]))
+        if name not in (*toml["sizes"], "tiny"):
+            raise UserError(f"--size {name} is unknown; {self.folder.name} has {' '.join(toml['sizes'])} tiny")
+        return name
+
+    def _use_devices(self, size: str) -> None:
+        """Choose GPUs, ranks and jobs, and their flags."""
         visible = count_gpus(self.size.cpu)
-        self.gpus = args.gpus if args.gpus is not None else visible and math.gcd(visible, self.size.batches)
+        self.gpus = self.args.gpus if self.args.gpus is not None else visible and math.gcd(visible, self.size.batches)
         self.ranks = max(1, self.gpus)
         if self.size.batches % self.ranks:
             raise UserError(
-                f"--gpus {self.gpus} does not divide the {self.size.batches} batches of an update of --size {name}"
+                f"--gpus {self.gpus} does not divide the {self.size.batches} batches of an update of --size {size}"
             )
-        self.jobs = args.jobs or (1 if self.gpus else min(2, os.cpu_count() or 1))
-
+        self.jobs = self.args.jobs or (1 if self.gpus else min(2, os.cpu_count() or 1))
         if not self.gpus:  # the models are small: more threads wait for each other, and other jobs need the cores
             torch.set_num_threads(1)
+        self.device = shlex.split(self.size.precision) if self.gpus else ["--cpu"]
+        self.device += ["--num-workers", "2" if self.gpus else "0"]
 
-        program, options = self._preparation(toml, prepare_options)
-        self.prepare_data, (self.source, self.target) = program.main, program.languages(program.parse_args(options))
-        names = [f"{self.source}-{self.target}", args.variant]
-        self.data = args.data or folder / "data" / "-".join(filter(None, [*names, self.size.data]))
-        self.run = args.out or folder / "runs" / "-".join(filter(None, [*names, name, f"seed{args.seed}"]))
+    def _name_folders(self, size: str) -> None:
+        """Name the folders of data and run, unless the command line does."""
+        names = [f"{self.source}-{self.target}", self.args.variant]
+        self.data = self.args.data or self.folder / "data" / "-".join(filter(None, [*names, self.size.data]))
+        run = "-".join(filter(None, [*names, size, f"seed{self.args.seed}"]))
+        self.run = self.args.out or self.folder / "runs" / run
         for flag, path in (("--data", self.data), ("--out", self.run)):
             if os.pathsep in str(path):
                 raise UserError(
                     f"{flag} {path}: fairseq takes {os.pathsep!r} in a path for the end of it; name another"
                 )
-        self.prepare_options = [*options, "--out", str(self.data)]
-
-        self.stages = Stages(self.run)
         self.bin = self.data / "data-bin" / self.level
-        self.pair = ["--source-lang", self.source, "--target-lang", self.target]
-        self.device = shlex.split(self.size.precision) if self.gpus else ["--cpu"]
-        self.device += ["--num-workers", "2" if self.gpus else "0"]
-        self.dense_updates = args.dense_updates or self.size.dense_updates
-        self.tune_updates = args.tune_updates or self.size.tune_updates
-        self.checkpoint = "average.pt" if self.size.average else "checkpoint_best.pt"
 
     def _preparation(self, toml: dict[str, Any], given: list[str]) -> tuple[ModuleType, list[str]]:
         """Return the program that makes the data, and its command line, of which *given* is the end."""
