@@ -186,47 +186,38 @@ def split_pairs(example: str) -> str:
 def cross_masks() -> str:
     """Masks of cross-attention, alone and with the other kinds, on a small model."""
     report = load(RESULTS / "cross-masks.json")
-    dense = report["dense"]
-    header = [
-        "budget",
-        "cross-attention by",
-        "most heads for one",
-        "always kept",
-        "cross pruned",
-        "perplexity",
-        "bits above dense",
-    ]
+    dense, runs = report["dense"], report["runs"]
+    header = ["budget", "cross-attention by", "most heads for one", "always kept", "cross pruned", "perplexity"]
     body = [["none: dense", "", "", "", "0%", f"{dense['valid_ppl']:.2f}", "0"]]
-    runs = [(re.sub(r"--criterion importance ", "", run["flags"]), run) for run in report["runs"] if run["seed"] == 1]
-    for flags, run in sorted(runs, key=lambda pair: (pair[0].split()[:2], -pair[1]["valid_ppl"])):
-        budget, share = flags.split()[:2]
-        scaled, cap = "scaled-diagonal" in flags, re.search(r"--max-heads (?:cross=)?(\S+)", flags)
-        units = "offset" if scaled else "cell"
-        kept = "column 0" if not scaled else "own anchors" if cap and "note" not in run else "offset 0"
-        kept = run.get("kept", kept)
-        heads = f"{cap[1]} of the {'8' if '-of kind' in flags else '4 of a layer'}" if cap else "any"
-        units += ", mean attention" if "--criterion mean" in flags else ""
-        units += f", annealed over {run['annealed']['updates']}" if "annealed" in run else ""
-        pruned = f"{run['pruned']['cross']:.1%}"
-        bits = f"{run['valid_nll'] - dense['valid_nll']:.2f}"
-        body.append(
-            [
-                f"{'cross' if budget == '--cross' else 'all kinds'} {float(share):.0%}",
-                units,
-                heads,
-                kept,
-                pruned,
-                f"{run['valid_ppl']:.2f}",
-                bits,
-            ]
-        )
+    first = [run for run in runs if run["seed"] == 1]
+    for run in sorted(first, key=lambda run: (budget_of(run), -run["valid_ppl"])):
+        losses = [f"{run['valid_ppl']:.2f}", f"{run['valid_nll'] - dense['valid_nll']:.2f}"]
+        body.append([*cross_mask(run), f"{run['pruned']['cross']:.1%}", *losses])
     by_row: dict[str, list[float]] = {}
-    for run in report["runs"]:
+    for run in runs:
         row = str([run.get(key) for key in ("flags", "kept", "note", "annealed")])
         by_row.setdefault(row, []).append(run["valid_nll"])
     spread = max(max(losses) - min(losses) for losses in by_row.values())
-    table = markdown(Table(header, body, align="llllrrr"))
+    table = markdown(Table([*header, "bits above dense"], body, align="llllrrr"))
     return f"{table}\n\nFirst of the seeds; another one moves a row by at most {spread:.2f} bits."
+
+
+def budget_of(run: dict[str, Any]) -> list[str]:
+    """The flag of a run's budget and its share."""
+    return run["flags"].replace("--criterion importance ", "").split()[:2]
+
+
+def cross_mask(run: dict[str, Any]) -> list[str]:
+    """Budget, what ranks, how many heads may keep the same, and what every row keeps, from the flags of a run."""
+    flags, (budget, share) = run["flags"], budget_of(run)
+    scaled, cap = "scaled-diagonal" in flags, re.search(r"--max-heads (?:cross=)?(\S+)", flags)
+    units = "offset" if scaled else "cell"
+    units += ", mean attention" if "--criterion mean" in flags else ""
+    units += f", annealed over {run['annealed']['updates']}" if "annealed" in run else ""
+    heads = f"{cap[1]} of the {'8' if '-of kind' in flags else '4 of a layer'}" if cap else "any"
+    kept = "column 0" if not scaled else "own anchors" if cap and "note" not in run else "offset 0"
+    kinds = "cross" if budget == "--cross" else "all kinds"
+    return [f"{kinds} {float(share):.0%}", units, heads, run.get("kept", kept)]
 
 
 def cross_heads() -> str:
