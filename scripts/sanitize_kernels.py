@@ -160,9 +160,10 @@ def sums() -> Cases:
 
 def beam_search() -> Cases:
     from ap_fairseq.search.beams import BeamSearchState  # needs fairseq, the other sections do not
+    from ap_fairseq.search.capacity import Capacity
 
     def search(device: str, kernels: bool) -> torch.Tensor:
-        beams = BeamSearchState((4, 40, 8), 5, [2, 3], [2], torch.device(device), kernels)
+        beams = BeamSearchState(Capacity(4, 8, 40), 5, [2, 3], [2], torch.device(device), kernels)
         beams.begin(torch.ones(3, dtype=torch.int64, device=device), 30, 2)
         for step in range(3):
             beams.number_slots(4)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ap_fairseq.files import UserError
+from ap_fairseq.search.capacity import Capacity
 from ap_fairseq.search.hypotheses import Hypotheses, read_out
 from ap_fairseq.search.running import host_copy
 from triton_ops.api import advance_beams, continue_beams
@@ -26,21 +27,21 @@ class BeamSearchState:
     site.
 
     Args:
-        sizes: B, T, and the source tokens of the longest sentence.
+        capacity: B sentences, T target positions, and the source tokens of the longest sentence.
         self_heads, cross_heads: the heads of each decoder self-attention and cross-attention site.
         kernels: whether Triton's kernels do the part of a step after the decoder.
     """
 
     def __init__(
         self,
-        sizes: tuple[int, int, int],
+        capacity: Capacity,
         beam: int,
         self_heads: list[int],
         cross_heads: list[int],
         device: torch.device,
         kernels: bool,
     ):
-        b, t, source_length = sizes
+        b, source_length, t = capacity
 
         def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import operator
+from typing import NamedTuple
 
 
 def bucket(n: int) -> int:
@@ -11,8 +12,7 @@ def bucket(n: int) -> int:
     return power * 3 // 4 if power >= 4 and n <= power * 3 // 4 else power
 
 
-@dataclass(frozen=True)
-class Capacity:
+class Capacity(NamedTuple):
     """Sizes that buffers are made for: sentences in a batch, source tokens of a sentence, target length."""
 
     sentences: int
@@ -21,11 +21,11 @@ class Capacity:
 
     def covers(self, other: Capacity) -> bool:
         """Whether buffers of this capacity serve a batch that needs *other*."""
-        return all(getattr(self, name) >= getattr(other, name) for name in self.__dataclass_fields__)
+        return all(map(operator.ge, self, other))
 
     def joined(self, other: Capacity) -> Capacity:
         """Return the smallest capacity that covers both."""
-        return Capacity(*(max(getattr(self, name), getattr(other, name)) for name in self.__dataclass_fields__))
+        return Capacity(*map(max, self, other))
 
     def rows(self, max_len: int) -> int:
         """Return the mask rows that a search of *max_len* tokens may read, rounded: most batches ask for the same."""

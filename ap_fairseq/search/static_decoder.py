@@ -91,8 +91,7 @@ class StaticDecoder:
         self.repeats_sources = bool(self.capture and self.cross_sites) and all(
             module.runs_kernels(dtype, device) for module in self.encoder_sites
         )
-        sizes = (capacity.sentences, capacity.positions, capacity.source_length)
-        self.beams = BeamSearchState(sizes, rules.beam, self_heads, cross_heads, device, kernels)
+        self.beams = BeamSearchState(capacity, rules.beam, self_heads, cross_heads, device, kernels)
         self.restrictions = Restrictions(self.beams.state, rules)
         self.memory = None if rules.strategy is None else rules.strategy.memory(capacity.sentences, device)
 
@@ -131,7 +130,7 @@ class StaticDecoder:
         return self.rules == rules and self.capacity.covers(needed) and self.addresses == self._addresses()
 
     def marks(self) -> list[Any]:
-        """Return what is another if a parameter or a mask has changed, or a search cannot go on in this mode.
+        """Return torch's mode, and versions of all parameters and masks: a search goes on only while they are the same.
 
         A change through a parameter's ``.data`` is not seen: torch does not count it.
         """
