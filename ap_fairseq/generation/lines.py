@@ -23,7 +23,7 @@ from ap_fairseq.search.hypotheses import Hypotheses
 
 
 class TranslatedBatch(NamedTuple):
-    """What is printed of the B sentences of a batch, in few arrays, which go to another process in no time.
+    """What is printed about the B sentences of a batch, in few arrays: quick to pickle for another process.
 
     Attributes:
         ids: of the sentences.
@@ -104,7 +104,7 @@ class BatchLines:
         if isinstance(self.scorer, SacrebleuSums):
             self.scorer.add_string(*texts)
         elif self.scorer is not None:  # of words, where tokens were joined
-            add(self.scorer, *(tokens if self.post_process is None else map(self._encode, texts)))
+            add_tokens(self.scorer, *(tokens if self.post_process is None else map(self._encode, texts)))
 
     def _rows(self, tokens: np.ndarray | None) -> list[list[int]]:
         """Return the tokens of each row, int64 (B, T), without padding; of None, no row."""
@@ -130,8 +130,8 @@ def split(values: np.ndarray, lengths: np.ndarray) -> Iterator[list]:
     return (whole[begin:end] for begin, end in zip([0, *ends[:-1]], ends, strict=True))
 
 
-def add(scorer: Scorer, reference: list[int], hypothesis: list[int]) -> None:
-    """As ``scorer.add`` with tensors, which takes as long as the lines of a sentence."""
+def add_tokens(scorer: Scorer, reference: list[int], hypothesis: list[int]) -> None:
+    """Count a pair as ``scorer.add`` does, whose tensors take as long as the lines of a sentence."""
     known = [-999 if token == scorer.unk else token for token in reference]  # no word matches an unknown one
     sides = [(ctypes.c_size_t(len(side)), (ctypes.c_int * len(side))(*side)) for side in (known, hypothesis)]
     pad, eos = ctypes.c_int(scorer.pad), ctypes.c_int(scorer.eos)

@@ -130,10 +130,10 @@ def _run(rank: int, cpu: bool, receiver: Connection) -> None:
 
 def end_with_parent() -> None:
     """Let this process end when its parent has ended, which may have been killed."""
-    threading.Thread(target=_outlive, args=(multiprocessing.parent_process(),), daemon=True).start()
+    threading.Thread(target=_exit_after, args=(multiprocessing.parent_process(),), daemon=True).start()
 
 
-def _outlive(parent: multiprocessing.process.BaseProcess) -> None:
+def _exit_after(parent: BaseProcess) -> None:
     parent.join()
     os._exit(1)
 

@@ -17,7 +17,7 @@ _TOGETHER = 1000  # texts that sacreBLEU counts at once
 
 
 class ScoredLater(scoring.BaseScorer):
-    """In the place of the scorer of a process whose lines are scored elsewhere."""
+    """Stands in for the scorer of a process whose lines are scored elsewhere."""
 
     def __init__(self):
         super().__init__(None)
@@ -86,10 +86,10 @@ class SacrebleuSums(SacrebleuScorer):
 
 
 def summing(scorer) -> TokenSums | SacrebleuSums | None:
-    """Return a scorer in the place of one of fairseq's; None if it is none of BLEU, or a user's, which may differ."""
+    """Return what counts sums in place of fairseq's scorer of BLEU; None for others, and a user's, which may differ."""
     if type(scorer) is SacrebleuScorer:
         return SacrebleuSums(scorer.cfg)
-    return TokenSums(scorer) if type(scorer) is Scorer else None  # it takes a few attributes that the other has
+    return TokenSums(scorer) if type(scorer) is Scorer else None  # as a configuration: it reads pad, eos and unk
 
 
 def score_lines(cfg, sentences: list[bytes], sums: list[list[int]]) -> list[str]:

@@ -22,7 +22,7 @@ from ap_fairseq.tasks import return_what_is_printed
 
 
 class Encoded(NamedTuple):
-    """Lines as tokens, in two arrays, which go to another process in no time.
+    """Lines as tokens, in two arrays: quick to pickle for another process.
 
     Attributes:
         tokens: int64 (sum of lengths,), of all lines, one after the other.

@@ -107,17 +107,17 @@ class Workers(AbstractContextManager):
             _result(self._submitted.popleft())
 
     def _submit(self, name: str, *arguments: Any) -> Future:
-        with _deaths_named():
+        with _death_as_user_error():
             return self._pool.submit(_call, name, *arguments)
 
 
 def _result(future: Future) -> Any:
-    with _deaths_named():
+    with _death_as_user_error():
         return future.result()
 
 
 @contextmanager
-def _deaths_named() -> Iterator[None]:
+def _death_as_user_error() -> Iterator[None]:
     try:
         yield
     except BrokenProcessPool as error:

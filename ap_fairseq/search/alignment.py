@@ -15,7 +15,7 @@ from ap_fairseq.files import UserError
 from ap_fairseq.search.generator import TURN, PrunedSequenceGenerator
 from ap_fairseq.search.running import EncoderOuts
 
-MAX_NUMBERS = 1 << 26  # of attention weights and activations of a layer that are computed at a time
+MAX_ELEMENTS = 1 << 26  # of attention weights and activations of a layer that are computed at a time
 
 
 class PrunedSequenceGeneratorWithAlignment(SequenceGeneratorWithAlignment, PrunedSequenceGenerator):
@@ -53,8 +53,8 @@ class PrunedSequenceGeneratorWithAlignment(SequenceGeneratorWithAlignment, Prune
         hypotheses = [(number, h) for number, sentence in enumerate(found) for h in sentence]
         longest = max(h["tokens"].numel() for _, h in hypotheses)
         sides = [model.cfg.decoder for model in self.model.models]
-        numbers = max(side.attention_heads * source.size(1) + side.ffn_embed_dim for side in sides)
-        size = max(1, MAX_NUMBERS // (longest * numbers))
+        per_token = max(side.attention_heads * source.size(1) + side.ffn_embed_dim for side in sides)
+        size = max(1, MAX_ELEMENTS // (longest * per_token))
         for start in range(0, len(hypotheses), size):
             self._align(hypotheses[start : start + size], source, encoder_outs, first_token)
         return found

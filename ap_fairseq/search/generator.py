@@ -34,7 +34,7 @@ TURN = threading.RLock()  # of the searches of a process: threads may share a ge
 
 UNWATCHED_STEPS = 8  # that the device does while the host reads a batch, or encodes one
 
-SEARCH_OPTIONS = {  # that choose a search which is not covered
+SEARCH_OPTIONS = {  # by fairseq's search that is not covered: what chooses it
     "LexicallyConstrainedBeamSearch": "--constraints",
     "PrefixConstrainedBeamSearch": "prefix_allowed_tokens_fn",
 }
@@ -80,7 +80,7 @@ class PrunedSequenceGenerator(SequenceGenerator):
         self._begun: RunningSearch | None = None  # of the batch that comes next, in the buffers of the decoder
         on_gpu = next(self.model.parameters()).is_cuda
         if on_gpu and self._not_covered(None) is None and self._runs_kernels():
-            from triton_ops import beam_search, ops  # noqa: F401  (a second, for which the first batch need not wait)
+            from triton_ops import beam_search, ops  # noqa: F401  (takes a second, which the first batch is spared)
         if self.repeat_ngram_blocker is not None:
             self.repeat_ngram_blocker = NGramBlock(self.repeat_ngram_blocker.no_repeat_ngram_size, self.pad)
 

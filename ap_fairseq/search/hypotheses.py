@@ -37,7 +37,7 @@ class Hypotheses:
         Args:
             found: hypotheses of this kind, which are *nbest* at most already, or fairseq's lists.
             nbest: hypotheses of each sentence at most.
-            unit: of the scores, which are divided by it where they are: a GPU rounds quotients in its own way.
+            unit: scores are divided by it, on the device that holds them: a GPU rounds quotients in its own way.
         """
         if isinstance(found, cls):
             return replace(found, scores=found.scores / unit, positional_scores=found.positional_scores / unit)

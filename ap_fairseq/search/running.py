@@ -52,7 +52,7 @@ class RunningSearch:
         step: the next one.
         prefix_len: steps whose tokens are given.
         phase: of the step before.
-        marks: of the models as they were when it began, if that was early (`StaticDecoder.marks`).
+        marks: of the models when it began, if that was early (`StaticDecoder.marks`); it goes on only under the same.
     """
 
     batch: Batch

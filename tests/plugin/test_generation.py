@@ -267,7 +267,7 @@ def aligned(hypotheses, how):
 )
 def test_alignments_are_those_of_fairseq(name, backend, monkeypatch, caplog):
     case = ALIGNED[name]
-    monkeypatch.setattr(alignment, "MAX_NUMBERS", 9000)  # several passes over the hypotheses
+    monkeypatch.setattr(alignment, "MAX_ELEMENTS", 9000)  # several passes over the hypotheses
     how, rows, bos = map(case.get, ("print_alignment", "prefix", "bos_token"))
     guided = {option: value for option, value in case.items() if option.startswith("alignment_")}
     systems = models(case.get("n", 1), attention_backend=backend, **guided)
