@@ -125,16 +125,7 @@ class PruningWhileTraining:
                 )
             if not from_checkpoint:  # else masks that are named replace those of the checkpoint
                 self.pruner.require_fitting(model)
-                self._warn_of_end(self.max_update, f"--max-update {self.max_update}")
-                for flag, value, unset, remedy in (
-                    ("--stop-time-hours", self.stop_time_hours, 0, "more hours"),
-                    ("--stop-min-lr", self.stop_min_lr, -1, "a lower one"),
-                ):
-                    if value > unset:
-                        logger.warning(
-                            f"{flag} {value:g} may end the training before the last pruning, after --prune-end "
-                            f"{self.pruner.schedule.end} updates; then resume it with {remedy}"
-                        )
+                self._warn_of_early_end()
                 model.prefer_checkpoint_masks()  # of a training that resumes
         return model
 
@@ -160,6 +151,19 @@ class PruningWhileTraining:
             updates = sum(math.ceil(len(iterator) / size) for size in by_epoch)
             self._warn_of_end(updates, f"--max-epoch {self.max_epoch} ({updates} updates)")
         return iterator
+
+    def _warn_of_early_end(self) -> None:
+        """Warn of flags that end the training before the last pruning, or may do so."""
+        self._warn_of_end(self.max_update, f"--max-update {self.max_update}")
+        for flag, value, unset, remedy in (
+            ("--stop-time-hours", self.stop_time_hours, 0, "more hours"),
+            ("--stop-min-lr", self.stop_min_lr, -1, "a lower one"),
+        ):
+            if value > unset:
+                logger.warning(
+                    f"{flag} {value:g} may end the training before the last pruning, after --prune-end "
+                    f"{self.pruner.schedule.end} updates; then resume it with {remedy}"
+                )
 
     def _warn_of_end(self, updates: int, flag: str) -> None:
         if message := self.pruner.schedule.cut_by(updates, flag):
