@@ -80,6 +80,7 @@ def blocks(source: str) -> list[Block] | None:
 
 
 def _blocks(source: str) -> Iterator[Block]:
+    """The blocks of a page, empty ones too."""
     lines = iter(source.splitlines())
     kind, parts = "text", []
 
@@ -122,12 +123,7 @@ def _blocks(source: str) -> Iterator[Block]:
                 yield Block("tag", clean(plain(words[0])))
         elif name in CODE:
             yield finished()
-            end = CODE[name]
-            for skipped in lines:
-                if skipped.startswith(".") and skipped[1:].split()[:1] in ([end], [end.strip(".")]):
-                    break
-                if end == "." and skipped.startswith(".."):
-                    break
+            _skip(lines, CODE[name])
             yield Block("code", "")
         elif name in PARAGRAPHS:
             yield finished()
@@ -136,6 +132,15 @@ def _blocks(source: str) -> Iterator[Block]:
         elif name in ("UE", "ME") and rest.strip() and parts:
             parts[-1] += plain(rest).strip()
     yield finished()
+
+
+def _skip(lines: Iterator[str], end: str) -> None:
+    """Go behind the macro *end*; a full stop stands for the line ``..``, which ends definitions."""
+    for line in lines:
+        if line.startswith(".") and line[1:].split()[:1] in ([end], [end.strip(".")]):
+            return
+        if end == "." and line.startswith(".."):
+            return
 
 
 def sections(page: list[Block]) -> list[list[Block]]:

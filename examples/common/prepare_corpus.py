@@ -9,8 +9,9 @@ import itertools
 import os
 import sys
 import tomllib
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -186,35 +187,49 @@ def build_pieces(recipe: Recipe, out: Path, work: Path, spm_lines: int) -> dict[
     train_sentencepiece(work / "spm.model", sample, recipe.bpe_size, coverage=0.9999)
     processor = load_sentencepiece(work / "spm.model")
     known = known_pieces(processor)
+    (work / "bpe-sentences").mkdir()
     frequency: Counter[str] = Counter()
-    counts: dict[str, Any] = defaultdict(dict)
-    folder = work / "bpe-sentences"
-    folder.mkdir()
+    sentences = {}
     for split in SPLITS:
-        kept = left_out = 0
-        tokens, unknown = [0, 0], 0
-        with (
-            (folder / f"{split}.{recipe.pair[0]}").open("w", encoding="utf-8", newline="\n") as sources,
-            (folder / f"{split}.{recipe.pair[1]}").open("w", encoding="utf-8", newline="\n") as targets,
-        ):
-            for *sides, _ in encoded(processor, text, split, recipe.pair):
-                if split != "test" and not fits(*sides, recipe.max_tokens, recipe.max_ratio):
-                    left_out += 1
-                    continue
-                kept += 1
-                for side, (pieces, stream) in enumerate(zip(sides, (sources, targets), strict=True)):
-                    stream.write(" ".join(pieces) + "\n")
-                    tokens[side] += len(pieces)
-                    unknown += sum(piece not in known for piece in pieces)
-                    if split == "train":
-                        frequency.update(pieces)
-        if not kept:
+        pairs = (sides for *sides, _ in encoded(processor, text, split, recipe.pair))
+        files = [work / "bpe-sentences" / f"{split}.{language}" for language in recipe.pair]
+        fitting = None if split == "test" else recipe
+        sentences[split] = write_pairs(files, pairs, fitting, known, frequency if split == "train" else Counter())
+        if not sentences[split]["pairs"]:
             raise PrepareError(
-                f"all {left_out} {split} pairs are longer than {recipe.max_tokens} tokens or too unequal"
+                f"all {sentences[split]['left_out']} {split} pairs are longer than {recipe.max_tokens} tokens or too "
+                "unequal"
             )
-        counts["sentences"][split] = {"pairs": kept, "left_out": left_out, "tokens": tokens, "unknown": unknown}
-    counts["dictionary"] = write_dictionary(work / "dict.txt", processor, frequency)
-    return dict(counts)
+    return {"sentences": sentences, "dictionary": write_dictionary(work / "dict.txt", processor, frequency)}
+
+
+def write_pairs(
+    files: Sequence[Path],
+    pairs: Iterable[Sequence[list[str]]],
+    fitting: Recipe | None,
+    known: frozenset[str],
+    frequency: Counter[str],
+) -> dict[str, Any]:
+    """Write the pieces of both sides of pairs to two files; return how many pairs, pieces and unknown pieces.
+
+    fitting: whose limits decide which pairs are left out; None: none is.
+    frequency: pieces are counted in it.
+    """
+    kept = left_out = unknown = 0
+    tokens = [0, 0]
+    with ExitStack() as stack:
+        streams = [stack.enter_context(file.open("w", encoding="utf-8", newline="\n")) for file in files]
+        for sides in pairs:
+            if fitting is not None and not fits(*sides, fitting.max_tokens, fitting.max_ratio):
+                left_out += 1
+                continue
+            kept += 1
+            for side, (pieces, stream) in enumerate(zip(sides, streams, strict=True)):
+                stream.write(" ".join(pieces) + "\n")
+                tokens[side] += len(pieces)
+                unknown += sum(piece not in known for piece in pieces)
+                frequency.update(pieces)
+    return {"pairs": kept, "left_out": left_out, "tokens": tokens, "unknown": unknown}
 
 
 def build_documents(recipe: Recipe, out: Path, work: Path, limit: int) -> dict[str, Any]:
