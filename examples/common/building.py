@@ -110,7 +110,7 @@ def train_sentencepiece(
 
 
 def write_dictionary(file: Path, processor, frequency: Counter[str]) -> int:
-    """fairseq's dict.txt: every piece and its frequency in training. Returns its size, fairseq's specials included."""
+    """fairseq's dict.txt: every piece and its frequency in training. Return its size, fairseq's specials included."""
     pieces = [processor.id_to_piece(index) for index in range(SENTENCEPIECE_SPECIALS, processor.get_piece_size())]
     write_lines(file, (f"{piece} {frequency[piece]}" for piece in pieces))
     return len(pieces) + FAIRSEQ_SPECIALS
@@ -170,7 +170,7 @@ def encode_text(
 ) -> tuple[int, dict[str, list[list[str]]]]:
     """``spm.model``, ``dict.txt`` and ``bpe/SPLIT`` + suffix of text by split.
 
-    Returns the size of the dictionary, and the pieces of each line by split.
+    Return the size of the dictionary, and the pieces of each line by split.
     """
     train_sentencepiece(work / "spm.model", filter(None, text["train"]), bpe_size, 0.9995)
     processor = load_sentencepiece(work / "spm.model")
@@ -227,7 +227,7 @@ def _remove(path: Path) -> None:
 
 
 def run_steps(out: Path, steps: Sequence[Step]) -> dict[str, Any]:
-    """Runs the steps that are not done yet, in order, and returns the counts of all.
+    """Run the steps that are not done yet, in order, and return the counts of all.
 
     A step is done when its marker in ``out/.steps`` holds its options and its products exist. Before a step runs, the
     markers and products of it and of all later steps go, ``counts.json`` first: whatever interrupts the run, no product
@@ -278,7 +278,7 @@ def versions() -> dict[str, str]:
 
 
 def open_folder(out: Path) -> None:
-    """Makes the output folder; refuses one with other contents, because steps delete what they are about to make."""
+    """Make the output folder; refuse one with other contents, because steps delete what they are about to make."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         if any(out.iterdir()) and not (out / ".steps").is_dir():
@@ -289,7 +289,7 @@ def open_folder(out: Path) -> None:
 
 
 def build(out: Path, steps: Sequence[Step], options: Mapping[str, Any]) -> dict[str, Any]:
-    """Runs the steps in ``out`` unless another run is working there; returns what ``counts.json`` holds.
+    """Run the steps in ``out`` unless another run is working there; return what ``counts.json`` holds.
 
     options: of the command line, for the record.
     """
@@ -332,21 +332,21 @@ def add_page_tokens(parser: argparse.ArgumentParser) -> None:
 
 
 def make_absolute(args: argparse.Namespace) -> None:
-    """Makes the paths of a command line absolute, because programs run in other folders."""
+    """Make the paths of a command line absolute, because programs run in other folders."""
     for name, value in vars(args).items():
         if isinstance(value, Path):
             setattr(args, name, value.absolute())
 
 
 def require_least(parser: argparse.ArgumentParser, args: argparse.Namespace, **least: int) -> None:
-    """Refuses numbers that are too small; None stays."""
+    """Refuse numbers that are too small; None stays."""
     for name, number in least.items():
         if getattr(args, name) is not None and getattr(args, name) < number:
             parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected at least {number}")
 
 
 def check_options(parser: argparse.ArgumentParser, args: argparse.Namespace, out: Path, **least: int) -> None:
-    """Refuses numbers that are too small, and makes all paths absolute, because programs run in other folders.
+    """Refuse numbers that are too small, and make all paths absolute, because programs run in other folders.
 
     out: the default output folder.
     """
@@ -359,7 +359,7 @@ def check_options(parser: argparse.ArgumentParser, args: argparse.Namespace, out
 
 
 def prepare(args: argparse.Namespace, steps_of: Callable[[argparse.Namespace], Sequence[Step]]) -> dict[str, Any]:
-    """Builds ``args.out`` and returns what ``counts.json`` holds."""
+    """Build ``args.out`` and return what ``counts.json`` holds."""
     missing = [name for name in ("sentencepiece", "fairseq") if importlib.util.find_spec(name) is None]
     if missing:
         raise PrepareError(
@@ -371,7 +371,7 @@ def prepare(args: argparse.Namespace, steps_of: Callable[[argparse.Namespace], S
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Ends a ``prepare.sh`` with one line for what the user can put right; a decorator of its ``main``."""
+    """End a ``prepare.sh`` with one line for what the user can put right; a decorator of its ``main``."""
     try:
         yield
     except PrepareError as error:

@@ -31,7 +31,7 @@ class Line(NamedTuple):
 
 
 def extract(archive: Path, members: Sequence[str], folder: Path) -> list[Path]:
-    """Writes members of a tar archive to ``folder``; a member ``name`` may be stored as ``name.gz``.
+    """Write members of a tar archive to ``folder``; a member ``name`` may be stored as ``name.gz``.
 
     Raises:
         PrepareError: if the archive cannot be read to its end, or has no such member.
@@ -150,7 +150,7 @@ class TestSet(NamedTuple):
 
 
 def read_test_set(name: str, archives: Sequence[Path], pair: str, members: Sequence[str]) -> TestSet:
-    """Reads the source and reference of a test set from its archives, with sacreBLEU's own reader.
+    """Read the source and reference of a test set from its archives, with sacreBLEU's own reader.
 
     members: paths of source and reference inside the archives.
     """

@@ -11,7 +11,7 @@ from building import PrepareError
 
 
 def require_commands(commands: Sequence[str], packages: str, download: str) -> None:
-    """Raises PrepareError if a program is missing.
+    """Raise PrepareError if a program is missing.
 
     packages: what the corpus comes from, for the message; download: the command that downloads it where apt is.
     """

@@ -36,7 +36,7 @@ class Archive(NamedTuple):
 
 
 def fetch(archive: Archive, folder: Path) -> dict[str, Any]:
-    """Makes ``folder/HOST/PATH`` unless it is there; returns address, size, SHA-256 and how it was verified.
+    """Make ``folder/HOST/PATH`` unless it is there; return address, size, SHA-256 and how it was verified.
 
     An interrupted download stays beside it with the ending ``.part`` and is continued by the next call.
 
@@ -101,7 +101,7 @@ def _expected(archive: Archive) -> str | None:
 
 
 def _download(address: str, part: Path) -> None:
-    """Appends to ``part`` until it is complete; a broken connection is retried as long as something arrives."""
+    """Append to ``part`` until it is complete; a broken connection is retried as long as something arrives."""
     fruitless = 0
     while True:
         before = part.stat().st_size if part.exists() else 0

@@ -13,7 +13,7 @@ from building import PrepareError, make_absolute
 
 @contextmanager
 def required_modules() -> Iterator[None]:
-    """Ends the program with one line if a module that is imported within is missing, and without any on Ctrl-C."""
+    """End the program with one line if a module that is imported within is missing, and without any on Ctrl-C."""
     interrupted = signal.getsignal(signal.SIGINT)
     if interrupted is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -29,7 +29,7 @@ def required_modules() -> Iterator[None]:
 
 
 def run_example(run: Callable[[argparse.Namespace], Any], args: argparse.Namespace) -> None:
-    """Calls ``run(args)`` for a ``run.sh``; it ends with one line for what the user can put right."""
+    """Call ``run(args)`` for a ``run.sh``; it ends with one line for what the user can put right."""
     from ap_fairseq.cli.common import exit_on_sigterm
     from ap_fairseq.files import UserError
 

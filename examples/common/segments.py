@@ -49,7 +49,7 @@ def clean(text: str) -> str:
 
 
 def cut_page(page: Page, lengths: Sequence[tuple[int, int]], limit: int) -> tuple[list[Document], int]:
-    """Cuts a page at segment boundaries into documents of at most ``limit`` tokens on both sides.
+    """Cut a page at segment boundaries into documents of at most ``limit`` tokens on both sides.
 
     lengths: (source, target) tokens of every segment; a separator between two segments is one more token. A segment
     that is longer than the limit by itself fits no document and is left out: the second result counts those.

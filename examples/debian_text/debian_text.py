@@ -49,7 +49,7 @@ FETCH = "examples/debian_text/prepare.sh --fetch DIR"
 
 
 def fetch(folder: Path, language: str, max_package: int) -> None:
-    """Downloads ``Translation-LANGUAGE`` of English and the language, and all packages, into ``folder``.
+    """Download ``Translation-LANGUAGE`` of English and the language, and all packages, into ``folder``.
 
     max_package: bytes; larger packages are left out. Few of them hold more than a page or two.
     """

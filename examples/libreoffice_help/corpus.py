@@ -122,7 +122,7 @@ def _text(element: _Element) -> str:
 
 
 def _leaf_blocks(element: _Element, blocks: list[Block]) -> bool:
-    """Appends the leaf blocks below and including ``element``; says whether there were any."""
+    """Append the leaf blocks below and including ``element``; say whether there were any."""
     found = False
     for child in _visible(element):
         if isinstance(child, _Element) and not _is_code(child):
