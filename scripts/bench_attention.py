@@ -41,7 +41,7 @@ from torch.nn.attention import SDPBackend
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from provenance import git_commit
+from provenance import git_commit, with_heading
 from rivals_attention import Method, block_sparse, dense, dense_mask, flash_attention_4_dense, flex
 
 from triton_ops import AttentionLayout, block_sparse_attention, decode_attention
@@ -568,9 +568,9 @@ def table(report: dict) -> str:
         cells += [str(ours.get("block", 1)), ours.get("direction", "step"), f"{ours['median_ms']:.3g}", rate]
         body.append(cells + [_times_longer(rivals, methods, ours["median_ms"]) for methods in columns.values()])
     header = ["case", "B, H, T", "sparsity", "block", "direction", "ours, ms", "TFLOP/s", *columns]
-    made = f"{report['device']}, torch {report['torch']}, triton {report['triton']}, commit {report['commit']}: "
-    lines = [f"{made}`{report['command']}`", *([report["note"]] if "note" in report else []), ""]
-    return "\n".join([*lines, markdown(Table(header, body, align="llrrl" + "r" * (2 + len(columns))))])
+    versions = f"torch {report['torch']}, triton {report['triton']}"
+    made = f"{report['device']}, {versions}, commit {report['commit']}: `{report['command']}`"
+    return with_heading(made, report, markdown(Table(header, body, align="llrrl" + "r" * (2 + len(columns)))))
 
 
 def _times_longer(rows: list[dict], methods: tuple[str, ...], ours: float) -> str:

@@ -37,7 +37,7 @@ from pathlib import Path
 import sacrebleu
 from dense_checkpoint import stock_checkpoint
 from fairseq.data import data_utils
-from provenance import git_commit
+from provenance import git_commit, with_heading
 
 from ap_fairseq.devices import count_gpus, device_name
 from ap_fairseq.evaluation.tables import Table, markdown
@@ -161,8 +161,7 @@ def table(report: dict) -> str:
     header = ["command", "GPUs", "processes", "tokens of a batch", "seconds (search)", "sentences/s", "ratio", "score"]
     used = report["versions"]
     made = f"{report['device']}, torch {used['torch']}, commit {report['commit']}: `{report['made_by']}`"
-    notes = [report["note"]] if "note" in report else []
-    return "\n".join([made, *notes, "", markdown(Table(header, body, align="lrrrrrrl"))])
+    return with_heading(made, report, markdown(Table(header, body, align="lrrrrrrl")))
 
 
 def get_parser() -> argparse.ArgumentParser:

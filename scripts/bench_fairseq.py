@@ -68,7 +68,7 @@ from importlib import metadata
 from pathlib import Path
 
 import torch
-from provenance import git_commit
+from provenance import git_commit, with_heading
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -232,8 +232,7 @@ def table(report: dict, systems: Sequence[str] = (*SYSTEMS, *itertools.chain(*RI
         f"{report['device']}, torch {report['torch']}, triton {report['triton']}, {report['arch']}, "
         f"{report['precision']}, commit {report['commit']}: `{report['command']}`"
     )
-    lines = [made, *([report["note"]] if "note" in report else []), ""]
-    lines.append(markdown(header, body, "ll"))
+    lines = [with_heading(made, report, markdown(header, body, "ll"))]
     lines += [f"\n{row['case']}, {row['system']}: {described(row['settings'])}" for row in rows if "settings" in row]
     if profiled := [row for row in rows if "profile" in row]:
         lines += ["", profile_table(profiled)]

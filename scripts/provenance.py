@@ -16,3 +16,8 @@ def git_commit() -> str:
     except OSError:  # no git here
         return "unknown"
     return result.stdout.strip() or "unknown"
+
+
+def with_heading(made: str, report: dict, table: str) -> str:
+    """Return a table under *made*, what its numbers were measured with, and the note of the report, if it has one."""
+    return "\n".join([made, *([report["note"]] if "note" in report else []), "", table])

@@ -33,6 +33,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench_attention import BFLOAT16, DEVICE, measure, provenance, sentence_problem, training_step
+from provenance import with_heading
 
 from triton_ops import AttentionLayout, block_sparse_attention, launch
 from triton_ops.config import Config
@@ -189,8 +190,7 @@ def table(report: dict) -> str:
         config = ", ".join("none" if value is None else str(value) for value in best["config"])
         rows.append([row["search"], str(row["candidates"]), times[0], config, times[1], f"{best['ratio']:.3f}"])
     made = f"{report['device']}, torch {report['torch']}, triton {report['triton']}, commit {report['commit']}"
-    lines = [made, *([report["note"]] if "note" in report else []), ""]
-    return "\n".join([*lines, markdown(Table([*header, "ratio"], rows, align="lrrlrr"))])
+    return with_heading(made, report, markdown(Table([*header, "ratio"], rows, align="lrrlrr")))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
