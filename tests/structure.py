@@ -16,7 +16,7 @@ import networkx
 FLOORS = (
     {"triton_ops"},
     {"version", "files", "logs", "compat", "cuda_graphs", "devices"},
-    {"processes", "progress", "sites", "provenance"},
+    {"processes", "progress", "sites", "provenance", "data_bin"},
     {"lengths"},
     {"relative"},
     {"artifacts"},  # statistics and masks: what the stages hand to each other

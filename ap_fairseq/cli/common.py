@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import functools
 import gc
 import logging
@@ -15,7 +16,7 @@ import sys
 import threading
 from collections.abc import Callable
 from contextlib import contextmanager
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from ap_fairseq.files import UserError
 from ap_fairseq.logs import set_up_logging
@@ -138,6 +139,18 @@ def without_usage(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 
     parser.error = error  # type: ignore[method-assign]
     return parser
+
+
+def literal(flag: str, text: str) -> dict[str, Any]:
+    """Return the Python dictionary that *text* spells, such as ``--model-overrides``.
+
+    Raises:
+        UserError: if it spells none.
+    """
+    try:
+        return dict(ast.literal_eval(text or "{}"))
+    except (SyntaxError, TypeError, ValueError) as error:
+        raise UserError(f"{flag} {text!r} is not a Python dictionary such as \"{{'name': 1}}\"") from error
 
 
 def add_output(parser: argparse.ArgumentParser, what: str) -> None:

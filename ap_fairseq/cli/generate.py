@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import functools
 import logging
+import math
 import shutil
 import sys
 import tempfile
@@ -19,7 +20,7 @@ from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from omegaconf import OmegaConf
 
 import ap_fairseq.plugin  # noqa: F401  (registers with fairseq)
-from ap_fairseq.cli.common import command, drop_stdout, without_usage
+from ap_fairseq.cli.common import command, drop_stdout, literal, without_usage
 from ap_fairseq.cli.user_dir import import_user_dir, user_dir_of
 from ap_fairseq.devices import count_gpus
 from ap_fairseq.files import ArtifactError, UserError, refuse_existing, require_file, write_pieces
@@ -165,6 +166,9 @@ def _require_languages(folder: str, languages: dict[str, str | None]) -> None:
 
 def _require_settings(args: argparse.Namespace) -> None:
     """Raise UserError for numbers that fairseq takes and cannot use, and for what leads hydra to a traceback."""
+    for name, number in vars(args).items():
+        if isinstance(number, float) and not math.isfinite(number):
+            raise UserError(f"--{name.replace('_', '-')} {number}: give a finite number")
     for flag, number in (("--beam", args.beam), ("--nbest", args.nbest)):
         if number < 1:
             raise UserError(f"{flag} {number}: a search keeps and returns at least 1 hypothesis")
@@ -176,6 +180,11 @@ def _require_settings(args: argparse.Namespace) -> None:
         )
     if args.buffer_size < 0:
         raise UserError(f"--buffer-size {args.buffer_size} is not a number of lines")
+    if args.num_workers is not None and args.num_workers < 0:
+        raise UserError(f"--num-workers {args.num_workers} is not a number of processes; give 0 or more")
+    if not 0 <= args.seed < 1 << 32:
+        raise UserError(f"--seed {args.seed}: numpy's random numbers take one from 0 to {(1 << 32) - 1}")
+    literal("--model-overrides", args.model_overrides)
     if args.tokenizer == "moses" and None in (args.source_lang, args.target_lang):
         raise UserError("--tokenizer moses needs --source-lang and --target-lang")
 

@@ -6,7 +6,6 @@ The command line is checked here against checkpoint and data; :mod:`ap_fairseq.r
 from __future__ import annotations
 
 import argparse
-import ast
 import os
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,9 @@ from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException, get_context
 
 import ap_fairseq.plugin  # noqa: F401  (registers with fairseq)
-from ap_fairseq.cli.common import add_output, command, without_usage
+from ap_fairseq.cli.common import add_output, command, literal, without_usage
 from ap_fairseq.cli.user_dir import add_user_dir, import_user_dir
+from ap_fairseq.data_bin import load_dictionary
 from ap_fairseq.files import ArtifactError, UserError
 from ap_fairseq.model.checkpoints import load_checkpoint, stored_model
 from ap_fairseq.provenance import dictionary_files, dictionary_sha256
@@ -91,7 +91,7 @@ def main(argv: list[str]) -> None:
         sample=args.sample,
         importance=args.importance,
         overwrite=args.overwrite,
-        model_overrides=_literal("--model-overrides", cfg.common_eval.model_overrides),
+        model_overrides=literal("--model-overrides", cfg.common_eval.model_overrides),
         task_settings=chosen,
         log_interval=cfg.common.log_interval if "--log-interval" in given else None,
     )
@@ -151,13 +151,6 @@ def _fairseq_configuration(args: argparse.Namespace, argv: list[str], task: Reco
         )
     fairseq_args.tpu = False  # fairseq's parser sets it for --bf16
     return convert_namespace_to_omegaconf(fairseq_args), given
-
-
-def _literal(flag: str, text: str) -> dict[str, Any]:
-    try:
-        return dict(ast.literal_eval(text or "{}"))
-    except (SyntaxError, TypeError, ValueError) as error:
-        raise UserError(f"{flag} {text!r} is not a Python dictionary such as \"{{'name': 1}}\"") from error
 
 
 def _require_data(data: str, subset: str) -> None:
@@ -237,22 +230,15 @@ def _require_training_dictionaries(state: dict[str, Any], args: argparse.Namespa
     trained_on = str(stored_task(state).get("data") or "").split(os.pathsep)[0]
     for file in dictionary_files(args.data):
         original = Path(trained_on) / file.relative_to(args.data)
-        ours = _dictionary_sha256(file)
+        ours = dictionary_sha256(load_dictionary(Dictionary, file))
         if not original.is_file():
             continue
-        theirs = _dictionary_sha256(original)
+        theirs = dictionary_sha256(load_dictionary(Dictionary, original))
         if ours != theirs:
             raise ArtifactError(
                 f"{file} has the SHA-256 {ours[:12]}; {args.path} was trained with {original}, which has "
                 f"{theirs[:12]}; record on the data-bin that the checkpoint was trained with"
             )
-
-
-def _dictionary_sha256(file: Path) -> str:
-    try:
-        return dictionary_sha256(Dictionary.load(str(file)))
-    except (ValueError, RuntimeError) as error:  # fairseq does not name the file
-        raise ArtifactError(f"{file} is damaged: {error}; copy the data-bin again") from error
 
 
 if __name__ == "__main__":

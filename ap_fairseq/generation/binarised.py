@@ -23,8 +23,9 @@ from fairseq.data.iterators import CountingIterator
 from fairseq.tasks import TASK_REGISTRY
 from fairseq_cli import generate
 
+from ap_fairseq.data_bin import require_whole
 from ap_fairseq.devices import uses_gpu
-from ap_fairseq.files import read_json, write_json
+from ap_fairseq.files import UserError, read_json, write_json
 from ap_fairseq.generation.joining import append_sentences, join
 from ap_fairseq.generation.lines import BatchLines, TranslatedBatch
 from ap_fairseq.generation.ranks import Ranks
@@ -112,7 +113,7 @@ class _Share:
         self.folder = Path(cfg.common_eval.results_path)
         self.task_class = TASK_REGISTRY[cfg.task._name]  # some tasks make their batches themselves
         self.stock_iterator, self.stock_step = self.task_class.get_batch_iterator, self.task_class.inference_step
-        self.stock_build_scorer = scoring.build_scorer
+        self.stock_load, self.stock_build_scorer = self.task_class.load_dataset, scoring.build_scorer
         self.nbest, self.by_batch = self.plain.generation.nbest, BatchLines.covers(self.plain.generation)
         self.scorer: TokenSums | SacrebleuSums | None = None  # of this process, or a copy in each of its writers
         self.lines: list[BatchLines] = []  # of each writer
@@ -128,6 +129,7 @@ class _Share:
             The seconds of its searches, their tokens, the sentences of the whole subset, whether these have references,
             and the ``sums`` of its scorer, None without one.
         """
+        self.task_class.load_dataset = lambda task, *args, **options: self.load(task, *args, **options)
         self.task_class.get_batch_iterator = lambda task, *args, **options: self.get_batches(task, *args, **options)
         self.task_class.inference_step = lambda task, *args, **options: self.search(task, *args, **options)
         scoring.build_scorer = self.build_scorer
@@ -145,8 +147,19 @@ class _Share:
 
     # -- in the places of fairseq's own -------------------------------------------------------------------------------
 
+    def load(self, task, split, *args, **options):
+        for data in utils.split_paths(self.cfg.task.data):
+            require_whole(data, split, task)
+        return self.stock_load(task, split, *args, **options)
+
     def get_batches(self, task, dataset, *args, **options):
-        iterator = self.stock_iterator(task, dataset, *args, **options)
+        try:
+            iterator = self.stock_iterator(task, dataset, *args, **options)
+        except Exception as error:  # fairseq raises no more special one for a sentence that is too long
+            for limit, remedy in (("max_positions", ""), ("max_tokens", "; raise --max-tokens")):
+                if limit in str(error):
+                    raise UserError(f"--gen-subset {self.cfg.dataset.gen_subset}: {error}{remedy}") from error
+            raise
         self.counted["sentences"] = len(dataset)
         if self.rank >= len(iterator.frozen_batches):
             raise _NoBatch  # fairseq divides by the time and the length of what it has translated

@@ -27,6 +27,7 @@ from omegaconf import OmegaConf, open_dict
 
 from ap_fairseq.artifacts import DIVERGED, AttentionStats
 from ap_fairseq.compat import drop_bettertransformer_copies
+from ap_fairseq.data_bin import require_whole
 from ap_fairseq.devices import uses_gpu
 from ap_fairseq.files import ArtifactError, UserError, file_sha256, refuse_existing
 from ap_fairseq.model.checkpoints import load_parameters, stored_model
@@ -237,6 +238,8 @@ def load_subset(task: FairseqTask, job: Recording) -> FairseqDataset:
     absent = f"no subset {subset!r} in {folder}; fairseq-preprocess names them train, valid, test"
     if not files:
         raise ArtifactError(absent)
+    for part in (folder, folder / "input0"):
+        require_whole(part, subset, task)
     try:
         task.load_dataset(subset)
     except FileNotFoundError as error:

@@ -9,6 +9,7 @@ from fairseq.data import Dictionary, data_utils
 from fairseq.dataclass import FairseqDataclass
 from fairseq.tokenizer import tokenize_line
 
+from ap_fairseq.data_bin import load_dictionary
 from ap_fairseq.files import UserError
 from ap_fairseq.search.alignment import PrunedSequenceGeneratorWithAlignment
 from ap_fairseq.search.generator import PrunedSequenceGenerator
@@ -76,7 +77,7 @@ class SearchOnDevice:
 
     @classmethod
     def load_dictionary(cls, filename: str) -> Dictionary:
-        return ListDictionary.load(filename)
+        return load_dictionary(ListDictionary, filename)
 
     def build_generator(self, models, args, seq_gen_cls=None, extra_gen_cls_kwargs=None, prefix_allowed_tokens_fn=None):
         """As fairseq's. The same call gives the same generator, with its buffers: the hub asks in every translation.

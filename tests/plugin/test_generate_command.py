@@ -528,6 +528,12 @@ def test_a_signal_ends_all_processes(running, tmp_path, number):
             "--constraints has no meaning for ap-generate --input; fairseq-interactive",
         ),
         (["--temperature", "0"], "--temperature 0.0: scores are divided by it; give a number above 0"),
+        (["--temperature", "nan"], "--temperature nan: give a finite number"),
+        (["--lenpen", "nan"], "--lenpen nan: give a finite number"),
+        (["--max-len-a", "1e400"], "--max-len-a inf: give a finite number"),
+        (["--num-workers", "-1"], "--num-workers -1 is not a number of processes; give 0 or more"),
+        (["--seed", "-1"], "--seed -1: numpy's random numbers take one from 0 to 4294967295"),
+        (["--model-overrides", "x"], "--model-overrides 'x' is not a Python dictionary such as"),
         (["--sampling"], "--sampling --beam 5 --nbest 1: each hypothesis is a sample; give both one number"),
         (["--lm-path", "missing.pt"], "missing.pt does not exist; expected a fairseq checkpoint of a language model"),
         (["--lm-path", __file__], f"--lm-path {__file__}: fairseq reads its dictionary from "),
@@ -574,6 +580,21 @@ def test_files_that_cannot_be_used_are_named(data_bin, dense, tmp_path, capsys, 
     flags = ["--input", text, "--max-tokens", 3]
     assert f"{text} line 1 has 4 tokens, a batch at most --max-tokens 3; raise it" in error(*flags)
     assert [path.name for left in (tmp_path / "temporary").iterdir() for path in left.iterdir()] == ["rank0.log"]
+
+
+def test_sentences_that_cannot_be_read_are_named(data_bin, dense, tmp_path):
+    """Each was a traceback of fairseq's or torch's at the end of a log."""
+    common, text = ["--path", dense, "--gen-subset", "valid", "--num-processes", 1], tmp_path / "valid.en-de.de.bin"
+    shutil.copytree(data_bin, tmp_path, dirs_exist_ok=True)
+    for cut, message in ((slice(0), "it is damaged, or of other text"), (slice(10), "has 10 bytes, its index says")):
+        text.write_bytes((data_bin / text.name).read_bytes()[cut])
+        assert f"{text} has" in (said := ap_generate(tmp_path, *common, expect=2)) and message in said
+    text.unlink()
+    assert f"{text} is missing beside its index; copy the" in ap_generate(tmp_path, *common, expect=2)
+    said = ap_generate(data_bin, *common, "--max-tokens", 3, expect=2)
+    assert "--gen-subset valid: Sentences lengths should not exceed max_tokens=3; raise --max-tokens" in said
+    said = ap_generate(data_bin, *common, "--max-source-positions", 3, expect=2)
+    assert "--gen-subset valid: Size of sample" in said and "--skip-invalid-size-inputs-valid-test" in said
 
 
 def _note(rank, folder, *_):

@@ -298,11 +298,13 @@ def test_what_cannot_be_recorded_is_refused_at_once(data_bin, other_data_bin, de
 
     diverged = changed_checkpoint(dense, tmp_path / "diverged.pt", diverge)
     silent = changed_checkpoint(dense, tmp_path / "silent.pt", diverge_after_attention)
-    no_counts, no_index = tmp_path / "no-counts", tmp_path / "no-index"
-    for folder in (no_counts, no_index):
+    no_counts, no_index, no_text, no_utf8 = (tmp_path / f"no-{part}" for part in ("counts", "index", "text", "utf8"))
+    for folder in (no_counts, no_index, no_text, no_utf8):
         shutil.copytree(data_bin, folder)
     (no_counts / "dict.en.txt").write_text("a b c\n")
     (no_index / "valid.en-de.en.idx").write_bytes(b"x" * 50)
+    (no_text / "valid.en-de.en.bin").write_bytes(b"x" * 10)
+    (no_utf8 / "dict.en.txt").write_bytes(b"\xff 1\n")
     colon = tmp_path / "with:colon"
     colon.symlink_to(data_bin)
     source_only = tmp_path / "source-only"
@@ -340,7 +342,9 @@ def test_what_cannot_be_recorded_is_refused_at_once(data_bin, other_data_bin, de
         ),
         ([data_bin, "--path", silent], "the loss of .*silent.pt on subset 'train' is nan.*or with --bf16"),
         ([no_counts, "--path", moved], "no-counts/dict.en.txt is damaged: Incorrect dictionary format"),
-        ([no_index, "--path", dense, "--subset", "valid"], r"index files valid.\*.idx of .*no-index are damaged: "),
+        ([no_index, "--path", dense, "--subset", "valid"], "valid.en-de.en.idx is damaged: it does not begin as"),
+        ([no_text, "--path", dense, "--subset", "valid"], r"valid.en-de.en.bin has 10 bytes, its index says [\d,]+: "),
+        ([no_utf8, "--path", moved], "no-utf8/dict.en.txt is damaged: Incorrect encoding detected"),
         ([colon, "--path", dense], "with:colon: fairseq splits paths at ':'; rename or link the folder"),
         ([data_bin, "--path", dense, "--valid-subset", "test"], "--valid-subset has no effect .* with --subset"),
         ([data_bin, "--path", dense, "--num-shards=2"], "--num-shards has no effect on ap-record; .*--sample N"),
