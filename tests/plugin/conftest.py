@@ -8,6 +8,8 @@ import pytest
 from plugin.commands import run, sentence_pairs, train
 
 import ap_fairseq.plugin  # noqa: F401  (registers with fairseq)
+from ap_fairseq.search.generator import PrunedSequenceGenerator, log_fallback
+from ap_fairseq.search.static_decoder import StaticDecoder
 
 
 @pytest.fixture(scope="session")
@@ -64,3 +66,15 @@ def masks_file(stats_file, tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("masks") / "masks.safetensors"
     run("ap-masks", stats_file, "--encoder-self", 0.5, "--decoder-self", 0.5, "--cross", 0.5, "-o", path)
     return path
+
+
+@pytest.fixture
+def paged(monkeypatch):
+    """The search over pools, of which a CPU without kernels has none."""
+    monkeypatch.setattr(PrunedSequenceGenerator, "_decoder_class", lambda self, device: StaticDecoder)
+
+
+@pytest.fixture(autouse=True)
+def log_again():
+    """Let every test log why a search falls back, which is logged once in a process."""
+    log_fallback.cache_clear()
