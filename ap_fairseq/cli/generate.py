@@ -27,7 +27,7 @@ from ap_fairseq.files import ArtifactError, UserError, refuse_existing, require_
 from ap_fairseq.generation.binarised import translate_subset
 from ap_fairseq.generation.loading import checkpoint_files
 from ap_fairseq.generation.ranks import Ranks, locked
-from ap_fairseq.generation.text import PART_LINES, SETTINGS, Text, spool_stdin, translate_text
+from ap_fairseq.generation.text import PART_LINES, SETTINGS, Text, default_part_lines, spool_stdin, translate_text
 from ap_fairseq.generation.workers import spare_processes
 from ap_fairseq.provenance import dictionary_files
 
@@ -80,8 +80,8 @@ def get_parser() -> argparse.ArgumentParser:
         "--output",
         metavar="FILE",
         help="where to write the translation of --input (default, or -: standard output). The same command goes on "
-        "where it was cut: finished parts (--buffer-size lines, default "
-        f"{PART_LINES}) are in FILE.parts until all are done",
+        "where it was cut: finished parts (--buffer-size lines, on a GPU by default "
+        f"{PART_LINES[0]:,} to {PART_LINES[1]:,}, on a CPU {PART_LINES[0]:,}) are in FILE.parts until all are done",
     )
     group.add_argument("--overwrite", action="store_true", help="replace an existing output file")
     parser.set_defaults(input=None, num_workers=None)
@@ -271,7 +271,8 @@ def _translate_text(args: argparse.Namespace) -> None:
             cfg = _configuration(args)
             path = spool_stdin(folder) if args.input == "-" else Path(args.input)
             name = "standard input" if args.input == "-" else args.input
-            text = Text.scan(path, name, args.buffer_size or PART_LINES)
+            part_lines = args.buffer_size or default_part_lines(path, cpu=not count_gpus(args.cpu))
+            text = Text.scan(path, name, part_lines)
             parts = translate_text(args, cfg, text, ranks, folder)
         if output is None:
             _print(lambda: map(Path.read_bytes, parts), folder)

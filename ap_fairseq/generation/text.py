@@ -39,7 +39,8 @@ from ap_fairseq.provenance import dictionary_hashes, versions
 
 logger = logging.getLogger(__name__)
 
-PART_LINES = 2000
+PART_LINES = 2_000, 20_000  # the fewest, which a CPU takes minutes for, and the most: they fill large batches
+PARTS = 16  # of a text, if parts have neither fewest nor most lines: several for each of many GPUs
 MAX_HELPERS = 5  # on a GPU, beside the first worker: to read and write takes two to three times as long as to search
 FIRST_SHARES = MAX_PENDING + 1  # of the first part of a process: calls that are made at once
 SETTINGS = "translation.json"
@@ -106,6 +107,16 @@ class Text:
             raise UserError(f"{self.name} changed while it was translated; translate it anew, or restore it and go on")
         encoding = "utf-8" if number else "utf-8-sig"  # a byte order mark belongs to no line
         return [line.strip() for line in content.decode(encoding).removesuffix("\n").split("\n")]
+
+
+def default_part_lines(path: Path, cpu: bool) -> int:
+    """Return how many lines a part of a text has unless told; the number of processes may change, so not by that."""
+    fewest, most = PART_LINES
+    if cpu or not path.is_file():  # `Text.scan` says what is missing
+        return fewest
+    with open(path, "rb") as stream:
+        lines = sum(1 for _ in stream)
+    return min(max(fewest, -(-lines // PARTS)), most)
 
 
 class Share(NamedTuple):

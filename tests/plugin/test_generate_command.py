@@ -31,7 +31,7 @@ from ap_fairseq.generation.joining import append_sentences, join
 from ap_fairseq.generation.lines import BatchLines
 from ap_fairseq.generation.loading import load_faster
 from ap_fairseq.generation.scoring import SacrebleuSums
-from ap_fairseq.generation.text import Text
+from ap_fairseq.generation.text import Text, default_part_lines
 from ap_fairseq.generation.translator import Found, Translator
 from ap_fairseq.model.checkpoints import load_checkpoint
 
@@ -716,6 +716,14 @@ def test_parts_of_a_text_are_its_lines(tmp_path):
     (tmp_path / "bad").write_bytes(b"fine\n\xff\n")
     with pytest.raises(generate.UserError, match="bad line 2 is not UTF-8"):
         Text.scan(tmp_path / "bad", "bad", 2)
+
+
+@pytest.mark.parametrize(("lines", "part"), [(0, 2000), (100, 2000), (40_001, 2501), (10**6, 20_000)])
+def test_parts_of_a_long_text_fill_large_batches_on_a_gpu(lines, part, tmp_path):
+    """Parts of 2,000 lines, one or two batches of 49,152 tokens, took twice as long as the same text in a data-bin."""
+    (tmp_path / "in").write_bytes(b"a\n" * lines)
+    assert default_part_lines(tmp_path / "in", cpu=False) == part
+    assert default_part_lines(tmp_path / "in", cpu=True) == 2000
 
 
 def test_a_line_that_a_bpe_of_bytes_spells_stays_in_one_line():
