@@ -3,6 +3,7 @@
 What the corpora made from Debian's packages share. ``pair`` is (source, target) as the packages spell languages.
 """
 
+import itertools
 import json
 import math
 import re
@@ -340,24 +341,8 @@ def build_pages(work: Path, out: Path, pair: Sequence[str], page_tokens: int) ->
     records = [json.loads(line) for line in read_lines(out / "segments.jsonl")]
     counts: dict[str, Any] = {"page_tokens": {}, "documents_cut_from_pages": {}, "segments_longer_than_a_document": {}}
     for split in SPLITS:
-        lines, sides, too_long = [], ([], []), 0
         pages = [Page(r["page"], [Pair(*segment) for segment in r["pairs"]]) for r in records if r["split"] == split]
-        segments = [segment for page in pages for segment in page.pairs]
-        pieces = list(
-            zip(*(encode(processor, [segment[side] for segment in segments]) for side in (0, 1)), strict=True)
-        )
-        start = 0
-        for page in pages:
-            of_page = pieces[start : start + len(page.pairs)]
-            start += len(page.pairs)
-            documents, left_out = cut_page(page, [(len(s), len(t)) for s, t in of_page], page_tokens)
-            too_long += left_out
-            for document in documents:
-                span = slice(document.first, document.first + len(document.pairs))
-                joined = Pair(*(join_segments([segment[side] for segment in document.pairs]) for side in (0, 1)))
-                lines.append(Line(joined, page.name, document.first, len(document.pairs)))
-                for side in (0, 1):
-                    sides[side].append(join_pieces([segment[side] for segment in of_page[span]]))
+        lines, sides, too_long = cut_into_documents(processor, pages, page_tokens)
         if not lines:
             raise PrepareError(
                 f"no {split} segment fits --page-tokens {page_tokens}: all {too_long} are longer; choose a larger limit"
@@ -367,6 +352,27 @@ def build_pages(work: Path, out: Path, pair: Sequence[str], page_tokens: int) ->
         counts["documents_cut_from_pages"][split] = {"pages": len(pages), "documents": len(lines)}
         counts["segments_longer_than_a_document"][split] = too_long
     return counts
+
+
+def cut_into_documents(
+    processor, pages: Sequence[Page], page_tokens: int
+) -> tuple[list[Line], tuple[list[list[str]], list[list[str]]], int]:
+    """The documents of pages as lines, the pieces of both sides of each, and how many segments fit no document."""
+    segments = [segment for page in pages for segment in page.pairs]
+    encoded = (encode(processor, [segment[side] for segment in segments]) for side in (0, 1))
+    pieces = zip(*encoded, strict=True)
+    lines, sides, too_long = [], ([], []), 0
+    for page in pages:
+        of_page = list(itertools.islice(pieces, len(page.pairs)))
+        documents, left_out = cut_page(page, [(len(s), len(t)) for s, t in of_page], page_tokens)
+        too_long += left_out
+        for document in documents:
+            of_document = of_page[document.first : document.first + len(document.pairs)]
+            joined = Pair(*(join_segments([segment[side] for segment in document.pairs]) for side in (0, 1)))
+            lines.append(Line(joined, page.name, document.first, len(document.pairs)))
+            for side in (0, 1):
+                sides[side].append(join_pieces([segment[side] for segment in of_document]))
+    return lines, sides, too_long
 
 
 # ---------------------------------------------------------------- data-bin

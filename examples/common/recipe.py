@@ -106,8 +106,8 @@ TINY = Size(
 )
 
 
-class Recipe:
-    """A recipe.toml and the command line.
+class Experiment:
+    """The stages of a recipe: what recipe.toml and the command line say.
 
     Attributes:
         folder: of the data set.
@@ -424,9 +424,9 @@ def main(arguments: list[str] | None = None) -> None:
         prepare_options.append("--help")
 
     def run(args: argparse.Namespace) -> None:
-        recipe = Recipe(args.folder.resolve(), args, prepare_options)
+        experiment = Experiment(args.folder.resolve(), args, prepare_options)
         for stage in STAGES if args.stage == "all" else (args.stage,):
-            getattr(recipe, stage)()
+            getattr(experiment, stage)()
 
     run_example(run, args)
 

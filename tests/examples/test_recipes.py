@@ -165,7 +165,7 @@ def prepare_en_fr(data_mirror, tmp_path, use_mirror, monkeypatch):
         words += ["--bpe-size", 600, "--archives", tmp_path / "archives", "--data", tmp_path / "data"]
         parser = recipe_program.get_parser()
         args, options = parser.parse_known_args([*map(str, words), "--out", str(tmp_path / "run")])
-        recipe_program.Recipe(args.folder, args, options).prepare()
+        recipe_program.Experiment(args.folder, args, options).prepare()
 
     return run
 
@@ -213,7 +213,7 @@ def test_all_gpus_are_used_that_divide_the_batch(monkeypatch, visible, used, siz
     monkeypatch.setattr(recipe_program.torch.cuda, "device_count", lambda: visible)
     folder = EXAMPLES / "wmt14_en_de"
     args = recipe_program.get_parser().parse_args([str(folder), "--size", size])
-    assert recipe_program.Recipe(folder, args, []).gpus == used
+    assert recipe_program.Experiment(folder, args, []).gpus == used
 
 
 @pytest.mark.parametrize("data_set", [*DATA_SETS, "libreoffice_help", "debian_text", "libreoffice_one_to_many"])
