@@ -28,7 +28,7 @@ from building import (
     write_dictionary,
     write_lines,
 )
-from segments import SEPARATOR, SEPARATOR_PIECE, Page, Pair, cut_page, join_pieces, join_segments
+from segments import SEPARATOR, SEPARATOR_PIECE, Page, Pair, join_documents
 
 LEVELS = ("sentences", "pages")
 
@@ -363,15 +363,12 @@ def cut_into_documents(
     pieces = zip(*encoded, strict=True)
     lines, sides, too_long = [], ([], []), 0
     for page in pages:
-        of_page = list(itertools.islice(pieces, len(page.pairs)))
-        documents, left_out = cut_page(page, [(len(s), len(t)) for s, t in of_page], page_tokens)
+        documents, left_out = join_documents(page, list(itertools.islice(pieces, len(page.pairs))), page_tokens)
         too_long += left_out
-        for document in documents:
-            of_document = of_page[document.first : document.first + len(document.pairs)]
-            joined = Pair(*(join_segments([segment[side] for segment in document.pairs]) for side in (0, 1)))
-            lines.append(Line(joined, page.name, document.first, len(document.pairs)))
-            for side in (0, 1):
-                sides[side].append(join_pieces([segment[side] for segment in of_document]))
+        for document, text, of_document in documents:
+            lines.append(Line(text, page.name, document.first, len(document.pairs)))
+            for side, joined in zip(sides, of_document, strict=True):
+                side.append(joined)
     return lines, sides, too_long
 
 

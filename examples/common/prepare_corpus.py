@@ -37,7 +37,7 @@ from building import (
 )
 from corpora import Line, TestSet
 from downloads import Archive
-from segments import Page, Pair, cut_page, join_pieces, join_segments
+from segments import Page, Pair, join_documents
 
 BLOCK_LINES = 100_000  # encoded at once
 
@@ -247,15 +247,13 @@ def build_documents(recipe: Recipe, out: Path, work: Path, limit: int) -> dict[s
         for talk, group in itertools.groupby(rows, key=lambda row: row[1][2]):
             members = list(group)
             page = Page(talk, [Pair(*text) for text, _ in members])
-            lengths = [(len(source), len(target)) for _, (source, target, _) in members]
-            documents, left_out = cut_page(page, lengths, limit)
+            documents, left_out = join_documents(page, [pieces[:2] for _, pieces in members], limit)
             too_long += left_out
-            for document in documents:
+            for _, text, pieces in documents:
                 written["talks"].append(talk)
-                of_document = members[document.first : document.first + len(document.pairs)]
                 for side, language in enumerate(recipe.pair):
-                    written[language].append(join_segments([pair[side] for pair in document.pairs]))
-                    pieces_of[side].append(" ".join(join_pieces([pieces[side] for _, pieces in of_document])))
+                    written[language].append(text[side])
+                    pieces_of[side].append(" ".join(pieces[side]))
         if split == "test" and too_long:
             raise PrepareError(f"{too_long} test segments are longer than --document-tokens {limit}: choose more")
         if not written["talks"]:

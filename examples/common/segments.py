@@ -72,6 +72,22 @@ def cut_page(page: Page, lengths: Sequence[tuple[int, int]], limit: int) -> tupl
     return documents, too_long
 
 
+def join_documents(
+    page: Page, pieces: Sequence[tuple[Sequence[str], Sequence[str]]], limit: int
+) -> tuple[list[tuple[Document, Pair, list[list[str]]]], int]:
+    """Cut a page as ``cut_page`` does, and join the segments of each document: its raw text, its pieces on both sides.
+
+    pieces: of both sides of every segment. The second result counts the segments that fit no document.
+    """
+    documents, too_long = cut_page(page, [(len(source), len(target)) for source, target in pieces], limit)
+    joined = []
+    for document in documents:
+        own = pieces[document.first : document.first + len(document.pairs)]
+        text = Pair(*map(join_segments, zip(*document.pairs, strict=True)))
+        joined.append((document, text, [*map(join_pieces, zip(*own, strict=True))]))
+    return joined, too_long
+
+
 def join_segments(segments: Sequence[str]) -> str:
     """Raw text of a document; splitting at the separator gives the segments back."""
     return f" {SEPARATOR} ".join(segments)
