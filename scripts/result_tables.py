@@ -97,7 +97,7 @@ def quality_digest() -> str:
         (
             "Debian text",
             DEBIAN_RESULTS / "longer.jsonl",
-            r"dense\.scratch\.dropout-0\.2-|importance\.(global)\.([89]0)\.",
+            r"dense\.scratch\.dropout-0\.2-|importance\.(global)\.([89]0)\.g1\.",
         ),
         # with attention dropout
         ("Debian text", DEBIAN_RESULTS / "masks.jsonl", rf"importance\.({kinds})\.(90)\.g1\.smooth-32\.while"),
@@ -256,8 +256,8 @@ def rivals_translation() -> str:
 
 
 def head_sizes() -> str:
-    """Our kernels on heads of several sizes, and rivals of an earlier run, against our Triton kernels of each run."""
-    sizes, earlier = load(SCRIPTS / "kernels.h200.json")["sizes"], load(SCRIPTS / "bench_attention.h200-heads.json")
+    """Our kernels on heads of several sizes, against our Triton kernels, and rivals against ours in a run with them."""
+    sizes, rivals = load(SCRIPTS / "kernels.h200.json")["sizes"], load(SCRIPTS / "bench_attention.h200-heads.json")
 
     def case(row: dict[str, Any]) -> tuple:
         return tuple(row.get(name) for name in ("method", "dim", "block", "nominal_sparsity", "direction"))
@@ -265,7 +265,7 @@ def head_sizes() -> str:
     def problem(row: dict[str, Any]) -> tuple:
         return row["block"], round(row["sparsity"], 1), row["direction"]
 
-    times = {case(row): row.get("median_ms") for row in earlier["rows"]}
+    times = {case(row): row.get("median_ms") for row in rivals["rows"]}
     usual = {problem(row): row["tflops"] for row in sizes["rows"] if row["dim"] == 64}
     body = []
     for row in sorted(sizes["rows"], key=lambda row: row["dim"]):
@@ -313,7 +313,8 @@ def language_models(file: Path) -> str:
         if not way.startswith("dense"):
             criterion, percent, granularity, way = way.split(".")
             way, masks = ways[way], blocks[granularity.removeprefix("g")]
-            masks += {"importance": "", "percentile": f", published percentile at nominal {percent}%"}[criterion]
+            published = f", published percentile at nominal {percent}%"
+            masks = {"importance": masks, "percentile": masks + published, "window": "a window"}[criterion]
         seeds = ", ".join(str(row.get("seed", document.get("seed"))) for row in rows)
         scores = [over_seeds(rows, "perplexity", ".1f"), over_seeds(rows, "change", "+z.1%")]
         body.append([way, masks, f"{rows[0]['pruned']:.0%}", seeds, *scores])
@@ -376,6 +377,8 @@ def tables() -> dict[str, Callable[[], str]]:
         "dropout": dropout,
         "debian-seeds": lambda: sweep(DEBIAN_RESULTS / "seeds.jsonl"),
         "debian-longer": lambda: sweep(DEBIAN_RESULTS / "longer.jsonl"),
+        "debian-longest": lambda: sweep(DEBIAN_RESULTS / "longest.jsonl"),
+        "debian-shapes": lambda: sweep(DEBIAN_RESULTS / "shapes.jsonl"),
         "debian-tuned": lambda: sweep(DEBIAN_RESULTS / "tuned.jsonl"),
         "debian-rate-heads": lambda: sweep(DEBIAN_RESULTS / "rate-heads.jsonl"),
         "debian-masks": lambda: sweep(DEBIAN_RESULTS / "masks.jsonl"),
