@@ -97,6 +97,7 @@ class Stages:
 
         Raises:
             StageError: if it fails.
+            UserError: if there is no such command.
         """
         log = self.log(name)
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -163,6 +164,7 @@ def call(program: str, *args: Any) -> None:
 
     Raises:
         StageError: if it fails.
+        UserError: if there is no such command.
     """
     load_command(program)
     child = PROCESSES.Process(target=run_program, args=(program, args))
