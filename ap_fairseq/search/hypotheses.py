@@ -90,29 +90,14 @@ def read_out(
         eos: the token of the last step.
         nbest: hypotheses of a sentence at most; None: all.
     """
-    missing, (n_steps, n_places) = last_step < 0, parents.shape
-    n_sentences, beam = last_step.shape
+    missing, (n_sentences, beam) = last_step < 0, last_step.shape
     number = (beam - missing.sum(1)).clip(max=beam if nbest is None else nbest)  # numpy < 2.1 refuses None
     rank = np.lexsort((-scores, missing))  # those that are missing come last
     ranked = (np.arange(n_sentences)[:, None] * beam + rank)[np.arange(beam) < number[:, None]]
-    sizes = last_step.ravel()[ranked] + 1
+    sizes = last_step.ravel()[ranked].astype(np.int64) + 1
     ends = sizes.cumsum()
     begins = ends - sizes
-
-    # Steps before the last, of the hypotheses that are longer, which come first.
-    order = np.argsort(-sizes, kind="stable")
-    first, begin = ranked[order] // beam * beam, begins[order]  # of the sentence, of the result
-    place = first + last.ravel()[ranked[order]]
-    longer = np.searchsorted(-sizes[order], -1 - np.arange(n_steps))
-    source, target = np.empty((2, ends[-1] - len(sizes)), dtype=np.int64)
-    filled = 0
-    for step in reversed(range(n_steps)):
-        n = longer[step]
-        part = slice(filled, filled := filled + n)
-        source[part] = place[:n] + step * n_places
-        target[part] = begin[:n] + step
-        place[:n] = first[:n] + parents[step, place[:n]]
-
+    source, target = _traced(parents, ranked // beam * beam, last.ravel()[ranked], begins, sizes)
     chosen, totals = np.full(ends[-1], eos, dtype=np.int64), np.empty(ends[-1], dtype=np.float32)
     chosen[target] = tokens.ravel()[source]
     totals[target], totals[ends - 1] = sums.ravel()[source], last_sum.ravel()[ranked]
@@ -120,3 +105,33 @@ def read_out(
         per_position = np.diff(totals, prepend=np.float32(0))
     per_position[begins] = totals[begins]
     return Hypotheses(number, scores.ravel()[ranked], sizes, chosen, per_position)
+
+
+def _traced(
+    parents: np.ndarray, first: np.ndarray, last: np.ndarray, begins: np.ndarray, sizes: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Find the tokens of N hypotheses but for the last of each, step by step from the end.
+
+    Args:
+        parents: as in `read_out`.
+        first: int64 (N,), the place of the first hypothesis of each one's sentence.
+        last: int32 (N,), the hypothesis of the sentence that each ended from.
+        begins, sizes: int64 (N,), where the tokens of each begin in the result, and how many it has.
+
+    Returns:
+        Where each token is recorded, counted through (T, B * beam), and where it belongs in the result: int64 each.
+    """
+    order = np.argsort(-sizes, kind="stable")  # in a step go on those that are longer, which come first
+    first, begin = first[order], begins[order]
+    place = first + last[order]
+    n_steps, n_places = parents.shape
+    longer = np.searchsorted(-sizes[order], -1 - np.arange(n_steps))
+    source, target = np.empty((2, sizes.sum() - len(sizes)), dtype=np.int64)
+    filled = 0
+    for step in reversed(range(n_steps)):
+        n = longer[step]
+        part = slice(filled, filled := filled + n)
+        source[part] = place[:n] + step * n_places
+        target[part] = begin[:n] + step
+        place[:n] = first[:n] + parents[step, place[:n]]
+    return source, target
