@@ -64,12 +64,7 @@ class StaticDecoder:
         )
         sites = (site for model in self.models for site in attention_sites(model))
         self.encoder_sites = [module for (kind, _), module in sites if kind is AttentionKind.ENCODER_SELF]
-        self_heads, cross_heads = ([m.num_heads for m in sites] for sites in (self.self_sites, self.cross_sites))
-        self.heads = {
-            module: slice(end - n, end)
-            for sites, sizes in ((self.self_sites, self_heads), (self.cross_sites, cross_heads))
-            for module, n, end in zip(sites, sizes, itertools.accumulate(sizes), strict=True)
-        }
+        self.heads = head_slices(self.self_sites) | head_slices(self.cross_sites)
         dtype = next(self.models[0].parameters()).dtype
         self._allocate(dtype, device)
         self.used: dict[PrunedMultiheadAttention, int] = {}  # slots of each pool in use, as the host counts them
@@ -91,7 +86,8 @@ class StaticDecoder:
         self.repeats_sources = bool(self.capture and self.cross_sites) and all(
             module.runs_kernels(dtype, device) for module in self.encoder_sites
         )
-        self.beams = BeamSearchState(capacity, rules.beam, self_heads, cross_heads, device, kernels)
+        heads = ([module.num_heads for module in sites] for sites in (self.self_sites, self.cross_sites))
+        self.beams = BeamSearchState(capacity, rules.beam, *heads, device, kernels)
         self.restrictions = Restrictions(self.beams.state, rules)
         self.memory = None if rules.strategy is None else rules.strategy.memory(capacity.sentences, device)
 
@@ -510,6 +506,12 @@ def decoder_modules(models: Iterable[Model]) -> list[PrunedMultiheadAttention]:
     """Return the attention modules that a step of decoding runs."""
     sites = (site for model in models for site in attention_sites(model))
     return [module for (kind, _), module in sites if kind is not AttentionKind.ENCODER_SELF]
+
+
+def head_slices(modules: list[PrunedMultiheadAttention]) -> dict[PrunedMultiheadAttention, slice]:
+    """Return where the heads of each module are among those of all."""
+    ends = itertools.accumulate(module.num_heads for module in modules)
+    return {module: slice(end - module.num_heads, end) for module, end in zip(modules, ends, strict=True)}
 
 
 def prefill_length(prefix: Tensor, rules: SearchRules) -> int:
