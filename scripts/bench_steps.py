@@ -27,6 +27,7 @@ from ap_fairseq.files import refuse_existing, write_json
 from ap_fairseq.model.config import PrunedTransformerConfig
 from ap_fairseq.model.transformer import PrunedTransformerModel
 from ap_fairseq.search import fused_decoder
+from ap_fairseq.search.beams import BeamSearchState
 from ap_fairseq.search.generator import PrunedSequenceGenerator
 
 VOCAB_SIZE, SOURCE, TARGET, BEAM = 10_000, 25, 30, 5
@@ -54,6 +55,23 @@ def kernels(graph: torch.cuda.CUDAGraph) -> int:
     return sum(event.device_time > 0 for event in trace.events())
 
 
+def median_step(graph: torch.cuda.CUDAGraph, beams: BeamSearchState, repeats: int) -> float:
+    """Return the microseconds of a step, as a replay of its graph."""
+    steps, used = [], beams.used.clone()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    for _ in range(repeats):
+        beams.used.copy_(used // 2)  # a replay takes slots, and counts a step
+        beams.state.step.fill_(STEP)
+        torch.cuda.synchronize()
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        steps.append(start.elapsed_time(end) * 1e3)
+    beams.state.step.fill_(STEP)
+    return statistics.median(steps)
+
+
 def measure(system, vocab: Dictionary, n: int, fused: bool, repeats: int) -> dict:
     """Time a step, as a replay of its graph, and the search of a batch of *n* sentences."""
     generator = PrunedSequenceGenerator([system], vocab, beam_size=BEAM, max_len_b=TARGET, min_len=TARGET)
@@ -71,24 +89,12 @@ def measure(system, vocab: Dictionary, n: int, fused: bool, repeats: int) -> dic
         begin = time.perf_counter()
         generator.generate([], batch)
         searches.append((time.perf_counter() - begin) * 1e3)
-    graph, used, state = decoder.graphs[n, False], decoder.beams.used.clone(), decoder.beams.state
-    steps = []
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    for _ in range(3 * repeats):
-        decoder.beams.used.copy_(used // 2)  # a replay takes slots, and counts a step
-        state.step.fill_(STEP)
-        torch.cuda.synchronize()
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        steps.append(start.elapsed_time(end) * 1e3)
-    state.step.fill_(STEP)
-    search = statistics.median(searches)
+    graph, search = decoder.graphs[n, False], statistics.median(searches)
+    step = median_step(graph, decoder.beams, 3 * repeats)
     return dict(
         sentences=n,
         decoder="fused" if fused else "modules",
-        step_us=round(statistics.median(steps), 1),
+        step_us=round(step, 1),
         kernels=kernels(graph),
         search_ms=round(search, 2),
         tokens_per_second=round(n * (TARGET + 1) / search * 1e3),

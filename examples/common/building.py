@@ -226,6 +226,15 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def _forget(out: Path, steps: Sequence[Step]) -> None:
+    """Remove the markers and products of steps, ``counts.json`` first."""
+    (out / "counts.json").unlink(missing_ok=True)
+    for step in steps:
+        (out / ".steps" / f"{step.name}.json").unlink(missing_ok=True)
+        for product in step.products:
+            _remove(out / product)
+
+
 def run_steps(out: Path, steps: Sequence[Step]) -> dict[str, Any]:
     """Run the steps that are not done yet, in order, and return the counts of all.
 
@@ -244,18 +253,11 @@ def run_steps(out: Path, steps: Sequence[Step]) -> dict[str, Any]:
             counts.update(done["counts"])
             continue
         if done:
-            changed = {
-                name
-                for name in done["options"].keys() | step.options.keys()
-                if done["options"].get(name) != step.options.get(name)
-            }
-            values = [f"{name}: {done['options'].get(name)} -> {step.options.get(name)}" for name in sorted(changed)]
+            before, now = done["options"], step.options
+            changed = (name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name))
+            values = [f"{name}: {before.get(name)} -> {now.get(name)}" for name in changed]
             print(f"{step.name}: again ({'; '.join(values) or 'its products are gone'})")
-        (out / "counts.json").unlink(missing_ok=True)
-        for later in steps[number - 1 :]:
-            (markers / f"{later.name}.json").unlink(missing_ok=True)
-            for product in later.products:
-                _remove(out / product)
+        _forget(out, steps[number - 1 :])
         _remove(work)
         work.mkdir()
         start = time.monotonic()
