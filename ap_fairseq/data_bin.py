@@ -7,6 +7,7 @@ import struct
 from pathlib import Path
 
 import numpy as np
+from fairseq import tasks, utils
 from fairseq.data import Dictionary, indexed_dataset
 from fairseq.tasks import FairseqTask
 from fairseq.tasks.language_modeling import LanguageModelingTask
@@ -15,6 +16,7 @@ from fairseq.tasks.sentence_prediction import SentencePredictionTask
 from fairseq.tasks.translation import TranslationTask
 
 from ap_fairseq.files import ArtifactError
+from ap_fairseq.provenance import dictionary_files
 
 _HEADER = struct.Struct("<9sQBQ")  # of an index: its format, version, the type of a token, and how many sentences
 _CHECKED = TranslationTask, LanguageModelingTask, MaskedLMTask, SentencePredictionTask
@@ -32,6 +34,20 @@ def load_dictionary(kind: type[Dictionary], file) -> Dictionary:
         raise
     except Exception as error:  # fairseq raises no more special one for what is not UTF-8, and may not name the file
         raise ArtifactError(f"{file} is damaged: {error}; copy the data-bin again") from error
+
+
+def setup_task(cfg, **options) -> FairseqTask:
+    """Return fairseq's task of a configuration, whose dictionaries it loads.
+
+    Raises:
+        ArtifactError: if one of them is damaged.
+    """
+    try:
+        return tasks.setup_task(cfg, **options)
+    except Exception:
+        for file in dictionary_files(utils.split_paths(cfg.data)[0]):
+            load_dictionary(Dictionary, file)
+        raise
 
 
 def require_whole(folder, subset: str, task: FairseqTask) -> None:

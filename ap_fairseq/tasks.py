@@ -103,6 +103,15 @@ class PrunedLanguageModelingTask(SearchOnDevice, PruningWhileTraining, LanguageM
         require_model_of("pruned_language_modeling", cfg)
         return super().build_model(cfg, from_checkpoint)
 
+    def load_dataset(self, split, *args, **kwargs):
+        tokens = self.args.tokens_per_sample
+        if tokens < 1 and self.args.sample_break_mode != "eos":  # a ZeroDivisionError
+            raise UserError(
+                f"--tokens-per-sample {tokens}: a block has at least 1 token; raise it (fairseq-eval-lm takes "
+                "--context-window off it)"
+            )
+        return super().load_dataset(split, *args, **kwargs)
+
 
 _OWN_STEPS = PrunedTranslationTask.inference_step, PrunedLanguageModelingTask.inference_step
 

@@ -16,8 +16,8 @@ import networkx
 FLOORS = (
     {"triton_ops"},
     {"version", "files", "logs", "compat", "cuda_graphs", "devices"},
-    {"processes", "progress", "sites", "provenance", "data_bin"},
-    {"lengths"},
+    {"processes", "progress", "sites", "provenance"},
+    {"lengths", "data_bin"},
     {"relative"},
     {"artifacts"},  # statistics and masks: what the stages hand to each other
     {"pruning", "model", "evaluation"},

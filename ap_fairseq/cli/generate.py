@@ -140,6 +140,11 @@ def _require_data(args: argparse.Namespace) -> None:
             f"{folders[0]} has one dictionary dict.txt, as text of a language model has; add --task "
             "pruned_language_modeling"
         )
+    if args.task in ("pruned_language_modeling", "language_modeling") and not (Path(folders[0]) / "dict.txt").exists():
+        raise UserError(
+            f"--task {args.task}: {folders[0]} has no dictionary dict.txt, as text of a language model has; name the "
+            "data-bin that it was trained with, or leave the flag out for a translation model"
+        )
     if args.lm_path is not None:
         require_file(args.lm_path, "a fairseq checkpoint of a language model")
         if not (Path(folders[0]) / "dict.txt").exists():

@@ -7,13 +7,14 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from fairseq import options, tasks, utils
+from fairseq import options, utils
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 
 from ap_fairseq.artifacts import AttentionStats, PruningMasks
 from ap_fairseq.cli.common import command, without_usage
 from ap_fairseq.cli.masks import write_masks
 from ap_fairseq.cli.user_dir import import_user_dir, user_dir_of
+from ap_fairseq.data_bin import setup_task
 from ap_fairseq.experiments.stages import PLUGIN, Stages
 from ap_fairseq.files import UserError, require_file
 from ap_fairseq.model.conversion import open_with_masks
@@ -128,7 +129,7 @@ def require_flags(data: str, checkpoint: str, mask_flags: Sequence[str], train_f
         raise UserError(f"{data} holds no dictionaries (dict.*.txt); give the folder that fairseq-preprocess made")
     model, *_ = open_with_masks(checkpoint, "none", data)
     cfg = convert_namespace_to_omegaconf(train)
-    trained = tasks.setup_task(cfg.task).build_model(cfg.model)
+    trained = setup_task(cfg.task).build_model(cfg.model)
     shapes, given = ({name: list(x.shape) for name, x in one.named_parameters()} for one in (model, trained))
     if other := [name for name in {**shapes, **given} if shapes.get(name) != given.get(name)]:
         refuse(

@@ -123,7 +123,9 @@ def _run(rank: int, cpu: bool, receiver: Connection) -> None:
         torch.set_num_threads(max(1, torch.get_num_threads() // ranks))
     try:
         function(rank, *args)
-    except UserError as error:
+    except (UserError, OSError) as error:  # a file's is one line, as that of a command
+        if isinstance(error, OSError) and error.filename is None:
+            raise
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
 

@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from fairseq import tasks, utils
+from fairseq import utils
 from torch.utils.data import default_convert
 
+from ap_fairseq.data_bin import setup_task
 from ap_fairseq.evaluation.hypotheses import hold_subwords
 from ap_fairseq.files import (
     ArtifactError,
@@ -148,7 +149,7 @@ def translate_text(args, cfg, text: Text, ranks: Ranks, folder: Path) -> list[Pa
     Raises:
         UserError: if the parts in *folder* were made with other settings, or a process fails.
     """
-    task = tasks.setup_task(cfg.task)
+    task = setup_task(cfg.task)
     _require_same(settings(args, cfg, text, task), folder)
     parts = [folder / f"part{number:06}.txt" for number in range(len(text.offsets))]
     todo = [number for number, part in enumerate(parts) if not part.exists()]

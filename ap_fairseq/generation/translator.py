@@ -9,10 +9,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from fairseq import checkpoint_utils, tasks, utils
+from fairseq import checkpoint_utils, utils
 from fairseq.hub_utils import GeneratorHubInterface
 from fairseq_cli.generate import get_symbols_to_strip_from_output
 
+from ap_fairseq.data_bin import setup_task
 from ap_fairseq.devices import uses_gpu
 from ap_fairseq.files import UserError
 from ap_fairseq.generation.lines import split
@@ -73,7 +74,7 @@ class Translator:
     """Models that translate lines as ``fairseq-interactive`` does with the same configuration."""
 
     def __init__(self, cfg):
-        task = tasks.setup_task(cfg.task)
+        task = setup_task(cfg.task)
         models, _ = checkpoint_utils.load_model_ensemble(
             utils.split_paths(cfg.common_eval.path),
             arg_overrides=ast.literal_eval(cfg.common_eval.model_overrides),

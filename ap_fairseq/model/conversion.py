@@ -8,7 +8,7 @@ import logging
 import os
 from typing import Any
 
-from fairseq import tasks, utils
+from fairseq import utils
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq.models import ARCH_CONFIG_REGISTRY
 from fairseq.models.roberta import RobertaModel
@@ -20,6 +20,7 @@ from omegaconf import OmegaConf
 
 from ap_fairseq.artifacts import CONTENTS, PruningMasks
 from ap_fairseq.compat import drop_bettertransformer_copies
+from ap_fairseq.data_bin import setup_task
 from ap_fairseq.files import ArtifactError, UserError, refuse_existing, require_file
 from ap_fairseq.model.checkpoints import (
     load_checkpoint,
@@ -93,7 +94,7 @@ def open_with_masks(checkpoint, masks_file, data: str | None = None):
     folder = utils.split_paths(cfg.task.data)[0]
     if not dictionary_files(folder):
         raise ArtifactError(f"the dictionaries of {checkpoint} are not in {folder}; pass --data DIR")
-    task = tasks.setup_task(cfg.task, from_checkpoint=True)
+    task = setup_task(cfg.task, from_checkpoint=True)
     cfg.model.attention_masks = None if masks_file is None else str(masks_file)
     # With none, those of a pruned checkpoint are not kept.
     parameters = without_masks(state["model"]) if str(masks_file) == "none" else state["model"]

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from fairseq import checkpoint_utils, distributed_utils, tasks, utils
+from fairseq import checkpoint_utils, distributed_utils, utils
 from fairseq.criterions import CRITERION_REGISTRY, FairseqCriterion
 from fairseq.data import FairseqDataset, LanguagePairDataset, data_utils, iterators
 from fairseq.logging import metrics, progress_bar
@@ -27,7 +27,7 @@ from omegaconf import OmegaConf, open_dict
 
 from ap_fairseq.artifacts import DIVERGED, AttentionStats
 from ap_fairseq.compat import drop_bettertransformer_copies
-from ap_fairseq.data_bin import require_whole
+from ap_fairseq.data_bin import require_whole, setup_task
 from ap_fairseq.devices import uses_gpu
 from ap_fairseq.files import ArtifactError, UserError, file_sha256, refuse_existing
 from ap_fairseq.model.checkpoints import load_parameters, stored_model
@@ -194,7 +194,7 @@ def load_model(job: Recording) -> tuple[BaseFairseqModel, Any, FairseqTask]:
         cfg.task = recorded_task(model_class, stored).settings(stored, job.data, job.task_settings)
         if job.importance:  # a checkpointed layer runs a second time during the backward pass
             cfg.model.checkpoint_activations = cfg.model.offload_activations = False
-    task = tasks.setup_task(cfg.task, from_checkpoint=True)
+    task = setup_task(cfg.task, from_checkpoint=True)
     model = task.build_model(cfg.model, from_checkpoint=True)
     parameters = state["model"]
     drop_bettertransformer_copies(parameters)

@@ -1,13 +1,15 @@
 """Files of a data-bin folder are checked before fairseq reads them."""
 
 import re
+import shutil
 
 import numpy as np
 import pytest
 from fairseq.data import Dictionary
 from fairseq.tasks.translation import TranslationConfig, TranslationTask
+from omegaconf import OmegaConf
 
-from ap_fairseq.data_bin import require_whole
+from ap_fairseq.data_bin import require_whole, setup_task
 from ap_fairseq.files import ArtifactError
 
 
@@ -51,3 +53,18 @@ def test_whole_files_pass(data_bin, tmp_path):
     (tmp_path / "test.en-de.en.idx").write_bytes(b"TNTIDX\0\0")
     (tmp_path / "test.en-de.en.bin").write_bytes(b"")
     require_whole(tmp_path, "test", task)
+
+
+def test_a_damaged_dictionary_is_named_by_each_task(data_bin, tmp_path):
+    """Those of fairseq's own tasks, too, which did not say which file is damaged."""
+    for file in data_bin.glob("dict.*.txt"):
+        shutil.copy(file, tmp_path)
+    settings = {"_name": "translation", "data": str(tmp_path), "source_lang": "en", "target_lang": "de"}
+    config = OmegaConf.create({**vars(TranslationConfig()), **settings})
+    assert len(setup_task(config).source_dictionary) > 4
+    (tmp_path / "dict.de.txt").write_text("a b\n", "utf-8")
+    with pytest.raises(ArtifactError, match=r"dict\.de\.txt is damaged: Incorrect dictionary format.*; copy the data-"):
+        setup_task(config)
+    config.data = str(tmp_path / "missing")
+    with pytest.raises(FileNotFoundError):
+        setup_task(config)

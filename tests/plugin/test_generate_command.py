@@ -518,6 +518,7 @@ def test_a_signal_ends_all_processes(running, tmp_path, number):
         (["-ox"], "-o has no meaning for ap-generate; the lines of a test set go to standard output"),
         (["--gen-subset", "tset"], "--gen-subset tset: "),
         (["--target-lang", "fr"], "--target-lang fr: "),
+        (["--task", "language_modeling"], "--task language_modeling: "),
         (["--user-dir", "missing"], "--user-dir missing: there is no such folder"),
         (["--beam", "0"], "--beam 0: a search keeps and returns at least 1 hypothesis"),
         (["--remove-bpe", "bpe"], "--remove-bpe bpe: fairseq joins the tokens of sentencepiece, subword_nmt"),
@@ -674,6 +675,20 @@ def test_processes_are_as_many_as_gpus_or_share_them(monkeypatch):
             process.setenv("CUDA_VISIBLE_DEVICES", "0,1")
             ranks._run(rank, False, Mock(recv=lambda: (3, Mock(), ())))
     assert devices == [0, 1, 0] and len(started) == 5
+
+
+def _read(_, file):
+    file.read_text()
+
+
+def test_a_file_that_a_process_misses_is_one_line(tmp_path):
+    """As in a command, not a traceback at the end of a log."""
+    with ranks.Ranks([tmp_path / "rank0.log"], cpu=True) as one, pytest.raises(generate.UserError) as error:
+        one.run("read", 1, _read, tmp_path / "gone")
+    found = (
+        f"[Errno 2] No such file or directory: '{tmp_path / 'gone'}' (process 0; its log is {tmp_path / 'rank0.log'})"
+    )
+    assert str(error.value) == found
 
 
 def _note_threads(_, file):

@@ -308,6 +308,9 @@ def test_a_model_or_data_of_another_task_is_one_line(data_bin, dense, text_bin, 
     flags = ["--arch", "pruned_roberta_tiny", "--criterion", "cross_entropy"]
     log = train_on_text(text_bin, tmp_path, "--task", continue_text, *flags, updates=1, expect=1)
     assert "pruned_roberta_tiny is not one of its models; give --task masked_lm" in log.splitlines()[-1]
+    flags = ["--tokens-per-sample", 0, "--attention-masks", "none"]  # a ZeroDivisionError
+    log = train(text_bin, tmp_path, *flags, arch="pruned_transformer_lm", task=continue_text, updates=1, expect=1)
+    assert "--tokens-per-sample 0: a block has at least 1 token" in log.splitlines()[-1]
 
 
 def test_masks_applied_without_training(text_bin, dense_lm, lm_masks, tmp_path):
