@@ -493,8 +493,11 @@ def advance_beams(state: BeamState, n: int, logits: Tensor, penalty: Tensor | No
         beam_search.choose(state, n, logits, penalty, lse, maxima, size, eos)
     else:
         log_probs = beam_state.penalized_log_probs(logits, penalty).view(n, state.beam, -1)
-        groups = beam_state.best_groups(log_probs.unflatten(2, (-1, size)).amax(-1), scores, k)
-        beam_state.choose(state, n, *beam_state.best_continuations(log_probs, scores, groups, size), eos)
+        if log_probs.is_cpu:
+            beam_state.choose_on_host(state, n, *beam_state.best_on_host(log_probs, scores, k), eos)
+        else:
+            groups = beam_state.best_groups(log_probs.unflatten(2, (-1, size)).amax(-1), scores, k)
+            beam_state.choose(state, n, *beam_state.best_continuations(log_probs, scores, groups, size), eos)
     state.step.add_(1)
 
 

@@ -10,6 +10,7 @@ import functools
 import math
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -124,65 +125,73 @@ def choose(state: BeamState, n: int, sums: Tensor, parent: Tensor, token: Tensor
         sums: float32 (n, k), of log-probabilities, best first; k >= beam.
         parent, token: int64 (n, k), the hypothesis that is continued, and by which token.
     """
-    rows = (_choose_on_host if sums.is_cpu else _choose_on_device)(state, n, sums, parent, token, eos)
-    state.block_table[: n * state.beam] = state.block_table.index_select(0, rows)
+    if sums.is_cpu:
+        choose_on_host(state, n, sums.numpy(), parent.numpy(), token.numpy(), eos)
+    else:
+        _choose_on_device(state, n, sums, parent, token, eos)
 
 
-def _choose_on_device(state: BeamState, n: int, sums: Tensor, parent: Tensor, token: Tensor, eos: int) -> Tensor:
-    """Return the rows that are continued, int64 (n * beam,), without waiting for the device."""
+def _choose_on_device(state: BeamState, n: int, sums: Tensor, parent: Tensor, token: Tensor, eos: int) -> None:
+    """Do as `choose`, without waiting for the device."""
     parent, token, sums = _end(state, n, sums, parent, token, token.eq(eos))
     at = state.step * state.chosen_beam.size(1) + state.sentence[:n]
     for record, value in ((state.chosen_beam, parent), (state.chosen_token, token), (state.chosen_score, sums)):
         record.flatten(0, 1).index_copy_(0, at, value.to(record.dtype))
     state.scores[:n] = sums
     state.tokens[: n * state.beam] = token.flatten()
-    return (parent + state.beam * torch.arange(n, device=parent.device)[:, None]).flatten()
+    rows = (parent + state.beam * torch.arange(n, device=parent.device)[:, None]).flatten()
+    state.block_table[: n * state.beam] = state.block_table.index_select(0, rows)
 
 
-def _choose_on_host(state: BeamState, n: int, sums: Tensor, parent: Tensor, token: Tensor, eos: int) -> Tensor:
-    """Do as `_choose_on_device`.
+def choose_on_host(
+    state: BeamState, n: int, sums: np.ndarray, parents: np.ndarray, tokens: np.ndarray, eos: int
+) -> None:
+    """Do as `choose`.
 
     Nothing has to wait here, so steps in which nothing ends, most of them, do less; and a call of numpy for a few
     numbers takes a fraction of one of torch.
     """
-    beam, step, row = state.beam, int(state.step), torch.arange(n)[:, None].numpy()
-    best_sums, parents, tokens = sums.numpy(), parent.numpy(), token.numpy()
-    if (tokens == eos).any() or state.ignored.numpy()[:n].any() or step >= int(state.max_len):
-        active = row, _end_on_host(state, n, sums, parent, token, eos).numpy()
-        best_sums, parents, tokens = best_sums[active], parents[active], tokens[active]
-    best_sums, parents, tokens = best_sums[:, :beam], parents[:, :beam], tokens[:, :beam]
+    beam, step, row, ends = state.beam, int(state.step), _column(n), tokens == eos
+    if ends.any() or state.ignored.numpy()[:n].any() or step >= int(state.max_len):
+        active = row, _end_on_host(state, n, sums, parents, ends)
+        sums, parents, tokens = sums[active], parents[active], tokens[active]
+    sums, parents, tokens = sums[:, :beam], parents[:, :beam], tokens[:, :beam]
     at = step, state.sentence.numpy()[:n]
-    for record, value in ((state.chosen_beam, parents), (state.chosen_token, tokens), (state.chosen_score, best_sums)):
+    for record, value in ((state.chosen_beam, parents), (state.chosen_token, tokens), (state.chosen_score, sums)):
         record.numpy()[at] = value
-    state.scores.numpy()[:n] = best_sums
+    state.scores.numpy()[:n] = sums
     state.tokens.numpy()[: n * beam] = tokens.reshape(-1)
-    return torch.from_numpy((parents + beam * row).reshape(-1))
+    table = state.block_table.view(torch.uint8).numpy()  # of any type, such as numpy lacks
+    table[: n * beam] = table[(parents + beam * row).reshape(-1)]
 
 
-def _end_on_host(state: BeamState, n: int, sums: Tensor, parent: Tensor, token: Tensor, eos: int) -> Tensor:
+def _end_on_host(state: BeamState, n: int, sums: np.ndarray, parents: np.ndarray, ends: np.ndarray) -> np.ndarray:
     """Record the hypotheses that end, as `_end` does; return the places of the continuations of others, (n, beam)."""
     beam, step, last_step = state.beam, int(state.step), int(state.max_len)
     sentence, done, ignored, n_final = (
         x.numpy()[:n] for x in (state.sentence, state.done, state.ignored, state.n_final)
     )
-    ends = (token.numpy() == eos) & (sums.numpy() != -math.inf)
+    ends = ends & (sums != -math.inf)
     ends[:, :beam] &= ~ignored
-    counted = ends[:, :beam] & ~done[:, None]
-    place = n_final[:, None] + counted.cumsum(1) - 1
-    source = (counted & (place < beam)).nonzero()
-    at = sentence[source[0]], place[source]
-    state.final_step.numpy()[at] = step
-    state.final_beam.numpy()[at] = parent.numpy()[source]
-    state.final_score.numpy()[at] = sums.numpy()[source]
-    n_final[:] = (n_final + counted.sum(1)).clip(max=beam)
-    ended = done | (n_final == beam) | (step >= last_step)
-    state.unfinished.sub_(int((ended & ~done).sum()))
-    done[:] = ended
+    final_step, final_beam, final_score = (x.numpy() for x in (state.final_step, state.final_beam, state.final_score))
+    for place, candidate in zip(*ends[:, :beam].nonzero(), strict=True):  # few
+        if not done[place] and n_final[place] < beam:
+            at = sentence[place], n_final[place]
+            final_step[at], final_beam[at], final_score[at] = step, parents[place, candidate], sums[place, candidate]
+            n_final[place] += 1
+    done |= (n_final == beam) | (step >= last_step)
+    state.unfinished.fill_(n - int(done.sum()))
 
     ends[:, :beam] |= ignored
     active = ends.argsort(1, kind="stable")[:, :beam]
-    ignored[:] = ends[torch.arange(n)[:, None].numpy(), active]
-    return torch.from_numpy(active)
+    ignored[:] = ends[_column(n), active]
+    return active
+
+
+@functools.lru_cache
+def _column(n: int) -> np.ndarray:
+    """0 ... n - 1, int64 (n, 1)."""
+    return np.arange(n)[:, None]
 
 
 def _end(
@@ -263,6 +272,32 @@ def best_continuations(log_probs: Tensor, scores: Tensor, groups: Tensor, size: 
     return sums, parent.gather(1, group), (groups.gather(1, group) % n_groups).mul_(size).add_(token)
 
 
+def best_on_host(log_probs: Tensor, scores: Tensor, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Find what `best_groups` and `best_continuations` find, by calls of numpy.
+
+    Tokens of a group are apart, so that their maximum is that of whole rows of groups.
+
+    Args:
+        log_probs: float32 (n, beam, V), of the next token.
+        scores: float32 (n, beam), of the hypotheses so far.
+
+    Returns:
+        Sums float32, hypotheses int64 and tokens int64, (n, k) each, best first.
+    """
+    n, beam, vocab_size = log_probs.shape
+    size = group_size(vocab_size, 2, vocab_size**0.5 / 2)
+    grouped, sums, row = log_probs.view(n, beam, size, -1), scores.numpy(), _column(n)
+    n_groups = grouped.size(3)
+    # What is less is better: numpy sorts NaN to the end.
+    groups = (-sums[..., None] - grouped.amax(2).numpy()).reshape(n, -1).argpartition(k - 1, 1)[:, :k]
+    parent, group = np.divmod(groups, n_groups)
+    costs = (-sums[row, parent][..., None] - grouped.numpy()[row, parent, :, group]).reshape(n, -1)
+    place = costs.argpartition(k - 1, 1)[:, :k]
+    place = place[row, costs[row, place].argsort(1)]
+    which, token = np.divmod(place, size)
+    return np.fmax(-costs[row, place], -np.inf), parent[row, which], token * n_groups + group[row, which]
+
+
 def best_of_groups(
     logits: Tensor, penalty: Tensor | None, lse: Tensor, maxima: Tensor, size: int, k: int
 ) -> tuple[Tensor, Tensor]:
@@ -291,7 +326,7 @@ def _best(sums: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 @functools.cache
-def group_size(vocab_size: int, least: int) -> int:
-    """The divisor of *vocab_size* nearest to 64, up to 128, that leaves *least* groups or more."""
+def group_size(vocab_size: int, least: int, aim: float = 64) -> int:
+    """The divisor of *vocab_size* nearest to *aim*, up to 128, that leaves *least* groups or more."""
     divisors = (size for size in range(1, min(vocab_size // least, 128) + 1) if vocab_size % size == 0)
-    return min(divisors, key=lambda size: abs(math.log2(size / 64)))
+    return min(divisors, key=lambda size: abs(math.log2(size / aim)))

@@ -11,9 +11,10 @@ from triton_ops.api import advance_beams, best_tokens, continue_beams
 from triton_ops.beam_state import (
     BeamState,
     _choose_on_device,
-    _choose_on_host,
     best_continuations,
     best_groups,
+    best_on_host,
+    choose_on_host,
     group_size,
 )
 
@@ -40,11 +41,12 @@ def test_the_best_continuations_are_the_best_of_all_sums(n, beam, vocab_size, ca
     expected, _ = totals.flatten(1).topk(2 * beam)
     size = group_size(vocab_size, 2)
     groups = best_groups(log_probs.unflatten(2, (-1, size)).amax(-1), scores, 2 * beam)
-    sums, parent, token = best_continuations(log_probs, scores, groups, size)
-    torch.testing.assert_close(sums, expected, rtol=0, atol=0)
-    chosen = parent * vocab_size + token
-    torch.testing.assert_close(totals.flatten(1).gather(1, chosen), sums, rtol=0, atol=0)
-    assert all(len(set(row)) == 2 * beam for row in chosen.tolist())
+    on_host = map(torch.from_numpy, best_on_host(log_probs, scores, 2 * beam))
+    for sums, parent, token in (best_continuations(log_probs, scores, groups, size), on_host):
+        torch.testing.assert_close(sums, expected, rtol=0, atol=0)
+        chosen = parent * vocab_size + token
+        torch.testing.assert_close(totals.flatten(1).gather(1, chosen), sums, rtol=0, atol=0)
+        assert all(len(set(row)) == 2 * beam for row in chosen.tolist())
 
 
 def distinct(dtype: torch.dtype, n: int) -> torch.Tensor:
@@ -139,11 +141,8 @@ def test_a_cpu_changes_the_state_as_a_device_does(step, ends):
     sums = torch.randn(n + 1, 2 * beam).sort(descending=True).values
     parent = torch.randint(beam, sums.shape)
     token = torch.where(torch.rand(sums.shape) < ends, EOS, torch.randint(3, 50, sums.shape))
-    rows = [
-        choice(state, n + 1, sums, parent, token, EOS)
-        for choice, state in zip((_choose_on_host, _choose_on_device), states, strict=True)
-    ]
-    assert torch.equal(*rows)
+    choose_on_host(states[0], n + 1, sums.numpy(), parent.numpy(), token.numpy(), EOS)
+    _choose_on_device(states[1], n + 1, sums, parent, token, EOS)
     for name, mine, theirs in zip(BeamState._fields, *states, strict=True):
         if name.startswith("chosen"):  # without scratch slots
             mine, theirs = mine[:, : n + 1], theirs[:, : n + 1]
