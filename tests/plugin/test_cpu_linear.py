@@ -79,10 +79,25 @@ def test_small_weights_are_left_to_torch(n, monkeypatch):
     linears, x = [PackedLinear(48, 16) for _ in range(n)], torch.randn(5, 48)
     weight, bias = torch.cat([x.weight for x in linears]), torch.cat([x.bias for x in linears])
     product = packed(*linears)
-    assert type(product) is SmallProduct and torch.equal(product(x), F.linear(x, weight, bias))
+    assert type(product) is SmallProduct
+    torch.testing.assert_close(product(x), F.linear(x, weight, bias))
     assert type(packed(*linears, PackedLinear(48, 1))) is FloatProduct
     use_int8(torch.nn.ModuleList(linears))
     assert type(packed(*linears)) is Int8Product
+
+
+@pytest.mark.parametrize(
+    ("rows", "medium", "by_mkl"), [(16, 48 * 80 + 1, True), (17, 48 * 80 + 1, False), (5, 48, False)]
+)
+@torch.no_grad()
+def test_few_rows_of_medium_weights_are_left_to_mkl(rows, medium, by_mkl, monkeypatch):
+    """A call of oneDNN takes longer than such a product."""
+    monkeypatch.setattr(cpu_linear, "MEDIUM", medium)
+    calls, multiply = [], SmallProduct.__call__
+    monkeypatch.setattr(SmallProduct, "__call__", lambda self, x: calls.append(1) or multiply(self, x))
+    linear, x = PackedLinear(48, 80), torch.randn(rows, 48)
+    assert within_rounding(packed(linear)(x), linear, x)
+    assert bool(calls) is by_mkl
 
 
 @pytest.mark.parametrize("int8", [False, True])
