@@ -16,13 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ap_fairseq.model.attention import PrunedMultiheadAttention
-from ap_fairseq.model.cpu_linear import Product, Products, can_pack
+from ap_fairseq.model.cpu_linear import Product, Products, can_pack, is_int8
 from ap_fairseq.model.kv_cache import HostCache
 from ap_fairseq.model.layers import is_plain
 from ap_fairseq.search.beams import BeamSearchState
 from ap_fairseq.search.hypotheses import Hypotheses
 from ap_fairseq.search.running import Batch, EncoderOuts, RunningSearch
-from ap_fairseq.search.static_decoder import LayerStep, Model, StaticDecoder, layer_step
+from ap_fairseq.search.static_decoder import LayerStep, Model, ModelStep, StaticDecoder, layer_step
 from ap_fairseq.sites import layers_of
 
 FIRST_SLOTS = 64  # of a sentence; slots are compacted, or their number doubled, when they are full
@@ -234,6 +234,38 @@ class HostCrossAttention(HostCache):
         self.k_v = self.kv[:, : self.columns.slots.n].unbind()
 
 
+class ShortSource:
+    """Cross-attention to one short sentence without a mask: two products around a softmax.
+
+    Its keys are multiplied by the weight of the queries once, its values by that of the output. With fewer columns than
+    a head has elements that is less to read in every step than these weights.
+    """
+
+    def __init__(self, module: PrunedMultiheadAttention, kv: Tensor):
+        """Take keys and values (2, 1, H, S, D)."""
+        (k, v), heads, scale = kv[:, 0], (module.num_heads, module.head_dim), module.scaling
+        self.shape = -1, *k.shape[:2]
+        self.keys = (k @ module.q_proj.weight.unflatten(0, heads)).mul_(scale).permute(2, 0, 1).flatten(1)  # (C, H * S)
+        self.bias = (k @ module.q_proj.bias.view(*heads, 1)).mul_(scale).flatten()
+        self.values = (v @ module.out_proj.weight.t().unflatten(0, heads)).flatten(0, 1)  # (H * S, C)
+        self.out_bias = module.out_proj.bias
+
+    @staticmethod
+    def covers(module: PrunedMultiheadAttention, cache: HostCrossAttention) -> bool:
+        """Whether the cache is that of one short sentence, without padding or mask. 8-bit weights stay as they are."""
+        _, n, _, size, head_dim = cache.kv.shape
+        masked = cache.heads is not None or not cache.columns.whole
+        return n == 1 and size <= head_dim and not masked and not is_int8(module.q_proj)
+
+    def weights(self, x: Tensor) -> Tensor:
+        """(N, C) -> attention, (N, H * S)."""
+        return torch.addmm(self.bias, x, self.keys).view(self.shape).softmax(-1).flatten(1)
+
+    def attended(self, weights: Tensor) -> Tensor:
+        """(N, H * S) -> the output of attention, (N, C)."""
+        return torch.addmm(self.out_bias, weights, self.values)
+
+
 def by_sentence(q: Tensor, n: int) -> Tensor:
     """(N, H, D), of N / n hypotheses for each sentence -> (n, H, N / n, D), a view: hypotheses are queries."""
     return q.view(n, -1, *q.shape[1:]).transpose(1, 2)
@@ -264,12 +296,18 @@ class HostLayer:
         packed: Callable[..., Product],
     ):
         own, cross = layer.self_attn, layer.encoder_attn
-        self.normalize_before, self.activation = layer.normalize_before, layer.activation_fn
+        self.normalize_before = layer.normalize_before
+        self.activation = torch.relu_ if layer.activation_fn is F.relu else layer.activation_fn
         self.self_cache, self.cross_cache = self_cache, cross_cache
         self.heads, self.scale = (own.num_heads, own.head_dim), own.scaling
         self.qkv, self.out = packed(own.q_proj, own.k_proj, own.v_proj), packed(own.out_proj)
         self.norm, self.final_norm = Norm(layer.self_attn_layer_norm), Norm(layer.final_layer_norm)
-        if cross is not None:
+        if cross is not None and ShortSource.covers(cross, cross_cache):
+            source = ShortSource(cross, cross_cache.kv)
+            self.cross_part, self.cross_out = source.weights, source.attended
+            self.cross_norm = Norm(layer.encoder_attn_layer_norm)
+        elif cross is not None:
+            self.cross_part = self._attend_to_source
             self.q, self.cross_out = packed(cross.q_proj), packed(cross.out_proj)
             self.cross_heads, self.cross_scale = (cross.num_heads, cross.head_dim), cross.scaling
             self.cross_norm = Norm(layer.encoder_attn_layer_norm)
@@ -283,7 +321,7 @@ class HostLayer:
     def __call__(self, x: Tensor) -> Tensor:
         x = self._residual(x, self.norm, self._attend_to_target, self.out)
         if self.cross_cache is not None:
-            x = self._residual(x, self.cross_norm, self._attend_to_source, self.cross_out)
+            x = self._residual(x, self.cross_norm, self.cross_part, self.cross_out)
         return self._residual(x, self.final_norm, self._widen, self.fc2)
 
     def _residual(self, x: Tensor, norm: Norm, part: Callable[[Tensor], Tensor], last: Product) -> Tensor:
@@ -357,9 +395,9 @@ class HostDecoder(StaticDecoder):
         columns = SourceColumns(slots, real, cross_rows, self.dtype)
         self.self_caches = {module: HostSelfAttention(slots, module, self.dtype) for module in self.self_sites}
         self.sources: list[SourceColumns | HostCrossAttention] = [columns]
-        self.layers: list[list[LayerStep]] = []
+        layers: list[list[LayerStep]] = []
         for model, encoder_out in zip(self.models, encoder_outs or [None] * len(self.models), strict=True):
-            self.layers.append([])
+            layers.append([])
             source = None if encoder_out is None else encoder_out["encoder_out"][0].transpose(0, 1)
             for layer in layers_of(model.decoder):
                 cross = None
@@ -367,23 +405,40 @@ class HostDecoder(StaticDecoder):
                     kv = self._project_source(layer.encoder_attn, source)
                     cross = HostCrossAttention(columns, layer.encoder_attn, kv)
                     self.sources.append(cross)
-                self.layers[-1].append(self._layer(layer, self.self_caches[layer.self_attn], cross))
+                layers[-1].append(self._layer(layer, self.self_caches[layer.self_attn], cross))
         self.output_layers = [self._output_layer(model) for model in self.models]
+        self.steps = [self._host_step(index, own) for index, own in enumerate(layers)]
         return encoder_outs
-
-    def _embed(self, index: int, tokens: Tensor) -> Tensor:
-        decoder, positions, step = self.models[index].decoder, self.positions[index], self.slots.step
-        position = None if positions is None else positions[step : step + 1]
-        changed = (decoder.quant_noise, decoder.project_in_dim, decoder.layernorm_embedding)
-        if position is None or type(decoder.embed_tokens) is not nn.Embedding or any(x is not None for x in changed):
-            return decoder.embed(tokens, position)
-        return torch.add(position, F.embedding(tokens, decoder.embed_tokens.weight), alpha=decoder.embed_scale)
 
     def _output_layer(self, model: Model) -> Callable[[Tensor], Tensor]:
         decoder = model.decoder
         if decoder.adaptive_softmax is not None or not can_pack(decoder.output_projection.weight):
             return decoder.output_layer
         return self.packed(decoder.output_projection)
+
+    def _host_step(self, index: int, layers: list[LayerStep]) -> ModelStep:
+        """Do as `_module_step`, with what a step needs at hand."""
+        decoder, embed, project = self.models[index].decoder, self._embedding(index), self.output_layers[index]
+        plain = decoder.layer_norm is not None and decoder.project_out_dim is None
+        finish = Norm(decoder.layer_norm) if plain else decoder.finish
+
+        def run(tokens: Tensor) -> Tensor:
+            x = embed(tokens)
+            for layer in layers:
+                x = layer(x)
+            return project(finish(x))
+
+        return run
+
+    def _embedding(self, index: int) -> Callable[[Tensor], Tensor]:
+        """Return what `_embed` does for a model."""
+        decoder, positions, slots = self.models[index].decoder, self.positions[index], self.slots
+        embedding, scale = decoder.embed_tokens, decoder.embed_scale
+        changed = (decoder.quant_noise, decoder.project_in_dim, decoder.layernorm_embedding)
+        if positions is None or type(embedding) is not nn.Embedding or any(x is not None for x in changed):
+            return lambda tokens: self._embed(index, tokens)
+        weight = embedding.weight
+        return lambda tokens: torch.add(positions[slots.step], torch.embedding(weight, tokens), alpha=scale)
 
     def _layer(self, layer: nn.Module, own: HostSelfAttention, cross: HostCrossAttention | None) -> LayerStep:
         if HostLayer.covers(layer):
@@ -434,5 +489,4 @@ class HostDecoder(StaticDecoder):
         """Nothing: `SentenceSlots` did."""
 
     def _run(self, n: int, within_prefix: bool) -> None:
-        steps = [self._module_step(index, layers) for index, layers in enumerate(self.layers)]
-        self._step(n, within_prefix, steps)
+        self._step(n, within_prefix, self.steps)

@@ -101,6 +101,28 @@ def test_slots_of_a_cpu_are_dropped_and_sentences_leave(case, monkeypatch):
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="models are on the GPU")
+@pytest.mark.parametrize(
+    ("case", "lengths", "served"),
+    [("", [9], True), ("longer than heads are wide", [17], False), ("two sentences", [9, 9], False)]
+    + [(case, [9], False) for case in ("padded", "pruned", "int8")],
+)
+def test_cross_attention_to_one_short_sentence_is_two_products(case, lengths, served, monkeypatch):
+    made, init = [], host_decoder.ShortSource.__init__
+    monkeypatch.setattr(host_decoder.ShortSource, "__init__", lambda *args: made.append(1) or init(*args))
+    monkeypatch.setattr(PrunedSequenceGenerator, "_decoder_class", lambda self, device: host_decoder.HostDecoder)
+    systems, options = models(sparsity=0.6 if case == "pruned" else 0.0), dict(beam_size=4, max_len_b=30)
+    source = sample(lengths)
+    if case == "padded":
+        tokens = source["net_input"]["src_tokens"]
+        source["net_input"]["src_tokens"] = torch.nn.functional.pad(tokens, (3, 0), value=VOCAB.pad())
+    expected = SequenceGenerator(systems, VOCAB, **options).generate([], source)
+    found = PrunedSequenceGenerator(systems, VOCAB, **options, cpu_int8=case == "int8").generate([], source)
+    assert bool(made) is served
+    if case != "int8":
+        assert_same(found, expected)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="models are on the GPU")
 def test_a_search_on_a_cpu_remembers_mask_rows_up_to_a_limit(monkeypatch):
     """It remembered every row: of 48 heads at 4,096 columns 0.2 MB a step, for as long as the generator lived."""
     monkeypatch.setattr(host_decoder, "MASK_ROWS_MEMO", 20_000)  # 20 rows or less
