@@ -7,7 +7,6 @@ that no hypothesis refers to any more are dropped from time to time, and finishe
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable
 
@@ -22,7 +21,7 @@ from ap_fairseq.model.layers import is_plain
 from ap_fairseq.search.beams import BeamSearchState
 from ap_fairseq.search.hypotheses import Hypotheses
 from ap_fairseq.search.running import Batch, EncoderOuts, RunningSearch
-from ap_fairseq.search.static_decoder import LayerStep, Model, ModelStep, StaticDecoder, layer_step
+from ap_fairseq.search.static_decoder import LayerStep, Model, ModelStep, StaticDecoder, head_slices, layer_step
 from ap_fairseq.sites import layers_of
 
 FIRST_SLOTS = 64  # of a sentence; slots are compacted, or their number doubled, when they are full
@@ -126,8 +125,7 @@ class MaskRows:
 
     def __init__(self, modules: list[PrunedMultiheadAttention], n_rows: int, n_columns: int):
         pruned = [module for module in modules if not module.keeps_all(n_rows, n_columns)]
-        ends = itertools.accumulate(module.num_heads for module in pruned)
-        self.heads = {module: slice(end - module.num_heads, end) for module, end in zip(pruned, ends, strict=True)}
+        self.heads = head_slices(pruned)
         self.n_columns, self._common = n_columns, {}  # by step
 
     def pruned(self, step: int, size: int, n: int, lengths: Tensor | None) -> Tensor:
