@@ -223,6 +223,9 @@ def missed_budgets(
 def _coarseness(spec: MaskSpec) -> str:
     """Say why a threshold cannot meet every budget."""
     granularities = {spec.granularity_of(kind) for kind in spec.budgets}
+    if granularities == {"head"}:
+        rest = "" if spec.empty_rows else ", and pruned heads keep the guaranteed cells; --empty-rows prunes those too"
+        return f"a budget is met to the nearest head{rest}"
     if granularities != {1}:
         units = " or ".join(map(_plural, sorted(granularities - {1}, key=str)))
         return f"the recorded pairs fall into few {units}, and a unit is pruned whole; use a finer --granularity"
@@ -237,4 +240,4 @@ def _coarseness(spec: MaskSpec) -> str:
 def _plural(granularity: Granularity) -> str:
     if size := block_shape(granularity):
         return f"{size[0]}x{size[1]} blocks"
-    return "heads" if granularity == "head" else "diagonals"
+    return "whole heads" if granularity == "head" else "diagonals"

@@ -96,11 +96,22 @@ def test_numbers_of_heads_bound_those_that_stay():
     assert not kept_heads(built.masks, CROSS).any() and "--min-heads N leaves each pair to N heads" in str(
         built.warnings
     )
-    assert "the recorded pairs fall into few heads, and a unit" in str(build(stats, 0.12, **options).warnings)
     minimum = build(stats, 0.95, **options, min_heads={CROSS: 3}).masks
     best = np.sort(np.where(criteria.guaranteed((12, 12), CROSS), 0, stats.mass[CROSS]).sum((2, 3)).ravel())[-3:]
     found = np.where(criteria.guaranteed((12, 12), CROSS), 0, stats.mass[CROSS]).sum((2, 3))[kept_heads(minimum, CROSS)]
     np.testing.assert_allclose(np.sort(found), best)
+
+
+def test_a_missed_budget_names_the_guaranteed_cells_that_pruned_heads_keep():
+    """It asked for a finer granularity, also where as many heads are pruned as was asked for."""
+    stats = random_stats(longest=(12, 12), layers=1, heads=4)
+    options = dict(kinds=[CROSS], criterion="importance", granularity="head")
+    missed, empty = (build(stats, 0.5, **options, empty_rows=rows) for rows in (False, True))
+    assert kept_heads(missed.masks, CROSS).sum() == kept_heads(empty.masks, CROSS).sum() == 2
+    assert "a budget is met to the nearest head, and pruned heads keep the guaranteed cells" in missed.warnings[0]
+    assert not [warning for warning in empty.warnings if "instead of" in warning]
+    nearest = build(stats, 0.6, **options, empty_rows=True).warnings[0]
+    assert nearest.endswith("instead of 60.0%: a budget is met to the nearest head")
 
 
 def test_heads_of_one_kind_compete_with_cells_of_others(tmp_path, capsys):
