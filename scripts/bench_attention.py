@@ -41,7 +41,7 @@ from torch.nn.attention import SDPBackend
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from provenance import git_commit, with_heading
+from provenance import git_commit, print_table, with_heading
 from rivals_attention import Method, block_sparse, dense, dense_mask, flash_attention_4_dense, flex
 
 from triton_ops import AttentionLayout, block_sparse_attention, decode_attention
@@ -631,8 +631,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--table", type=Path, metavar="JSON", help="print a Markdown table of a result file and stop")
     options = parser.parse_args(arguments)
     if options.table:
-        report = json.loads(options.table.read_text(encoding="utf-8"))
-        print(table(report), details(report), sep="\n\n")
+        print_table(parser, options.table, lambda report: f"{table(report)}\n\n{details(report)}")
         return
     if options.repeats < 2:
         parser.error(f"--repeats {options.repeats}: percentiles take at least 2")

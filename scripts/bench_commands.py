@@ -37,7 +37,7 @@ from pathlib import Path
 import sacrebleu
 from dense_checkpoint import stock_checkpoint
 from fairseq.data import data_utils
-from provenance import git_commit, with_heading
+from provenance import git_commit, print_table, with_heading
 
 from ap_fairseq.devices import count_gpus, device_name
 from ap_fairseq.evaluation.tables import Table, markdown
@@ -201,7 +201,7 @@ def main() -> None:
     parser = get_parser()
     args = parser.parse_args()
     if args.table:
-        print(table(json.loads(args.table.read_text(encoding="utf-8"))))
+        print_table(parser, args.table, table)
         return
     if not (args.data and args.path and args.out):
         parser.error("name DATA_BIN, --path and --out, or a result file with --table")

@@ -68,7 +68,7 @@ from importlib import metadata
 from pathlib import Path
 
 import torch
-from provenance import git_commit, with_heading
+from provenance import git_commit, print_table, with_heading
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -337,6 +337,13 @@ def check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     if language_model and options.rivals:
         parser.error(f"--rivals {' '.join(options.rivals)}: they translate, and {options.arch} is a language model")
     options.precision = options.precision or ("fp16" if options.device == "cuda" else "fp32")
+    if not any(Path(options.data).glob("dict*.txt")):
+        parser.error(f"{options.data} has no dictionary dict*.txt; name a folder made by fairseq-preprocess")
+    if not any(Path(options.data).glob(f"{options.subset}.*")):
+        parser.error(f"--subset {options.subset}: {options.data} has no such text; name train, valid or test")
+    for flag, number in (("--rounds", options.rounds), ("--repeats", options.repeats), ("--limit", options.limit)):
+        if number is not None and number < 1:
+            parser.error(f"{flag} {number}: at least 1 is measured")
 
 
 def main() -> None:
@@ -344,7 +351,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.table:
         systems = [*(options.systems or SYSTEMS), *itertools.chain(*RIVALS.values())]
-        print(table(json.loads(options.table.read_text(encoding="utf-8")), systems))
+        print_table(parser, options.table, lambda report: table(report, systems))
         return
     check(parser, options)
     if options.system:

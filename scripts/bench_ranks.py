@@ -25,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from provenance import git_commit
+from provenance import git_commit, print_table
 
 from ap_fairseq.artifacts import AttentionStats
 from ap_fairseq.evaluation.tables import Table, markdown
@@ -132,7 +132,7 @@ def main() -> None:
     parser = get_parser()
     args = parser.parse_args()
     if args.table:
-        print(table(json.loads(args.table.read_text(encoding="utf-8"))))
+        print_table(parser, args.table, table)
         return
     if not (args.data and args.path and args.masks and args.out):
         parser.error("name DATA-BIN, --path, --masks and --out, or a result file with --table")

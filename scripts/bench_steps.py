@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 import triton
 from fairseq.data import Dictionary
-from provenance import git_commit
+from provenance import git_commit, print_table
 
 from ap_fairseq.evaluation.tables import Table, markdown
 from ap_fairseq.files import refuse_existing, write_json
@@ -125,7 +125,7 @@ def main() -> None:
     parser.add_argument("--table", type=Path, metavar="JSON", help="print a Markdown table of a result file and stop")
     args = parser.parse_args()
     if args.table:
-        print(table(json.loads(args.table.read_text(encoding="utf-8"))))
+        print_table(parser, args.table, table)
         return
     if args.out:
         refuse_existing(args.out, False)

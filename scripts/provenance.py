@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
+import json
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -16,6 +19,15 @@ def git_commit() -> str:
     except OSError:  # no git here
         return "unknown"
     return result.stdout.strip() or "unknown"
+
+
+def print_table(parser: argparse.ArgumentParser, file: Path, table: Callable[[dict], str]) -> None:
+    """Print the *table* of a result file; end the program with one line if it is none of this benchmark."""
+    try:
+        printed = table(json.loads(file.read_text(encoding="utf-8")))
+    except (AttributeError, KeyError, IndexError, OSError, TypeError, ValueError) as error:
+        parser.error(f"--table {file}: {type(error).__name__}: {error}; give a file that this program wrote with --out")
+    print(printed)
 
 
 def with_heading(made: str, report: dict, table: str) -> str:

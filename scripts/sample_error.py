@@ -14,10 +14,9 @@ For each sample and attention kind, measured on the pairs of the whole data set:
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
-from provenance import git_commit
+from provenance import git_commit, print_table
 
 from ap_fairseq.artifacts import AttentionStats
 from ap_fairseq.cli.common import command
@@ -73,9 +72,10 @@ def get_parser() -> argparse.ArgumentParser:
 
 @command
 def main(argv: list[str]) -> None:
-    args = get_parser().parse_args(argv)
+    parser = get_parser()
+    args = parser.parse_args(argv)
     if args.table:
-        print(table(json.loads(args.table.read_text(encoding="utf-8"))))
+        print_table(parser, args.table, table)
         return
     if not args.samples:
         raise UserError("name the statistics of the whole data set and of at least one sample")

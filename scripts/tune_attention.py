@@ -33,7 +33,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench_attention import BFLOAT16, DEVICE, measure, provenance, sentence_problem, training_step
-from provenance import with_heading
+from provenance import print_table, with_heading
 
 from triton_ops import AttentionLayout, block_sparse_attention, launch
 from triton_ops.config import Config
@@ -202,7 +202,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--table", type=Path, metavar="JSON", help="print a Markdown table of a result file and stop")
     options = parser.parse_args(arguments)
     if options.table:
-        print(table(json.loads(options.table.read_text(encoding="utf-8"))))
+        print_table(parser, options.table, table)
         return
     if not torch.cuda.is_available():
         sys.exit("tune_attention.py: no CUDA device; only --table works without one")

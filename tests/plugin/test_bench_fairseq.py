@@ -4,6 +4,7 @@ import argparse
 import functools
 import importlib.util
 import json
+import shutil
 import sys
 
 import bench_fairseq as bench
@@ -195,6 +196,30 @@ def test_what_cannot_be_done_is_refused(tmp_path):
     assert "--profile" in run(*command, "--profile", expect=2)
     gone = tmp_path / "gone"  # found when the first row was measured
     assert f"folder {gone} does not exist" in run(*command, "--out", gone / "x.json", expect=2)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["{}/gone"], "gone has no dictionary dict*.txt; name a folder made by fairseq-preprocess"),
+        (["{}", "--subset", "foo"], "--subset foo: "),
+        (["{}", "--rounds", "0"], "--rounds 0: at least 1 is measured"),
+        (["{}", "--limit", "-3"], "--limit -3: at least 1 is measured"),
+        (["--table", "{}/gone"], "gone: FileNotFoundError: "),
+        (["--table", "{}/dict.de.txt"], "dict.de.txt: JSONDecodeError: "),
+        (["--table", "{}/other.json"], "other.json: KeyError: 'rows'; give a file that this program wrote with --out"),
+    ],
+)
+def test_files_and_numbers_that_cannot_be_used_are_named(data_bin, tmp_path, monkeypatch, capsys, flags, message):
+    """Each system reported a traceback of its own, or a table of nothing was printed."""
+    for file in data_bin.glob("*.de*"):
+        shutil.copy(file, tmp_path)
+    (tmp_path / "other.json").write_text("{}", "utf-8")
+    flags = [flag.format(tmp_path) for flag in flags]
+    monkeypatch.setattr(sys, "argv", ["bench_fairseq.py", *flags, "--device", "cpu", "--systems", "stock"])
+    with pytest.raises(SystemExit) as stop:
+        bench.main()
+    assert stop.value.code == 2 and message in capsys.readouterr().err
 
 
 # -- rivals -----------------------------------------------------------------------------------------------------------
