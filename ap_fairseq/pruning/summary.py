@@ -206,32 +206,34 @@ def missed_budgets(
         weights = [found[name][1] for name, *_ in checks]
         shares = (np.average(share, weights=weights) for share in list(zip(*checks, strict=True))[1:])
         checks = [("all kinds together", *shares)]
-    reason = _coarseness(spec)
+    kinds = {kind.value: [kind] for kind in spec.budgets}
     return [
         f"{name}: effective sparsity {reached:.1%} instead of {target:.1%}: "
         + (
             f"{beyond:.0%} of the pairs of validation sentences lie beyond the recorded positions, where masks "
             "continue diagonals or keep all; record longer sentences (--max-positions, --sample)"
             if beyond >= abs(reached - target)  # that much they can explain
-            else reason
+            else _coarseness(spec, kinds.get(name, spec.budgets))
         )
         for name, reached, target, beyond in checks
         if abs(reached - target) > 0.01
     ]
 
 
-def _coarseness(spec: MaskSpec) -> str:
-    """Say why a threshold cannot meet every budget."""
-    granularities = {spec.granularity_of(kind) for kind in spec.budgets}
+def _coarseness(spec: MaskSpec, kinds: Iterable[AttentionKind]) -> str:
+    """Say why a threshold cannot meet every budget of these kinds."""
+    granularities = {spec.granularity_of(kind) for kind in kinds}
     if granularities == {"head"}:
-        rest = "" if spec.empty_rows else ", and pruned heads keep the guaranteed cells; --empty-rows prunes those too"
-        return f"a budget is met to the nearest head{rest}"
-    if granularities != {1}:
+        reason = "a budget is met to the nearest head"
+        if not spec.empty_rows:
+            reason += ", and pruned heads keep the guaranteed cells; --empty-rows prunes those too"
+    elif granularities != {1}:
         units = " or ".join(map(_plural, sorted(granularities - {1}, key=str)))
-        return f"the recorded pairs fall into few {units}, and a unit is pruned whole; use a finer --granularity"
-    reason = "every row keeps one guaranteed cell, and rows of short sentences have few others"
-    if spec.empty_rows:
+        reason = f"the recorded pairs fall into few {units}, and a unit is pruned whole; use a finer --granularity"
+    elif spec.empty_rows:
         reason = "a cell is pruned in every sentence that has it, and the first cells are in all"
+    else:
+        reason = "every row keeps one guaranteed cell, and rows of short sentences have few others"
     if spec.min_kept or spec.min_heads or spec.keep_first or spec.keep_diagonal is not None:
         reason += "; cells kept by --min-kept, --min-heads, --keep-first and --keep-diagonal are not pruned either"
     return reason

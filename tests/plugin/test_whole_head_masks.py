@@ -14,6 +14,7 @@ from ap_fairseq.artifacts import PruningMasks
 from ap_fairseq.files import UserError
 from ap_fairseq.model.checkpoints import load_checkpoint
 from ap_fairseq.pruning import criteria
+from ap_fairseq.pruning.build import build_masks
 from ap_fairseq.pruning.spec import MaskSpec
 from ap_fairseq.sites import AttentionKind
 
@@ -112,6 +113,15 @@ def test_a_missed_budget_names_the_guaranteed_cells_that_pruned_heads_keep():
     assert not [warning for warning in empty.warnings if "instead of" in warning]
     nearest = build(stats, 0.6, **options, empty_rows=True).warnings[0]
     assert nearest.endswith("instead of 60.0%: a budget is met to the nearest head")
+    bounded = build(stats, 0.9, **options, empty_rows=True, min_heads={CROSS: 3}).warnings[0]
+    assert "the nearest head; cells kept by --min-kept, --min-heads" in bounded
+
+
+def test_a_missed_budget_speaks_of_the_units_of_its_kind_alone():
+    units = {AttentionKind.ENCODER_SELF: "diagonal", CROSS: "head"}
+    spec = MaskSpec(dict.fromkeys(units, 0.6), granularity=units, criterion="importance", empty_rows=True)
+    warnings = build_masks(random_stats(longest=(12, 12), layers=1, heads=4), spec).warnings
+    assert [w for w in warnings if w.startswith("cross: ") and w.endswith("to the nearest head")], warnings
 
 
 def test_heads_of_one_kind_compete_with_cells_of_others(tmp_path, capsys):
