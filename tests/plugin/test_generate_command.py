@@ -447,7 +447,7 @@ def _print_bytes(rank, cfg, text, folder, todo, ranks):
 def test_bytes_in_a_log_that_are_no_text_end_no_translation(tmp_path, monkeypatch, caplog):
     """A library may print any: the text was translated, and then a UnicodeDecodeError ended the program."""
     monkeypatch.setattr(generation_text, "settings", lambda *_: {})
-    monkeypatch.setattr(generation_text.tasks, "setup_task", lambda _: None)
+    monkeypatch.setattr(generation_text, "setup_task", lambda _: None)
     monkeypatch.setattr(generation_text, "translate_parts", _print_bytes)
     (tmp_path / "in").write_text("one\n")
     text = Text.scan(tmp_path / "in", "in", 2)
