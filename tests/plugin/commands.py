@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import forked
+import numpy as np
 import torch
 from fairseq import checkpoint_utils
 
@@ -149,6 +150,19 @@ def generate(data, path, *flags, subset="test", expect=0, kernels=False) -> str:
 # Flags of `generate` by which Triton's interpreter, which is slow, translates a fifth of the batches: of the 60
 # sentences of "valid" two batches of six, short and long ones.
 FEW = ["--batch-size", 6, "--distributed-world-size", 5, "--distributed-rank", 0]
+
+
+def assert_kernels_translate_as_sdpa(data_bin, pruned) -> None:
+    """Check that a few sentences get the same text, and scores within 1e-4, by fairseq and by the kernels."""
+    short = ["--beam", 2, "--max-len-a", 0, "--max-len-b", 4, *FEW]
+    by_kernels = ["--task", "pruned_translation", "--model-overrides", "{'attention_backend': 'triton'}"]
+    logs = [
+        generate(data_bin, pruned, *short, subset="valid"),
+        generate(data_bin, pruned, *short, *by_kernels, subset="valid", kernels=True),
+    ]
+    expected, found = (re.findall(r"^H-\d+\t(\S+)\t(.*)", log, re.M) for log in logs)
+    assert [text for _, text in found] == [text for _, text in expected] != []
+    np.testing.assert_allclose([float(x) for x, _ in found], [float(x) for x, _ in expected], atol=1e-4)
 
 
 def assert_reads_as_stock(path, dense) -> None:

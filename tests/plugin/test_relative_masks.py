@@ -10,7 +10,7 @@ import pytest
 import torch
 from fairseq.sequence_generator import SequenceGenerator
 from plugin.builders import batch, dense_model, dictionary, pruned_model, random_masks, random_stats
-from plugin.commands import FEW, generate, run, train
+from plugin.commands import assert_kernels_translate_as_sdpa, generate, run, train
 from plugin.hypotheses import assert_same, plain
 
 from ap_fairseq import relative
@@ -503,15 +503,7 @@ def test_from_recording_to_translation(data_bin, dense, tmp_path):
     assert texts[0] == texts[1] != []
     np.testing.assert_allclose(*(np.array(log, dtype=float) for log in scores), atol=1e-5)
     # The kernels: in translation, and in training from scratch.
-    short = ["--beam", 2, "--max-len-a", 0, "--max-len-b", 4, *FEW]
-    by_kernels = ["--task", "pruned_translation", "--model-overrides", "{'attention_backend': 'triton'}"]
-    logs = [
-        generate(data_bin, pruned, *short, subset="valid"),
-        generate(data_bin, pruned, *short, *by_kernels, subset="valid", kernels=True),
-    ]
-    expected, found = (re.findall(r"^H-\d+\t(\S+)\t(.*)", log, re.M) for log in logs)
-    assert [text for _, text in found] == [text for _, text in expected] != []
-    np.testing.assert_allclose([float(x) for x, _ in found], [float(x) for x, _ in expected], atol=1e-4)
+    assert_kernels_translate_as_sdpa(data_bin, pruned)
     flags = ["--attention-masks", masks, "--max-tokens", 80, "--disable-validation", "--dropout", 0]
     losses = {}
     for backend in ("sdpa", "triton"):

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from plugin.builders import random_stats
-from plugin.commands import FEW, generate, run, train
+from plugin.commands import assert_kernels_translate_as_sdpa, run, train
 from plugin.mask_building import ALL, SELF, ap_masks, build, effective
 
 from ap_fairseq.artifacts import PruningMasks
@@ -173,15 +173,7 @@ def test_translation_without_some_heads(data_bin, dense, tmp_path):
     assert re.search(r"nothing is kept by 2 of 4 heads of cross \(layer.head\): \d\.\d, \d\.\d$", log, re.M)
     assert re.search(r"^cross +50\.0% ", log, re.M)
     run("ap-apply", dense, "--attention-masks", masks, "--data", data_bin, "-o", pruned)
-    short = ["--beam", 2, "--max-len-a", 0, "--max-len-b", 4, *FEW]
-    by_kernels = ["--task", "pruned_translation", "--model-overrides", "{'attention_backend': 'triton'}"]
-    logs = [
-        generate(data_bin, pruned, *short, subset="valid"),
-        generate(data_bin, pruned, *short, *by_kernels, subset="valid", kernels=True),
-    ]
-    expected, found = (re.findall(r"^H-\d+\t(\S+)\t(.*)", log, re.M) for log in logs)
-    assert [text for _, text in found] == [text for _, text in expected] != []
-    np.testing.assert_allclose([float(x) for x, _ in found], [float(x) for x, _ in expected], atol=1e-4)
+    assert_kernels_translate_as_sdpa(data_bin, pruned)
 
 
 def test_heads_are_pruned_while_training(data_bin, tmp_path):
