@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import shlex
 import statistics
 import sys
@@ -41,7 +40,7 @@ from torch.nn.attention import SDPBackend
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from provenance import git_commit, print_table, with_heading
+from provenance import git_commit, print_table, with_heading, write_report
 from rivals_attention import Method, block_sparse, dense, dense_mask, flash_attention_4_dense, flex
 
 from triton_ops import AttentionLayout, block_sparse_attention, decode_attention
@@ -646,7 +645,7 @@ def main(arguments: list[str] | None = None) -> None:
             for case in cases:
                 rows += case()
                 if options.out:  # after every case: a run that is cut short keeps what it measured
-                    options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+                    write_report(options.out, report)
             print(f"{name}: {len(rows)} rows", flush=True)
     print(table(report), details(report), sep="\n\n")
 

@@ -68,7 +68,7 @@ from importlib import metadata
 from pathlib import Path
 
 import torch
-from provenance import git_commit, print_table, with_heading
+from provenance import git_commit, print_table, with_heading, write_report
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -396,7 +396,7 @@ def run(options: argparse.Namespace, arch: str, parameters: str = "random") -> N
         report["rows"] = median_rows(rows)
         print(f"{row['system']}, {row['case']}", file=sys.stderr, flush=True)
         if options.out:  # after every row: a run that is cut short keeps what it measured
-            options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+            write_report(options.out, report)
     print(table(report))
     if any("error" in row for row in report["rows"]):
         sys.exit(1)

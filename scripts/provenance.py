@@ -30,6 +30,13 @@ def print_table(parser: argparse.ArgumentParser, file: Path, table: Callable[[di
     print(printed)
 
 
+def write_report(file: Path, report: dict) -> None:
+    """Write a result file, or replace it as a whole; in the report's own order, which tables keep."""
+    from ap_fairseq.files import write_text  # printing a table needs no plugin
+
+    write_text(file, json.dumps(report, indent=1) + "\n", overwrite=True)
+
+
 def with_heading(made: str, report: dict, table: str) -> str:
     """Return a table under *made*, what its numbers were measured with, and the note of the report, if it has one."""
     return "\n".join([made, *([report["note"]] if "note" in report else []), "", table])

@@ -18,7 +18,6 @@ import argparse
 import contextlib
 import functools
 import itertools
-import json
 import multiprocessing
 import os
 import statistics
@@ -33,7 +32,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench_attention import BFLOAT16, DEVICE, measure, provenance, sentence_problem, training_step
-from provenance import print_table, with_heading
+from provenance import print_table, with_heading, write_report
 
 from triton_ops import AttentionLayout, block_sparse_attention, launch
 from triton_ops.config import Config
@@ -214,7 +213,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         report["rows"].append(row)
         print(f"{row['search']}: {row['candidates']} candidates", file=sys.stderr, flush=True)
         if options.out:  # after every search: a run that is cut short keeps what it found
-            options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+            write_report(options.out, report)
     print(table(report))
 
 

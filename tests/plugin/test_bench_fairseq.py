@@ -6,6 +6,7 @@ import importlib.util
 import json
 import shutil
 import sys
+from pathlib import Path
 
 import bench_fairseq as bench
 import dense_checkpoint
@@ -183,6 +184,27 @@ sys.exit(3 * (system == "80"))
     rows = [tuple(row.values()) for row in bench.measure(argparse.Namespace(**options, **unset))]
     died = ("-", "80", "the process ended with status 3")
     assert rows == 2 * [("stock", "sentences"), ("80", "sentences"), died]
+
+
+def test_a_run_that_is_killed_while_it_writes_leaves_whole_results(monkeypatch, tmp_path):
+    """The file was emptied before it was written again: hours of rows were lost."""
+    out = tmp_path / "rows.json"
+
+    def killed(path, text, **_):
+        with path.open("w") as stream:
+            stream.write(text[:9])
+        raise KeyboardInterrupt
+
+    def rows(options):
+        yield dict(system="stock", case="sentences", seconds=1.0)
+        monkeypatch.setattr(Path, "write_text", killed)
+        yield dict(system="80", case="sentences", seconds=2.0)
+
+    monkeypatch.setattr(bench, "measure", rows)
+    with pytest.raises(KeyboardInterrupt):
+        bench.run(argparse.Namespace(device="cpu", precision="fp32", commit="c", out=out), "tiny")
+    assert [row["system"] for row in json.loads(out.read_text())["rows"]] == ["stock"]
+    assert list(tmp_path.iterdir()) == [out]
 
 
 def test_the_median_round_counts_and_errors_stay():
