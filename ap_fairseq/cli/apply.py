@@ -11,7 +11,6 @@ from ap_fairseq.cli.user_dir import add_user_dir, import_user_dir
 from ap_fairseq.files import UserError
 from ap_fairseq.model.conversion import apply_masks
 from ap_fairseq.model.stock import convert_to_stock
-from ap_fairseq.provenance import describe_sparsity
 
 logger = logging.getLogger(__name__)
 
@@ -51,8 +50,8 @@ def main(argv: list[str]) -> None:
         convert_to_stock(args.checkpoint, args.output, args.attention_masks == "none", args.data, args.overwrite)
         logger.info(f"fairseq's own model -> {args.output}")
         return
-    provenance = apply_masks(args.checkpoint, args.attention_masks, args.output, args.data, args.overwrite)
-    logger.info(f"{describe_sparsity(provenance)} -> {args.output}")
+    apply_masks(args.checkpoint, args.attention_masks, args.output, args.data, args.overwrite)
+    logger.info(f"pruned model -> {args.output}")
 
 
 if __name__ == "__main__":

@@ -229,7 +229,7 @@ class PrunedModel(NotScriptable):
         result = super().load_state_dict(state_dict, strict, model_cfg, args)
         if any(kept.values()) and not self._masks_are_explicit:
             self._leave_out_layers(kept)
-        if not known:
+        if not (known or self._masks_are_explicit):  # those of a file are logged when they are read
             self._announce_masks()
         return result
 

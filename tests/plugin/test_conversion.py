@@ -246,6 +246,12 @@ def test_masks_of_none_keep_every_cell_of_a_pruned_checkpoint_too(dense, data_bi
     assert masks["decoder.layers.0.encoder_attn.mask_range"].tolist() == [1, 1]
 
 
+def test_ap_apply_says_once_how_much_is_pruned(dense, data_bin, masks_file, tmp_path):
+    """Three lines did: of the file, of the model, of the checkpoint."""
+    log = run("ap-apply", dense, "--attention-masks", masks_file, "--data", data_bin, "-o", tmp_path / "half.pt")
+    assert log.count("effective sparsity") == 1 and f"masks {masks_file}: effective sparsity" in log
+
+
 # -- back to fairseq's own transformer --------------------------------------------------------------------------------
 
 
