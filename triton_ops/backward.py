@@ -292,6 +292,55 @@ def _block(a: Tensor, b: Tensor, step: int, inner: int) -> list[int] | None:
     return tile_block(a, b, step, inner) if inner >= 64 else None
 
 
+def _numbers(q: Tensor, k: Tensor, v: Tensor, grad_out: Tensor, call: Call) -> dict[str, Any]:
+    """Return the arguments of both kernels that are no tensors."""
+    return dict(
+        **strides(q=q, k=k, v=v, g=grad_out), H=q.size(1), TQ=q.size(2), TK=k.size(2), scale=call.scale,
+        D=q.size(3), BD=power_of_two(q.size(3)), PRECISION=precision(q.dtype), **call.numbers(),
+    )  # fmt: skip
+
+
+def _dkdv_launches(
+    q: Tensor, k: Tensor, v: Tensor, grad_out: Tensor, dk: Tensor, dv: Tensor, call: Call
+) -> list[Launch]:
+    """Of the kernel of dK and dV."""
+    counted = q.size(0) * q.size(1) * aligned_row(q.size(2))  # in int32
+    if counted < 2**31 and on_hopper(call, HOPPER_DKDV, (q, grad_out), (k, v), (dk, dv)):
+        from . import hopper_dkdv  # needs Gluon, which is not in triton before 3.6
+
+        return hopper_dkdv.launches(q, k, call)
+    keys = call.key_table()
+    config = dkdv_config(keys, q.size(3), q.dtype)
+    numbers = dict(
+        **strides(dk=dk, dv=dv), NO=keys.entries.size(1), NI=keys.entries.size(2),
+        BM=config.block_q, BN=config.block_k, G=keys.inner, GO=keys.outer,
+        INT32_OFFSETS=int32_offsets(q, grad_out), **_numbers(q, k, v, grad_out, call),
+    )  # fmt: skip
+    blocks = dict.fromkeys(("d_q", "d_do"), _block(q, grad_out, config.block_q, keys.inner))
+    n_tiles = ceil_div(k.size(2), config.block_k)
+    return launches_of(_dkdv_kernel, n_tiles, q.size(1), q.size(0), numbers, config, blocks)
+
+
+def _dq_launches(
+    q: Tensor, k: Tensor, v: Tensor, grad_out: Tensor, out: Tensor, dq: Tensor, row: int, call: Call
+) -> list[Launch]:
+    """Of the kernel of dQ; *row* is the length of the rows of δ that it writes."""
+    if on_hopper(call, HOPPER_DQ, (q, grad_out), (k, v), (out, dq)):
+        from . import hopper_dq  # likewise
+
+        return hopper_dq.launches(q, k, row, call)
+    queries = call.query_table()
+    config = dq_config(queries, q.size(3), q.dtype)
+    numbers = dict(
+        **strides(o=out, dq=dq), TR=row, NO=queries.entries.size(1), NI=queries.entries.size(2),
+        BM=config.block_q, BN=config.block_k, G=queries.inner, GO=queries.outer,
+        INT32_OFFSETS=int32_offsets(k, v), **_numbers(q, k, v, grad_out, call),
+    )  # fmt: skip
+    blocks = dict.fromkeys(("d_k", "d_v"), _block(k, v, config.block_k, queries.inner))
+    n_tiles = ceil_div(q.size(2), config.block_q)
+    return launches_of(_dq_kernel, n_tiles, q.size(1), q.size(0), numbers, config, blocks)
+
+
 def backward(
     grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, call: Call
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -299,56 +348,23 @@ def backward(
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     queries, keys = call.query_table(), call.key_table()
 
-    def shared() -> dict[str, Any]:
-        return dict(
-            **strides(q=q, k=k, v=v, g=grad_out), H=q.size(1), TQ=q.size(2), TK=k.size(2), scale=call.scale,
-            D=q.size(3), BD=power_of_two(q.size(3)), PRECISION=precision(q.dtype), **call.numbers(),
-        )  # fmt: skip
-
-    def dkdv_launches() -> list[Launch]:
-        counted = q.size(0) * q.size(1) * aligned_row(q.size(2))  # in int32
-        if counted < 2**31 and on_hopper(call, HOPPER_DKDV, (q, grad_out), (k, v), (dk, dv)):
-            from . import hopper_dkdv  # needs Gluon, which is not in triton before 3.6
-
-            return hopper_dkdv.launches(q, k, call)
-        config = dkdv_config(keys, q.size(3), q.dtype)
-        numbers = dict(
-            **strides(dk=dk, dv=dv), NO=keys.entries.size(1), NI=keys.entries.size(2),
-            BM=config.block_q, BN=config.block_k, G=keys.inner, GO=keys.outer,
-            INT32_OFFSETS=int32_offsets(q, grad_out), **shared(),
-        )  # fmt: skip
-        blocks = dict.fromkeys(("d_q", "d_do"), _block(q, grad_out, config.block_q, keys.inner))
-        n_tiles = ceil_div(k.size(2), config.block_k)
-        return launches_of(_dkdv_kernel, n_tiles, q.size(1), q.size(0), numbers, config, blocks)
-
     # The kernel of dK and dV is chosen first, as what it reads decides what that of dQ writes. It runs last.
     at_16_bytes = aligned(k, v), aligned(q, grad_out)
-    for_dkdv = call.launches(("dkdv", *at_16_bytes), dkdv_launches, q, k, v, grad_out)
+    for_dkdv = call.launches(
+        ("dkdv", *at_16_bytes), lambda: _dkdv_launches(q, k, v, grad_out, dk, dv, call), q, k, v, grad_out
+    )
     pivot: Tensor | None = None
     if for_dkdv[0].kernel is _dkdv_kernel:
         delta = torch.empty_like(lse)
     else:  # in Gluon: it reads tiles of both
         delta, pivot = lse.new_empty(2, *q.shape[:2], aligned_row(q.size(2))).unbind()
 
-    def dq_launches() -> list[Launch]:
-        if on_hopper(call, HOPPER_DQ, (q, grad_out), (k, v), (out, dq)):
-            from . import hopper_dq  # likewise
-
-            return hopper_dq.launches(q, k, delta.size(2), call)
-        config = dq_config(queries, q.size(3), q.dtype)
-        numbers = dict(
-            **strides(o=out, dq=dq), TR=delta.size(2), NO=queries.entries.size(1), NI=queries.entries.size(2),
-            BM=config.block_q, BN=config.block_k, G=queries.inner, GO=queries.outer,
-            INT32_OFFSETS=int32_offsets(k, v), **shared(),
-        )  # fmt: skip
-        blocks = dict.fromkeys(("d_k", "d_v"), _block(k, v, config.block_k, queries.inner))
-        n_tiles = ceil_div(q.size(2), config.block_q)
-        return launches_of(_dq_kernel, n_tiles, q.size(1), q.size(0), numbers, config, blocks)
-
     lists = dict(p_words=call.words, p_entries=queries.entries, p_counts=queries.counts)
     lengths = dict(p_q_lengths=call.q_lengths, p_k_lengths=call.k_lengths)
     kind = "dq", *at_16_bytes, aligned(out), grad_lse is None, pivot is None
-    for launch in call.launches(kind, dq_launches, q, k, v, grad_out, out):
+    for launch in call.launches(
+        kind, lambda: _dq_launches(q, k, v, grad_out, out, dq, delta.size(2), call), q, k, v, grad_out, out
+    ):
         if launch.kernel is _dq_kernel:
             launch(
                 p_q=q, p_k=k, p_v=v, p_o=out, p_do=grad_out, p_lse=lse, p_dlse=grad_lse, p_dq=dq, p_delta=delta,
