@@ -18,6 +18,7 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
+from ap_fairseq import cli
 from ap_fairseq.files import UserError
 from ap_fairseq.logs import set_up_logging
 from ap_fairseq.version import __version__
@@ -102,6 +103,7 @@ def command(main: Callable[[list[str]], None]) -> Callable[[], None]:
 
     @functools.wraps(main)
     def entry_point(argv: list[str] | None = None) -> None:
+        is_program = argv is None  # else a program that goes on after it
         argv = sys.argv[1:] if argv is None else argv
         if not gc.isenabled():  # since the imports
             gc.freeze()
@@ -117,7 +119,6 @@ def command(main: Callable[[list[str]], None]) -> Callable[[], None]:
         with _without_reader():
             try:
                 main(argv)
-                gc.freeze()  # else Python looks once more through all that is imported before it ends: half a second
             except UserError as error:
                 _fail(program, error)
             except OSError as error:
@@ -127,6 +128,7 @@ def command(main: Callable[[list[str]], None]) -> Callable[[], None]:
             except KeyboardInterrupt:
                 print(f"{program}: interrupted", file=sys.stderr)
                 sys.exit(128 + signal.SIGINT)
+        cli.succeeded = is_program
 
     return entry_point
 

@@ -125,6 +125,34 @@ def test_a_command_looks_for_no_garbage_among_its_imports():
         assert done.stdout == expected
 
 
+@pytest.mark.parametrize(
+    ("end", "status", "expected"), [("", 0, "at exit"), ("raise UserError", 2, "at exit freed")], ids=["done", "failed"]
+)
+def test_a_command_that_succeeds_ends_without_freeing_what_it_imported(end, status, expected, tmp_path):
+    """That took a tenth of a second. What is to be called at the end, or flushed, still is; a fault ends as ever."""
+    program = tmp_path / "ap-masks"
+    program.write_text(
+        f"""
+import atexit
+atexit.register(print, " freed", end="")  # before the command's own, so called after it
+import ap_fairseq.cli
+import sys
+from ap_fairseq.cli.common import command
+from ap_fairseq.files import UserError
+
+atexit.register(print, "at exit", end="")
+
+@command
+def main(argv):
+    {end or "pass"}
+
+sys.exit(main())
+"""
+    )
+    done = subprocess.run([sys.executable, program], text=True, stdout=subprocess.PIPE)
+    assert (done.returncode, done.stdout) == (status, expected)
+
+
 def test_processes_that_a_command_spawns_collect_garbage(tmp_path):
     """They import its program, as it did, and nobody turned it on again: with AP_START_METHOD=spawn they never did."""
     program = tmp_path / "ap-masks"
