@@ -29,19 +29,25 @@ logger = logging.getLogger(__name__)
 def exit_on_sigterm() -> None:
     """On SIGTERM, which schedulers send, end the program's child processes and leave no unfinished file.
 
-    From then on neither SIGTERM nor SIGINT is lost where Python drops exceptions.
+    So on SIGHUP, which a terminal that closes sends, unless nohup ignores it. From then on neither of them, nor SIGINT,
+    is lost where Python drops exceptions.
     """
     if threading.current_thread() is not threading.main_thread():  # no other thread may set it
         return
     if signal.getsignal(signal.SIGTERM) is _end:
         return
     signal.signal(signal.SIGTERM, _end)
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:
+        signal.signal(signal.SIGHUP, _end)
     report = sys.unraisablehook
 
     def again(dropped) -> None:
         # In a finalizer or a callback of a weak reference Python only reports what is raised: try outside of it.
-        handler = {_Terminated: _end, KeyboardInterrupt: signal.default_int_handler}.get(dropped.exc_type)
-        if handler is None:
+        if dropped.exc_type is _Terminated:
+            handler = functools.partial(_end, dropped.exc_value.code - 128)
+        elif dropped.exc_type is KeyboardInterrupt:
+            handler = signal.default_int_handler
+        else:
             return report(dropped)
         signal.signal(signal.SIGALRM, handler)
         signal.setitimer(signal.ITIMER_REAL, 0.01)
@@ -50,13 +56,13 @@ def exit_on_sigterm() -> None:
 
 
 class _Terminated(SystemExit):
-    """The end of a program on SIGTERM."""
+    """The end of a program on SIGTERM or SIGHUP."""
 
 
-def _end(*_) -> NoReturn:
+def _end(number: int, *_) -> NoReturn:
     for child in multiprocessing.active_children():
         child.terminate()
-    raise _Terminated(128 + signal.SIGTERM)
+    raise _Terminated(128 + number)
 
 
 def _fail(program: str, error: Exception) -> NoReturn:

@@ -7,6 +7,7 @@ import gc
 import logging
 import multiprocessing
 import multiprocessing.connection
+import multiprocessing.util
 import os
 import shutil
 import signal
@@ -52,6 +53,9 @@ class Ranks(AbstractContextManager):
         self.senders: list[Connection] = []  # of their work
 
     def __enter__(self) -> Ranks:
+        # The folder of sockets, made here, is that of all further processes, too, and goes with this one: those that
+        # read data-bin folders are ended by signals and would leave folders of their own.
+        multiprocessing.util.get_temp_dir()
         try:
             for rank, log in enumerate(self.logs):
                 log.unlink(missing_ok=True)

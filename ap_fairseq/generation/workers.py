@@ -127,7 +127,9 @@ def _death_as_user_error() -> Iterator[None]:
 
 
 def _begin(functions: dict[str, Callable]) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # as an exception the pool would send it back as a call's result
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as an exception the pool would send it as a call's result
+            signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     end_with_parent()
     gc.freeze()  # what a worker shares with its parent is copied where a collection marks it

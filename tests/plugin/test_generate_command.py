@@ -52,13 +52,13 @@ def ap_generate_process(*flags, text: str | None = None) -> subprocess.Completed
     return done
 
 
-def start(*flags) -> subprocess.Popen:
+def start(*flags, **environment) -> subprocess.Popen:
     return subprocess.Popen(
         [*AP_GENERATE, *TWO, *map(str, flags)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=ENVIRONMENT,
+        env={**ENVIRONMENT, **environment},
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell ignores it in what it starts with &
     )
 
@@ -490,6 +490,22 @@ def test_an_interrupted_text_says_where_its_parts_are(tmp_path, caplog):
         raise KeyboardInterrupt
     assert f"what is done is in {folder}; the same command goes on" in caplog.text
     assert [path.name for path in folder.iterdir()] == ["part000000.txt"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_an_ended_run_leaves_no_temporary_folder(data_bin, dense, tmp_path, number):
+    """SIGHUP, of a terminal that is closed, left that of the command, and each signal that of the reader's sockets."""
+    flags = ["--gen-subset", "train", "--batch-size", 1, "--min-len", 30, "--num-workers", 1]
+    process = start(data_bin, "--path", dense, *flags, TMPDIR=str(tmp_path))
+    try:
+        wait_for(lambda: process.poll() or len([*tmp_path.glob("ap-generate-*/rank?/lines0.txt")]) == 2)
+        process.send_signal(number)
+        _, log = process.communicate(timeout=120)
+    finally:
+        process.kill()
+        process.communicate()
+    assert process.returncode == 128 + number and "Traceback" not in log, log[-3000:]
+    assert not any(tmp_path.glob("*-*"))
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
