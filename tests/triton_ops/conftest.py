@@ -1,6 +1,6 @@
-"""Set-up of the kernel tests: the interpreter refuses addresses outside the tensors of a launch.
+"""Set-up of the kernel tests: lengths for both kinds of kernels; the interpreter refuses foreign addresses.
 
-On a GPU they go unnoticed but for the rare one that no tensor of the process has.
+On a GPU, addresses outside the tensors of a launch go unnoticed but for the rare one that no tensor of the process has.
 """
 
 import bisect
@@ -67,3 +67,15 @@ def _checked_addresses():
         patch.setattr(builder, "create_masked_load", checked_load)
         patch.setattr(builder, "create_masked_store", checked_store)
         yield
+
+
+@pytest.fixture(params=["sentence", "lists"])
+def size(request, monkeypatch):
+    """A length for each kind of kernels: those of `small.py`, and those of the tile lists.
+
+    The lists serve from 129 on, where the interpreter takes four times as long.
+    """
+    if request.param == "sentence":
+        return 40
+    monkeypatch.setattr("triton_ops.small.SMALL_TILES", ())
+    return 70

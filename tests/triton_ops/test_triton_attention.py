@@ -167,15 +167,10 @@ def test_nothing_beyond_the_last_word_is_read(tile):
     assert_within_budget(case)
 
 
-BOTH_SIZES = pytest.mark.parametrize("size", [40, 140], ids=["sentence", "lists"])
-
-
-@BOTH_SIZES
 def test_gradient_through_the_log_sum_exp(size):
     assert_within_budget(simple_case(size, size, use_lse=True, tile=32))
 
 
-@BOTH_SIZES
 @pytest.mark.parametrize("backend", ["triton", "sdpa"])
 def test_the_log_sum_exp_of_a_row_without_a_visible_key_has_no_gradient(size, backend):
     """Whatever comes for it: logaddexp, which merges parts of a row, makes NaN of two -inf."""
@@ -193,7 +188,6 @@ def test_the_log_sum_exp_of_a_row_without_a_visible_key_has_no_gradient(size, ba
         assert torch.equal(without, with_nan)
 
 
-@BOTH_SIZES
 def test_log_sum_exp_is_natural_and_minus_infinity_where_nothing_is_visible(size):
     keep = torch.ones(1, size, size, dtype=torch.bool)
     keep[0, 5] = False
@@ -218,7 +212,6 @@ def test_short_sentences_between_long_ones(lengths, monkeypatch):
     )  # fmt: skip
 
 
-@BOTH_SIZES
 def test_every_element_is_written(size, monkeypatch):
     """Outputs start as NaN: an element that no program writes shows, as do padded rows that are not zeroed."""
 
@@ -235,7 +228,6 @@ def test_every_element_is_written(size, monkeypatch):
             assert (value == 0).all(), name  # no cell is visible in either sentence
 
 
-@BOTH_SIZES
 def test_padded_rows_and_keys_are_zero(size):
     q_lengths, k_lengths = torch.tensor([size, size // 2]), torch.tensor([size // 3, size])
     got = run_kernels(simple_case(size, size, q_lengths=q_lengths, k_lengths=k_lengths))
@@ -245,7 +237,6 @@ def test_padded_rows_and_keys_are_zero(size):
     assert (got["dq"][0, :, : size // 4] != 0).any()
 
 
-@BOTH_SIZES
 def test_two_runs_give_the_same_bits(size):
     case = simple_case(size, size, dtype=F16, dropout_p=0.3)
     first, second = run_kernels(case), run_kernels(case)
@@ -269,7 +260,6 @@ def test_dropout_bits_do_not_depend_on_tiles(tile):
     assert torch.equal(bits, dropout_keep(seed, 1, size, size, p, DEVICE)[0])
 
 
-@BOTH_SIZES
 def test_dropout_seeds(size):
     case = simple_case(size, 20, batch=1, heads=1)
 
@@ -286,7 +276,6 @@ def test_dropout_seeds(size):
     assert torch.equal(first, run(None))
 
 
-@BOTH_SIZES
 def test_dropout_keeps_the_expectation(size):
     """Values of 1 give 1 but for dropout; each row is the mean of `size` independent terms of variance p / (1 - p)."""
     p, n_rows, n_seeds = 0.3, 20, 8
@@ -299,7 +288,6 @@ def test_dropout_keeps_the_expectation(size):
     assert abs(torch.stack(outs).mean() - 1) < 4 * math.sqrt(p / (1 - p) / (size * n_rows * n_seeds)) < p / 4
 
 
-@BOTH_SIZES
 def test_both_back_ends_agree_with_dropout(size):
     case = simple_case(size, size, dropout_p=0.35, causal=True)
     results = [
@@ -309,7 +297,6 @@ def test_both_back_ends_agree_with_dropout(size):
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
 
 
-@BOTH_SIZES
 def test_time_first_tensors_go_in_and_come_out_without_a_copy(size):
     batch, heads, dim = 2, 3, 16
     packed = torch.randn(size, batch, 3, heads, dim, device=DEVICE)
@@ -343,7 +330,6 @@ def test_the_output_is_laid_out_as_q(order, backend, options):
     torch.testing.assert_close(out, expected)
 
 
-@BOTH_SIZES
 @pytest.mark.parametrize("backend", ["triton", "sdpa"])
 def test_gradients_of_sdpa_and_the_kernels_are_those_of_the_definition(size, backend):
     """Also where a row sees nothing: in the mask, before any key of a sentence, in padding."""
@@ -360,7 +346,6 @@ def test_gradients_of_sdpa_and_the_kernels_are_those_of_the_definition(size, bac
         torch.testing.assert_close(value.double(), expected[name], rtol=1e-4, atol=1e-5)
 
 
-@BOTH_SIZES
 @pytest.mark.parametrize("backend", ["triton", "sdpa"])
 def test_probabilities_are_those_of_the_definition_and_change_nothing(size, backend):
     case = simple_case(size, size, dropout_p=0.3, k_lengths=torch.tensor([size, size // 2]))
@@ -376,7 +361,6 @@ def test_probabilities_are_those_of_the_definition_and_change_nothing(size, back
     torch.testing.assert_close(probs.double(), scores / scores.sum(-1, keepdim=True), rtol=1e-5, atol=1e-6)
 
 
-@BOTH_SIZES
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 def test_lengths_are_clamped_whatever_they_are(size, dtype):
     """The kernels cut int64 lengths to int32 before they clamped them: 2^32 + 3 became 3, and 2^31 became 0."""
@@ -403,7 +387,6 @@ def poisoned(x, value, *index):
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 @pytest.mark.parametrize("backend", ["triton", "sdpa"])
-@BOTH_SIZES
 def test_what_padding_holds_has_no_effect(size, backend, value):
     keep = torch.rand(2, size, size, generator=torch.Generator().manual_seed(9)) < 0.5
     layout = AttentionLayout.from_keep_mask(keep.to(DEVICE), tile=32)
@@ -425,7 +408,6 @@ def test_what_padding_holds_has_no_effect(size, backend, value):
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 @pytest.mark.parametrize("backend", ["triton", "sdpa"])
-@BOTH_SIZES
 def test_a_pruned_value_that_is_not_finite_reaches_its_head_of_its_sentence_at_most(size, backend, value):
     """No row keeps column 5. It was said that what is pruned is never read, which holds for tile lists alone."""
     keep = torch.ones(2, size, size, dtype=torch.bool)
@@ -458,7 +440,6 @@ def test_skipped_tiles_are_not_read(value):
         assert ours.isfinite().all() and torch.equal(ours, expected)
 
 
-@BOTH_SIZES
 def test_gradients_may_have_any_strides(size):
     case = simple_case(size, size, batch=1)
     q = case.q.detach().requires_grad_()

@@ -31,10 +31,6 @@ def random_layout(size):
     return AttentionLayout.from_keep_mask(keep.to(DEVICE), tile=32)
 
 
-BOTH_SIZES = pytest.mark.parametrize("size", [20, 132], ids=["sentence", "lists"])
-
-
-@BOTH_SIZES
 def test_a_call_like_an_earlier_one_is_neither_checked_nor_bound_again(size, monkeypatch):
     """Same results as from a fresh layout, gradients included, for other tensors and lengths of the same kinds."""
     layout = random_layout(size)
@@ -60,7 +56,6 @@ def test_a_call_like_an_earlier_one_is_neither_checked_nor_bound_again(size, mon
         assert all(torch.equal(a, b) for a, b in zip(run(layout, seed), results, strict=True))
 
 
-@BOTH_SIZES
 def test_layers_share_launches(size, monkeypatch):
     """Every layer has a mask, and most batches sizes that no earlier one had: they are bound for the first layer."""
 
@@ -89,7 +84,6 @@ OTHERWISE = {
 }
 
 
-@BOTH_SIZES
 @pytest.mark.parametrize("name", OTHERWISE)
 def test_a_call_with_another_option_is_another_call(size, name):
     layout, (q, k, v) = random_layout(size), small_problem(size)
@@ -103,7 +97,6 @@ def test_a_call_with_another_option_is_another_call(size, name):
     assert torch.equal(block_sparse_attention(q, k, v, layout, **options), first)
 
 
-@BOTH_SIZES
 def test_addresses_may_change_from_multiples_of_16_bytes_to_others_and_back(size):
     """Kernels are compiled for either; calls alike otherwise must not share them."""
     layout, tensors = random_layout(size), [x.detach() for x in small_problem(size)]
@@ -116,7 +109,6 @@ def test_addresses_may_change_from_multiples_of_16_bytes_to_others_and_back(size
         torch.testing.assert_close(other, results[0])
 
 
-@BOTH_SIZES
 def test_hooks_of_autograd_may_lay_out_anew_what_the_backward_pass_reads(size):
     """As `save_on_cpu` into pinned memory does; gradients of keys and values were those of scrambled rows, unsaid."""
     layout, grad = random_layout(size), small_problem(size, 1)[0].detach()
@@ -141,7 +133,6 @@ def test_a_layout_that_was_attended_with_can_be_copied():
     assert not copied.known_calls and torch.equal(block_sparse_attention(q, k, v, copied, backend="triton"), out)
 
 
-@BOTH_SIZES
 @pytest.mark.parametrize("name", ["k_lengths", "seed"])
 def test_tensors_of_the_caller_that_change_before_the_backward_pass_are_reported(size, name):
     """It reads them again: the gradient would be that of another call."""
@@ -155,7 +146,6 @@ def test_tensors_of_the_caller_that_change_before_the_backward_pass_are_reported
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="the interpreter has no hooks: run on a machine with a GPU")
-@BOTH_SIZES
 def test_hooks_see_launches_that_repeat(size):
     layout, (q, k, v) = random_layout(size), small_problem(size)
     seen = []
@@ -268,7 +258,6 @@ def test_far_rows_give_what_near_rows_give(tile, monkeypatch):
     assert_within_budget(build(q_lengths=torch.tensor([140, 33]), k_lengths=torch.tensor([130, 99])))
 
 
-@pytest.mark.parametrize("size", [40, 140], ids=["sentence", "lists"])
 def test_keys_and_values_may_have_different_strides(size):
     packed = torch.randn(1, 2, size, 3, 16, device=DEVICE)
     q, k, v = packed[..., 0, :], packed[..., 1, :].contiguous(), packed[..., 2, :]

@@ -13,7 +13,6 @@ from triton_ops.testing import block_mask
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ON_GPU = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU: run tests/triton_ops on a machine with one")
-BOTH_SIZES = pytest.mark.parametrize("size", [24, 132], ids=["sentence", "lists"])
 
 
 def problem(size, dtype=torch.float32, dim=16, batch=2, heads=2, requires_grad=True):
@@ -24,7 +23,6 @@ def problem(size, dtype=torch.float32, dim=16, batch=2, heads=2, requires_grad=T
     return layout, [x.requires_grad_(requires_grad) for x in tensors]
 
 
-@BOTH_SIZES
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 def test_opcheck_attention(size, dropout_p):
     layout, (q, k, v) = problem(size)
@@ -43,7 +41,6 @@ def test_opcheck_decode():
     torch.library.opcheck(decode_op, (q, k, k, *layout.row_lists(), step, 24, *[None] * 4, 0.25, 0, None))
 
 
-@BOTH_SIZES
 def test_compiled_without_graph_breaks(size):
     layout, tensors = problem(size)
     layout.prepare(causal=True, decode=True)
@@ -81,7 +78,6 @@ def test_compiled_once_for_all_lengths_of_a_size_class():
     assert counter.frame_count == 1
 
 
-@BOTH_SIZES
 def test_autocast(size):
     layout, (q, k, v) = problem(size)
     with torch.autocast(DEVICE, torch.bfloat16):
@@ -91,7 +87,6 @@ def test_autocast(size):
     assert torch.autograd.grad(out.sum(), q)[0].dtype == torch.float32
 
 
-@BOTH_SIZES
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_activation_checkpointing_repeats_the_dropout(size, reentrant):
     layout, tensors = problem(size)
@@ -141,7 +136,6 @@ def test_torch_func_works_with_sdpa_and_is_refused_by_the_kernels():
     torch.testing.assert_close(each, torch.stack([step(q, "triton") for q in queries]), **close)
 
 
-@BOTH_SIZES
 def test_no_second_derivative(size):
     """It was 0, unsaid, where the gradient of the output is constant, as that of a sum."""
     layout, (q, k, v) = problem(size)
@@ -154,7 +148,6 @@ def test_no_second_derivative(size):
 
 
 @ON_GPU
-@BOTH_SIZES
 def test_cuda_graph_replays_with_new_inputs_lengths_and_seed(size):
     layout, (q, k, v) = problem(size)
     layout.prepare()
