@@ -28,6 +28,7 @@ from ap_fairseq.generation.binarised import translate_subset
 from ap_fairseq.generation.loading import checkpoint_files
 from ap_fairseq.generation.ranks import Ranks, locked
 from ap_fairseq.generation.text import PART_LINES, SETTINGS, Text, default_part_lines, spool_stdin, translate_text
+from ap_fairseq.generation.translator import Translator
 from ap_fairseq.generation.workers import spare_processes
 from ap_fairseq.provenance import dictionary_files
 
@@ -274,6 +275,7 @@ def _translate_text(args: argparse.Namespace) -> None:
     with _work_folder(output.with_name(f"{output.name}.parts") if output else None, keep=(SETTINGS, "part")) as folder:
         with _start_ranks(args, folder) as ranks:
             cfg = _configuration(args)
+            ranks.load(Translator, cfg)  # while the text is read and the checkpoint hashed, which may take as long
             path = spool_stdin(folder) if args.input == "-" else Path(args.input)
             name = "standard input" if args.input == "-" else args.input
             part_lines = args.buffer_size or default_part_lines(path, cpu=not count_gpus(args.cpu))

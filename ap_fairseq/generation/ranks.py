@@ -74,6 +74,15 @@ class Ranks(AbstractContextManager):
     def __len__(self) -> int:
         return len(self.logs)
 
+    def load(self, function: Callable, *args: Any) -> None:
+        """Begin ``function(*args)`` in all processes, beside what this one has yet to find out about their work.
+
+        What it returns comes after the rank among the arguments of the function that :meth:`run` names.
+        """
+        for sender in self.senders:
+            with suppress(BrokenPipeError):  # `run` says why
+                sender.send((0, function, args))
+
     def run(self, name: str, most: int, function: Callable, *args: Any) -> None:
         """Run ``function(rank, *args)`` in *most* processes, or in all if these are fewer.
 
@@ -122,10 +131,14 @@ def _run(rank: int, cpu: bool, receiver: Connection) -> None:
     load_faster(on_gpu=gpus > 0)
     if gpus and use_gpu(rank % gpus):
         start_cuda()
-    ranks, function, args = receiver.recv()
-    if not gpus:  # those that have work share the cores
-        torch.set_num_threads(max(1, torch.get_num_threads() // ranks))
     try:
+        ranks, function, args = receiver.recv()
+        if not ranks:  # of `load`
+            loaded = function(*args)
+            ranks, function, args = receiver.recv()
+            args = loaded, *args
+        if not gpus:  # those that have work share the cores
+            torch.set_num_threads(max(1, torch.get_num_threads() // ranks))
         function(rank, *args)
     except (UserError, OSError) as error:  # a file's is one line, as that of a command
         if isinstance(error, OSError) and error.filename is None:

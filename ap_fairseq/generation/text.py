@@ -137,7 +137,7 @@ class Share(NamedTuple):
 
 
 def translate_text(args, cfg, text: Text, ranks: Ranks, folder: Path) -> list[Path]:
-    """Translate a text with *ranks*; parts that are in *folder* already are kept.
+    """Translate a text with *ranks*, which load a Translator; parts that are in *folder* already are kept.
 
     Args:
         args: the options, as parsed by ``ap-generate``, which become the fingerprint of the parts.
@@ -159,7 +159,7 @@ def translate_text(args, cfg, text: Text, ranks: Ranks, folder: Path) -> list[Pa
     if todo:
         _warn_of_subwords(text, task, cfg.bpe is not None)
         n = min(len(ranks), len(todo))
-        ranks.run("translate", n, translate_parts, cfg, text, folder, todo, n)
+        ranks.run("translate", n, translate_parts, text, folder, todo, n)
         cut = sum(bool(_CUT.match(line)) for line in lines_of(*ranks.logs[:n]))
         if cut:
             logger.warning(f"{cut} lines were cut to the length that the model reads (--truncate-source)")
@@ -180,10 +180,10 @@ def _warn_of_subwords(text: Text, task, has_bpe: bool) -> None:
         )
 
 
-def translate_parts(rank: int, cfg, text: Text, folder: Path, todo: list[int], ranks: int) -> None:
+def translate_parts(rank: int, translator: Translator, text: Text, folder: Path, todo: list[int], ranks: int) -> None:
     """Translate the parts *todo*[rank::ranks] in one process, each into a file of *folder*."""
-    parts = _Parts(cfg, text, folder)
-    processes = 1 + spare_processes(ranks, MAX_HELPERS, cfg.common.cpu)
+    parts = _Parts(translator, text, folder)
+    processes = 1 + spare_processes(ranks, MAX_HELPERS, translator.cfg.common.cpu)
     with Workers(processes, encode=parts.encode, read=parts.read, write=parts.write) as workers:
         parts.translate(todo[rank::ranks], workers)
 
@@ -191,8 +191,9 @@ def translate_parts(rank: int, cfg, text: Text, folder: Path, todo: list[int], r
 class _Parts:
     """Parts of a text, which workers read and write, and this process searches."""
 
-    def __init__(self, cfg, text: Text, folder: Path):
-        self.translator, self.text, self.folder, self.seed = Translator(cfg), text, folder, cfg.common.seed
+    def __init__(self, translator: Translator, text: Text, folder: Path):
+        self.translator, self.text, self.folder = translator, text, folder
+        self.seed = translator.cfg.common.seed
 
     # -- in workers ---------------------------------------------------------------------------------------------------
 

@@ -439,7 +439,7 @@ def test_masks_of_the_other_direction_are_announced(data_bin, dense, masks_file,
     assert "another direction" not in ap_generate(*flags)
 
 
-def _print_bytes(rank, cfg, text, folder, todo, ranks):
+def _print_bytes(rank, translator, text, folder, todo, ranks):
     os.write(1, b"\xff\nline 1 was cut from 9 to 8 tokens\n")
     (folder / "part000000.txt").touch()
 
@@ -453,6 +453,7 @@ def test_bytes_in_a_log_that_are_no_text_end_no_translation(tmp_path, monkeypatc
     text = Text.scan(tmp_path / "in", "in", 2)
     cfg = argparse.Namespace(common=argparse.Namespace(cpu=True), task=None, bpe="characters")
     with ranks.Ranks([tmp_path / "rank0.log"], cpu=True) as one:
+        one.load(str)
         assert generation_text.translate_text(None, cfg, text, one, tmp_path) == [tmp_path / "part000000.txt"]
     assert "1 lines were cut" in caplog.text
 
@@ -705,6 +706,30 @@ def test_a_file_that_a_process_misses_is_one_line(tmp_path):
         f"[Errno 2] No such file or directory: '{tmp_path / 'gone'}' (process 0; its log is {tmp_path / 'rank0.log'})"
     )
     assert str(error.value) == found
+
+
+def _load(file):
+    file.with_name("loading").touch()
+    return file.read_text()
+
+
+def _note_loaded(rank, loaded, file):
+    file.with_name(f"loaded{rank}").write_text(loaded)
+
+
+def test_processes_load_before_their_work_is_known(tmp_path):
+    """Models were read only after a text had been read, and the checkpoint hashed."""
+    logs = [tmp_path / f"rank{rank}.log" for rank in range(2)]
+    (tmp_path / "model").write_text("parameters")
+    with ranks.Ranks(logs, cpu=True) as two:
+        two.load(_load, tmp_path / "model")
+        wait_for((tmp_path / "loading").exists)
+        two.run("note", 2, _note_loaded, tmp_path / "model")
+    assert [(tmp_path / f"loaded{rank}").read_text() for rank in range(2)] == ["parameters"] * 2
+    with ranks.Ranks(logs, cpu=True) as two, pytest.raises(generate.UserError, match="^.Errno 2. No such file .*gone"):
+        two.load(_load, tmp_path / "gone")
+        two.processes[0].join()
+        two.run("note", 2, _note_loaded, tmp_path / "gone")
 
 
 def _note_threads(_, file):

@@ -274,7 +274,9 @@ def translate_lines(data_bin, model, folder, path: Path, *more, part_lines=2) ->
     args = parse(data_bin, model, "--batch-size", 1, *more)
     text = generation_text.Text.scan(path, path.name, part_lines)
     with Ranks([folder / "rank0.log"], cpu=True) as ranks:
-        parts = generation_text.translate_text(args, convert_namespace_to_omegaconf(args), text, ranks, folder)
+        cfg = convert_namespace_to_omegaconf(args)
+        ranks.load(Translator, cfg)
+        parts = generation_text.translate_text(args, cfg, text, ranks, folder)
     return [part.read_text() for part in parts]
 
 
