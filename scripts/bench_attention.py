@@ -40,7 +40,7 @@ from torch.nn.attention import SDPBackend
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from provenance import git_commit, print_table, with_heading, write_report
+from provenance import git_commit, print_table, require_writable, with_heading, write_report
 from rivals_attention import Method, block_sparse, dense, dense_mask, flash_attention_4_dense, flex
 
 from triton_ops import AttentionLayout, block_sparse_attention, decode_attention
@@ -634,6 +634,7 @@ def main(arguments: list[str] | None = None) -> None:
         return
     if options.repeats < 2:
         parser.error(f"--repeats {options.repeats}: percentiles take at least 2")
+    require_writable(parser, options.out)
     if not torch.cuda.is_available():
         sys.exit("bench_attention.py: no CUDA device; only --table works without one")
     gate()

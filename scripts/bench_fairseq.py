@@ -68,7 +68,7 @@ from importlib import metadata
 from pathlib import Path
 
 import torch
-from provenance import git_commit, print_table, with_heading, write_report
+from provenance import git_commit, print_table, require_writable, with_heading, write_report
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -313,8 +313,7 @@ def check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     """End the program if options do not go together; fill in those that others decide."""
     if options.data is None:
         parser.error("name a data-bin folder, or a result file with --table")
-    if options.out and not options.out.absolute().parent.is_dir():
-        parser.error(f"--out {options.out}: folder {options.out.parent} does not exist; create it first")
+    require_writable(parser, options.out)
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("no CUDA device; use --device cpu, or --table with a result file")
     for rival in options.rivals:

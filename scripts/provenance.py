@@ -30,6 +30,17 @@ def print_table(parser: argparse.ArgumentParser, file: Path, table: Callable[[di
     print(printed)
 
 
+def require_writable(parser: argparse.ArgumentParser, file: Path | None) -> None:
+    """End the program with one line, before minutes of work, if the result file that it was given cannot be written."""
+    from ap_fairseq.files import UserError, refuse_existing
+
+    try:
+        if file:
+            refuse_existing(file, overwrite=True)
+    except UserError as error:
+        parser.error(f"--out: {error}")
+
+
 def write_report(file: Path, report: dict) -> None:
     """Write a result file, or replace it as a whole; in the report's own order, which tables keep."""
     from ap_fairseq.files import write_text  # printing a table needs no plugin

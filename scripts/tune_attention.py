@@ -32,7 +32,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench_attention import BFLOAT16, DEVICE, measure, provenance, sentence_problem, training_step
-from provenance import print_table, with_heading, write_report
+from provenance import print_table, require_writable, with_heading, write_report
 
 from triton_ops import AttentionLayout, block_sparse_attention, launch
 from triton_ops.config import Config
@@ -203,6 +203,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.table:
         print_table(parser, options.table, table)
         return
+    require_writable(parser, options.out)
     if not torch.cuda.is_available():
         sys.exit("tune_attention.py: no CUDA device; only --table works without one")
     found = searches(options.dim)

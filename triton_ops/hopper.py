@@ -149,6 +149,7 @@ def zeros(ring):
 
 @gluon.jit
 def in_registers(x, layout: gl.constexpr):
+    """The parts of a tile in shared memory, each in *layout*."""
     return [part.load(layout) for part in x]
 
 

@@ -164,6 +164,7 @@ def listed_positions(p_entries, first, n_full, n_total, length, N_INNER, STEP: t
 
 @triton.jit
 def any_kept(m_s):
+    """Whether any cell of a tile (BM, BN) is kept."""
     return tl.max(tl.max(m_s.to(tl.int32), 1), 0) > 0
 
 

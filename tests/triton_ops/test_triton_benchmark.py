@@ -232,6 +232,14 @@ def test_tuning_leaves_out_the_kernels_that_take_no_configuration(monkeypatch, n
         assert config.HOPPER
 
 
+@pytest.mark.parametrize("name", ["bench_attention", "tune_attention"])
+def test_results_that_cannot_be_written_are_refused_at_once(name, monkeypatch, tmp_path, capsys):
+    """It was found after the first case, minutes later."""
+    with pytest.raises(SystemExit, match="2"):
+        script(name, monkeypatch).main(["--out", str(tmp_path / "gone" / "rows.json")])
+    assert f"folder {tmp_path / 'gone'} does not exist" in capsys.readouterr().err
+
+
 def test_tuning_covers_every_kernel_with_candidates_that_can_launch(monkeypatch):
     tuning = script("tune_attention", monkeypatch)
     assert "small forward 32" in tuning.searches() and "small forward 32" not in tuning.searches(128)
