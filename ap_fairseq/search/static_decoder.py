@@ -11,6 +11,7 @@ The rules of the search are those of ``fairseq.sequence_generator``: same hypoth
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections import deque
@@ -443,19 +444,9 @@ class StaticDecoder:
         state: dict = {}
         for module, cache in caches.items():
             module.set_incremental_state(state, "attn_state", {"cache": cache})
-        return self._module_step(index, [layer_step(layer, state) for layer in layers_of(model.decoder)])
-
-    def _module_step(self, index: int, layers: list[LayerStep]) -> ModelStep:
-        """Return the step of a model by fairseq's modules but for its *layers*."""
-        decoder = self.models[index].decoder
-
-        def run(tokens: Tensor) -> Tensor:
-            x = self._embed(index, tokens)
-            for layer in layers:
-                x = layer(x)
-            return self.output_layers[index](decoder.finish(x))
-
-        return run
+        layers = [layer_step(layer, state) for layer in layers_of(model.decoder)]
+        embed = functools.partial(self._embed, index)
+        return model_step(embed, layers, model.decoder.finish, self.output_layers[index])
 
     def _embed(self, index: int, tokens: Tensor) -> Tensor:
         """Embed the last tokens of the hypotheses, int64 (N,): the input of the first layer of a model, (N, C)."""
@@ -530,6 +521,23 @@ def _position_table(decoder, n: int, device: torch.device) -> Tensor | None:
         return None
     tokens = torch.full((1, n), decoder.padding_idx + 1, device=device)
     return decoder.embed_positions(tokens)[0]
+
+
+def model_step(
+    embed: Callable[[Tensor], Tensor],
+    layers: list[LayerStep],
+    finish: Callable[[Tensor], Tensor],
+    project: Callable[[Tensor], Tensor],
+) -> ModelStep:
+    """Return the step of a decoder, from the parts that tokens pass one after the other."""
+
+    def run(tokens: Tensor) -> Tensor:
+        x = embed(tokens)
+        for layer in layers:
+            x = layer(x)
+        return project(finish(x))
+
+    return run
 
 
 def layer_step(layer: nn.Module, incremental_state: dict) -> LayerStep:

@@ -16,7 +16,7 @@ from plugin.searches import DEVICE, LENGTHS, VOCAB, by_torch, models, sample
 
 import triton_ops
 from ap_fairseq.model import cpu_linear
-from ap_fairseq.search import host_decoder, static_decoder
+from ap_fairseq.search import host_caches, host_decoder, static_decoder
 from ap_fairseq.search.generator import PrunedSequenceGenerator
 
 
@@ -81,11 +81,11 @@ def test_slots_of_a_cpu_are_dropped_and_sentences_leave(case, monkeypatch):
     """Weights in double precision are not packed: fairseq's modules compute them. Those of these models are small."""
     if case == "packed":
         monkeypatch.setattr(cpu_linear, "SMALL", 0)
-    monkeypatch.setattr(host_decoder, "FIRST_SLOTS", 9)
+    monkeypatch.setattr(host_caches, "FIRST_SLOTS", 9)
     monkeypatch.setattr(PrunedSequenceGenerator, "_decoder_class", lambda self, device: host_decoder.HostDecoder)
-    kept, sizes, keep, run = [], [], host_decoder.SentenceSlots.keep, host_decoder.HostDecoder._run
+    kept, sizes, keep, run = [], [], host_caches.SentenceSlots.keep, host_decoder.HostDecoder._run
     monkeypatch.setattr(
-        host_decoder.SentenceSlots,
+        host_caches.SentenceSlots,
         "keep",
         lambda self, order, capacity: kept.append((self.used, order.size(1))) or keep(self, order, capacity),
     )
@@ -125,7 +125,7 @@ def test_cross_attention_to_one_short_sentence_is_two_products(case, lengths, se
 @pytest.mark.skipif(DEVICE == "cuda", reason="models are on the GPU")
 def test_a_search_on_a_cpu_remembers_mask_rows_up_to_a_limit(monkeypatch):
     """It remembered every row: of 48 heads at 4,096 columns 0.2 MB a step, for as long as the generator lived."""
-    monkeypatch.setattr(host_decoder, "MASK_ROWS_MEMO", 20_000)  # 20 rows or less
+    monkeypatch.setattr(host_caches, "MASK_ROWS_MEMO", 20_000)  # 20 rows or less
     monkeypatch.setattr(PrunedSequenceGenerator, "_decoder_class", lambda self, device: host_decoder.HostDecoder)
     systems, options = models(), dict(beam_size=2, min_len=30, max_len_b=30)
     ours, theirs = (made(systems, VOCAB, **options) for made in (PrunedSequenceGenerator, SequenceGenerator))
