@@ -399,9 +399,10 @@ def tables() -> dict[str, Callable[[], str]]:
     without_table = {LM_RESULTS / f"{name}.json" for name in ("corpus", "cpu-updates")}
     for path in sorted({*LM_RESULTS.glob("*.json")} - without_table):
         made[f"language-model.{path.stem}"] = lambda path=path: language_models(path)
-    for path in sorted((ROOT / "examples" / "libreoffice_one_to_many" / "results").glob("*.jsonl")):
+    one_to_many = ROOT / "examples" / "libreoffice_one_to_many" / "results"
+    for path in sorted(one_to_many.glob("*.jsonl")):
         made[f"one-to-many.{path.stem}"] = lambda path=path: sweep(path)
-        made[f"one-to-many.{path.stem}-languages"] = lambda path=path: sweep_parts(path)
+    made["one-to-many.tuned-languages"] = lambda: sweep_parts(one_to_many / "tuned.jsonl")
     for path in sorted(SCRIPTS.glob("*_*.*.json")):
         name = path.name.split(".")[0]
         made[path.stem] = lambda path=path, name=name: script(SCRIPTS / f"{name}.py").table(load(path))
