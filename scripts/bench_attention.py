@@ -40,7 +40,7 @@ from torch.nn.attention import SDPBackend
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from provenance import git_commit, print_table, require_writable, with_heading, write_report
+from result_files import add_result_options, git_commit, print_table, require_writable, with_heading, write_report
 from rivals_attention import Method, block_sparse, dense, dense_mask, flash_attention_4_dense, flex
 
 from triton_ops import AttentionLayout, block_sparse_attention, decode_attention
@@ -617,7 +617,6 @@ def details(report: dict) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="JSON file to write")
     parser.add_argument("--only", action="append", choices=list(sections(1)), help="sections to run (default: all)")
     parser.add_argument(
         "--without",
@@ -627,7 +626,7 @@ def main(arguments: list[str] | None = None) -> None:
         help="rivals to leave out, as flex (minutes to compile)",
     )
     parser.add_argument("--repeats", type=int, default=30, help="timed calls or graph replays (default: 30)")
-    parser.add_argument("--table", type=Path, metavar="JSON", help="print a Markdown table of a result file and stop")
+    add_result_options(parser)
     options = parser.parse_args(arguments)
     if options.table:
         print_table(parser, options.table, lambda report: f"{table(report)}\n\n{details(report)}")

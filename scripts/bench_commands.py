@@ -37,12 +37,12 @@ from pathlib import Path
 import sacrebleu
 from dense_checkpoint import stock_checkpoint
 from fairseq.data import data_utils
-from provenance import git_commit, print_table, with_heading
+from result_files import add_result_options, git_commit, print_table, require_writable, with_heading
 
 from ap_fairseq.devices import count_gpus, device_name
 from ap_fairseq.evaluation.tables import Table, markdown
 from ap_fairseq.experiments.stages import PLUGIN
-from ap_fairseq.files import UserError, refuse_existing, write_json
+from ap_fairseq.files import UserError, write_json
 from ap_fairseq.provenance import versions
 from ap_fairseq.tasks import PrunedTranslationConfig, PrunedTranslationTask
 
@@ -192,8 +192,7 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("--remove-bpe", default="sentencepiece")
     parser.add_argument("--cpu", action="store_true")
     parser.add_argument("--commit", default=git_commit(), help="to name in the results; default: that of git")
-    parser.add_argument("--out", type=Path, help="JSON file to write")
-    parser.add_argument("--table", type=Path, metavar="JSON", help="print a Markdown table of a result file and stop")
+    add_result_options(parser)
     return parser
 
 
@@ -205,6 +204,7 @@ def main() -> None:
         return
     if not (args.data and args.path and args.out):
         parser.error("name DATA_BIN, --path and --out, or a result file with --table")
+    require_writable(parser, args.out)
     args.places = args.places or [(int(not args.cpu), 1)]
     most = count_gpus(args.cpu)
     if wrong := [gpus for gpus, _ in args.places if gpus > most or (not gpus and not args.cpu)]:
@@ -218,7 +218,6 @@ def main() -> None:
         rows=[],
     )
     try:
-        refuse_existing(args.out, overwrite=True)
         with stock_checkpoint(args.path, args.data) as stock:
             kinds = {"subset": subset_rows, "text": text_rows}
             for row in itertools.chain.from_iterable(kinds[kind](args, stock) for kind in args.kinds):

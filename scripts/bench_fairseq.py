@@ -68,7 +68,7 @@ from importlib import metadata
 from pathlib import Path
 
 import torch
-from provenance import git_commit, print_table, require_writable, with_heading, write_report
+from result_files import add_result_options, git_commit, print_table, require_writable, with_heading, write_report
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -267,7 +267,6 @@ def profile_table(rows: list[dict]) -> str:
 def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", nargs="?", help="data-bin folder")
-    parser.add_argument("--out", type=Path, help="JSON file to write")
     parser.add_argument(
         "--arch", help="fairseq's architecture, with random parameters (default: transformer_iwslt_de_en)"
     )
@@ -305,7 +304,7 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("--commit", default=git_commit(), help="to name in the results; default: that of git")
     parser.add_argument("--worker", dest="system", help=argparse.SUPPRESS)
     parser.add_argument("--settings", type=json.loads, help=argparse.SUPPRESS)
-    parser.add_argument("--table", type=Path, metavar="JSON", help="print a Markdown table of a result file and stop")
+    add_result_options(parser)
     return parser
 
 

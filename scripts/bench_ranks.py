@@ -25,11 +25,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from provenance import git_commit, print_table
+from result_files import add_result_options, git_commit, print_table, require_writable
 
 from ap_fairseq.artifacts import AttentionStats
 from ap_fairseq.evaluation.tables import Table, markdown
-from ap_fairseq.files import refuse_existing, write_json
+from ap_fairseq.files import write_json
 from ap_fairseq.model.checkpoints import load_checkpoint
 from ap_fairseq.provenance import versions
 
@@ -123,8 +123,7 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("--train-tokens", type=int, default=16384, help="of a batch of one rank (default: %(default)s)")
     parser.add_argument("--record-tokens", type=int, default=16384, help="likewise (default: %(default)s)")
     parser.add_argument("--cpu", action="store_true")
-    parser.add_argument("--out", type=Path, help="JSON file to write")
-    parser.add_argument("--table", type=Path, metavar="JSON", help="print a Markdown table of a result file and stop")
+    add_result_options(parser)
     return parser
 
 
@@ -136,7 +135,7 @@ def main() -> None:
         return
     if not (args.data and args.path and args.masks and args.out):
         parser.error("name DATA-BIN, --path, --masks and --out, or a result file with --table")
-    refuse_existing(args.out, overwrite=True)
+    require_writable(parser, args.out)
     if not args.cpu and torch.cuda.device_count() < max(args.ranks):
         sys.exit(f"bench_ranks.py: {max(args.ranks)} ranks need as many GPUs, {torch.cuda.device_count()} are here")
     rows = []

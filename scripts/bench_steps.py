@@ -15,15 +15,14 @@ import logging
 import statistics
 import sys
 import time
-from pathlib import Path
 
 import torch
 import triton
 from fairseq.data import Dictionary
-from provenance import git_commit, print_table
+from result_files import add_result_options, git_commit, print_table, require_writable
 
 from ap_fairseq.evaluation.tables import Table, markdown
-from ap_fairseq.files import refuse_existing, write_json
+from ap_fairseq.files import write_json
 from ap_fairseq.model.config import PrunedTransformerConfig
 from ap_fairseq.model.transformer import PrunedTransformerModel
 from ap_fairseq.search import fused_decoder
@@ -121,14 +120,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sentences", type=int, nargs="+", default=[1, 2, 4, 6], help="in a batch")
     parser.add_argument("--repeats", type=int, default=20)
-    parser.add_argument("--out", type=Path, help="JSON file to write")
-    parser.add_argument("--table", type=Path, metavar="JSON", help="print a Markdown table of a result file and stop")
+    add_result_options(parser)
     args = parser.parse_args()
     if args.table:
         print_table(parser, args.table, table)
         return
-    if args.out:
-        refuse_existing(args.out, False)
+    require_writable(parser, args.out)
     logging.disable(logging.INFO)
     system, vocab = make_model()
     serves, rows = fused_decoder.serves, []
@@ -140,7 +137,7 @@ def main() -> None:
         same = sum(a == b for a, b in zip(*(row.pop("hypotheses") for row in pair), strict=True))
         for row in pair:
             rows.append(row | dict(same_hypotheses=same))
-            print(json.dumps(rows[-1]), flush=True)
+            print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
     report = dict(
         device=torch.cuda.get_device_name(),
         versions=dict(torch=torch.__version__, triton=triton.__version__, python=sys.version.split()[0]),
@@ -149,7 +146,8 @@ def main() -> None:
         rows=rows,
     )
     if args.out:
-        write_json(args.out, report)
+        write_json(args.out, report, overwrite=True)
+    print(table(report))
 
 
 if __name__ == "__main__":

@@ -14,9 +14,8 @@ For each sample and attention kind, measured on the pairs of the whole data set:
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-from provenance import git_commit, print_table
+from result_files import add_result_options, git_commit, print_table
 
 from ap_fairseq.artifacts import AttentionStats
 from ap_fairseq.cli.common import command
@@ -65,8 +64,7 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("samples", nargs="*", help="statistics of samples (ap-record --sample)")
     parser.add_argument("--share", type=float, default=0.5, help="of the pairs to prune (default: %(default)s)")
     parser.add_argument("--granularity", default=1, help="as ap-masks takes it")
-    parser.add_argument("--out", type=Path, help="JSON file to write")
-    parser.add_argument("--table", type=Path, metavar="JSON", help="print a Markdown table of a result file and stop")
+    add_result_options(parser)
     return parser
 
 

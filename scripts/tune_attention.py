@@ -32,7 +32,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench_attention import BFLOAT16, DEVICE, measure, provenance, sentence_problem, training_step
-from provenance import print_table, require_writable, with_heading, write_report
+from result_files import add_result_options, print_table, require_writable, with_heading, write_report
 
 from triton_ops import AttentionLayout, block_sparse_attention, launch
 from triton_ops.config import Config
@@ -194,11 +194,10 @@ def table(report: dict) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="JSON file to write")
     parser.add_argument("--only", nargs="+", choices=list(searches()), metavar="SEARCH", help=", ".join(searches()))
     parser.add_argument("--dim", type=int, default=64, help="head size (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=10, help="timed graph replays (default: %(default)s)")
-    parser.add_argument("--table", type=Path, metavar="JSON", help="print a Markdown table of a result file and stop")
+    add_result_options(parser)
     options = parser.parse_args(arguments)
     if options.table:
         print_table(parser, options.table, table)

@@ -213,11 +213,22 @@ def test_the_median_round_counts_and_errors_stay():
     assert bench.median_rows(rows) == [rows[3] | dict(rounds=[3.0, 1.0, 2.0]), rows[1]]
 
 
-def test_what_cannot_be_done_is_refused(tmp_path):
+def test_what_cannot_be_done_is_refused():
     command = [sys.executable, ROOT / "scripts/bench_fairseq.py", "data-bin", "--device", "cpu"]
     assert "--profile" in run(*command, "--profile", expect=2)
-    gone = tmp_path / "gone"  # found when the first row was measured
-    assert f"folder {gone} does not exist" in run(*command, "--out", gone / "x.json", expect=2)
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["bench_fairseq data-bin --device cpu", "bench_commands data-bin --path dense.pt --cpu", "bench_steps"]
+    + ["bench_ranks data-bin --path dense.pt --masks masks.safetensors"],
+)
+def test_results_that_cannot_be_written_are_refused_at_once(words, tmp_path):
+    """It was found when the first row was measured, or ended in a traceback."""
+    name, *words = words.split()
+    gone = tmp_path / "gone"
+    output = run(sys.executable, ROOT / f"scripts/{name}.py", *words, "--out", gone / "x.json", expect=2)
+    assert f"{name}.py: error: --out: " in output and f"folder {gone} does not exist" in output
 
 
 @pytest.mark.parametrize(

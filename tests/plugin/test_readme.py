@@ -202,7 +202,9 @@ def own_flags(command):
 @functools.cache
 def source_flags(path):
     """The flags that a script defines, by its source."""
-    return {"-h", "--help"} | set(re.findall(r"[\"'](--?[a-zA-Z][\w-]*)[\"']", path.read_text(encoding="utf-8")))
+    text = path.read_text(encoding="utf-8")
+    shared = {"--out", "--table"} if "add_result_options(" in text else set()
+    return {"-h", "--help"} | shared | set(re.findall(r"[\"'](--?[a-zA-Z][\w-]*)[\"']", text))
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""Where the numbers of a benchmark come from."""
+"""Result files of the benchmarks: their options, the commit that they name, their tables."""
 
 from __future__ import annotations
 
@@ -19,6 +19,12 @@ def git_commit() -> str:
     except OSError:  # no git here
         return "unknown"
     return result.stdout.strip() or "unknown"
+
+
+def add_result_options(parser: argparse.ArgumentParser) -> None:
+    """Add `--out` and `--table`, a result file to write and one to print."""
+    parser.add_argument("--out", type=Path, help="JSON file to write")
+    parser.add_argument("--table", type=Path, metavar="JSON", help="print a Markdown table of a result file and stop")
 
 
 def print_table(parser: argparse.ArgumentParser, file: Path, table: Callable[[dict], str]) -> None:
