@@ -307,26 +307,28 @@ class AttentionStats:
             present = [k for k in stored_kinds(metadata) if not optional or f"{k.value}.{name}" in tensors]
             return {kind: tensor_of(tensors, f"{kind.value}.{name}", dtype, ndim) for kind in present}
 
+        def lengths(name: str) -> np.ndarray:
+            return tensor_of(tensors, name, np.int64, 2) if name in tensors else NO_LENGTHS
+
         with naming(path):
+            relative = None
+            if "cross.relative.slope" in tensors:
+                relative = RelativeStats(
+                    int(tensor_of(tensors, "cross.relative.slope", np.int64, 1)[0]),
+                    tensor_of(tensors, "cross.relative.mass", np.float64, 3),
+                    tensors.get("cross.relative.importance"),
+                )
             stats = cls(
                 by_kind("mass", np.float64, 4),
                 by_kind("support", np.int64, 2),
                 metadata,
                 by_kind("end_mass", np.float64, 2, optional=True),
                 by_kind("importance", np.float64, 4, optional=True),
+                lengths("lengths"),
+                relative,
+                lengths("validation.lengths"),
             )
             require_architecture(metadata, stats.architecture)
-            if "lengths" in tensors:
-                stats.lengths = tensor_of(tensors, "lengths", np.int64, 2)
-            if "validation.lengths" in tensors:
-                stats.validation_lengths = tensor_of(tensors, "validation.lengths", np.int64, 2)
-            if "cross.relative.slope" in tensors:
-                stats.relative = RelativeStats(
-                    int(tensor_of(tensors, "cross.relative.slope", np.int64, 1)[0]),
-                    tensor_of(tensors, "cross.relative.mass", np.float64, 3),
-                    tensors.get("cross.relative.importance"),
-                )
-            stats.require_valid()
             return stats
 
 
