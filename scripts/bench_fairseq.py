@@ -213,7 +213,7 @@ def table(report: dict, systems: Sequence[str] = (*SYSTEMS, *itertools.chain(*RI
     """One Markdown row per case and system, with ratios to the stock system; and where time goes, if profiled."""
     rows = [row for case in CASES for row in report["rows"] if row["case"] == case and row["system"] in systems]
     stock = {row["case"]: row for row in rows if row["system"] == "stock"}
-    body, scored = [], any("bleu" in row for row in rows)
+    body = []
     for row in rows:
         base = stock.get(row["case"], {})
         speed, memory, reserved = (
@@ -223,10 +223,10 @@ def table(report: dict, systems: Sequence[str] = (*SYSTEMS, *itertools.chain(*RI
         cold = f"{row['cold_seconds']:.1f} s, warm {row['seconds']:.1f} s" if row.get("cold_seconds") else ""
         sizes = [f"{row[key] / 2**30:.2f} GiB" if row.get(key) else "" for key in ("peak_bytes", "reserved_bytes")]
         sentences = f"{row['sentences_per_s']:,.1f}" if "sentences_per_s" in row else ""
-        columns = [row["case"], row["system"], f"{row['tokens_per_s']:,.0f}", speed, sentences]
-        bleu = [f"{row['bleu']:.2f}" if "bleu" in row else ""] if scored else []
-        body.append([*columns, *bleu, sizes[0], memory, sizes[1], reserved, cold])
-    header = ["case", "system", "target tokens/s", "ratio", "sentences/s", *(["BLEU"] if scored else [])]
+        bleu = f"{row['bleu']:.2f}" if "bleu" in row else ""
+        columns = [row["case"], row["system"], f"{row['tokens_per_s']:,.0f}", speed, sentences, bleu]
+        body.append([*columns, sizes[0], memory, sizes[1], reserved, cold])
+    header = ["case", "system", "target tokens/s", "ratio", "sentences/s", "BLEU"]
     header += ["peak memory", "ratio", "reserved", "ratio", "cold start"]
     made = (
         f"{report['device']}, torch {report['torch']}, triton {report['triton']}, {report['arch']}, "
@@ -245,9 +245,11 @@ def described(settings: dict) -> str:
 
 
 def markdown(header: list[str], rows: list[list[str]], left: str) -> str:
-    """Render a Markdown table; columns after those of *left* are set flush right."""
+    """Render a Markdown table without empty columns; those after the ones of *left* are set flush right."""
     from ap_fairseq.evaluation import tables
 
+    filled = [any(column) for column in zip(*rows, strict=True)]
+    header, *rows = [list(itertools.compress(row, filled)) for row in (header, *rows)]
     return tables.markdown(tables.Table(header, rows, align=left.ljust(len(header), "r")))
 
 

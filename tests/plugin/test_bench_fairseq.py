@@ -164,7 +164,7 @@ def test_the_tables_hold_ratios_and_profiles():
         device="a GPU", torch="2", triton="3", arch="tiny", precision="fp16", commit="c", command="x", rows=rows
     )
     lines = [" ".join(line.split()) for line in bench.table(report).splitlines()]
-    assert "| sentences | all-ones | 450 | 4.50 | | 0.50 GiB | 0.50 | 1.00 GiB | 0.50 | 3.0 s, warm 1.0 s |" in lines
+    assert "| sentences | all-ones | 450 | 4.50 | 0.50 GiB | 0.50 | 1.00 GiB | 0.50 | 3.0 s, warm 1.0 s |" in lines
     assert "| sentences | all-ones | step | 500.00 | 80% | 15 | 16 | 100.00 | 200.00 | 50.00 | 50.00 |" in lines
 
 
