@@ -1,4 +1,4 @@
-"""What differs between fairseq releases and torch releases, in one place."""
+"""What this package patches in fairseq and in torch's loader, and what differs between their releases."""
 
 from __future__ import annotations
 

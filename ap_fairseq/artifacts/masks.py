@@ -82,8 +82,7 @@ class PruningMasks:
                     f"{kind.value}: the pattern beyond the recorded range has shape {self.extrapolation[kind].shape}, "
                     f"expected {expected}; {AGAIN}"
                 )
-            guaranteed = keep[..., :, 0] if kind is AttentionKind.CROSS else np.diagonal(keep, axis1=-2, axis2=-1)
-            if not (guaranteed.all() or self.may_have_empty_rows):
+            if not (guaranteed_cells(keep, kind).all() or self.may_have_empty_rows):
                 where = "column 0" if kind is AttentionKind.CROSS else "the diagonal"
                 raise ArtifactError(
                     f"{kind.value}: {where} must be kept in every row, or a row could be empty; {AGAIN}"
@@ -234,11 +233,16 @@ def _read_relative(tensors: Mapping[str, np.ndarray]) -> RelativeMask:
     return RelativeMask(slope, unpack_cells(words, n_offsets), tensor_of(tensors, "cross.anchor", np.int64, 2))
 
 
+def guaranteed_cells(keep: np.ndarray, kind: AttentionKind) -> np.ndarray:
+    """Return whether *keep* (..., Tq, Tk) has each row's guaranteed cell: column 0, in self-attention the diagonal."""
+    return keep[..., 0] if kind is AttentionKind.CROSS else np.diagonal(keep, axis1=-2, axis2=-1)
+
+
 def grown(keep: np.ndarray, pattern: np.ndarray, kind: AttentionKind, shape: tuple[int, int]) -> np.ndarray:
     """Continue keep masks beyond the recorded range by their patterns over offsets.
 
-    A head that keeps the guaranteed cell (the diagonal, or column 0 of cross-attention) in all its rows keeps it in
-    later rows, too. A head that keeps nothing else, nor any offset of its pattern, keeps none outside the pattern.
+    A head that keeps the guaranteed cell in all its rows keeps it in later rows, too. A head that keeps nothing else,
+    nor any offset of its pattern, keeps none outside the pattern.
 
     Args:
         keep: bool (..., Tq, Tk), True = kept.
@@ -249,7 +253,7 @@ def grown(keep: np.ndarray, pattern: np.ndarray, kind: AttentionKind, shape: tup
     """
     recorded_queries, recorded_keys = keep.shape[-2:]
     cells = extrapolated(pattern, recorded_queries, shape)
-    guaranteed = keep[..., 0] if kind is AttentionKind.CROSS else np.diagonal(keep, axis1=-2, axis2=-1)
+    guaranteed = guaranteed_cells(keep, kind)
     cells[~pattern.any(-1) & (keep.sum((-2, -1)) == guaranteed.sum(-1))] = False
     row = np.arange(shape[0] if kind is AttentionKind.CROSS else min(shape))
     cells[..., row, 0 if kind is AttentionKind.CROSS else row] |= guaranteed.all(-1, keepdims=True)

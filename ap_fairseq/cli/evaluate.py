@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from ap_fairseq.cli.common import command, without_usage
 from ap_fairseq.devices import device_name
-from ap_fairseq.evaluation import scores as evaluation
+from ap_fairseq.evaluation import scores
 from ap_fairseq.evaluation.hypotheses import hold_subwords, read_hypotheses
 from ap_fairseq.evaluation.results import format_latex, format_markdown, format_plain, read_results
 from ap_fairseq.experiments.stages import read_mark
@@ -34,13 +34,13 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--metrics",
         nargs="+",
-        choices=evaluation.METRICS,
+        choices=scores.METRICS,
         default=["bleu", "chrf"],
         help="default: bleu chrf; TER takes ten times as long as both",
     )
     parser.add_argument(
         "--significance",
-        choices=evaluation.SIGNIFICANCE_TESTS,
+        choices=scores.SIGNIFICANCE_TESTS,
         help="test every system against the first: paired bootstrap or paired approximate randomization",
     )
     parser.add_argument(
@@ -52,7 +52,7 @@ def get_parser() -> argparse.ArgumentParser:
         type=int,
         metavar="WORDS",
         help="also score by reference length; the numbers are the upper ends of the buckets, default: "
-        f"{' '.join(map(str, evaluation.LENGTH_BUCKETS))}",
+        f"{' '.join(map(str, scores.LENGTH_BUCKETS))}",
     )
     parser.add_argument(
         "--documents",
@@ -67,7 +67,7 @@ def get_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--tokenized-bleu",
-        choices=evaluation.TOKENIZED_BLEU,
+        choices=scores.TOKENIZED_BLEU,
         help="add Moses-tokenised BLEU, for comparison with old tables (needs sacremoses and --language)",
     )
     parser.add_argument("--language", help="language of the translations, for --tokenized-bleu, e.g. de")
@@ -117,14 +117,14 @@ def evaluate(args: argparse.Namespace) -> dict:
     results = [_scores(system, hypotheses[system.name], references, documents, args) for system in args.systems]
     document = {"systems": results}
     if args.significance:
-        document["significance"] = evaluation.compare_systems(
+        document["significance"] = scores.compare_systems(
             hypotheses, references, args.significance, args.metrics, args.samples
         )
     if args.comet:
         sources = read_lines(args.source)
-        scores = evaluation.comet_scores(args.comet, sources, hypotheses, references)
+        comet = scores.comet_scores(args.comet, sources, hypotheses, references)
         for result in results:
-            result["comet"] = scores[result["system"]]
+            result["comet"] = comet[result["system"]]
             result["comet_model"] = Path(args.comet).resolve().parent.parent.name
     return document
 
@@ -133,15 +133,15 @@ def _scores(
     system: System, hypotheses: list[str], references: list[str], documents: list[str] | None, args: argparse.Namespace
 ) -> dict:
     """Return the scores of one system that need no other, and what its checkpoint adds."""
-    evaluation.require_parallel(system.name, hypotheses, references)
-    result = {"system": system.name, **evaluation.score(hypotheses, references, args.metrics)}
+    scores.require_parallel(system.name, hypotheses, references)
+    result = {"system": system.name, **scores.score(hypotheses, references, args.metrics)}
     if args.by_length is not None:
-        edges = args.by_length or evaluation.LENGTH_BUCKETS
-        result["by_length"] = evaluation.score_by_length(hypotheses, references, edges)
+        edges = args.by_length or scores.LENGTH_BUCKETS
+        result["by_length"] = scores.score_by_length(hypotheses, references, edges)
     if documents is not None or args.separator is not None:
-        result |= evaluation.score_documents(hypotheses, references, documents, args.separator)
+        result |= scores.score_documents(hypotheses, references, documents, args.separator)
     if args.tokenized_bleu:
-        result |= evaluation.tokenized_bleu(hypotheses, references, args.tokenized_bleu, args.language)
+        result |= scores.tokenized_bleu(hypotheses, references, args.tokenized_bleu, args.language)
     if system.checkpoint:
         result |= describe_checkpoint(system.checkpoint)
     return result

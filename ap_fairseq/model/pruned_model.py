@@ -37,6 +37,7 @@ from ap_fairseq.sites import AttentionKind, architecture, attention_sites
 
 logger = logging.getLogger(__name__)
 
+LAYERS_TO_KEEP = ("encoder_layers_to_keep", "decoder_layers_to_keep")
 MASK_ENTRIES = (*MASK_BUFFERS, "mask_metadata")  # how the names end of what fairseq's own models do not have
 
 
@@ -289,9 +290,6 @@ class PrunedModel(NotScriptable):
         super().set_num_updates(num_updates)
         for kind, share in self._logged_sparsity.items():
             metrics.log_scalar(f"pruned_{kind}", share, weight=0, priority=850, round=4)
-
-
-LAYERS_TO_KEEP = ("encoder_layers_to_keep", "decoder_layers_to_keep")
 
 
 def _erase_mask_path(cfg) -> None:

@@ -151,10 +151,9 @@ class Filter:
 class Seen:
     """Texts that a held-out split must not hold, whichever side they are on: the data serve both directions."""
 
-    def __init__(self, pairs: Iterable[Pair] = ()):
+    def __init__(self):
         self.sources: set[str] = set()
         self.targets: set[str] = set()
-        self.add(pairs)
 
     def add(self, pairs: Iterable[Pair]) -> None:
         for source, target in pairs:

@@ -239,7 +239,8 @@ def test_split_is_fixed_by_page_name_and_seed():
 
 def test_seen_ignores_case_and_punctuation_on_either_side():
     """A held-out pair is seen when either of its sides is in training, up to case and punctuation."""
-    seen = parallel_text.Seen([Pair("Click OK.", "Klicken Sie auf OK."), Pair("->", "=>")])
+    seen = parallel_text.Seen()
+    seen.add([Pair("Click OK.", "Klicken Sie auf OK."), Pair("->", "=>")])
     assert Pair("click ok", "Auf OK klicken") in seen
     assert Pair("Press OK", "klicken sie auf OK") in seen
     assert Pair("Press OK", "OK drücken") not in seen
