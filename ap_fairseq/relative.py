@@ -75,7 +75,7 @@ class RelativeMask:
     anchor: np.ndarray
 
     def moved(self, rows: np.ndarray) -> np.ndarray:
-        """Where the source's ends move an anchor to an offset that is else pruned: bool (layers, heads, S + 1, S)."""
+        """Where the source's ends move an anchor to a pruned offset: bool (layers, heads, S + 1, S)."""
         keep, offset = self.grown(2 * rows.shape[1] - 1), anchored(self.anchor, rows) + rows.shape[1] - 1
         flat = np.take_along_axis(keep, offset.reshape(*keep.shape[:2], -1), 2)
         return ~flat.reshape(offset.shape)
@@ -115,9 +115,9 @@ def anchored(anchor: np.ndarray, rows: np.ndarray) -> np.ndarray:
 
 
 def choose_anchors(score: np.ndarray, most: int) -> np.ndarray:
-    """Give each head the offset of its highest score that fewer than *most* heads with higher ones have already.
+    """Give each head its best offset that fewer than *most* heads with higher scores have taken.
 
-    Where there are too few offsets for that, as many more heads share one as it takes.
+    Where there are too few offsets for that, more heads share one.
 
     Args:
         score: float64 (heads, 2 S - 1).

@@ -35,10 +35,10 @@ class PruningMasks:
             are False. The diagonal of self-attention and column 0 of cross-attention are True: they exist in every
             sentence, so no row is empty; unless the specification in the metadata has ``empty_rows``.
         extrapolation: per kind bool (layers, heads, Tq + Tk - 1), True = kept: what happens at offset j - i =
-            d - (Tq - 1) outside the recorded range. Offsets outside this table are kept, but by heads that keep nothing
-            (:func:`grown`).
+            d - (Tq - 1) outside the recorded range. Offsets outside this table are kept, except by heads that keep
+            nothing else (:func:`grown`).
         metadata: provenance of the statistics, the specification of the masks and the resulting sparsity.
-        relative: what cross-attention keeps by offset from a scaled diagonal, on top of ``keep``, which then keeps all.
+        relative: what cross-attention keeps by offset from a scaled diagonal; ``keep`` then keeps all of it.
             A file with it has a format of its own, which version 0.2 refuses.
     """
 

@@ -228,7 +228,8 @@ class AttentionStats:
 
         What only one of them has (the mass on the last source token, importance) is left out. Numbers of sentences and
         pairs add up; ``data``, ``sample`` and ``versions`` become lists, one entry for each recording.
-        Validation sentences are those of both data-bins; equal lengths are of the same ones, and count once.
+        Validation sentences are those of both data-bins; equal lengths are taken for the same sentences, and count
+        once.
 
         Raises:
             ArtifactError: if they belong to different models, dictionaries, languages or losses, or were cut at
@@ -365,7 +366,7 @@ def _added(one: np.ndarray, other: np.ndarray) -> np.ndarray:
 
 
 def _together(validation: Sequence[np.ndarray]) -> np.ndarray:
-    """Return the lengths of the validation sentences of several recordings; equal ones are of the same sentences."""
+    """Return the lengths of the validation sentences of several recordings; equal ones are taken for the same."""
     different = {lengths.tobytes(): lengths for lengths in validation}
     return counted(np.concatenate(list(different.values())))
 

@@ -198,7 +198,7 @@ class PrunedMultiheadAttention(NotScriptable, MultiheadAttention):
     def last_use(self, n_rows: int, n_keys: int) -> Tensor:
         """Return the last of the first *n_rows* mask rows that keeps each column, int64 (heads, n_keys); or -1.
 
-        Of a relative mask the very last: what its rows keep depends on the sentence.
+        Under a relative mask that is always the last row: what rows keep depends on the sentence.
         """
         if self.is_relative:
             return self.offset_words.new_full((self.num_heads, n_keys), n_rows - 1)
@@ -298,7 +298,7 @@ class PrunedMultiheadAttention(NotScriptable, MultiheadAttention):
             raise UserError(f"--attention-backend {self.backend}: {error}") from error
 
     def waits_for_device(self, dtype: torch.dtype, device: torch.device) -> bool:
-        """Whether a step of decoding by such a cache as counts its steps on the device waits for that count."""
+        """Whether a step of decoding waits for the step's number, if its cache counts on the device."""
         return not (self.runs_kernels(dtype, device) or (self.is_relative and self.dynamic is None))
 
     def _attend(

@@ -140,7 +140,7 @@ class _Packed:
 
 
 def _samples_hold(many: list[_Packed]) -> bool:
-    """Whether what was sampled of parameters is what it was, all at once."""
+    """Whether the sampled elements of all parameters have kept their values, in one comparison."""
     now = torch.cat([x for one in many for x in one.samples])
     then = torch.cat([one.sampled for one in many])
     return torch.equal(now.view(torch.int32), then.view(torch.int32))  # NaN is no change

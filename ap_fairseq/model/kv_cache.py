@@ -314,7 +314,7 @@ def group_hypotheses(new_order: Tensor, n_sentences: int, beam: int) -> tuple[Te
 
     Returns:
         Sentences, int64 (B,), or None if all stay in their places; and how many hypotheses in a row share each. Where
-        these numbers differ, it is 1, and sentences come once for each hypothesis.
+        these numbers differ, the latter is 1, and each sentence comes once for each hypothesis.
     """
     sentences = new_order // beam
     places = torch.arange(n_sentences, device=new_order.device)
@@ -378,7 +378,7 @@ class CrossAttentionCache(PagedCrossAttention):
         stored: bool (H, S), the columns that have a slot.
         beam: hypotheses of each sentence; they follow one another.
         max_steps: as in `SelfAttentionCache`.
-        row: mask row of the step, which is its number and not the source length.
+        row: mask row of the step: its number, not the source length.
     """
 
     stored: Tensor

@@ -287,7 +287,7 @@ class PrunedTransformerDecoder(NotScriptable, TransformerDecoderBase):
 def embed_bands(embedding: AdaptiveInput, tokens: Tensor) -> Tensor:
     """Compute what fairseq's adaptive input does for *tokens* (..., ), by all bands, so without waiting for the device.
 
-    Training leaves that to fairseq: there a token is worth a wait, as it costs the product of its own band alone.
+    Training leaves that to fairseq, which multiplies a token by its own band alone, at the price of a wait.
     """
     first, x = 0, None
     for end, band in zip(embedding.cutoff, embedding.embeddings, strict=True):

@@ -84,8 +84,8 @@ CLOSE = 1e-3
 def _calibrated(stats: AttentionStats, spec: MaskSpec, growing: bool) -> BuiltMasks:
     """Build masks whose budgets hold on the validation lengths, by correcting the budgets for what they miss there.
 
-    A budget is corrected by its error, or else halfway between those that were too small and too large: where units
-    are few, or ``max_heads`` takes as much, a small correction changes nothing or too much.
+    A budget is corrected by its error, or by bisection between budgets that were too small and too large: where units
+    are few, or ``max_heads`` prunes much, a small correction changes nothing or too much.
     """
     if not len(stats.validation_lengths):
         raise UserError(

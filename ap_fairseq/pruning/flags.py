@@ -290,9 +290,9 @@ def _spread(spec: MaskSpec) -> MaskSpec:
 
 
 def require_fitting(args: argparse.Namespace, architecture: Mapping[str, Sequence[int]], held_out: bool) -> MaskSpec:
-    """Derive masks from statistics without meaning: flags that do not fit a model fail before any work.
+    """Derive masks from made-up statistics, so that flags that do not fit a model fail before any work.
 
-    What only real statistics show is not found: budgets that a minimum or maximum of heads does not leave.
+    Not found is what only real statistics show: budgets that a minimum or maximum of heads does not allow.
 
     Args:
         architecture: ``{kind: [layers, heads]}``.

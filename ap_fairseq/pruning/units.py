@@ -155,8 +155,8 @@ def _always_in_best_heads(score: np.ndarray, heads: tuple[int, int], count: int,
 def _anchors(total: np.ndarray, kind: AttentionKind, spec: MaskSpec) -> np.ndarray:
     """Choose the offset that each head always keeps: int64 (layers, heads).
 
-    That is the diagonal, or with ``max_heads`` the best one that no more heads have than it allows: the pairs of one
-    offset in every head are most of what a high budget leaves.
+    That is the diagonal, or with ``max_heads`` each head's best offset that not too many heads have: one offset in
+    every head would take most of what a high budget leaves.
 
     Args:
         total: float64 (layers, heads, offsets), score of all pairs of each offset.

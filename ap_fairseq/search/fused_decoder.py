@@ -1,9 +1,8 @@
 """A step of a decoder in about as many kernels as it has products and attentions.
 
-fairseq's modules take some twenty kernels for a layer. With few rows each of them takes the time of a launch, no matter
-how little it does, so that a sentence alone is translated hardly faster than ten. Up to `MAX_ROWS` hypotheses a kernel
-of our own does each product, with all that is around it; beyond, products are torch's, and what comes between two of
-them is one kernel.
+fairseq's modules take some twenty kernels for a layer. With few rows each of them takes the time of a launch, so a
+single sentence takes nearly as long as ten. Up to `MAX_ROWS` hypotheses a kernel of our own does each product, with all
+that is around it; beyond, products are torch's, and what comes between two of them is one kernel.
 """
 
 from __future__ import annotations

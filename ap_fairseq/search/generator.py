@@ -58,8 +58,8 @@ class PrunedSequenceGenerator(SequenceGenerator):
     Constrained searches and other models use fairseq's own loop, which is logged once with the reason.
 
     Args:
-        cpu_int8: linear layers of the models multiply in 8-bit integers from now on. A search elsewhere than on a CPU,
-            or by fairseq's own loop, then raises UserError.
+        cpu_int8: linear layers of the models multiply in 8-bit integers from now on. A search on a GPU or by fairseq's
+            own loop then raises UserError.
 
     Attributes:
         nbest: hypotheses of a sentence that a search on the device returns at most; None, as at first: all, as
@@ -223,7 +223,7 @@ class PrunedSequenceGenerator(SequenceGenerator):
         return self.decoder
 
     def _finish_beside(self, decoder: StaticDecoder, search: RunningSearch, next_batch: Batch) -> Hypotheses:
-        """Return what a search finds, and begin that of the batch after it on the way."""
+        """Finish a search and return what it found; before that is read, the search of the batch after it begins."""
         decoder.launch(search, _unwatched(search.batch))
         encoder_outs = decoder.encode_early(next_batch)
         read = decoder.finish(search, self.nbest)

@@ -64,7 +64,7 @@ class HostLayer:
     """A step of one decoder layer with its weights and caches at hand; fairseq's modules spend much of a step on calls.
 
     Args:
-        layer: one that `covers` says so of.
+        layer: one for which `covers` is true.
         self_cache, cross_cache: of its attention; *cross_cache* is None in a decoder without cross-attention.
         packed: returns the product of linear layers.
     """
@@ -96,7 +96,7 @@ class HostLayer:
 
     @staticmethod
     def covers(layer: nn.Module) -> bool:
-        """Whether a layer does nothing else than this class, and its weights can be packed."""
+        """Whether this class does all that a layer does, and its weights can be packed."""
         return is_plain(layer) and can_pack(layer.fc1.weight)
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -136,7 +136,7 @@ class Norm:
 
 
 class HostDecoder(StaticDecoder):
-    """The search on a CPU: a batch is as large as its unfinished sentences are many, and its caches are its own."""
+    """The search on a CPU: a batch holds only its unfinished sentences, and has caches of its own."""
 
     def _allocate(self, dtype: torch.dtype, device: torch.device) -> None:
         self.kv_pools, self.projections, self.dtype = {}, {}, dtype

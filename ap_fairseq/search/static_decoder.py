@@ -171,7 +171,7 @@ class StaticDecoder:
         return RunningSearch(batch, encoder_outs, self._places(n_sentences), done, prefix.size(1))
 
     def encode_early(self, batch: Batch) -> EncoderOuts | None:
-        """Encode a batch whose search begins later, unless a graph will do that with the rest of its beginning."""
+        """Encode a batch whose search begins later, unless a graph (`SourcePass`) will do that."""
         return self.encode(batch.net_input) if self._source_shape(batch.net_input) is None else None
 
     def encode(self, net_input: dict[str, Tensor]) -> EncoderOuts | None:
@@ -506,7 +506,7 @@ def head_slices(modules: list[PrunedMultiheadAttention]) -> dict[PrunedMultihead
 
 
 def prefill_length(prefix: Tensor, rules: SearchRules) -> int:
-    """Return how many tokens of *prefix* (B, P) are forced by one pass: all sentences have them, and go on."""
+    """Return how many tokens of *prefix* (B, P) one pass reads: all sentences have them and go on after them."""
     if not isinstance(rules.strategy, Sampling | None):  # diverse searches charge forced tokens, too
         return 0
     if prefix.size(1) < SHORTEST_PREFILL:

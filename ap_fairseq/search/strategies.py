@@ -98,7 +98,7 @@ class Sampling(Strategy):
             values, tokens = values.sort(-1, descending=True)
             mass = values.exp().cumsum(-1)
             values[..., 1:].masked_fill_(mass[..., :-1] >= self.top_p, -math.inf)
-        # The first of independent exponential clocks of these rates to ring is a draw by them, and none is waited for.
+        # An exponential race: which of independent clocks of these rates rings first is a draw by them, without a wait.
         clock = torch.empty_like(values).exponential_().clamp_min_(torch.finfo(values.dtype).tiny)
         drawn = clock.log_().neg_().add_(values).argmax(-1, keepdim=True)
         sums = step.scores() + values.gather(-1, drawn)[..., 0]

@@ -182,7 +182,7 @@ class TrainingPruner:
 
 
 def warn_of_unfinished(model: nn.Module) -> None:
-    """Log that a model, which is trained without pruning, was taken from a pruning while training before its end."""
+    """Log that a model, now trained without pruning, comes from the middle of a pruning schedule."""
     share = (unwrapped(model).masks_provenance() or {}).get("budget_share", 1.0)
     if share < 1:
         logger.warning(
