@@ -13,7 +13,8 @@ with `--rivals ctranslate2` by CTranslate2 (translate_ctranslate2.py) in batches
 are computed afterwards, and not timed. *dense.pt* is a dense model of fairseq's own class, or of this plugin under
 masks that prune nothing, which the others get by `ap-apply --to-stock`; stock fairseq gets our `--user-dir`, too,
 without which it reads no checkpoint under this torch. A place of ap-generate is GPUS:PROCESSES. Seconds are those of
-the clock, on a CPU those that all processes computed. The first run of a machine compiles kernels: run twice.
+the clock, on a CPU those that all processes computed. The first run of a machine compiles kernels, and the sources of
+Python where they are not byte-compiled: run twice.
 """
 
 from __future__ import annotations
@@ -65,6 +66,7 @@ def measure(command: list[str], gpus: int) -> tuple[dict, str]:
         UserError: if it fails.
     """
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": ",".join(map(str, range(gpus)))}
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # an installed package is byte-compiled, and torch's a large one
     with tempfile.TemporaryFile("w+", encoding="utf-8") as lines, tempfile.TemporaryFile("w+") as log:
         before, begin = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
         status = subprocess.run(command, stdout=lines, stderr=log, env=environment, check=False).returncode

@@ -94,3 +94,10 @@ def test_places_that_are_not_there_are_refused(flags, message, tmp_path, monkeyp
 def test_a_command_that_fails_ends_the_run_and_is_shown(data_bin, dense, tmp_path, monkeypatch, capsys):
     flags = [data_bin, "--path", dense, "--cpu", "--subset", "none", "--out", tmp_path / "rows.json"]
     assert "failed with status" in refused(flags, monkeypatch, capsys)
+
+
+def test_commands_keep_the_byte_code_of_what_they_import(monkeypatch):
+    """Where the environment said not to, half of a command's start went into compiling torch's sources."""
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    _, printed = bench_commands.measure([sys.executable, "-c", "import sys; print(sys.dont_write_bytecode)"], gpus=0)
+    assert printed == "False\n"
