@@ -15,7 +15,7 @@ SCORES = (  # columns of the table: key of a result, name, format
     ("chrf", "chrF2", ".2f"),
     ("length_ratio", "length ratio", ".3f"),
     ("bleu_unpenalized", "BLEU without brevity penalty", ".2f"),
-    ("lenpen", "length penalty", ".3g"),
+    ("lenpen", "length penalty", ".2f"),
     ("valid_ppl", "validation perplexity", ".2f"),
 )
 
@@ -50,7 +50,7 @@ def title(result: dict[str, Any]) -> str:
 
 
 def table(results: Sequence[dict[str, Any]]) -> Table:
-    """Return results as a table: mean over seeds, ± sample standard deviation where there are several."""
+    """Return results as a table: mean over seeds, ± sample standard deviation where they differ."""
     kinds = [kind.value for kind in AttentionKind]
     scored = [(key, name, form) for key, name, form in SCORES if any(key in result for result in results)]
     tests = {
@@ -78,7 +78,7 @@ def table(results: Sequence[dict[str, Any]]) -> Table:
         shares = [[r["sparsity"].get(kind, {"effective": 0.0})["effective"] for r in runs] for kind in kinds]
         shares.append([r["total"]["effective"] for r in runs])
         shares.append([r["total"]["kept_mass"] for r in runs if "kept_mass" in r["total"]])
-        cells = [name, str(len(runs)), *(str(runs[0][key]) for key in updates)]
+        cells = [name, str(len(runs)), *(f"{runs[0][key]:,}" for key in updates)]
         cells += [_mean(values, ".1%") for values in shares]
         cells += [_mean([r[key] for r in runs if key in r], form) for key, _, form in scored]
         for name in tests:
@@ -111,7 +111,8 @@ def _mean(values: Sequence[float], form: str) -> str:
     if not values:
         return ""
     text = format(statistics.fmean(values), form)
-    return text if len(values) == 1 else f"{text} ± {format(statistics.stdev(values), form.lstrip('+'))}"
+    alike = len({format(value, form) for value in values}) == 1
+    return text if alike else f"{text} ± {format(statistics.stdev(values), form.lstrip('+'))}"
 
 
 def _p(value: float) -> str:

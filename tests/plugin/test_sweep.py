@@ -353,8 +353,18 @@ def test_the_table_shows_means_over_seeds(swept):
     rows = {cells[0]: cells for cells in lines}
     bleu = [found[f"mean.global.50.g1.one-shot.s{seed}"]["bleu"] for seed in (1, 2)]
     row = rows["mean 50%, fine-tuned"]
-    assert row[1:4] == ["2", "4", "7"] and row[9].startswith(f"{sum(bleu) / 2:.2f} ± ")
+    assert row[1:4] == ["2", "4", "7"] and row[9] == sweep_table._mean(bleu, ".2f")
     assert sweep_table.format_table(list(found.values())) in printed
+
+
+def test_means_have_a_deviation_where_seeds_differ():
+    """Equal numbers were shown with "± 0.0%"."""
+    assert [sweep_table._mean(values, "+.1f") for values in ([1, 3], [1.01, 1], [1], [])] == [
+        "+2.0 ± 1.4",
+        "+1.0",
+        "+1.0",
+        "",
+    ]
 
 
 def test_systems_of_one_process_translate_as_fairseq_generate_does(swept, data_bin):
