@@ -38,12 +38,12 @@ from pathlib import Path
 import sacrebleu
 from dense_checkpoint import stock_checkpoint
 from fairseq.data import data_utils
-from result_files import add_result_options, git_commit, print_table, require_writable, with_heading
+from result_files import add_result_options, git_commit, print_table, require_writable, with_heading, write_report
 
 from ap_fairseq.devices import count_gpus, device_name
 from ap_fairseq.evaluation.tables import Table, markdown
 from ap_fairseq.experiments.stages import PLUGIN
-from ap_fairseq.files import UserError, write_json
+from ap_fairseq.files import UserError
 from ap_fairseq.provenance import versions
 from ap_fairseq.tasks import PrunedTranslationConfig, PrunedTranslationTask
 
@@ -225,7 +225,7 @@ def main() -> None:
             for row in itertools.chain.from_iterable(kinds[kind](args, stock) for kind in args.kinds):
                 report["rows"].append(row)
                 print(json.dumps(row), file=sys.stderr, flush=True)
-                write_json(args.out, report, overwrite=True)  # a run that is cut short keeps what it measured
+                write_report(args.out, report)  # a run that is cut short keeps what it measured
     except UserError as error:
         parser.error(str(error))
     print(table(report))

@@ -25,11 +25,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from result_files import add_result_options, git_commit, print_table, require_writable
+from result_files import add_result_options, git_commit, print_table, require_writable, write_report
 
 from ap_fairseq.artifacts import AttentionStats
 from ap_fairseq.evaluation.tables import Table, markdown
-from ap_fairseq.files import write_json
 from ap_fairseq.model.checkpoints import load_checkpoint
 from ap_fairseq.provenance import versions
 
@@ -156,7 +155,7 @@ def main() -> None:
         "commit": git_commit(),
         "arguments": {k: str(v) if k == "out" else v for k, v in vars(args).items() if k != "table"},
     }
-    write_json(args.out, document, overwrite=True)
+    write_report(args.out, document)
     print(table(document))
 
 

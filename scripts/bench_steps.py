@@ -19,10 +19,9 @@ import time
 import torch
 import triton
 from fairseq.data import Dictionary
-from result_files import add_result_options, git_commit, print_table, require_writable
+from result_files import add_result_options, git_commit, print_table, require_writable, write_report
 
 from ap_fairseq.evaluation.tables import Table, markdown
-from ap_fairseq.files import write_json
 from ap_fairseq.model.config import PrunedTransformerConfig
 from ap_fairseq.model.transformer import PrunedTransformerModel
 from ap_fairseq.search import fused_decoder
@@ -146,7 +145,7 @@ def main() -> None:
         rows=rows,
     )
     if args.out:
-        write_json(args.out, report, overwrite=True)
+        write_report(args.out, report)
     print(table(report))
 
 

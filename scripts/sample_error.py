@@ -15,12 +15,12 @@ from __future__ import annotations
 
 import argparse
 
-from result_files import add_result_options, git_commit, print_table
+from result_files import add_result_options, git_commit, print_table, write_report
 
 from ap_fairseq.artifacts import AttentionStats
 from ap_fairseq.cli.common import command
 from ap_fairseq.evaluation.tables import Table, markdown, plain
-from ap_fairseq.files import ArtifactError, UserError, refuse_existing, write_json
+from ap_fairseq.files import ArtifactError, UserError, refuse_existing
 from ap_fairseq.provenance import versions
 from ap_fairseq.pruning.build import build_masks
 from ap_fairseq.pruning.spec import MaskSpec
@@ -94,7 +94,7 @@ def main(argv: list[str]) -> None:
             rows.append([f"{size:,}", kind, f"{row['overlap']:.2%}", f"{row['effective']:.2%}", masses])
     if args.out:
         document = {"share": args.share, "granularity": args.granularity, "samples": samples, "whole": full.metadata}
-        write_json(args.out, {**document, "versions": versions(), "commit": git_commit()}, overwrite=True)
+        write_report(args.out, {**document, "versions": versions(), "commit": git_commit()})
     print(plain(Table(["sentences", "kind", "overlap", "effective", "kept mass"], rows, align="rlrrr")))
 
 
