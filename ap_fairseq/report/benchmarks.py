@@ -10,7 +10,7 @@ from typing import Any
 
 from ap_fairseq.evaluation.results import parse_json, read_text
 from ap_fairseq.files import ArtifactError
-from ap_fairseq.report.results import read_number
+from ap_fairseq.report.systems import read_number
 
 
 def read(path) -> dict[str, Any]:

@@ -8,9 +8,10 @@ from pathlib import Path
 
 from ap_fairseq.artifacts import AttentionStats, PruningMasks
 from ap_fairseq.files import ArtifactError, atomic_output, file_sha256, write_json, write_text
-from ap_fairseq.report import benchmarks, page, results, tables
+from ap_fairseq.report import benchmarks, page, tables
 from ap_fairseq.report.content import Report
 from ap_fairseq.report.figure import Figure
+from ap_fairseq.report.systems import System, read_systems
 
 
 def load(stats_files: list[str], mask_files: list[str], result_files: list[str], benchmark: str | None) -> Report:
@@ -29,9 +30,9 @@ def load(stats_files: list[str], mask_files: list[str], result_files: list[str],
             )
         masks[name] = PruningMasks.load(path)
     pairs = {kind.value: stats.pairs(kind) for kind in stats.kinds}
-    systems: dict[tuple, tuple[str, results.System]] = {}
+    systems: dict[tuple, tuple[str, System]] = {}
     for path in result_files:
-        for system in results.read_systems(path, pairs):
+        for system in read_systems(path, pairs):
             key = (system.name, system.seed, system.settings)
             if key in systems:
                 raise ArtifactError(

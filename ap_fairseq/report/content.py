@@ -13,7 +13,7 @@ from ap_fairseq.provenance import mask_spec, versions
 from ap_fairseq.pruning.summary import LayerSummary, describe_vanished, of_kinds, summarize, total_of, vanished_heads
 from ap_fairseq.report import analysis, benchmarks, heat_maps, plots, statements, tables
 from ap_fairseq.report.figure import Figure
-from ap_fairseq.report.results import System
+from ap_fairseq.report.systems import System
 from ap_fairseq.sites import AttentionKind
 
 FORMAT = "ap-report-1"

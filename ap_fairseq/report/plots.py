@@ -14,7 +14,7 @@ from ap_fairseq.pruning.summary import LayerSummary, of_kinds
 from ap_fairseq.report import analysis
 from ap_fairseq.report.benchmarks import Measurements
 from ap_fairseq.report.figure import INK, KIND_COLOURS, Figure, percent_axis, styled, subplots
-from ap_fairseq.report.results import UNKNOWN, System, curves
+from ap_fairseq.report.systems import UNKNOWN, System, curves
 from ap_fairseq.sites import AttentionKind
 
 SERIES_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")

@@ -8,7 +8,7 @@ import numpy as np
 
 from ap_fairseq.pruning.summary import LayerSummary, of_kinds
 from ap_fairseq.report.analysis import BROAD, PATTERNS, Concentration, KeptMass
-from ap_fairseq.report.results import UNKNOWN, System
+from ap_fairseq.report.systems import UNKNOWN, System
 from ap_fairseq.sites import AttentionKind
 
 ALIKE = 0.02  # shares that differ by less are called alike

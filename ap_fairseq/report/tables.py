@@ -10,7 +10,7 @@ from ap_fairseq.evaluation import tables as render
 from ap_fairseq.evaluation.tables import Table
 from ap_fairseq.pruning.summary import LayerSummary, of_kinds
 from ap_fairseq.report.analysis import Concentration, KeptMass
-from ap_fairseq.report.results import METRICS, System
+from ap_fairseq.report.systems import METRICS, System
 from ap_fairseq.sites import AttentionKind
 
 

@@ -25,8 +25,9 @@ from ap_fairseq.files import UserError
 from ap_fairseq.pruning.build import build_masks
 from ap_fairseq.pruning.spec import MaskSpec
 from ap_fairseq.pruning.summary import summarize
-from ap_fairseq.report import analysis, build, content, export, page, results, tables
+from ap_fairseq.report import analysis, build, content, export, page, tables
 from ap_fairseq.report.figure import KIND_COLOURS
+from ap_fairseq.report.systems import System
 from ap_fairseq.sites import AttentionKind
 
 ENCODER, DECODER, CROSS = AttentionKind
@@ -197,7 +198,7 @@ def test_the_terminal_shows_about_ten_lines(printed):
 
 def test_one_system_without_intervals_is_reported_as_that(stats_file):
     """It was "1 systems: BLEU 3.82 (p) to 3.82 (p)", and the table explained a ± that it did not have."""
-    system = results.System("p", "importance", "", ["cross"], {"cross": 0.5}, 0.5, {"BLEU": 3.82, "chrF2": 17.67})
+    system = System("p", "importance", "", ["cross"], {"cross": 0.5}, 0.5, {"BLEU": 3.82, "chrF2": 17.67})
     assert content.Report(AttentionStats.load(stats_file), {}, [system]).digest[-1] == "1 system: BLEU 3.82 (p)"
     assert tables.systems_table([system]).caption == "Translation scores and effective sparsity."
     system.half_widths["BLEU"] = 0.5

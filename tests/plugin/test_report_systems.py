@@ -7,7 +7,8 @@ import pytest
 from plugin.commands import ROOT
 
 from ap_fairseq.files import ArtifactError
-from ap_fairseq.report import benchmarks, plots, results, statements, tables
+from ap_fairseq.report import benchmarks, plots, statements, tables
+from ap_fairseq.report.systems import curves, read_systems
 from ap_fairseq.sites import AttentionKind
 
 ENCODER, DECODER, CROSS = AttentionKind
@@ -17,7 +18,7 @@ PAIRS = {"encoder_self": 100, "decoder_self": 60, "cross": 100}
 
 
 def test_results_of_the_committed_run():
-    systems = {s.name: s for s in results.read_systems(ROOT / "tests/plugin/scored_run.json", PAIRS)}
+    systems = {s.name: s for s in read_systems(ROOT / "tests/plugin/scored_run.json", PAIRS)}
     assert systems["dense"].series is None and systems["dense"].total == 0
     assert (
         systems["per-kind.tuned"].series == "mean, fine-tuned"
@@ -49,19 +50,19 @@ def test_lines_of_a_sweep_and_their_intervals(tmp_path):
     lines.append({"system": "c", **one_budget, "bleu": 6, "chrf": 9})
     path = tmp_path / "sweep.jsonl"
     path.write_text("\n".join(json.dumps(line) for line in lines) + "\n")
-    curves = results.curves(results.read_systems(path, PAIRS), "BLEU")
-    (point,) = curves["mean, gradual"]
+    drawn = curves(read_systems(path, PAIRS), "BLEU")
+    (point,) = drawn["mean, gradual"]
     # Student's t with 2 degrees of freedom: 4.303 standard errors of 2 / sqrt(3).
     assert (point.score, point.runs) == (22, 3)
     assert point.interval.high - 22 == pytest.approx(4.303 * 2 / math.sqrt(3), rel=1e-3)
-    (dense,) = curves[None]
+    (dense,) = drawn[None]
     assert (dense.interval.low, dense.interval.high) == (29.5, 30.5) and "bootstrap" in dense.interval.source
-    (window,) = curves["window"]
+    (window,) = drawn["window"]
     assert window.sparsity == 0.9 and window.interval is None
-    (single,) = curves["mean, cross only, granularity 16, --scope head, one-shot"]
+    (single,) = drawn["mean, cross only, granularity 16, --scope head, one-shot"]
     assert single.sparsity == 0.9
-    assert [point.score for point in curves["mean, global budget"]] == [6]
-    (tuned,) = curves["no pruning, one-shot"]
+    assert [point.score for point in drawn["mean, global budget"]] == [6]
+    (tuned,) = drawn["no pruning, one-shot"]
     assert (tuned.sparsity, tuned.score) == (0, 31)
 
 
@@ -82,8 +83,8 @@ def test_only_systems_that_differ_in_their_seed_are_runs_of_one_point(tmp_path):
     ]
     path = tmp_path / "lines.jsonl"
     path.write_text("\n".join(map(json.dumps, lines)))
-    curves = results.curves(results.read_systems(path, PAIRS), "BLEU")
-    found = {name: [(point.score, point.runs) for point in points] for name, points in curves.items()}
+    drawn = curves(read_systems(path, PAIRS), "BLEU")
+    found = {name: [(point.score, point.runs) for point in points] for name, points in drawn.items()}
     assert found == {
         "importance, gradual, rounds 2": [(21, 2)],
         "importance, gradual, rounds 4": [(30, 1)],
@@ -103,7 +104,7 @@ def test_a_system_without_a_checkpoint_is_not_called_dense(tmp_path):
     ]
     path = tmp_path / "lines.jsonl"
     path.write_text("\n".join(map(json.dumps, lines)))
-    systems = results.read_systems(path, PAIRS)
+    systems = read_systems(path, PAIRS)
     assert [system.total for system in systems] == [None, 0.5, 0.5]  # in summary.json: not 0, which says dense
     assert [row[1] for row in tables.systems_table(systems).rows] == ["–", "mean", "unnamed criterion"]
     figure = plots.quality(systems)
@@ -114,7 +115,7 @@ def test_a_system_without_a_checkpoint_is_not_called_dense(tmp_path):
 def test_a_kind_alone_is_compared_with_the_dense_model_of_its_seed():
     lines = ROOT / "examples/libreoffice_help/results/h100-converged.jsonl"
     expected = {r["system"]: r for r in map(json.loads, lines.read_text().splitlines())}
-    text = statements._scores(results.read_systems(lines, PAIRS))
+    text = statements._scores(read_systems(lines, PAIRS))
     for kind in ("encoder_self", "decoder_self", "cross"):
         name = f"importance.{kind}.90.g1.smooth-32.one-shot.s1"
         change = expected[name]["against_dense_tuned"]["bleu"]["difference"]
@@ -145,7 +146,7 @@ def test_broken_results_are_named(tmp_path, text, message):
     path = tmp_path / "results.json"
     path.write_text(text)
     with pytest.raises(ArtifactError, match=message) as error:
-        results.read_systems(path, PAIRS)
+        read_systems(path, PAIRS)
     assert "results.json" in str(error.value)
 
 
