@@ -76,8 +76,9 @@ def measure(command: list[str], gpus: int) -> tuple[dict, str]:
         printed, logged = lines.read(), log.read()
     if status:
         raise UserError(f"{shlex.join(command)} failed with status {status}:\n{logged[-3000:]}")
-    computed = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    times = dict(seconds=seconds, cpu_seconds=computed)
+    times = dict(seconds=seconds)
+    if not gpus:  # ap-generate ends before its processes have given their GPUs back, and theirs are not counted then
+        times["cpu_seconds"] = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     if searched := SEARCHED.search(logged):
         times["search_seconds"] = float(searched[1])
     return times, printed

@@ -40,7 +40,8 @@ LEAST_FREE = 1 << 20  # bytes on the disk of a log that was written to its end
 class Ranks(AbstractContextManager):
     """Processes on the GPUs in turn, if the machine has any, which start before their work is known.
 
-    Everything that a process prints goes to its log. Those that have not ended are ended with the context.
+    Everything that a process prints goes to its log. Those that have not done their work are ended with the context;
+    the others end on their own, and nothing waits until they have given their GPUs back.
 
     Args:
         logs: of each process.
@@ -50,7 +51,8 @@ class Ranks(AbstractContextManager):
     def __init__(self, logs: list[Path], cpu: bool):
         self.logs, self.cpu, self.have_work = logs, cpu, False
         self.processes: list[BaseProcess] = []
-        self.senders: list[Connection] = []  # of their work
+        self.connections: list[Connection] = []  # their work there, and back that it is done
+        self.done: list[BaseProcess] = []
 
     def __enter__(self) -> Ranks:
         # The folder of sockets, made here, is that of all further processes, too, and goes with this one: those that
@@ -59,13 +61,13 @@ class Ranks(AbstractContextManager):
         try:
             for rank, log in enumerate(self.logs):
                 log.unlink(missing_ok=True)
-                receiver, sender = PROCESSES.Pipe(duplex=False)
-                arguments = log, _run, (rank, self.cpu, receiver)
+                connection, theirs = PROCESSES.Pipe()
+                arguments = log, _run, (rank, self.cpu, theirs)
                 process = PROCESSES.Process(target=run_logged, args=arguments)
                 self.processes.append(process)
-                self.senders.append(sender)
+                self.connections.append(connection)
                 process.start()
-                receiver.close()  # so that nothing can be sent to a process that has died
+                theirs.close()  # so that nothing can be sent to a process that has died
         except BaseException:  # those that wait for work would keep this program from ending
             self.__exit__()
             raise
@@ -79,9 +81,9 @@ class Ranks(AbstractContextManager):
 
         What it returns comes after the rank among the arguments of the function that :meth:`run` names.
         """
-        for sender in self.senders:
+        for connection in self.connections:
             with suppress(BrokenPipeError):  # `run` says why
-                sender.send((0, function, args))
+                connection.send((0, function, args))
 
     def run(self, name: str, most: int, function: Callable, *args: Any) -> None:
         """Run ``function(rank, *args)`` in *most* processes, or in all if these are fewer.
@@ -99,24 +101,34 @@ class Ranks(AbstractContextManager):
         for idle in self.processes[most:]:
             idle.kill()
         self.have_work = True
-        for sender in self.senders[:most]:
+        running = dict(zip(self.connections, ranks, strict=False))
+        for connection in running:
             with suppress(BrokenPipeError):  # its process has failed, which is said below
-                sender.send((len(ranks), function, args))
+                connection.send((len(ranks), function, args))
         with Progress(name, (), logs) as progress:
-            while running := [rank for rank in ranks if rank.exitcode is None]:
-                multiprocessing.connection.wait([rank.sentinel for rank in running], timeout=POLL_SECONDS)
+            while running and not any(rank.exitcode for rank in running.values()):
+                for connection in multiprocessing.connection.wait(running, timeout=POLL_SECONDS):
+                    rank = running[connection]
+                    if _is_done(connection):
+                        self.done.append(rank)
+                    else:
+                        rank.join()
+                    if not rank.exitcode:
+                        del running[connection]
                 progress.update()
-                if any(rank.exitcode for rank in ranks):
-                    break
         for number, (rank, log) in enumerate(zip(ranks, logs, strict=True)):
-            if rank.exitcode:
+            if rank.exitcode and rank not in self.done:
                 raise UserError(_failure(number, rank.exitcode, log))
         for notice, level in ((FALLBACK, logging.INFO), (OTHER_DIRECTION, logging.WARNING)):
             for reason in sorted({line.partition(notice)[2] for line in lines_of(*logs)} - {""}):
                 logger.log(level, f"{notice}{reason}")
 
-    def __exit__(self, *error) -> None:
+    def __exit__(self, kind=None, *error) -> None:
         started = [rank for rank in self.processes if rank.pid is not None]
+        if kind is None and count_gpus(self.cpu):
+            started = [rank for rank in started if rank not in self.done]
+            for rank in self.done:
+                _let_go(rank)
         for rank in started:
             rank.terminate() if self.have_work else rank.kill()
         for rank in started:
@@ -124,7 +136,21 @@ class Ranks(AbstractContextManager):
             rank.kill()
 
 
-def _run(rank: int, cpu: bool, receiver: Connection) -> None:
+def _is_done(connection: Connection) -> bool:
+    """Whether a process says that its work is done; else it has ended."""
+    try:
+        return connection.recv()
+    except (EOFError, ConnectionResetError):
+        return False
+
+
+def _let_go(process: BaseProcess) -> None:
+    """Do not wait for the end of a process, not at the end of this one either: a GPU takes long to be given back."""
+    multiprocessing.process._children.discard(process)  # type: ignore[attr-defined]
+    threading.Thread(target=process.join, daemon=True).start()
+
+
+def _run(rank: int, cpu: bool, connection: Connection) -> None:
     end_with_parent()
     gc.freeze()  # what was imported stays; full collections that look through it take longer than reading hypotheses
     gpus = count_gpus(cpu)
@@ -132,14 +158,15 @@ def _run(rank: int, cpu: bool, receiver: Connection) -> None:
     if gpus and use_gpu(rank % gpus):
         start_cuda()
     try:
-        ranks, function, args = receiver.recv()
+        ranks, function, args = connection.recv()
         if not ranks:  # of `load`
             loaded = function(*args)
-            ranks, function, args = receiver.recv()
+            ranks, function, args = connection.recv()
             args = loaded, *args
         if not gpus:  # those that have work share the cores
             torch.set_num_threads(max(1, torch.get_num_threads() // ranks))
         function(rank, *args)
+        connection.send(True)
     except (UserError, OSError) as error:  # a file's is one line, as that of a command
         if isinstance(error, OSError) and error.filename is None:
             raise

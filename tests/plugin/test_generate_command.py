@@ -4,12 +4,15 @@ import argparse
 import functools
 import io
 import json
+import multiprocessing
 import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
@@ -643,6 +646,28 @@ def test_processes_start_before_their_work_is_known(tmp_path, monkeypatch):
     with pytest.raises(generate.UserError, match="process 2 died of SIGKILL"), ranks.Ranks(logs, cpu=True) as three:
         three.processes[2].join()
         three.run("note", 3, _note, tmp_path, "x" * (1 << 20))
+
+
+def _stay(_, folder):
+    (folder / "pid").write_text(str(os.getpid()))
+    threading.Thread(target=time.sleep, args=(300,)).start()  # as a GPU that takes long to be given back
+
+
+def _do_work_and_leave(folder):
+    with ranks.Ranks([folder / "rank0.log"], cpu=True) as one:
+        one.run("stay", 1, _stay, folder)
+        ranks.count_gpus = lambda _: 1
+    assert one.processes[0].is_alive()
+
+
+def test_nothing_waits_for_processes_on_gpus_that_have_done_their_work(tmp_path):
+    """A command waited until each had given its GPU back. They end with it all the same."""
+    command = multiprocessing.get_context("fork").Process(target=_do_work_and_leave, args=(tmp_path,))
+    command.start()
+    command.join(60)
+    pid = (tmp_path / "pid").read_text()
+    assert command.exitcode == 0
+    wait_for(lambda: not Path(f"/proc/{pid}").exists())
 
 
 @pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
