@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import os
+import sys
 import threading
 import zipfile
 from collections.abc import Callable
+from contextlib import suppress
 from queue import SimpleQueue
 
 import torch
@@ -14,6 +17,9 @@ from fairseq import checkpoint_utils, utils
 from torch import Tensor
 from torch.nn import init
 from torch.overrides import TorchFunctionMode
+
+# While threads start what a search needs, each of their calls waits that long for one that runs Python; usual are 5 ms.
+TURN_SECONDS = 1e-4
 
 
 class _NoRandomValues(TorchFunctionMode):
@@ -74,23 +80,38 @@ def use_gpu(number: int) -> bool:
 
 
 def start_cuda() -> None:
-    """Start CUDA, its library of products and Triton in a thread, which take a second before a first batch.
+    """Start CUDA, its library of products and Triton in threads, which take a second before a first batch.
 
-    Forks wait for it: a copy of this process would have the locks that the thread holds, and never get them.
+    Forks wait for them: a copy of this process would have the locks that a thread holds, and never get them.
     """
-    kernels: SimpleQueue[tuple[Callable, Callable]] = SimpleQueue()
-    # A daemon, for which a process that fails meanwhile need not wait.
-    thread = threading.Thread(target=_first_kernels, args=(kernels,), daemon=True)
-    thread.start()
-    os.register_at_fork(before=thread.join)
+    kernels: SimpleQueue[tuple[Callable, ...]] = SimpleQueue()
+    usual = sys.getswitchinterval()
+    sys.setswitchinterval(TURN_SECONDS)
+    _start(_first_kernels, kernels, usual)
     # Meanwhile triton is imported, which the command itself, that only waits, does without, and what searches run.
+    from triton.runtime import cache
+
+    # Its hash of itself, half a gigabyte, by which it finds compiled kernels; it keeps that.
+    hashed = _start(getattr(cache, "triton_key", int))  # triton 3.4 has it elsewhere
     from triton_ops import beam_search, norm, ops, rows  # noqa: F401
 
-    kernels.put((norm.add_norm, rows.Norm))
+    kernels.put((hashed.join, norm.add_norm, rows.Norm))
 
 
-def _first_kernels(kernels: SimpleQueue[tuple[Callable, Callable]]) -> None:
+def _start(function: Callable, *args) -> threading.Thread:
+    thread = threading.Thread(target=function, args=args, daemon=True)  # a process that fails need not wait for it
+    thread.start()
+    os.register_at_fork(before=thread.join)
+    return thread
+
+
+def _first_kernels(kernels: SimpleQueue[tuple[Callable, ...]], switch_seconds: float) -> None:
+    with suppress(OSError):  # torch would have no other thread run Python meanwhile
+        ctypes.CDLL("libcuda.so.1").cuInit(0)
     x = torch.ones(16, 16, dtype=torch.float16, device="cuda")
     product = x @ x
-    add_norm, norm = kernels.get()  # imported by now: not here, as threads that import the same wait for each other
+    # Imported by now: not here, as threads that import the same wait for each other.
+    wait_for_hash, add_norm, norm = kernels.get()
+    wait_for_hash()
     add_norm(product, None, norm(x[0], x[0], 1.0))
+    sys.setswitchinterval(switch_seconds)
