@@ -99,7 +99,7 @@ def note(results: Sequence[dict[str, Any]]) -> str:
             f"chrF2 `{first['chrf_signature']}`; differences in BLEU with sacreBLEU's paired bootstrap, one p for each "
             "seed"
         )
-    return f"Effective sparsity per kind and over all pairs; {made}."
+    return f"Shares of pairs are effective sparsity; {made}."
 
 
 def format_table(results: Sequence[dict[str, Any]]) -> str:
