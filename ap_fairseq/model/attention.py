@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from weakref import WeakValueDictionary
+
 import torch
 import torch.nn.functional as F
 from fairseq.modules import MultiheadAttention
@@ -28,6 +30,9 @@ from triton_ops.reference import visible_cells
 
 OFFSET_BUFFERS = ("offset_words", "offset_geometry", "offset_anchor")
 MASK_BUFFERS = ("keep_words", "extrapolation_words", "mask_range", *OFFSET_BUFFERS)
+
+# Of masks of one cell and what extends it, as all-ones masks are: built, and their tables, once for all modules.
+_shared_layouts: WeakValueDictionary[tuple, AttentionLayout] = WeakValueDictionary()
 
 
 class NotScriptable:
@@ -190,10 +195,20 @@ class PrunedMultiheadAttention(NotScriptable, MultiheadAttention):
 
     def _build_layout(self, n_queries: int, n_keys: int) -> Layout:
         if not self.is_relative:
+            if self.mask_range.tolist() == [1, 1]:
+                return self._shared_layout(_doubled(n_queries), _doubled(n_keys))
             return AttentionLayout.from_keep_mask(self._unpack(n_queries, n_keys))
         slope, n_offsets = self.offset_geometry.tolist()
-        n_keys = max(n_offsets // 2 + 1, 1 << (n_keys - 1).bit_length())  # doubled: built anew only a few times
+        n_keys = max(n_offsets // 2 + 1, _doubled(n_keys))
         return OffsetLayout.from_offsets(unpack_cells(self.offset_words, n_offsets), slope, self.offset_anchor, n_keys)
+
+    def _shared_layout(self, n_queries: int, n_keys: int) -> AttentionLayout:
+        words = torch.cat((self.keep_words.flatten(), self.extrapolation_words.flatten()))
+        key = self.kind, words.device, n_queries, n_keys, *words.tolist()
+        layout = _shared_layouts.get(key)
+        if layout is None:
+            layout = _shared_layouts[key] = AttentionLayout.from_keep_mask(self._unpack(n_queries, n_keys))
+        return layout
 
     def last_use(self, n_rows: int, n_keys: int) -> Tensor:
         """Return the last of the first *n_rows* mask rows that keeps each column, int64 (heads, n_keys); or -1.
@@ -215,9 +230,7 @@ class PrunedMultiheadAttention(NotScriptable, MultiheadAttention):
         if n_queries <= recorded_queries and n_keys <= recorded_keys:
             return keep
         pattern = unpack_cells(self.extrapolation_words, recorded_queries + recorded_keys - 1)
-        # Doubling, so that ever longer sentences unpack a mask only a few times.
-        n_queries = max(recorded_queries, 1 << (n_queries - 1).bit_length())
-        n_keys = max(recorded_keys, 1 << (n_keys - 1).bit_length())
+        n_queries, n_keys = max(recorded_queries, _doubled(n_queries)), max(recorded_keys, _doubled(n_keys))
         cells = grown(keep.cpu().numpy(), pattern.cpu().numpy(), self.kind, (n_queries, n_keys))
         return torch.from_numpy(cells).to(keep.device)
 
@@ -479,3 +492,8 @@ def real_lengths(padding: Tensor) -> Tensor:
     if known is None or known[0] != version:
         known = padding.__dict__["real_lengths"] = (version, padding.size(1) - padding.sum(1))
     return known[1]
+
+
+def _doubled(size: int) -> int:
+    """The power of two from *size* on: ever longer sentences build a layout only a few times."""
+    return 1 << (size - 1).bit_length()

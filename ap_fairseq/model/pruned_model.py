@@ -158,8 +158,9 @@ class PrunedModel(NotScriptable):
         self.log_cache_savings()
 
     def log_cache_savings(self) -> None:
-        """Log, once, what the masks save in the caches of decoding, if the model decodes."""
-        if not self._logged_cache_savings:
+        """Log, once, what the masks save in the caches of decoding, if the model decodes and they are not all-ones."""
+        prunes = not self._logged_sparsity or any(self._logged_sparsity.values())
+        if prunes and not self._logged_cache_savings:
             self._logged_cache_savings = True
             if savings := describe_caches(self):
                 logger.info(savings)

@@ -234,6 +234,19 @@ def test_masks_beyond_the_range_are_built_once_for_either_side(monkeypatch):
     assert built == [(60, 20), (64, 60)]
 
 
+def test_modules_that_keep_everything_share_a_layout():
+    """Each of eighteen built its own, and its tables, again for every length that doubled."""
+    shape = {kind.value: list(cells.shape[:2]) for kind, cells in random_masks(0.5).keep.items()}
+    model = pruned_model(PruningMasks.all_ones(shape, {}), VOCAB)
+    for lengths in ([5, 3], [20, 7]):
+        translate(model, batch(lengths, VOCAB, False), targets(lengths))
+    layouts = {}
+    for site, module in attention_sites(model):
+        layouts.setdefault(site.kind, set()).add(module.built_layout)
+        assert module.keeps_all(9, 9)
+    assert [len(shared) for shared in layouts.values()] == [1, 1, 1]
+
+
 def test_a_model_without_masks_refuses_to_run():
     """A missing mask must never be a silent dense run (the authors' code trained dense when the file was missing)."""
     model = pruned_model(None, VOCAB)

@@ -194,3 +194,10 @@ def test_the_rule_and_its_saving_are_logged_at_the_start(caplog):
     # A window of 4 in 4 heads, and column 3 of one head; of two heads in two layers 1 and 5 of 12 columns.
     assert f"at most 17 of {4 * STEPS} positions" in line and f"12 of {4 * SOURCE} source columns" in line
     assert "(91.1% less)" in line and "(75.0% less)" in line
+
+
+def test_masks_that_prune_nothing_have_no_saving_to_log(caplog):
+    """To find that out took a third of a second of the start on a GPU."""
+    with caplog.at_level(logging.INFO, "ap_fairseq.model.transformer"):
+        model(random_masks(0.0)).log_cache_savings()
+    assert "caches hold" not in caplog.text
